@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration: one frozen dataclass, passed in. Nothing here is global.
+
+Field names are Nova's where Nova has the option. :mod:`imagecache_lib.opts` fills it from oslo.config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from imagecache_lib import errors
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """How one host caches. Sizes are bytes, times are seconds, unless a name says otherwise.
+
+    :raises ConfigError: on construction, for a value that cannot work; the message names the field.
+    """
+
+    #: Absolute path of the directory that holds instance directories and the cache.
+    instances_path: str
+    #: Name of the cache's directory under ``instances_path``.
+    subdirectory_name: str = "_base"
+    #: Absolute paths under which instance directories lie. Empty: only ``instances_path``.
+    disk_roots: tuple[str, ...] = ()
+    #: Directory of the lock files. None: ``<instances_path>/locks``, which is Nova's.
+    lock_path: str | None = None
+    #: Name of the storage backend, for managers that are not given one.
+    backend: str = "qcow2"
+
+    # -- fetching ------------------------------------------------------------------------------------
+    #: Convert what is fetched to raw. Decides at fetch time only; a base keeps the format it has.
+    force_raw_images: bool = True
+    #: How often a source is asked again after a failure that may pass, per endpoint round.
+    num_retries: int = 3
+    #: How many images one manager fetches at a time. 0: no limit.
+    max_concurrent_disk_ops: int = 0
+    #: vmdk ``createType`` values that are accepted.
+    vmdk_allowed_types: tuple[str, ...] = ("streamOptimized", "monolithicSparse")
+    #: Accept images without inspecting their content. Dangerous: a guest may read the host's files.
+    disable_deep_image_inspection: bool = False
+    #: CPU seconds that a qemu-img which only looks may take.
+    images_cpu_time_limit: int = 30
+    #: Address space that a qemu-img which only looks may take, in bytes.
+    images_address_space_limit: int = 2 * GIB
+    #: CPU seconds that a qemu-img which converts may take.
+    convert_cpu_time_limit: int = 3600
+    #: Address space that a qemu-img which converts may take, in bytes.
+    convert_address_space_limit: int = 8 * GIB
+    #: Refuse an image whose virtual size is above this. The default is what ext4 can hold in one file.
+    max_virtual_size: int = 16 * 2**40
+    #: Demand that every image's signature verifies.
+    verify_glance_signatures: bool = False
+    #: Demand that the signing certificate chains to one of the trusted ones.
+    enable_certificate_validation: bool = False
+    #: Certificates trusted where a request names none.
+    default_trusted_certificate_ids: tuple[str, ...] = ()
+
+    # -- disks ---------------------------------------------------------------------------------------
+    #: ``none`` or ``space``: allocate a disk's whole virtual size when it is made.
+    preallocate_images: str = "none"
+    #: Filesystem of ephemeral disks where the caller names none. None: by the guest's type.
+    default_ephemeral_format: str | None = None
+    #: Command lines to make filesystems with, by guest type: ``<os_type>=<command>``.
+    virt_mkfs: tuple[str, ...] = ()
+
+    # -- eviction ------------------------------------------------------------------------------------
+    #: False: :meth:`ImageCacheManager.verify_base_images` reports and removes nothing.
+    remove_unused_base_images: bool = True
+    #: Unused base images younger than this stay.
+    remove_unused_original_minimum_age_seconds: int = 86400
+    #: The same for legacy resized bases (``<sha1>_<GiB>``).
+    remove_unused_resized_minimum_age_seconds: int = 3600
+    #: Seconds between two periodic passes. 0: every 60; -1: never.
+    manager_interval: int = 2400
+    #: Largest the cache may grow, in allocated bytes. 0: no limit.
+    max_cache_size: int = 0
+    #: Evict unused bases when less than this many bytes of the filesystem are free. 0: no limit.
+    free_space_low: int = 0
+    #: Once evicting for space, stop at this many free bytes. 0: at ``free_space_low``.
+    free_space_high: int = 0
+
+    # -- waiting and crashes -------------------------------------------------------------------------
+    #: How long to wait for another's fetch of the same image that makes no progress, before fetching too.
+    lock_timeout: float = 600.0
+    #: A stage file is a crash's leftover when nobody holds its lock and it was not touched for this long.
+    stage_idle_seconds: int = 3600
+    #: The same for ``.part`` and ``.converted`` files that Nova left.
+    foreign_stage_idle_seconds: int = 86400
+
+    # -- pre-caching ---------------------------------------------------------------------------------
+    #: How many hosts of an aggregate are asked at a time.
+    precache_concurrency: int = 1
+
+    # -- rbd -----------------------------------------------------------------------------------------
+    #: Pool that instance disks are made in.
+    images_rbd_pool: str = "rbd"
+    #: Path of the cluster's configuration. Empty: the library default.
+    images_rbd_ceph_conf: str = ""
+    #: Ceph user, without ``client.``. None: the library default.
+    rbd_user: str | None = None
+    #: Glance's name for the rbd store that it should copy images into. Empty: never ask it to.
+    images_rbd_glance_store_name: str = ""
+    #: Seconds between two looks at a copy that Glance makes.
+    images_rbd_glance_copy_poll_interval: int = 15
+    #: Seconds after which such a copy is given up.
+    images_rbd_glance_copy_timeout: int = 600
+    #: Refuse an image that cannot be cloned, instead of fetching and importing it.
+    never_download_image_if_on_rbd: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("instances_path", "lock_path"):
+            value = getattr(self, name)
+            if value is not None and not os.path.isabs(value):
+                raise _wrong(name, value, "must be an absolute path")
+        for root in self.disk_roots:
+            if not os.path.isabs(root):
+                raise _wrong("disk_roots", root, "must be absolute paths")
+        if not self.subdirectory_name or "/" in self.subdirectory_name or self.subdirectory_name in (".", ".."):
+            raise _wrong("subdirectory_name", self.subdirectory_name, "must be one directory's name")
+        if self.preallocate_images not in ("none", "space"):
+            raise _wrong("preallocate_images", self.preallocate_images, "must be none or space")
+        if self.manager_interval < -1:
+            raise _wrong("manager_interval", self.manager_interval, "must be -1 or more")
+        if self.precache_concurrency < 1:
+            raise _wrong("precache_concurrency", self.precache_concurrency, "must be 1 or more")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and value < 0 and field.name != "manager_interval":
+                raise _wrong(field.name, value, "must not be negative")
+
+    @property
+    def base_path(self) -> str:
+        """Absolute path of the directory of base images."""
+        return os.path.join(self.instances_path, self.subdirectory_name)
+
+    @property
+    def locks_path(self) -> str:
+        """Absolute path of the directory of lock files."""
+        return self.lock_path or os.path.join(self.instances_path, "locks")
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Absolute paths of every disk root."""
+        return self.disk_roots or (self.instances_path,)
+
+
+def _wrong(field: str, value: object, why: str) -> errors.ConfigError:
+    return errors.ConfigError(f"{field} is {value!r} and {why}", next_step="correct the configuration")

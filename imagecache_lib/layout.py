@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The on-disk protocol: which names the cache uses and what each of them means.
+
+This module is pure: it turns ids into names and paths, and back, and touches no file. What follows is
+the protocol itself, for whoever has to read a cache directory, or to share one with this library. The
+names outside ``.imagecache`` are Nova's, so that a directory that Nova made is adopted in place and stays
+readable by Nova::
+
+    <instances_path>/_base/<sha1 of the image id>        a base image
+    <instances_path>/_base/<sha1>_<GiB>, <sha1>_sm       legacy resized bases: recognised, aged, never created
+    <instances_path>/_base/swap_<MiB>                    a swap area of that size
+    <instances_path>/_base/ephemeral_<GiB>_<7 hex>       an empty filesystem of that size
+    <instances_path>/_base/<name>.part, .converted       Nova's, in flight: reaped a day after it crashed
+    <instances_path>/_base/.imagecache/                  everything that is ours alone; Nova ignores it
+        version                 the layout's version; a newer one is never rewritten
+        records/<name>.json     evidence of how a base was made, bound to the file
+        stage/<id>, <id>.json   in flight: the data; its record-to-be with the bytes it reserves
+        trash/<name>.<id>       renamed away, not yet proven unreferenced
+        hosts/<id>.json         each host that shares the storage writes its own, nobody else's
+        hosts/<id>.readings     what that host's last pass read in its instance directories
+        pins/<name>.json        why and until when a base must stay
+    <instances_path>/locks/nova-<name>                   lock files: Nova's names, never unlinked by us
+
+Who may do what
+---------------
+
+*Base names are never replaced.* A base appears by ``link(stage/<id>, <name>)`` of a finished, fsynced
+file, and disappears by ``rename(<name>, trash/<name>.<id>)``. While the name exists its bytes do not
+change. Nothing is ever written through it.
+
+*Locks* are OFD byte-range locks on the whole of ``locks/nova-<name>``: shared to use a base, exclusive to
+fetch or to evict it. They save work; every step below is safe if all of them fail.
+
+*A stage file* belongs to whoever holds an OFD lock on it. It is a leftover when that lock is free and the
+file was not touched for an hour.
+
+*A record* is evidence only for the very file it was written for: its random id must equal the base's
+``user.imagecache.id`` attribute, and inode and size must match. Otherwise the base counts as adopted: it is
+checked as far as it can be before its first use, and never proves a certificate.
+
+What a crash leaves, and who repairs it
+---------------------------------------
+
+===============================================  =============================================================
+crash                                            what the next start or user does
+===============================================  =============================================================
+while fetching                                   the stage is unlinked an hour later; the image is fetched again
+after the stage is complete, before the link     the same
+after the link, before the record moved          the next user of the base, or start, moves the record
+after the record moved, before the stage is gone the stage name is unlinked; the base stays, it is another name
+after the rename into the trash                  references are read again: linked back, or unlinked
+while a disk is made                             its temporary name is unlinked after an hour; the retry works
+===============================================  =============================================================
+
+A torn or unknown record is treated as absent; a torn or unknown pin or host file as *keep*. Modes do not
+depend on the umask: bases 0644, ``_base`` 0755, ``.imagecache`` 0700.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import os
+import re
+import unicodedata
+
+from imagecache_lib import errors
+
+#: The version of this protocol, in the file ``version``.
+VERSION = 1
+
+#: Extended attribute that binds a base file to its record.
+ID_ATTRIBUTE = "user.imagecache.id"
+
+BASE_MODE = 0o644
+BASE_DIR_MODE = 0o755
+PRIVATE_DIR_MODE = 0o700
+
+#: Nova's names for files in flight.
+FOREIGN_STAGE_SUFFIXES = (".part", ".converted")
+
+#: Any name that an overlay's backing string may hold. Deliberately unanchored: other mount paths,
+#: relative and ``json:`` references must all be found.
+NAME_PATTERN = re.compile(rb"[0-9a-f]{40}(?:_(?:\d+|sm))?|swap_\d+|ephemeral_\d+_[0-9a-z.]+")
+
+_ORIGINAL = re.compile(r"[0-9a-f]{40}")
+_RESIZED = re.compile(r"[0-9a-f]{40}_(?:\d+|sm)")
+_SWAP = re.compile(r"swap_\d+")
+_EPHEMERAL = re.compile(r"ephemeral_\d+_[0-9a-z.]+")
+
+_MAX_ID_BYTES = 1024
+
+
+class Kind(enum.Enum):
+    """What a name in ``_base`` stands for."""
+
+    ORIGINAL = "original"
+    RESIZED = "resized"
+    SWAP = "swap"
+    EPHEMERAL = "ephemeral"
+    FOREIGN_STAGE = "foreign-stage"
+    UNKNOWN = "unknown"
+
+
+def classify(name: str) -> Kind:
+    """Return what a name in ``_base`` stands for. What is UNKNOWN is not ours to touch."""
+    if _ORIGINAL.fullmatch(name):
+        return Kind.ORIGINAL
+    if _RESIZED.fullmatch(name):
+        return Kind.RESIZED
+    if _SWAP.fullmatch(name):
+        return Kind.SWAP
+    if _EPHEMERAL.fullmatch(name):
+        return Kind.EPHEMERAL
+    for suffix in FOREIGN_STAGE_SUFFIXES:
+        if name.endswith(suffix) and classify(name.removesuffix(suffix)) in (
+            Kind.ORIGINAL,
+            Kind.SWAP,
+            Kind.EPHEMERAL,
+        ):
+            return Kind.FOREIGN_STAGE
+    return Kind.UNKNOWN
+
+
+def base_name(image_id: str) -> str:
+    """Return the name of the base image of an image id: sha1 of its UTF-8 bytes, in hex, as Nova's.
+
+    :raises ImageRejected: for an id that is empty, too long, or holds control characters.
+    """
+    if not isinstance(image_id, str) or not image_id:
+        raise errors.ImageRejected("an image id must be non-empty text", next_step="correct the request")
+    try:
+        encoded = image_id.encode()
+    except UnicodeEncodeError:
+        raise errors.ImageRejected(
+            f"image id {image_id[:80]!r} is not valid Unicode", next_step="correct the request"
+        ) from None
+    if len(encoded) > _MAX_ID_BYTES:
+        raise errors.ImageRejected(
+            f"image id {image_id[:40]!r}... has {len(encoded)} bytes, at most {_MAX_ID_BYTES} are possible",
+            next_step="correct the request",
+        )
+    if any(unicodedata.category(character) == "Cc" for character in image_id):
+        raise errors.ImageRejected(
+            f"image id {image_id[:80]!r} holds a control character", next_step="correct the request"
+        )
+    # sha1 names a file here, it protects nothing.
+    return hashlib.sha1(encoded, usedforsecurity=False).hexdigest()
+
+
+def swap_name(size_mb: int) -> str:
+    """Return the name of the shared swap base of a size in MiB."""
+    return f"swap_{size_mb}"
+
+
+def ephemeral_name(size_gb: int, mkfs: str) -> str:
+    """Return the name of the shared ephemeral base of a size in GiB.
+
+    :param mkfs: the filesystem's name, or the operator's mkfs command line where one is configured. Its md5
+        is part of the name, as Nova's is (ext4: ``40d1d2c``, vfat: ``0706d66``).
+    """
+    return f"ephemeral_{size_gb}_{hashlib.md5(mkfs.encode(), usedforsecurity=False).hexdigest()[:7]}"
+
+
+def lock_name(name: str) -> str:
+    """Return the file name of a base's lock: Nova's, so that both can share a directory."""
+    return f"nova-{name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The paths of one cache.
+
+    :param base_path: absolute path of the directory of base images.
+    :param locks_path: absolute path of the directory of lock files.
+    """
+
+    base_path: str
+    locks_path: str
+
+    def base(self, name: str) -> str:
+        return os.path.join(self.base_path, name)
+
+    def lock(self, name: str) -> str:
+        return os.path.join(self.locks_path, lock_name(name))
+
+    @property
+    def private(self) -> str:
+        return os.path.join(self.base_path, ".imagecache")
+
+    @property
+    def version(self) -> str:
+        return os.path.join(self.private, "version")
+
+    @property
+    def records(self) -> str:
+        return os.path.join(self.private, "records")
+
+    @property
+    def stages(self) -> str:
+        return os.path.join(self.private, "stage")
+
+    @property
+    def trash(self) -> str:
+        return os.path.join(self.private, "trash")
+
+    @property
+    def hosts(self) -> str:
+        return os.path.join(self.private, "hosts")
+
+    @property
+    def pins(self) -> str:
+        return os.path.join(self.private, "pins")
+
+    def record(self, name: str) -> str:
+        return os.path.join(self.records, f"{name}.json")
+
+    def stage(self, stage_id: str) -> str:
+        return os.path.join(self.stages, stage_id)
+
+    def stage_record(self, stage_id: str) -> str:
+        return os.path.join(self.stages, f"{stage_id}.json")
+
+    def trashed(self, name: str, trash_id: str) -> str:
+        return os.path.join(self.trash, f"{name}.{trash_id}")
+
+    def host(self, host_id: str) -> str:
+        return os.path.join(self.hosts, f"{host_id}.json")
+
+    def readings(self, host_id: str) -> str:
+        return os.path.join(self.hosts, f"{host_id}.readings")
+
+    def pin(self, name: str) -> str:
+        return os.path.join(self.pins, f"{name}.json")

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values that pass between the parts. All are frozen; all sizes are bytes unless named otherwise.
+
+Three sizes of one file are told apart everywhere: *virtual* (what the guest
+sees), *apparent* (``st_size``) and *allocated* (``st_blocks * 512``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class Digest:
+    """A content digest.
+
+    :param algorithm: a :mod:`hashlib` name, such as ``sha512`` (Glance's ``os_hash_algo``).
+    :param value: lower-case hex.
+    """
+
+    algorithm: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.algorithm}:{self.value}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """What a source says of an image. None of it is trusted before it is checked.
+
+    :param id: any non-empty text of at most 1,024 UTF-8 bytes without control characters.
+    :param disk_format: Glance's name for it (``raw``, ``qcow2``, ``vmdk``, ``vhd``, ``iso``, ...).
+        None: not claimed; the content decides.
+    :param size: length of the data in bytes. None: unknown.
+    :param digest: of the data as stored at the source. None: none is known.
+    :param virtual_size: bytes the guest would see, as claimed. None: unknown.
+    :param container_format: Glance's (``bare``, ``ovf``, ``aki``, ...).
+    :param status: Glance's image status; only ``active`` images have data.
+    :param locations: URLs under which the image service stores the data (``rbd://fsid/pool/image/snap``).
+    :param stores: names of the image service's stores that hold it.
+    :param properties: everything else the source said, such as ``img_signature``.
+    """
+
+    id: str
+    disk_format: str | None = None
+    size: int | None = None
+    digest: Digest | None = None
+    virtual_size: int | None = None
+    container_format: str | None = "bare"
+    status: str = "active"
+    locations: tuple[str, ...] = ()
+    stores: tuple[str, ...] = ()
+    properties: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseImage:
+    """A base image in the cache, as a lease shows it.
+
+    :param image_id: the image it was made from.
+    :param name: its name in the cache (sha1 of the id, in hex).
+    :param path: absolute path. Never write to it.
+    :param format: how it is stored: ``raw`` or, with ``force_raw_images`` off, the source's format.
+        qemu's name for it (``vpc``, not ``vhd``).
+    :param virtual_size: bytes the guest would see.
+    :param digest: of the source's data, if it was checked when the base was made. None for an
+        adopted base, whose making nobody witnessed.
+    :param fd: a descriptor of the base file, open for reading for as long as the lease is held, or
+        None outside a lease. Reading through it is safe whatever happens to the name.
+    """
+
+    image_id: str
+    name: str
+    path: str
+    format: str
+    virtual_size: int
+    digest: Digest | None = None
+    fd: int | None = dataclasses.field(default=None, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Disk:
+    """An instance disk that a backend made.
+
+    :param target: absolute path, or the image's name for rbd.
+    :param format: qemu's name of the format; pass it to the hypervisor explicitly, never let it probe.
+    :param virtual_size: bytes the guest sees.
+    :param base: name of the base image that the disk needs as long as it lives. None: the disk stands alone.
+    """
+
+    target: str
+    format: str
+    virtual_size: int
+    base: str | None = None
+
+
+class CacheResult(enum.Enum):
+    """What :meth:`ImageCacheManager.cache_image` did."""
+
+    #: The image was fetched now.
+    CACHED = "cached"
+    #: It was there.
+    EXISTING = "existing"
+    #: The backend clones from the image service's storage; nothing to cache.
+    NOT_NEEDED = "not_needed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ephemeral:
+    """An ephemeral disk that an instance uses, as :meth:`ImageCacheManager.create_ephemeral` was asked for it."""
+
+    size_gb: int
+    os_type: str | None = None
+    fs: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Instance:
+    """One instance as its driver reports it to :meth:`ImageCacheManager.verify_base_images`.
+
+    :param uuid: its uuid, which is the default name of its directory.
+    :param host: name of the host it is on. On shared storage the driver reports all hosts' instances.
+    :param images: ids of all images it uses: root, kernel, ramdisk, rescue.
+    :param directories: names (not paths) its disks live under beside the uuid, such as its name or ``<uuid>_resize``.
+    :param swap_mb: size of its swap disk in MiB, 0 for none.
+    :param ephemerals: its ephemeral disks.
+    """
+
+    uuid: str
+    host: str
+    images: tuple[str, ...] = ()
+    directories: tuple[str, ...] = ()
+    swap_mb: int = 0
+    ephemerals: tuple[Ephemeral, ...] = ()
+
+
+class CancelToken(Protocol):
+    """What cancels a request: a :class:`threading.Event` will do."""
+
+    def is_set(self) -> bool: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is particular to one call. The manager outlives many requests; a driver's token does not.
+
+    :param source: used instead of the manager's source.
+    :param trusted_certs: ids of certificates, one of which must have signed the image. None: not demanded.
+    :param fallbacks: sources tried in order when the image is gone from the first.
+    :param deadline: epoch seconds after which the call gives up with :class:`LockTimeoutError` or
+        :class:`SourceError`. None: no limit.
+    :param cancel: asked now and then; once set, the call raises :class:`CancelledError`.
+    """
+
+    source: Any = None  # ImageSource; typed loosely because sources import this module
+    trusted_certs: tuple[str, ...] | None = None
+    fallbacks: tuple[Any, ...] = ()
+    deadline: float | None = None
+    cancel: CancelToken | None = None

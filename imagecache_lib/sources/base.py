@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where image bytes come from: the interface that every source implements.
+
+A source only asks and reads. Retrying, resuming and bounding what it gives is
+done once for all of them, in :mod:`imagecache_lib.sources.transfer`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+from imagecache_lib import errors, model
+
+
+class CannotResume(errors.SourceError):
+    """The source cannot continue from the offset asked for: start again from the first byte.
+
+    Raised by :meth:`ImageSource.open` for an offset above 0 when the server ignores ranges, or when
+    it says that the content is no longer what :meth:`ImageSource.describe` saw.
+    """
+
+
+class ImageSource(abc.ABC):
+    """A place that has images. Safe to share between threads."""
+
+    @abc.abstractmethod
+    def describe(self, image_id: str) -> model.Image:
+        """Return what the source knows of the image, without its data.
+
+        The result says ``status`` as the source does; the caller refuses what is not ``active``.
+
+        :raises ImageNotFound: no such image, or this caller may not see it.
+        :raises SourceError: the source failed; it may work later.
+        """
+
+    @abc.abstractmethod
+    def open(
+        self, image: model.Image, offset: int = 0
+    ) -> AbstractContextManager[Iterator[bytes]]:
+        """Open the image's data from a byte offset; the context yields an iterator of chunks.
+
+        One attempt: no retries in here. Chunks have any size above 0 (about 1 MiB is best). The iterator
+        ends where the data ends; a source that can tell that the data broke off raises instead.
+
+        :param image: as :meth:`describe` returned it.
+        :param offset: first byte wanted.
+        :raises ImageNotFound: the image or its data is gone.
+        :raises CannotResume: only for ``offset > 0``.
+        :raises SourceError: the source failed; raised while iterating too.
+        """
+
+    def can_resume(self, image: model.Image) -> bool:
+        """Whether a transfer of this image that broke may go on from its offset.
+
+        Only if a splice of two versions would be noticed: by a digest, or by a validator that the
+        source sends along (a strong ETag in If-Range).
+        """
+        return image.digest is not None
