@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What disks are made of: the interface that a driver's storage implements.
+
+A backend turns a base image into an instance disk and knows its own disks afterwards. It never decides
+which base image, when, or whether one may go: that is the manager's.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Callable
+from typing import ClassVar
+
+from imagecache_lib import config as config_module
+from imagecache_lib import errors, model
+from imagecache_lib import host as host_module
+
+
+class Feature(enum.Enum):
+    """What a backend may declare beyond the basics."""
+
+    #: :meth:`StorageBackend.clone` makes disks inside the image service's own storage.
+    CLONE = "clone"
+    #: Disks refer to their base image for as long as they live.
+    OVERLAY = "overlay"
+    #: :meth:`StorageBackend.resize`.
+    RESIZE = "resize"
+    #: :meth:`StorageBackend.flatten` does something: disks can be cut loose from their base.
+    FLATTEN = "flatten"
+
+
+class CannotClone(errors.BackendError):
+    """The image cannot be cloned inside the storage; the cause says why. It can be fetched instead."""
+
+
+class StorageBackend(abc.ABC):
+    """How instance disks are stored. Safe to share between threads.
+
+    Targets are what the backend names disks by: absolute paths here, image names for rbd. A disk gets its
+    name in one step, when it is complete, and never over an existing one.
+    """
+
+    #: Name under which the configuration and the entry point know it.
+    name: ClassVar[str]
+    #: What it can do beyond the basics.
+    features: ClassVar[frozenset[Feature]] = frozenset()
+
+    @classmethod
+    @abc.abstractmethod
+    def from_config(
+        cls, config: config_module.CacheConfig, host: host_module.Host
+    ) -> StorageBackend:
+        """Make one from the configuration, without touching the storage yet.
+
+        :raises ConfigError: the configuration lacks something it needs.
+        """
+
+    @abc.abstractmethod
+    def check_target(self, target: str) -> None:
+        """Refuse a target that cannot work, before anything is fetched for it.
+
+        :raises BackendError: not a name this backend can use, or its directory is missing or read-only.
+        """
+
+    @abc.abstractmethod
+    def exists(self, target: str) -> bool:
+        """Whether anything has that name."""
+
+    @abc.abstractmethod
+    def inspect(self, target: str) -> model.Disk:
+        """Return what the existing disk is.
+
+        :raises BackendError: there is none, or it cannot be read.
+        """
+
+    @abc.abstractmethod
+    def copy(
+        self,
+        base: model.BaseImage,
+        target: str,
+        size: int | None,
+        *,
+        confirm: Callable[[], None],
+    ) -> model.Disk:
+        """Make a disk that stands alone: the base's content, grown to ``size``.
+
+        :param size: virtual size wanted, in bytes, at least the base's. None: the base's.
+        :param confirm: to be called once when the disk is complete, just before it gets its name. If it
+            raises, remove the disk and let the exception pass: the base left the cache meanwhile.
+        :raises DiskExistsError: the target exists.
+        :raises NoSpaceError: no room.
+        :raises BackendError: the storage failed.
+        """
+
+    def create(
+        self,
+        base: model.BaseImage,
+        target: str,
+        size: int | None,
+        *,
+        confirm: Callable[[], None],
+    ) -> model.Disk:
+        """Make a disk the backend's own way, which may keep referring to the base. As :meth:`copy`."""
+        return self.copy(base, target, size, confirm=confirm)
+
+    def clone(self, image: model.Image, target: str, size: int | None) -> model.Disk:
+        """Make a disk from the image service's own storage, without fetching.
+
+        :raises CannotClone: not this image, or not this backend; the cause says why.
+        :raises DiskTooSmallError: ``size`` is below the image's virtual size.
+        :raises DiskExistsError: the target exists.
+        :raises BackendError: the storage failed.
+        """
+        raise CannotClone(f"the {self.name} backend does not clone", image=image.id)
+
+    @abc.abstractmethod
+    def resize(self, disk: model.Disk, size: int) -> model.Disk:
+        """Grow the disk to ``size`` bytes; the same size is fine.
+
+        :raises DiskTooSmallError: it would shrink.
+        :raises NoSpaceError: no room.
+        :raises BackendError: the storage failed.
+        """
+
+    def flatten(self, disk: model.Disk) -> model.Disk:
+        """Cut the disk loose from its base image. The default is right for disks that stand alone.
+
+        :raises BackendError: the storage failed; the disk is as it was.
+        """
+        return disk
+
+    @abc.abstractmethod
+    def remove(self, disk: model.Disk) -> None:
+        """Remove the disk. One that is gone is fine.
+
+        :raises BackendError: the storage failed.
+        """
+
+    def preflight(self) -> list[str]:
+        """Return what is wrong with the storage's set-up, a sentence each with what to do."""
+        return []
