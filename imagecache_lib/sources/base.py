@@ -22,6 +22,37 @@ class CannotResume(errors.SourceError):
     """
 
 
+class SourceRefused(errors.SourceError):
+    """The source answered, and would answer the same if it were asked again at once.
+
+    Its certificate does not verify, the token is not accepted, the image is not active yet. It is not
+    retried within a call.
+    """
+
+
+class SourceBusy(errors.SourceError):
+    """The source asks to be left alone for a while.
+
+    :param retry_after: seconds, as the server's Retry-After said it. None: it did not say.
+    """
+
+    def __init__(
+        self,
+        cause: str,
+        *,
+        image: str | None = None,
+        path: str | None = None,
+        next_step: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(cause, image=image, path=path, next_step=next_step)
+        self.retry_after = retry_after
+
+
+class NotPermitted(errors.ImageNotFound):
+    """The image is there, and this caller may not have it. Fallback sources are not asked for it."""
+
+
 class ImageSource(abc.ABC):
     """A place that has images. Safe to share between threads."""
 
