@@ -354,7 +354,7 @@ def _about(image_id: str, error: errors.ImageCacheError) -> errors.ImageCacheErr
 
 
 def _foreign(image_id: str, error: Exception) -> errors.SourceError:
-    """Translate what a source should have translated. Its text may hold a secret, so only its kind is told."""
+    """Translate what a source should have. The text may hold a secret, so only the kind is told."""
     failure = errors.SourceError(f"the source failed with {type(error).__name__}", image=image_id)
     failure.__cause__ = error
     return failure

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One HTTP request and its answer, as every HTTP source makes it.
+
+Rules that hold for all of them are here and nowhere else: which redirects are followed, and that a secret
+never reaches another origin or a message. Nothing is retried here, but for a kept-alive connection that
+turns out to be dead when the request is sent. What an answer means is in
+:mod:`imagecache_lib.sources.answers`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import os
+import socket
+import ssl
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import requests
+import requests.adapters
+import urllib3.exceptions
+
+from imagecache_lib import errors
+from imagecache_lib.sources import base
+
+#: Seconds to wait for the connection, and for each read.
+Timeout = tuple[float, float]
+
+MOST_REDIRECTS = 5
+#: How often a request is sent while its connection turns out to be dead. A pool may hold several dead ones:
+#: a server that restarts drops them all.
+_SENDS = 4
+_POOL = 32
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+
+class Send(Protocol):
+    """Send one request, follow nothing, and return the answer with its body unread."""
+
+    def __call__(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response: ...
+
+
+class SessionSend:
+    """Sends through a requests session: the caller's, or one of its own per process.
+
+    Of its own it makes one per process, because a forked child that reads from its parent's connections
+    gets the parent's answers.
+
+    :param session: the caller's. Its own rules for TLS hold as long as ``verify`` is True.
+    :param verify: as in requests: True, False, or the path of a file with CA certificates.
+    """
+
+    def __init__(
+        self, session: requests.Session | None, *, verify: bool | str, timeout: Timeout
+    ) -> None:
+        self._callers = session
+        self._verify = verify
+        self._timeout = timeout
+        self._own: tuple[int, requests.Session] | None = None
+
+    def __call__(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response:
+        # A verify of the call outranks the session's, so it is only given when it was asked for.
+        verify = None if self._callers is not None and self._verify is True else self._verify
+        return self._session().request(
+            method,
+            url,
+            headers=dict(headers),
+            stream=True,
+            allow_redirects=False,
+            timeout=self._timeout,
+            verify=verify,
+        )
+
+    def stranger(self) -> SessionSend:
+        """Return what sends to other origins: none of the session's headers, cookies, or credentials."""
+        verify = self._verify
+        if self._callers is not None and verify is True and self._callers.verify is not None:
+            verify = self._callers.verify
+        return SessionSend(None, verify=verify, timeout=self._timeout)
+
+    def _session(self) -> requests.Session:
+        if self._callers is not None:
+            return self._callers
+        own = self._own
+        if own is None or own[0] != os.getpid():
+            session = requests.Session()
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=_POOL))
+            self._own = own = (os.getpid(), session)
+        return own[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Web:
+    """How one source speaks HTTP.
+
+    :param send: for the origins that the source was configured with. May carry credentials.
+    :param elsewhere: for other origins that these redirect to; must carry none. None: refuse to go there.
+    """
+
+    send: Send
+    elsewhere: Send | None = None
+
+
+def shown(url: str) -> str:
+    """Return the URL without what may be secret: user, password, query (signatures), fragment."""
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def check_url(url: str) -> None:
+    """Refuse what is not an absolute http or https URL.
+
+    :raises ConfigError: it is not.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise errors.ConfigError(
+            "an image source's URL is not an absolute http or https URL",
+            next_step="correct the URL in the source's configuration",
+        )
+
+
+@contextlib.contextmanager
+def exchange(
+    web: Web, method: str, url: str, headers: Mapping[str, str], *, image_id: str
+) -> Iterator[requests.Response]:
+    """Send a request, follow its redirects, and yield the answer; the body is unread, any status goes.
+
+    :raises SourceRefused: a redirect that must not be followed; TLS that does not verify.
+    :raises SourceError: no answer.
+    """
+    send = web.send
+    for _ in range(MOST_REDIRECTS + 1):
+        response = _send(send, method, url, headers, image_id)
+        with contextlib.closing(response):
+            location = response.headers.get("Location")
+            if response.status_code not in _REDIRECTS or location is None:
+                yield response
+                return
+        target = _redirect_target(url, location, image_id)
+        if _origin(target) != _origin(url):
+            if web.elsewhere is None:
+                raise base.SourceRefused(
+                    f"{shown(url)} redirects to another origin, {shown(target)}, that must not see the token",
+                    image=image_id,
+                    next_step="configure the address it redirects to",
+                )
+            # For good: a stranger that redirects back must not make us show our credentials again.
+            send = web.elsewhere
+        url = target
+    raise base.SourceRefused(
+        f"more than {MOST_REDIRECTS} redirects, the last from {shown(url)}",
+        image=image_id,
+        next_step="correct the URL or the server",
+    )
+
+
+def _send(
+    send: Send, method: str, url: str, headers: Mapping[str, str], image_id: str
+) -> requests.Response:
+    for left in reversed(range(_SENDS)):
+        try:
+            return send(method, url, headers)
+        except errors.ImageCacheError:
+            raise
+        except Exception as error:  # whatever a caller's session raises is foreign
+            if left == 0 or not _is_dead_connection(error):
+                # "from None": the texts of requests' errors hold whole URLs and header values.
+                raise failure(error, url, image_id) from None
+    raise AssertionError("the last attempt returned or raised")
+
+
+def _redirect_target(url: str, location: str, image_id: str) -> str:
+    try:
+        target = urllib.parse.urljoin(url, location)
+        check_url(target)
+    except (ValueError, errors.ConfigError):
+        raise base.SourceRefused(
+            f"{shown(url)} redirects to something that is not a web address",
+            image=image_id,
+            next_step="correct the URL or the server",
+        ) from None
+    if url.lower().startswith("https:") and not target.lower().startswith("https:"):
+        raise base.SourceRefused(
+            f"{shown(url)} redirects from https to http ({shown(target)})",
+            image=image_id,
+            next_step="configure an address that stays on https",
+        )
+    return target
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """Return the error and all that caused it: requests and urllib3 keep causes in args and ``reason``."""
+    found: list[BaseException] = []
+    pending: list[object] = [error]
+    if not isinstance(error, requests.RequestException) and isinstance(
+        error.__context__, requests.RequestException
+    ):
+        # keystoneauth1 raises its own while it handles requests', without "from".
+        pending.append(error.__context__)
+    while pending:
+        one = pending.pop()
+        if isinstance(one, BaseException) and one not in found:
+            found.append(one)
+            pending.extend((one.__cause__, getattr(one, "reason", None), *one.args))
+    return found
+
+
+def _is_dead_connection(error: BaseException) -> bool:
+    # RemoteDisconnected is a ConnectionResetError. A refused connection is not one.
+    dead = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
+    return any(isinstance(cause, dead) for cause in _causes(error))
+
+
+def failure(error: BaseException, url: str, image_id: str) -> errors.SourceError:
+    """Say what went wrong without quoting the error: texts of requests' errors hold URLs and headers."""
+    causes = _causes(error)
+    where = shown(url)
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return base.SourceRefused(
+                f"the certificate of {where} does not verify: {cause.verify_message}",
+                image=image_id,
+                next_step="give the source the file of the CA that signed it",
+            )
+        if getattr(cause, "http_status", None) in (401, 403):
+            return base.SourceRefused(
+                f"the session could not get a token to ask {where} with",
+                image=image_id,
+                next_step="check the credentials of the session",
+            )
+    if isinstance(error, ValueError) and not isinstance(error, OSError | urllib3.exceptions.HTTPError):
+        return base.SourceRefused(
+            f"no request to {where} can be made ({type(error).__name__})",
+            image=image_id,
+            next_step="check the token and the URL for stray characters",
+        )
+    reason = f"{where}: {_reason(error, causes)}"
+    return errors.SourceError(reason, image=image_id, next_step="try again later")
+
+
+def _reason(error: BaseException, causes: list[BaseException]) -> str:
+    kinds: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
+        ((requests.ConnectTimeout, urllib3.exceptions.ConnectTimeoutError), "no connection in time"),
+        ((requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError), "nothing came in time"),
+        ((http.client.RemoteDisconnected,), "the server closed the connection without an answer"),
+        ((http.client.IncompleteRead, urllib3.exceptions.IncompleteRead), "the data broke off"),
+        ((socket.gaierror,), "its name does not resolve"),
+    )
+    for types, text in kinds:
+        if any(isinstance(cause, types) for cause in causes):
+            return text
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.strerror and not isinstance(cause, requests.RequestException):
+            return cause.strerror
+    return f"the transport failed ({type(error).__name__})"
