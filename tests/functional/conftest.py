@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The servers of the functional tests, one of each per run, and filesystems, one per test."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.functional.lab import filesystems
+from tests.functional.lab import glance as glance_lab
+from tests.functional.lab import nginx as nginx_lab
+from tests.functional.lab import relay as relay_lab
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="session")
+def glance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[glance_lab.Glance]:
+    """A running Glance. Tests share it: they look at their own images only."""
+    with glance_lab.running_glance(tmp_path_factory.mktemp("glance")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[nginx_lab.Nginx]:
+    """A running nginx. Tests share it: they serve files of names of their own."""
+    with nginx_lab.running_nginx(tmp_path_factory.mktemp("nginx")) as running:
+        yield running
+
+
+@pytest.fixture
+def tls_nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[nginx_lab.Nginx]:
+    """A running nginx with https and a certificate that nobody trusts by default."""
+    with nginx_lab.running_nginx(tmp_path_factory.mktemp("nginx"), tls=True) as running:
+        yield running
+
+
+@pytest.fixture
+def relay_to() -> Iterator[Callable[[str], relay_lab.Relay]]:
+    """Start a relay in front of an ``http://host:port``."""
+    with contextlib.ExitStack() as stack:
+        yield lambda url: stack.enter_context(relay_lab.running_relay(url))
+
+
+@pytest.fixture
+def xfs(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An xfs that can reflink, 1 GiB."""
+    mkfs = ["mkfs.xfs", "-q", "-m", "reflink=1,crc=1"]
+    with filesystems.loop_mounted(tmp_path, 1024 * MIB, mkfs) as mount_point:
+        yield mount_point
+
+
+@pytest.fixture
+def small_ext4(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """An ext4 of 64 MiB that is soon full; none of it is reserved for root."""
+    with filesystems.loop_mounted(tmp_path, 64 * MIB, ["mkfs.ext4", "-q", "-m", "0"]) as mount_point:
+        yield mount_point
+
+
+@pytest.fixture
+def tmpfs(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A tmpfs of 256 MiB: no reflinks; other limits than a disk."""
+    with filesystems.tmpfs_mounted(tmp_path, 256 * MIB) as mount_point:
+        yield mount_point

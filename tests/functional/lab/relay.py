@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A TCP relay in front of a server, which breaks connections where a test says: the network between.
+
+Networks and load balancers break transfers at any byte; a server on loopback never does by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+
+_CHUNK = 64 * 1024
+
+
+class Relay:
+    """Relays every connection to one upstream. Use :func:`running_relay`."""
+
+    def __init__(self, upstream: tuple[str, int]) -> None:
+        self._upstream = upstream
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._lock = threading.Lock()
+        self._cuts: list[int] = []
+        self._resets_reused = False
+        self._reset_count = 0
+        self._open: set[socket.socket] = set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    @property
+    def resets(self) -> int:
+        """How many connections were reset."""
+        with self._lock:
+            return self._reset_count
+
+    def cut_after(self, *counts: int) -> None:
+        """Reset one connection for each count, in turn, after that many bytes of answers."""
+        with self._lock:
+            self._cuts = list(counts)
+
+    def reset_reused(self) -> None:
+        """From now on, reset a connection on which a second request arrives, as uWSGI does now and then."""
+        with self._lock:
+            self._resets_reused = True
+
+    def serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(target=self._relay, args=(client,), daemon=True).start()
+
+    def close(self) -> None:
+        # A thread that blocks in accept() is not woken by close(), but by shutdown().
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._lock:
+            for connection in self._open:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def _relay(self, client: socket.socket) -> None:
+        with client, socket.create_connection(self._upstream) as server:
+            with self._lock:
+                self._open |= {client, server}
+                cut = self._cuts.pop(0) if self._cuts else None
+            try:
+                self._pass_on(client, server, cut)
+            except OSError:
+                pass  # either side went away: so does the relayed connection
+            finally:
+                with self._lock:
+                    self._open -= {client, server}
+
+    def _pass_on(self, client: socket.socket, server: socket.socket, left: int | None) -> None:
+        answering = False
+        sides = [client, server]
+        while True:
+            readable, _, _ = select.select(sides, [], [])
+            if client in readable:
+                data = client.recv(_CHUNK)
+                if not data:
+                    return
+                with self._lock:
+                    reset_reused = self._resets_reused
+                if answering and reset_reused:
+                    return self._reset(client)
+                server.sendall(data)
+            if server in readable:
+                data = server.recv(_CHUNK)
+                if not data:
+                    # The client does not learn it before it tries to use the connection again.
+                    with self._lock:
+                        if not self._resets_reused:
+                            return
+                    sides = [client]
+                    continue
+                answering = True
+                if left is not None:
+                    data = data[:left]
+                    left -= len(data)
+                client.sendall(data)
+                if left == 0:
+                    return self._reset(client)
+
+    def _reset(self, client: socket.socket) -> None:
+        with self._lock:
+            self._reset_count += 1
+        # Linger of zero: close() sends RST instead of FIN.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+@contextlib.contextmanager
+def running_relay(upstream_url: str) -> Iterator[Relay]:
+    """Run a relay to an ``http://host:port`` for the length of the context."""
+    host, _, port = upstream_url.removeprefix("http://").partition(":")
+    relay = Relay((host, int(port)))
+    thread = threading.Thread(target=relay.serve, daemon=True)
+    thread.start()
+    try:
+        yield relay
+    finally:
+        relay.close()
+        thread.join(10)
