@@ -255,7 +255,7 @@ def failure(error: BaseException, url: str, image_id: str) -> errors.SourceError
 
 def _reason(error: BaseException, causes: list[BaseException]) -> str:
     kinds: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
-        ((requests.ConnectTimeout, urllib3.exceptions.ConnectTimeoutError), "no connection in time"),
+        ((requests.ConnectTimeout,), "no connection in time"),
         ((requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError), "nothing came in time"),
         ((http.client.RemoteDisconnected,), "the server closed the connection without an answer"),
         ((http.client.IncompleteRead, urllib3.exceptions.IncompleteRead), "the data broke off"),
