@@ -63,8 +63,6 @@ class SessionSend:
         self._own: tuple[int, requests.Session] | None = None
 
     def __call__(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response:
-        # A verify of the call outranks the session's, so it is only given when it was asked for.
-        verify = None if self._callers is not None and self._verify is True else self._verify
         return self._session().request(
             method,
             url,
@@ -72,15 +70,18 @@ class SessionSend:
             stream=True,
             allow_redirects=False,
             timeout=self._timeout,
-            verify=verify,
+            verify=self._trust(),
         )
 
     def stranger(self) -> SessionSend:
         """Return what sends to other origins: none of the session's headers, cookies, or credentials."""
-        verify = self._verify
-        if self._callers is not None and verify is True and self._callers.verify is not None:
-            verify = self._callers.verify
-        return SessionSend(None, verify=verify, timeout=self._timeout)
+        return SessionSend(None, verify=self._trust(), timeout=self._timeout)
+
+    def _trust(self) -> bool | str:
+        # Given with the call: of a session's own verify, requests lets REQUESTS_CA_BUNDLE take the place.
+        if self._callers is not None and self._verify is True:
+            return self._callers.verify
+        return self._verify
 
     def _session(self) -> requests.Session:
         if self._callers is not None:
@@ -143,6 +144,9 @@ def exchange(
         response = _send(send, method, url, headers, image_id)
         with contextlib.closing(response):
             location = response.headers.get("Location")
+            if method == "HEAD":
+                # There is no body, but the connection is only kept once that was read.
+                response.raw.drain_conn()
             if response.status_code not in _REDIRECTS or location is None:
                 yield response
                 return

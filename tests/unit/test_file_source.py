@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are not what the table says."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import socket
+import tempfile
+import unittest
+
+from imagecache_lib import errors, model
+from imagecache_lib.sources import base
+from imagecache_lib.sources.file import FileImage, FileSource
+
+
+class TestFileSource(unittest.TestCase):
+    def setUp(self) -> None:
+        self.directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+    def source(self, path: pathlib.Path | str) -> FileSource:
+        return FileSource({"x": FileImage(path)})
+
+    def test_takes_the_size_from_the_file(self) -> None:
+        path = self.directory / "image"
+        path.write_bytes(b"12345")
+        self.assertEqual(5, self.source(path).describe("x").size)
+
+    def test_a_missing_file_is_an_image_not_found(self) -> None:
+        for name in ("missing", "missing/too"):
+            with self.assertRaises(errors.ImageNotFound) as caught:
+                self.source(self.directory / name).describe("x")
+            self.assertEqual(str(self.directory / name), caught.exception.path)
+
+    def test_only_regular_files_are_read(self) -> None:
+        fifo = self.directory / "fifo"
+        os.mkfifo(fifo)
+        link = self.directory / "link"
+        link.symlink_to(fifo)
+        for path in (fifo, link, self.directory, pathlib.Path("/dev/zero")):
+            with self.subTest(path=path):
+                with self.assertRaises(errors.ImageRejected):
+                    self.source(path).describe("x")
+                with self.assertRaises(errors.ImageRejected), self.source(path).open(model.Image(id="x")):
+                    pass
+
+    def test_what_cannot_be_opened_is_a_source_error(self) -> None:
+        path = self.directory / "socket"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            for odd in (str(path), str(self.directory / ("x" * 300)), "a\0b"):
+                with self.subTest(odd=odd), self.assertRaises(errors.SourceError):
+                    self.source(odd).describe("x")
+
+    def test_a_file_that_changed_its_size_is_not_resumed(self) -> None:
+        path = self.directory / "image"
+        path.write_bytes(b"12345")
+        source = self.source(path)
+        image = source.describe("x")
+        path.write_bytes(b"123456")
+        with self.assertRaises(base.CannotResume), source.open(image, 2):
+            pass
+
+    def test_closes_what_it_opens(self) -> None:
+        path = self.directory / "image"
+        path.write_bytes(b"12345")
+        source = self.source(path)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            with source.open(source.describe("x")) as stream:
+                next(stream)
+            with self.assertRaises(errors.ImageRejected):
+                self.source(self.directory).describe("x")
+        self.assertEqual(before, len(os.listdir("/proc/self/fd")))

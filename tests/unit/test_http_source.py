@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HTTP source against servers that behave badly."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import pathlib
+import random
+import socket
+import tempfile
+import unittest
+from typing import ClassVar
+
+import requests
+
+from imagecache_lib import errors, model
+from imagecache_lib.host import Host
+from imagecache_lib.sources import base, transfer
+from imagecache_lib.sources.http import HttpImage, HttpSource
+from tests.servers import Answer, Certificate, Script, Seen, Server, data_answer
+
+DATA = random.Random(2).randbytes(500_000)
+DIGEST = model.Digest("sha256", hashlib.sha256(DATA).hexdigest())
+SECRET = "s3same"
+HALF = len(DATA) // 2
+QUIET = Host(name="here", sleep=lambda seconds: None)
+
+
+class HttpCase(unittest.TestCase):
+    def setUp(self) -> None:
+        self.server = self.enterContext(Server())
+
+    def source(self, *answers: Script, digest: model.Digest | None = DIGEST, **options: object) -> HttpSource:
+        """Return a source whose one image, x, is at a path that answers so."""
+        self.server.script("/x", *answers)
+        table = {"x": HttpImage(f"{self.server.url}/x", "raw", digest)}
+        return HttpSource(table, **{"timeout": (1.0, 10.0), **options})  # type: ignore[arg-type]
+
+    def fetch(self, source: HttpSource, retries: int = 1) -> bytes:
+        found, image = transfer.describe(source, "x", host=QUIET, retries=retries)
+        fetching = transfer.Transfer(found, image, host=QUIET, retries=retries)
+        while True:
+            try:
+                return b"".join(fetching.chunks())
+            except transfer.StartAgain:
+                continue
+
+    def offsets(self) -> list[str | None]:
+        return [seen.headers.get("Range") for seen in self.server.requests("GET")]
+
+
+def serve(seen: Seen) -> Answer:
+    return data_answer(DATA, seen)
+
+
+def tagged(tag: str, data: bytes = DATA) -> Script:
+    return lambda seen: data_answer(data, seen, etag=tag)
+
+
+class TestBrokenTransfers(HttpCase):
+    def test_a_truncated_transfer_goes_on_where_it_broke(self) -> None:
+        cut = Answer(body=DATA[:HALF], length=len(DATA), after="close")
+        self.assertEqual(DATA, self.fetch(self.source(serve, cut, serve)))
+        self.assertEqual([None, f"bytes={HALF}-"], self.offsets())
+
+    def test_a_reset_transfer_is_completed(self) -> None:
+        cut = Answer(body=DATA[:HALF], length=len(DATA), after="reset")
+        self.assertEqual(DATA, self.fetch(self.source(serve, cut, serve)))
+
+    def test_a_stalled_transfer_is_completed(self) -> None:
+        stall = Answer(body=DATA[:HALF], length=len(DATA), after="stall")
+        source = self.source(serve, stall, serve, timeout=(1.0, 0.1))
+        self.assertEqual(DATA, self.fetch(source))
+        self.assertEqual([None, f"bytes={HALF}-"], self.offsets())
+
+    def test_an_early_end_without_a_length_is_noticed(self) -> None:
+        cut = Answer(body=DATA[:HALF], length=-1, after="close")
+        self.assertEqual(DATA, self.fetch(self.source(serve, cut, serve)))
+
+    def test_truncated_for_ever_is_a_source_error(self) -> None:
+        cut = Answer(body=DATA[:10], length=len(DATA), after="close")
+        with self.assertRaisesRegex(errors.SourceError, "the data broke off; gave up after 2 attempts"):
+            self.fetch(self.source(serve, cut))
+
+    def test_an_endless_body_is_refused(self) -> None:
+        endless = Answer(body=DATA, length=-1, after="endless")
+        with self.assertRaises(errors.ImageRejected):
+            self.fetch(self.source(serve, endless))
+
+    def test_a_server_that_ignores_ranges_is_read_from_the_start(self) -> None:
+        cut = Answer(body=DATA[:HALF], length=len(DATA), after="close")
+        self.assertEqual(DATA, self.fetch(self.source(serve, cut, Answer(body=DATA))))
+        self.assertEqual([None, f"bytes={HALF}-", None], self.offsets())
+
+    def test_a_range_that_is_not_the_one_asked_for_is_not_spliced_in(self) -> None:
+        cut = Answer(body=DATA[:HALF], length=len(DATA), after="close")
+        rest = DATA[HALF:]
+        for value in (
+            f"bytes {HALF + 1}-{len(DATA) - 1}/{len(DATA)}",
+            f"bytes {HALF}-{len(DATA)}/{len(DATA) + 1}",
+            f"bytes {len(DATA) - 1}-{HALF}/{len(DATA)}",
+            "bytes */500000",
+            "pages 1-2/3",
+            None,
+        ):
+            with self.subTest(value=value):
+                wrong = Answer(206, {} if value is None else {"Content-Range": value}, rest)
+                self.server.seen.clear()
+                self.assertEqual(DATA, self.fetch(self.source(serve, cut, wrong, serve)))
+                self.assertIsNone(self.offsets()[-1])
+
+    def test_refused_ranges_and_preconditions_start_again(self) -> None:
+        cut = Answer(body=DATA[:HALF], length=len(DATA), after="close")
+        for status in (412, 416):
+            with self.subTest(status=status):
+                self.assertEqual(DATA, self.fetch(self.source(serve, cut, Answer(status), serve)))
+
+    def test_a_short_range_is_completed(self) -> None:
+        part = Answer(206, {"Content-Range": f"bytes 10-19/{len(DATA)}"}, DATA[10:20])
+        cut = Answer(body=DATA[:10], length=len(DATA), after="close")
+        self.assertEqual(DATA, self.fetch(self.source(serve, cut, part, serve), retries=2))
+
+
+class TestEntityTags(HttpCase):
+    cut: ClassVar[Answer] = Answer(
+        headers={"ETag": '"one"'}, body=DATA[:HALF], length=len(DATA), after="close"
+    )
+
+    def test_a_strong_tag_allows_to_resume_without_a_digest(self) -> None:
+        source = self.source(tagged('"one"'), self.cut, tagged('"one"'), digest=None)
+        self.assertEqual(DATA, self.fetch(source))
+        resumed = self.server.requests("GET")[-1]
+        self.assertEqual((f"bytes={HALF}-", '"one"'), (resumed.headers["Range"], resumed.headers["If-Range"]))
+
+    def test_a_weak_tag_does_not(self) -> None:
+        source = self.source(tagged('W/"one"'), digest=None)
+        image = source.describe("x")
+        self.assertFalse(source.can_resume(image))
+
+    def test_changed_content_is_never_spliced(self) -> None:
+        # The same length, so that only the tag tells.
+        new = random.Random(3).randbytes(len(DATA))
+        source = self.source(tagged('"one"'), self.cut, tagged('"two"', new), digest=None)
+        with self.assertRaisesRegex(errors.SourceError, "changed"):
+            self.fetch(source)
+
+    def test_a_part_with_another_tag_is_refused(self) -> None:
+        lying = Answer(206, {"ETag": '"two"', "Content-Range": "bytes 10-19/20"}, DATA[:10])
+        source = self.source(tagged('"one"', DATA[:20]), lying)
+        image = source.describe("x")
+        with self.assertRaises(base.CannotResume), source.open(image, 10):
+            pass
+
+    def test_with_a_digest_mirrors_may_differ_in_their_tags(self) -> None:
+        self.assertEqual(DATA, self.fetch(self.source(tagged('"one"'), tagged('"two"'))))
+
+
+class TestConnections(HttpCase):
+    def test_a_dead_kept_alive_connection_is_invisible(self) -> None:
+        source = self.source(serve, Answer(after="drop"), serve)
+        image = source.describe("x")
+        with source.open(image) as stream:
+            self.assertEqual(DATA, b"".join(stream))
+        first, second, third = self.server.requests()
+        self.assertEqual(first.connection, second.connection)
+        self.assertNotEqual(second.connection, third.connection)
+
+    def test_a_server_that_drops_every_request_is_a_source_error(self) -> None:
+        with self.assertRaises(errors.SourceError):
+            self.source(Answer(after="drop")).describe("x")
+        self.assertEqual(4, len(self.server.requests()))
+
+    def test_a_silent_server_is_asked_once_per_attempt(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+            source = HttpSource({"x": HttpImage(url)}, timeout=(1.0, 0.05))
+            with self.assertRaisesRegex(errors.SourceError, "nothing came in time"):
+                source.describe("x")
+        with self.assertRaisesRegex(errors.SourceError, "refused"):
+            source.describe("x")
+
+    def test_server_errors_pass(self) -> None:
+        source = self.source(Answer(503), serve, Answer(502), serve)
+        self.assertEqual(DATA, self.fetch(source))
+
+    def test_retry_after_is_passed_on(self) -> None:
+        for headers, seconds in (({"Retry-After": "7"}, 7.0), ({"Retry-After": "soon"}, None), ({}, None)):
+            with self.subTest(headers=headers):
+                with self.assertRaises(base.SourceBusy) as caught:
+                    self.source(Answer(429, headers)).describe("x")
+                self.assertEqual(seconds, caught.exception.retry_after)
+
+    def test_identity_is_asked_for_and_insisted_on(self) -> None:
+        packed = Answer(headers={"Content-Encoding": "gzip"}, body=gzip.compress(DATA))
+        source = self.source(packed)
+        image = source.describe("x")
+        self.assertIsNone(image.size)
+        with self.assertRaisesRegex(errors.SourceError, "gzip"):
+            self.fetch(source)
+        self.assertEqual({"identity"}, {seen.headers["Accept-Encoding"] for seen in self.server.requests()})
+
+
+class TestDescribe(HttpCase):
+    def test_falls_back_to_a_range_where_head_is_not_allowed(self) -> None:
+        for status in (405, 501):
+            image = self.source(Answer(status), tagged('"one"')).describe("x")
+            self.assertEqual((len(DATA), "one"), (image.size, image.properties["etag"].strip('"')))
+        self.assertEqual(["bytes=0-0", "bytes=0-0"], self.offsets())
+
+    def test_a_server_without_ranges_still_tells_the_size(self) -> None:
+        self.assertEqual(len(DATA), self.source(Answer(405), Answer(body=DATA)).describe("x").size)
+
+    def test_a_configured_size_outranks_the_servers(self) -> None:
+        self.server.script("/x", serve)
+        source = HttpSource({"x": HttpImage(f"{self.server.url}/x", size=7)})
+        self.assertEqual(7, source.describe("x").size)
+
+    def test_each_status_has_its_error(self) -> None:
+        expected: dict[int, tuple[type[errors.ImageCacheError], str]] = {
+            401: (base.SourceRefused, "token or credentials"),
+            403: (base.NotPermitted, "no permission"),
+            404: (errors.ImageNotFound, "no such image"),
+            410: (errors.ImageNotFound, "no such image"),
+            418: (base.SourceRefused, "418"),
+            429: (base.SourceBusy, "429"),
+            500: (base.SourceBusy, "500"),
+            204: (errors.ImageRejected, "no data"),
+        }
+        for status, (kind, text) in expected.items():
+            with self.subTest(status=status), self.assertRaisesRegex(kind, text) as caught:
+                self.source(Answer(status)).describe("x")
+            self.assertEqual("x", caught.exception.image)
+            self.assertIsNotNone(caught.exception.next_step)
+
+    def test_urls_are_checked_when_the_source_is_made(self) -> None:
+        for url in ("ftp://host/x", "/etc/passwd", "http://", "http://host:99999/", "http://[", ""):
+            with self.subTest(url=url), self.assertRaises(errors.ConfigError):
+                HttpSource({"x": HttpImage(url)})
+
+    def test_secrets_in_a_url_are_not_shown(self) -> None:
+        url = self.server.url.replace("//", f"//user:{SECRET}@") + f"/x?signature={SECRET}#{SECRET}"
+        source = HttpSource({"x": HttpImage(url)})
+        for answer in (Answer(404), Answer(500), Answer(after="drop"), Answer(302, {"Location": "ftp://x"})):
+            self.server.script(f"/x?signature={SECRET}", answer)
+            with self.assertRaises(errors.ImageCacheError) as caught:
+                source.describe("x")
+            self.assertNotIn(SECRET, str(caught.exception))
+        self.assertNotIn(SECRET, repr(source) + repr(HttpImage(url)))
+        self.assertIn("Authorization", self.server.requests()[0].headers)
+
+
+class TestRedirects(HttpCase):
+    def to(self, url: str) -> Answer:
+        return Answer(302, {"Location": url})
+
+    def authorized(self) -> requests.Session:
+        session = requests.Session()
+        session.headers["Authorization"] = SECRET
+        session.headers["X-Key"] = SECRET
+        session.cookies.set("key", SECRET)
+        self.addCleanup(session.close)
+        return session
+
+    def test_follows_within_the_origin_with_credentials(self) -> None:
+        self.server.script("/y", serve)
+        self.assertEqual(DATA, self.fetch(self.source(self.to("/y"), session=self.authorized())))
+        self.assertEqual({SECRET}, {seen.headers["Authorization"] for seen in self.server.requests()})
+
+    def test_another_origin_gets_no_credentials(self) -> None:
+        other = self.enterContext(Server())
+        other.script("/y", serve)
+        source = self.source(self.to(f"{other.url}/y"), session=self.authorized())
+        self.assertEqual(DATA, self.fetch(source))
+        self.assertIn(SECRET, str(self.server.requests()[0].headers))
+        self.assertNotIn(SECRET, str([seen.headers for seen in other.requests()]))
+
+    def test_a_stranger_that_redirects_back_does_not_regain_them(self) -> None:
+        other = self.enterContext(Server())
+        other.script("/y", self.to(f"{self.server.url}/z"))
+        self.server.script("/z", serve)
+        self.fetch(self.source(self.to(f"{other.url}/y"), session=self.authorized()))
+        back = [seen for seen in self.server.requests() if seen.path == "/z"]
+        self.assertNotIn(SECRET, str([seen.headers for seen in back]))
+
+    def test_loops_end(self) -> None:
+        with self.assertRaisesRegex(base.SourceRefused, "redirects"):
+            self.source(self.to("/x")).describe("x")
+        self.assertEqual(6, len(self.server.requests()))
+
+    def test_goes_nowhere_but_to_the_web(self) -> None:
+        for url in ("file:///etc/passwd", "ftp://host/", "http://[", "http://host:x/"):
+            with self.subTest(url=url), self.assertRaises(base.SourceRefused):
+                self.source(self.to(url)).describe("x")
+
+
+class TestTls(unittest.TestCase):
+    def setUp(self) -> None:
+        directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.certificate = Certificate.make(directory)
+        self.server = self.enterContext(Server(tls=self.certificate))
+        self.server.script("/x", serve)
+        self.table = {"x": HttpImage(f"{self.server.url}/x")}
+
+    def test_an_unknown_certificate_is_refused_at_once(self) -> None:
+        with self.assertRaisesRegex(base.SourceRefused, "certificate.*does not verify"):
+            HttpSource(self.table).describe("x")
+        self.assertEqual([], self.server.requests())
+
+    def test_a_given_certificate_is_trusted(self) -> None:
+        source = HttpSource(self.table, verify=str(self.certificate.path))
+        self.assertEqual(len(DATA), source.describe("x").size)
+
+    def test_the_sessions_own_trust_holds(self) -> None:
+        with requests.Session() as session:
+            session.verify = str(self.certificate.path)
+            self.assertEqual(len(DATA), HttpSource(self.table, session=session).describe("x").size)
+
+    def test_never_from_https_to_http(self) -> None:
+        plain = self.enterContext(Server())
+        plain.script("/x", serve)
+        self.server.script("/x", Answer(302, {"Location": f"{plain.url}/x"}))
+        with self.assertRaisesRegex(base.SourceRefused, "from https to http"):
+            HttpSource(self.table, verify=str(self.certificate.path)).describe("x")
+        self.assertEqual([], plain.requests())
