@@ -94,7 +94,7 @@ def test_an_image_whose_upload_is_not_complete_is_refused_for_now(glance, source
         transfer.describe(source, queued, host=IMPATIENT)
 
 
-def test_an_active_image_that_has_no_data_is_rejected(glance, source):
+def test_data_of_an_image_that_has_none_are_refused(glance, source):
     queued = glance.create()
     with pytest.raises(errors.ImageRejected, match="no data"):
         read(source, source.describe(queued))

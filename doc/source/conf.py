@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sphinx configuration. Warnings are errors in every build: see the Makefile and tox.ini."""
+
+project = "imagecache-lib"
+author = "The imagecache-lib maintainers"
+copyright = author
+
+extensions = ["sphinx.ext.autodoc"]
+
+# Everything documented here is typed; the signature need not say it twice.
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+# Optional parts, which need not be installed to read about them.
+autodoc_mock_imports = ["cursive", "oslo_messaging", "prometheus_client", "rados", "rbd"]
+
+html_theme = "alabaster"
+html_theme_options = {
+    "description": "A host-local image cache for hypervisor drivers",
+    "fixed_sidebar": True,
+    "page_width": "70em",
+}
+html_show_sphinx = False
