@@ -80,7 +80,7 @@ class SessionSend:
     def _trust(self) -> bool | str:
         # Given with the call: of a session's own verify, requests lets REQUESTS_CA_BUNDLE take the place.
         if self._callers is not None and self._verify is True:
-            return self._callers.verify
+            return True if self._callers.verify is None else self._callers.verify
         return self._verify
 
     def _session(self) -> requests.Session:

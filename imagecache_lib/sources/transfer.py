@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import random as random_module
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from imagecache_lib import errors, model
 from imagecache_lib import host as host_module
@@ -271,7 +271,7 @@ class Transfer:
         LOG.warning("image %s: wrong after a resumed transfer; fetching it once more", self._image.id)
         return True
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Generator[bytes]:
         """Yield the image's bytes in order, from the first to the last: one pass.
 
         Close the generator (:func:`contextlib.closing`) to let go of the connection early.

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Glance source against a server that keeps to the API, and against some that do not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+import random
+import unittest
+from typing import Any
+
+import keystoneauth1.session
+import keystoneauth1.token_endpoint
+
+from imagecache_lib import errors, model
+from imagecache_lib.host import Host
+from imagecache_lib.sources import base, transfer
+from imagecache_lib.sources.glance import GlanceSource
+from tests.servers import Answer, GlanceServer, Server
+
+ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
+DATA = random.Random(4).randbytes(200_000)
+TOKEN = "gAAAA-s3same"
+#: A port that nothing listens on: loopback refuses it at once.
+DOWN = "http://127.0.0.1:1"
+QUIET = Host(name="here", sleep=lambda seconds: None)
+
+
+class GlanceCase(unittest.TestCase):
+    def setUp(self) -> None:
+        self.server = self.enterContext(GlanceServer(token=TOKEN))
+        self.server.add(ID, DATA)
+
+    def source(self, *endpoints: str, **options: Any) -> GlanceSource:
+        return GlanceSource(endpoints or self.server.url, **{"token": TOKEN, **options})
+
+    def describe(self, metadata: object) -> model.Image:
+        """Describe the image by these metadata: text, or what is made JSON of."""
+        body = metadata if isinstance(metadata, bytes) else json.dumps(metadata).encode()
+        self.server.script(f"/v2/images/{ID}", Answer(body=body))
+        return self.source().describe(ID)
+
+
+class TestMetadata(GlanceCase):
+    def test_maps_what_glance_says(self) -> None:
+        self.server.add(
+            ID,
+            DATA,
+            disk_format="qcow2",
+            virtual_size=2**30,
+            locations=[{"url": "rbd://fsid/pool/image/snap", "metadata": {}}],
+            direct_url="rbd://fsid/pool/image/snap",
+            stores="fast,ceph",
+            img_signature="abc",
+            os_hidden=True,
+        )
+        image = self.source().describe(ID)
+        self.assertEqual(("qcow2", "bare"), (image.disk_format, image.container_format))
+        self.assertEqual("active", image.status)
+        self.assertEqual((len(DATA), 2**30), (image.size, image.virtual_size))
+        self.assertEqual(model.Digest("sha512", hashlib.sha512(DATA).hexdigest()), image.digest)
+        self.assertEqual(("rbd://fsid/pool/image/snap",), image.locations)
+        self.assertEqual(("fast", "ceph"), image.stores)
+        self.assertEqual("abc", image.properties["img_signature"])
+        self.assertTrue(image.properties["os_hidden"])
+        self.assertNotIn("os_hash_value", image.properties)
+
+    def test_falls_back_to_md5(self) -> None:
+        md5 = model.Digest("md5", hashlib.md5(DATA).hexdigest())
+        self.server.add(ID, DATA, os_hash_algo=None, os_hash_value=None)
+        self.assertEqual(md5, self.source().describe(ID).digest)
+        self.server.add(ID, DATA, os_hash_algo="whirlpool9", os_hash_value="00")
+        self.assertEqual(md5, self.source().describe(ID).digest)
+
+    def test_an_unknown_digest_alone_is_refused(self) -> None:
+        self.server.add(ID, DATA, os_hash_algo="whirlpool9", os_hash_value="00", checksum=None)
+        with self.assertRaisesRegex(base.SourceRefused, "whirlpool9"):
+            self.source().describe(ID)
+
+    def test_a_queued_image_has_neither_size_nor_digest(self) -> None:
+        self.server.add(ID, None)
+        image = self.source().describe(ID)
+        self.assertEqual(("queued", None, None), (image.status, image.size, image.digest))
+        with self.assertRaisesRegex(errors.SourceError, "queued"):
+            transfer.describe(self.source(), ID, host=QUIET)
+
+    def test_an_active_image_without_data_is_rejected(self) -> None:
+        self.server.add(ID, None, status="active")
+        source = self.source()
+        with self.assertRaisesRegex(errors.ImageRejected, "no data"), source.open(source.describe(ID)):
+            pass
+
+    def test_nonsense_is_a_source_error(self) -> None:
+        good = {"id": ID, "status": "active"}
+        documents: tuple[object, ...] = (
+            b"",
+            b"<html>",
+            b"\xff\xfe",
+            b"[" * 100_000,
+            b'{"id": ' + b"9" * 5000 + b"}",
+            [],
+            "text",
+            None,
+            {},
+            {"id": "another"},
+            {**good, "size": "1"},
+            {**good, "size": -1},
+            {**good, "size": True},
+            {**good, "size": 1.5},
+            {**good, "virtual_size": [1]},
+            {**good, "status": 1},
+            {**good, "disk_format": {}},
+            {**good, "locations": "rbd://"},
+            {**good, "os_hash_algo": "sha512", "os_hash_value": "xyz"},
+            {**good, "os_hash_algo": "sha512", "os_hash_value": "../../etc"},
+            {**good, "checksum": "abc"},
+        )
+        for metadata in documents:
+            with self.subTest(metadata=str(metadata)[:60]), self.assertRaises(errors.SourceError):
+                self.describe(metadata)
+
+    def test_huge_metadata_are_not_read_to_the_end(self) -> None:
+        self.server.script(f"/v2/images/{ID}", Answer(body=b'{"a": "', length=-1, after="endless"))
+        with self.assertRaisesRegex(errors.SourceError, "more than 4194304 bytes"):
+            self.source().describe(ID)
+
+
+class TestIds(GlanceCase):
+    def test_no_id_reaches_another_resource(self) -> None:
+        for image_id in ("../x", "..", ".", f"x/../{ID}", f"{ID}/file", "a\\b"):
+            with self.subTest(image_id=image_id), self.assertRaises(errors.ImageNotFound):
+                self.source().describe(image_id)
+        self.assertEqual([], self.server.requests())
+
+    def test_odd_characters_are_quoted(self) -> None:
+        for image_id in ("a?b", "a#b", "K\u00f6ln", "%2e%2e", "a b", "a\r\nX-Evil: 1"):
+            with self.subTest(image_id=image_id), self.assertRaises(errors.ImageNotFound):
+                self.source().describe(image_id)
+            self.assertRegex(self.server.requests()[-1].path, r"^/v2/images/[A-Za-z0-9%-]+$")
+
+
+class TestStatuses(GlanceCase):
+    def test_a_wrong_token_is_a_source_error_that_says_so(self) -> None:
+        with self.assertRaisesRegex(base.SourceRefused, "token") as caught:
+            self.source(token="wrong-token").describe(ID)
+        self.assertNotIn("wrong-token", str(caught.exception))
+
+    def test_no_permission_says_so(self) -> None:
+        self.server.script(f"/v2/images/{ID}/file", Answer(403))
+        source = self.source()
+        with self.assertRaisesRegex(errors.ImageNotFound, "no permission"), source.open(source.describe(ID)):
+            pass
+
+    def test_a_broken_download_resumes(self) -> None:
+        source = self.source()
+        found, image = transfer.describe(source, ID, host=QUIET)
+        cut = Answer(body=DATA[:70_000], length=len(DATA), after="reset")
+        rest = Answer(206, {"Content-Range": f"bytes 70000-199999/{len(DATA)}"}, DATA[70_000:])
+        self.server.script(f"/v2/images/{ID}/file", cut, rest)
+        fetching = transfer.Transfer(found, image, host=QUIET)
+        self.assertEqual(DATA, b"".join(fetching.chunks()))
+        self.assertTrue(fetching.resumed)
+
+
+class TestEndpoints(GlanceCase):
+    def test_are_tried_in_turn(self) -> None:
+        source = self.source(DOWN, self.server.url)
+        image = source.describe(ID)
+        with source.open(image) as stream:
+            self.assertEqual(DATA, b"".join(stream))
+
+    def test_with_or_without_version(self) -> None:
+        for suffix in ("/", "/v2", "/v2/", "/v2.1/"):
+            self.assertEqual(len(DATA), self.source(self.server.url + suffix).describe(ID).size)
+
+    def test_under_a_path(self) -> None:
+        self.server.script(f"/image/v2/images/{ID}", Answer(body=json.dumps({"id": ID}).encode()))
+        self.assertEqual(ID, self.source(self.server.url + "/image/v2").describe(ID).id)
+
+    def test_not_found_is_an_answer(self) -> None:
+        other = self.enterContext(GlanceServer(token=TOKEN))
+        with self.assertRaises(errors.ImageNotFound):
+            self.source(other.url, self.server.url).describe(ID)
+        self.assertEqual([], self.server.requests())
+
+    def test_a_failure_that_may_pass_outranks_one_that_will_not(self) -> None:
+        refusing = self.enterContext(GlanceServer(token="another"))
+        for endpoints in ((refusing.url, DOWN), (DOWN, refusing.url)):
+            with self.assertRaises(errors.SourceError) as caught:
+                self.source(*endpoints).describe(ID)
+            self.assertNotIsInstance(caught.exception, base.SourceRefused)
+
+    def test_after_a_broken_transfer_another_one_is_asked(self) -> None:
+        broken = self.enterContext(GlanceServer(token=TOKEN))
+        broken.add(ID, DATA)
+        broken.script(f"/v2/images/{ID}/file", Answer(body=DATA[:99], length=len(DATA), after="close"))
+        found, image = transfer.describe(self.source(broken.url, self.server.url), ID, host=QUIET)
+        fetching = transfer.Transfer(found, image, host=QUIET, retries=1)
+        self.assertEqual(DATA, b"".join(fetching.chunks()))
+
+    def test_wrong_set_ups_are_refused_when_the_source_is_made(self) -> None:
+        wrong: tuple[tuple[Any, dict[str, Any]], ...] = (
+            ((), {}),
+            ("ftp://x", {}),
+            ("x", {}),
+            (["http://ok", "nonsense"], {}),
+            ("http://ok", {"token": "t", "session": object()}),
+        )
+        for endpoints, options in wrong:
+            with self.subTest(endpoints=endpoints), self.assertRaises(errors.ConfigError):
+                GlanceSource(endpoints, **options)
+
+
+class TestSecrets(GlanceCase):
+    def test_the_token_never_follows_a_redirect_to_another_origin(self) -> None:
+        other = self.enterContext(Server())
+        for path in (f"/v2/images/{ID}", f"/v2/images/{ID}/file"):
+            self.server.script(path, Answer(302, {"Location": f"{other.url}/steal"}))
+        source = self.source()
+        with self.assertRaisesRegex(base.SourceRefused, "another origin"):
+            source.describe(ID)
+        with self.assertRaises(base.SourceRefused), source.open(model.Image(ID)):
+            pass
+        self.assertEqual([], other.requests())
+
+    def test_within_the_origin_it_does(self) -> None:
+        self.server.script(f"/v2/images/{ID}", Answer(301, {"Location": "/moved"}))
+        self.server.script("/moved", Answer(body=json.dumps({"id": ID}).encode()))
+        self.source().describe(ID)
+        self.assertEqual([TOKEN, TOKEN], [seen.headers["X-Auth-Token"] for seen in self.server.requests()])
+
+    def test_a_callable_is_asked_for_every_request(self) -> None:
+        tokens = iter(["old", TOKEN])
+        source = self.source(token=lambda: next(tokens))
+        with self.assertRaises(base.SourceRefused):
+            source.describe(ID)
+        self.assertEqual(ID, source.describe(ID).id)
+
+    def test_is_in_no_message_log_or_repr(self) -> None:
+        def fail() -> str:
+            raise RuntimeError(TOKEN)
+
+        shown: list[str] = []
+        with self.assertLogs(level=logging.DEBUG) as logs:
+            logging.getLogger("tests").debug("so that there is one")
+            self.source().describe(ID)
+            for source in (
+                self.source(DOWN),
+                self.source(token=TOKEN + "\n"),
+                self.source(token=TOKEN + "\u2028"),
+                self.source(token=fail),
+                self.source(token="wrong" + TOKEN),
+            ):
+                with self.assertRaises(errors.SourceError) as caught:
+                    transfer.describe(source, ID, host=QUIET, retries=1)
+                shown += [str(caught.exception), repr(caught.exception), repr(source)]
+                shown.append(repr(pickle.dumps(caught.exception)))
+        self.assertNotIn(TOKEN, "".join(shown) + "".join(logs.output))
+
+
+class TestKeystoneSessions(GlanceCase):
+    def session(self, endpoint: str, token: str = TOKEN) -> keystoneauth1.session.Session:
+        return keystoneauth1.session.Session(auth=keystoneauth1.token_endpoint.Token(endpoint, token))
+
+    def test_bring_token_and_endpoint(self) -> None:
+        source = GlanceSource(session=self.session(self.server.url + "/v2"))
+        image = source.describe(ID)
+        with source.open(image, 100) as stream:
+            self.assertEqual(DATA[100:], b"".join(stream))
+
+    def test_may_be_given_endpoints(self) -> None:
+        source = GlanceSource([DOWN, self.server.url], session=self.session("http://unused"))
+        self.assertEqual(ID, source.describe(ID).id)
+
+    def test_failures_are_translated(self) -> None:
+        with self.assertRaisesRegex(errors.SourceError, "refused"):
+            GlanceSource(session=self.session(DOWN)).describe(ID)
+        with self.assertRaisesRegex(base.SourceRefused, "token"):
+            GlanceSource(session=self.session(self.server.url, "wrong")).describe(ID)
+        with self.assertRaises(errors.SourceError):
+            GlanceSource(session=keystoneauth1.session.Session()).describe(ID)
+        with self.assertRaises(errors.SourceError):
+            GlanceSource(session=object()).describe(ID)
+
+    def test_a_dead_kept_alive_connection_is_invisible(self) -> None:
+        source = GlanceSource(session=self.session(self.server.url))
+        source.describe(ID)
+        good = Answer(body=json.dumps({"id": ID}).encode())
+        self.server.script(f"/v2/images/{ID}", Answer(after="drop"), good)
+        self.assertEqual(ID, source.describe(ID).id)
+
+    def test_redirects_to_another_origin_are_refused(self) -> None:
+        other = self.enterContext(Server())
+        self.server.script(f"/v2/images/{ID}", Answer(302, {"Location": f"{other.url}/steal"}))
+        with self.assertRaisesRegex(base.SourceRefused, "another origin"):
+            GlanceSource(session=self.session(self.server.url)).describe(ID)
+        self.assertEqual([], other.requests())
