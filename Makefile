@@ -13,8 +13,8 @@ RUN_EXTRAS := cli,fast,glance,prometheus,signatures,zstd
 DEV_EXTRAS := $(RUN_EXTRAS),lint,messaging,test
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-stestr test-pytest test-process functional faults lint docs releasenotes \
-	check-install setup clean
+.PHONY: help demo bench test test-stestr test-pytest test-process functional faults \
+	lint ruff mypy reno-lint docs releasenotes check-install setup clean
 
 help:
 	@echo "make demo          show the cache at work"
@@ -74,9 +74,15 @@ functional: setup $(STAMPS)/system-functional
 faults: setup $(STAMPS)/system-faults
 	$(BIN)/pytest -q --junitxml=$(RESULTS)/faults.xml tests/faults
 
-lint: $(STAMPS)/dev
+lint: ruff mypy reno-lint
+
+ruff: $(STAMPS)/dev
 	$(BIN)/ruff check .
+
+mypy: $(STAMPS)/dev
 	$(BIN)/mypy
+
+reno-lint: $(STAMPS)/dev
 	$(BIN)/reno --quiet lint
 
 docs: $(STAMPS)/dev

@@ -112,7 +112,7 @@ class CacheResult(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Ephemeral:
-    """An ephemeral disk that an instance uses, as :meth:`ImageCacheManager.create_ephemeral` was asked for it."""
+    """An ephemeral disk of an instance, as :meth:`ImageCacheManager.create_ephemeral` was asked for it."""
 
     size_gb: int
     os_type: str | None = None
@@ -126,7 +126,8 @@ class Instance:
     :param uuid: its uuid, which is the default name of its directory.
     :param host: name of the host it is on. On shared storage the driver reports all hosts' instances.
     :param images: ids of all images it uses: root, kernel, ramdisk, rescue.
-    :param directories: names (not paths) its disks live under beside the uuid, such as its name or ``<uuid>_resize``.
+    :param directories: names (not paths) its disks live under beside the uuid, such as its name or
+        ``<uuid>_resize``.
     :param swap_mb: size of its swap disk in MiB, 0 for none.
     :param ephemerals: its ephemeral disks.
     """

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For those who test drivers, sources and backends: fakes of the real interfaces, and the suites they pass."""
+"""For tests of drivers, sources and backends: fakes of the real interfaces, and the suites they pass."""

@@ -84,7 +84,8 @@ def running(
 ) -> Iterator[int]:
     """Run a server for the length of the context; yield its pid.
 
-    It gets a session of its own, so that its workers end with it.
+    It gets a session of its own, so that its workers end with it, and ends when this process does, however
+    that comes about.
 
     :param ready: asked until it says that the server answers.
     :param log: receives what it prints.
@@ -93,7 +94,7 @@ def running(
     """
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command,
+            [tool("setpriv"), "--pdeathsig", "TERM", "--", *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
