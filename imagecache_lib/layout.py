@@ -41,16 +41,16 @@ checked as far as it can be before its first use, and never proves a certificate
 What a crash leaves, and who repairs it
 ---------------------------------------
 
-===============================================  =============================================================
-crash                                            what the next start or user does
-===============================================  =============================================================
-while fetching                                   the stage is unlinked an hour later; the image is fetched again
-after the stage is complete, before the link     the same
-after the link, before the record moved          the next user of the base, or start, moves the record
-after the record moved, before the stage is gone the stage name is unlinked; the base stays, it is another name
-after the rename into the trash                  references are read again: linked back, or unlinked
-while a disk is made                             its temporary name is unlinked after an hour; the retry works
-===============================================  =============================================================
+================================================  ============================================================
+crash                                             what the next start or user does
+================================================  ============================================================
+while fetching                                    the stage is unlinked an hour later; it is fetched again
+after the stage is complete, before the link      the same
+after the link, before the record moved           the next user of the base, or start, moves the record
+after the record moved, before the stage is gone  the stage name is unlinked; the base stays
+after the rename into the trash                   references are read again: linked back, or unlinked
+while a disk is made                              its temporary name goes after an hour; the retry works
+================================================  ============================================================
 
 A torn or unknown record is treated as absent; a torn or unknown pin or host file as *keep*. Modes do not
 depend on the umask: bases 0644, ``_base`` 0755, ``.imagecache`` 0700.
