@@ -1,1 +1,138 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The image cache that a hypervisor driver imports.
+
+Two flows run through the package, and :mod:`imagecache_lib.manager` shows both from the top.
+
+*Spawn.* :meth:`ImageCacheManager.create_disk` holds the image's base image: one that is there and whose
+evidence (:mod:`~imagecache_lib.evidence`) fits is leased (:mod:`imagecache_lib.spawn.lease`); otherwise its
+bytes flow once from the source through digest and inspection into a stage file
+(:mod:`imagecache_lib.spawn.ingest`), which is published under the base's name
+(:mod:`imagecache_lib.spawn.publish`). A storage backend (:mod:`imagecache_lib.backends`) makes the disk.
+
+*Upkeep.* :meth:`ImageCacheManager.verify_base_images` lists the cache, reads who refers to what, plans, and
+evicts what nobody needs (:mod:`imagecache_lib.upkeep`).
+
+What lies on disk, and who may do what to it, is the docstring of :mod:`imagecache_lib.layout`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from imagecache_lib.backends.base import Feature, StorageBackend
+    from imagecache_lib.config import CacheConfig
+    from imagecache_lib.errors import (
+        BackendError,
+        CacheEntryError,
+        CancelledError,
+        ConfigError,
+        DiskExistsError,
+        DiskTooSmallError,
+        ImageCacheError,
+        ImageNotFound,
+        ImageRejected,
+        LeaseLostError,
+        LockTimeoutError,
+        NoSpaceError,
+        SourceError,
+    )
+    from imagecache_lib.host import Host
+    from imagecache_lib.manager import ImageCacheManager
+    from imagecache_lib.model import (
+        BaseImage,
+        CacheResult,
+        Digest,
+        Disk,
+        Ephemeral,
+        Image,
+        Instance,
+        Request,
+    )
+    from imagecache_lib.sources.base import ImageSource
+    from imagecache_lib.sources.file import FileImage, FileSource
+    from imagecache_lib.sources.glance import GlanceSource
+    from imagecache_lib.sources.http import HttpImage, HttpSource
+    from imagecache_lib.upkeep.verify import BaseReport, VerifyReport
+
+# Loaded when first used: a driver that imports the package should not pay for HTTP before it fetches.
+_HOMES = {
+    "BackendError": "errors",
+    "BaseImage": "model",
+    "BaseReport": "upkeep.verify",
+    "CacheConfig": "config",
+    "CacheEntryError": "errors",
+    "CacheResult": "model",
+    "CancelledError": "errors",
+    "ConfigError": "errors",
+    "Digest": "model",
+    "Disk": "model",
+    "DiskExistsError": "errors",
+    "DiskTooSmallError": "errors",
+    "Ephemeral": "model",
+    "Feature": "backends.base",
+    "FileImage": "sources.file",
+    "FileSource": "sources.file",
+    "GlanceSource": "sources.glance",
+    "Host": "host",
+    "HttpImage": "sources.http",
+    "HttpSource": "sources.http",
+    "Image": "model",
+    "ImageCacheError": "errors",
+    "ImageCacheManager": "manager",
+    "ImageNotFound": "errors",
+    "ImageRejected": "errors",
+    "ImageSource": "sources.base",
+    "Instance": "model",
+    "LeaseLostError": "errors",
+    "LockTimeoutError": "errors",
+    "NoSpaceError": "errors",
+    "Request": "model",
+    "SourceError": "errors",
+    "StorageBackend": "backends.base",
+    "VerifyReport": "upkeep.verify",
+}
+
+__all__ = [
+    "BackendError",
+    "BaseImage",
+    "BaseReport",
+    "CacheConfig",
+    "CacheEntryError",
+    "CacheResult",
+    "CancelledError",
+    "ConfigError",
+    "Digest",
+    "Disk",
+    "DiskExistsError",
+    "DiskTooSmallError",
+    "Ephemeral",
+    "Feature",
+    "FileImage",
+    "FileSource",
+    "GlanceSource",
+    "Host",
+    "HttpImage",
+    "HttpSource",
+    "Image",
+    "ImageCacheError",
+    "ImageCacheManager",
+    "ImageNotFound",
+    "ImageRejected",
+    "ImageSource",
+    "Instance",
+    "LeaseLostError",
+    "LockTimeoutError",
+    "NoSpaceError",
+    "Request",
+    "SourceError",
+    "StorageBackend",
+    "VerifyReport",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -84,6 +84,9 @@ class CacheConfig:
     #: Once evicting for space, stop at this many free bytes. 0: at ``free_space_low``.
     free_space_high: int = 0
 
+    #: Under pressure of space, unused bases go earlier than their age, but none younger than this.
+    space_minimum_age_seconds: int = 3600
+
     # -- waiting and crashes -------------------------------------------------------------------------
     #: How long to wait for another's fetch of the same image that makes no progress, before fetching too.
     lock_timeout: float = 600.0
@@ -120,7 +123,11 @@ class CacheConfig:
         for root in self.disk_roots:
             if not os.path.isabs(root):
                 raise _wrong("disk_roots", root, "must be absolute paths")
-        if not self.subdirectory_name or "/" in self.subdirectory_name or self.subdirectory_name in (".", ".."):
+        if (
+            not self.subdirectory_name
+            or "/" in self.subdirectory_name
+            or self.subdirectory_name in (".", "..")
+        ):
             raise _wrong("subdirectory_name", self.subdirectory_name, "must be one directory's name")
         if self.preallocate_images not in ("none", "space"):
             raise _wrong("preallocate_images", self.preallocate_images, "must be none or space")

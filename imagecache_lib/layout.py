@@ -84,6 +84,9 @@ FOREIGN_STAGE_SUFFIXES = (".part", ".converted")
 #: relative and ``json:`` references must all be found.
 NAME_PATTERN = re.compile(rb"[0-9a-f]{40}(?:_(?:\d+|sm))?|swap_\d+|ephemeral_\d+_[0-9a-z.]+")
 
+#: A base's name wherever it begins in a string, even within a longer run of hex digits.
+SHA1_ANYWHERE = re.compile(rb"(?=([0-9a-f]{40})((?:_(?:\d+|sm))?))")
+
 _ORIGINAL = re.compile(r"[0-9a-f]{40}")
 _RESIZED = re.compile(r"[0-9a-f]{40}_(?:\d+|sm)")
 _SWAP = re.compile(r"swap_\d+")

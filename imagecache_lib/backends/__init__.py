@@ -1,2 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """What instance disks are made of."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from imagecache_lib import config as config_module
+from imagecache_lib import errors
+from imagecache_lib import host as host_module
+from imagecache_lib.backends.base import StorageBackend
+
+#: Entry point group in which backends register.
+GROUP = "imagecache_lib.backends"
+
+
+def load_backend(name: str, config: config_module.CacheConfig, host: host_module.Host) -> StorageBackend:
+    """Make the backend of that name.
+
+    :raises ConfigError: nobody registered one, or it cannot be loaded or configured.
+    """
+    found = importlib.metadata.entry_points(group=GROUP)
+    if name not in found.names:
+        raise errors.ConfigError(
+            f"there is no storage backend {name!r}; there are: {', '.join(sorted(found.names))}",
+            next_step="correct the configuration, or install the package that brings the backend",
+        )
+    try:
+        kind: type[StorageBackend] = found[name].load()
+    except ImportError as error:
+        raise errors.ConfigError(
+            f"the storage backend {name!r} cannot be loaded: {error}", next_step="install what it needs"
+        ) from error
+    return kind.from_config(config, host)

@@ -48,9 +48,7 @@ class StorageBackend(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_config(
-        cls, config: config_module.CacheConfig, host: host_module.Host
-    ) -> StorageBackend:
+    def from_config(cls, config: config_module.CacheConfig, host: host_module.Host) -> StorageBackend:
         """Make one from the configuration, without touching the storage yet.
 
         :raises ConfigError: the configuration lacks something it needs.

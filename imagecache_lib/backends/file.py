@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the backends have in common whose disks are files: names, placement, copying, growing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable
+from typing import Self
+
+from imagecache_lib import config as config_module
+from imagecache_lib import errors, layout, model, placing
+from imagecache_lib import host as host_module
+from imagecache_lib.backends import base, disk_info, qemu_img
+from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.spawn import stage as stages
+
+#: As much of a disk as a qcow2 header that any tool writes.
+_HEADER_BYTES = 65536
+
+
+class FileBackend(base.StorageBackend):
+    """Disks that are files on the host. Targets are absolute paths in existing directories."""
+
+    def __init__(self, config: config_module.CacheConfig, host: host_module.Host) -> None:
+        self._config = config
+        self._host = host
+        self._formats = disk_info.DiskInfo(config, host)
+        self._qemu_img = qemu_img.QemuImg(config, host)
+
+    @classmethod
+    def from_config(cls, config: config_module.CacheConfig, host: host_module.Host) -> Self:
+        return cls(config, host)
+
+    # -- targets -------------------------------------------------------------------------------------
+
+    def check_target(self, target: str) -> None:
+        placing.check_target(target)
+
+    def exists(self, target: str) -> bool:
+        return os.path.lexists(target)
+
+    # -- making --------------------------------------------------------------------------------------
+
+    def copy(
+        self, base: model.BaseImage, target: str, size: int | None, *, confirm: Callable[[], None]
+    ) -> model.Disk:
+        wanted = base.virtual_size if size is None else size
+        assert base.fd is not None  # a held base is open
+        with placing.placing(target, self._host, confirm, pin=self._pin(target, base.format)) as unfinished:
+            placing.copy_content(base.fd, unfinished.fd)
+            if base.format == "raw":
+                self._grow_raw(unfinished.fd, wanted)
+            elif wanted > base.virtual_size:
+                self._qemu_img.resize(unfinished.path, base.format, wanted)
+        return model.Disk(target, base.format, wanted)
+
+    def _pin(self, target: str, format: str) -> Callable[[], None]:
+        return lambda: self._formats.pin(target, format)
+
+    def _grow_raw(self, fd: int, size: int) -> None:
+        if size > os.fstat(fd).st_size:
+            os.ftruncate(fd, size)
+        if self._config.preallocate_images == "space":
+            os.posix_fallocate(fd, 0, size)
+
+    # -- disks that exist ----------------------------------------------------------------------------
+
+    def inspect(self, target: str) -> model.Disk:
+        with stages.translated(target):
+            fd = _open_disk(target)
+            try:
+                size = os.fstat(fd).st_size
+                data = os.pread(fd, _HEADER_BYTES, 0)
+            finally:
+                os.close(fd)
+        format = self._formats.format_of(target)
+        if format is None:
+            # Nobody pinned it. A qcow2 is one by its header; this is how the disks of old are found too.
+            format = "qcow2" if data.startswith(qcow2_header.MAGIC) else "raw"
+        if format == "raw":
+            return model.Disk(target, "raw", size)
+        if format != "qcow2":
+            found = self._qemu_img.info(target, format)
+            return model.Disk(target, format, int(found["virtual-size"]))
+        try:
+            header = qcow2_header.parse(data)
+        except (qcow2_header.HeaderError, qcow2_header.NotQcow2) as error:
+            raise errors.BackendError(f"the disk is no qcow2: {error}", path=target) from error
+        return model.Disk(target, "qcow2", header.virtual_size, _cached_name(header.backing_file))
+
+    def resize(self, disk: model.Disk, size: int) -> model.Disk:
+        current = self.inspect(disk.target)
+        if size < current.virtual_size:
+            raise errors.DiskTooSmallError(
+                f"the disk has {current.virtual_size} bytes and is never shrunk to {size}",
+                path=disk.target,
+                next_step="ask for at least its size",
+            )
+        if size > current.virtual_size:
+            if current.format == "raw":
+                with stages.translated(disk.target):
+                    fd = _open_disk(disk.target, os.O_RDWR)
+                    try:
+                        self._grow_raw(fd, size)
+                    finally:
+                        os.close(fd)
+            else:
+                self._qemu_img.resize(disk.target, current.format, size)
+        return model.Disk(disk.target, current.format, max(size, current.virtual_size), current.base)
+
+    def remove(self, disk: model.Disk) -> None:
+        with stages.translated(disk.target):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(disk.target)
+            if os.path.isdir(os.path.dirname(disk.target)):
+                self._formats.forget(disk.target)
+
+    def preflight(self) -> list[str]:
+        return []
+
+
+def _open_disk(path: str, flags: int = os.O_RDONLY) -> int:
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise errors.BackendError("the disk is no regular file", path=path)
+    return fd
+
+
+def _cached_name(backing_file: bytes | None) -> str | None:
+    found = layout.NAME_PATTERN.search(os.path.basename(backing_file)) if backing_file else None
+    return found.group().decode() if found else None

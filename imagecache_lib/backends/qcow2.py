@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copy-on-write disks: an overlay that holds the guest's writes and refers to the base for the rest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from imagecache_lib import model, placing
+from imagecache_lib.backends import base as base_module
+from imagecache_lib.backends import file
+from imagecache_lib.qcow2 import overlay
+
+
+class Qcow2Backend(file.FileBackend):
+    """qcow2 overlays with an explicit backing file and an explicit backing format."""
+
+    name = "qcow2"
+    features = frozenset(
+        {base_module.Feature.OVERLAY, base_module.Feature.RESIZE, base_module.Feature.FLATTEN}
+    )
+
+    def create(
+        self, base: model.BaseImage, target: str, size: int | None, *, confirm: Callable[[], None]
+    ) -> model.Disk:
+        wanted = base.virtual_size if size is None else -(-size // 512) * 512
+        with placing.placing(target, self._host, confirm, pin=self._pin(target, "qcow2")) as unfinished:
+            overlay.write_overlay(unfinished.fd, wanted, base.path, base.format)
+            if self._config.preallocate_images == "space":
+                os.posix_fallocate(unfinished.fd, 0, wanted)
+        return model.Disk(target, "qcow2", wanted, base.name)
+
+    def flatten(self, disk: model.Disk) -> model.Disk:
+        current = self.inspect(disk.target)
+        if current.base is not None:
+            self._qemu_img.flatten(disk.target, current.format)
+        return model.Disk(disk.target, current.format, current.virtual_size)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing small files and directory entries so that a power cut leaves the old or the new, never a mixture."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+
+
+def new_id() -> str:
+    """Return a random id for a file name."""
+    return uuid.uuid4().hex
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: str, data: bytes, *, mode: int = 0o600, sync: bool = True) -> None:
+    """Replace a small file in one step, under a temporary name that no other writer uses.
+
+    :param sync: make it durable. False where losing it in a power cut harms nothing.
+    """
+    temporary = f"{path}.{new_id()}.new"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        try:
+            os.fchmod(fd, mode)  # open() let the umask take bits away
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            if sync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    if sync:
+        sync_directory(os.path.dirname(path))
+
+
+def read_file(path: str, *, limit: int = 2**24) -> bytes | None:
+    """Return a small file's content. None: there is none, or it is no regular file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    with os.fdopen(fd, "rb", buffering=0) as file:
+        try:
+            return file.read(limit)
+        except IsADirectoryError:
+            return None

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of how a base image was made, and whether that is enough for a use. Rules only, no I/O.
+
+A :class:`Record` lies beside each base that we published or adopted. It proves something only for the very
+file it was written for; :mod:`imagecache_lib.store` makes sure of that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from typing import Any
+
+from imagecache_lib import model
+
+#: The version of the inspection rules in :mod:`imagecache_lib.spawn.inspection`. Raise it when they
+#: become stricter: bases that were inspected under older rules are inspected again before their next use.
+INSPECTION_RULES = 1
+
+#: The version of this file format.
+_SCHEMA = 1
+
+
+class Use(enum.Enum):
+    """What a base is wanted for."""
+
+    #: A disk is made from it, so its content must have been inspected as one.
+    DISK = "disk"
+    #: The bytes as they came: a kernel, a ramdisk.
+    FILE = "file"
+
+
+class Origin(enum.Enum):
+    """How a base came into the cache."""
+
+    #: We fetched, checked and published it.
+    FETCHED = "fetched"
+    #: It was there; nobody witnessed how it was made.
+    ADOPTED = "adopted"
+    #: We made it: swap, ephemeral.
+    GENERATED = "generated"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """Evidence of one base image.
+
+    :param name: the base's name in the cache.
+    :param image_id: the image it was made from. None for what has no image: swap, ephemeral.
+    :param base_id: random id that the file carries as an extended attribute.
+    :param inode: the file's inode number.
+    :param size: the file's apparent size, in bytes.
+    :param origin: how it came into the cache.
+    :param source_format: what the source's content was found to be (``gpt`` counts as raw).
+    :param stored_format: qemu's name of what lies in the cache.
+    :param virtual_size: in bytes.
+    :param digest: of the source's data. It was checked if ``digest_checked``.
+    :param inspected: version of the inspection rules its content passed. None: not inspected as a disk.
+    :param certificates: ids of the trusted certificates against which the signature was verified.
+    """
+
+    name: str
+    image_id: str | None
+    base_id: str
+    inode: int
+    size: int
+    origin: Origin
+    source_format: str
+    stored_format: str
+    virtual_size: int
+    digest: model.Digest | None = None
+    digest_checked: bool = False
+    inspected: int | None = None
+    certificates: tuple[str, ...] = ()
+
+    @property
+    def converted(self) -> bool:
+        """Whether the file's bytes are other than the source's."""
+        return self.source_format != self.stored_format
+
+    def to_json(self) -> bytes:
+        """Return the record as it is stored."""
+        fields = dataclasses.asdict(self)
+        fields["origin"] = self.origin.value
+        fields["schema"] = _SCHEMA
+        return json.dumps(fields, sort_keys=True).encode() + b"\n"
+
+
+def parse(data: bytes) -> Record | None:
+    """Return the record in ``data``. None for anything torn, unknown or of a later schema."""
+    try:
+        fields: dict[str, Any] = json.loads(data)
+        if fields.pop("schema") != _SCHEMA:
+            return None
+        digest = fields.pop("digest")
+        record = Record(
+            origin=Origin(fields.pop("origin")),
+            digest=None if digest is None else model.Digest(str(digest["algorithm"]), str(digest["value"])),
+            certificates=tuple(str(each) for each in fields.pop("certificates")),
+            **fields,
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return record if _is_typed(record) else None
+
+
+def _is_typed(record: Record) -> bool:
+    texts = (record.name, record.base_id, record.source_format, record.stored_format)
+    numbers = (record.inode, record.size, record.virtual_size)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and isinstance(record.image_id, str | None)
+        and isinstance(record.digest_checked, bool)
+        and (record.inspected is None or type(record.inspected) is int)
+    )
+
+
+def shortfall(
+    record: Record,
+    use: Use,
+    *,
+    stored_format: str | None = None,
+    trusted_certs: tuple[str, ...] | None = None,
+    inspect: bool = True,
+) -> str | None:
+    """Return why the base does not serve a use, as a clause; None if it does.
+
+    :param stored_format: the format that it must have. None: any.
+    :param trusted_certs: certificates of which one must have verified the image. None: not demanded.
+    :param inspect: False if the operator turned deep inspection off.
+    """
+    if stored_format not in (None, record.stored_format):
+        return f"it is stored as {record.stored_format}, and {stored_format} is needed"
+    if use is Use.FILE:
+        if record.converted:
+            return f"it was converted from {record.source_format} to {record.stored_format}"
+    elif inspect and record.inspected is None:
+        return "it was fetched as a plain file and never inspected as a disk"
+    elif inspect and record.inspected != INSPECTION_RULES:
+        return "it was inspected under other rules"
+    if trusted_certs is not None and not set(trusted_certs) & set(record.certificates):
+        if record.origin is Origin.ADOPTED:
+            return "nobody witnessed how it was made, so no certificate vouches for it"
+        return "it was cached without the certificates that this request demands"
+    return None

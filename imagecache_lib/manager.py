@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image cache manager: the two flows, from the top.
+
+*Spawn*: a disk is asked for → a backend that clones clones → otherwise the base image is held, which
+fetches it first if it is not there → the backend makes the disk → the base still has its name → the disk
+gets its own.
+
+*Upkeep*: what crashes left is put right → everything in the cache is listed → everything that refers to it
+is read → a plan says what may go → it goes, unless a second reading finds that somebody came to need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+
+from imagecache_lib import config as config_module
+from imagecache_lib import errors, events, layout, model, pins, placing, store
+from imagecache_lib import host as host_module
+from imagecache_lib.backends import base as backend_base
+from imagecache_lib.backends import load_backend, qemu_img
+from imagecache_lib.evidence import Use
+from imagecache_lib.sources import base as source_base
+from imagecache_lib.spawn import backing, ingest, lease
+from imagecache_lib.spawn.call import Call
+from imagecache_lib.upkeep import inventory, verify
+
+#: Who owns the pins of :meth:`ImageCacheManager.cache_image`.
+_PRECACHE = "pre-cache"
+
+#: How often a base may leave the cache while disks are made from it before something must be wrong.
+_MOST_TURNS = 20
+
+
+class ImageCacheManager:
+    """The image cache of one host. Safe to share between threads; processes make one each.
+
+    Nothing is touched before the first call, which makes what is missing and repairs what a crash left.
+
+    :param config: how to cache.
+    :param source: where images come from, unless a request says otherwise.
+    :param backend: a storage backend, or the name of one. None: the configuration's.
+    :param host: clock, sleep, host name and the like; the default is this machine's.
+    :param observers: called with what happens. The default logs.
+    :raises ConfigError: the backend is unknown or its configuration cannot work.
+    """
+
+    def __init__(
+        self,
+        config: config_module.CacheConfig,
+        source: source_base.ImageSource,
+        backend: backend_base.StorageBackend | str | None = None,
+        *,
+        host: host_module.Host | None = None,
+        observers: Sequence[events.Observer] = (events.log_observer,),
+    ) -> None:
+        self.config = config
+        self.host = host or host_module.Host()
+        self.source = source
+        if not isinstance(backend, backend_base.StorageBackend):
+            backend = load_backend(backend or config.backend, config, self.host)
+        self.backend = backend
+        self._observers = events.Observers(observers)
+        self._cache = store.CacheStore(config, self.host)
+        self._upkeep = verify.Upkeep(self._cache, self._observers)
+        self._ingest = ingest.Ingest(self._cache, qemu_img.QemuImg(config, self.host), self._observers)
+        self._leases = lease.Leases(
+            self._cache, self._ingest, self._observers, evict_unfit=self._upkeep.evict_unfit
+        )
+        self._starting = threading.Lock()
+        self._started = False
+
+    # -- spawn ---------------------------------------------------------------------------------------
+
+    def create_disk(
+        self,
+        image_id: str,
+        target: str,
+        *,
+        size: int | None = None,
+        if_exists: str = "error",
+        request: model.Request | None = None,
+    ) -> model.Disk:
+        """Make an instance disk from an image.
+
+        :param target: absolute path, or for rbd an image name.
+        :param size: virtual size in bytes. None: the image's.
+        :param if_exists: ``"error"``, or ``"reuse"``: make sure of the existing disk's base, grow it, and
+            change nothing else (evacuate, rebuild, retry).
+        :raises DiskExistsError: the target exists.
+        :raises DiskTooSmallError: the image's virtual size is larger; nothing was written.
+        :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: nothing is left behind.
+        """
+        call = self._begin(image_id, request)
+        self.backend.check_target(target)
+        if self.backend.exists(target):
+            return self._reuse(call, target, size, if_exists)
+        if backend_base.Feature.CLONE in self.backend.features:
+            with contextlib.suppress(backend_base.CannotClone):
+                return self.backend.clone(call.describe()[1], target, size)
+        for _turn in range(_MOST_TURNS):
+            with contextlib.suppress(lease.BaseVanished), self._leases.hold(call, Use.DISK) as held:
+                _require_fit(held.base, size)
+                make = self.backend.copy if held.private else self.backend.create
+                return make(held.base, target, size, confirm=held.confirm)
+        raise errors.BackendError(
+            "its base image left the cache each time a disk was made from it",
+            image=image_id,
+            path=self._cache.layout.base(call.name),
+            next_step="find out what removes files from the cache",
+        )
+
+    def _reuse(self, call: Call, target: str, size: int | None, if_exists: str) -> model.Disk:
+        if if_exists != "reuse":
+            raise errors.DiskExistsError(
+                "the target exists already",
+                image=call.image_id,
+                path=target,
+                next_step='remove it, or ask with if_exists="reuse"',
+            )
+        disk = self.backend.inspect(target)
+        if disk.base is not None:
+            self.ensure_backing(target, image_id=call.image_id, request=call.request)
+        if size is not None and size > disk.virtual_size:
+            return self.backend.resize(disk, size)
+        return disk
+
+    def fetch_file(self, image_id: str, path: str, *, request: model.Request | None = None) -> None:
+        """Put an image's bytes, as they came, into a new file: a kernel, a ramdisk.
+
+        :param path: absolute, in an existing directory.
+        :raises DiskExistsError: the file exists.
+        :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: nothing is left behind.
+        """
+        call = self._begin(image_id, request)
+        placing.check_target(path)
+        while True:
+            with contextlib.suppress(lease.BaseVanished), self._leases.hold(call, Use.FILE) as held:
+                assert held.base.fd is not None  # a held base is open
+                with placing.placing(path, self.host, held.confirm) as unfinished:
+                    placing.copy_content(held.base.fd, unfinished.fd)
+                return
+
+    @contextlib.contextmanager
+    def fetch_or_reuse(
+        self, image_id: str, *, request: model.Request | None = None
+    ) -> Iterator[model.BaseImage]:
+        """Lease a base image, for drivers that make their disks themselves.
+
+        While the lease is held nobody evicts the base, as far as locks work. That it is still there is
+        checked at the end.
+
+        :raises LeaseLostError: at the end, if the base left the cache meanwhile: throw away what was made.
+        :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: at the start.
+        """
+        call = self._begin(image_id, request)
+        with self._leases.hold(call, Use.DISK) as held:
+            yield held.base
+            try:
+                held.confirm()
+            except lease.BaseVanished:
+                raise errors.LeaseLostError(
+                    "its base image left the cache while it was leased",
+                    image=image_id,
+                    path=held.base.path,
+                    next_step="throw away what was made from it and start over",
+                ) from None
+
+    def ensure_backing(
+        self, disk_path: str, *, image_id: str, request: model.Request | None = None
+    ) -> model.BaseImage | None:
+        """Make sure of the base of an overlay that came from another host, before it is started.
+
+        Makes exactly the name and the format that the overlay's header embeds, if that is this image's
+        base in this cache; a header that says anything else is refused, since a guest may have written it.
+
+        :returns: the base, or None if the disk stands alone.
+        :raises BackendError: the header names something else, or the base that is here has another format.
+        """
+        wanted = backing.wanted(disk_path, image_id, self._cache.layout)
+        if wanted is None:
+            return None
+        call = self._begin(image_id, request, stored_format=wanted)
+        with self._leases.hold(call, Use.DISK, bypass=False) as held:
+            return dataclasses.replace(held.base, fd=None)
+
+    def resize_disk(self, disk: model.Disk, size: int) -> model.Disk:
+        """Grow a disk to ``size`` bytes. It is never shrunk.
+
+        :raises DiskTooSmallError, NoSpaceError, BackendError: the disk is as it was.
+        """
+        return self.backend.resize(disk, size)
+
+    def flatten_disk(self, disk: model.Disk) -> model.Disk:
+        """Cut a disk loose from its base image.
+
+        :raises NoSpaceError, BackendError: the disk still needs its base.
+        """
+        return self.backend.flatten(disk)
+
+    def remove_disk(self, disk: model.Disk) -> None:
+        """Remove a disk. One that is gone is fine.
+
+        :raises BackendError: the storage failed.
+        """
+        self.backend.remove(disk)
+
+    # -- operators -----------------------------------------------------------------------------------
+
+    def cache_image(
+        self, image_id: str, *, pin_until: float | None = None, request: model.Request | None = None
+    ) -> model.CacheResult:
+        """Have an image in the cache before anybody needs it.
+
+        :param pin_until: epoch seconds until which it stays even if nobody uses it.
+        :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: it is not cached.
+        """
+        call = self._begin(image_id, request)
+        if backend_base.Feature.CLONE in self.backend.features:
+            return model.CacheResult.NOT_NEEDED
+        if pin_until is not None:
+            # The pin comes first: between a look and a pin the base could go.
+            self.pin(image_id, owner=_PRECACHE, expires=pin_until)
+        try:
+            with self._leases.hold(call, Use.DISK, bypass=False) as held:
+                return model.CacheResult.CACHED if held.fetched else model.CacheResult.EXISTING
+        except BaseException:
+            if pin_until is not None:
+                self.unpin(image_id, owner=_PRECACHE)
+            raise
+
+    def verify_base_images(
+        self, instances: Sequence[model.Instance] | None, *, dry_run: bool = False
+    ) -> verify.VerifyReport:
+        """Remove base images that no instance uses and that are old enough. Call it periodically.
+
+        :param instances: all instances on this host; on shared storage those of all hosts that share it.
+            None: the driver could not tell; then everything stays.
+        :param dry_run: change nothing, and report what would be done.
+        :raises ConfigError, BackendError: the cache itself cannot be read.
+        """
+        self._start()
+        return self._upkeep.verify(instances, dry_run=dry_run)
+
+    def pin(self, image_id: str, *, owner: str, expires: float | None = None) -> None:
+        """Keep an image's base, whether it is in the cache yet or not.
+
+        :param owner: who wants it; an owner has one pin on an image at most.
+        :param expires: epoch seconds. None: until :meth:`unpin`.
+        """
+        name = layout.base_name(image_id)
+        self._start()
+        pins.add(self._cache, name, image_id, pins.Pin(owner, expires))
+
+    def unpin(self, image_id: str, *, owner: str) -> bool:
+        """Take an owner's pin away. True: there was one."""
+        name = layout.base_name(image_id)
+        self._start()
+        return pins.remove(self._cache, name, image_id, owner)
+
+    def evict_image(self, image_id: str) -> None:
+        """Remove an image's base now, whatever its age, if nobody needs it. One that is absent is fine.
+
+        :raises BackendError: somebody needs it, or that cannot be told; the cause says who or why.
+        """
+        call = self._begin(image_id, None)
+        stays = self._upkeep.evict_one(call.name, "asked for")
+        if stays is not None:
+            raise errors.BackendError(
+                f"its base image stays: {stays}",
+                image=image_id,
+                path=self._cache.layout.base(call.name),
+                next_step="ask again when nobody needs it",
+            )
+
+    def get_disk_usage(self) -> int:
+        """Return the bytes that the cache has allocated on the instances filesystem, files in flight included.
+
+        0 if the cache is on another filesystem than the instances.
+        """
+        return inventory.disk_usage(self._cache)
+
+    # -- beginning -----------------------------------------------------------------------------------
+
+    def _begin(
+        self, image_id: str, request: model.Request | None, *, stored_format: str | None = None
+    ) -> Call:
+        call = Call(
+            image_id,
+            request or model.Request(),
+            source=self.source,
+            config=self.config,
+            host=self.host,
+            stored_format=stored_format,
+        )
+        self._start()
+        return call
+
+    def _start(self) -> None:
+        if self._started:
+            return
+        with self._starting:
+            if not self._started:
+                self._cache.start()
+                self._upkeep.begin()
+                self._started = True
+
+
+def _require_fit(base: model.BaseImage, size: int | None) -> None:
+    if size is not None and size < base.virtual_size:
+        raise errors.DiskTooSmallError(
+            f"its virtual size is {base.virtual_size} bytes and the disk shall have {size}",
+            image=base.image_id,
+            next_step="choose a larger disk (flavor)",
+        )

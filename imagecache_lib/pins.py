@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pins: a base that must stay although nobody uses it yet. What cannot be read keeps the base."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+
+from imagecache_lib import dates, durable, layout, store
+from imagecache_lib.spawn import locks
+
+#: One lock for all pin files: they are changed seldom and for microseconds.
+LOCK = "imagecache-pins"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pin:
+    """Somebody's wish that a base stays.
+
+    :param owner: who wishes it. An owner has one pin on a base at most.
+    :param expires: epoch seconds of the filesystem's clock. None: until it is taken away.
+    """
+
+    owner: str
+    expires: float | None = None
+
+    def is_over(self, now: float) -> bool:
+        return self.expires is not None and self.expires <= now
+
+
+@dataclasses.dataclass(frozen=True)
+class PinFile:
+    """All pins of one base. ``image_id`` is kept so that listings can name the image."""
+
+    image_id: str
+    pins: tuple[Pin, ...]
+
+    def to_json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self)).encode() + b"\n"
+
+
+def parse(data: bytes) -> PinFile | None:
+    """Return the pins in ``data``. None for anything torn or unknown, which then pins for ever."""
+    try:
+        fields = json.loads(data)
+        image_id = fields["image_id"]
+        found = tuple(Pin(each["owner"], each["expires"]) for each in fields["pins"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    known = isinstance(image_id, str) and all(
+        isinstance(pin.owner, str) and isinstance(pin.expires, int | float | None) for pin in found
+    )
+    return PinFile(image_id, found) if known else None
+
+
+def add(cache: store.CacheStore, name: str, image_id: str, pin: Pin) -> None:
+    """Pin a base, whether it is there or not. Takes the place of the owner's earlier pin."""
+    with _changing(cache):
+        others = tuple(each for each in _read(cache, name) if each.owner != pin.owner)
+        _write(cache, name, PinFile(image_id, (*others, pin)))
+
+
+def remove(cache: store.CacheStore, name: str, image_id: str, owner: str) -> bool:
+    """Take an owner's pin away. True: there was one."""
+    with _changing(cache):
+        before = _read(cache, name)
+        after = tuple(each for each in before if each.owner != owner)
+        _write(cache, name, PinFile(image_id, after))
+        return len(after) != len(before)
+
+
+def reason(cache: store.CacheStore, name: str, now: float) -> str | None:
+    """Return who pins a base and until when, as a clause. None: nobody does."""
+    try:
+        data = durable.read_file(cache.layout.pin(name))
+    except OSError as error:
+        return f"its pins cannot be read: {error.strerror}; see {cache.layout.pin(name)}"
+    if data is None:
+        return None
+    found = parse(data)
+    if found is None:
+        return f"its pins are unreadable; remove {cache.layout.pin(name)} if they are not wanted"
+    holding = [pin for pin in found.pins if not pin.is_over(now)]
+    if not holding:
+        return None
+    return "pinned by " + ", ".join(
+        f"{pin.owner} until {dates.date(pin.expires)}" if pin.expires is not None else pin.owner
+        for pin in holding
+    )
+
+
+def names(cache: store.CacheStore) -> list[str]:
+    """Return the names of all bases that have a pin file."""
+    try:
+        entries = os.listdir(cache.layout.pins)
+    except FileNotFoundError:
+        return []
+    return [
+        name
+        for entry in entries
+        if entry.endswith(".json")
+        and layout.classify(name := entry.removesuffix(".json")) is not layout.Kind.UNKNOWN
+    ]
+
+
+@contextlib.contextmanager
+def _changing(cache: store.CacheStore) -> Iterator[None]:
+    with locks.waiting(
+        cache.layout.lock(LOCK),
+        shared=False,
+        host=cache.host,
+        patience=cache.config.lock_timeout,
+        check=lambda: None,
+    ):
+        yield
+
+
+def _read(cache: store.CacheStore, name: str) -> tuple[Pin, ...]:
+    data = durable.read_file(cache.layout.pin(name))
+    found = parse(data) if data is not None else None
+    return found.pins if found is not None else ()
+
+
+def _write(cache: store.CacheStore, name: str, pins: PinFile) -> None:
+    if pins.pins:
+        durable.write_file(cache.layout.pin(name), pins.to_json())
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(cache.layout.pin(name))

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making a file under a temporary name and giving it its own in one step, never over another."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Callable, Iterator
+
+from imagecache_lib import durable, errors
+from imagecache_lib import host as host_module
+from imagecache_lib.spawn import locks
+from imagecache_lib.spawn import stage as stages
+
+#: ioctl_ficlone(2): share the extents of another file.
+_FICLONE = 0x40049409
+
+_COPY_CHUNK = 64 * 2**20
+
+#: Names of files in the making, beside what they will be.
+UNFINISHED = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{32}\.new")
+
+_MODE = 0o644
+
+
+def check_target(target: str) -> None:
+    """Refuse a target that cannot work, before anything is fetched for it.
+
+    :raises BackendError: it is no absolute path of a file, or its directory is missing or read-only.
+    """
+    if not os.path.isabs(target) or "\0" in target or target.endswith("/"):
+        raise errors.BackendError("a target must be an absolute path of a file", path=target)
+    directory = os.path.dirname(target)
+    if not os.path.isdir(directory):
+        raise errors.BackendError(
+            "the target's directory does not exist", path=directory, next_step="create it first"
+        )
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise errors.BackendError(
+            "the target's directory is not writable", path=directory, next_step="check its owner and mode"
+        )
+
+
+@contextlib.contextmanager
+def placing(
+    target: str,
+    host: host_module.Host,
+    confirm: Callable[[], None],
+    *,
+    pin: Callable[[], None] = lambda: None,
+) -> Iterator[Unfinished]:
+    """Make a file in the body, and give it its name afterwards.
+
+    What is left of a killed attempt does not stop the next one: its name is another, and upkeep removes
+    it later.
+
+    :param confirm: raises if what it was made from is no longer there.
+    :param pin: called just before the file can be seen under its name.
+    :raises DiskExistsError: the target exists.
+    :raises NoSpaceError, BackendError: the filesystem failed.
+    """
+    unfinished = Unfinished(target, host)
+    try:
+        with stages.translated(target):
+            yield unfinished
+        host.trace("disk:made")
+        confirm()
+        host.trace("disk:confirmed")
+        pin()
+        with stages.translated(target):
+            unfinished.place()
+    finally:
+        unfinished.close()
+
+
+class Unfinished:
+    """A file in the making, under a name that says so."""
+
+    def __init__(self, target: str, host: host_module.Host) -> None:
+        directory, name = os.path.split(target)
+        self.target = target
+        self.path = os.path.join(directory, f".{name}.{durable.new_id()}.new")
+        with stages.translated(target):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._owner = locks.OwnerLock(os.open(self.path, flags, 0o600), host)
+
+    @property
+    def fd(self) -> int:
+        return self._owner.fd
+
+    def place(self) -> None:
+        """Give it its name, which nobody may have.
+
+        :raises DiskExistsError: somebody has.
+        """
+        os.fchmod(self.fd, _MODE)
+        try:
+            os.link(self.path, self.target, follow_symlinks=False)
+        except FileExistsError as error:
+            raise errors.DiskExistsError(
+                "the target exists already",
+                path=self.target,
+                next_step='remove it, or ask with if_exists="reuse"',
+            ) from error
+
+    def close(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        self._owner.close()
+
+
+def copy_content(source: int, target: int) -> None:
+    """Share a file's extents where the filesystem can; otherwise copy what is data and leave its holes.
+
+    :param source: descriptor open for reading.
+    :param target: descriptor of an empty file open for writing.
+    :raises OSError: as the system calls.
+    """
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+        return
+    except OSError as error:
+        if error.errno not in (
+            errno.EOPNOTSUPP,
+            errno.EXDEV,
+            errno.EINVAL,
+            errno.ENOTTY,
+            errno.ENOSYS,
+            errno.EPERM,
+        ):
+            raise
+    size = os.fstat(source).st_size
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(source, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break  # nothing but a hole up to the end
+        end = os.lseek(source, start, os.SEEK_HOLE)
+        _copy_range(source, target, start, end)
+        position = end
+    os.ftruncate(target, size)
+
+
+def _copy_range(source: int, target: int, start: int, end: int) -> None:
+    while start < end:
+        wanted = min(_COPY_CHUNK, end - start)
+        try:
+            copied = os.copy_file_range(source, target, wanted, start, start)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            copied = os.pwrite(target, os.pread(source, min(wanted, 2**20), start), start)
+        if copied == 0:
+            raise OSError(errno.EIO, "the file to copy ended early")
+        start += copied

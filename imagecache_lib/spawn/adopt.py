@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bases that we did not publish: checking them as far as they can be, once, before their first use."""
+
+from __future__ import annotations
+
+import os
+
+from imagecache_lib import durable, errors, evidence, layout, model, store
+from imagecache_lib.spawn import digest, inspection
+from imagecache_lib.spawn.call import Call
+
+
+def adopt(
+    cache: store.CacheStore, base: store.OpenBase, call: Call, use: evidence.Use
+) -> tuple[evidence.Record | None, str]:
+    """Check a base that carries no evidence, and write down what was found.
+
+    :returns: its record, or None and the reason why it does not serve, as a clause.
+    :raises SourceError: what the source says of the image is needed and it does not answer.
+    """
+    image = _what_the_source_says(call)
+    try:
+        if use is evidence.Use.FILE:
+            finding = None
+        else:
+            finding = _inspect(cache, base, image)
+        verified = _compare(base, image, use, finding)
+    except errors.ImageRejected as error:
+        return None, error.cause
+    _make_durable(base)
+    base_id = store.read_id(base.fd)
+    if base_id == "":
+        base_id = durable.new_id()
+        store.write_id(base.fd, base_id)
+    record = evidence.Record(
+        name=base.name,
+        image_id=call.image_id,
+        base_id=base_id or durable.new_id(),
+        inode=base.stat.st_ino,
+        size=base.stat.st_size,
+        origin=evidence.Origin.ADOPTED,
+        source_format=finding.format if finding is not None else "raw",
+        stored_format=finding.format if finding is not None else "raw",
+        virtual_size=_virtual_size(base, finding),
+        digest=image.digest if image is not None and verified else None,
+        digest_checked=verified,
+        inspected=evidence.INSPECTION_RULES if finding is not None else None,
+    )
+    if image is not None and not verified and finding is not None:
+        record = _as_converted(record, image)
+    cache.write_record(record)
+    return record, ""
+
+
+def _what_the_source_says(call: Call) -> model.Image | None:
+    """None: the image is gone, and the copy that is here is all there is."""
+    try:
+        _source, image = call.describe()
+    except errors.ImageNotFound:
+        return None
+    return image
+
+
+def _inspect(cache: store.CacheStore, base: store.OpenBase, image: model.Image | None) -> inspection.Finding:
+    config = cache.config
+    claimed = None
+    if image is not None and _unconverted(base, image):
+        claimed = image.disk_format
+    return inspection.inspect_file(
+        base.fd,
+        claimed,
+        vmdk_allowed_types=config.vmdk_allowed_types,
+        max_virtual_size=config.max_virtual_size,
+        strict=not config.disable_deep_image_inspection,
+    )
+
+
+def _unconverted(base: store.OpenBase, image: model.Image) -> bool:
+    return image.size is not None and base.stat.st_size == image.size
+
+
+def _compare(
+    base: store.OpenBase, image: model.Image | None, use: evidence.Use, finding: inspection.Finding | None
+) -> bool:
+    """Compare a base with what the source says. True: its digest was checked.
+
+    :raises ImageRejected: it is not what the source has.
+    """
+    if base.stat.st_size == 0:
+        raise errors.ImageRejected("the file is empty")
+    if image is None:
+        return False
+    as_it_came = _unconverted(base, image)
+    if use is evidence.Use.FILE and not as_it_came and image.size is not None:
+        raise errors.ImageRejected(f"it has {base.stat.st_size} bytes and the image has {image.size}")
+    if as_it_came and image.digest is not None:
+        hashed = digest.StreamDigest(image.digest)
+        for chunk in inspection.chunks_of(base.fd):
+            hashed.feed(chunk)
+        if mismatch := hashed.mismatch():
+            raise errors.ImageRejected(mismatch)
+        return True
+    if not as_it_came and finding is not None and finding.format == "raw":
+        _compare_converted(base, image)
+    return False
+
+
+def _compare_converted(base: store.OpenBase, image: model.Image) -> None:
+    if image.disk_format == "raw":
+        raise errors.ImageRejected(
+            f"it has {base.stat.st_size} bytes, and the raw image it was made from has {image.size}"
+        )
+    if image.virtual_size and base.stat.st_size != image.virtual_size:
+        raise errors.ImageRejected(
+            f"it has {base.stat.st_size} bytes, and the image's virtual size is {image.virtual_size}"
+        )
+
+
+def _virtual_size(base: store.OpenBase, finding: inspection.Finding | None) -> int:
+    if finding is not None and finding.virtual_size is not None:
+        return finding.virtual_size
+    return -(-base.stat.st_size // 512) * 512
+
+
+def _as_converted(record: evidence.Record, image: model.Image) -> evidence.Record:
+    """Say what the source's format was: bytes that were converted must never serve as a plain file."""
+    import dataclasses
+
+    source_format = inspection.QEMU_FORMATS.get(image.disk_format or "", image.disk_format or "unknown")
+    return dataclasses.replace(record, source_format=source_format)
+
+
+def _make_durable(base: store.OpenBase) -> None:
+    """Nobody knows whether its maker synced it, and overlays are about to depend on it."""
+    try:
+        os.fsync(base.fd)
+        durable.sync_directory(os.path.dirname(base.path))
+    except OSError as error:
+        raise errors.BackendError(
+            f"the base image cannot be made durable: {error.strerror}",
+            path=base.path,
+            next_step="check the disk",
+        ) from error
+
+
+def is_adoptable(name: str) -> bool:
+    """Whether a base of that name is an image that somebody else fetched."""
+    return layout.classify(name) is layout.Kind.ORIGINAL

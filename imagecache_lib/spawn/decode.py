@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the bytes as they arrive to the bytes that are stored: pass through, decode, or spool and convert."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+from imagecache_lib import store
+from imagecache_lib.backends import qemu_img
+from imagecache_lib.spawn import inspection
+from imagecache_lib.spawn import stage as stages
+
+#: A guest's disk is counted in sectors of this size, so a raw image ends on a whole one.
+SECTOR = 512
+
+
+class Decoder(Protocol):
+    """Takes the image's bytes in order and fills a stage file with what is to be stored."""
+
+    #: qemu's name of the stored format.
+    stored_format: str
+
+    def write(self, chunk: bytes) -> None:
+        """Take the next bytes.
+
+        :raises ImageRejected: they make no sense.
+        :raises NoSpaceError: no room for what they decode to.
+        """
+
+    def finish(self) -> int:
+        """Complete the stage file after the last byte. Returns the virtual size in bytes.
+
+        :raises: as :meth:`write`.
+        """
+
+    def close(self) -> None:
+        """Let go of everything but the stage file, whether finished or not."""
+
+
+class PassThrough:
+    """Stores the bytes as they come, zeros as holes."""
+
+    def __init__(self, stage: stages.Stage, stored_format: str, virtual_size: int | None) -> None:
+        self.stored_format = stored_format
+        self._stage = stage
+        self._virtual_size = virtual_size
+        self._offset = 0
+
+    def write(self, chunk: bytes) -> None:
+        self._stage.write(chunk, self._offset)
+        self._offset += len(chunk)
+
+    def finish(self) -> int:
+        with stages.translated(self._stage.path):
+            os.ftruncate(self._stage.fd, self._offset)
+        if self._virtual_size is not None:
+            return self._virtual_size
+        return -(-self._offset // SECTOR) * SECTOR
+
+    def close(self) -> None:
+        pass
+
+
+class SpoolAndConvert:
+    """Keeps the bytes in a second stage file and lets qemu-img convert it at the end.
+
+    For the formats whose layout does not let them be decoded as they flow.
+    """
+
+    stored_format = "raw"
+
+    def __init__(
+        self,
+        stage: stages.Stage,
+        finding: inspection.Finding,
+        *,
+        cache: store.CacheStore,
+        converter: qemu_img.QemuImg,
+        reserve: Callable[[int], None],
+    ) -> None:
+        self._stage = stage
+        self._source_format = finding.format
+        self._virtual_size = finding.virtual_size or 0
+        self._converter = converter
+        self._reserve = reserve
+        self._cache = cache
+        self._spool = stages.Stage(cache, stage.name)
+        self._spool.note()
+        self._offset = 0
+
+    def write(self, chunk: bytes) -> None:
+        self._spool.write(chunk, self._offset)
+        self._offset += len(chunk)
+
+    def finish(self) -> int:
+        # What the spool has allocated is gone from the free space already; what it decodes to is at least
+        # as much, for every format that compresses or leaves holes out.
+        self._reserve(self._spool.allocated)
+        with stages.translated(self._stage.path):
+            os.ftruncate(self._spool.fd, self._offset)
+            os.ftruncate(self._stage.fd, self._virtual_size)
+        self._cache.host.trace("convert")
+        self._converter.convert_to_raw(self._spool.path, self._source_format, self._stage.path)
+        return self._virtual_size
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._spool.discard()
+
+
+def choose(
+    finding: inspection.Finding | None,
+    stage: stages.Stage,
+    *,
+    to_raw: bool,
+    cache: store.CacheStore,
+    converter: qemu_img.QemuImg,
+    reserve: Callable[[int], None],
+) -> Decoder:
+    """Return how an image becomes what is stored.
+
+    :param finding: what the content is. None: a plain file, such as a kernel, which nobody looks into.
+    :param to_raw: store it as raw, whatever it is.
+    :param reserve: raises the stage's reservation to so many bytes, or raises NoSpaceError.
+    """
+    if finding is None:
+        return PassThrough(stage, "raw", None)
+    if finding.format == "raw" or not to_raw:
+        return PassThrough(stage, finding.format, finding.virtual_size)
+    return SpoolAndConvert(stage, finding, cache=cache, converter=converter, reserve=reserve)

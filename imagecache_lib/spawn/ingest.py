@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The single pass: source, digest, inspection, decoding, stage file. Nothing is published here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Generator
+
+from imagecache_lib import errors, events, evidence, model, store
+from imagecache_lib.backends import qemu_img
+from imagecache_lib.sources import transfer
+from imagecache_lib.spawn import decode, digest, inspection, space
+from imagecache_lib.spawn import stage as stages
+from imagecache_lib.spawn.call import Call
+
+#: Tell observers how far a transfer is every so many bytes.
+_TELL_EVERY = 16 * 2**20
+
+#: Reserve in steps of this many bytes while the source does not say how large the image is.
+_UNKNOWN_SIZE_STEP = 64 * 2**20
+
+
+class StageGone(Exception):
+    """Somebody swept the stage file away while it was filled: begin again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ingested:
+    """A complete, checked, durable stage file with the evidence of how it was made.
+
+    :param stage: the caller's, to publish or to discard.
+    :param record: what will be its record.
+    """
+
+    stage: stages.Stage
+    record: evidence.Record
+
+
+@dataclasses.dataclass(frozen=True)
+class _Content:
+    """What a pass over the data found."""
+
+    finding: inspection.Finding | None
+    stored_format: str
+    virtual_size: int
+    received: int
+
+
+class Ingest:
+    """Brings images into stage files. Safe to share between threads."""
+
+    def __init__(
+        self, cache: store.CacheStore, converter: qemu_img.QemuImg, observers: events.Observers
+    ) -> None:
+        self._cache = cache
+        self._converter = converter
+        self._observers = observers
+
+    def run(self, call: Call, use: evidence.Use) -> Ingested:
+        """Fetch an image into a stage file of its own, which is the caller's to publish or discard.
+
+        :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: and nothing is left.
+        """
+        while True:
+            with contextlib.suppress(StageGone):
+                return self._run_once(call, use)
+
+    def _run_once(self, call: Call, use: evidence.Use) -> Ingested:
+        _source, image = call.describe()
+        started = self._cache.host.clock()
+        stage = stages.Stage(self._cache, call.name)
+        try:
+            stage.note()
+            space.reserve(stage, image.size or 0, self._cache, check=call.check)
+            self._cache.host.trace("ingest:reserved")
+            content = self._fill(stage, call, image, use)
+            record = self._seal(stage, call, image, content)
+        except BaseException as error:
+            self._give_up(stage, call, error)
+            raise
+        seconds = self._cache.host.clock() - started
+        self._observers(
+            events.Fetched(
+                call.name,
+                call.image_id,
+                received=content.received,
+                allocated=stage.allocated,
+                seconds=seconds,
+            )
+        )
+        return Ingested(stage, record)
+
+    def _give_up(self, stage: stages.Stage, call: Call, error: BaseException) -> None:
+        swept = not stage.is_at_path()
+        stage.discard()
+        if swept and isinstance(error, errors.BackendError):
+            raise StageGone from error
+        if isinstance(error, errors.ImageRejected):
+            self._observers(events.Rejected(call.name, call.image_id, reason=error.cause))
+
+    def _fill(self, stage: stages.Stage, call: Call, image: model.Image, use: evidence.Use) -> _Content:
+        """Pass over the data until it is whole. A clean restart is granted where a resume may be to blame."""
+        fetch = call.transfer()
+        while True:
+            stage.clear()
+            try:
+                return self._pass(fetch, stage, call, image, use)
+            except transfer.StartAgain:
+                continue
+            except errors.ImageRejected:
+                if not fetch.grant_clean_pass():
+                    raise
+
+    def _pass(
+        self, fetch: transfer.Transfer, stage: stages.Stage, call: Call, image: model.Image, use: evidence.Use
+    ) -> _Content:
+        looked_at = self._inspection(image, use)
+        with contextlib.ExitStack() as stack:
+            hashed = digest.StreamDigest(image.digest)
+            stack.callback(hashed.close)
+            chunks = stack.enter_context(contextlib.closing(self._watched(fetch, stage, call, image)))
+            decoder: decode.Decoder | None = None
+            finding: inspection.Finding | None = None
+            held: list[bytes] = []
+            for chunk in chunks:
+                hashed.feed(chunk)
+                if looked_at is not None:
+                    finding = looked_at.feed(chunk)
+                if decoder is None:
+                    held.append(chunk)
+                    if looked_at is not None and finding is None:
+                        continue
+                    decoder = self._decoder(stack, finding, stage, call)
+                    for early in held:
+                        decoder.write(early)
+                    held.clear()
+                else:
+                    decoder.write(chunk)
+            if fetch.offset == 0:
+                raise errors.ImageRejected("it has no data", next_step="have its owner upload its data")
+            if looked_at is not None:
+                finding = looked_at.finish()
+            if decoder is None:
+                decoder = self._decoder(stack, finding, stage, call)
+                for early in held:
+                    decoder.write(early)
+            if mismatch := hashed.mismatch():
+                raise errors.ImageRejected(mismatch, next_step="have its owner upload a good image")
+            virtual_size = decoder.finish()
+            return _Content(finding, decoder.stored_format, virtual_size, fetch.offset)
+
+    def _inspection(self, image: model.Image, use: evidence.Use) -> inspection.Inspection | None:
+        if use is evidence.Use.FILE:
+            return None
+        config = self._cache.config
+        return inspection.Inspection(
+            image.disk_format,
+            vmdk_allowed_types=config.vmdk_allowed_types,
+            max_virtual_size=config.max_virtual_size,
+            strict=not config.disable_deep_image_inspection,
+        )
+
+    def _decoder(
+        self,
+        stack: contextlib.ExitStack,
+        finding: inspection.Finding | None,
+        stage: stages.Stage,
+        call: Call,
+    ) -> decode.Decoder:
+        decoder = decode.choose(
+            finding,
+            stage,
+            to_raw=self._to_raw(call, finding),
+            cache=self._cache,
+            converter=self._converter,
+            reserve=lambda needed: space.reserve(stage, needed, self._cache, check=call.check),
+        )
+        stack.callback(decoder.close)
+        return decoder
+
+    def _to_raw(self, call: Call, finding: inspection.Finding | None) -> bool:
+        """Whether the image is converted.
+
+        :raises ImageRejected: the format that the call needs is neither raw nor the image's own.
+        """
+        if call.stored_format is None:
+            return self._cache.config.force_raw_images
+        if finding is not None and call.stored_format not in ("raw", finding.format):
+            raise errors.ImageRejected(
+                f"it is {finding.format}, and its overlay needs a base that is {call.stored_format}",
+                next_step="find out which image the overlay was made from",
+            )
+        return call.stored_format == "raw"
+
+    def _watched(
+        self, fetch: transfer.Transfer, stage: stages.Stage, call: Call, image: model.Image
+    ) -> Generator[bytes]:
+        """Yield the chunks; reserve as they come if their number is unknown, and tell how far it is."""
+        told = 0
+        with contextlib.closing(fetch.chunks()) as chunks:
+            for chunk in chunks:
+                if image.size is None and fetch.offset > stage.reserved:
+                    space.reserve(stage, fetch.offset + _UNKNOWN_SIZE_STEP, self._cache, check=call.check)
+                yield chunk
+                if fetch.offset - told >= _TELL_EVERY or fetch.offset == image.size:
+                    told = fetch.offset
+                    self._observers(
+                        events.Progress(call.name, call.image_id, received=told, total=image.size)
+                    )
+
+    def _seal(
+        self, stage: stages.Stage, call: Call, image: model.Image, content: _Content
+    ) -> evidence.Record:
+        """Make data and evidence durable, in this order, before anything can refer to them."""
+        base_id = stage.seal()
+        found = os.fstat(stage.fd)
+        strict = not self._cache.config.disable_deep_image_inspection
+        record = evidence.Record(
+            name=call.name,
+            image_id=call.image_id,
+            base_id=base_id,
+            inode=found.st_ino,
+            size=found.st_size,
+            origin=evidence.Origin.FETCHED,
+            source_format=content.finding.format if content.finding is not None else content.stored_format,
+            stored_format=content.stored_format,
+            virtual_size=content.virtual_size,
+            digest=image.digest,
+            digest_checked=image.digest is not None,
+            inspected=evidence.INSPECTION_RULES if content.finding is not None and strict else None,
+        )
+        stage.note(record)
+        self._cache.host.trace("ingest:sealed")
+        return record

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""File locks: shared or exclusive, between threads, processes and Nova. They save work and carry no safety.
+
+They are OFD (open file description) byte-range locks, ``F_OFD_SETLK`` of fcntl(2): they belong to the open
+file and not to the process, so that closing another descriptor of the same file does not drop them, two
+threads exclude each other, and the POSIX locks that Nova takes on the same file conflict with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+import weakref
+from collections.abc import Callable, Iterator
+
+import fasteners
+
+from imagecache_lib import host as host_module
+
+# struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length (0: to the end), pid (0 for OFD locks).
+_FLOCK = "hhqqi4x"
+
+#: How long one wait lasts before cancellation and progress are looked at again, in seconds.
+_SLICE = 1.0
+
+
+def set_lock(fd: int, kind: int, start: int = 0, length: int = 0) -> None:
+    """Set (``F_RDLCK``, ``F_WRLCK``) or drop (``F_UNLCK``) an OFD lock on some bytes, without waiting.
+
+    :param length: in bytes. 0: to the end of the file, however it grows.
+
+    :raises BlockingIOError: somebody else holds a conflicting lock.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0))
+    except PermissionError as error:
+        # fcntl(2) allows EACCES for a conflict, where Linux says EAGAIN.
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+
+
+def is_locked(fd: int, start: int = 0, length: int = 0) -> bool:
+    """Whether anyone else, QEMU included, holds any lock on these bytes of the file."""
+    answer = fcntl.fcntl(
+        fd, fcntl.F_OFD_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    )
+    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+
+
+# A forked child shares the open file descriptions and with them the locks: were they left open there, an
+# owner would look alive for as long as the child lives. Weak, so that it holds nothing itself.
+_held: weakref.WeakSet[HeldDescriptor] = weakref.WeakSet()
+
+
+class HeldDescriptor:
+    """A descriptor that a forked child must not keep."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        _held.add(self)
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _close_in_child() -> None:
+    for held in list(_held):
+        with contextlib.suppress(OSError):
+            held.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners has no type hints
+    """A lock file's OFD lock. fasteners brings the waiting, the time-out and the injected sleep.
+
+    Not reusable while held, and not by two threads: make one for each acquisition.
+    """
+
+    def __init__(self, path: str, *, shared: bool, host: host_module.Host) -> None:
+        super().__init__(path, sleep_func=host.sleep)
+        self._shared = shared
+        self._host = host
+        self._descriptor: HeldDescriptor | None = None
+
+    def _do_open(self) -> None:
+        # fasteners opens for writing only, and a shared lock needs a file open for reading.
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        if self._descriptor is None:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._descriptor = HeldDescriptor(os.open(self.path, flags, 0o644))
+
+    def _do_close(self) -> None:
+        if self._descriptor is not None:
+            self._descriptor.close()
+            self._descriptor = None
+
+    def trylock(self) -> None:
+        if not self._host.locking:
+            return
+        assert self._descriptor is not None
+        set_lock(self._descriptor.fd, fcntl.F_RDLCK if self._shared else fcntl.F_WRLCK)
+        if not self._is_at_path():
+            # Nova unlinks its lock files: whoever waited on the unlinked inode would hold a lock that
+            # nobody else sees. Take the file that is there now.
+            self._do_close()
+            self._do_open()
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def unlock(self) -> None:
+        if self._host.locking and self._descriptor is not None and self._descriptor.fd >= 0:
+            set_lock(self._descriptor.fd, fcntl.F_UNLCK)
+
+    def _is_at_path(self) -> bool:
+        assert self._descriptor is not None
+        ours = os.fstat(self._descriptor.fd)
+        try:
+            theirs = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
+
+
+@contextlib.contextmanager
+def waiting(
+    path: str,
+    *,
+    shared: bool,
+    host: host_module.Host,
+    patience: float,
+    check: Callable[[], None],
+    progress: Callable[[], object] = lambda: None,
+) -> Iterator[bool]:
+    """Hold a lock; the context says whether it was got.
+
+    It is given up, and the context entered without it, once ``patience`` seconds went by without any
+    progress: the caller goes on unlocked, which costs work and nothing else.
+
+    :param check: raises if the caller should stop waiting altogether.
+    :param progress: any value that changes while the holder gets on.
+    """
+    lock = FileLock(path, shared=shared, host=host)
+    seen, since = progress(), host.clock()
+    got = lock.acquire(blocking=False)
+    while not got and host.clock() - since < patience:
+        check()
+        got = lock.acquire(timeout=min(_SLICE, patience))
+        if not got and (now_seen := progress()) != seen:
+            seen, since = now_seen, host.clock()
+    try:
+        yield got
+    finally:
+        _let_go(lock, got)
+
+
+@contextlib.contextmanager
+def without_waiting(path: str, *, host: host_module.Host) -> Iterator[bool]:
+    """Hold an exclusive lock if nobody else has one; the context says whether it was got."""
+    lock = FileLock(path, shared=False, host=host)
+    got = lock.acquire(blocking=False)
+    try:
+        yield got
+    finally:
+        _let_go(lock, got)
+
+
+def _let_go(lock: FileLock, got: bool) -> None:
+    if got:
+        lock.release()
+    else:
+        lock._do_close()
+
+
+# QEMU locks bytes 100 to 299 of the images it has open (its include/block/block-common.h and
+# block/file-posix.c), and qemu-img must be able to write into a stage file that we own.
+_OWNER_BYTE = (0, 1)
+
+
+class OwnerLock:
+    """The lock that marks a file in flight as owned, held on the file itself for the owner's life."""
+
+    def __init__(self, fd: int, host: host_module.Host) -> None:
+        """Take over ``fd``, a new file of our own, and lock it. A filesystem without locks is fine."""
+        self._held = HeldDescriptor(fd)
+        if host.locking:
+            with contextlib.suppress(OSError):
+                set_lock(fd, fcntl.F_WRLCK, *_OWNER_BYTE)
+
+    @property
+    def fd(self) -> int:
+        return self._held.fd
+
+    def close(self) -> None:
+        """Close the file, and with it drop the lock."""
+        self._held.close()
+
+
+def has_owner(fd: int) -> bool:
+    """Whether some :class:`OwnerLock` is held on the file, by anyone but this descriptor."""
+    return is_locked(fd, *_OWNER_BYTE)
+
+
+def try_own(fd: int) -> bool:
+    """Take the lock of a file's owner, if there is none. It goes with the descriptor."""
+    try:
+        set_lock(fd, fcntl.F_WRLCK, *_OWNER_BYTE)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Giving a complete stage file its name, and finishing what a crash interrupted while that was done."""
+
+from __future__ import annotations
+
+import os
+
+from imagecache_lib import durable, evidence, store
+from imagecache_lib.spawn import ingest
+from imagecache_lib.spawn import stage as stages
+
+
+def publish(ingested: ingest.Ingested, cache: store.CacheStore) -> bool:
+    """Link a stage file to its base name. False: somebody else's base has the name, and stays.
+
+    A name is never replaced: link(2) fails where rename(2) would overwrite.
+
+    :raises StageGone: the stage was swept away; nothing was published.
+    :raises BackendError: the filesystem failed.
+    """
+    stage = ingested.stage
+    base = cache.layout.base(stage.name)
+    try:
+        with stages.translated(base):
+            cache.host.trace("publish:link")
+            if not _link(stage, base):
+                return False
+            cache.host.trace("publish:linked")
+            durable.sync_directory(cache.layout.base_path)
+            cache.host.trace("publish:synced")
+            cache.write_record(ingested.record)
+            cache.host.trace("publish:recorded")
+        return True
+    finally:
+        stage.discard()
+
+
+def _link(stage: stages.Stage, base: str) -> bool:
+    try:
+        os.link(stage.path, base, follow_symlinks=False)
+    except FileExistsError:
+        # An NFS client whose request was answered, and the answer lost, asks again and is told this.
+        try:
+            return os.path.samestat(os.stat(base, follow_symlinks=False), os.fstat(stage.fd))
+        except FileNotFoundError:
+            return False  # evicted since: the caller looks again
+    except FileNotFoundError as error:
+        raise ingest.StageGone from error
+    return True
+
+
+def finish(cache: store.CacheStore, base: store.OpenBase) -> evidence.Record | None:
+    """Write the record of a base whose publisher died between the link and the record.
+
+    Safe beside a publisher that lives: both write the same. Returns it, or None if no stage is
+    that of this very file.
+    """
+    carried = store.read_id(base.fd)
+    if not carried:
+        return None
+    for stage_id, note in stages.notes(cache):
+        if note.record is not None and note.record.base_id == carried:
+            durable.sync_directory(cache.layout.base_path)
+            cache.write_record(note.record)
+            return cache.record_of(base)
+    return None

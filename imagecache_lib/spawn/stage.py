@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files in flight: the data that becomes a base image, and the note that says what it will be.
+
+A stage file is made, owned, filled and synced through one descriptor. That matters for the last step: the
+kernel reports a lost write once, to descriptors that were open when it happened, so a file that was reopened
+before its fsync may be told that all is well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+from collections.abc import Iterator
+
+from imagecache_lib import durable, errors, evidence, layout, sparse, store
+from imagecache_lib.spawn import locks
+
+#: Start writing back once this much has arrived, so that the final fsync finds little to do.
+_WRITEBACK = 16 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """What lies beside a stage file.
+
+    :param name: the base that it will be.
+    :param reserved: bytes of the filesystem that its owner will need in all.
+    :param record: the base's evidence, once the data is complete.
+    """
+
+    name: str
+    reserved: int = 0
+    record: evidence.Record | None = None
+
+    def to_json(self) -> bytes:
+        record = None if self.record is None else self.record.to_json().decode()
+        return json.dumps({"name": self.name, "reserved": self.reserved, "record": record}).encode() + b"\n"
+
+
+def parse_note(data: bytes) -> Note | None:
+    """Return the note in ``data``. None for anything torn or unknown."""
+    try:
+        fields = json.loads(data)
+        name, reserved, record = fields["name"], fields["reserved"], fields["record"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    if not isinstance(name, str) or type(reserved) is not int or reserved < 0:
+        return None
+    if record is None:
+        return Note(name, reserved)
+    if not isinstance(record, str):
+        return None
+    return Note(name, reserved, evidence.parse(record.encode()))
+
+
+class Stage:
+    """One stage file of ours, open for reading and writing.
+
+    :raises NoSpaceError: from anything that writes, when the filesystem is full.
+    """
+
+    def __init__(self, cache: store.CacheStore, name: str) -> None:
+        self._cache = cache
+        self.name = name
+        self.id = durable.new_id()
+        self.path = cache.layout.stage(self.id)
+        self.reserved = 0
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with translated(self.path):
+            self._owner = locks.OwnerLock(os.open(self.path, flags, 0o600), cache.host)
+        self._written_back = 0
+
+    @property
+    def fd(self) -> int:
+        return self._owner.fd
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that the file takes on disk now."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def note(self, record: evidence.Record | None = None) -> None:
+        """Write down what this stage will be; durably if the record is there."""
+        data = Note(self.name, self.reserved, record).to_json()
+        with translated(self.path):
+            durable.write_file(self._cache.layout.stage_record(self.id), data, sync=record is not None)
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Write data that belongs at an offset; zeros become holes."""
+        with translated(self.path):
+            sparse.write(self.fd, data, offset)
+        end = offset + len(data)
+        if end - self._written_back >= _WRITEBACK:
+            sparse.start_writeback(self.fd, self._written_back, end - self._written_back)
+            self._written_back = end
+
+    def clear(self) -> None:
+        """Make it empty, for another try."""
+        os.ftruncate(self.fd, 0)
+        self._written_back = 0
+
+    def seal(self) -> str:
+        """Give the complete data its mode and its random id, and make it durable. Returns the id."""
+        base_id = durable.new_id()
+        with translated(self.path):
+            os.fchmod(self.fd, layout.BASE_MODE)
+            store.write_id(self.fd, base_id)
+            self._cache.host.trace("stage:sync")
+            os.fsync(self.fd)
+        return base_id
+
+    def is_at_path(self) -> bool:
+        """Whether nobody swept it away."""
+        try:
+            return os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self.fd))
+        except FileNotFoundError:
+            return False
+
+    def discard(self) -> None:
+        """Remove what is left of it. Harmless after it was published: the base is another name."""
+        for path in (self._cache.layout.stage_record(self.id), self.path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        self._owner.close()
+
+
+def notes(cache: store.CacheStore) -> Iterator[tuple[str, Note]]:
+    """Yield the id and the note of every stage there is."""
+    try:
+        entries = os.listdir(cache.layout.stages)
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.endswith(".json"):
+            data = durable.read_file(os.path.join(cache.layout.stages, entry))
+            note = parse_note(data) if data is not None else None
+            if note is not None:
+                yield entry.removesuffix(".json"), note
+
+
+def progress(cache: store.CacheStore, name: str) -> list[tuple[str, int, int]]:
+    """Return something that changes while anybody gets on with fetching a base."""
+    found = []
+    for stage_id, note in notes(cache):
+        if note.name == name:
+            with contextlib.suppress(FileNotFoundError):
+                now = os.stat(cache.layout.stage(stage_id))
+                found.append((stage_id, now.st_mtime_ns, now.st_blocks))
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def translated(path: str) -> Iterator[None]:
+    """Turn what the filesystem says into the library's errors."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise errors.NoSpaceError(
+                "the filesystem is full", path=path, next_step="make room, then ask again"
+            ) from error
+        raise errors.BackendError(
+            f"the filesystem failed: {error.strerror or error}",
+            path=path,
+            next_step="check the disk and its mount options, then ask again",
+        ) from error

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache directory as it lies on disk: opening a base, believing its record, noting its use.
+
+:mod:`imagecache_lib.layout` says what the names mean. Nothing here fetches, decides or evicts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import os
+import stat
+import threading
+
+from imagecache_lib import config as config_module
+from imagecache_lib import durable, errors, evidence, layout
+from imagecache_lib import host as host_module
+
+LOG = logging.getLogger(__name__)
+
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenBase:
+    """A base file that is open: while it is, no other file can get its inode number.
+
+    :param name: its name in the cache.
+    :param path: its absolute path.
+    :param fd: open for reading.
+    :param stat: of the descriptor.
+    """
+
+    name: str
+    path: str
+    fd: int
+    stat: os.stat_result
+
+    def is_current(self) -> bool:
+        """Whether the name still means this very file."""
+        try:
+            now = os.stat(self.path, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return (now.st_dev, now.st_ino) == (self.stat.st_dev, self.stat.st_ino)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class CacheStore:
+    """The directories of one cache on one host. Touches nothing before :meth:`start`."""
+
+    def __init__(self, config: config_module.CacheConfig, host: host_module.Host) -> None:
+        self.config = config
+        self.host = host
+        self.layout = layout.Layout(config.base_path, config.locks_path)
+        self._started = False
+        self._starting = threading.Lock()
+
+    def start(self) -> bool:
+        """Make what is missing and check what is there. True the first time.
+
+        :raises ConfigError: the instances directory is missing or read-only, belongs to somebody else, or the
+            cache was written by a newer release.
+        """
+        if self._started:
+            return False
+        with self._starting:
+            if self._started:
+                return False
+            self._check_owner()
+            self._make_directories()
+            self._check_version()
+            self._started = True
+            return True
+
+    def exists(self) -> bool:
+        """Whether there is a cache yet."""
+        return os.path.isdir(self.layout.base_path)
+
+    def _check_owner(self) -> None:
+        instances = self.config.instances_path
+        try:
+            owner = os.stat(instances).st_uid
+        except FileNotFoundError:
+            raise errors.ConfigError(
+                "the instances directory does not exist",
+                path=instances,
+                next_step="create or mount it, owned by the service's user",
+            ) from None
+        if os.geteuid() == 0 and owner != 0:
+            # Files made by root here would lock the service out of its own cache.
+            raise errors.ConfigError(
+                f"the instances directory belongs to uid {owner}, and this is root",
+                path=instances,
+                next_step=f"run as that user, for example with: runuser -u '#{owner}' --",
+            )
+
+    def _make_directories(self) -> None:
+        where = self.layout
+        try:
+            os.makedirs(where.locks_path, exist_ok=True)
+            _make_directory(where.base_path, layout.BASE_DIR_MODE)
+            for path in (where.private, where.records, where.stages, where.trash, where.hosts, where.pins):
+                _make_directory(path, layout.PRIVATE_DIR_MODE)
+        except OSError as error:
+            raise errors.ConfigError(
+                f"the cache's directories cannot be made: {error.strerror}",
+                path=error.filename or where.base_path,
+                next_step="make it writable for the service's user",
+            ) from error
+        if not os.access(where.private, os.W_OK | os.X_OK):
+            raise errors.ConfigError(
+                "the cache directory is not writable",
+                path=where.private,
+                next_step="make it writable for the service's user",
+            )
+
+    def _check_version(self) -> None:
+        found = durable.read_file(self.layout.version)
+        if found is None:
+            durable.write_file(self.layout.version, b"%d\n" % layout.VERSION)
+            return
+        if not found.strip().isdigit() or int(found) > layout.VERSION:
+            raise errors.ConfigError(
+                f"the cache has layout version {found[:20]!r}, this release knows {layout.VERSION}",
+                path=self.layout.version,
+                next_step="upgrade imagecache_lib on this host",
+            )
+
+    # -- bases ---------------------------------------------------------------------------------------
+
+    def open_base(self, name: str) -> OpenBase | None:
+        """Open a base image. None: there is none.
+
+        :raises CacheEntryError: something that is no regular file has its name.
+        """
+        path = self.layout.base(name)
+        try:
+            fd = os.open(path, _READ)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise _odd_entry(path, "a symbolic link") from error
+            raise errors.CacheEntryError(
+                f"the base image cannot be opened: {error.strerror}",
+                path=path,
+                next_step="check its owner and mode",
+            ) from error
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(fd)
+            raise _odd_entry(path, "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file")
+        return OpenBase(name, path, fd, found)
+
+    def record_of(self, base: OpenBase) -> evidence.Record | None:
+        """Return the evidence that was written for this very file. None: there is none.
+
+        On a filesystem without extended attributes, inode and size have to do; evidence bound so weakly
+        says that the base was checked, and no longer who vouched for it.
+        """
+        data = durable.read_file(self.layout.record(base.name))
+        record = evidence.parse(data) if data is not None else None
+        if record is None or (record.inode, record.size) != (base.stat.st_ino, base.stat.st_size):
+            return None
+        carried = read_id(base.fd)
+        if carried is None:
+            return dataclasses.replace(record, origin=evidence.Origin.ADOPTED, certificates=())
+        return record if carried == record.base_id else None
+
+    def write_record(self, record: evidence.Record) -> None:
+        """Put a record in its place, durably."""
+        durable.write_file(self.layout.record(record.name), record.to_json())
+
+    def note_use(self, base: OpenBase) -> None:
+        """Note that the base is used now.
+
+        The base's own mtime is what Nova looks at; where it may not be changed, since libvirt gave the file
+        to QEMU's user or the server forbids it, our record's mtime says the same.
+        """
+        try:
+            os.utime(base.fd)
+        except OSError:
+            try:
+                os.utime(self.layout.record(base.name))
+            except OSError as error:
+                LOG.debug("The use of base image %s could not be noted: %s", base.path, error)
+
+    def last_use(self, base: OpenBase) -> float:
+        """Return when the base was last used, in epoch seconds of the filesystem's clock."""
+        own = base.stat.st_mtime
+        try:
+            return max(own, os.stat(self.layout.record(base.name)).st_mtime)
+        except FileNotFoundError:
+            return own
+
+    def filesystem_now(self) -> float:
+        """Return the time by the filesystem's own clock, which on shared storage is the server's."""
+        probe = os.path.join(self.layout.private, f"clock.{durable.new_id()}")
+        fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            return os.fstat(fd).st_mtime
+        finally:
+            os.close(fd)
+            os.unlink(probe)
+
+
+def read_id(fd: int) -> str | None:
+    """Return the random id that a base file carries; an empty one if it carries none.
+
+    None: the filesystem has no extended attributes.
+    """
+    try:
+        return os.getxattr(fd, layout.ID_ATTRIBUTE).decode("ascii", "replace")
+    except OSError as error:
+        if error.errno == errno.ENODATA:
+            return ""
+        if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP):
+            return None
+        raise
+
+
+def write_id(fd: int, base_id: str) -> bool:
+    """Give a file its random id. False: the filesystem has no extended attributes, or it is not our file."""
+    try:
+        os.setxattr(fd, layout.ID_ATTRIBUTE, base_id.encode())
+    except OSError as error:
+        if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EROFS):
+            return False
+        raise
+    return True
+
+
+def _make_directory(path: str, mode: int) -> None:
+    try:
+        os.mkdir(path, mode)
+    except FileExistsError:
+        return
+    os.chmod(path, mode)  # mkdir() let the umask take bits away
+
+
+def _odd_entry(path: str, what: str) -> errors.CacheEntryError:
+    return errors.CacheEntryError(
+        f"the cache entry is {what}, not a base image",
+        path=path,
+        next_step="find out who put it there and move it away; this library does not touch it",
+    )

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hosts that share a cache. Each writes its own file and nobody else's, so that nothing needs a clock.
+
+On shared storage no host can see all references alone: another may have instance directories that this
+one does not mount. So a base in the trash is unlinked only when every registered host has seen it there,
+then read its own references, and cleared it. A silent host blocks that until an operator forgets it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+
+from imagecache_lib import durable, errors, store
+
+
+@dataclasses.dataclass(frozen=True)
+class HostFile:
+    """What a host says of itself.
+
+    :param id: its file's name, without the ending.
+    :param name: the host's name.
+    :param roots: what each disk root was when it was last read: ``[st_dev, f_fsid]`` by path.
+    :param cleared: entries of the trash that nothing on this host refers to.
+    """
+
+    id: str
+    name: str
+    roots: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    cleared: frozenset[str] = frozenset()
+
+    def to_json(self) -> bytes:
+        fields = {"name": self.name, "roots": dict(self.roots), "cleared": sorted(self.cleared)}
+        return json.dumps(fields).encode() + b"\n"
+
+
+def parse(host_id: str, data: bytes) -> HostFile | None:
+    """Return a host's file. None for anything torn or unknown: that host then clears nothing."""
+    try:
+        fields = json.loads(data)
+        name, cleared = fields["name"], fields["cleared"]
+        roots = {str(path): (int(pair[0]), int(pair[1])) for path, pair in fields["roots"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        return None
+    if not isinstance(name, str) or not isinstance(cleared, list):
+        return None
+    return HostFile(host_id, name, roots, frozenset(str(each) for each in cleared))
+
+
+class Hosts:
+    """This host's file, and a look at the others'."""
+
+    def __init__(self, cache: store.CacheStore) -> None:
+        self._cache = cache
+        self.id = _host_id(cache.host.name)
+
+    def register(self) -> None:
+        """Have a file, before the first lease: from then on nothing is unlinked without this host.
+
+        :raises OSError: it cannot be written.
+        """
+        if self._read(self.id) is None:
+            self.write(HostFile(self.id, self._cache.host.name))
+
+    def own(self) -> HostFile:
+        """Return this host's file as it is now."""
+        return self._read(self.id) or HostFile(self.id, self._cache.host.name)
+
+    def write(self, own: HostFile) -> None:
+        """Replace this host's file."""
+        durable.write_file(self._cache.layout.host(self.id), own.to_json())
+
+    def all(self) -> dict[str, HostFile | None]:
+        """Return every registered host by id; None for one whose file cannot be read."""
+        found: dict[str, HostFile | None] = {}
+        for entry in os.listdir(self._cache.layout.hosts):
+            if entry.endswith(".json"):
+                host_id = entry.removesuffix(".json")
+                found[host_id] = self._read(host_id)
+        return found
+
+    def forget(self, host_id: str) -> None:
+        """Remove the file of a host that will not come back.
+
+        :raises ConfigError: there is no such host.
+        """
+        try:
+            os.unlink(self._cache.layout.host(host_id))
+        except FileNotFoundError:
+            raise errors.ConfigError(
+                f"no host with the id {host_id} is registered", next_step="list the hosts to see the ids"
+            ) from None
+
+    def not_cleared_by(self, entry: str) -> list[str]:
+        """Return the names (or ids) of hosts that have not cleared an entry of the trash."""
+        return sorted(
+            host.name if host is not None else host_id
+            for host_id, host in self.all().items()
+            if host is None or entry not in host.cleared
+        )
+
+    def _read(self, host_id: str) -> HostFile | None:
+        try:
+            data = durable.read_file(self._cache.layout.host(host_id))
+        except OSError:
+            return None
+        return parse(host_id, data) if data is not None else None
+
+
+def _host_id(name: str) -> str:
+    """Return the id that this host always has.
+
+    Two hosts of one name differ in /etc/machine-id (see machine-id(5)), two clones of one machine in name.
+    """
+    machine = durable.read_file("/etc/machine-id") or b""
+    return hashlib.sha256(machine.strip() + b"\0" + name.encode()).hexdigest()[:32]

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in the cache: one look at every name, without opening anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+
+from imagecache_lib import layout, store
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One base image.
+
+    :param name: its name in the cache.
+    :param kind: what the name stands for.
+    :param allocated: bytes it takes on disk.
+    :param apparent: its length in bytes.
+    :param last_use: epoch seconds of the filesystem's clock.
+    :param links: how many names the file has.
+    """
+
+    name: str
+    kind: layout.Kind
+    allocated: int
+    apparent: int
+    last_use: float
+    links: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Inventory:
+    """Everything in ``_base``, sorted by name.
+
+    :param bases: the base images.
+    :param foreign_stages: what Nova has or had in flight.
+    :param odd: names that are something else than they should be, or that nobody knows. Not touched.
+    """
+
+    bases: tuple[Entry, ...]
+    foreign_stages: tuple[Entry, ...]
+    odd: tuple[str, ...]
+
+
+def take(cache: store.CacheStore) -> Inventory:
+    """List the cache. An entry that vanishes meanwhile is left out."""
+    bases: list[Entry] = []
+    foreign: list[Entry] = []
+    odd: list[str] = []
+    noted = _notes_of_use(cache)
+    try:
+        entries = os.scandir(cache.layout.base_path)
+    except FileNotFoundError:
+        return Inventory((), (), ())
+    with entries:
+        for found in entries:
+            if found.name.startswith("."):
+                continue
+            kind = layout.classify(found.name)
+            try:
+                status = found.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if kind is layout.Kind.UNKNOWN or not stat.S_ISREG(status.st_mode):
+                odd.append(found.name)
+                continue
+            entry = _entry(found.name, kind, status, noted.get(found.name, 0.0))
+            (foreign if kind is layout.Kind.FOREIGN_STAGE else bases).append(entry)
+    by_name = lambda entry: entry.name  # noqa: E731
+    return Inventory(
+        tuple(sorted(bases, key=by_name)), tuple(sorted(foreign, key=by_name)), tuple(sorted(odd))
+    )
+
+
+def _entry(name: str, kind: layout.Kind, status: os.stat_result, noted: float) -> Entry:
+    return Entry(
+        name=name,
+        kind=kind,
+        allocated=status.st_blocks * 512,
+        apparent=status.st_size,
+        last_use=max(status.st_mtime, noted),
+        links=status.st_nlink,
+    )
+
+
+def _notes_of_use(cache: store.CacheStore) -> dict[str, float]:
+    """Our own notes of last use: the mtimes of the records."""
+    noted: dict[str, float] = {}
+    try:
+        entries = os.scandir(cache.layout.records)
+    except FileNotFoundError:
+        return noted
+    with entries:
+        for found in entries:
+            if found.name.endswith(".json"):
+                try:
+                    noted[found.name.removesuffix(".json")] = found.stat(follow_symlinks=False).st_mtime
+                except FileNotFoundError:
+                    continue
+    return noted
+
+
+def disk_usage(cache: store.CacheStore) -> int:
+    """Return the allocated bytes of everything under the cache's directory, each file counted once.
+
+    0 if the cache is on another filesystem than the instances, since it then takes nothing from them.
+    """
+    try:
+        if os.stat(cache.layout.base_path).st_dev != os.stat(cache.config.instances_path).st_dev:
+            return 0
+    except FileNotFoundError:
+        return 0
+    total = 0
+    counted: set[int] = set()
+    pending = [cache.layout.base_path]
+    while pending:
+        try:
+            entries = os.scandir(pending.pop())
+        except FileNotFoundError:
+            continue
+        with entries:
+            for found in entries:
+                if found.is_dir(follow_symlinks=False):
+                    pending.append(found.path)
+                    continue
+                try:
+                    status = found.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if status.st_ino not in counted:
+                    counted.add(status.st_ino)
+                    total += status.st_blocks * 512
+    return total

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which bases may go. Values in, a plan out: no clock, no disk, no surprise."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from imagecache_lib import config as config_module
+from imagecache_lib import dates, layout
+from imagecache_lib.upkeep.inventory import Entry
+from imagecache_lib.upkeep.references import References
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the operator allows. Bytes and seconds; a size of 0 is no limit.
+
+    :param remove: False: nothing goes.
+    :param original_age: unused bases go once they are this old.
+    :param resized_age: the same for legacy resized bases.
+    :param floor_age: under pressure of space unused bases may go earlier, but none younger than this: it
+        may have been fetched for a disk that is still on its way from another host.
+    :param max_size: allocated bytes that the cache may have.
+    :param free_low: bytes of the filesystem below which there is pressure.
+    :param free_high: bytes that shall be free again then.
+    """
+
+    remove: bool = True
+    original_age: float = 86400
+    resized_age: float = 3600
+    floor_age: float = 3600
+    max_size: int = 0
+    free_low: int = 0
+    free_high: int = 0
+
+    @classmethod
+    def of(cls, config: config_module.CacheConfig) -> Limits:
+        return cls(
+            remove=config.remove_unused_base_images,
+            original_age=config.remove_unused_original_minimum_age_seconds,
+            resized_age=config.remove_unused_resized_minimum_age_seconds,
+            floor_age=config.space_minimum_age_seconds,
+            max_size=config.max_cache_size,
+            free_low=config.free_space_low,
+            free_high=max(config.free_space_high, config.free_space_low),
+        )
+
+    def age(self, entry: Entry) -> float:
+        """Seconds after its last use at which this base goes without any pressure."""
+        return self.resized_age if entry.kind is layout.Kind.RESIZED else self.original_age
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """How full it is, in allocated bytes.
+
+    :param used: by the cache.
+    :param free: on the filesystem.
+    :param wanted: bytes that somebody needs now beside what is free.
+    """
+
+    used: int = 0
+    free: int = 2**63
+    wanted: int = 0
+
+    def pressure(self, limits: Limits) -> tuple[int, str]:
+        """Return how many bytes must go, and which limit says so."""
+        over = [(self.wanted, "an image that is fetched now needs the room")]
+        if limits.max_size:
+            over.append((self.used - limits.max_size, "the cache is larger than max_cache_size"))
+        if self.free < limits.free_low:
+            over.append((limits.free_high - self.free, "fewer bytes are free than free_space_low"))
+        return max(over, key=lambda each: each[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What is to happen to one base, and why."""
+
+    entry: Entry
+    evict: bool
+    reason: str
+    #: Something refers to it, as far as is known.
+    in_use: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class EvictionPlan:
+    """A decision for each base, sorted by name."""
+
+    decisions: tuple[Decision, ...]
+
+    @property
+    def victims(self) -> tuple[Decision, ...]:
+        return tuple(decision for decision in self.decisions if decision.evict)
+
+
+def plan(
+    entries: Iterable[Entry],
+    references: References,
+    limits: Limits,
+    *,
+    now: float,
+    space: Space | None = None,
+) -> EvictionPlan:
+    """Decide for each base.
+
+    A base goes if nothing refers to it, nothing is unknown, and it was not used for its age; under
+    pressure of space earlier, the least recently used first, until the pressure is gone.
+
+    :param now: epoch seconds of the filesystem's clock.
+    """
+    decisions = {entry.name: _decide(entry, references, limits, now) for entry in entries}
+    if limits.remove:
+        _relieve(decisions, references, limits, now, space or Space())
+    return EvictionPlan(tuple(decisions[name] for name in sorted(decisions)))
+
+
+def _decide(entry: Entry, references: References, limits: Limits, now: float) -> Decision:
+    if (user := needed(entry, references)) is not None:
+        return Decision(entry, False, user, in_use=entry.name in references.users)
+    age = now - entry.last_use
+    if age < limits.age(entry):
+        return Decision(entry, False, f"unused, too young by {dates.span(limits.age(entry) - age)}")
+    unused = f"unused since {dates.date(entry.last_use)}"
+    if not limits.remove:
+        return Decision(entry, False, f"{unused}, and remove_unused_base_images is off")
+    return Decision(entry, True, unused)
+
+
+def _relieve(
+    decisions: dict[str, Decision], references: References, limits: Limits, now: float, space: Space
+) -> None:
+    """Add victims until the pressure is gone."""
+    pressure, reason = space.pressure(limits)
+    pressure -= sum(decision.entry.allocated for decision in decisions.values() if decision.evict)
+    young = (decision.entry for decision in decisions.values() if not decision.evict)
+    for entry in sorted(young, key=lambda each: (each.last_use, each.name)):
+        if pressure <= 0:
+            return
+        if needed(entry, references) is None and now - entry.last_use >= limits.floor_age:
+            decisions[entry.name] = Decision(
+                entry, True, f"unused since {dates.date(entry.last_use)}, and {reason}"
+            )
+            pressure -= entry.allocated
+
+
+def needed(entry: Entry, references: References) -> str | None:
+    """Return who needs a base, whatever its age, as a clause. None: nobody does."""
+    if (user := references.users.get(entry.name)) is not None:
+        return user
+    if references.unknown is not None:
+        return references.unknown
+    if entry.links > 1:
+        return f"the file has {entry.links} names: another hard link refers to it"
+    return None

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a crash left behind: publications to finish, stage files whose owner is dead, small leftovers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+
+from imagecache_lib import events, layout, placing, store
+from imagecache_lib.spawn import locks, publish
+from imagecache_lib.spawn import stage as stages
+
+_STAGE = re.compile(r"[0-9a-f]{32}")
+_LEFTOVER = re.compile(r"clock\.[0-9a-f]{32}|.+\.[0-9a-f]{32}\.new")
+
+
+def recover(cache: store.CacheStore, observers: events.Observers) -> None:
+    """Repair what can be repaired without anybody's references. Harmless beside any number of others.
+
+    What lies in the trash needs references, and is left to the next pass, and to whoever wants it.
+    """
+    now = cache.filesystem_now()
+    _finish_publications(cache, observers)
+    _sweep_stages(cache, observers, now)
+    _sweep_leftovers(cache, now)
+
+
+def _finish_publications(cache: store.CacheStore, observers: events.Observers) -> None:
+    for _stage_id, note in list(stages.notes(cache)):
+        if note.record is None or layout.classify(note.name) is layout.Kind.UNKNOWN:
+            continue
+        opened = cache.open_base(note.name)
+        if opened is None:
+            continue
+        with contextlib.closing(opened):
+            if cache.record_of(opened) is None and publish.finish(cache, opened) is not None:
+                image_id = note.record.image_id
+                observers(events.Recovered(note.name, image_id, what="its publication is finished"))
+
+
+def _sweep_stages(cache: store.CacheStore, observers: events.Observers, now: float) -> None:
+    for entry in os.listdir(cache.layout.stages):
+        stage_id = entry.removesuffix(".json")
+        if not _STAGE.fullmatch(stage_id):
+            continue
+        path = cache.layout.stage(stage_id)
+        if entry.endswith(".json"):
+            # Its data went first: a crash of the sweep, or of a discard.
+            if not os.path.lexists(path):
+                _unlink_if_idle(os.path.join(cache.layout.stages, entry), cache, now)
+        elif sweep_if_dead(path, cache, now):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(cache.layout.stage_record(stage_id))
+            observers(events.Recovered(stage_id, what="removed, a leftover of an interrupted fetch"))
+
+
+def sweep_if_dead(path: str, cache: store.CacheStore, now: float) -> bool:
+    """Unlink a file in flight whose owner is dead: its lock is free, and it was not touched for long.
+
+    Both, since the owner may not have its lock yet, and since locks may not work at all. The lock is taken
+    for the unlink, and the file checked to be still at its path.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    held = locks.HeldDescriptor(fd)
+    try:
+        found = os.fstat(fd)
+        if now - found.st_mtime < cache.config.stage_idle_seconds:
+            return False
+        if cache.host.locking and not locks.try_own(fd):
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path, follow_symlinks=False), found):
+                os.unlink(path)
+                return True
+        return False
+    finally:
+        held.close()
+
+
+def _sweep_leftovers(cache: store.CacheStore, now: float) -> None:
+    """Remove small files that were being written when their writer died."""
+    where = cache.layout
+    for directory in (where.private, where.records, where.stages, where.hosts, where.pins):
+        for entry in os.listdir(directory):
+            if _LEFTOVER.fullmatch(entry):
+                _unlink_if_idle(os.path.join(directory, entry), cache, now)
+
+
+def _unlink_if_idle(path: str, cache: store.CacheStore, now: float) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if now - os.stat(path, follow_symlinks=False).st_mtime >= cache.config.stage_idle_seconds:
+            os.unlink(path)
+
+
+def sweep_unfinished_disks(cache: store.CacheStore, observers: events.Observers, *, now: float) -> None:
+    """Remove disks in the making whose maker is dead, from every instance directory."""
+    for root in cache.config.roots:
+        for directory in (root, *_subdirectories(root)):
+            try:
+                entries = os.listdir(directory)
+            except OSError:
+                continue
+            for entry in entries:
+                made = placing.UNFINISHED.fullmatch(entry) if entry.endswith(".new") else None
+                if made is not None and sweep_if_dead(os.path.join(directory, entry), cache, now):
+                    observers(events.Recovered(made["target"], what="an unfinished disk is removed"))
+
+
+def _subdirectories(root: str) -> list[str]:
+    try:
+        with os.scandir(root) as entries:
+            return [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who needs which base. A reference that cannot be determined counts as one: unknown means keep.
+
+The sources are independent of each other: what the driver reports, the disks of every instance
+directory, pins, and a QEMU that has the base open. Hard links are in the inventory, leases in the locks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from imagecache_lib import layout, model, pins, store, trash
+from imagecache_lib.spawn import locks
+from imagecache_lib.upkeep import disks
+
+#: QEMU's lock bytes on its images: permissions and shared permissions, from its block/file-posix.c.
+_QEMU_BYTES = (100, 200)
+
+
+@dataclasses.dataclass(frozen=True)
+class References:
+    """Who needs what.
+
+    :param users: for each base that is needed, one who needs it, as a clause.
+    :param unknown: why no base may go, as a clause. None: everything is known.
+    :param problems: what could not be determined, a sentence each with what to do.
+    :param readings: cached names by the path of the disk that refers to them; what to remember.
+    :param roots: what each disk root was found to be: ``(st_dev, f_fsid)``.
+    """
+
+    users: Mapping[str, str]
+    unknown: str | None = None
+    problems: tuple[str, ...] = ()
+    readings: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    roots: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What the last pass saw.
+
+    :param readings: cached names by path of the disk.
+    :param roots: what each disk root was.
+    """
+
+    readings: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    roots: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+
+def collect(
+    cache: store.CacheStore,
+    names: Collection[str],
+    instances: Sequence[model.Instance] | None,
+    memory: Memory,
+    *,
+    now: float,
+) -> References:
+    """Read all references to these names.
+
+    :param names: bases in the cache and in the trash.
+    :param instances: what the driver reports. None: it could not tell, so everything is needed.
+    :param now: epoch seconds of the filesystem's clock, for pins that expire.
+    """
+    users: dict[str, str] = {}
+    found = disks.Scan(cache, names, memory).run(instances or ())
+    for path, referred in found.readings.items():
+        for name in referred:
+            users.setdefault(name, f"used by the disk {path}")
+    for name, user in _reported(names, instances or ()):
+        users.setdefault(name, user)
+    for name in set(pins.names(cache)).intersection(names):
+        if (pinned := pins.reason(cache, name, now)) is not None:
+            users.setdefault(name, pinned)
+    for name in _open_in_qemu(cache, set(names).difference(users)):
+        users[name] = "open in a running QEMU"
+    problems = list(found.problems)
+    unknown = found.unknown
+    if instances is None:
+        unknown = "the driver could not tell which instances there are"
+        problems.insert(0, f"Nothing is evicted: {unknown}.")
+    return References(users, unknown, tuple(problems), found.readings, found.roots)
+
+
+def _reported(names: Iterable[str], instances: Sequence[model.Instance]) -> Iterable[tuple[str, str]]:
+    """Yield what the driver's report refers to. A used image needs its legacy resized bases too."""
+    by_original: dict[str, list[str]] = {}
+    for name in names:
+        by_original.setdefault(name.partition("_")[0], []).append(name)
+    for instance in instances:
+        user = f"used by instance {instance.uuid} on {instance.host}"
+        for image_id in instance.images:
+            for name in by_original.get(layout.base_name(image_id), ()):
+                yield name, user
+        if instance.swap_mb:
+            yield layout.swap_name(instance.swap_mb), user
+        for ephemeral in instance.ephemerals:
+            # Which filesystem it has is the guest's type's and the operator's choice: any of that size.
+            for name in by_original.get("ephemeral", ()):
+                if name.startswith(f"ephemeral_{ephemeral.size_gb}_"):
+                    yield name, user
+
+
+def _open_in_qemu(cache: store.CacheStore, names: Collection[str]) -> Iterable[str]:
+    """Yield what a QEMU on this host has open, in the cache or in the trash."""
+    paths = [(name, cache.layout.base(name)) for name in names]
+    paths += [(thrown.name, thrown.path) for thrown in trash.find(cache) if thrown.name in names]
+    return (name for name, path in paths if _has_qemu_locks(path))
+
+
+def _has_qemu_locks(path: str) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        # Gone, or no file: nobody has it open as an image. Unreadable: it may be.
+        return error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO)
+    try:
+        return locks.is_locked(fd, *_QEMU_BYTES)
+    finally:
+        os.close(fd)
