@@ -143,7 +143,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         self._number = owner.number_connection()
         super().__init__(*args)  # type: ignore[arg-type]
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: object) -> None:
         """Keep quiet."""
 
     def do_GET(self) -> None:  # the name is http.server's

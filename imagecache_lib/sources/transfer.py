@@ -240,7 +240,6 @@ class Transfer:
             image.id, host=host, retries=retries, deadline=deadline, cancel=cancel, random=random
         )
         self._may_resume = source.can_resume(image)
-        self._clean_pass_granted = False
         self._furthest = 0
         self._resumed = False
         self._offset = 0
@@ -262,9 +261,10 @@ class Transfer:
         not held against the image: True, and the next pass is one attempt from the first byte to the
         last. Otherwise False: the image is bad.
         """
-        if not self._resumed or self._clean_pass_granted:
+        if not self._resumed:
             return False
-        self._clean_pass_granted = True
+        # Nothing is resumed from here on, so this is granted once.
+        self._resumed = False
         self._may_resume = False
         self._furthest = 0
         self._patience.forgive()
@@ -338,7 +338,7 @@ class Transfer:
             self._patience.forgive()
 
     def _too_long(self) -> errors.ImageCacheError:
-        if self._resumed and self.grant_clean_pass():
+        if self.grant_clean_pass():
             return StartAgain("the resumed transfer brought too many bytes", image=self._image.id)
         return errors.ImageRejected(
             f"the source sends more than the {self._limit} bytes the image may have",

@@ -195,7 +195,9 @@ class TestEndpoints(GlanceCase):
     def test_after_a_broken_transfer_another_one_is_asked(self) -> None:
         broken = self.enterContext(GlanceServer(token=TOKEN))
         broken.add(ID, DATA)
-        broken.script(f"/v2/images/{ID}/file", Answer(body=DATA[:99], length=len(DATA), after="close"))
+        start = Answer(body=DATA[:99], length=len(DATA), after="close")
+        rest = Answer(206, {"Content-Range": f"bytes 99-199999/{len(DATA)}"}, length=9, after="close")
+        broken.script(f"/v2/images/{ID}/file", start, rest)
         found, image = transfer.describe(self.source(broken.url, self.server.url), ID, host=QUIET)
         fetching = transfer.Transfer(found, image, host=QUIET, retries=1)
         self.assertEqual(DATA, b"".join(fetching.chunks()))

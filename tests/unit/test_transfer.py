@@ -115,6 +115,7 @@ class TestCleanPass(TransferCase):
     def test_a_splice_is_granted_one_clean_pass(self) -> None:
         self.assertNotEqual(DATA, self.splice())
         self.assertTrue(self.fetching.grant_clean_pass())
+        self.assertFalse(self.fetching.grant_clean_pass())
         self.source.change_data(ID, DATA)
         self.assertEqual(DATA, fetch(self.fetching))
         self.assertFalse(self.fetching.resumed)
