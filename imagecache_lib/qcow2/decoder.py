@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decodes a qcow2 image to raw while it arrives, front to back, without a second look at it.
+
+What the stream holds is taken in the order of the file. Three kinds of things are awaited, each at a known
+offset: the L1 table, the L2 tables it names, and the clusters they map. Common writers put a table before the
+data it maps, so that everything passes once and in order. Bytes that pass before a table has spoken for them
+are kept aside (:mod:`spill`) until all tables are known, and looked up when a late table wants them. So any
+layout is right, and the usual one needs no second pass.
+
+Memory is bounded whatever the image says: maps that would not fit are set aside like data, and read at the
+end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import BinaryIO
+
+from imagecache_lib import errors
+from imagecache_lib.qcow2 import header as header_module
+from imagecache_lib.qcow2 import inflate as inflate_module
+from imagecache_lib.qcow2 import tables
+from imagecache_lib.qcow2.pool import InflatePool, default_threads
+from imagecache_lib.qcow2.spill import Spill
+from imagecache_lib.qcow2.walk import MAP_BYTES, Unstreamable, Walk
+
+__all__ = ["Decoded", "StreamDecoder", "Unstreamable", "check", "supports"]
+
+#: Input is taken in pieces of at most this.
+_PIECE = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What came out.
+
+    :param virtual_size: bytes the guest sees, which is the raw file's size.
+    :param mapped_bytes: bytes of clusters that the tables map to data; no more than these were written.
+    :param spilled_bytes: bytes that were set aside in the side file.
+    """
+
+    virtual_size: int
+    mapped_bytes: int
+    spilled_bytes: int
+
+
+def check(header: header_module.Header, max_virtual_size: int) -> None:
+    """Refuse what must not be used as a base image, or cannot be decoded by any program here.
+
+    :raises ImageRejected: encryption, an external data file, a backing file, an unknown incompatible feature
+        or compression, the corrupt bit, or more than ``max_virtual_size`` bytes.
+    """
+    features = header.incompatible_features
+    for refused, cause in (
+        (header.crypt_method, "is encrypted"),
+        (header_module.EXTENSION_ENCRYPTION in header.extensions, "is encrypted"),
+        (header.backing_file_offset, "has a backing file"),
+        (features & header_module.Incompatible.DATA_FILE, "keeps its data in another file"),
+        (features & header_module.Incompatible.CORRUPT, "is marked corrupt"),
+        (
+            features & ~header_module.KNOWN_INCOMPATIBLE,
+            f"needs unknown features (bit mask {features & ~header_module.KNOWN_INCOMPATIBLE:#x})",
+        ),
+        (
+            header.compression_type > max(header_module.Compression),
+            f"uses unknown compression {header.compression_type}",
+        ),
+        (
+            header.virtual_size > max_virtual_size,
+            f"has a virtual size of {header.virtual_size} bytes, more than the {max_virtual_size} allowed",
+        ),
+        (header.l1_size and header.l1_table_offset < header.cluster_size, "has its L1 table in its header"),
+    ):
+        if refused:
+            raise errors.ImageRejected(f"the qcow2 image {cause}")
+
+
+def supports(header: header_module.Header) -> bool:
+    """Whether what is installed can decode it. False: qemu-img has to, from the whole file."""
+    return header.compression_type == header_module.Compression.DEFLATE or inflate_module.zstd() is not None
+
+
+class StreamDecoder:
+    """Takes a qcow2 file in pieces of any size and writes the disk it holds.
+
+    :param out_fd: open for writing; a file that is empty, or at least reads as zeros. Nothing is synced.
+    :param spill: opens an empty file for reading and writing, preferably unlinked; called at most once, and
+        only if more than 8 MiB have to be set aside.
+    :param file_size: bytes the whole file has, if known: tables that point outside are then refused at once.
+    :param max_virtual_size: bytes above which the image is refused.
+    :param inflate: of deflate clusters; None: the fastest that is installed.
+    :param map_bytes: memory for maps of data that has not arrived; what exceeds it is read again at the end.
+    :param threads: that inflate and write compressed clusters; None: one per processor, up to four.
+    """
+
+    def __init__(
+        self,
+        out_fd: int,
+        *,
+        spill: Callable[[], BinaryIO],
+        file_size: int | None,
+        max_virtual_size: int,
+        inflate: inflate_module.Inflate | None = None,
+        threads: int | None = None,
+        map_bytes: int = MAP_BYTES,
+    ) -> None:
+        self._out = out_fd
+        self._spill = Spill(spill)
+        self._file_size = file_size
+        self._max_virtual_size = max_virtual_size
+        self._inflate = inflate
+        self._map_bytes = map_bytes
+        self._thread_count = threads or default_threads()
+        self._header: header_module.Header | None = None
+        self._walk: Walk | None = None
+        self._start = bytearray()
+        self._needed = header_module.V2_LENGTH
+
+    def __enter__(self) -> StreamDecoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def header(self) -> header_module.Header | None:
+        """The header, as soon as it has arrived."""
+        return self._header
+
+    @property
+    def virtual_size(self) -> int | None:
+        """Bytes the guest sees, as soon as the header has arrived."""
+        return None if self._header is None else self._header.virtual_size
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of clusters that the tables so far map to data: what the raw file may allocate by then.
+
+        It grows while the stream arrives, ahead of the data in the usual layout: reserve space by it.
+        """
+        return 0 if self._walk is None else self._walk.mapped_bytes
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes that went to the side file so far."""
+        return self._spill.spilled
+
+    def write(self, chunk: bytes | bytearray | memoryview) -> None:
+        """Take the next bytes of the file.
+
+        :raises ImageRejected: no qcow2, one that :func:`check` refuses, or a malformed one.
+        :raises Unstreamable: fetch the whole file and convert it with qemu-img.
+        :raises OSError: the raw file or the side file cannot be written.
+        """
+        with memoryview(chunk) as view:
+            for start in range(0, len(view), _PIECE):
+                with view[start : start + _PIECE] as piece:
+                    if self._walk is None:
+                        self._begin(piece)
+                    else:
+                        self._walk.feed(piece)
+
+    def finish(self) -> Decoded:
+        """Call after the last byte: resolve what was set aside, and give the raw file its size.
+
+        Raises as :meth:`write`; here also for a file that ends too early.
+        """
+        if self._walk is None:
+            self._parse_header(final=True)
+        assert self._walk is not None and self._header is not None
+        self._walk.finish()
+        os.ftruncate(self._out, self._header.virtual_size)
+        return Decoded(self._header.virtual_size, self._walk.mapped_bytes, self._spill.spilled)
+
+    def close(self) -> None:
+        """Stop the threads and drop what was set aside. The raw file is the caller's."""
+        if self._walk is not None:
+            self._walk.close()
+        self._spill.close()
+
+    def _begin(self, piece: memoryview) -> None:
+        self._start += piece
+        if len(self._start) >= self._needed:
+            self._parse_header(final=False)
+
+    def _parse_header(self, *, final: bool) -> None:
+        try:
+            header = header_module.parse(bytes(self._start))
+        except header_module.NotQcow2 as error:
+            raise errors.ImageRejected("the data is no qcow2 image") from error
+        except header_module.Truncated as error:
+            if final:
+                raise
+            self._needed = error.needed
+            return
+        check(header, self._max_virtual_size)
+        self._header = header
+        pool = InflatePool(self._out, header.cluster_size, self._choose_inflate(header), self._thread_count)
+        geometry = tables.Geometry.of(header, self._file_size)
+        self._walk = Walk(self._out, geometry, self._spill, pool, map_bytes=self._map_bytes)
+        start, self._start = self._start, bytearray()
+        self._walk.feed(start)
+
+    def _choose_inflate(self, header: header_module.Header) -> inflate_module.Inflate:
+        if header.compression_type == header_module.Compression.DEFLATE:
+            return self._inflate or inflate_module.fastest_deflate()
+        zstd = inflate_module.zstd()
+        if zstd is None:
+            raise Unstreamable(
+                "a zstd-compressed qcow2 image cannot be decoded as it arrives",
+                next_step="install the zstd extra, or convert it with qemu-img",
+            )
+        return zstd

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads that inflate clusters and write them, fed through a bounded queue."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+
+from imagecache_lib.qcow2.inflate import Inflate
+from imagecache_lib.qcow2.sparse import pwrite_sparse
+
+#: Clusters handed over at once hold about this much, so that threads are not woken for every small one.
+_BATCH_BYTES = 2**20
+_QUEUED_BATCHES_PER_THREAD = 2
+_MAX_THREADS = 4
+
+#: Guest offset, bytes wanted of the cluster (all but at the disk's end), compressed data.
+_Job = tuple[int, int, bytes]
+
+
+def default_threads() -> int:
+    """Return how many threads inflate: the processors this process may use, at most four."""
+    return min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+
+
+class InflatePool:
+    """Inflates clusters in any order and writes each to its place. Threads start with the first batch.
+
+    :param fd: where clusters are written, sparsely.
+    :param cluster_size: bytes that each inflates to.
+    """
+
+    def __init__(self, fd: int, cluster_size: int, inflate: Inflate, threads: int) -> None:
+        self._fd = fd
+        self._cluster_size = cluster_size
+        self._inflate = inflate
+        self._wanted_threads = threads
+        self._threads: list[threading.Thread] = []
+        self._queue: queue.Queue[list[_Job] | None] = queue.Queue(threads * _QUEUED_BATCHES_PER_THREAD)
+        self._batch: list[_Job] = []
+        self._batch_limit = max(1, _BATCH_BYTES // cluster_size)
+        self._error: BaseException | None = None
+
+    def submit(self, guest: int, length: int, data: bytes) -> None:
+        """Hand over a cluster; waits while too many are queued.
+
+        :raises ImageRejected: an earlier cluster does not inflate.
+        :raises OSError: an earlier one could not be written.
+        """
+        self._batch.append((guest, length, data))
+        if len(self._batch) >= self._batch_limit:
+            self._hand_over()
+
+    def inflate_now(self, guest: int, length: int, data: bytes) -> None:
+        """Inflate and write a cluster in the calling thread. Raises as :meth:`submit`, but at once."""
+        pwrite_sparse(self._fd, self._inflate(data, self._cluster_size), guest, 0, length)
+
+    def drain(self) -> None:
+        """Wait until every cluster is written. Raises as :meth:`submit`."""
+        if self._batch:
+            self._hand_over()
+        self._stop()
+        self._raise_error()
+
+    def close(self) -> None:
+        """Stop the threads; what they have not begun is dropped."""
+        self._error = self._error or RuntimeError("closed")
+        self._stop()
+
+    def _hand_over(self) -> None:
+        self._raise_error()
+        if not self._threads:
+            for _ in range(self._wanted_threads):
+                thread = threading.Thread(target=self._work, name="qcow2-inflate", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        self._queue.put(self._batch)
+        self._batch = []
+
+    def _stop(self) -> None:
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (batch := self._queue.get()) is not None:
+            try:
+                for guest, length, data in batch:
+                    # After an error the queue is only emptied, so that nobody waits on it for ever.
+                    if self._error is not None:
+                        break
+                    self.inflate_now(guest, length, data)
+            except BaseException as error:
+                # Raised again in the thread that feeds.
+                self._error = error

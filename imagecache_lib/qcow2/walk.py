@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The walk along a qcow2 file: what is awaited next, and what to do with it when it has arrived."""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+
+from imagecache_lib import errors
+from imagecache_lib.qcow2 import tables
+from imagecache_lib.qcow2.pool import InflatePool
+from imagecache_lib.qcow2.sparse import pwrite_sparse
+from imagecache_lib.qcow2.spill import Spill
+
+#: Memory for what is awaited: offsets of L2 tables, and maps. More is set aside like data.
+MAP_BYTES = 56 * 2**20
+#: Contiguous clusters are written in runs of at most this, and nothing unwanted is held beyond it.
+_RUN_BYTES = 2**20
+_L1_PIECE = 2**16
+_SECTOR = 512
+_MAX_TAILS = 2**13
+_NEVER = 2**63
+_FULL = 0xFFFF_FFFF
+
+
+class Unstreamable(errors.ImageCacheError):
+    """The image may be fine, but it takes qemu-img and the whole file to convert it.
+
+    Raised for a compression whose library is not installed, and for data that two tables share when the
+    second table comes after it: legal, but no known writer does it.
+    """
+
+
+class Walk:
+    """Takes what is awaited in the order of the file: the L1 table, L2 tables, clusters of data.
+
+    ``_window`` holds the stream's bytes from offset ``_base`` on. ``_mark`` is the end of what was taken or
+    set aside; it only grows. What starts before the end of a table just read is *late*: it was set aside.
+
+    :param map_bytes: memory for maps; tables that would exceed it are read at the end.
+    """
+
+    def __init__(
+        self,
+        out_fd: int,
+        geometry: tables.Geometry,
+        spill: Spill,
+        pool: InflatePool,
+        *,
+        map_bytes: int,
+    ) -> None:
+        self._out = out_fd
+        self._geometry = geometry
+        self._spill = spill
+        self._pool = pool
+        self._map_bytes = map_bytes
+        self._window = bytearray()
+        self._base = 0
+        # Nothing may point into the header's cluster.
+        self._mark = geometry.cluster_size
+        self._needed = 0
+        self._l1_at = geometry.l1_start if geometry.l1_start < geometry.l1_end else _NEVER
+        self._tables = tables.TableList(geometry)
+        self._tables_known = self._l1_at == _NEVER
+        self._deferred: array[int] = array("Q")
+        self._pending: list[tuple[int, int, tables.Mapping]] = []
+        self._pending_bytes = 0
+        self._sequence = 0
+        self._tail_end = 0
+        self._tails = 0
+        self.mapped_bytes = 0
+
+    def feed(self, piece: bytes | bytearray | memoryview) -> None:
+        """Take the next bytes of the file, up to a few MiB."""
+        self._window += piece
+        if self._base + len(self._window) >= self._needed:
+            self._advance(final=False)
+
+    def finish(self) -> None:
+        """Resolve what is left after the last byte."""
+        self._advance(final=True)
+        if self._next_start() != _NEVER:
+            raise _outside(self._next_start())
+        deferred, self._deferred = self._deferred, array("Q")
+        for position in range(0, len(deferred), 2):
+            offset, index = deferred[position], deferred[position + 1]
+            mapping = self._parse_aside(offset, index)
+            self.mapped_bytes += len(mapping) * self._geometry.cluster_size
+            while mapping.next < len(mapping):
+                self._take_late(mapping)
+        self._pool.drain()
+        self._spill.close()
+
+    def close(self) -> None:
+        self._pool.close()
+        self._window = bytearray()
+
+    # -- the walk ------------------------------------------------------------------------------------
+
+    def _advance(self, *, final: bool) -> None:
+        end = self._base + len(self._window)
+        while True:
+            start = self._next_start()
+            self._skip(min(start, end), start)
+            if start >= end:
+                self._needed = min(start + 1, end + _RUN_BYTES)
+                break
+            # 0: taken. Otherwise how far the stream has to come.
+            if needed := self._take(start, end, final):
+                self._needed = needed
+                break
+        unneeded = min(start, end) - self._base
+        del self._window[:unneeded]
+        self._base += unneeded
+
+    def _next_start(self) -> int:
+        start = self._l1_at
+        if start == _NEVER:
+            table = self._tables.peek()
+            if table is not None:
+                start = table
+        if self._pending and self._pending[0][0] < start:
+            start = self._pending[0][0]
+        return start
+
+    def _skip(self, upto: int, next_start: int) -> None:
+        """Pass over bytes that nobody awaits; somebody may yet, until all tables are known."""
+        if upto <= self._mark:
+            return
+        keep = not self._tables_known
+        if keep and next_start <= self._tail_end:
+            # The rest of a sector between two compressed clusters: nearly always it belongs to the first.
+            # A third, tiny one may hide there, but remembering all rests would take too much memory.
+            self._tails += 1
+            keep = self._tails <= _MAX_TAILS
+        if keep:
+            with memoryview(self._window) as window:
+                self._spill.keep(self._mark, window[self._mark - self._base : upto - self._base])
+        self._mark = upto
+
+    def _taken(self, upto: int) -> None:
+        if not self._spill.crowded and upto > self._mark:
+            self._mark = upto
+
+    def _take(self, start: int, end: int, final: bool) -> int:
+        if start == self._l1_at:
+            return self._take_l1(end, final)
+        if self._l1_at == _NEVER and start == self._tables.peek():
+            return self._take_table(start, end)
+        return self._take_data(start, end, final)
+
+    # -- tables --------------------------------------------------------------------------------------
+
+    def _take_l1(self, end: int, final: bool) -> int:
+        wanted = min(self._geometry.l1_end - self._l1_at, _L1_PIECE)
+        if self._l1_at + wanted > end:
+            if final:
+                raise _outside(self._l1_at)
+            return self._l1_at + wanted
+        at = self._l1_at - self._base
+        self._tables.add(self._window[at : at + wanted])
+        self._l1_at += wanted
+        self._mark = max(self._mark, self._l1_at)
+        if self._l1_at == self._geometry.l1_end:
+            self._l1_at = _NEVER
+            self._tables.finish()
+            self._load_early_tables()
+        return 0
+
+    def _load_early_tables(self) -> None:
+        """Read the tables that came before the L1 table, when nobody knew them."""
+        while (offset := self._tables.peek()) is not None and offset < self._geometry.l1_start:
+            index = self._tables.pop()
+            self._load(self._parse_aside(offset, index), offset, index, self._geometry.l1_end)
+        self._check_tables_known()
+
+    def _take_table(self, start: int, end: int) -> int:
+        stop = start + self._geometry.cluster_size
+        if stop > end:
+            # At the end of the stream it is still awaited, and refused for that.
+            return stop
+        index = self._tables.pop()
+        raw = self._window[start - self._base : stop - self._base]
+        mapping = tables.parse_l2(raw, self._geometry, index, self._tables)
+        if self._load(mapping, start, index, stop):
+            self._mark = max(self._mark, stop)
+        self._check_tables_known()
+        return 0
+
+    def _parse_aside(self, offset: int, index: int) -> tables.Mapping:
+        raw = self._spill.read(offset, self._geometry.cluster_size)
+        if len(raw) < self._geometry.cluster_size:
+            raise _outside(offset)
+        return tables.parse_l2(raw, self._geometry, index, self._tables)
+
+    def _load(self, mapping: tables.Mapping, offset: int, index: int, boundary: int) -> bool:
+        """Await what a table maps behind the boundary, and take at once what came before it.
+
+        False: there is no memory for the map, and the table itself is set aside to be read at the end.
+        """
+        if self._pending_bytes + self._tables.allocated + mapping.allocated > self._map_bytes:
+            self._deferred.extend((offset, index))
+            return False
+        self.mapped_bytes += len(mapping) * self._geometry.cluster_size
+        while mapping.next < len(mapping) and self._start_of_next(mapping) < boundary:
+            self._take_late(mapping)
+        if mapping.next < len(mapping):
+            self._pending_bytes += mapping.allocated
+            self._sequence += 1
+            heapq.heappush(self._pending, (self._start_of_next(mapping), self._sequence, mapping))
+        return True
+
+    def _check_tables_known(self) -> None:
+        if self._tables.peek() is None and not self._deferred:
+            self._tables_known = True
+            self._spill.close()
+
+    def _start_of_next(self, mapping: tables.Mapping) -> int:
+        return self._geometry.start(mapping.descriptors[mapping.next])
+
+    # -- data ----------------------------------------------------------------------------------------
+
+    def _take_data(self, start: int, end: int, final: bool) -> int:
+        mapping = self._pending[0][2]
+        descriptor = mapping.descriptors[mapping.next]
+        if descriptor & tables.COMPRESSED:
+            stop = min(self._geometry.compressed_range(descriptor)[1], self._geometry.file_size)
+            if stop > end:
+                if not final:
+                    return stop
+                stop = end
+            self._submit(mapping, bytes(self._window[start - self._base : stop - self._base]))
+            mapping.next += 1
+            # Its last sector may also hold the beginning of another compressed cluster.
+            self._tail_end = stop
+            self._taken(max(start + 1, (stop - 1) // _SECTOR * _SECTOR))
+        else:
+            count, length = self._run(mapping, end - start)
+            if start + length > end:
+                if final:
+                    raise _outside(start)
+                return start + length
+            self._write(mapping, count, length, self._window, start - self._base)
+            mapping.next += count
+            self._taken(start + count * self._geometry.cluster_size)
+        self._requeue(mapping)
+        return 0
+
+    def _requeue(self, mapping: tables.Mapping) -> None:
+        if mapping.next < len(mapping):
+            self._sequence += 1
+            heapq.heapreplace(self._pending, (self._start_of_next(mapping), self._sequence, mapping))
+        else:
+            heapq.heappop(self._pending)
+            self._pending_bytes -= mapping.allocated
+
+    def _take_late(self, mapping: tables.Mapping) -> None:
+        """Take the mapping's next data from what was set aside."""
+        descriptor = mapping.descriptors[mapping.next]
+        start = self._geometry.start(descriptor)
+        if descriptor & tables.COMPRESSED:
+            stop = min(self._geometry.compressed_range(descriptor)[1], self._geometry.file_size)
+            self._submit_late(mapping, self._spill.read(start, stop - start), stop - start)
+            mapping.next += 1
+            return
+        count, length = self._run(mapping, _RUN_BYTES)
+        data = self._spill.read(start, length)
+        if len(data) < length:
+            raise self._missing(start + len(data))
+        self._write(mapping, count, length, data, 0)
+        mapping.next += count
+
+    def _submit_late(self, mapping: tables.Mapping, data: bytes, length: int) -> None:
+        if not data:
+            raise self._missing(self._start_of_next(mapping))
+        if len(data) == length:
+            self._submit(mapping, data)
+            return
+        # Its last sector went to the cluster that begins there. Most likely what is left is all of it.
+        try:
+            self._submit(mapping, data, at_once=True)
+        except errors.ImageRejected as error:
+            raise self._missing(self._start_of_next(mapping) + len(data)) from error
+
+    def _submit(self, mapping: tables.Mapping, data: bytes, *, at_once: bool = False) -> None:
+        geometry = self._geometry
+        guest = (mapping.first + mapping.indexes[mapping.next]) * geometry.cluster_size
+        length = min(geometry.cluster_size, geometry.virtual_size - guest)
+        (self._pool.inflate_now if at_once else self._pool.submit)(guest, length, data)
+
+    def _run(self, mapping: tables.Mapping, available: int) -> tuple[int, int]:
+        """Return how many of the next clusters lie one after the other here and there, and their bytes.
+
+        At least one, and no more than are available and fit a run.
+        """
+        size, position = self._geometry.cluster_size, mapping.next
+        descriptors, indexes, bitmaps = mapping.descriptors, mapping.indexes, mapping.bitmaps
+        limit = min(len(mapping) - position, min(available, _RUN_BYTES) // size)
+        start, first = descriptors[position], indexes[position]
+        count = 1
+        while (
+            count < limit
+            and descriptors[position + count] == start + count * size
+            and indexes[position + count] == first + count
+            and (bitmaps is None or bitmaps[position + count] == _FULL == bitmaps[position])
+        ):
+            count += 1
+        last = position + count - 1
+        bitmap = None if bitmaps is None else bitmaps[last]
+        rest = tables.data_length(self._geometry, mapping.first + indexes[last], bitmap)
+        return count, (count - 1) * size + rest
+
+    def _write(
+        self, mapping: tables.Mapping, count: int, length: int, data: bytes | bytearray, at: int
+    ) -> None:
+        geometry = self._geometry
+        guest = (mapping.first + mapping.indexes[mapping.next]) * geometry.cluster_size
+        bitmap = _FULL if mapping.bitmaps is None else mapping.bitmaps[mapping.next]
+        if bitmap == _FULL or count > 1:
+            pwrite_sparse(self._out, data, guest, at, at + length)
+            return
+        size = geometry.cluster_size // 32
+        for first, number in tables.subclusters(bitmap):
+            begin, stop = first * size, min((first + number) * size, length)
+            if begin < stop:
+                pwrite_sparse(self._out, data, guest + begin, at + begin, at + stop)
+
+    def _missing(self, offset: int) -> errors.ImageCacheError:
+        if offset >= self._base + len(self._window):
+            return _outside(offset)
+        return Unstreamable(
+            f"a qcow2 table maps data at {offset} that other clusters hold and that passed already",
+            next_step="convert it with qemu-img",
+        )
+
+
+def _outside(offset: int) -> errors.ImageRejected:
+    return errors.ImageRejected(f"what the qcow2 tables name at {offset} lies outside of the file")
