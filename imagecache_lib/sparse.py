@@ -58,12 +58,10 @@ def write(fd: int, data: bytes | memoryview, offset: int) -> None:
             start += os.pwrite(fd, view[start:end], offset + start)
 
 
-def start_writeback(fd: int, offset: int, length: int) -> None:
-    """Ask the kernel to begin writing these bytes to disk, without waiting, so that the last fsync is short.
+def start_writeback(fd: int) -> None:
+    """Ask the kernel to begin writing a file's dirty pages, without waiting, so that the last fsync is short.
 
     sync_file_range(2) with only ``SYNC_FILE_RANGE_WRITE`` neither waits nor takes note of write errors, so
     that the fsync to come still reports them. Where the call is not possible nothing is lost but time.
     """
-    _libc.sync_file_range(
-        fd, ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE)
-    )
+    _libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from imagecache_lib import store
 from imagecache_lib.backends import qemu_img
+from imagecache_lib.qcow2 import decoder as qcow2_decoder
 from imagecache_lib.spawn import inspection
 from imagecache_lib.spawn import stage as stages
 
@@ -64,6 +65,48 @@ class PassThrough:
         pass
 
 
+class Qcow2Stream:
+    """Decodes a qcow2 image to raw as it arrives.
+
+    :raises Unstreamable: from :meth:`write` and :meth:`finish`: only the whole file can be converted.
+    """
+
+    stored_format = "raw"
+
+    def __init__(
+        self,
+        stage: stages.Stage,
+        *,
+        cache: store.CacheStore,
+        file_size: int | None,
+        reserve: Callable[[int], None],
+    ) -> None:
+        self._stage = stage
+        self._reserve = reserve
+        self._decoder = qcow2_decoder.StreamDecoder(
+            stage.fd,
+            spill=lambda: stages.side_file(cache),
+            file_size=file_size,
+            max_virtual_size=cache.config.max_virtual_size,
+        )
+
+    def write(self, chunk: bytes) -> None:
+        with stages.translated(self._stage.path):
+            self._decoder.write(chunk)
+        self._stage.taken(len(chunk))
+        # The tables say what will be stored, long before the data they map has come.
+        needed = self._decoder.mapped_bytes + self._decoder.spilled_bytes
+        if needed > self._stage.reserved:
+            self._reserve(needed)
+
+    def finish(self) -> int:
+        with stages.translated(self._stage.path):
+            return self._decoder.finish().virtual_size
+
+    def close(self) -> None:
+        self._decoder.close()
+
+
 class SpoolAndConvert:
     """Keeps the bytes in a second stage file and lets qemu-img convert it at the end.
 
@@ -116,6 +159,8 @@ def choose(
     stage: stages.Stage,
     *,
     to_raw: bool,
+    whole: bool,
+    file_size: int | None,
     cache: store.CacheStore,
     converter: qemu_img.QemuImg,
     reserve: Callable[[int], None],
@@ -124,10 +169,14 @@ def choose(
 
     :param finding: what the content is. None: a plain file, such as a kernel, which nobody looks into.
     :param to_raw: store it as raw, whatever it is.
+    :param whole: do not decode it as it arrives: that was tried and is not possible.
+    :param file_size: of the image's data in bytes, if it is known.
     :param reserve: raises the stage's reservation to so many bytes, or raises NoSpaceError.
     """
     if finding is None:
         return PassThrough(stage, "raw", None)
     if finding.format == "raw" or not to_raw:
         return PassThrough(stage, finding.format, finding.virtual_size)
+    if finding.format == "qcow2" and not whole:
+        return Qcow2Stream(stage, cache=cache, file_size=file_size, reserve=reserve)
     return SpoolAndConvert(stage, finding, cache=cache, converter=converter, reserve=reserve)

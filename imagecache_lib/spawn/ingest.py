@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Generator
 
 from imagecache_lib import errors, events, evidence, model, store
 from imagecache_lib.backends import qemu_img
+from imagecache_lib.qcow2 import decoder as qcow2_decoder
 from imagecache_lib.sources import transfer
-from imagecache_lib.spawn import decode, digest, inspection, space
+from imagecache_lib.spawn import intake, space
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
+
+LOG = logging.getLogger(__name__)
 
 #: Tell observers how far a transfer is every so many bytes.
 _TELL_EVERY = 16 * 2**20
@@ -36,16 +40,6 @@ class Ingested:
 
     stage: stages.Stage
     record: evidence.Record
-
-
-@dataclasses.dataclass(frozen=True)
-class _Content:
-    """What a pass over the data found."""
-
-    finding: inspection.Finding | None
-    stored_format: str
-    virtual_size: int
-    received: int
 
 
 class Ingest:
@@ -100,99 +94,36 @@ class Ingest:
         if isinstance(error, errors.ImageRejected):
             self._observers(events.Rejected(call.name, call.image_id, reason=error.cause))
 
-    def _fill(self, stage: stages.Stage, call: Call, image: model.Image, use: evidence.Use) -> _Content:
+    def _fill(self, stage: stages.Stage, call: Call, image: model.Image, use: evidence.Use) -> intake.Content:
         """Pass over the data until it is whole. A clean restart is granted where a resume may be to blame."""
         fetch = call.transfer()
+        whole = False
         while True:
             stage.clear()
             try:
-                return self._pass(fetch, stage, call, image, use)
+                with contextlib.ExitStack() as stack:
+                    taken = stack.enter_context(
+                        contextlib.closing(
+                            intake.Intake(stage, call, image, use, self._cache, self._converter, whole=whole)
+                        )
+                    )
+                    for chunk in stack.enter_context(
+                        contextlib.closing(self._watched(fetch, stage, call, image))
+                    ):
+                        taken.take(chunk)
+                    return taken.finish()
             except transfer.StartAgain:
                 continue
+            except qcow2_decoder.Unstreamable as error:
+                LOG.info(
+                    "Image %s is fetched once more, to be converted as a whole: %s",
+                    call.image_id,
+                    error.cause,
+                )
+                whole = True
             except errors.ImageRejected:
                 if not fetch.grant_clean_pass():
                     raise
-
-    def _pass(
-        self, fetch: transfer.Transfer, stage: stages.Stage, call: Call, image: model.Image, use: evidence.Use
-    ) -> _Content:
-        looked_at = self._inspection(image, use)
-        with contextlib.ExitStack() as stack:
-            hashed = digest.StreamDigest(image.digest)
-            stack.callback(hashed.close)
-            chunks = stack.enter_context(contextlib.closing(self._watched(fetch, stage, call, image)))
-            decoder: decode.Decoder | None = None
-            finding: inspection.Finding | None = None
-            held: list[bytes] = []
-            for chunk in chunks:
-                hashed.feed(chunk)
-                if looked_at is not None:
-                    finding = looked_at.feed(chunk)
-                if decoder is None:
-                    held.append(chunk)
-                    if looked_at is not None and finding is None:
-                        continue
-                    decoder = self._decoder(stack, finding, stage, call)
-                    for early in held:
-                        decoder.write(early)
-                    held.clear()
-                else:
-                    decoder.write(chunk)
-            if fetch.offset == 0:
-                raise errors.ImageRejected("it has no data", next_step="have its owner upload its data")
-            if looked_at is not None:
-                finding = looked_at.finish()
-            if decoder is None:
-                decoder = self._decoder(stack, finding, stage, call)
-                for early in held:
-                    decoder.write(early)
-            if mismatch := hashed.mismatch():
-                raise errors.ImageRejected(mismatch, next_step="have its owner upload a good image")
-            virtual_size = decoder.finish()
-            return _Content(finding, decoder.stored_format, virtual_size, fetch.offset)
-
-    def _inspection(self, image: model.Image, use: evidence.Use) -> inspection.Inspection | None:
-        if use is evidence.Use.FILE:
-            return None
-        config = self._cache.config
-        return inspection.Inspection(
-            image.disk_format,
-            vmdk_allowed_types=config.vmdk_allowed_types,
-            max_virtual_size=config.max_virtual_size,
-            strict=not config.disable_deep_image_inspection,
-        )
-
-    def _decoder(
-        self,
-        stack: contextlib.ExitStack,
-        finding: inspection.Finding | None,
-        stage: stages.Stage,
-        call: Call,
-    ) -> decode.Decoder:
-        decoder = decode.choose(
-            finding,
-            stage,
-            to_raw=self._to_raw(call, finding),
-            cache=self._cache,
-            converter=self._converter,
-            reserve=lambda needed: space.reserve(stage, needed, self._cache, check=call.check),
-        )
-        stack.callback(decoder.close)
-        return decoder
-
-    def _to_raw(self, call: Call, finding: inspection.Finding | None) -> bool:
-        """Whether the image is converted.
-
-        :raises ImageRejected: the format that the call needs is neither raw nor the image's own.
-        """
-        if call.stored_format is None:
-            return self._cache.config.force_raw_images
-        if finding is not None and call.stored_format not in ("raw", finding.format):
-            raise errors.ImageRejected(
-                f"it is {finding.format}, and its overlay needs a base that is {call.stored_format}",
-                next_step="find out which image the overlay was made from",
-            )
-        return call.stored_format == "raw"
 
     def _watched(
         self, fetch: transfer.Transfer, stage: stages.Stage, call: Call, image: model.Image
@@ -211,7 +142,7 @@ class Ingest:
                     )
 
     def _seal(
-        self, stage: stages.Stage, call: Call, image: model.Image, content: _Content
+        self, stage: stages.Stage, call: Call, image: model.Image, content: intake.Content
     ) -> evidence.Record:
         """Make data and evidence durable, in this order, before anything can refer to them."""
         base_id = stage.seal()

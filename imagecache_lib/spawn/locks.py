@@ -20,7 +20,7 @@ import fasteners
 
 from imagecache_lib import host as host_module
 
-# struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length (0: to the end), pid (0 for OFD locks).
+# struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length (0: to the end), pid (0 for OFD).
 _FLOCK = "hhqqi4x"
 
 #: How long one wait lasts before cancellation and progress are looked at again, in seconds.

@@ -58,7 +58,7 @@ def finish(cache: store.CacheStore, base: store.OpenBase) -> evidence.Record | N
     carried = store.read_id(base.fd)
     if not carried:
         return None
-    for stage_id, note in stages.notes(cache):
+    for _stage_id, note in stages.notes(cache):
         if note.record is not None and note.record.base_id == carried:
             durable.sync_directory(cache.layout.base_path)
             cache.write_record(note.record)

@@ -14,6 +14,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from imagecache_lib import durable, errors, evidence, layout, sparse, store
 from imagecache_lib.spawn import locks
@@ -71,7 +72,7 @@ class Stage:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with translated(self.path):
             self._owner = locks.OwnerLock(os.open(self.path, flags, 0o600), cache.host)
-        self._written_back = 0
+        self._taken = 0
 
     @property
     def fd(self) -> int:
@@ -92,15 +93,19 @@ class Stage:
         """Write data that belongs at an offset; zeros become holes."""
         with translated(self.path):
             sparse.write(self.fd, data, offset)
-        end = offset + len(data)
-        if end - self._written_back >= _WRITEBACK:
-            sparse.start_writeback(self.fd, self._written_back, end - self._written_back)
-            self._written_back = end
+        self.taken(len(data))
+
+    def taken(self, received: int) -> None:
+        """Count what arrived, and let the kernel begin to write once it is much."""
+        self._taken += received
+        if self._taken >= _WRITEBACK:
+            self._taken = 0
+            sparse.start_writeback(self.fd)
 
     def clear(self) -> None:
         """Make it empty, for another try."""
         os.ftruncate(self.fd, 0)
-        self._written_back = 0
+        self._taken = 0
 
     def seal(self) -> str:
         """Give the complete data its mode and its random id, and make it durable. Returns the id."""
@@ -125,6 +130,15 @@ class Stage:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         self._owner.close()
+
+
+def side_file(cache: store.CacheStore) -> BinaryIO:
+    """Return a file without a name on the cache's filesystem: it goes with its descriptor."""
+    path = cache.layout.stage(f"{durable.new_id()}.new")
+    with translated(path):
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w+b")
+        os.unlink(path)
+    return file
 
 
 def notes(cache: store.CacheStore) -> Iterator[tuple[str, Note]]:

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to an image's bytes as they flow by: digest, inspection, decoding. One object for one pass."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+from imagecache_lib import errors, evidence, model, store
+from imagecache_lib.backends import qemu_img
+from imagecache_lib.spawn import decode, digest, inspection, space
+from imagecache_lib.spawn import stage as stages
+from imagecache_lib.spawn.call import Call
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a pass found.
+
+    :param finding: what the content is. None: it was not looked into.
+    :param stored_format: qemu's name of what the stage file holds.
+    :param virtual_size: in bytes.
+    :param received: bytes of the source.
+    """
+
+    finding: inspection.Finding | None
+    stored_format: str
+    virtual_size: int
+    received: int
+
+
+class Intake:
+    """Takes the chunks of one pass, in order, and fills the stage file.
+
+    :param whole: convert it as a whole, since decoding it as it arrives was tried and is not possible.
+    """
+
+    def __init__(
+        self,
+        stage: stages.Stage,
+        call: Call,
+        image: model.Image,
+        use: evidence.Use,
+        cache: store.CacheStore,
+        converter: qemu_img.QemuImg,
+        *,
+        whole: bool,
+    ) -> None:
+        self._stage = stage
+        self._call = call
+        self._image = image
+        self._cache = cache
+        self._converter = converter
+        self._whole = whole
+        self._closing = contextlib.ExitStack()
+        self._inspection = self._new_inspection() if use is evidence.Use.DISK else None
+        self._finding: inspection.Finding | None = None
+        self._decoder: decode.Decoder | None = None
+        self._held: list[bytes] = []
+        self._received = 0
+        self._digest = digest.StreamDigest(image.digest)
+        self._closing.callback(self._digest.close)
+
+    def _new_inspection(self) -> inspection.Inspection:
+        config = self._cache.config
+        return inspection.Inspection(
+            self._image.disk_format,
+            vmdk_allowed_types=config.vmdk_allowed_types,
+            max_virtual_size=config.max_virtual_size,
+            strict=not config.disable_deep_image_inspection,
+        )
+
+    def take(self, chunk: bytes) -> None:
+        """Take the next chunk. The first ones are held back until they show what the image is.
+
+        :raises ImageRejected: as soon as the bytes show that the image is bad.
+        :raises NoSpaceError, BackendError: the filesystem is full, or failed.
+        :raises Unstreamable: it has to be converted as a whole.
+        """
+        self._received += len(chunk)
+        self._digest.feed(chunk)
+        if self._inspection is not None:
+            self._finding = self._inspection.feed(chunk)
+        if self._decoder is not None:
+            self._decoder.write(chunk)
+            return
+        self._held.append(chunk)
+        if self._inspection is None or self._finding is not None:
+            self._begin_decoding()
+
+    def finish(self) -> Content:
+        """Check the whole and complete the stage file. Raises as :meth:`take`."""
+        if self._received == 0:
+            raise errors.ImageRejected("it has no data", next_step="have its owner upload its data")
+        if self._inspection is not None:
+            self._finding = self._inspection.finish()
+        # Before the decoder completes, which for some formats is the expensive part.
+        if mismatch := self._digest.mismatch():
+            raise errors.ImageRejected(
+                mismatch, next_step="have its owner upload a good image under a new id"
+            )
+        decoder = self._decoder or self._begin_decoding()
+        return Content(self._finding, decoder.stored_format, decoder.finish(), self._received)
+
+    def close(self) -> None:
+        """Let go of everything but the stage file."""
+        self._closing.close()
+
+    def _begin_decoding(self) -> decode.Decoder:
+        self._decoder = decoder = decode.choose(
+            self._finding,
+            self._stage,
+            to_raw=self._to_raw(),
+            whole=self._whole,
+            file_size=self._image.size,
+            cache=self._cache,
+            converter=self._converter,
+            reserve=lambda needed: space.reserve(self._stage, needed, self._cache, check=self._call.check),
+        )
+        self._closing.callback(decoder.close)
+        for chunk in self._held:
+            decoder.write(chunk)
+        self._held.clear()
+        return decoder
+
+    def _to_raw(self) -> bool:
+        """Whether the image is converted.
+
+        :raises ImageRejected: the format that the call needs is neither raw nor the image's own.
+        """
+        wanted = self._call.stored_format
+        if wanted is None:
+            return self._cache.config.force_raw_images
+        if self._finding is not None and wanted not in ("raw", self._finding.format):
+            raise errors.ImageRejected(
+                f"it is {self._finding.format}, and its overlay needs a base that is {wanted}",
+                next_step="find out which image the overlay was made from",
+            )
+        return wanted == "raw"
