@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import math
 
 
 def date(when: float) -> str:
     """Return epoch seconds as a date in UTC."""
-    return datetime.datetime.fromtimestamp(when, datetime.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    return dt.datetime.fromtimestamp(when, dt.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def span(seconds: float) -> str:
     """Return seconds as a duration, rounded up to whole ones."""
-    return str(datetime.timedelta(seconds=math.ceil(seconds)))
+    return str(dt.timedelta(seconds=math.ceil(seconds)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing small files and directory entries so that a power cut leaves the old or the new, never a mixture."""
+"""Writing small files and directory entries so that a power cut leaves old or new, never a mixture."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ class ImageCacheManager:
             )
 
     def get_disk_usage(self) -> int:
-        """Return the bytes that the cache has allocated on the instances filesystem, files in flight included.
+        """Return the bytes the cache has allocated on the instances filesystem, stage and trash included.
 
         0 if the cache is on another filesystem than the instances.
         """

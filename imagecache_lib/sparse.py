@@ -54,8 +54,9 @@ def write(fd: int, data: bytes | memoryview, offset: int) -> None:
     """
     view = memoryview(data).cast("B")
     for start, end in data_runs(view, offset):
-        while start < end:
-            start += os.pwrite(fd, view[start:end], offset + start)
+        position = start
+        while position < end:
+            position += os.pwrite(fd, view[position:end], offset + position)
 
 
 def start_writeback(fd: int) -> None:

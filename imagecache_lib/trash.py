@@ -97,7 +97,7 @@ def unlink(cache: store.CacheStore, thrown: Trashed) -> None:
     record = cache.layout.record(thrown.name)
     data = durable.read_file(record)
     described = evidence.parse(data) if data is not None else None
-    if described is None or described.inode == found.st_ino:
-        if not os.path.lexists(cache.layout.base(thrown.name)):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(record)
+    is_its_own = described is None or described.inode == found.st_ino
+    if is_its_own and not os.path.lexists(cache.layout.base(thrown.name)):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(record)

@@ -53,8 +53,8 @@ class QemuImg:
         """
         try:
             self._run(
-                source, "convert", "-n", "--target-is-zero", "-W", "-m", "8", "-f", source_format, "-O", "raw",
-                source, target,
+                source, "convert", "-n", "--target-is-zero", "-W", "-m", "8",
+                "-f", source_format, "-O", "raw", source, target,
                 cpu=self._config.convert_cpu_time_limit, memory=self._config.convert_address_space_limit,
             )  # fmt: skip
         except StorageFailed:

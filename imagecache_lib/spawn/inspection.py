@@ -180,7 +180,7 @@ class Inspection:
     def _check_virtual_size(self, virtual_size: int) -> None:
         if not 0 < virtual_size <= self._max_virtual_size:
             raise errors.ImageRejected(
-                f"its virtual size of {virtual_size} bytes is absurd, at most {self._max_virtual_size} are possible",
+                f"its virtual size of {virtual_size} bytes is absurd, the most is {self._max_virtual_size}",
                 next_step=_RETRY_IS_USELESS,
             )
 
