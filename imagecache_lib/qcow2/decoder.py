@@ -23,6 +23,7 @@ from imagecache_lib import errors
 from imagecache_lib.qcow2 import header as header_module
 from imagecache_lib.qcow2 import inflate as inflate_module
 from imagecache_lib.qcow2 import tables
+from imagecache_lib.qcow2.output import Output
 from imagecache_lib.qcow2.pool import InflatePool, default_threads
 from imagecache_lib.qcow2.spill import Spill
 from imagecache_lib.qcow2.walk import MAP_BYTES, Unstreamable, Walk
@@ -202,7 +203,8 @@ class StreamDecoder:
         self._header = header
         pool = InflatePool(self._out, header.cluster_size, self._choose_inflate(header), self._thread_count)
         geometry = tables.Geometry.of(header, self._file_size)
-        self._walk = Walk(self._out, geometry, self._spill, pool, map_bytes=self._map_bytes)
+        output = Output(self._out, geometry, pool)
+        self._walk = Walk(geometry, output, self._spill, map_bytes=self._map_bytes)
         start, self._start = self._start, bytearray()
         self._walk.feed(start)
 

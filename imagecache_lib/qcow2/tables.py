@@ -298,9 +298,12 @@ def big_endian(raw: bytes | bytearray) -> array[int]:
 
 
 def sort_compact(values: array[int]) -> array[int]:
-    """Sort without holding all values as Python objects."""
-    chunks = [
-        array("Q", sorted(values[start : start + _SORT_CHUNK]))
-        for start in range(0, len(values), _SORT_CHUNK)
-    ]
+    """Return the values sorted, without ever holding all of them as Python objects. Reorders the argument."""
+    starts = range(0, len(values), _SORT_CHUNK)
+    for start in starts:
+        stop = start + _SORT_CHUNK
+        values[start:stop] = array("Q", sorted(values[start:stop]))
+    chunks = (
+        map(values.__getitem__, range(start, min(start + _SORT_CHUNK, len(values)))) for start in starts
+    )
     return array("Q", heapq.merge(*chunks))

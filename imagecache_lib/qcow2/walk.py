@@ -8,19 +8,15 @@ from array import array
 
 from imagecache_lib import errors
 from imagecache_lib.qcow2 import tables
-from imagecache_lib.qcow2.pool import InflatePool
-from imagecache_lib.qcow2.sparse import pwrite_sparse
+from imagecache_lib.qcow2.output import RUN_BYTES, Output
 from imagecache_lib.qcow2.spill import Spill
 
 #: Memory for what is awaited: offsets of L2 tables, and maps. More is set aside like data.
 MAP_BYTES = 56 * 2**20
-#: Contiguous clusters are written in runs of at most this, and nothing unwanted is held beyond it.
-_RUN_BYTES = 2**20
 _L1_PIECE = 2**16
 _SECTOR = 512
 _MAX_TAILS = 2**13
 _NEVER = 2**63
-_FULL = 0xFFFF_FFFF
 
 
 class Unstreamable(errors.ImageCacheError):
@@ -42,17 +38,15 @@ class Walk:
 
     def __init__(
         self,
-        out_fd: int,
         geometry: tables.Geometry,
+        output: Output,
         spill: Spill,
-        pool: InflatePool,
         *,
         map_bytes: int,
     ) -> None:
-        self._out = out_fd
         self._geometry = geometry
         self._spill = spill
-        self._pool = pool
+        self._output = output
         self._map_bytes = map_bytes
         self._window = bytearray()
         self._base = 0
@@ -88,11 +82,11 @@ class Walk:
             self.mapped_bytes += len(mapping) * self._geometry.cluster_size
             while mapping.next < len(mapping):
                 self._take_late(mapping)
-        self._pool.drain()
+        self._output.drain()
         self._spill.close()
 
     def close(self) -> None:
-        self._pool.close()
+        self._output.close()
         self._window = bytearray()
 
     # -- the walk ------------------------------------------------------------------------------------
@@ -103,7 +97,7 @@ class Walk:
             start = self._next_start()
             self._skip(min(start, end), start)
             if start >= end:
-                self._needed = min(start + 1, end + _RUN_BYTES)
+                self._needed = min(start + 1, end + RUN_BYTES)
                 break
             # 0: taken. Otherwise how far the stream has to come.
             if needed := self._take(start, end, final):
@@ -229,18 +223,18 @@ class Walk:
                 if not final:
                     return stop
                 stop = end
-            self._submit(mapping, bytes(self._window[start - self._base : stop - self._base]))
+            self._output.inflate(mapping, bytes(self._window[start - self._base : stop - self._base]))
             mapping.next += 1
             # Its last sector may also hold the beginning of another compressed cluster.
             self._tail_end = stop
             self._taken(max(start + 1, (stop - 1) // _SECTOR * _SECTOR))
         else:
-            count, length = self._run(mapping, end - start)
+            count, length = self._output.run(mapping, end - start)
             if start + length > end:
                 if final:
                     raise _outside(start)
                 return start + length
-            self._write(mapping, count, length, self._window, start - self._base)
+            self._output.write(mapping, length, self._window, start - self._base)
             mapping.next += count
             self._taken(start + count * self._geometry.cluster_size)
         self._requeue(mapping)
@@ -263,67 +257,24 @@ class Walk:
             self._submit_late(mapping, self._spill.read(start, stop - start), stop - start)
             mapping.next += 1
             return
-        count, length = self._run(mapping, _RUN_BYTES)
+        count, length = self._output.run(mapping, RUN_BYTES)
         data = self._spill.read(start, length)
         if len(data) < length:
             raise self._missing(start + len(data))
-        self._write(mapping, count, length, data, 0)
+        self._output.write(mapping, length, data, 0)
         mapping.next += count
 
     def _submit_late(self, mapping: tables.Mapping, data: bytes, length: int) -> None:
         if not data:
             raise self._missing(self._start_of_next(mapping))
         if len(data) == length:
-            self._submit(mapping, data)
+            self._output.inflate(mapping, data)
             return
         # Its last sector went to the cluster that begins there. Most likely what is left is all of it.
         try:
-            self._submit(mapping, data, at_once=True)
+            self._output.inflate(mapping, data, at_once=True)
         except errors.ImageRejected as error:
             raise self._missing(self._start_of_next(mapping) + len(data)) from error
-
-    def _submit(self, mapping: tables.Mapping, data: bytes, *, at_once: bool = False) -> None:
-        geometry = self._geometry
-        guest = (mapping.first + mapping.indexes[mapping.next]) * geometry.cluster_size
-        length = min(geometry.cluster_size, geometry.virtual_size - guest)
-        (self._pool.inflate_now if at_once else self._pool.submit)(guest, length, data)
-
-    def _run(self, mapping: tables.Mapping, available: int) -> tuple[int, int]:
-        """Return how many of the next clusters lie one after the other here and there, and their bytes.
-
-        At least one, and no more than are available and fit a run.
-        """
-        size, position = self._geometry.cluster_size, mapping.next
-        descriptors, indexes, bitmaps = mapping.descriptors, mapping.indexes, mapping.bitmaps
-        limit = min(len(mapping) - position, min(available, _RUN_BYTES) // size)
-        start, first = descriptors[position], indexes[position]
-        count = 1
-        while (
-            count < limit
-            and descriptors[position + count] == start + count * size
-            and indexes[position + count] == first + count
-            and (bitmaps is None or bitmaps[position + count] == _FULL == bitmaps[position])
-        ):
-            count += 1
-        last = position + count - 1
-        bitmap = None if bitmaps is None else bitmaps[last]
-        rest = tables.data_length(self._geometry, mapping.first + indexes[last], bitmap)
-        return count, (count - 1) * size + rest
-
-    def _write(
-        self, mapping: tables.Mapping, count: int, length: int, data: bytes | bytearray, at: int
-    ) -> None:
-        geometry = self._geometry
-        guest = (mapping.first + mapping.indexes[mapping.next]) * geometry.cluster_size
-        bitmap = _FULL if mapping.bitmaps is None else mapping.bitmaps[mapping.next]
-        if bitmap == _FULL or count > 1:
-            pwrite_sparse(self._out, data, guest, at, at + length)
-            return
-        size = geometry.cluster_size // 32
-        for first, number in tables.subclusters(bitmap):
-            begin, stop = first * size, min((first + number) * size, length)
-            if begin < stop:
-                pwrite_sparse(self._out, data, guest + begin, at + begin, at + stop)
 
     def _missing(self, offset: int) -> errors.ImageCacheError:
         if offset >= self._base + len(self._window):

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where decoded clusters go: each to its place on the disk, without its zeros."""
+
+from __future__ import annotations
+
+from imagecache_lib.qcow2 import tables
+from imagecache_lib.qcow2.pool import InflatePool
+from imagecache_lib.qcow2.sparse import pwrite_sparse
+
+#: Contiguous clusters are written in runs of at most this.
+RUN_BYTES = 2**20
+_FULL = 0xFFFF_FFFF
+
+
+class Output:
+    """Writes what a mapping's next entries say to a raw file. The caller moves the mapping on."""
+
+    def __init__(self, fd: int, geometry: tables.Geometry, pool: InflatePool) -> None:
+        self._fd = fd
+        self._geometry = geometry
+        self._pool = pool
+
+    def inflate(self, mapping: tables.Mapping, data: bytes, *, at_once: bool = False) -> None:
+        """Hand over the next cluster, which is compressed. Errors come later, unless ``at_once``."""
+        guest = self._guest(mapping)
+        length = min(self._geometry.cluster_size, self._geometry.virtual_size - guest)
+        (self._pool.inflate_now if at_once else self._pool.submit)(guest, length, data)
+
+    def run(self, mapping: tables.Mapping, available: int) -> tuple[int, int]:
+        """Return how many of the next standard clusters are contiguous in file and disk, and their bytes.
+
+        At least one, and no more than are available and fit a run.
+        """
+        size, position = self._geometry.cluster_size, mapping.next
+        descriptors, indexes, bitmaps = mapping.descriptors, mapping.indexes, mapping.bitmaps
+        limit = min(len(mapping) - position, min(available, RUN_BYTES) // size)
+        start, first = descriptors[position], indexes[position]
+        count = 1
+        while (
+            count < limit
+            and descriptors[position + count] == start + count * size
+            and indexes[position + count] == first + count
+            and (bitmaps is None or bitmaps[position + count] == _FULL == bitmaps[position])
+        ):
+            count += 1
+        last = position + count - 1
+        bitmap = None if bitmaps is None else bitmaps[last]
+        rest = tables.data_length(self._geometry, mapping.first + indexes[last], bitmap)
+        return count, (count - 1) * size + rest
+
+    def write(self, mapping: tables.Mapping, length: int, data: bytes | bytearray, at: int) -> None:
+        """Write a run of standard clusters, which ``data`` holds from ``at`` on."""
+        guest = self._guest(mapping)
+        bitmap = _FULL if mapping.bitmaps is None else mapping.bitmaps[mapping.next]
+        if bitmap == _FULL:
+            pwrite_sparse(self._fd, data, guest, at, at + length)
+            return
+        size = self._geometry.cluster_size // 32
+        for first, number in tables.subclusters(bitmap):
+            begin, stop = first * size, min((first + number) * size, length)
+            if begin < stop:
+                pwrite_sparse(self._fd, data, guest + begin, at + begin, at + stop)
+
+    def drain(self) -> None:
+        """Wait until everything is written. Raises what went wrong."""
+        self._pool.drain()
+
+    def close(self) -> None:
+        """Stop, whatever is left."""
+        self._pool.close()
+
+    def _guest(self, mapping: tables.Mapping) -> int:
+        return (mapping.first + mapping.indexes[mapping.next]) * self._geometry.cluster_size
