@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.functional.lab import filesystems
 from tests.functional.lab import glance as glance_lab
+from tests.functional.lab import libvirt as libvirt_lab
 from tests.functional.lab import nginx as nginx_lab
 from tests.functional.lab import relay as relay_lab
 
@@ -43,6 +45,17 @@ def relay_to() -> Iterator[Callable[[str], relay_lab.Relay]]:
     """Start a relay in front of an ``http://host:port``."""
     with contextlib.ExitStack() as stack:
         yield lambda url: stack.enter_context(relay_lab.running_relay(url))
+
+
+@pytest.fixture(scope="session")
+def libvirt() -> Iterator[libvirt_lab.Libvirt]:
+    """A running libvirtd. Tests share it: their domains have names of their own."""
+    # Not below pytest's directory, which only its user may enter: QEMU runs as another.
+    with tempfile.TemporaryDirectory(prefix="imagecache-", dir="/var/tmp") as name:
+        home = pathlib.Path(name)
+        home.chmod(0o755)
+        with libvirt_lab.running_libvirt(home) as running:
+            yield running
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 from imagecache_lib.testing import bootdisk
-from tests.functional.lab import guest
+from tests.functional.lab import guest, server
 
 FICLONE = 0x40049409
 MIB = 2**20
@@ -36,6 +36,17 @@ def test_a_guest_that_fails_says_why(tmp_path):
     (tmp_path / "garbage").write_bytes(b"no qcow2")
     with pytest.raises(AssertionError, match="not in qcow2 format"):
         guest.boot(bootdisk.boot_command(str(tmp_path / "garbage"), "qcow2"))
+
+
+def test_libvirt_takes_the_base_of_a_domains_disk_and_keeps_it(libvirt):
+    base, overlay = libvirt.home / "base", libvirt.home / "overlay"
+    bootdisk.write_boot_disk(str(base))
+    before = base.read_bytes()
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, overlay], check=True)
+    with libvirt.domain("lab", overlay, "qcow2") as serial:
+        server.wait_until(lambda: b"HELLO BOOT 0" in serial.read_bytes(), "the guest speaks", seconds=60)
+    assert base.owner() == "libvirt-qemu"
+    assert base.read_bytes() == before
 
 
 def test_xfs_shares_the_blocks_of_a_copy(xfs):
