@@ -47,9 +47,9 @@ class CacheConfig:
     images_cpu_time_limit: int = 30
     #: Address space that a qemu-img which only looks may take, in bytes.
     images_address_space_limit: int = 2 * GIB
-    #: CPU seconds that a qemu-img which converts may take.
+    #: CPU seconds that a qemu-img which converts, or a mkfs, may take.
     convert_cpu_time_limit: int = 3600
-    #: Address space that a qemu-img which converts may take, in bytes.
+    #: Address space that a qemu-img which converts, or a mkfs, may take, in bytes.
     convert_address_space_limit: int = 8 * GIB
     #: Refuse an image whose virtual size is above this. The default is what ext4 can hold in one file.
     max_virtual_size: int = 16 * 2**40
@@ -135,6 +135,9 @@ class CacheConfig:
             raise _wrong("manager_interval", self.manager_interval, "must be -1 or more")
         if self.precache_concurrency < 1:
             raise _wrong("precache_concurrency", self.precache_concurrency, "must be 1 or more")
+        for command in self.virt_mkfs:
+            if "=" not in command:
+                raise _wrong("virt_mkfs", command, "must be <os_type>=<command>")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and value < 0 and field.name != "manager_interval":

@@ -5,7 +5,10 @@ project = "imagecache-lib"
 author = "The imagecache-lib maintainers"
 copyright = author
 
-extensions = ["sphinx.ext.autodoc"]
+extensions = ["sphinx.ext.autodoc", "oslo_config.sphinxconfiggen", "oslo_config.sphinxext"]
+
+# Writes imagecache.conf.sample beside this file, for admin/configuration.
+config_generator_config_file = [("config-generator.conf", "imagecache")]
 
 # Everything documented here is typed; the signature need not say it twice.
 autodoc_typehints = "signature"
