@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -20,6 +21,11 @@ _FICLONE = 0x40049409
 
 _COPY_CHUNK = 64 * 2**20
 
+#: Modes of fallocate(2), from linux/falloc.h.
+_KEEP_SIZE = 0x01
+_UNSHARE_RANGE = 0x40
+_libc = ctypes.CDLL(None, use_errno=True)
+
 #: Names of files in the making, beside what they will be.
 UNFINISHED = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{32}\.new")
 
@@ -32,7 +38,9 @@ def check_target(target: str) -> None:
     :raises BackendError: it is no absolute path of a file, or its directory is missing or read-only.
     """
     if not os.path.isabs(target) or "\0" in target or target.endswith("/"):
-        raise errors.BackendError("a target must be an absolute path of a file", path=target)
+        raise errors.BackendError(
+            "a target must be an absolute path of a file", path=target, next_step="correct the request"
+        )
     directory = os.path.dirname(target)
     if not os.path.isdir(directory):
         raise errors.BackendError(
@@ -44,21 +52,38 @@ def check_target(target: str) -> None:
         )
 
 
+def check_absent(target: str) -> None:
+    """Refuse a target that exists.
+
+    :raises DiskExistsError: it does, if only as a dangling link.
+    """
+    if os.path.lexists(target):
+        raise _exists(target)
+
+
+def _exists(target: str) -> errors.DiskExistsError:
+    return errors.DiskExistsError(
+        "the target exists already",
+        path=target,
+        next_step='remove it, or ask for a disk with if_exists="reuse"',
+    )
+
+
 @contextlib.contextmanager
 def placing(
     target: str,
     host: host_module.Host,
     confirm: Callable[[], None],
     *,
-    pin: Callable[[], None] = lambda: None,
+    pinned: contextlib.AbstractContextManager[None] | None = None,
 ) -> Iterator[Unfinished]:
     """Make a file in the body, and give it its name afterwards.
 
     What is left of a killed attempt does not stop the next one: its name is another, and upkeep removes
-    it later.
+    it later. The content is durable before the name is there: after a power cut a disk is whole or absent.
 
     :param confirm: raises if what it was made from is no longer there.
-    :param pin: called just before the file can be seen under its name.
+    :param pinned: entered just before the file can be seen under its name, left once it can.
     :raises DiskExistsError: the target exists.
     :raises NoSpaceError, BackendError: the filesystem failed.
     """
@@ -66,12 +91,13 @@ def placing(
     try:
         with stages.translated(target):
             yield unfinished
+            unfinished.sync()
         host.trace("disk:made")
         confirm()
         host.trace("disk:confirmed")
-        pin()
-        with stages.translated(target):
+        with pinned or contextlib.nullcontext(), stages.translated(target):
             unfinished.place()
+        host.trace("disk:placed")
     finally:
         unfinished.close()
 
@@ -91,20 +117,20 @@ class Unfinished:
     def fd(self) -> int:
         return self._owner.fd
 
+    def sync(self) -> None:
+        """Make its content and its mode durable."""
+        os.fchmod(self.fd, _MODE)
+        os.fsync(self.fd)
+
     def place(self) -> None:
         """Give it its name, which nobody may have.
 
         :raises DiskExistsError: somebody has.
         """
-        os.fchmod(self.fd, _MODE)
         try:
             os.link(self.path, self.target, follow_symlinks=False)
         except FileExistsError as error:
-            raise errors.DiskExistsError(
-                "the target exists already",
-                path=self.target,
-                next_step='remove it, or ask with if_exists="reuse"',
-            ) from error
+            raise _exists(self.target) from error
 
     def close(self) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -145,6 +171,22 @@ def copy_content(source: int, target: int) -> None:
         _copy_range(source, target, start, end)
         position = end
     os.ftruncate(target, size)
+
+
+def allocate(fd: int, size: int) -> None:
+    """Give the first ``size`` bytes of a file blocks of its own, so that writing there never lacks space.
+
+    The file keeps its apparent size. Where the filesystem cannot allocate ahead, nothing happens: then no
+    call could promise the space.
+
+    :raises OSError: there is no room.
+    """
+    # A reflink's extents are shared: they are in use, and writing to them still needs new ones.
+    for mode in (_KEEP_SIZE | _UNSHARE_RANGE, _KEEP_SIZE):
+        if _libc.fallocate(fd, mode, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+            return
+        if ctypes.get_errno() != errno.EOPNOTSUPP:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _copy_range(source: int, target: int, start: int, end: int) -> None:

@@ -8,14 +8,17 @@ absolute path to format, and stays readable by Nova.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 
 from imagecache_lib import config as config_module
 from imagecache_lib import durable, errors
 from imagecache_lib import host as host_module
 from imagecache_lib import layout as layout_module
 from imagecache_lib.spawn import locks
+from imagecache_lib.spawn import stage as stages
 
 NAME = "disk.info"
 
@@ -24,15 +27,32 @@ NAME = "disk.info"
 LOCK = "imagecache-disk-info"
 
 
-def parse(data: bytes) -> dict[str, str]:
-    """Return the formats by path. What is torn or unknown pins nothing."""
+class Damaged(errors.BackendError):
+    """A ``disk.info`` that cannot be read: which formats it pinned is unknown."""
+
+
+def parse(data: bytes) -> dict[str, str] | None:
+    """Return the formats by path. None: torn or unknown; what it pinned cannot be told."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):
-        return {}
-    if not isinstance(found, dict):
-        return {}
-    return {path: format for path, format in found.items() if isinstance(format, str)}
+        return None
+    if not isinstance(found, dict) or not all(isinstance(format, str) for format in found.values()):
+        return None
+    return found
+
+
+def format_in(formats: Mapping[str, str], disk: str) -> str | None:
+    """Return a disk's format among those that the ``disk.info`` beside it pins. None: none is pinned.
+
+    The directory may have another name or mount point than when the disk was made (a migration, a resize),
+    so that an entry for the same file name will do.
+    """
+    if disk in formats:
+        return formats[disk]
+    name = os.path.basename(disk)
+    found = {format for path, format in formats.items() if os.path.basename(path) == name}
+    return found.pop() if len(found) == 1 else None
 
 
 class DiskInfo:
@@ -44,43 +64,78 @@ class DiskInfo:
         self._host = host
 
     def format_of(self, disk: str) -> str | None:
-        """Return the pinned format of a disk. None: none is pinned."""
-        data = durable.read_file(_beside(disk))
-        return parse(data).get(disk) if data is not None else None
+        """Return the pinned format of a disk. None: none is pinned.
 
-    def pin(self, disk: str, format: str) -> None:
-        """Pin a disk's format. Other disks' entries stay.
-
-        :raises BackendError: the file cannot be written.
+        :raises Damaged: that cannot be told.
         """
-        self._change(disk, format)
+        return format_in(_read(_beside(disk)), disk)
+
+    @contextlib.contextmanager
+    def pinned(self, disk: str, format: str) -> Iterator[None]:
+        """Pin a disk's format before the body, which gives the disk its name. Other disks' entries stay.
+
+        If the body fails, the entry is what it was: the name is another disk's then, whose format this is
+        not. The pin is durable before the disk can be seen, since a power cut that kept the disk and lost
+        the pin would let the guest choose.
+
+        :raises Damaged: other disks' formats would be lost.
+        :raises NoSpaceError, BackendError: the file cannot be written.
+        """
+        path = _beside(disk)
+        with self._locked():
+            before = _read(path)
+            if before.get(disk) != format:
+                _write(path, {**before, disk: format})
+            try:
+                yield
+            except BaseException:
+                if before.get(disk) != format:
+                    _write(path, before)
+                raise
 
     def forget(self, disk: str) -> None:
-        """Remove a disk's entry, if it has one.
+        """Remove the entry of a disk that is gone, if it has one.
 
-        :raises BackendError: the file cannot be written.
+        :raises NoSpaceError, BackendError: the file cannot be written.
         """
-        self._change(disk, None)
-
-    def _change(self, disk: str, format: str | None) -> None:
         path = _beside(disk)
-        with locks.waiting(
-            self._lock, shared=False, host=self._host, patience=self._patience, check=lambda: None
-        ):
-            data = durable.read_file(path)
-            formats = parse(data) if data is not None else {}
-            if formats.get(disk) == format:
-                return
-            if format is None:
-                del formats[disk]
-            else:
-                formats[disk] = format
+        with self._locked():
             try:
-                durable.write_file(path, json.dumps(formats).encode(), mode=0o644, sync=False)
-            except OSError as error:
-                raise errors.BackendError(
-                    f"the disk's format cannot be pinned: {error.strerror}", path=path
-                ) from error
+                before = _read(path)
+            except Damaged:
+                return
+            if disk in before:
+                _write(path, {other: format for other, format in before.items() if other != disk})
+
+    def _locked(self) -> contextlib.AbstractContextManager[bool]:
+        return locks.waiting(
+            self._lock, shared=False, host=self._host, patience=self._patience, check=lambda: None
+        )
+
+
+def _read(path: str) -> dict[str, str]:
+    with stages.translated(path):
+        data = durable.read_file(path)
+    if data is None:
+        return {}
+    formats = parse(data)
+    if formats is None:
+        raise Damaged(
+            "the file that pins the formats of the disks beside it is damaged",
+            path=path,
+            next_step="write it anew, a JSON object of each disk's absolute path and its true format",
+        )
+    return formats
+
+
+def _write(path: str, formats: Mapping[str, str]) -> None:
+    with stages.translated(path):
+        if formats:
+            durable.write_file(path, json.dumps(formats).encode(), mode=0o644)
+        else:
+            # Nothing is left to pin: leave the directory as it was before the first disk.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def _beside(disk: str) -> str:

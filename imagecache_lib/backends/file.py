@@ -47,8 +47,11 @@ class FileBackend(base.StorageBackend):
         self, base: model.BaseImage, target: str, size: int | None, *, confirm: Callable[[], None]
     ) -> model.Disk:
         wanted = base.virtual_size if size is None else size
+        if base.format != "raw":
+            wanted = whole_sectors(wanted)
         assert base.fd is not None  # a held base is open
-        with placing.placing(target, self._host, confirm, pin=self._pin(target, base.format)) as unfinished:
+        pinned = self._formats.pinned(target, base.format)
+        with placing.placing(target, self._host, confirm, pinned=pinned) as unfinished:
             placing.copy_content(base.fd, unfinished.fd)
             if base.format == "raw":
                 self._grow_raw(unfinished.fd, wanted)
@@ -56,18 +59,24 @@ class FileBackend(base.StorageBackend):
                 self._qemu_img.resize(unfinished.path, base.format, wanted)
         return model.Disk(target, base.format, wanted)
 
-    def _pin(self, target: str, format: str) -> Callable[[], None]:
-        return lambda: self._formats.pin(target, format)
-
     def _grow_raw(self, fd: int, size: int) -> None:
-        if size > os.fstat(fd).st_size:
-            os.ftruncate(fd, size)
+        before = os.fstat(fd).st_size
         if self._config.preallocate_images == "space":
-            os.posix_fallocate(fd, 0, size)
+            try:
+                placing.allocate(fd, size)
+            except OSError:
+                os.ftruncate(fd, before)  # gives back what was allocated behind the end
+                raise
+        if size > before:
+            os.ftruncate(fd, size)
 
     # -- disks that exist ----------------------------------------------------------------------------
 
     def inspect(self, target: str) -> model.Disk:
+        return self._read(target)[0]
+
+    def _read(self, target: str) -> tuple[model.Disk, bytes | None]:
+        """Return what a disk is, and the backing file that its header names."""
         with stages.translated(target):
             fd = _open_disk(target)
             try:
@@ -75,23 +84,36 @@ class FileBackend(base.StorageBackend):
                 data = os.pread(fd, _HEADER_BYTES, 0)
             finally:
                 os.close(fd)
-        format = self._formats.format_of(target)
-        if format is None:
-            # Nobody pinned it. A qcow2 is one by its header; this is how the disks of old are found too.
-            format = "qcow2" if data.startswith(qcow2_header.MAGIC) else "raw"
+        format = self._format(target, data)
         if format == "raw":
-            return model.Disk(target, "raw", size)
+            return model.Disk(target, "raw", size), None
         if format != "qcow2":
             found = self._qemu_img.info(target, format)
-            return model.Disk(target, format, int(found["virtual-size"]))
+            return model.Disk(target, format, int(found["virtual-size"])), None
         try:
             header = qcow2_header.parse(data)
         except (qcow2_header.HeaderError, qcow2_header.NotQcow2) as error:
             raise errors.BackendError(f"the disk is no qcow2: {error}", path=target) from error
-        return model.Disk(target, "qcow2", header.virtual_size, _cached_name(header.backing_file))
+        named = header.backing_file
+        return model.Disk(target, "qcow2", header.virtual_size, _cached_name(named)), named
+
+    def _format(self, target: str, data: bytes) -> str:
+        looks_like_qcow2 = data.startswith(qcow2_header.MAGIC)
+        try:
+            pinned = self._formats.format_of(target)
+        except disk_info.Damaged:
+            # Raw is the one reading that hands no other file to the guest. What looks like qcow2 could be
+            # either, and a guest that wrote the header itself must not be believed.
+            if looks_like_qcow2:
+                raise
+            return "raw"
+        # Nobody pinned it: a qcow2 is one by its header; this is how the disks of old are found too.
+        return pinned or ("qcow2" if looks_like_qcow2 else "raw")
 
     def resize(self, disk: model.Disk, size: int) -> model.Disk:
         current = self.inspect(disk.target)
+        if current.format != "raw":
+            size = whole_sectors(size)
         if size < current.virtual_size:
             raise errors.DiskTooSmallError(
                 f"the disk has {current.virtual_size} bytes and is never shrunk to {size}",
@@ -119,6 +141,11 @@ class FileBackend(base.StorageBackend):
 
     def preflight(self) -> list[str]:
         return []
+
+
+def whole_sectors(size: int) -> int:
+    """Round up to sectors of 512 bytes: no guest sees less, and qemu refuses other sizes for most formats."""
+    return -(-size // 512) * 512
 
 
 def _open_disk(path: str, flags: int = os.O_RDONLY) -> int:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from imagecache_lib import model, placing
@@ -23,15 +22,16 @@ class Qcow2Backend(file.FileBackend):
     def create(
         self, base: model.BaseImage, target: str, size: int | None, *, confirm: Callable[[], None]
     ) -> model.Disk:
-        wanted = base.virtual_size if size is None else -(-size // 512) * 512
-        with placing.placing(target, self._host, confirm, pin=self._pin(target, "qcow2")) as unfinished:
+        wanted = file.whole_sectors(base.virtual_size if size is None else size)
+        pinned = self._formats.pinned(target, "qcow2")
+        with placing.placing(target, self._host, confirm, pinned=pinned) as unfinished:
             overlay.write_overlay(unfinished.fd, wanted, base.path, base.format)
             if self._config.preallocate_images == "space":
-                os.posix_fallocate(unfinished.fd, 0, wanted)
+                placing.allocate(unfinished.fd, wanted)
         return model.Disk(target, "qcow2", wanted, base.name)
 
     def flatten(self, disk: model.Disk) -> model.Disk:
-        current = self.inspect(disk.target)
-        if current.base is not None:
+        current, backing_file = self._read(disk.target)
+        if backing_file is not None:
             self._qemu_img.flatten(disk.target, current.format)
         return model.Disk(disk.target, current.format, current.virtual_size)

@@ -269,7 +269,7 @@ class _Formats:
     def of(self, path: str) -> str | None:
         if self._found is None:
             self._found = self._read()
-        return self._found.get(path)
+        return disk_info.format_in(self._found, path)
 
     def _read(self) -> Mapping[str, str]:
         try:
@@ -277,7 +277,7 @@ class _Formats:
                 found = disk_info.parse(file.read(_DEEP))
         except OSError:
             return {}
-        return found
+        return found if found is not None else {}
 
 
 def _directories(instance: model.Instance) -> Iterator[str]:

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every storage backend must do, as tests that any backend can run::
+
+    class TestMyBackend(BackendContract, unittest.TestCase):
+        def make_backend(self): ...
+        def make_target(self): ...
+        def read_disk(self, disk, offset, length): ...
+        def write_disk(self, disk, offset, data): ...
+        def everything(self): ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import threading
+import unittest
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from imagecache_lib import errors, layout, model
+from imagecache_lib.backends import base as backend_base
+
+# For the type checker this is a test case; at run time it is a mixin, so that nothing runs it by itself.
+if TYPE_CHECKING:
+    _Case = unittest.TestCase
+else:
+    _Case = object
+
+MIB = 2**20
+_BLOCK = 4096
+
+
+class _BaseIsGone(Exception):
+    """What ``confirm`` raises here: a backend must pass on what it does not know."""
+
+
+class _Count:
+    def __init__(self, action: Callable[[], None] = lambda: None) -> None:
+        self.calls = 0
+        self._action = action
+
+    def __call__(self) -> None:
+        self.calls += 1
+        self._action()
+
+
+def _fail() -> None:
+    raise _BaseIsGone
+
+
+def _pattern(length: int, seed: str) -> bytes:
+    """Return bytes in which every block can be told from every other."""
+    return b"".join(
+        hashlib.sha512(f"{seed}{block}".encode()).digest() * (_BLOCK // 64)
+        for block in range(length // _BLOCK)
+    )
+
+
+class BackendContract(_Case):
+    """Mix it into a :class:`unittest.TestCase` and supply what raises here."""
+
+    #: Virtual size in bytes of the base images that the tests make.
+    size = 4 * MIB
+
+    def make_backend(self) -> backend_base.StorageBackend:
+        """Return the backend to test."""
+        raise AssertionError("a contract test case supplies make_backend")
+
+    def make_target(self) -> str:
+        """Return a target that nothing has, another one each time."""
+        raise AssertionError("a contract test case supplies make_target")
+
+    def read_disk(self, disk: model.Disk, offset: int, length: int) -> bytes:
+        """Return what a guest would read. Both numbers are multiples of 512."""
+        raise AssertionError("a contract test case supplies read_disk")
+
+    def write_disk(self, disk: model.Disk, offset: int, data: bytes) -> None:
+        """Write as a guest would. Offset and length are multiples of 512."""
+        raise AssertionError("a contract test case supplies write_disk")
+
+    def everything(self) -> set[str]:
+        """Return the names of all that is where targets are, hidden and half-made things included."""
+        raise AssertionError("a contract test case supplies everything")
+
+    def check_disk(self, disk: model.Disk) -> None:
+        """Let a tool of the storage say whether the disk is sound; by default there is none."""
+
+    @contextlib.contextmanager
+    def no_space(self) -> Iterator[None]:
+        """Leave no room for another disk's data during the body. By default that cannot be tested."""
+        self.skipTest("this test case cannot fill its storage")
+        yield
+
+    def base_directory(self) -> str:
+        """Return the directory that base images shall lie in."""
+        return self.enterContext(tempfile.TemporaryDirectory())
+
+    # -- the base image ------------------------------------------------------------------------------
+
+    def setUp(self) -> None:
+        super().setUp()
+        self._bases = self.base_directory()
+        self.backend = self.make_backend()
+        self.base = self.make_base("base", self.size)
+
+    def make_base(self, name: str, size: int) -> model.BaseImage:
+        """Make a raw base image: data at both ends and a hole between them."""
+        path = os.path.join(self._bases, layout.base_name(name))
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self.addCleanup(os.close, fd)
+        os.pwrite(fd, _pattern(size // 4, name), 0)
+        os.ftruncate(fd, size)
+        os.pwrite(fd, _pattern(_BLOCK, f"{name} end"), size - _BLOCK)
+        os.fsync(fd)
+        return model.BaseImage(name, os.path.basename(path), path, "raw", size, fd=fd)
+
+    def content(self, base: model.BaseImage) -> bytes:
+        with open(base.path, "rb") as file:
+            return file.read()
+
+    def create(self, target: str | None = None, size: int | None = None) -> model.Disk:
+        return self.backend.create(self.base, target or self.make_target(), size, confirm=_Count())
+
+    def assert_content(self, disk: model.Disk, base: model.BaseImage) -> None:
+        """The disk holds the base's content, and zeros after it."""
+        expected = self.content(base)
+        self.assertEqual(expected, self.read_disk(disk, 0, len(expected)))
+        more = disk.virtual_size - len(expected)
+        if more:
+            self.assertEqual(bytes(more), self.read_disk(disk, len(expected), more))
+
+    def both(self) -> Iterator[tuple[str, Callable[..., model.Disk]]]:
+        """Yield both ways to make a disk from a base image, by name, each in its subtest."""
+        for name in ("create", "copy"):
+            with self.subTest(name):
+                yield name, getattr(self.backend, name)
+
+    # -- making --------------------------------------------------------------------------------------
+
+    def test_a_disk_has_the_content_of_its_base(self) -> None:
+        before = self.content(self.base)
+        for name, make in self.both():
+            target = self.make_target()
+            self.assertFalse(self.backend.exists(target))
+            disk = make(self.base, target, None, confirm=_Count())
+            self.assertTrue(self.backend.exists(target))
+            self.assertEqual((target, self.size), (disk.target, disk.virtual_size))
+            self.assert_content(disk, self.base)
+            self.assertEqual(disk, self.backend.inspect(target))
+            self.check_disk(disk)
+            if name == "copy":
+                self.assertIsNone(disk.base)
+        self.assertEqual(before, self.content(self.base))
+
+    def test_a_disk_is_grown_to_the_size_asked_for(self) -> None:
+        for _name, make in self.both():
+            disk = make(self.base, self.make_target(), self.size + 3 * MIB, confirm=_Count())
+            self.assertEqual(self.size + 3 * MIB, disk.virtual_size)
+            self.assertEqual(disk, self.backend.inspect(disk.target))
+            self.assert_content(disk, self.base)
+            self.check_disk(disk)
+
+    def test_a_guest_writes_to_its_own_disk_only(self) -> None:
+        before = self.content(self.base)
+        for _name, make in self.both():
+            written, other = (make(self.base, self.make_target(), None, confirm=_Count()) for _ in range(2))
+            self.write_disk(written, _BLOCK, b"guest" * 512)
+            self.assertEqual(b"guest" * 512, self.read_disk(written, _BLOCK, 2560))
+            self.assert_content(other, self.base)
+        self.assertEqual(before, self.content(self.base))
+
+    def test_a_disk_is_complete_and_nameless_until_it_is_confirmed(self) -> None:
+        for _name, make in self.both():
+            target = self.make_target()
+            seen: list[bool] = []
+            confirm = _Count(lambda t=target, s=seen: s.append(self.backend.exists(t)))  # type: ignore[misc]
+            make(self.base, target, self.size + MIB, confirm=confirm)
+            self.assertEqual(1, confirm.calls)
+            self.assertEqual([False], seen)
+
+    def test_nothing_is_left_when_the_base_vanished(self) -> None:
+        for _name, make in self.both():
+            target, before = self.make_target(), self.everything()
+            with self.assertRaises(_BaseIsGone):
+                make(self.base, target, self.size + MIB, confirm=_fail)
+            self.assertFalse(self.backend.exists(target))
+            self.assertEqual(before, self.everything())
+            self.assert_content(make(self.base, target, None, confirm=_Count()), self.base)
+
+    def test_an_existing_disk_is_never_overwritten(self) -> None:
+        mine = self.create()
+        self.write_disk(mine, 0, b"mine" * 128)
+        before = self.everything()
+        other = self.make_base("other", self.size)
+        for _name, make in self.both():
+            with self.assertRaises(errors.DiskExistsError) as caught:
+                make(other, mine.target, self.size + MIB, confirm=_Count())
+            self.assertIn(mine.target, str(caught.exception))
+            self.assertEqual(before, self.everything())
+            self.assertEqual(mine, self.backend.inspect(mine.target))
+            self.assertEqual(b"mine" * 128, self.read_disk(mine, 0, 512))
+
+    def test_a_disk_that_appears_meanwhile_is_never_overwritten(self) -> None:
+        other = self.make_base("other", self.size)
+        for _name, make in self.both():
+            target = self.make_target()
+            made: list[model.Disk] = []
+            confirm = _Count(lambda t=target, m=made: m.append(self.create(t)))  # type: ignore[misc]
+            with self.assertRaises(errors.DiskExistsError):
+                make(other, target, None, confirm=confirm)
+            self.assertEqual(made, [self.backend.inspect(target)])
+            self.assert_content(made[0], self.base)
+
+    def test_of_many_that_want_one_target_one_gets_it(self) -> None:
+        target = self.make_target()
+        outcomes = self._at_once([target] * 6)
+        self.assertEqual(1, sum(isinstance(outcome, model.Disk) for outcome in outcomes), outcomes)
+        others = [outcome for outcome in outcomes if not isinstance(outcome, model.Disk)]
+        self.assertEqual([errors.DiskExistsError] * 5, [type(outcome) for outcome in others])
+        self.assert_content(self.backend.inspect(target), self.base)
+
+    def test_many_disks_are_made_at_once_from_one_base(self) -> None:
+        targets = [self.make_target() for _ in range(12)]
+        for outcome in self._at_once(targets):
+            if not isinstance(outcome, model.Disk):
+                raise outcome
+            self.assertEqual(outcome, self.backend.inspect(outcome.target))
+            self.assert_content(outcome, self.base)
+            self.check_disk(outcome)
+
+    def _at_once(self, targets: list[str]) -> list[model.Disk | BaseException]:
+        outcomes: list[model.Disk | BaseException] = []
+        start = threading.Barrier(len(targets))
+
+        def make(target: str) -> None:
+            start.wait()
+            try:
+                outcomes.append(self.create(target))
+            except BaseException as error:
+                outcomes.append(error)
+
+        threads = [threading.Thread(target=make, args=(target,)) for target in targets]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return outcomes
+
+    def test_a_full_storage_leaves_nothing_behind(self) -> None:
+        target, before = self.make_target(), self.everything()
+        base = self.base
+        with self.no_space(), self.assertRaises(errors.NoSpaceError):
+            self.backend.copy(base, target, None, confirm=_Count())
+        self.assertFalse(self.backend.exists(target))
+        self.assertEqual(before, self.everything())
+        self.assert_content(self.backend.copy(base, target, None, confirm=_Count()), base)
+
+    def test_a_target_that_cannot_be_is_refused(self) -> None:
+        self.backend.check_target(self.make_target())
+        for target in ("", "a\0b"):
+            with self.subTest(target), self.assertRaises(errors.BackendError):
+                self.backend.check_target(target)
+
+    def test_what_is_not_there_cannot_be_inspected(self) -> None:
+        target = self.make_target()
+        with self.assertRaises(errors.BackendError) as caught:
+            self.backend.inspect(target)
+        self.assertIn(target, str(caught.exception))
+
+    # -- afterwards ----------------------------------------------------------------------------------
+
+    def test_resize_grows_and_keeps_what_the_guest_wrote(self) -> None:
+        disk = self.create()
+        self.write_disk(disk, 512, b"kept" * 128)
+        for size in (self.size, self.size + 2 * MIB, self.size + 2 * MIB):
+            disk = self.backend.resize(disk, size)
+            self.assertEqual(size, disk.virtual_size)
+            self.assertEqual(disk, self.backend.inspect(disk.target))
+        self.assertEqual(b"kept" * 128, self.read_disk(disk, 512, 512))
+        self.assertEqual(bytes(2 * MIB), self.read_disk(disk, self.size, 2 * MIB))
+        self.check_disk(disk)
+
+    def test_a_size_between_sectors_gives_no_less(self) -> None:
+        disk = self.create(size=self.size + 513)
+        self.assertIn(disk.virtual_size, range(self.size + 513, self.size + MIB))
+        grown = self.backend.resize(disk, self.size + MIB + 1)
+        self.assertIn(grown.virtual_size, range(self.size + MIB + 1, self.size + 2 * MIB))
+        self.assertEqual(grown, self.backend.inspect(disk.target))
+        self.check_disk(grown)
+
+    def test_resize_never_shrinks(self) -> None:
+        disk = self.create(size=self.size + MIB)
+        with self.assertRaises(errors.DiskTooSmallError):
+            self.backend.resize(disk, self.size)
+        # Not even when the caller's idea of the disk is out of date.
+        self.backend.resize(disk, self.size + 2 * MIB)
+        with self.assertRaises(errors.DiskTooSmallError):
+            self.backend.resize(disk, self.size + MIB)
+        self.assertEqual(self.size + 2 * MIB, self.backend.inspect(disk.target).virtual_size)
+        self.assertEqual(self.content(self.base), self.read_disk(disk, 0, self.size))
+
+    def test_flatten_makes_a_disk_stand_alone(self) -> None:
+        disk = self.create(size=self.size + MIB)
+        self.write_disk(disk, 512, b"kept" * 128)
+        expected = self.read_disk(disk, 0, disk.virtual_size)
+        flat = self.backend.flatten(disk)
+        self.assertIsNone(flat.base)
+        self.assertEqual(flat, self.backend.inspect(disk.target))
+        self.assertEqual(flat, self.backend.flatten(flat))
+        self.assertEqual(flat, self.backend.flatten(disk))
+        os.rename(self.base.path, f"{self.base.path}.away")
+        self.assertEqual(expected, self.read_disk(flat, 0, flat.virtual_size))
+        self.check_disk(flat)
+
+    def test_remove_leaves_nothing_and_may_be_repeated(self) -> None:
+        before = self.everything()
+        for _name, make in self.both():
+            target = self.make_target()
+            disk = make(self.base, target, None, confirm=_Count())
+            for _time in range(2):
+                self.backend.remove(disk)
+                self.assertFalse(self.backend.exists(target))
+            self.assertEqual(before, self.everything())
+            make(self.base, target, None, confirm=_Count())
+            self.backend.remove(disk)
+
+    # -- what it says of itself ----------------------------------------------------------------------
+
+    def test_features_are_declared_as_they_are(self) -> None:
+        features = self.backend.features
+        self.assertTrue(self.backend.name)
+        disk = self.create()
+        self.assertEqual(backend_base.Feature.OVERLAY in features, disk.base is not None)
+        if disk.base is not None:
+            self.assertEqual(self.base.name, disk.base)
+            self.assertIn(backend_base.Feature.FLATTEN, features)
+        if backend_base.Feature.CLONE not in features:
+            with self.assertRaises(backend_base.CannotClone):
+                self.backend.clone(model.Image("id", "raw"), self.make_target(), None)
+
+    def test_a_good_set_up_has_no_findings(self) -> None:
+        self.assertEqual([], self.backend.preflight())

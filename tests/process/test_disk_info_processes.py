@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes that make disks in one instance directory at once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+
+from imagecache_lib import CacheConfig, Host, errors, model
+from imagecache_lib.backends.qcow2 import Qcow2Backend
+from imagecache_lib.backends.raw import RawBackend
+
+MIB = 2**20
+PROCESSES = 8
+DISKS = 5
+
+
+def make_base(root):
+    for name in ("locks", "_base", "instance"):
+        (root / name).mkdir()
+    path = root / "_base" / ("a" * 40)
+    path.write_bytes(os.urandom(MIB))
+    return path
+
+
+def create(root, kind, base_path, target):
+    backend = kind.from_config(CacheConfig(instances_path=str(root)), Host(name="here"))
+    fd = os.open(base_path, os.O_RDONLY)
+    base = model.BaseImage("id", base_path.name, str(base_path), "raw", MIB, fd=fd)
+    try:
+        backend.create(base, target, None, confirm=lambda: None)
+    finally:
+        os.close(fd)
+
+
+def make_several(root, base_path, start, number):
+    kind = (RawBackend, Qcow2Backend)[number % 2]
+    start.wait()
+    for disk in range(DISKS):
+        create(root, kind, base_path, str(root / "instance" / f"{kind.name}-{number}-{disk}"))
+
+
+def make_the_same(root, base_path, start, number):
+    kind = (RawBackend, Qcow2Backend)[number % 2]
+    for turn in range(DISKS):
+        start.wait()
+        try:
+            create(root, kind, base_path, str(root / "instance" / f"disk{turn}"))
+        except errors.DiskExistsError:
+            continue
+
+
+def run(target, root):
+    base_path = make_base(root)
+    spawning = multiprocessing.get_context("spawn")
+    start = spawning.Barrier(PROCESSES)
+    processes = [
+        spawning.Process(target=target, args=(root, base_path, start, number)) for number in range(PROCESSES)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * PROCESSES
+    return json.loads((root / "instance" / "disk.info").read_text())
+
+
+def test_no_disks_format_is_lost(tmp_path):
+    pinned = run(make_several, tmp_path)
+    made = {str(path) for path in (tmp_path / "instance").iterdir() if path.name != "disk.info"}
+    assert len(made) == PROCESSES * DISKS
+    assert pinned == {path: os.path.basename(path).partition("-")[0] for path in made}
+
+
+def test_who_wins_a_name_has_its_format_pinned(tmp_path):
+    pinned = run(make_the_same, tmp_path)
+    assert len(pinned) == DISKS
+    for path, format in pinned.items():
+        with open(path, "rb") as disk:
+            assert format == ("qcow2" if disk.read(4) == b"QFI\xfb" else "raw")

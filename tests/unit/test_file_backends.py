@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which format a disk has is decided when it is made, and by nobody's content afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import tempfile
+import unittest
+from collections.abc import Callable
+
+from imagecache_lib import CacheConfig, Host, errors, model
+from imagecache_lib.backends import disk_info
+from imagecache_lib.backends.file import FileBackend
+from imagecache_lib.backends.qcow2 import Qcow2Backend
+from imagecache_lib.backends.raw import RawBackend
+from imagecache_lib.qcow2 import overlay
+
+MIB = 2**20
+NAME = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FileBackendCase(unittest.TestCase):
+    def setUp(self) -> None:
+        self.root = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        (self.root / "locks").mkdir()
+        (self.root / "_base").mkdir()
+        self.instance = self.root / "instance"
+        self.instance.mkdir()
+        self.info = self.instance / "disk.info"
+        self.target = str(self.instance / "disk")
+        self.base = self.make_base(MIB)
+
+    def make_base(self, size: int, name: str = NAME) -> model.BaseImage:
+        path = self.root / "_base" / name
+        path.write_bytes(b"base" * (size // 4) + b"x" * (size % 4))
+        fd = os.open(path, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        return model.BaseImage("id", name, str(path), "raw", size, fd=fd)
+
+    def backend(self, kind: type[FileBackend], **config: str) -> FileBackend:
+        return kind.from_config(
+            CacheConfig(instances_path=str(self.root), **config),  # type: ignore[arg-type]
+            Host(name="here"),
+        )
+
+    def create(
+        self, kind: type[FileBackend], target: str | None = None, confirm: Callable[[], None] = lambda: None
+    ) -> model.Disk:
+        return self.backend(kind).create(self.base, target or self.target, None, confirm=confirm)
+
+    def pinned(self) -> dict[str, str]:
+        found: dict[str, str] = json.loads(self.info.read_text())
+        return found
+
+    def forge_header(self, path: str) -> None:
+        """Write what a guest would: a qcow2 header whose backing file is one of the host's."""
+        with open(path, "r+b") as disk:
+            disk.truncate(0)
+            overlay.write_overlay(disk.fileno(), MIB, "/etc/shadow", "raw")
+
+
+class TestFormats(FileBackendCase):
+    def test_the_format_is_pinned_before_the_disk_can_be_seen(self) -> None:
+        seen = []
+
+        def trace(point: str) -> None:
+            if point == "disk:placed":
+                seen.append(self.pinned())
+
+        for kind, format in ((RawBackend, "raw"), (Qcow2Backend, "qcow2")):
+            target = f"{self.target}.{format}"
+            backend = kind.from_config(CacheConfig(instances_path=str(self.root)), Host(trace=trace))
+            backend.create(self.base, target, None, confirm=lambda: None)
+            self.assertEqual(format, seen[-1][target])
+        # The file is the one Nova keeps, and readable by it.
+        self.assertEqual({f"{self.target}.raw": "raw", f"{self.target}.qcow2": "qcow2"}, self.pinned())
+        self.assertEqual(0o644, self.info.stat().st_mode & 0o777)
+
+    def test_a_guest_cannot_change_its_disks_format(self) -> None:
+        self.create(RawBackend)
+        self.forge_header(self.target)
+        for kind in (RawBackend, Qcow2Backend):
+            disk = self.backend(kind).inspect(self.target)
+            self.assertEqual(("raw", None), (disk.format, disk.base))
+
+    def test_nor_when_the_directory_was_renamed(self) -> None:
+        self.create(RawBackend)
+        self.forge_header(self.target)
+        moved = self.root / "instance_resize"
+        self.instance.rename(moved)
+        self.assertEqual("raw", self.backend(Qcow2Backend).inspect(str(moved / "disk")).format)
+
+    def test_nor_when_the_pins_are_damaged(self) -> None:
+        self.create(RawBackend)
+        for damage in ("", '{"/instances/disk": "ra', "[]", '{"/instances/disk": 7}'):
+            with self.subTest(damage):
+                self.info.write_text(damage)
+                self.assertEqual("raw", self.backend(Qcow2Backend).inspect(self.target).format)
+        self.forge_header(self.target)
+        with self.assertRaises(disk_info.Damaged) as caught:
+            self.backend(Qcow2Backend).inspect(self.target)
+        self.assertIn(str(self.info), str(caught.exception))
+
+    def test_damaged_pins_are_not_replaced_by_one_disks(self) -> None:
+        self.info.write_text("{")
+        with self.assertRaises(disk_info.Damaged):
+            self.create(RawBackend)
+        self.assertEqual("{", self.info.read_text())
+        self.assertEqual(["disk.info"], os.listdir(self.instance))
+
+    def test_a_disk_of_old_is_what_its_header_says(self) -> None:
+        self.create(Qcow2Backend)
+        self.info.unlink()
+        disk = self.backend(RawBackend).inspect(self.target)
+        self.assertEqual(("qcow2", NAME), (disk.format, disk.base))
+
+    def test_who_comes_too_late_does_not_pin_the_other_ones_format(self) -> None:
+        for late, first in ((RawBackend, Qcow2Backend), (Qcow2Backend, RawBackend)):
+            target = f"{self.target}.{late.name}"
+            with self.assertRaises(errors.DiskExistsError):
+                self.create(late, target, confirm=lambda t=target, f=first: self.create(f, t))  # type: ignore[misc]
+            self.assertEqual(first.name, self.pinned()[target])
+            self.assertEqual(first.name, self.backend(late).inspect(target).format)
+
+    def test_a_file_that_nobody_pinned_is_not_pinned_by_who_may_not_have_its_name(self) -> None:
+        path = pathlib.Path(self.target)
+        with self.assertRaises(errors.DiskExistsError):
+            self.create(Qcow2Backend, confirm=lambda: path.write_bytes(b"somebody's") and None)
+        self.assertEqual(b"somebody's", path.read_bytes())
+        self.assertEqual(["disk"], os.listdir(self.instance))
+
+    def test_removing_one_disk_keeps_the_others_pins(self) -> None:
+        one, two = self.create(RawBackend), self.create(Qcow2Backend, f"{self.target}.two")
+        self.backend(RawBackend).remove(one)
+        self.assertEqual({two.target: "qcow2"}, self.pinned())
+
+
+class TestSizes(FileBackendCase):
+    def test_an_overlay_of_a_base_that_ends_between_sectors_holds_all_of_it(self) -> None:
+        base = self.make_base(MIB + 100, "f" * 40)
+        disk = self.backend(Qcow2Backend).create(base, self.target, None, confirm=lambda: None)
+        self.assertEqual(MIB + 512, disk.virtual_size)
+
+    def test_a_raw_copy_of_such_a_base_has_its_bytes(self) -> None:
+        base = self.make_base(MIB + 100, "f" * 40)
+        self.backend(RawBackend).create(base, self.target, None, confirm=lambda: None)
+        self.assertEqual(pathlib.Path(base.path).read_bytes(), pathlib.Path(self.target).read_bytes())
+
+    def test_holes_stay_holes(self) -> None:
+        fd = os.open(self.base.path, os.O_RDWR)
+        os.ftruncate(fd, 2**30)
+        os.close(fd)
+        disk = self.create(RawBackend)
+        self.assertEqual(2**30, os.stat(disk.target).st_size)
+        self.assertLess(os.stat(disk.target).st_blocks * 512, 2 * MIB)
+
+    def test_allocated_ahead_a_disk_has_all_its_blocks(self) -> None:
+        for kind in (RawBackend, Qcow2Backend):
+            backend = self.backend(kind, preallocate_images="space")
+            disk = backend.create(self.base, f"{self.target}.{kind.name}", 32 * MIB, confirm=lambda: None)
+            self.assertGreaterEqual(os.stat(disk.target).st_blocks * 512, 32 * MIB)
+
+
+class TestBackingFiles(FileBackendCase):
+    def test_a_disk_is_cut_loose_from_any_backing_file(self) -> None:
+        other = self.root / "elsewhere.img"
+        other.write_bytes(b"else" * (MIB // 4))
+        with open(self.target, "wb+") as disk:
+            overlay.write_overlay(disk.fileno(), MIB, str(other), "raw")
+        backend = self.backend(Qcow2Backend)
+        backend.flatten(backend.inspect(self.target))
+        other.unlink()
+        self.assertEqual(MIB, backend.inspect(self.target).virtual_size)
+        with open(self.target, "rb") as disk:
+            self.assertNotIn(b"elsewhere", disk.read(4096))
