@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import struct
 import weakref
@@ -18,13 +19,18 @@ from collections.abc import Callable, Iterator
 
 import fasteners
 
+from imagecache_lib import errors
 from imagecache_lib import host as host_module
+
+LOG = logging.getLogger(__name__)
 
 # struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length (0: to the end), pid (0 for OFD).
 _FLOCK = "hhqqi4x"
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 #: How long one wait lasts before cancellation and progress are looked at again, in seconds.
-_SLICE = 1.0
+_SLICE = 0.25
 
 
 def set_lock(fd: int, kind: int, start: int = 0, length: int = 0) -> None:
@@ -90,10 +96,19 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
 
     def _do_open(self) -> None:
         # fasteners opens for writing only, and a shared lock needs a file open for reading.
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        if self._descriptor is None:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        if self._descriptor is not None:
+            return
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
             self._descriptor = HeldDescriptor(os.open(self.path, flags, 0o644))
+        except OSError as error:
+            kind = errors.NoSpaceError if error.errno in _FULL else errors.BackendError
+            raise kind(
+                f"the lock file cannot be opened: {error.strerror}",
+                path=self.path,
+                next_step="make room, and check its owner and mode",
+            ) from error
 
     def _do_close(self) -> None:
         if self._descriptor is not None:
@@ -104,7 +119,14 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
         if not self._host.locking:
             return
         assert self._descriptor is not None
-        set_lock(self._descriptor.fd, fcntl.F_RDLCK if self._shared else fcntl.F_WRLCK)
+        try:
+            set_lock(self._descriptor.fd, fcntl.F_RDLCK if self._shared else fcntl.F_WRLCK)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            # A filesystem that cannot lock (ENOLCK of an NFS server without lockd): go on without.
+            LOG.warning("The lock file %s cannot be locked: %s", self.path, error.strerror)
+            return
         if not self._is_at_path():
             # Nova unlinks its lock files: whoever waited on the unlinked inode would hold a lock that
             # nobody else sees. Take the file that is there now.
@@ -113,8 +135,17 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     def unlock(self) -> None:
+        # Closing the file would do; but a child that was forked a moment ago may have it open still.
         if self._host.locking and self._descriptor is not None and self._descriptor.fd >= 0:
-            set_lock(self._descriptor.fd, fcntl.F_UNLCK)
+            with contextlib.suppress(OSError):
+                set_lock(self._descriptor.fd, fcntl.F_UNLCK)
+
+    def let_go(self) -> None:
+        """Release it if it was got, and close the file."""
+        if self.acquired:
+            self.release()
+        else:
+            self._do_close()
 
     def _is_at_path(self) -> bool:
         assert self._descriptor is not None
@@ -135,6 +166,7 @@ def waiting(
     patience: float,
     check: Callable[[], None],
     progress: Callable[[], object] = lambda: None,
+    moot: Callable[[], bool] = lambda: False,
 ) -> Iterator[bool]:
     """Hold a lock; the context says whether it was got.
 
@@ -143,37 +175,46 @@ def waiting(
 
     :param check: raises if the caller should stop waiting altogether.
     :param progress: any value that changes while the holder gets on.
+    :param moot: whether what the lock is wanted for was done by somebody else meanwhile, which ends the wait.
+    :raises NoSpaceError, BackendError: the lock file cannot be opened.
     """
     lock = FileLock(path, shared=shared, host=host)
-    seen, since = progress(), host.clock()
-    got = lock.acquire(blocking=False)
-    while not got and host.clock() - since < patience:
-        check()
-        got = lock.acquire(timeout=min(_SLICE, patience))
-        if not got and (now_seen := progress()) != seen:
-            seen, since = now_seen, host.clock()
     try:
-        yield got
+        yield lock.acquire(blocking=False) or _wait(lock, host, patience, check, progress, moot)
     finally:
-        _let_go(lock, got)
+        lock.let_go()
+
+
+def _wait(
+    lock: FileLock,
+    host: host_module.Host,
+    patience: float,
+    check: Callable[[], None],
+    progress: Callable[[], object],
+    moot: Callable[[], bool],
+) -> bool:
+    seen, since = progress(), host.clock()
+    host.trace("lock:waiting")
+    while host.clock() - since < patience:
+        check()
+        if lock.acquire(timeout=min(_SLICE, patience)):
+            return True
+        if moot():
+            return False
+        if (now_seen := progress()) != seen:
+            seen, since = now_seen, host.clock()
+    LOG.warning("The lock file %s was held for %g s without progress; going on without", lock.path, patience)
+    return False
 
 
 @contextlib.contextmanager
 def without_waiting(path: str, *, host: host_module.Host) -> Iterator[bool]:
     """Hold an exclusive lock if nobody else has one; the context says whether it was got."""
     lock = FileLock(path, shared=False, host=host)
-    got = lock.acquire(blocking=False)
     try:
-        yield got
+        yield lock.acquire(blocking=False)
     finally:
-        _let_go(lock, got)
-
-
-def _let_go(lock: FileLock, got: bool) -> None:
-    if got:
-        lock.release()
-    else:
-        lock._do_close()
+        lock.let_go()
 
 
 # QEMU locks bytes 100 to 299 of the images it has open (its include/block/block-common.h and
