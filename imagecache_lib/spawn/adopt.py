@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 
-from imagecache_lib import durable, errors, evidence, layout, model, store
+from imagecache_lib import durable, errors, evidence, model, store
 from imagecache_lib.spawn import digest, inspection
+from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
 
 
@@ -17,25 +20,38 @@ def adopt(
 
     :returns: its record, or None and the reason why it does not serve, as a clause.
     :raises SourceError: what the source says of the image is needed and it does not answer.
+    :raises NoSpaceError, BackendError: the filesystem failed.
     """
     image = _what_the_source_says(call)
-    try:
-        if use is evidence.Use.FILE:
-            finding = None
-        else:
-            finding = _inspect(cache, base, image)
-        verified = _compare(base, image, use, finding)
-    except errors.ImageRejected as error:
-        return None, error.cause
-    _make_durable(base)
+    with stages.translated(base.path):
+        try:
+            finding = None if use is evidence.Use.FILE else _inspect(cache, base, image)
+            verified = _compare(base, call, image, use, finding)
+        except errors.ImageRejected as error:
+            return None, error.cause
+        _make_durable(base)
+        record = _bound(base, call, image, finding, verified=verified)
+        cache.write_record(record)
+    return record, ""
+
+
+def _bound(
+    base: store.OpenBase,
+    call: Call,
+    image: model.Image | None,
+    finding: inspection.Finding | None,
+    *,
+    verified: bool,
+) -> evidence.Record:
     base_id = store.read_id(base.fd)
-    if base_id == "":
-        base_id = durable.new_id()
-        store.write_id(base.fd, base_id)
+    if base_id == "" and store.write_id(base.fd, fresh := durable.new_id()):
+        base_id = fresh
+    # A file that libvirt gave to QEMU's user cannot be marked by us: inode and size have to bind it, as on a
+    # filesystem without extended attributes. Its record then holds what the file carries: nothing.
     record = evidence.Record(
         name=base.name,
         image_id=call.image_id,
-        base_id=base_id or durable.new_id(),
+        base_id=base_id or "",
         inode=base.stat.st_ino,
         size=base.stat.st_size,
         origin=evidence.Origin.ADOPTED,
@@ -48,8 +64,7 @@ def adopt(
     )
     if image is not None and not verified and finding is not None:
         record = _as_converted(record, image)
-    cache.write_record(record)
-    return record, ""
+    return record
 
 
 def _what_the_source_says(call: Call) -> model.Image | None:
@@ -80,7 +95,11 @@ def _unconverted(base: store.OpenBase, image: model.Image) -> bool:
 
 
 def _compare(
-    base: store.OpenBase, image: model.Image | None, use: evidence.Use, finding: inspection.Finding | None
+    base: store.OpenBase,
+    call: Call,
+    image: model.Image | None,
+    use: evidence.Use,
+    finding: inspection.Finding | None,
 ) -> bool:
     """Compare a base with what the source says. True: its digest was checked.
 
@@ -94,11 +113,12 @@ def _compare(
     if use is evidence.Use.FILE and not as_it_came and image.size is not None:
         raise errors.ImageRejected(f"it has {base.stat.st_size} bytes and the image has {image.size}")
     if as_it_came and image.digest is not None:
-        hashed = digest.StreamDigest(image.digest)
-        for chunk in inspection.chunks_of(base.fd):
-            hashed.feed(chunk)
-        if mismatch := hashed.mismatch():
-            raise errors.ImageRejected(mismatch)
+        with contextlib.closing(digest.StreamDigest(image.digest)) as hashed:
+            for chunk in inspection.chunks_of(base.fd):
+                call.check()
+                hashed.feed(chunk)
+            if mismatch := hashed.mismatch():
+                raise errors.ImageRejected(mismatch)
         return True
     if not as_it_came and finding is not None and finding.format == "raw":
         _compare_converted(base, image)
@@ -106,7 +126,7 @@ def _compare(
 
 
 def _compare_converted(base: store.OpenBase, image: model.Image) -> None:
-    if image.disk_format == "raw":
+    if image.disk_format == "raw" and image.size is not None:
         raise errors.ImageRejected(
             f"it has {base.stat.st_size} bytes, and the raw image it was made from has {image.size}"
         )
@@ -124,25 +144,11 @@ def _virtual_size(base: store.OpenBase, finding: inspection.Finding | None) -> i
 
 def _as_converted(record: evidence.Record, image: model.Image) -> evidence.Record:
     """Say what the source's format was: bytes that were converted must never serve as a plain file."""
-    import dataclasses
-
     source_format = inspection.QEMU_FORMATS.get(image.disk_format or "", image.disk_format or "unknown")
     return dataclasses.replace(record, source_format=source_format)
 
 
 def _make_durable(base: store.OpenBase) -> None:
     """Nobody knows whether its maker synced it, and overlays are about to depend on it."""
-    try:
-        os.fsync(base.fd)
-        durable.sync_directory(os.path.dirname(base.path))
-    except OSError as error:
-        raise errors.BackendError(
-            f"the base image cannot be made durable: {error.strerror}",
-            path=base.path,
-            next_step="check the disk",
-        ) from error
-
-
-def is_adoptable(name: str) -> bool:
-    """Whether a base of that name is an image that somebody else fetched."""
-    return layout.classify(name) is layout.Kind.ORIGINAL
+    os.fsync(base.fd)
+    durable.sync_directory(os.path.dirname(base.path))
