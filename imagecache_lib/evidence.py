@@ -122,12 +122,14 @@ def shortfall(
     use: Use,
     *,
     stored_format: str | None = None,
+    signed: bool = False,
     trusted_certs: tuple[str, ...] | None = None,
     inspect: bool = True,
 ) -> str | None:
     """Return why the base does not serve a use, as a clause; None if it does.
 
     :param stored_format: the format that it must have. None: any.
+    :param signed: whether its signature must have been verified.
     :param trusted_certs: certificates of which one must have verified the image. None: not demanded.
     :param inspect: False if the operator turned deep inspection off.
     """
@@ -144,4 +146,6 @@ def shortfall(
         if record.origin is Origin.ADOPTED:
             return "nobody witnessed how it was made, so no certificate vouches for it"
         return "it was cached without the certificates that this request demands"
+    if signed and not record.certificates:
+        return "its signature was never verified"
     return None

@@ -24,6 +24,7 @@ from imagecache_lib.backends import load_backend, qemu_img
 from imagecache_lib.evidence import Use
 from imagecache_lib.sources import base as source_base
 from imagecache_lib.spawn import backing, ingest, lease
+from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
 from imagecache_lib.upkeep import inventory, verify
 
@@ -93,7 +94,11 @@ class ImageCacheManager:
         :raises DiskTooSmallError: the image's virtual size is larger; nothing was written.
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: nothing is left behind.
         """
-        call = self._begin(image_id, request)
+        call = self._begin(image_id, request, size=size)
+        with call.named():
+            return self._create(call, target, size, if_exists)
+
+    def _create(self, call: Call, target: str, size: int | None, if_exists: str) -> model.Disk:
         self.backend.check_target(target)
         if self.backend.exists(target):
             return self._reuse(call, target, size, if_exists)
@@ -102,12 +107,11 @@ class ImageCacheManager:
                 return self.backend.clone(call.describe()[1], target, size)
         for _turn in range(_MOST_TURNS):
             with contextlib.suppress(lease.BaseVanished), self._leases.hold(call, Use.DISK) as held:
-                _require_fit(held.base, size)
+                call.require_fit(held.base.virtual_size)
                 make = self.backend.copy if held.private else self.backend.create
                 return make(held.base, target, size, confirm=held.confirm)
         raise errors.BackendError(
             "its base image left the cache each time a disk was made from it",
-            image=image_id,
             path=self._cache.layout.base(call.name),
             next_step="find out what removes files from the cache",
         )
@@ -135,7 +139,9 @@ class ImageCacheManager:
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: nothing is left behind.
         """
         call = self._begin(image_id, request)
-        placing.check_target(path)
+        with call.named():
+            placing.check_target(path)
+            placing.check_absent(path)
         while True:
             with contextlib.suppress(lease.BaseVanished), self._leases.hold(call, Use.FILE) as held:
                 assert held.base.fd is not None  # a held base is open
@@ -156,7 +162,8 @@ class ImageCacheManager:
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: at the start.
         """
         call = self._begin(image_id, request)
-        with self._leases.hold(call, Use.DISK) as held:
+        # A private copy would be gone afterwards, and the driver may make an overlay.
+        with self._leases.hold(call, Use.DISK, bypass=False) as held:
             yield held.base
             try:
                 held.confirm()
@@ -285,7 +292,12 @@ class ImageCacheManager:
     # -- beginning -----------------------------------------------------------------------------------
 
     def _begin(
-        self, image_id: str, request: model.Request | None, *, stored_format: str | None = None
+        self,
+        image_id: str,
+        request: model.Request | None,
+        *,
+        stored_format: str | None = None,
+        size: int | None = None,
     ) -> Call:
         call = Call(
             image_id,
@@ -294,6 +306,7 @@ class ImageCacheManager:
             config=self.config,
             host=self.host,
             stored_format=stored_format,
+            size=size,
         )
         self._start()
         return call
@@ -304,14 +317,6 @@ class ImageCacheManager:
         with self._starting:
             if not self._started:
                 self._cache.start()
-                self._upkeep.begin()
+                with stages.translated(self.config.base_path):
+                    self._upkeep.begin()
                 self._started = True
-
-
-def _require_fit(base: model.BaseImage, size: int | None) -> None:
-    if size is not None and size < base.virtual_size:
-        raise errors.DiskTooSmallError(
-            f"its virtual size is {base.virtual_size} bytes and the disk shall have {size}",
-            image=base.image_id,
-            next_step="choose a larger disk (flavor)",
-        )

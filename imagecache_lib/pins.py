@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from imagecache_lib import dates, durable, layout, store
 from imagecache_lib.spawn import locks
+from imagecache_lib.spawn import stage as stages
 
 #: One lock for all pin files: they are changed seldom and for microseconds.
 LOCK = "imagecache-pins"
@@ -114,7 +115,7 @@ def _changing(cache: store.CacheStore) -> Iterator[None]:
         host=cache.host,
         patience=cache.config.lock_timeout,
         check=lambda: None,
-    ):
+    ), stages.translated(cache.layout.pins):
         yield
 
 

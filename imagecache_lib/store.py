@@ -162,7 +162,11 @@ class CacheStore:
         On a filesystem without extended attributes, inode and size have to do; evidence bound so weakly
         says that the base was checked, and no longer who vouched for it.
         """
-        data = durable.read_file(self.layout.record(base.name))
+        try:
+            data = durable.read_file(self.layout.record(base.name))
+        except OSError as error:
+            LOG.warning("The record of base image %s cannot be read: %s", base.path, error)
+            data = None
         record = evidence.parse(data) if data is not None else None
         if record is None or (record.inode, record.size) != (base.stat.st_ino, base.stat.st_size):
             return None

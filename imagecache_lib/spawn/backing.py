@@ -18,11 +18,13 @@ def wanted(disk_path: str, image_id: str, where: layout.Layout) -> str | None:
         this cache, with a format.
     """
     try:
-        with open(disk_path, "rb") as file:
+        # A FIFO in the disk's place must not make us wait for a writer.
+        fd = os.open(disk_path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb", buffering=0) as file:
             header = qcow2_header.parse(file.read(_HEADER_BYTES))
     except qcow2_header.NotQcow2:
         return None
-    except (OSError, qcow2_header.HeaderError) as error:
+    except (OSError, ValueError, qcow2_header.HeaderError) as error:
         raise errors.BackendError(
             f"the disk cannot be read: {error}", image=image_id, path=disk_path, next_step="check the disk"
         ) from error
@@ -30,7 +32,7 @@ def wanted(disk_path: str, image_id: str, where: layout.Layout) -> str | None:
         return None
     named = os.fsdecode(header.backing_file)
     base = where.base(layout.base_name(image_id))
-    if not os.path.isabs(named) or not _same_place(named, base):
+    if not os.path.isabs(named) or "\0" in named or not _same_place(named, base):
         raise errors.BackendError(
             f"its header names {named!r}, which is not this image's base image {base!r}",
             image=image_id,

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from imagecache_lib import config as config_module
 from imagecache_lib import errors, layout, model
 from imagecache_lib import host as host_module
@@ -17,6 +20,7 @@ class Call:
 
     :ivar name: the base's name in the cache.
     :ivar stored_format: qemu's name of the format the base must have. None: any will do.
+    :param size: virtual size of the disk that is wanted, in bytes. None: whatever the image has.
     :raises ImageRejected: the id cannot be an image's.
     """
 
@@ -29,11 +33,13 @@ class Call:
         config: config_module.CacheConfig,
         host: host_module.Host,
         stored_format: str | None = None,
+        size: int | None = None,
     ) -> None:
         self.image_id = image_id
         self.name = layout.base_name(image_id)
         self.request = request
         self.stored_format = stored_format
+        self._size = size
         self._source = request.source or source
         self._config = config
         self._host = host
@@ -47,6 +53,33 @@ class Call:
         if self._config.enable_certificate_validation:
             return self._config.default_trusted_certificate_ids
         return None
+
+    @property
+    def demands_signature(self) -> bool:
+        """Whether only an image whose signature was verified will do."""
+        return self._config.verify_glance_signatures or self.trusted_certs is not None
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Let every error of the body say which image it is about."""
+        try:
+            yield
+        except errors.ImageCacheError as error:
+            if error.image is None:
+                error.image = self.image_id
+            raise
+
+    def require_fit(self, virtual_size: int) -> None:
+        """Refuse an image that is larger than the disk.
+
+        :raises DiskTooSmallError: it is.
+        """
+        if self._size is not None and self._size < virtual_size:
+            raise errors.DiskTooSmallError(
+                f"its virtual size is {virtual_size} bytes and the disk shall have {self._size}",
+                image=self.image_id,
+                next_step="choose a larger disk (flavor)",
+            )
 
     def check(self) -> None:
         """Raise if the caller no longer waits.

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
-from imagecache_lib import store
+from imagecache_lib import errors, store
 from imagecache_lib.backends import qemu_img
 from imagecache_lib.qcow2 import decoder as qcow2_decoder
 from imagecache_lib.spawn import inspection
@@ -131,8 +131,15 @@ class SpoolAndConvert:
         self._reserve = reserve
         self._cache = cache
         self._spool = stages.Stage(cache, stage.name)
-        self._spool.note()
+        # What was reserved for the download is filled by the spool now; the stage needs its own later.
+        self._spool.reserved, stage.reserved = stage.reserved, 0
         self._offset = 0
+        try:
+            self._spool.note()
+            stage.note()
+        except BaseException:
+            self._spool.discard()
+            raise
 
     def write(self, chunk: bytes) -> None:
         self._spool.write(chunk, self._offset)
@@ -146,7 +153,13 @@ class SpoolAndConvert:
             os.ftruncate(self._spool.fd, self._offset)
             os.ftruncate(self._stage.fd, self._virtual_size)
         self._cache.host.trace("convert")
-        self._converter.convert_to_raw(self._spool.path, self._source_format, self._stage.path)
+        try:
+            self._converter.convert_to_raw(self._spool.path, self._source_format, self._stage.path)
+        except errors.ImageRejected as error:
+            if not self._spool.is_at_path() or not self._stage.is_at_path():
+                # No fault of the image: somebody swept away what qemu-img was to open.
+                raise stages.StageGone from error
+            raise
         return self._virtual_size
 
     def close(self) -> None:

@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Generator
+import threading
+from collections.abc import Generator, Iterator
 
 from imagecache_lib import errors, events, evidence, model, store
 from imagecache_lib.backends import qemu_img
@@ -22,12 +23,11 @@ LOG = logging.getLogger(__name__)
 #: Tell observers how far a transfer is every so many bytes.
 _TELL_EVERY = 16 * 2**20
 
+#: How often one that waits for its turn looks whether its caller still waits, in seconds.
+_TURN_SLICE = 0.25
+
 #: Reserve in steps of this many bytes while the source does not say how large the image is.
 _UNKNOWN_SIZE_STEP = 64 * 2**20
-
-
-class StageGone(Exception):
-    """Somebody swept the stage file away while it was filled: begin again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +51,31 @@ class Ingest:
         self._cache = cache
         self._converter = converter
         self._observers = observers
+        limit = cache.config.max_concurrent_disk_ops
+        self._turns = threading.BoundedSemaphore(limit) if limit else None
+
+    def refuse_impossible(self, call: Call) -> None:
+        """Refuse what no fetch could satisfy, before one is begun.
+
+        :raises ConfigError: a verified signature is demanded, and nothing here can verify one.
+        """
+        if call.demands_signature:
+            raise errors.ConfigError(
+                "a verified signature is demanded, and this release cannot verify signatures",
+                image=call.image_id,
+                next_step="turn verify_glance_signatures and enable_certificate_validation off, and ask "
+                "without trusted certificates, or use an image that was cached with them",
+            )
 
     def run(self, call: Call, use: evidence.Use) -> Ingested:
         """Fetch an image into a stage file of its own, which is the caller's to publish or discard.
 
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: and nothing is left.
+        :raises ConfigError: as :meth:`refuse_impossible`.
         """
+        self.refuse_impossible(call)
         while True:
-            with contextlib.suppress(StageGone):
+            with contextlib.suppress(stages.StageGone):
                 return self._run_once(call, use)
 
     def _run_once(self, call: Call, use: evidence.Use) -> Ingested:
@@ -67,10 +84,11 @@ class Ingest:
         stage = stages.Stage(self._cache, call.name)
         try:
             stage.note()
-            space.reserve(stage, image.size or 0, self._cache, check=call.check)
-            self._cache.host.trace("ingest:reserved")
-            content = self._fill(stage, call, image, use)
-            record = self._seal(stage, call, image, content)
+            with self._turn(stage, call):
+                space.reserve(stage, image.size or 0, self._cache, check=call.check)
+                self._cache.host.trace("ingest:reserved")
+                content = self._fill(stage, call, image, use)
+                record = self._seal(stage, call, image, content)
         except BaseException as error:
             self._give_up(stage, call, error)
             raise
@@ -86,11 +104,25 @@ class Ingest:
         )
         return Ingested(stage, record)
 
+    @contextlib.contextmanager
+    def _turn(self, stage: stages.Stage, call: Call) -> Iterator[None]:
+        """Wait until few enough others fetch. Whoever waits for this image sees that somebody is at it."""
+        if self._turns is None:
+            yield
+            return
+        while not self._turns.acquire(timeout=_TURN_SLICE):
+            call.check()
+            stage.touch()
+        try:
+            yield
+        finally:
+            self._turns.release()
+
     def _give_up(self, stage: stages.Stage, call: Call, error: BaseException) -> None:
         swept = not stage.is_at_path()
         stage.discard()
         if swept and isinstance(error, errors.BackendError):
-            raise StageGone from error
+            raise stages.StageGone from error
         if isinstance(error, errors.ImageRejected):
             self._observers(events.Rejected(call.name, call.image_id, reason=error.cause))
 

@@ -74,6 +74,7 @@ class Intake:
         """Take the next chunk. The first ones are held back until they show what the image is.
 
         :raises ImageRejected: as soon as the bytes show that the image is bad.
+        :raises DiskTooSmallError: as soon as they show that it is larger than the disk.
         :raises NoSpaceError, BackendError: the filesystem is full, or failed.
         :raises Unstreamable: it has to be converted as a whole.
         """
@@ -107,6 +108,7 @@ class Intake:
         self._closing.close()
 
     def _begin_decoding(self) -> decode.Decoder:
+        self._require_fit()
         self._decoder = decoder = decode.choose(
             self._finding,
             self._stage,
@@ -122,6 +124,16 @@ class Intake:
             decoder.write(chunk)
         self._held.clear()
         return decoder
+
+    def _require_fit(self) -> None:
+        """Refuse what the disk is too small for before it is downloaded, as far as its beginning tells."""
+        if self._finding is None:
+            return
+        virtual_size = self._finding.virtual_size
+        if virtual_size is None:
+            virtual_size = self._image.size  # raw bytes of a disk are as many as the guest sees
+        if virtual_size is not None:
+            self._call.require_fit(virtual_size)
 
     def _to_raw(self) -> bool:
         """Whether the image is converted.

@@ -86,24 +86,27 @@ class Leases:
         :raises BackendError: it would not, and this is the case.
         :raises: whatever the ingest raises.
         """
+        with call.named(), contextlib.ExitStack() as stack:
+            yield self._get(stack, call, use, bypass=bypass)
+
+    def _get(self, stack: contextlib.ExitStack, call: Call, use: evidence.Use, *, bypass: bool) -> Lease:
+        """Return a lease that lasts until the stack is closed."""
         fetched = False
         for _turn in range(_MOST_TURNS):
             call.check()
-            with self._locked(call, shared=True):
+            with contextlib.ExitStack() as locked:
+                locked.enter_context(self._locked(call, shared=True))
                 self._cache.host.trace("lease:shared")
                 verdict = self._look(call, use)
                 if isinstance(verdict, _Fit):
-                    with contextlib.closing(verdict.opened):
-                        yield self._lease(call, verdict, fetched)
-                    return
-            own = self._bring(call, use, bypass=bypass)
-            if own is not None:
-                try:
-                    yield _private(call, own)
-                finally:
-                    own.stage.discard()
-                return
-            fetched = True
+                    locked.callback(verdict.opened.close)
+                    stack.enter_context(locked.pop_all())
+                    return self._lease(call, verdict, fetched)
+            brought = self._bring(call, use, bypass=bypass)
+            if isinstance(brought, ingest.Ingested):
+                stack.callback(brought.stage.discard)
+                return _private(call, brought)
+            fetched = fetched or brought
         raise errors.BackendError(
             "its base image vanished again and again while it was wanted",
             image=call.image_id,
@@ -118,22 +121,33 @@ class Leases:
         opened = self._cache.open_base(call.name)
         if opened is None:
             return None
-        try:
-            record = self._cache.record_of(opened) or publish.finish(self._cache, opened)
-            reason = _UNWITNESSED if record is None else self._shortfall(record, call, use)
-        except BaseException:
-            opened.close()
-            raise
-        if record is not None and reason is None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(opened.close)
+            with stages.translated(opened.path):
+                record = self._cache.record_of(opened) or publish.finish(self._cache, opened)
+            if record is None:
+                return _Unfit(_UNWITNESSED, checkable=True)
+            reason = self._shortfall(record, call, use)
+            if reason is not None:
+                return _Unfit(reason, checkable=False)
+            stack.pop_all()  # it stays open
             return _Fit(opened, record)
-        opened.close()
-        return _Unfit(reason or _UNWITNESSED, checkable=record is None)
+
+    def _is_there(self, call: Call, use: evidence.Use) -> bool:
+        """Whether somebody else brought what this call waits to bring. Cheap, and repairs nothing."""
+        opened = self._cache.open_base(call.name)
+        if opened is None:
+            return False
+        with contextlib.closing(opened):
+            record = self._cache.record_of(opened)
+        return record is not None and self._shortfall(record, call, use) is None
 
     def _shortfall(self, record: evidence.Record, call: Call, use: evidence.Use) -> str | None:
         return evidence.shortfall(
             record,
             use,
             stored_format=call.stored_format,
+            signed=call.demands_signature,
             trusted_certs=call.trusted_certs,
             inspect=not self._cache.config.disable_deep_image_inspection,
         )
@@ -145,7 +159,9 @@ class Leases:
             self._observers(events.Hit(call.name, call.image_id))
 
         def confirm() -> None:
-            if not opened.is_current():
+            with stages.translated(opened.path):
+                current = opened.is_current()
+            if not current:
                 raise BaseVanished(opened.path)
 
         base = model.BaseImage(
@@ -161,22 +177,27 @@ class Leases:
 
     # -- the miss ------------------------------------------------------------------------------------
 
-    def _bring(self, call: Call, use: evidence.Use, *, bypass: bool) -> ingest.Ingested | None:
-        """Do what makes the next look a hit. Returns a private copy where that cannot be."""
-        with self._locked(call, shared=False):
+    def _bring(self, call: Call, use: evidence.Use, *, bypass: bool) -> ingest.Ingested | bool:
+        """Do what makes the next look a hit.
+
+        :returns: whether it was fetched for that; or a private copy, where there cannot be a hit.
+        """
+        with self._locked(call, shared=False, moot=lambda: self._is_there(call, use)):
             self._cache.host.trace("lease:exclusive")
             verdict = self._look(call, use)
             if isinstance(verdict, _Fit):
                 verdict.opened.close()
-                return None
+                return False
             if verdict is None and self._restore(call):
-                return None
+                return False
             reason = verdict.reason if verdict is not None else "it is not in the cache"
             if verdict is not None and verdict.checkable:
                 unfit = self._adopt(call, use)
                 if unfit is None:
-                    return None
+                    return False
                 reason = unfit
+            # Before anything is evicted to make way for it.
+            self._ingest.refuse_impossible(call)
             self._observers(events.Miss(call.name, call.image_id, reason=reason))
             if verdict is not None and not self._evict_unfit(call.name, reason):
                 if not bypass:
@@ -188,12 +209,12 @@ class Leases:
                     )
                 self._observers(events.Bypassed(call.name, call.image_id, reason=reason))
                 return self._ingest.run(call, use)
-            self._fetch(call, use)
-            return None
+            return self._fetch(call, use)
 
     def _restore(self, call: Call) -> bool:
         """Link back what lies in the trash: it is the same image, and overlays may refer to it."""
-        return any(trash.restore(self._cache, thrown) for thrown in trash.find(self._cache, call.name))
+        with stages.translated(self._cache.layout.base(call.name)):
+            return any(trash.restore(self._cache, thrown) for thrown in trash.find(self._cache, call.name))
 
     def _adopt(self, call: Call, use: evidence.Use) -> str | None:
         """Check what nobody witnessed. None: it serves, or it is gone; otherwise why it does not."""
@@ -207,19 +228,23 @@ class Leases:
         self._observers(events.Adopted(call.name, call.image_id))
         return self._shortfall(record, call, use)
 
-    def _fetch(self, call: Call, use: evidence.Use) -> None:
+    def _fetch(self, call: Call, use: evidence.Use) -> bool:
+        """Fetch and publish. False: somebody else published first."""
         while True:
             ingested = self._ingest.run(call, use)
             try:
-                if publish.publish(ingested, self._cache):
+                published = publish.publish(ingested, self._cache)
+                if published:
                     self._observers(events.Published(call.name, call.image_id))
-                return
-            except ingest.StageGone:
+                return published
+            except stages.StageGone:
                 continue
 
     # -- locks ---------------------------------------------------------------------------------------
 
-    def _locked(self, call: Call, *, shared: bool) -> contextlib.AbstractContextManager[bool]:
+    def _locked(
+        self, call: Call, *, shared: bool, moot: Callable[[], bool] = lambda: False
+    ) -> contextlib.AbstractContextManager[bool]:
         return locks.waiting(
             self._cache.layout.lock(call.name),
             shared=shared,
@@ -227,6 +252,7 @@ class Leases:
             patience=self._cache.config.lock_timeout,
             check=call.check,
             progress=lambda: stages.progress(self._cache, call.name),
+            moot=moot,
         )
 
 

@@ -16,23 +16,30 @@ def publish(ingested: ingest.Ingested, cache: store.CacheStore) -> bool:
     A name is never replaced: link(2) fails where rename(2) would overwrite.
 
     :raises StageGone: the stage was swept away; nothing was published.
-    :raises BackendError: the filesystem failed.
+    :raises NoSpaceError, BackendError: the filesystem failed. If that was after the link, the base stays,
+        whole and durable, and the stage beside it, so that its next user can finish.
     """
     stage = ingested.stage
     base = cache.layout.base(stage.name)
+    unrecorded = False
     try:
         with stages.translated(base):
             cache.host.trace("publish:link")
             if not _link(stage, base):
                 return False
+            unrecorded = True
             cache.host.trace("publish:linked")
             durable.sync_directory(cache.layout.base_path)
             cache.host.trace("publish:synced")
             cache.write_record(ingested.record)
+            unrecorded = False
             cache.host.trace("publish:recorded")
         return True
     finally:
-        stage.discard()
+        if unrecorded:
+            stage.leave()
+        else:
+            stage.discard()
 
 
 def _link(stage: stages.Stage, base: str) -> bool:
@@ -45,7 +52,7 @@ def _link(stage: stages.Stage, base: str) -> bool:
         except FileNotFoundError:
             return False  # evicted since: the caller looks again
     except FileNotFoundError as error:
-        raise ingest.StageGone from error
+        raise stages.StageGone from error
     return True
 
 

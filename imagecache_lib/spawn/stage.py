@@ -23,6 +23,10 @@ from imagecache_lib.spawn import locks
 _WRITEBACK = 16 * 2**20
 
 
+class StageGone(Exception):
+    """Somebody swept the stage file away while it was filled: begin again."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Note:
     """What lies beside a stage file.
@@ -104,7 +108,8 @@ class Stage:
 
     def clear(self) -> None:
         """Make it empty, for another try."""
-        os.ftruncate(self.fd, 0)
+        with translated(self.path):
+            os.ftruncate(self.fd, 0)
         self._taken = 0
 
     def seal(self) -> str:
@@ -127,14 +132,25 @@ class Stage:
     def discard(self) -> None:
         """Remove what is left of it. Harmless after it was published: the base is another name."""
         for path in (self._cache.layout.stage_record(self.id), self.path):
-            with contextlib.suppress(FileNotFoundError):
+            # What cannot be removed now is swept later; the error that led here matters more.
+            with contextlib.suppress(OSError):
                 os.unlink(path)
-        self._owner.close()
+        self.leave()
+
+    def leave(self) -> None:
+        """Close it and leave data and note where they are."""
+        with contextlib.suppress(OSError):
+            self._owner.close()
+
+    def touch(self) -> None:
+        """Show that its owner gets on, though nothing is written now."""
+        with contextlib.suppress(OSError):
+            os.utime(self.fd)
 
 
 def side_file(cache: store.CacheStore) -> BinaryIO:
     """Return a file without a name on the cache's filesystem: it goes with its descriptor."""
-    path = cache.layout.stage(f"{durable.new_id()}.new")
+    path = cache.layout.stage(f"side.{durable.new_id()}.new")
     with translated(path):
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w+b")
         os.unlink(path)
