@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 
 from imagecache_lib import errors, layout
 from imagecache_lib.qcow2 import header as qcow2_header
@@ -21,6 +23,8 @@ def wanted(disk_path: str, image_id: str, where: layout.Layout) -> str | None:
         # A FIFO in the disk's place must not make us wait for a writer.
         fd = os.open(disk_path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(fd, "rb", buffering=0) as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
             header = qcow2_header.parse(file.read(_HEADER_BYTES))
     except qcow2_header.NotQcow2:
         return None

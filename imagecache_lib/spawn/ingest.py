@@ -14,7 +14,7 @@ from imagecache_lib import errors, events, evidence, model, store
 from imagecache_lib.backends import qemu_img
 from imagecache_lib.qcow2 import decoder as qcow2_decoder
 from imagecache_lib.sources import transfer
-from imagecache_lib.spawn import intake, space
+from imagecache_lib.spawn import adopt, intake, space
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
 
@@ -78,6 +78,12 @@ class Ingest:
             with contextlib.suppress(stages.StageGone):
                 return self._run_once(call, use)
 
+    def adopt(
+        self, opened: store.OpenBase, call: Call, use: evidence.Use
+    ) -> tuple[evidence.Record | None, str]:
+        """Check a base that carries no evidence: :func:`imagecache_lib.spawn.adopt.adopt`."""
+        return adopt.adopt(self._cache, opened, call, use)
+
     def _run_once(self, call: Call, use: evidence.Use) -> Ingested:
         _source, image = call.describe()
         started = self._cache.host.clock()
@@ -124,6 +130,8 @@ class Ingest:
         if swept and isinstance(error, errors.BackendError):
             raise stages.StageGone from error
         if isinstance(error, errors.ImageRejected):
+            if error.next_step is None:
+                error.next_step = "have its owner upload a good image under a new id"
             self._observers(events.Rejected(call.name, call.image_id, reason=error.cause))
 
     def _fill(self, stage: stages.Stage, call: Call, image: model.Image, use: evidence.Use) -> intake.Content:

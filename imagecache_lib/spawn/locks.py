@@ -90,6 +90,7 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
 
     def __init__(self, path: str, *, shared: bool, host: host_module.Host) -> None:
         super().__init__(path, sleep_func=host.sleep)
+        self.file = path  # fasteners keeps it as bytes
         self._shared = shared
         self._host = host
         self._descriptor: HeldDescriptor | None = None
@@ -100,13 +101,13 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
             return
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            self._descriptor = HeldDescriptor(os.open(self.path, flags, 0o644))
+            os.makedirs(os.path.dirname(self.file), exist_ok=True)
+            self._descriptor = HeldDescriptor(os.open(self.file, flags, 0o644))
         except OSError as error:
             kind = errors.NoSpaceError if error.errno in _FULL else errors.BackendError
             raise kind(
                 f"the lock file cannot be opened: {error.strerror}",
-                path=self.path,
+                path=self.file,
                 next_step="make room, and check its owner and mode",
             ) from error
 
@@ -125,7 +126,7 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
             raise
         except OSError as error:
             # A filesystem that cannot lock (ENOLCK of an NFS server without lockd): go on without.
-            LOG.warning("The lock file %s cannot be locked: %s", self.path, error.strerror)
+            LOG.warning("The lock file %s cannot be locked: %s", self.file, error.strerror)
             return
         if not self._is_at_path():
             # Nova unlinks its lock files: whoever waited on the unlinked inode would hold a lock that
@@ -151,7 +152,7 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
         assert self._descriptor is not None
         ours = os.fstat(self._descriptor.fd)
         try:
-            theirs = os.stat(self.path)
+            theirs = os.stat(self.file)
         except FileNotFoundError:
             return False
         return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
@@ -203,7 +204,7 @@ def _wait(
             return False
         if (now_seen := progress()) != seen:
             seen, since = now_seen, host.clock()
-    LOG.warning("The lock file %s was held for %g s without progress; going on without", lock.path, patience)
+    LOG.warning("The lock file %s was held for %g s without progress; going on without", lock.file, patience)
     return False
 
 
