@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This library as a competitor: a process with one manager, asked over pipes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import pkgutil
+import shutil
+import sys
+import time
+import uuid
+from typing import Any
+
+from benchmarks import meter, serving
+
+#: Modules that the extras bring to inflate faster, or at all.
+INFLATERS = ("deflate", "isal", "zlib_ng", "zstandard")
+
+#: Trace points in the order of a cold spawn, and what has been done when the last of each is reached.
+_PHASES = (
+    ("transfer.open", "locks, metadata, reservation"),
+    ("transfer.chunk", "transfer, with digest, inspection, decoding and writing beside it"),
+    ("convert", "the rest of the spool"),
+    ("stage:sync", "the rest of the digest and of the decoding"),
+    ("ingest:sealed", "fsync of data and record"),
+    ("publish:recorded", "publishing"),
+    ("disk:made", "writing the disk"),
+)
+
+
+class Timeline:
+    """A trace function that remembers when each point was last reached."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, float] = {}
+
+    def __call__(self, point: str) -> None:
+        self.last[point] = time.monotonic()
+
+    def phases(self, began: float, ended: float) -> dict[str, float]:
+        """Return the seconds that went by before each phase's end, since the end of the one before."""
+        found, previous = {}, began
+        for point, what in _PHASES:
+            reached = self.last.get(point, 0.0)
+            if reached >= previous:
+                found[what] = reached - previous
+                previous = reached
+        found["naming the disk"] = ended - previous
+        return found
+
+
+class Driver:
+    """One manager with an instances directory of its own, or one shared with others."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import imagecache_lib as ic
+
+        self._ic = ic
+        _import_everything()
+        self._options = options
+        self._source = ic.GlanceSource(options.glance, token=options.token)
+        self._new_manager()
+        self._baseline = meter.peak_memory()
+
+    def _new_manager(self) -> None:
+        ic, self._timeline = self._ic, Timeline()
+        config = ic.CacheConfig(instances_path=self._options.instances)
+        host = ic.Host(trace=self._timeline)
+        self._manager = ic.ImageCacheManager(config, self._source, self._options.backend, host=host)
+
+    def forget(self) -> dict[str, Any]:
+        """Begin with an empty directory and a new manager."""
+        for name in os.listdir(self._options.instances):
+            shutil.rmtree(os.path.join(self._options.instances, name))
+        self._new_manager()
+        return {}
+
+    def spawn(self, image_id: str, size: int | None = None, keep: bool = True) -> dict[str, Any]:
+        """Make a disk in a new instance directory."""
+        directory = os.path.join(self._options.instances, str(uuid.uuid4()))
+        os.makedirs(directory)
+        self._timeline.last.clear()
+        measured = meter.Meter()
+        disk = self._manager.create_disk(image_id, os.path.join(directory, "disk"), size=size)
+        answer = measured.read()
+        answer["phases"] = self._timeline.phases(measured.began, answer["ended"])
+        answer["peak_over_import"] = meter.peak_memory() - self._baseline
+        base = os.path.join(self._options.instances, "_base", disk.base) if disk.base else disk.target
+        answer["allocated"] = meter.allocated(base)
+        if not keep:
+            shutil.rmtree(directory)
+        return answer
+
+    def warm(self, image_id: str, count: int, size: int | None = None) -> dict[str, Any]:
+        """Make many disks of an image that is in the cache; return the seconds of each."""
+        answers = [self.spawn(image_id, size, keep=False) for _ in range(count)]
+        return {"each": [answer["seconds"] for answer in answers], "phases": answers[-1]["phases"]}
+
+    def maps(self, clusters: int, threads: int) -> dict[str, Any]:
+        """Feed the tables of an image with so many allocated clusters of 64 KiB, and none of its data yet."""
+        from benchmarks import maps
+
+        measured = meter.Meter()
+        maps.feed(clusters, self._options.instances, threads=threads)
+        return {**measured.read(), "peak_over_import": meter.peak_memory() - self._baseline}
+
+
+def _import_everything() -> None:
+    """Load every module, so that what is loaded when used is not counted as work."""
+    import imagecache_lib
+
+    for module in pkgutil.walk_packages(imagecache_lib.__path__, "imagecache_lib."):
+        if not module.name.startswith(("imagecache_lib.testing", "imagecache_lib.cli")):
+            with contextlib.suppress(ImportError):  # of an optional part
+                importlib.import_module(module.name)
+    for name in ("oslo_concurrency.processutils", *INFLATERS):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--instances", required=True)
+    parser.add_argument("--glance", required=True)
+    parser.add_argument("--token", required=True)
+    parser.add_argument("--backend", default="qcow2")
+    parser.add_argument("--without-extras", action="store_true")
+    options = parser.parse_args()
+    if options.without_extras:
+        # As if they were not installed.
+        sys.modules.update(dict.fromkeys(INFLATERS))  # type: ignore[arg-type]
+    driver = Driver(options)
+    serving.serve(
+        {
+            "ready": lambda: {},
+            "forget": driver.forget,
+            "spawn": driver.spawn,
+            "warm": driver.warm,
+            "maps": driver.maps,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

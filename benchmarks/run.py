@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure everything side by side in one run and write the results down: ``make bench``.
+
+Needs root (loop mounts, a network namespace) and some 30 GiB of disk, all of it freed at the end. Its
+directory is made below the user's cache directory, which should lie on the disk that is of interest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+from benchmarks import cold, crowd, imports, lab, link, machine, report, warm
+from benchmarks.figures import Group, Row
+from tests.functional.lab import environment, server
+
+_ROOT = pathlib.Path(__file__).resolve().parent.parent
+_DOCUMENTED = _ROOT / "doc/source/reference/benchmarks"
+_QUICK = _ROOT / "build/benchmarks"
+
+_Scenario = Callable[[lab.Lab], tuple[Group, list[Row]]]
+
+_SCENARIOS: dict[str, _Scenario] = {
+    "cold-zlib": functools.partial(cold.measure, kind="zlib"),
+    "cold-zstd": functools.partial(cold.measure, kind="zstd"),
+    "cold-uncompressed": functools.partial(cold.measure, kind="uncompressed"),
+    "cold-raw": functools.partial(cold.measure, kind="raw"),
+    "link": link.measure,
+    "maps": cold.measure_maps,
+    "warm-qcow2": warm.measure_overlay,
+    "warm-reflink": warm.measure_reflink,
+    "warm-copy": warm.measure_copy,
+    "crowd": crowd.measure,
+    "imports": imports.measure,
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="make bench")
+    parser.add_argument("--quick", action="store_true", help="little data, few runs: does it work?")
+    parser.add_argument("--only", nargs="+", choices=list(_SCENARIOS), default=list(_SCENARIOS))
+    parser.add_argument("--output", type=pathlib.Path, help="directory of the results")
+    options = parser.parse_args(arguments)
+    server.require_root()
+    scale = lab.Scale.small() if options.quick else lab.Scale.full()
+    results = _measure(scale, options.only)
+    output = options.output or (_QUICK if options.quick else _DOCUMENTED)
+    report.write(results, output)
+    print(report.targets(results.rows))
+    print(f"{results.seconds:.0f} s; everything: {output}/results.md")
+    return 0
+
+
+def _measure(scale: lab.Scale, names: Sequence[str]) -> report.Results:
+    began = time.monotonic()
+
+    def tell(line: str) -> None:
+        print(f"{time.monotonic() - began:6.1f}  {line}", flush=True)
+
+    groups: list[Group] = []
+    rows: list[Row] = []
+    cache = environment.cache_directory()
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=cache) as home:
+        path = pathlib.Path(home)
+        # Asked before anything runs: the load average is part of it.
+        facts = machine.describe(
+            path, lab.nova_environment(), _ROOT / "tests/functional/lab/glance-requirements.txt"
+        )
+        with lab.running(path, scale, tell) as running:
+            for name in names:
+                group, found = _SCENARIOS[name](running)
+                groups.append(group)
+                rows += found
+    return report.Results(facts, groups, rows, scale.quick, time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
