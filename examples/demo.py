@@ -123,7 +123,7 @@ class Demo:
 
     def make_images(self) -> None:
         self.console.step("Two images, and a web server that has them")
-        for image_id, data, virtual in (("debian", 256 * MIB, 2 * GIB), ("rescue", 48 * MIB, 512 * MIB)):
+        for image_id, data, virtual in (("guest", 256 * MIB, 2 * GIB), ("rescue", 48 * MIB, 512 * MIB)):
             path = self.images / f"{image_id}.qcow2"
             self.digests[image_id] = make_image(path, data, virtual)
             self.console.say(
@@ -135,9 +135,9 @@ class Demo:
         crowd = PROCESSES * THREADS
         self.console.step(f"{crowd} disks at once, from {PROCESSES} processes with {THREADS} threads each")
         cold = self.crowd(server)
-        cold_downloads = server.downloads("debian.qcow2")
+        cold_downloads = server.downloads("guest.qcow2")
         warm = self.crowd(server)
-        warm_downloads = server.downloads("debian.qcow2") - cold_downloads
+        warm_downloads = server.downloads("guest.qcow2") - cold_downloads
         rows = [
             self._round_row("the cache is empty", cold, cold_downloads),
             self._round_row("it has the image", warm, warm_downloads),
@@ -152,7 +152,7 @@ class Demo:
             f"the first {crowd} saw one miss, the next {crowd} saw {crowd} hits",
             cold.seen[events.Miss] == 1 and warm.seen[events.Miss] == 0 and warm.seen[events.Hit] == crowd,
         )
-        original = str(self.images / "debian.qcow2")
+        original = str(self.images / "guest.qcow2")
         disks = [made.disk.target for made in (*cold.made, *warm.made) if made.disk is not None]
         for disk in disks:
             run("qemu-img", "check", "-q", "-f", "qcow2", disk)
@@ -182,7 +182,7 @@ class Demo:
         )
         self.console.claim(
             "the base image that they share is still equal to the image",
-            run(*COMPARE, "raw", str(self.images / "debian.qcow2"), self.layout.base(disk.base or "")) == "",
+            run(*COMPARE, "raw", str(self.images / "guest.qcow2"), self.layout.base(disk.base or "")) == "",
         )
 
     def _boot(self, disk: ic.Disk) -> str:
@@ -191,10 +191,10 @@ class Demo:
 
     def show_space(self, server: Server, count: int) -> None:
         self.console.step("Space")
-        base = self.layout.base(layout.base_name("debian"))
+        base = self.layout.base(layout.base_name("guest"))
         disk = next(iter(sorted(self.instances.glob("*/disk"))))
         rows = [
-            self._sizes("the image, at the server", self.images / "debian.qcow2", "qcow2"),
+            self._sizes("the image, at the server", self.images / "guest.qcow2", "qcow2"),
             self._sizes("its base image, in the cache", pathlib.Path(base), "raw"),
             self._sizes("one of the disks made from it", disk, "qcow2"),
         ]
@@ -244,14 +244,14 @@ class Demo:
             f"evicted: {size(report.reclaimed)} came back; the other image stays",
             [base.name for base in report.evicted] == [layout.base_name("rescue")]
             and not self._is_cached("rescue")
-            and self._is_cached("debian"),
+            and self._is_cached("guest"),
         )
 
     def clear(self, manager: ic.ImageCacheManager) -> None:
         self.console.step("All disks are removed")
         for target in sorted(self.instances.glob("*/disk")):
             self.destroy(manager.backend.inspect(str(target)), manager)
-        self._make_old("debian")
+        self._make_old("guest")
         self._verify(manager)
         left = manager.get_disk_usage()
         self.console.claim(f"the cache is empty but for {size(left)} of its own notes", left < MIB)
@@ -289,8 +289,8 @@ class Demo:
         tell, start = context.Queue(), context.Barrier(PROCESSES * THREADS)
         workers = []
         for _process in range(PROCESSES):
-            targets = [self._new_target("debian") for _thread in range(THREADS)]
-            arguments = (self.config, self.source(server), "debian", targets, start, tell)
+            targets = [self._new_target("guest") for _thread in range(THREADS)]
+            arguments = (self.config, self.source(server), "guest", targets, start, tell)
             workers.append(context.Process(target=ask, args=arguments, daemon=True))
         for worker in workers:
             worker.start()
