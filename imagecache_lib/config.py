@@ -135,9 +135,8 @@ class CacheConfig:
             raise _wrong("manager_interval", self.manager_interval, "must be -1 or more")
         if self.precache_concurrency < 1:
             raise _wrong("precache_concurrency", self.precache_concurrency, "must be 1 or more")
-        for command in self.virt_mkfs:
-            if "=" not in command:
-                raise _wrong("virt_mkfs", command, "must be <os_type>=<command>")
+        if wrong := [command for command in self.virt_mkfs if "=" not in command]:
+            raise _wrong("virt_mkfs", wrong[0], "must be <os_type>=<command>")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and value < 0 and field.name != "manager_interval":

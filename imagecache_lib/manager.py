@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 from imagecache_lib import config as config_module
 from imagecache_lib import errors, events, layout, model, pins, placing, store
@@ -23,7 +24,7 @@ from imagecache_lib.backends import base as backend_base
 from imagecache_lib.backends import load_backend, qemu_img
 from imagecache_lib.evidence import Use
 from imagecache_lib.sources import base as source_base
-from imagecache_lib.spawn import backing, ingest, lease
+from imagecache_lib.spawn import backing, generate, ingest, lease
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
 from imagecache_lib.upkeep import inventory, verify
@@ -70,6 +71,12 @@ class ImageCacheManager:
         self._leases = lease.Leases(
             self._cache, self._ingest, self._observers, evict_unfit=self._upkeep.evict_unfit
         )
+        self._generated = lease.Leases(
+            self._cache,
+            generate.Generator(self._cache, self.host),
+            self._observers,
+            evict_unfit=self._upkeep.evict_unfit,
+        )
         self._starting = threading.Lock()
         self._started = False
 
@@ -105,14 +112,27 @@ class ImageCacheManager:
         if backend_base.Feature.CLONE in self.backend.features:
             with contextlib.suppress(backend_base.CannotClone):
                 return self.backend.clone(call.describe()[1], target, size)
+        return self._make(
+            lambda: self._leases.hold(call, Use.DISK), target, size, require_fit=call.require_fit
+        )
+
+    def _make(
+        self,
+        hold: Callable[[], AbstractContextManager[lease.Lease]],
+        target: str,
+        size: int | None,
+        *,
+        require_fit: Callable[[int], None] = lambda _virtual_size: None,
+    ) -> model.Disk:
+        """Make a disk from a base that is held, over again should the base leave the cache meanwhile."""
         for _turn in range(_MOST_TURNS):
-            with contextlib.suppress(lease.BaseVanished), self._leases.hold(call, Use.DISK) as held:
-                call.require_fit(held.base.virtual_size)
+            with contextlib.suppress(lease.BaseVanished), hold() as held:
+                require_fit(held.base.virtual_size)
                 make = self.backend.copy if held.private else self.backend.create
                 return make(held.base, target, size, confirm=held.confirm)
         raise errors.BackendError(
             "its base image left the cache each time a disk was made from it",
-            path=self._cache.layout.base(call.name),
+            path=self._cache.layout.base_path,
             next_step="find out what removes files from the cache",
         )
 
@@ -130,6 +150,53 @@ class ImageCacheManager:
         if size is not None and size > disk.virtual_size:
             return self.backend.resize(disk, size)
         return disk
+
+    def create_swap(self, target: str, *, size_mb: int) -> model.Disk:
+        """Make a swap disk of so many MiB, formatted.
+
+        :param target: absolute path, or for rbd an image name.
+        :raises DiskExistsError: the target exists.
+        :raises NoSpaceError, BackendError, ConfigError: nothing is left behind.
+        """
+        return self._generate(generate.swap(size_mb, share=self._shares), target)
+
+    def create_ephemeral(
+        self,
+        target: str,
+        *,
+        size_gb: int,
+        os_type: str | None = None,
+        fs: str | None = None,
+        label: str | None = None,
+    ) -> model.Disk:
+        """Make an ephemeral disk of so many GiB, with an empty filesystem.
+
+        :param target: absolute path, or for rbd an image name.
+        :param os_type: the guest's type, which chooses the filesystem where ``fs`` does not: the operator's
+            command for it, else ``default_ephemeral_format``, else ext4 for ``linux``, ntfs for ``windows``
+            and vfat for others.
+        :param fs: ext2, ext3, ext4, vfat, xfs or ntfs.
+        :param label: the filesystem's label. None: ``ephemeral0``. Give each disk of a guest its own.
+        :raises DiskExistsError: the target exists.
+        :raises NoSpaceError, BackendError, ConfigError: nothing is left behind.
+        """
+        wanted = generate.ephemeral(
+            size_gb, os_type=os_type, fs=fs, label=label, config=self.config, share=self._shares
+        )
+        return self._generate(wanted, target)
+
+    @property
+    def _shares(self) -> bool:
+        return backend_base.Feature.OVERLAY in self.backend.features
+
+    def _generate(self, wanted: generate.Generation, target: str) -> model.Disk:
+        self._start()
+        self.backend.check_target(target)
+        if self.backend.exists(target):
+            raise errors.DiskExistsError("the target exists already", path=target, next_step="remove it")
+        # Its bytes are wanted as they are: there is nothing to inspect in what is made here.
+        hold = self._generated.hold if wanted.shared else self._generated.private
+        return self._make(lambda: hold(wanted, Use.FILE), target, None)
 
     def fetch_file(self, image_id: str, path: str, *, request: model.Request | None = None) -> None:
         """Put an image's bytes, as they came, into a new file: a kernel, a ramdisk.

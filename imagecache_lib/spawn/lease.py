@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
 
 from imagecache_lib import errors, events, evidence, model, store, trash
-from imagecache_lib.spawn import adopt, ingest, locks, publish
+from imagecache_lib.spawn import ingest, locks, publish
 from imagecache_lib.spawn import stage as stages
-from imagecache_lib.spawn.call import Call
 
 #: How often a base may vanish between its publication and its use before something must be wrong.
 _MOST_TURNS = 20
@@ -58,7 +58,56 @@ class _Unfit:
 _UNWITNESSED = "nobody witnessed how it was made"
 
 
-class Leases:
+class Wanted(Protocol):
+    """What a lease has to know of what is wanted: a call's image, or what is generated."""
+
+    @property
+    def name(self) -> str:
+        """The base's name in the cache."""
+
+    @property
+    def image_id(self) -> str:
+        """What messages call it."""
+
+    @property
+    def stored_format(self) -> str | None:
+        """The format that the base must have. None: any."""
+
+    @property
+    def trusted_certs(self) -> tuple[str, ...] | None:
+        """Certificates of which one must have verified it. None: not demanded."""
+
+    @property
+    def demands_signature(self) -> bool:
+        """Whether its signature must have been verified."""
+
+    def check(self) -> None:
+        """Raise if the caller no longer waits."""
+
+    def named(self) -> contextlib.AbstractContextManager[None]:
+        """Let every error of the body say what it is about."""
+
+
+W = TypeVar("W", bound=Wanted)
+_W_contra = TypeVar("_W_contra", bound=Wanted, contravariant=True)
+
+
+class Bringer(Protocol[_W_contra]):
+    """Brings what a lease misses."""
+
+    def refuse_impossible(self, wanted: _W_contra, /) -> None:
+        """Raise if :meth:`run` could only fail."""
+
+    def run(self, wanted: _W_contra, use: evidence.Use, /) -> ingest.Ingested:
+        """Bring it into a stage file, which is the caller's to publish or discard."""
+
+    def adopt(
+        self, opened: store.OpenBase, wanted: _W_contra, use: evidence.Use, /
+    ) -> tuple[evidence.Record | None, str]:
+        """Check what somebody else made. Returns its record, or None and the reason why it does not serve."""
+
+
+class Leases(Generic[W]):
     """Gets base images for calls. Safe to share between threads.
 
     :param evict_unfit: removes a base of that name the ordinary way if nothing refers to it; True if it is
@@ -68,18 +117,18 @@ class Leases:
     def __init__(
         self,
         cache: store.CacheStore,
-        ingester: ingest.Ingest,
+        bringer: Bringer[W],
         observers: events.Observers,
         *,
         evict_unfit: Callable[[str, str], bool],
     ) -> None:
         self._cache = cache
-        self._ingest = ingester
+        self._bringer = bringer
         self._observers = observers
         self._evict_unfit = evict_unfit
 
     @contextlib.contextmanager
-    def hold(self, call: Call, use: evidence.Use, *, bypass: bool = True) -> Iterator[Lease]:
+    def hold(self, call: W, use: evidence.Use, *, bypass: bool = True) -> Iterator[Lease]:
         """Hold the call's base image for the body, fetching it first if need be.
 
         :param bypass: whether a private copy will do where the base in the cache does not fit and is in use.
@@ -89,7 +138,19 @@ class Leases:
         with call.named(), contextlib.ExitStack() as stack:
             yield self._get(stack, call, use, bypass=bypass)
 
-    def _get(self, stack: contextlib.ExitStack, call: Call, use: evidence.Use, *, bypass: bool) -> Lease:
+    @contextlib.contextmanager
+    def private(self, call: W, use: evidence.Use) -> Iterator[Lease]:
+        """Bring a copy for the body alone, past the cache.
+
+        :raises: whatever bringing it raises.
+        """
+        brought = self._bringer.run(call, use)
+        try:
+            yield _private(call, brought)
+        finally:
+            brought.stage.discard()
+
+    def _get(self, stack: contextlib.ExitStack, call: W, use: evidence.Use, *, bypass: bool) -> Lease:
         """Return a lease that lasts until the stack is closed."""
         fetched = False
         for _turn in range(_MOST_TURNS):
@@ -116,7 +177,7 @@ class Leases:
 
     # -- the hit -------------------------------------------------------------------------------------
 
-    def _look(self, call: Call, use: evidence.Use) -> _Fit | _Unfit | None:
+    def _look(self, call: W, use: evidence.Use) -> _Fit | _Unfit | None:
         """Return what is in the cache for this call. None: nothing."""
         opened = self._cache.open_base(call.name)
         if opened is None:
@@ -133,7 +194,7 @@ class Leases:
             stack.pop_all()  # it stays open
             return _Fit(opened, record)
 
-    def _is_there(self, call: Call, use: evidence.Use) -> bool:
+    def _is_there(self, call: W, use: evidence.Use) -> bool:
         """Whether somebody else brought what this call waits to bring. Cheap, and repairs nothing."""
         opened = self._cache.open_base(call.name)
         if opened is None:
@@ -142,7 +203,7 @@ class Leases:
             record = self._cache.record_of(opened)
         return record is not None and self._shortfall(record, call, use) is None
 
-    def _shortfall(self, record: evidence.Record, call: Call, use: evidence.Use) -> str | None:
+    def _shortfall(self, record: evidence.Record, call: W, use: evidence.Use) -> str | None:
         return evidence.shortfall(
             record,
             use,
@@ -152,7 +213,7 @@ class Leases:
             inspect=not self._cache.config.disable_deep_image_inspection,
         )
 
-    def _lease(self, call: Call, fit: _Fit, fetched: bool) -> Lease:
+    def _lease(self, call: W, fit: _Fit, fetched: bool) -> Lease:
         opened, record = fit.opened, fit.record
         self._cache.note_use(opened)
         if not fetched:
@@ -177,7 +238,7 @@ class Leases:
 
     # -- the miss ------------------------------------------------------------------------------------
 
-    def _bring(self, call: Call, use: evidence.Use, *, bypass: bool) -> ingest.Ingested | bool:
+    def _bring(self, call: W, use: evidence.Use, *, bypass: bool) -> ingest.Ingested | bool:
         """Do what makes the next look a hit.
 
         :returns: whether it was fetched for that; or a private copy, where there cannot be a hit.
@@ -197,7 +258,7 @@ class Leases:
                     return False
                 reason = unfit
             # Before anything is evicted to make way for it.
-            self._ingest.refuse_impossible(call)
+            self._bringer.refuse_impossible(call)
             self._observers(events.Miss(call.name, call.image_id, reason=reason))
             if verdict is not None and not self._evict_unfit(call.name, reason):
                 if not bypass:
@@ -208,30 +269,30 @@ class Leases:
                         next_step="wait until nothing refers to it",
                     )
                 self._observers(events.Bypassed(call.name, call.image_id, reason=reason))
-                return self._ingest.run(call, use)
+                return self._bringer.run(call, use)
             return self._fetch(call, use)
 
-    def _restore(self, call: Call) -> bool:
+    def _restore(self, call: W) -> bool:
         """Link back what lies in the trash: it is the same image, and overlays may refer to it."""
         with stages.translated(self._cache.layout.base(call.name)):
             return any(trash.restore(self._cache, thrown) for thrown in trash.find(self._cache, call.name))
 
-    def _adopt(self, call: Call, use: evidence.Use) -> str | None:
+    def _adopt(self, call: W, use: evidence.Use) -> str | None:
         """Check what nobody witnessed. None: it serves, or it is gone; otherwise why it does not."""
         opened = self._cache.open_base(call.name)
         if opened is None:
             return None
         with contextlib.closing(opened):
-            record, reason = adopt.adopt(self._cache, opened, call, use)
+            record, reason = self._bringer.adopt(opened, call, use)
         if record is None:
             return reason
         self._observers(events.Adopted(call.name, call.image_id))
         return self._shortfall(record, call, use)
 
-    def _fetch(self, call: Call, use: evidence.Use) -> bool:
+    def _fetch(self, call: W, use: evidence.Use) -> bool:
         """Fetch and publish. False: somebody else published first."""
         while True:
-            ingested = self._ingest.run(call, use)
+            ingested = self._bringer.run(call, use)
             try:
                 published = publish.publish(ingested, self._cache)
                 if published:
@@ -243,7 +304,7 @@ class Leases:
     # -- locks ---------------------------------------------------------------------------------------
 
     def _locked(
-        self, call: Call, *, shared: bool, moot: Callable[[], bool] = lambda: False
+        self, call: W, *, shared: bool, moot: Callable[[], bool] = lambda: False
     ) -> contextlib.AbstractContextManager[bool]:
         return locks.waiting(
             self._cache.layout.lock(call.name),
@@ -256,7 +317,7 @@ class Leases:
         )
 
 
-def _private(call: Call, own: ingest.Ingested) -> Lease:
+def _private(call: Wanted, own: ingest.Ingested) -> Lease:
     record = own.record
     base = model.BaseImage(
         image_id=call.image_id,

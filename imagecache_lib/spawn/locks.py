@@ -229,13 +229,29 @@ class OwnerLock:
     def __init__(self, fd: int, host: host_module.Host) -> None:
         """Take over ``fd``, a new file of our own, and lock it. A filesystem without locks is fine."""
         self._held = HeldDescriptor(fd)
-        if host.locking:
+        self._locking = host.locking
+        if self._locking:
             with contextlib.suppress(OSError):
                 set_lock(fd, fcntl.F_WRLCK, *_OWNER_BYTE)
 
     @property
     def fd(self) -> int:
         return self._held.fd
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Drop the lock for the body, for a program that takes its own lock on the whole file.
+
+        Until the file is idle for long it still counts as owned.
+        """
+        with contextlib.suppress(OSError):
+            set_lock(self.fd, fcntl.F_UNLCK, *_OWNER_BYTE)
+        try:
+            yield
+        finally:
+            if self._locking:
+                with contextlib.suppress(OSError):
+                    set_lock(self.fd, fcntl.F_WRLCK, *_OWNER_BYTE)
 
     def close(self) -> None:
         """Close the file, and with it drop the lock."""

@@ -122,6 +122,10 @@ class Stage:
             os.fsync(self.fd)
         return base_id
 
+    def lent(self) -> contextlib.AbstractContextManager[None]:
+        """Let a program lock the file that insists on it: mkfs.ntfs locks all of it."""
+        return self._owner.lent()
+
     def is_at_path(self) -> bool:
         """Whether nobody swept it away."""
         try:

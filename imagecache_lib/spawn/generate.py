@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bases that have no image: swap areas and empty filesystems, made by mkswap and mkfs.
+
+One that overlays refer to is shared, under a name that says what it is. It is the same byte for byte on every
+host and every time, since an overlay may meet it again elsewhere, or after it was evicted and made anew. What
+cannot be made so, or has no name of its own, is made for its one disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+
+from oslo_concurrency import processutils
+
+from imagecache_lib import config as config_module
+from imagecache_lib import durable, errors, evidence, layout, store
+from imagecache_lib import host as host_module
+from imagecache_lib.spawn import ingest, signature, space
+from imagecache_lib.spawn import stage as stages
+
+#: The label of a guest's first ephemeral disk, as Nova calls it; the only one that is shared.
+LABEL = "ephemeral0"
+
+MIB = 2**20
+GIB = 2**30
+
+#: Of all shared ones. A guest never sees two: those with another label, and those made in place, get a
+#: random one.
+_UUID = "d3b5a6f4-5f0c-4a53-9a63-1f6b1c1f7a10"
+
+#: 1980-01-01, before which FAT cannot date anything. mke2fs takes 0 for "not set".
+_TIME = "315532800"
+
+#: Where the guest's type and the operator say nothing.
+_BY_OS_TYPE = {"linux": "ext4", "windows": "ntfs"}
+_OTHERWISE = "vfat"
+
+#: Features are listed, and the host's mke2fs.conf thereby overruled, so that two hosts with other releases
+#: make the same. They are those that kernels since 3.18 know.
+_EXT3 = "none,has_journal,ext_attr,resize_inode,dir_index,filetype,sparse_super,large_file"
+_EXT4 = f"{_EXT3},extent,64bit,flex_bg,huge_file,dir_nlink,extra_isize,metadata_csum"
+
+#: The file is zeros already. Were the inode tables left to the guest's kernel, it would write them all.
+_EXT_OPTIONS = "nodiscard,lazy_itable_init=0,lazy_journal_init=1,root_owner=0:0"
+
+_MKFS: Mapping[str, tuple[str, ...]] = {
+    "ext2": ("mkfs.ext2", "-q", "-F", "-L"),
+    "ext3": ("mkfs.ext3", "-q", "-F", "-L"),
+    "ext4": ("mkfs.ext4", "-q", "-F", "-L"),
+    "vfat": ("mkfs.vfat", "-n"),
+    "xfs": ("mkfs.xfs", "-q", "-f", "-L"),
+    "ntfs": ("mkfs.ntfs", "-q", "-F", "--fast", "-L"),
+}
+_SHARED: Mapping[str, tuple[str, ...]] = {
+    "swap": ("mkswap", "-p", "4096", "-U", _UUID),
+    "ext3": ("mkfs.ext3", "-q", "-F", "-b", "4096", "-I", "256", "-i", "16384", "-O", _EXT3,
+             "-U", _UUID, "-E", f"{_EXT_OPTIONS},hash_seed={_UUID}", "-L", LABEL),
+    "ext4": ("mkfs.ext4", "-q", "-F", "-b", "4096", "-I", "256", "-i", "16384", "-O", _EXT4,
+             "-U", _UUID, "-E", f"{_EXT_OPTIONS},hash_seed={_UUID}", "-L", LABEL),
+    "vfat": ("mkfs.vfat", "--invariant", "-F", "32", "-n", LABEL),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A swap area or a filesystem that is wanted.
+
+    :param name: the base's name in the cache.
+    :param size: bytes.
+    :param kind: ``swap`` or the filesystem. None: what the operator's command makes.
+    :param label: the filesystem's. None: a swap area.
+    :param command: the operator's command line. None: ours.
+    :param shared: it may be a base in the cache.
+    """
+
+    name: str
+    size: int
+    kind: str | None
+    label: str | None = None
+    command: str | None = None
+    shared: bool = False
+
+    # What a lease asks of everything that is wanted. A base without an image goes by its name.
+    stored_format = None
+    trusted_certs = None
+    demands_signature = False
+
+    @property
+    def image_id(self) -> str:
+        return self.name
+
+    def check(self) -> None:
+        """There is no deadline."""
+
+    def named(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def words(self, target: str) -> list[str]:
+        """Return the command that makes it in an existing file of zeros.
+
+        :raises ConfigError: the operator's command line cannot be filled in.
+        """
+        if self.command is not None:
+            try:
+                return [
+                    word % {"fs_label": self.label, "target": target} for word in self.command.split()
+                ]
+            except (KeyError, ValueError, TypeError) as error:
+                raise errors.ConfigError(
+                    f"virt_mkfs has the command {self.command!r}, which cannot be filled in: {error}",
+                    next_step="use %(target)s and %(fs_label)s, and %% for a percent sign",
+                ) from error
+        assert self.kind is not None  # whoever has no command has a kind
+        if self.shared:
+            return [*_SHARED[self.kind], target]
+        if self.kind == "swap":
+            return ["mkswap", target]
+        return [*_MKFS[self.kind], self.label or LABEL, target]
+
+    def fault(self, found: signature.Signature | None, size: int, *, empty: bool) -> str | None:
+        """Return what is wrong with what was made, as a clause. None: nothing.
+
+        :param size: the file's, in bytes.
+        :param empty: the file has no data.
+        """
+        if size != self.size:
+            return f"it has {size} bytes instead of {self.size}"
+        if self.kind is None:
+            return "nothing was written into it" if empty else None
+        if found is None:
+            return f"it has no signature of {self.kind}"
+        if found.kind != self.kind:
+            return f"it is {found.kind} and not {self.kind}"
+        if self.shared and self.label is not None and found.label != self.label:
+            return f"its label is {found.label!r} and not {self.label!r}"
+        # A filesystem ends on a whole cluster or block group.
+        if not self.size * 0.9 <= found.size <= self.size:
+            return f"its {found.kind} spans {found.size} bytes of {self.size}"
+        return None
+
+
+def swap(size_mb: int, *, share: bool) -> Generation:
+    """Return a swap area of so many MiB.
+
+    :param share: the backend's disks refer to bases.
+    :raises BackendError: a size that cannot be.
+    """
+    _require_size(size_mb, "MiB")
+    return Generation(layout.swap_name(size_mb), size_mb * MIB, "swap", shared=share)
+
+
+def ephemeral(
+    size_gb: int,
+    *,
+    os_type: str | None,
+    fs: str | None,
+    label: str | None,
+    config: config_module.CacheConfig,
+    share: bool,
+) -> Generation:
+    """Return an empty filesystem of so many GiB.
+
+    The filesystem is ``fs``, or what the operator's command for the guest's type makes, or
+    ``default_ephemeral_format``, or the default of the guest's type.
+
+    :param share: the backend's disks refer to bases.
+    :raises BackendError: a size or a filesystem that cannot be.
+    """
+    _require_size(size_gb, "GiB")
+    commands = dict(each.split("=", 1) for each in config.virt_mkfs)
+    command = commands.get(os_type or "default", commands.get("default"))
+    default = config.default_ephemeral_format or _BY_OS_TYPE.get(os_type or "", _OTHERWISE)
+    label = label or LABEL
+    if fs is None and command:
+        name = layout.ephemeral_name(size_gb, command)
+        return Generation(name, size_gb * GIB, None, label, command)
+    kind = fs or default
+    if kind not in _MKFS:
+        raise errors.BackendError(
+            f"ephemeral disks cannot have the filesystem {kind!r}",
+            next_step=f"use one of {', '.join(_MKFS)}, or configure a command line in virt_mkfs",
+        )
+    # The name says the filesystem and nothing else, so only one label can have it.
+    shared = share and kind == default and not command and label == LABEL and kind in _SHARED
+    return Generation(
+        layout.ephemeral_name(size_gb, kind), size_gb * GIB, kind, label, shared=shared
+    )
+
+
+def _require_size(size: int, unit: str) -> None:
+    if size < 1:
+        raise errors.BackendError(f"a disk cannot have {size} {unit}", next_step="ask for 1 or more")
+
+
+class Generator:
+    """Makes what a lease misses. Safe to share between threads."""
+
+    def __init__(self, cache: store.CacheStore, host: host_module.Host) -> None:
+        self._cache = cache
+        self._host = host
+
+    def refuse_impossible(self, wanted: Generation) -> None:
+        """Nothing that can be asked for is impossible."""
+
+    def run(self, wanted: Generation, use: evidence.Use) -> ingest.Ingested:
+        """Make it in a stage file, which is the caller's to publish or discard.
+
+        :raises NoSpaceError, BackendError, ConfigError: and nothing is left.
+        """
+        while True:
+            with contextlib.suppress(stages.StageGone):
+                return self._run_once(wanted)
+
+    def _run_once(self, wanted: Generation) -> ingest.Ingested:
+        stage = stages.Stage(self._cache, wanted.name)
+        try:
+            stage.note()
+            space.reserve(stage, _room(wanted.size), self._cache, check=wanted.check)
+            with stages.translated(stage.path):
+                os.ftruncate(stage.fd, wanted.size)
+            # Only these programs take a lock of their own, or may: nobody knows what an operator's does.
+            with stage.lent() if wanted.kind in (None, "ntfs") else contextlib.nullcontext():
+                self._make(wanted, stage.path)
+            if (fault := self._fault(wanted, stage.fd)) is not None:
+                raise errors.BackendError(
+                    f"{wanted.words(stage.path)[0]} did not make what it should: {fault}",
+                    image=wanted.name,
+                    next_step="check that program, and virt_mkfs where it is configured",
+                )
+            self._host.trace("generate:made")
+            record = self._record(wanted, stage.fd, stage.seal(), evidence.Origin.GENERATED)
+            stage.note(record)
+        except BaseException as error:
+            swept = not stage.is_at_path()
+            stage.discard()
+            if swept and isinstance(error, errors.BackendError):
+                raise stages.StageGone from error
+            raise
+        return ingest.Ingested(stage, record)
+
+    def adopt(
+        self, opened: store.OpenBase, wanted: Generation, use: evidence.Use
+    ) -> tuple[evidence.Record | None, str]:
+        """Check what somebody else made, and write down that it was. As :func:`adopt.adopt`."""
+        if (fault := self._fault(wanted, opened.fd)) is not None:
+            return None, fault
+        with stages.translated(opened.path):
+            os.fsync(opened.fd)
+            durable.sync_directory(os.path.dirname(opened.path))
+            base_id = store.read_id(opened.fd)
+            if base_id == "":
+                base_id = durable.new_id()
+                store.write_id(opened.fd, base_id)
+            record = self._record(
+                wanted, opened.fd, base_id or durable.new_id(), evidence.Origin.ADOPTED
+            )
+            self._cache.write_record(record)
+        return record, ""
+
+    def _fault(self, wanted: Generation, fd: int) -> str | None:
+        with stages.translated(self._cache.layout.base(wanted.name)):
+            size = os.fstat(fd).st_size
+            found = signature.read(os.pread(fd, signature.LENGTH, 0))
+            try:
+                os.lseek(fd, 0, os.SEEK_DATA)
+                empty = False
+            except OSError:
+                empty = True
+        return wanted.fault(found, size, empty=empty)
+
+    def _record(
+        self, wanted: Generation, fd: int, base_id: str, origin: evidence.Origin
+    ) -> evidence.Record:
+        found = os.fstat(fd)
+        return evidence.Record(
+            name=wanted.name,
+            image_id=None,
+            base_id=base_id,
+            inode=found.st_ino,
+            size=found.st_size,
+            origin=origin,
+            source_format="raw",
+            stored_format="raw",
+            virtual_size=wanted.size,
+        )
+
+    def _make(self, wanted: Generation, path: str) -> None:
+        config = self._cache.config
+        environment = {**os.environ, "LC_ALL": "C"}
+        # Administrators' programs, which a service's PATH may lack.
+        environment["PATH"] = f"{environment.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+        if wanted.shared:
+            environment |= {"SOURCE_DATE_EPOCH": _TIME, "E2FSPROGS_FAKE_TIME": _TIME}
+        limits = (f"--cpu={config.convert_cpu_time_limit}", f"--as={config.convert_address_space_limit}")
+        words = wanted.words(path)
+        with _translated(words[0], wanted.name):
+            self._host.execute("prlimit", *limits, "--", *words, env_variables=environment)
+
+
+def _room(size: int) -> int:
+    """Return at most how many bytes an empty filesystem takes: a few per cent, and ext4's largest journal."""
+    return min(size, size // 32 + 16 * MIB, GIB + GIB // 4)
+
+
+@contextlib.contextmanager
+def _translated(program: str, name: str) -> Iterator[None]:
+    """Turn what a program says into the library's errors."""
+    try:
+        yield
+    except processutils.ProcessExecutionError as error:
+        said = str(error.stderr or error.stdout or "").strip()
+        if "No space left on device" in said or "Disk quota exceeded" in said:
+            raise errors.NoSpaceError(
+                "the filesystem is full", image=name, next_step="make room, then ask again"
+            ) from error
+        if error.exit_code == 127:
+            raise errors.ConfigError(
+                f"{program} cannot be run", image=name, next_step=f"install the package that has {program}"
+            ) from error
+        why = said.splitlines()[-1] if said else f"it ended with {error.exit_code}"
+        raise errors.BackendError(
+            f"{program} failed: {why}", image=name, next_step=f"run {program} by hand to see why"
+        ) from error
+    except OSError as error:
+        raise errors.ConfigError(
+            f"{program} cannot be run: {error.strerror}", image=name, next_step="install util-linux (prlimit)"
+        ) from error

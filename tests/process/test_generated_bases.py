@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Swap and ephemeral disks, made by the real mkswap and mkfs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import threading
+from typing import Any
+
+import pytest
+
+import imagecache_lib as ic
+from imagecache_lib import layout
+from imagecache_lib.spawn import generate, signature
+from imagecache_lib.testing.sources import FakeSource
+
+MIB, GIB = 2**20, 2**30
+EXT4 = f"ephemeral_1_{hashlib.md5(b'ext4', usedforsecurity=False).hexdigest()[:7]}"
+SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+
+
+class Place:
+    """An instances directory with one instance in it."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        (path / "vm").mkdir(parents=True)
+        self.base = path / "_base"
+
+    def manager(
+        self, backend: str = "qcow2", host: ic.Host | None = None, **options: Any
+    ) -> ic.ImageCacheManager:
+        config = ic.CacheConfig(instances_path=str(self.path), backend=backend, **options)
+        return ic.ImageCacheManager(config, FakeSource({}), host=host)
+
+    def target(self, name: str = "disk") -> str:
+        return str(self.path / "vm" / name)
+
+    def bases(self) -> list[str]:
+        return sorted(path.name for path in self.base.iterdir() if not path.name.startswith("."))
+
+    def staged(self) -> list[str]:
+        return os.listdir(self.base / ".imagecache" / "stage")
+
+
+@pytest.fixture
+def place(tmp_path: pathlib.Path) -> Place:
+    return Place(tmp_path / "instances")
+
+
+def run(*command: str) -> str:
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PATH": SBIN}
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+def content(path: str | pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def to_raw(disk: str) -> str:
+    raw = disk + ".raw"
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk, raw)
+    return raw
+
+
+def seen(path: str | pathlib.Path) -> signature.Signature | None:
+    with open(path, "rb") as file:
+        return signature.read(file.read(signature.LENGTH))
+
+
+def test_a_swap_disk_is_an_overlay_of_a_shared_base(place: Place) -> None:
+    manager = place.manager()
+    disk = manager.create_swap(place.target("disk.swap"), size_mb=64)
+    assert (disk.format, disk.virtual_size, disk.base) == ("qcow2", 64 * MIB, "swap_64")
+    assert seen(to_raw(disk.target)) == signature.Signature("swap", 64 * MIB)
+    assert "swap" in run("blkid", "-p", to_raw(disk.target))
+    manager.create_swap(place.target("second"), size_mb=64)
+    assert place.bases() == ["swap_64"]
+    assert place.staged() == []
+
+
+@pytest.mark.parametrize(("os_type", "fs"), [("linux", "ext4"), (None, "vfat"), ("linux", "ext3")])
+def test_a_filesystem_is_named_checked_and_sound(place: Place, os_type: str | None, fs: str) -> None:
+    manager = place.manager(default_ephemeral_format="ext3" if fs == "ext3" else None)
+    disk = manager.create_ephemeral(place.target(), size_gb=1, os_type=os_type)
+    assert disk.base == layout.ephemeral_name(1, fs)
+    found = seen(place.base / disk.base)
+    assert found is not None
+    assert (found.kind, found.label) == (fs, "ephemeral0")
+    checker = ("fsck.vfat", "-n") if fs == "vfat" else ("e2fsck", "-f", "-n")
+    run(*checker, to_raw(disk.target))
+
+
+@pytest.mark.parametrize("kind", ["swap", "ext3", "ext4", "vfat"])
+def test_shared_bases_are_the_same_on_every_host(tmp_path: pathlib.Path, kind: str) -> None:
+    digests = set()
+    # Another directory, another day, another mke2fs.conf: none of them may show.
+    settings = tmp_path / "mke2fs.conf"
+    settings.write_text("[defaults]\nbase_features = sparse_super\nblocksize = 1024\ninode_size = 128\n")
+    for number, environment in enumerate(({}, {"MKE2FS_CONFIG": str(settings), "TZ": "Asia/Tokyo"})):
+
+        def execute(*command: str, environment: Any = environment, **options: Any) -> tuple[str, str]:
+            options["env_variables"] = {**options["env_variables"], **environment}
+            return ic.Host().execute(*command, **options)
+
+        place = Place(tmp_path / str(number))
+        manager = place.manager(
+            host=ic.Host(execute=execute), default_ephemeral_format=None if kind == "swap" else kind
+        )
+        if kind == "swap":
+            disk = manager.create_swap(place.target(), size_mb=64)
+        else:
+            disk = manager.create_ephemeral(place.target(), size_gb=1)
+        base = place.base / str(disk.base)
+        digests.add(content(base))
+        if kind.startswith("ext"):
+            # Both were made within a second or two, so the dates would not differ by themselves.
+            assert "Jan  1" in run("dumpe2fs", "-h", str(base)).partition("created:")[2].partition("\n")[0]
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    "asked", [{"fs": "ext3"}, {"label": "ephemeral1"}, {"fs": "xfs"}, {"fs": "ntfs"}, {"fs": "ext2"}]
+)
+def test_what_has_no_name_of_its_own_is_made_in_place(place: Place, asked: dict[str, str]) -> None:
+    fs = asked.get("fs", "ext4")
+    if shutil.which(f"mkfs.{fs}", path=SBIN) is None:
+        pytest.skip(f"mkfs.{fs} is not installed")
+    disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux", **asked)
+    assert (disk.format, disk.base) == ("raw", None)
+    found = seen(disk.target)
+    assert found is not None
+    assert found.kind == fs
+    if fs != "ntfs":
+        assert found.label == asked.get("label", "ephemeral0")
+    assert place.bases() == []
+    assert place.staged() == []
+
+
+def test_two_disks_made_in_place_can_be_told_apart_by_their_guest(place: Place) -> None:
+    manager = place.manager("raw")
+    one = manager.create_ephemeral(place.target("one"), size_gb=1, os_type="linux", label="ephemeral0")
+    two = manager.create_ephemeral(place.target("two"), size_gb=1, os_type="linux", label="ephemeral1")
+    uuids = {run("blkid", "-p", "-o", "value", "-s", "UUID", disk.target) for disk in (one, two)}
+    assert len(uuids) == 2
+
+
+def test_raw_disks_share_nothing(place: Place) -> None:
+    disk = place.manager("raw").create_swap(place.target(), size_mb=8)
+    assert (disk.format, disk.base, place.bases()) == ("raw", None, [])
+    assert seen(disk.target) == signature.Signature("swap", 8 * MIB)
+
+
+def test_the_operators_command_is_run_and_shared_with_nobody(place: Place) -> None:
+    command = "linux=mkfs.ext4 -q -F -m 0 -L %(fs_label)s %(target)s"
+    manager = place.manager(virt_mkfs=(command,))
+    disk = manager.create_ephemeral(place.target(), size_gb=1, os_type="linux", label="mine")
+    assert (disk.base, place.bases()) == (None, [])
+    found = seen(disk.target)
+    assert found is not None
+    assert (found.kind, found.label) == ("ext4", "mine")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "default=mkfs.ext4 -X %(target)s",
+        "default=true %(target)s",
+        "default=/no/such/program %(target)s",
+        "default=x %(nobody)s",
+    ],
+)
+def test_a_command_that_makes_nothing_leaves_nothing(place: Place, command: str) -> None:
+    with pytest.raises(ic.ImageCacheError) as caught:
+        place.manager(virt_mkfs=(command,)).create_ephemeral(place.target(), size_gb=1)
+    assert caught.value.next_step
+    assert (os.listdir(place.path / "vm"), place.bases(), place.staged()) == ([], [], [])
+
+
+def failing(program: str, *, silent: bool) -> ic.Host:
+    """A host on which one program ends without having done anything."""
+
+    def execute(*command: str, **options: Any) -> tuple[str, str]:
+        if program in command:
+            command = ("true",) if silent else ("false",)
+        return ic.Host().execute(*command, **options)
+
+    return ic.Host(execute=execute)
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_a_base_is_published_only_if_its_program_made_it(place: Place, silent: bool) -> None:
+    broken = place.manager(host=failing("mkswap", silent=silent))
+    with pytest.raises(ic.BackendError, match="mkswap"):
+        broken.create_swap(place.target(), size_mb=16)
+    assert (os.listdir(place.path / "vm"), place.bases(), place.staged()) == ([], [], [])
+    assert place.manager().create_swap(place.target(), size_mb=16).base == "swap_16"
+
+
+def test_a_size_that_cannot_be_is_refused(place: Place) -> None:
+    for size in (0, -1):
+        with pytest.raises(ic.BackendError):
+            place.manager().create_swap(place.target(), size_mb=size)
+        with pytest.raises(ic.BackendError):
+            place.manager().create_ephemeral(place.target(), size_gb=size)
+    with pytest.raises(ic.BackendError, match="use one of ext2"):
+        place.manager().create_ephemeral(place.target(), size_gb=1, fs="befs")
+
+
+def test_an_existing_target_is_kept(place: Place) -> None:
+    pathlib.Path(place.target()).write_text("a guest's")
+    with pytest.raises(ic.DiskExistsError):
+        place.manager().create_swap(place.target(), size_mb=16)
+    assert pathlib.Path(place.target()).read_text() == "a guest's"
+
+
+def nova_made(place: Place, name: str, size: int, *command: str, days_old: int = 0) -> pathlib.Path:
+    place.base.mkdir(exist_ok=True)
+    path = place.base / name
+    with open(path, "wb") as file:
+        file.truncate(size)
+    if command:
+        run(*command, str(path))
+    when = os.stat(path).st_mtime - days_old * 86400
+    os.utime(path, (when, when))
+    return path
+
+
+def test_a_base_that_nova_made_is_adopted(place: Place) -> None:
+    path = nova_made(place, "swap_32", 32 * MIB, "mkswap")
+    before = os.stat(path).st_ino
+    assert place.manager().create_swap(place.target(), size_mb=32).base == "swap_32"
+    assert os.stat(path).st_ino == before
+
+
+def test_a_base_that_a_crash_left_unformatted_is_made_anew(place: Place) -> None:
+    nova_made(place, "swap_32", 32 * MIB, days_old=2)
+    disk = place.manager().create_swap(place.target(), size_mb=32)
+    assert disk.base == "swap_32"
+    assert seen(place.base / "swap_32") == signature.Signature("swap", 32 * MIB)
+
+
+def test_an_unformatted_base_in_use_is_passed_by(place: Place) -> None:
+    path = nova_made(place, "swap_32", 32 * MIB, days_old=2)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", str(path), "-F", "raw", place.target("old"))
+    before = content(path)
+    disk = place.manager().create_swap(place.target(), size_mb=32)
+    assert (disk.base, disk.format) == (None, "raw")
+    assert seen(disk.target) == signature.Signature("swap", 32 * MIB)
+    assert content(path) == before
+
+
+@pytest.mark.parametrize(
+    ("size", "command"),
+    [
+        (GIB, ("mkfs.vfat", "-n", "ephemeral0")),
+        (GIB, ("mkfs.ext4", "-q", "-F", "-L", "ephemeral1")),
+        (GIB // 2, ("mkfs.ext4", "-q", "-F", "-L", "ephemeral0")),
+    ],
+)
+def test_a_base_that_is_not_what_its_name_says_is_refused(
+    place: Place, size: int, command: tuple[str, ...]
+) -> None:
+    nova_made(place, EXT4, size, *command, days_old=2)
+    disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux")
+    found = seen(place.base / EXT4)
+    assert disk.base == EXT4
+    assert found is not None
+    assert (found.kind, found.label, found.size) == ("ext4", "ephemeral0", GIB)
+
+
+def test_many_at_once_make_one_base(place: Place) -> None:
+    manager, made = place.manager(), []
+
+    def make(number: int) -> None:
+        made.append(manager.create_swap(place.target(str(number)), size_mb=16))
+
+    threads = [threading.Thread(target=make, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {disk.base for disk in made} == {"swap_16"}
+    assert len(made) == 8
+
+
+def test_a_full_filesystem_is_said_and_leaves_nothing(place: Place) -> None:
+    with pytest.raises(ic.NoSpaceError):
+        place.manager(free_space_low=2**60).create_ephemeral(place.target(), size_gb=1)
+    assert (place.bases(), place.staged()) == ([], [])
+
+
+def test_an_unused_one_is_evicted_and_a_used_one_stays(place: Place) -> None:
+    manager = place.manager(remove_unused_original_minimum_age_seconds=0)
+    disk = manager.create_swap(place.target(), size_mb=16)
+    assert manager.verify_base_images([]).evicted == ()
+    manager.remove_disk(disk)
+    assert [base.name for base in manager.verify_base_images([]).evicted] == ["swap_16"]
+
+
+def test_the_label_of_the_first_disk_is_the_shared_one() -> None:
+    assert generate.LABEL == "ephemeral0"
