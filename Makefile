@@ -52,13 +52,19 @@ setup: $(STAMPS)/dev $(STAMPS)/system-test
 demo: $(STAMPS)/run $(STAMPS)/system-demo
 	@$(BIN)/python examples/demo.py
 
-bench: $(STAMPS)/dev $(STAMPS)/system-test
-	@$(BIN)/python benchmarks/run.py
+$(STAMPS)/bench: $(STAMPS)/dev benchmarks/requirements.txt
+	$(BIN)/pip install --quiet --requirement benchmarks/requirements.txt
+	@touch $@
+
+# QUICK=1: little data, few runs, results in build/benchmarks.
+bench: $(STAMPS)/bench $(STAMPS)/system-test $(STAMPS)/system-bench
+	@$(BIN)/python -m benchmarks.run $(if $(QUICK),--quick)
 
 test: test-stestr test-pytest test-process
 
 test-stestr: setup
 	@mkdir -p $(RESULTS)
+	$(BIN)/stestr list > $(RESULTS)/stestr.listed
 	rc=0; $(BIN)/stestr run || rc=$$?; $(BIN)/stestr last --subunit > $(RESULTS)/stestr.subunit; exit $$rc
 
 test-pytest: setup

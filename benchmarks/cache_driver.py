@@ -99,6 +99,22 @@ class Driver:
         answers = [self.spawn(image_id, size, keep=False) for _ in range(count)]
         return {"each": [answer["seconds"] for answer in answers], "phases": answers[-1]["phases"]}
 
+    def verify(self, image_ids: list[str], directories: list[str]) -> dict[str, Any]:
+        """Run the periodic pass over instances whose directories exist; none of their bases may go."""
+        name = self._manager.host.name
+        instances = [
+            self._ic.Instance(uuid=directory, host=name, images=(image_id,))
+            for image_id, directory in zip(image_ids, directories, strict=True)
+        ]
+        bases = os.path.join(self._options.instances, "_base")
+        before = set(os.listdir(bases)) | {".imagecache"}
+        measured = meter.Meter()
+        self._manager.verify_base_images(instances)
+        answer = measured.read()
+        if set(os.listdir(bases)) != before:
+            raise AssertionError("a base that is in use is gone")
+        return answer
+
     def maps(self, clusters: int, threads: int) -> dict[str, Any]:
         """Feed the tables of an image with so many allocated clusters of 64 KiB, and none of its data yet."""
         from benchmarks import maps
@@ -135,10 +151,11 @@ def main() -> None:
     driver = Driver(options)
     serving.serve(
         {
-            "ready": lambda: {},
+            "ready": dict,
             "forget": driver.forget,
             "spawn": driver.spawn,
             "warm": driver.warm,
+            "verify": driver.verify,
             "maps": driver.maps,
         }
     )

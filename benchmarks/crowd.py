@@ -19,8 +19,8 @@ def measure(lab: Lab) -> tuple[Group, list[Row]]:
     group = Group(
         "crowd",
         f"{_MANY} processes, one cold image (zlib qcow2)",
-        "From the moment at which all processes, their imports done, are told to begin to the return of the last, "
-        "each with a disk of its own. One process is measured the same way.",
+        "From the moment at which all processes, their imports done, are told to begin to the return of the "
+        "last, each with a disk of its own. One process is measured the same way.",
     )
     with contextlib.ExitStack() as stack:
         shared = lab.home / "crowd/instances"
@@ -51,5 +51,3 @@ def measure(lab: Lab) -> tuple[Group, list[Row]]:
         figures.compare(group, f"{_MANY} processes, one cold image", CROWD, ONE, 1.15),
         Row("downloads of that image", str(downloads), "1", downloads, 1, group.key),
     ]
-
-

@@ -86,7 +86,8 @@ def gather(tree: pathlib.Path, wanted: int) -> int:
             for name in sorted(files):
                 path = os.path.join(directory, name)
                 found = os.lstat(path)
-                if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= min(_LARGEST_FILE, wanted - got):
+                most = min(_LARGEST_FILE, wanted - got)
+                if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= most:
                     continue
                 target = tree / directory.lstrip("/") / name
                 target.parent.mkdir(parents=True, exist_ok=True)

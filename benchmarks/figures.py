@@ -55,7 +55,7 @@ class Row:
 
     :param ours: and ``against``: what the ratio is of, in words with the medians.
     :param ratio: ours over theirs; for an absolute target the value itself.
-    :param target: ratio that is wanted at most.
+    :param target: ratio that is wanted at most. None: the row is only there to be compared with.
     :param group: key of the group that it comes from.
     :param spread: least and most of the ratio of the runs of one turn. None: there are no pairs.
     """
@@ -64,30 +64,26 @@ class Row:
     ours: str
     against: str
     ratio: float
-    target: float
+    target: float | None
     group: str
     spread: tuple[float, float] | None = None
     unit: str = ""
 
     @property
     def reached(self) -> bool:
-        return self.ratio <= self.target
+        return self.target is None or self.ratio <= self.target
 
 
-def compare(
-    group: Group, work: str, ours: str, against: str, target: float, *, key: str = "seconds", against_key: str = ""
-) -> Row:
+def compare(group: Group, work: str, ours: str, against: str, target: float | None) -> Row:
     """Return the row that compares the medians of two series of a group."""
-    mine, theirs = group.spread(ours, key), group.spread(against, against_key or key)
+    mine, theirs = group.spread(ours), group.spread(against)
     pairs = [
-        a[key] / b[against_key or key]
-        for a, b in zip(group.series[ours], group.series[against], strict=True)
+        a["seconds"] / b["seconds"] for a, b in zip(group.series[ours], group.series[against], strict=True)
     ]
-    show = show_bytes if key in ("allocated", "peak_over_import") else show_seconds
     return Row(
         work,
-        f"{ours}: {show(mine.median)}",
-        f"{against}: {show(theirs.median)}",
+        f"{ours}: {show_seconds(mine.median)}",
+        f"{against}: {show_seconds(theirs.median)}",
         mine.median / theirs.median,
         target,
         group.key,
@@ -96,7 +92,10 @@ def compare(
 
 
 def by_turns(
-    group: Group, competitors: Mapping[str, Callable[[], Sample]], repetitions: int, tell: Callable[[str], None]
+    group: Group,
+    competitors: Mapping[str, Callable[[], Sample]],
+    repetitions: int,
+    tell: Callable[[str], None],
 ) -> Group:
     """Run all competitors once, then all again: a machine that slows down slows all of them."""
     for name in competitors:

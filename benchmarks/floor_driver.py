@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--glance", required=True)
     parser.add_argument("--token", required=True)
     driver = Driver(parser.parse_args())
-    serving.serve({"ready": lambda: {}, "download": driver.download})
+    serving.serve({"ready": dict, "download": driver.download})
 
 
 if __name__ == "__main__":

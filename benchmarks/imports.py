@@ -28,14 +28,14 @@ def measure(lab: Lab) -> tuple[Group, list[Row]]:
     group = Group(
         "imports",
         "Imports",
-        "In a fresh interpreter for each run, around the statement alone; the start of the interpreter is not "
-        "counted. Names of the package are loaded when they are first used, hence the second line.",
+        "In a fresh interpreter for each run, around the statement alone; the start of the interpreter is "
+        "not counted. Names of the package are loaded when they are first used, hence the second line.",
     )
     competitors = {name: functools.partial(_run, statement) for name, statement in _STATEMENTS.items()}
     figures.by_turns(group, competitors, 5 if lab.scale.quick else _RUNS, lambda _line: None)
     return group, [
         figures.compare(group, "importing the package", _IMPORT, _OSLO, 1.2),
-        figures.compare(group, "importing it and what a spawn needs", _IN_USE, _OSLO, 1.2),
+        figures.compare(group, "importing it and what a spawn needs", _IN_USE, _OSLO, None),
     ]
 
 

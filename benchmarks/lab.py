@@ -93,7 +93,8 @@ class Lab:
         competitor = serving.Competitor(
             python,
             module,
-            "--instances", str(instances), "--glance", self.glance.url, "--token", glance_lab.MEMBER, *options,
+            "--instances", str(instances),
+            "--glance", self.glance.url, "--token", glance_lab.MEMBER, *options,
             log=self.home / f"{name}.log",
         )  # fmt: skip
         competitor.ask("ready")

@@ -26,8 +26,8 @@ def measure(running: lab.Lab) -> tuple[Group, list[Row]]:
     group = Group(
         "link",
         "Cold spawn at 1 Gbit/s, zlib qcow2",
-        "As the cold spawn, in a network namespace whose loopback a token bucket limits to 1 Gbit/s with frames "
-        "of 1,500 bytes. The download is to nowhere, with its digest on a second thread.",
+        "As the cold spawn, in a network namespace whose loopback a token bucket limits to 1 Gbit/s with "
+        "frames of 1,500 bytes. The download is to nowhere, with its digest on a second thread.",
     )
     home = running.home / "link"
     home.mkdir()

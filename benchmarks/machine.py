@@ -4,17 +4,27 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import importlib.metadata
 import os
 import pathlib
 import platform
 import subprocess
 
-_LIBRARIES = ("imagecache-lib", "deflate", "zstandard", "requests", "urllib3", "oslo.concurrency", "oslo.utils")
+_LIBRARIES = (
+    "imagecache-lib",
+    "deflate",
+    "zstandard",
+    "requests",
+    "urllib3",
+    "oslo.concurrency",
+    "oslo.utils",
+)
 
 
-def describe(home: pathlib.Path, nova_python: pathlib.Path, glance_requirements: pathlib.Path) -> dict[str, str]:
+def describe(
+    home: pathlib.Path, nova_python: pathlib.Path, glance_requirements: pathlib.Path
+) -> dict[str, str]:
     """Return facts about the machine and the versions, by name.
 
     :param home: where was measured.
@@ -25,7 +35,7 @@ def describe(home: pathlib.Path, nova_python: pathlib.Path, glance_requirements:
             versions.append(f"{name} {importlib.metadata.version(name)}")
     glance = [line for line in glance_requirements.read_text().splitlines() if "==" in line]
     return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "date": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d"),
         "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} in use",
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",

@@ -35,13 +35,16 @@ def feed(clusters: int, directory: str, *, threads: int) -> None:
     header = struct.pack(
         ">4sIQIIQIIQQIIQ", b"QFI\xfb", 3, 0, 0, _CLUSTER_BITS, size, 0, tables, _CLUSTER, 0, 0, 0, 0
     ) + struct.pack(">QQQII", 0, 0, 0, 4, 104)
-    with _nameless(directory) as out, decoder.StreamDecoder(
-        out.fileno(),
-        spill=lambda: _nameless(directory),
-        file_size=first_data + size,
-        max_virtual_size=size,
-        threads=threads,
-    ) as stream:
+    with (
+        _nameless(directory) as out,
+        decoder.StreamDecoder(
+            out.fileno(),
+            spill=lambda: _nameless(directory),
+            file_size=first_data + size,
+            max_virtual_size=size,
+            threads=threads,
+        ) as stream,
+    ):
         stream.write(header.ljust(_CLUSTER, b"\0"))
         stream.write(_entries(first_table, tables).ljust(l1_bytes, b"\0"))
         for table in range(tables):

@@ -131,7 +131,7 @@ def main() -> None:
     driver = Driver(parser.parse_args())
     serving.serve(
         {
-            "ready": lambda: {},
+            "ready": dict,
             "forget": driver.forget,
             "spawn": driver.spawn,
             "warm": driver.warm,

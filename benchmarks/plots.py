@@ -7,15 +7,15 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
+import matplotlib as mpl
 
 from benchmarks.figures import Group, Row
 
-matplotlib.use("Agg")
+mpl.use("Agg")
 # The same results give the same file.
-matplotlib.rcParams["svg.hashsalt"] = "imagecache-lib"
+mpl.rcParams["svg.hashsalt"] = "imagecache-lib"
 
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot as plt  # noqa: E402
 
 _REACHED, _MISSED, _OURS, _OTHERS = "#2a7f62", "#b3413a", "#2a6f97", "#9aa5b1"
 
@@ -26,8 +26,9 @@ def draw(groups: Sequence[Group], rows: Sequence[Row], directory: pathlib.Path) 
 
 
 def _targets(rows: Sequence[Row], directory: pathlib.Path) -> tuple[str, str]:
-    figure, axes = pyplot.subplots(figsize=(9, 0.38 * len(rows) + 1.2))
-    shares = [row.ratio / row.target for row in rows]
+    rows = [row for row in rows if row.target is not None]
+    figure, axes = plt.subplots(figsize=(9, 0.38 * len(rows) + 1.2))
+    shares = [row.ratio / (row.target or 1) for row in rows]
     colours = [_REACHED if row.reached else _MISSED for row in rows]
     axes.barh([row.work for row in rows], shares, color=colours)
     axes.axvline(1, color="black", linewidth=1)
@@ -40,7 +41,7 @@ def _targets(rows: Sequence[Row], directory: pathlib.Path) -> tuple[str, str]:
 def _cold(groups: Sequence[Group], directory: pathlib.Path) -> tuple[str, str]:
     cold = [group for group in groups if group.key.startswith("cold-")]
     heights = [len(group.series) for group in cold] or [1]
-    figure, all_axes = pyplot.subplots(
+    figure, all_axes = plt.subplots(
         len(cold) or 1, 1, figsize=(9, 0.42 * sum(heights) + 0.7 * len(heights)), squeeze=False,
         gridspec_kw={"height_ratios": heights}, sharex=True,
     )  # fmt: skip
@@ -67,5 +68,5 @@ def _cold(groups: Sequence[Group], directory: pathlib.Path) -> tuple[str, str]:
 def _save(figure: Any, directory: pathlib.Path, name: str, shows: str) -> tuple[str, str]:
     figure.tight_layout()
     figure.savefig(directory / name, metadata={"Date": None})
-    pyplot.close(figure)
+    plt.close(figure)
     return name, shows

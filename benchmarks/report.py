@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from benchmarks import figures, plots
 from benchmarks.figures import Group, Row
 
+_RATIOS = (
+    "Ratios of medians; in brackets the least and the most of the ratios of single turns, in which each "
+    "competitor ran once."
+)
 _SMALL = "A quick run with little data: it shows that the benchmarks work, and its numbers mean little."
 
 
@@ -20,6 +24,7 @@ class Results:
 
     :param machine: facts by name.
     :param seconds: that the run took.
+    :param failures: why what was not measured was not, by the group's key.
     """
 
     machine: dict[str, str]
@@ -27,12 +32,13 @@ class Results:
     rows: list[Row]
     quick: bool
     seconds: float
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +51,9 @@ class _Figure:
     name: str
     shows: str
 
+
+#: In a cell that has nothing to say.
+_NOTHING = "-"
 
 _Block = str | _Table | _Heading | _Figure
 
@@ -71,6 +80,7 @@ def _plain(results: Results) -> dict[str, object]:
         "quick": results.quick,
         "seconds": round(results.seconds, 1),
         "machine": results.machine,
+        "failures": results.failures,
         "rows": [{**dataclasses.asdict(row), "reached": row.reached} for row in results.rows],
         "groups": [dataclasses.asdict(group) for group in results.groups],
     }
@@ -83,13 +93,13 @@ def _blocks(results: Results, drawn: list[_Figure]) -> list[_Block]:
     blocks: list[_Block] = [_SMALL] if results.quick else []
     blocks += [
         _Heading("Numbers to reach"),
-        "Ratios of medians; in brackets the least and the most of the ratios of single turns, in which each "
-        "competitor ran once.",
+        _RATIOS,
         _targets(results.rows),
         *drawn,
         _Heading("Machine and versions"),
         _Table(("what", "which"), list(results.machine.items())),
     ]
+    blocks += [f"Not measured: {key}: {why}" for key, why in results.failures.items()]
     for group in results.groups:
         blocks += [_Heading(group.title), group.timed, _spreads(group)]
         if (parts := _parts(group)) is not None:
@@ -104,8 +114,10 @@ def _targets(rows: Sequence[Row]) -> _Table:
         ratio = f"{row.ratio:.3g}{' ' + row.unit if row.unit else ''}"
         if row.spread is not None:
             ratio += f" ({row.spread[0]:.3g} to {row.spread[1]:.3g})"
-        reached = "yes" if row.reached else "**no**"
-        lines.append((row.work, row.ours, row.against, ratio, f"≤ {row.target:.3g}", reached))
+        target, reached = _NOTHING, _NOTHING
+        if row.target is not None:
+            target, reached = f"≤ {row.target:.3g}", "yes" if row.reached else "**no**"
+        lines.append((row.work, row.ours, row.against, ratio, target, reached))
     return _Table(("work", "ours", "against", "ratio", "target", "reached"), lines)
 
 
@@ -114,7 +126,14 @@ def _spreads(group: Group) -> _Table:
     for name in group.series:
         spread = group.spread(name)
         lines.append(
-            (name, show(spread.least), show(spread.median), show(spread.most), str(spread.count), _beside(group, name))
+            (
+                name,
+                show(spread.least),
+                show(spread.median),
+                show(spread.most),
+                str(spread.count),
+                _beside(group, name),
+            )
         )
     return _Table(("competitor", "min", "median", "max", "runs", "beside"), lines)
 
@@ -132,7 +151,7 @@ def _beside(group: Group, name: str) -> str:
         said.append(f"peak memory over imports {figures.show_bytes(sample['peak_over_import'])}")
     if "downloads" in sample:
         said.append(f"downloads {sample['downloads']}")
-    return ", ".join(said) or "–"
+    return ", ".join(said) or _NOTHING
 
 
 def _why(group: Group, rows: Sequence[Row]) -> str:
@@ -151,7 +170,7 @@ def _parts(group: Group) -> _Table | None:
     lines = []
     for phase in phases:
         times = [group.middle(name)["phases"].get(phase) for name in with_phases]
-        lines.append((phase, *("–" if time is None else figures.show_seconds(time) for time in times)))
+        lines.append((phase, *(_NOTHING if time is None else figures.show_seconds(time) for time in times)))
     return _Table(("phase", *with_phases), lines)
 
 
@@ -183,7 +202,7 @@ def _rst(blocks: Sequence[_Block], directory: str) -> str:
         elif isinstance(block, _Table):
             lines = [".. list-table::", "   :header-rows: 1", ""]
             for cells in (block.header, *block.rows):
-                lines += [f"   {'* -' if not at else '  -'} {_escaped(cell)}" for at, cell in enumerate(cells)]
+                lines += [f"   {'  -' if at else '* -'} {_escaped(cell)}" for at, cell in enumerate(cells)]
             out.append("\n".join(lines))
         else:
             out.append(_escaped(block))

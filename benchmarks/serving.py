@@ -47,13 +47,11 @@ class Competitor:
     :param module: name of the module.
     """
 
-    def __init__(
-        self, python: str | pathlib.Path, module: str, *arguments: str, log: pathlib.Path, prefix: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, python: str | pathlib.Path, module: str, *arguments: str, log: pathlib.Path) -> None:
         self._log = log
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [*prefix, str(python), "-m", module, *arguments],
+                [str(python), "-m", module, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
