@@ -20,7 +20,7 @@ class SpillTest(unittest.TestCase):
         self.addCleanup(self.spill.close)
 
     def open_file(self) -> BinaryIO:
-        self.opened.append(tempfile.TemporaryFile())
+        self.opened.append(tempfile.TemporaryFile())  # noqa: SIM115 - the spill closes it
         return self.opened[-1]
 
     def test_little_stays_in_memory(self) -> None:
