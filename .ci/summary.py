@@ -20,10 +20,14 @@ import testtools
 
 @dataclasses.dataclass
 class Count:
-    """The tests of one suite, and why some were skipped."""
+    """The tests of one suite, and why some were skipped.
+
+    :param missing: tests that were to run and left no trace: their process died. They count as failed.
+    """
 
     passed: int = 0
     failed: int = 0
+    missing: int = 0
     reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     @property
@@ -46,9 +50,11 @@ def count_junit(path: pathlib.Path) -> Count:
 
 def count_subunit(path: pathlib.Path) -> Count:
     count = Count()
+    seen: set[str] = set()
 
     def add(test: dict[str, Any]) -> None:
         status = test["status"]
+        seen.add(test["id"])
         if status in ("success", "xfail"):
             count.passed += 1
         elif status == "skip":
@@ -62,7 +68,16 @@ def count_subunit(path: pathlib.Path) -> Count:
         sink.startTestRun()
         subunit.ByteStreamToStreamResult(stream).run(sink)
         sink.stopTestRun()
+    listed = set(path.with_suffix(".listed").read_text().split())
+    skipped_classes = tuple(_class_of(test) for test in seen if test.startswith("setUpClass "))
+    count.missing = sum(not test.startswith(skipped_classes) for test in listed - seen)
+    count.failed += count.missing
     return count
+
+
+def _class_of(set_up: str) -> str:
+    """Return the prefix of the ids of a class's tests, of ``setUpClass (package.module.Class)``."""
+    return set_up.partition("(")[2].rstrip(")") + "."
 
 
 def read(results: pathlib.Path, suite: str) -> Count:
@@ -84,6 +99,8 @@ def main(arguments: list[str]) -> int:
         print(f"{suite:<12}{count.passed:>8}{count.failed:>8}{count.skipped:>8}")
         for reason, times in count.reasons.most_common():
             print(f"    skipped {times}: {reason}")
+        if count.missing:
+            print(f"    {count.missing} were to run and did not: their process died")
         if not count.passed + count.failed:
             print(f"    {suite} ran nothing")
             count.failed += 1
