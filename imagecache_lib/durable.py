@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import uuid
 
 
@@ -54,8 +55,13 @@ def read_file(path: str, *, limit: int = 2**24) -> bytes | None:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    with os.fdopen(fd, "rb", buffering=0) as file:
-        try:
-            return file.read(limit)
-        except IsADirectoryError:
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
             return None
+        parts = []
+        while limit > 0 and (part := os.read(fd, min(limit, 2**20))):
+            parts.append(part)
+            limit -= len(part)
+        return b"".join(parts)
+    finally:
+        os.close(fd)

@@ -8,6 +8,7 @@ but vmdk, whose footer is checked too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
@@ -146,9 +147,10 @@ class Inspection:
         if not self._vmdk.format_match or not self._vmdk.desc_text:
             return None
         accept(self._claimed, {"vmdk"})
-        self._check_vmdk(self._vmdk)
-        self._check_virtual_size(self._vmdk.virtual_size)
-        return Finding("vmdk", self._vmdk.virtual_size, complete=False)
+        with _stumbling("vmdk"):
+            self._check_vmdk(self._vmdk)
+            self._check_virtual_size(self._vmdk.virtual_size)
+            return Finding("vmdk", self._vmdk.virtual_size, complete=False)
 
     def finish(self) -> Finding:
         """Decide at the end of the data.
@@ -168,11 +170,12 @@ class Inspection:
         by_name = {str(each): each for each in matches}
         name = accept(self._claimed, set(by_name))
         inspector = by_name[name]
-        if name == "vmdk":
-            self._check_vmdk(inspector)
-        if self._strict:
-            _check_safety(inspector, name)
-        virtual_size = None if QEMU_FORMATS[name] == "raw" else int(inspector.virtual_size)
+        with _stumbling(name):
+            if name == "vmdk":
+                self._check_vmdk(inspector)
+            if self._strict:
+                _check_safety(inspector, name)
+            virtual_size = None if QEMU_FORMATS[name] == "raw" else int(inspector.virtual_size)
         if virtual_size is not None:
             self._check_virtual_size(virtual_size)
         return Finding(QEMU_FORMATS[name], virtual_size, complete=True)
@@ -194,6 +197,20 @@ class Inspection:
             inspector.check_descriptor()
         except format_inspector.SafetyViolation as error:
             raise errors.ImageRejected(f"unsafe vmdk: {error}", next_step=_RETRY_IS_USELESS) from error
+
+
+@contextlib.contextmanager
+def _stumbling(name: str) -> Iterator[None]:
+    """Reject what makes an inspector fail: a header that matches, and lacks or contradicts what follows."""
+    try:
+        yield
+    except errors.ImageCacheError:
+        raise
+    except Exception as error:
+        raise errors.ImageRejected(
+            f"broken {name}: its inspection ends with {type(error).__name__}: {error}",
+            next_step=_RETRY_IS_USELESS,
+        ) from error
 
 
 def _check_safety(inspector: Any, name: str) -> None:

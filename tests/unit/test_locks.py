@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""File locks: threads, processes and Nova exclude each other; what breaks them costs work only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from collections.abc import Iterator
+
+from imagecache_lib import errors
+from imagecache_lib.host import Host
+from imagecache_lib.spawn import locks
+
+NAME = "a" * 40
+
+#: Another process that takes the lock and says so, until it is told to end.
+_OURS = """
+import sys
+from imagecache_lib.host import Host
+from imagecache_lib.spawn import locks
+with locks.without_waiting(sys.argv[1], host=Host(name="there")) as got:
+    print("held" if got else "busy", flush=True)
+    sys.stdin.read()
+"""
+
+#: The same with what Nova uses: oslo.concurrency's external lock, whose prefix makes the name.
+_NOVAS = """
+import os, sys
+from oslo_concurrency import lockutils
+directory, name = os.path.split(sys.argv[1])
+with lockutils.external_lock(name.removeprefix("nova-"), lock_file_prefix="nova", lock_path=directory):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+class LockCase(unittest.TestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        directory = tempfile.TemporaryDirectory(prefix="imagecache-")
+        self.addCleanup(directory.cleanup)
+        self.path = os.path.join(directory.name, "locks", f"nova-{NAME}")
+        self.host = Host(name="here")
+
+    def take(
+        self, *, shared: bool = False, patience: float = 0.0, host: Host | None = None, check=lambda: None
+    ) -> contextlib.AbstractContextManager[bool]:
+        return locks.waiting(
+            self.path, shared=shared, host=host or self.host, patience=patience, check=check
+        )
+
+    def is_free(self, *, shared: bool = False) -> bool:
+        """Whether another thread can have it."""
+        found: list[bool] = []
+
+        def look() -> None:
+            with self.take(shared=shared) as got:
+                found.append(got)
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        return found[0]
+
+    @contextlib.contextmanager
+    def held_elsewhere(self, program: str) -> Iterator[str]:
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, self.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdin is not None and child.stdout is not None
+        with child:
+            yield child.stdout.readline().strip()
+            child.stdin.close()
+
+
+class TestExclusion(LockCase):
+    def test_threads_exclude_each_other(self) -> None:
+        with self.take() as got:
+            self.assertTrue(got)
+            self.assertFalse(self.is_free())
+            self.assertFalse(self.is_free(shared=True))
+        self.assertTrue(self.is_free())
+
+    def test_sharers_share_and_keep_others_out(self) -> None:
+        with self.take(shared=True) as got:
+            self.assertTrue(got)
+            self.assertTrue(self.is_free(shared=True))
+            self.assertFalse(self.is_free())
+        self.assertTrue(self.is_free())
+
+    def test_processes_exclude_each_other(self) -> None:
+        with self.held_elsewhere(_OURS) as said:
+            self.assertEqual("held", said)
+            self.assertFalse(self.is_free())
+        self.assertTrue(self.is_free())
+
+    def test_nova_and_we_exclude_each_other(self) -> None:
+        with self.held_elsewhere(_NOVAS) as said:
+            self.assertEqual("held", said)
+            self.assertFalse(self.is_free())
+            self.assertFalse(self.is_free(shared=True))
+        with self.take(shared=True) as got:
+            self.assertTrue(got)
+            with self.held_elsewhere(_OURS) as said:
+                self.assertEqual("busy", said)
+
+    def test_closing_another_descriptor_of_the_file_drops_nothing(self) -> None:
+        with self.take():
+            with open(self.path, "rb"):
+                pass
+            self.assertFalse(self.is_free())
+            with self.held_elsewhere(_OURS) as said:
+                self.assertEqual("busy", said)
+
+    def test_a_forked_child_keeps_nothing(self) -> None:
+        reader, writer = os.pipe()
+        lock = self.take()
+        self.assertTrue(lock.__enter__())
+        child = os.fork()
+        if child == 0:
+            os.close(writer)
+            os.read(reader, 1)  # live until the test is done
+            os._exit(0)
+        os.close(reader)
+        try:
+            self.assertFalse(self.is_free())
+            lock.__exit__(None, None, None)
+            self.assertTrue(self.is_free())
+        finally:
+            os.close(writer)
+            os.waitpid(child, 0)
+
+    def test_a_child_that_outlives_its_parent_keeps_nothing(self) -> None:
+        program = """
+import os, sys, time
+from imagecache_lib.host import Host
+from imagecache_lib.spawn import locks
+lock = locks.waiting(sys.argv[1], shared=False, host=Host(), patience=0, check=lambda: None)
+assert lock.__enter__()
+if os.fork():
+    os._exit(0)
+print("alive", flush=True)
+sys.stdin.read()
+"""
+        with self.held_elsewhere(program) as said:
+            self.assertEqual("alive", said)
+            self.assertTrue(self.is_free())
+
+
+class TestUnlinkedFiles(LockCase):
+    """Nova unlinks its lock files; whoever then holds the old one would be alone with it."""
+
+    def test_a_waiter_takes_the_file_that_is_there_now(self) -> None:
+        with self.take():
+            os.unlink(self.path)
+            pathlib.Path(self.path).touch()
+            with self.take() as got:
+                self.assertTrue(got)
+                self.assertFalse(self.is_free())
+
+    def test_a_file_that_was_swapped_between_open_and_lock_is_not_the_one(self) -> None:
+        lock = locks.FileLock(self.path, shared=False, host=self.host)
+        self.addCleanup(lock.let_go)
+        lock._do_open()
+        os.unlink(self.path)
+        self.assertTrue(lock.acquire(timeout=5))
+        self.assertFalse(self.is_free())
+        with self.held_elsewhere(_OURS) as said:
+            self.assertEqual("busy", said)
+
+    def test_we_never_unlink_one(self) -> None:
+        with self.take():
+            pass
+        self.assertEqual([f"nova-{NAME}"], os.listdir(os.path.dirname(self.path)))
+
+
+class TestWaiting(LockCase):
+    def test_after_its_patience_a_waiter_goes_on_without(self) -> None:
+        logged = self.assertLogs("imagecache_lib.spawn.locks", "WARNING")
+        with self.take(), logged, self.take(patience=0.1) as got:
+            self.assertFalse(got)
+
+    def test_progress_renews_the_patience(self) -> None:
+        begun = time.monotonic()
+        changes = [0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3]
+        with self.take():
+            waiting = locks.waiting(
+                self.path,
+                shared=False,
+                host=self.host,
+                patience=0.3,
+                check=lambda: None,
+                progress=lambda: changes.pop(0) if len(changes) > 1 else 3,
+            )
+            with waiting as got:
+                self.assertFalse(got)
+        self.assertGreater(time.monotonic() - begun, 0.9)
+
+    def test_a_wait_whose_reason_is_gone_ends(self) -> None:
+        with self.take():
+            waiting = locks.waiting(
+                self.path, shared=False, host=self.host, patience=60, check=lambda: None, moot=lambda: True
+            )
+            with waiting as got:
+                self.assertFalse(got)
+
+    def test_a_wait_that_raises_leaves_no_descriptor_behind(self) -> None:
+        def stop() -> None:
+            raise errors.CancelledError("enough")
+
+        with self.take():
+            before = os.listdir("/proc/self/fd")
+            for _ in range(5):
+                with self.assertRaises(errors.CancelledError), self.take(patience=60, check=stop):
+                    self.fail("it was not free")
+            self.assertEqual(len(before), len(os.listdir("/proc/self/fd")))
+
+    def test_a_lock_is_let_go_when_the_body_raises(self) -> None:
+        with self.assertRaises(KeyError), self.take():
+            raise KeyError
+        self.assertTrue(self.is_free())
+
+    def test_locks_may_all_be_no_ops(self) -> None:
+        broken = Host(name="here", locking=False)
+        with self.take(host=broken) as first, self.take(host=broken) as second:
+            self.assertEqual((True, True), (first, second))
+            self.assertTrue(self.is_free())
+
+    def test_without_waiting_is_without_waiting(self) -> None:
+        with self.take(shared=True), locks.without_waiting(self.path, host=self.host) as got:
+            self.assertFalse(got)
+        with locks.without_waiting(self.path, host=self.host) as got:
+            self.assertTrue(got)
+            self.assertFalse(self.is_free())
+
+
+class TestOwners(LockCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.file = os.path.join(os.path.dirname(os.path.dirname(self.path)), "stage")
+
+    def owned(self) -> locks.OwnerLock:
+        return locks.OwnerLock(os.open(self.file, os.O_RDWR | os.O_CREAT), self.host)
+
+    def test_an_owner_is_seen_by_others_for_as_long_as_it_lives(self) -> None:
+        owner = self.owned()
+        looker = os.open(self.file, os.O_RDWR)
+        self.addCleanup(os.close, looker)
+        self.assertTrue(locks.has_owner(looker))
+        self.assertFalse(locks.try_own(looker))
+        owner.close()
+        self.assertFalse(locks.has_owner(looker))
+        self.assertTrue(locks.try_own(looker))
+
+    def test_qemu_img_may_write_into_an_owned_file(self) -> None:
+        owner = self.owned()
+        self.addCleanup(owner.close)
+        os.ftruncate(owner.fd, 2**20)
+        command = ["qemu-io", "-f", "raw", "-c", "write -P 7 0 512", self.file]
+        subprocess.run(command, check=True, capture_output=True)
+        self.assertEqual(bytes([7]) * 512, os.pread(owner.fd, 512, 0))
+
+    def test_whoever_has_the_bytes_of_qemu_is_seen(self) -> None:
+        pathlib.Path(self.file).write_bytes(bytes(2**20))
+        with open(self.file, "rb") as looker:
+            self.assertFalse(locks.is_locked(looker.fileno(), 100, 200))
+            with subprocess.Popen(
+                ["qemu-io", "-f", "raw", self.file], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            ) as qemu:
+                assert qemu.stdin is not None and qemu.stdout is not None
+                qemu.stdin.write(b"length\n")
+                qemu.stdin.flush()
+                qemu.stdout.readline()  # it has opened the image
+                self.assertTrue(locks.is_locked(looker.fileno(), 100, 200))
+                qemu.stdin.close()
