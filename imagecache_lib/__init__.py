@@ -50,11 +50,14 @@ if TYPE_CHECKING:
         Instance,
         Request,
     )
+    from imagecache_lib.pins import Pin
     from imagecache_lib.sources.base import ImageSource
     from imagecache_lib.sources.file import FileImage, FileSource
     from imagecache_lib.sources.glance import GlanceSource
     from imagecache_lib.sources.http import HttpImage, HttpSource
-    from imagecache_lib.upkeep.verify import BaseReport, VerifyReport
+    from imagecache_lib.upkeep.catalog import CachedBase, RegisteredHost
+    from imagecache_lib.upkeep.preflight import Finding, Severity
+    from imagecache_lib.upkeep.verify import BaseReport, Explanation, VerifyReport
 
 # Loaded when first used: a driver that imports the package should not pay for HTTP before it fetches.
 _HOMES = {
@@ -64,6 +67,7 @@ _HOMES = {
     "CacheConfig": "config",
     "CacheEntryError": "errors",
     "CacheResult": "model",
+    "CachedBase": "upkeep.catalog",
     "CancelledError": "errors",
     "ConfigError": "errors",
     "Digest": "model",
@@ -71,9 +75,11 @@ _HOMES = {
     "DiskExistsError": "errors",
     "DiskTooSmallError": "errors",
     "Ephemeral": "model",
+    "Explanation": "upkeep.verify",
     "Feature": "backends.base",
     "FileImage": "sources.file",
     "FileSource": "sources.file",
+    "Finding": "upkeep.preflight",
     "GlanceSource": "sources.glance",
     "Host": "host",
     "HttpImage": "sources.http",
@@ -88,7 +94,10 @@ _HOMES = {
     "LeaseLostError": "errors",
     "LockTimeoutError": "errors",
     "NoSpaceError": "errors",
+    "Pin": "pins",
+    "RegisteredHost": "upkeep.catalog",
     "Request": "model",
+    "Severity": "upkeep.preflight",
     "SourceError": "errors",
     "StorageBackend": "backends.base",
     "VerifyReport": "upkeep.verify",
@@ -101,6 +110,7 @@ __all__ = [
     "CacheConfig",
     "CacheEntryError",
     "CacheResult",
+    "CachedBase",
     "CancelledError",
     "ConfigError",
     "Digest",
@@ -108,9 +118,11 @@ __all__ = [
     "DiskExistsError",
     "DiskTooSmallError",
     "Ephemeral",
+    "Explanation",
     "Feature",
     "FileImage",
     "FileSource",
+    "Finding",
     "GlanceSource",
     "Host",
     "HttpImage",
@@ -125,7 +137,10 @@ __all__ = [
     "LeaseLostError",
     "LockTimeoutError",
     "NoSpaceError",
+    "Pin",
+    "RegisteredHost",
     "Request",
+    "Severity",
     "SourceError",
     "StorageBackend",
     "VerifyReport",

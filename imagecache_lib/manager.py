@@ -27,7 +27,7 @@ from imagecache_lib.sources import base as source_base
 from imagecache_lib.spawn import backing, generate, ingest, lease
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
-from imagecache_lib.upkeep import inventory, verify
+from imagecache_lib.upkeep import catalog, inventory, preflight, verify
 
 #: Who owns the pins of :meth:`ImageCacheManager.cache_image`.
 _PRECACHE = "pre-cache"
@@ -337,17 +337,63 @@ class ImageCacheManager:
     def evict_image(self, image_id: str) -> None:
         """Remove an image's base now, whatever its age, if nobody needs it. One that is absent is fine.
 
+        :param image_id: an image's, or the name of a base, for those that have no image.
         :raises BackendError: somebody needs it, or that cannot be told; the cause says who or why.
         """
-        call = self._begin(image_id, None)
-        stays = self._upkeep.evict_one(call.name, "asked for")
+        name = catalog.name_of(self._cache, image_id)
+        self._start()
+        stays = self._upkeep.evict_one(name, "asked for")
         if stays is not None:
             raise errors.BackendError(
                 f"its base image stays: {stays}",
                 image=image_id,
-                path=self._cache.layout.base(call.name),
+                path=self._cache.layout.base(name),
                 next_step="ask again when nobody needs it",
             )
+
+    def list_bases(self) -> tuple[catalog.CachedBase, ...]:
+        """Return every base image in the cache, sorted by name, with its evidence and its pins."""
+        with stages.translated(self.config.base_path):
+            return catalog.listed(self._cache)
+
+    def show_base(self, image_id: str) -> catalog.CachedBase | None:
+        """Return an image's base. None: it is not in the cache.
+
+        :param image_id: an image's, or the name of a base.
+        """
+        name = catalog.name_of(self._cache, image_id)
+        return next((base for base in self.list_bases() if base.name == name), None)
+
+    def explain(
+        self, image_id: str, instances: Sequence[model.Instance] | None
+    ) -> verify.Explanation | None:
+        """Say what :meth:`verify_base_images` would do with a base now, and why. None: it is not there.
+
+        :param image_id: an image's, or the name of a base.
+        :param instances: as for :meth:`verify_base_images`.
+        """
+        self._start()
+        with stages.translated(self.config.base_path):
+            return self._upkeep.explain(catalog.name_of(self._cache, image_id), instances)
+
+    def list_hosts(self) -> tuple[catalog.RegisteredHost, ...]:
+        """Return the hosts that share the cache. Nothing is unlinked before all of them agree."""
+        self._start()
+        with stages.translated(self.config.base_path):
+            return catalog.registered(self._cache, self._upkeep.hosts)
+
+    def forget_host(self, host_id: str) -> None:
+        """Stop waiting for a host that is gone for good. One that lives registers anew.
+
+        :raises ConfigError: there is no such host.
+        """
+        self._start()
+        with stages.translated(self.config.base_path):
+            self._upkeep.hosts.forget(host_id)
+
+    def preflight(self) -> list[preflight.Finding]:
+        """Look for what is wrong with this host's set-up, the worst first. Changes nothing."""
+        return preflight.examine(self._cache, self.backend)
 
     def get_disk_usage(self) -> int:
         """Return the bytes the cache has allocated on the instances filesystem, stage and trash included.

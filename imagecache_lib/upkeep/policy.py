@@ -155,3 +155,29 @@ def needed(entry: Entry, references: References) -> str | None:
     if entry.links > 1:
         return f"the file has {entry.links} names: another hard link refers to it"
     return None
+
+
+def obstacles(
+    entry: Entry, references: References, limits: Limits, *, now: float
+) -> tuple[tuple[str, str], ...]:
+    """Return everything that keeps a base, not only the first: what it is, and what would change it.
+
+    :param now: epoch seconds of the filesystem's clock.
+    """
+    found = []
+    if (user := references.users.get(entry.name)) is not None:
+        found.append((user, "it goes no earlier than that ends"))
+    if references.unknown is not None:
+        found.append((references.unknown, "find that out, or report the instances"))
+    if entry.links > 1:
+        found.append((f"the file has {entry.links} names", "remove the other hard links"))
+    if (rest := limits.age(entry) - (now - entry.last_use)) > 0:
+        found.append(
+            (
+                f"it was used {dates.date(entry.last_use)} and is too young by {dates.span(rest)}",
+                f"wait until {dates.date(now + rest)}, or evict it by name",
+            )
+        )
+    if not limits.remove:
+        found.append(("remove_unused_base_images is off", "turn it on, or evict it by name"))
+    return tuple(found)

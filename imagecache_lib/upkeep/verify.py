@@ -9,12 +9,17 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 
-from imagecache_lib import durable, errors, events, evidence, model, store
-from imagecache_lib.upkeep import disks, evict, inventory, policy, recover
+from imagecache_lib import durable, errors, events, evidence, model, store, trash
+from imagecache_lib.spawn import locks
+from imagecache_lib.spawn import stage as stages
+from imagecache_lib.upkeep import disks, evict, inventory, policy, recover, registry
 from imagecache_lib.upkeep import references as reference_module
-from imagecache_lib.upkeep.hosts import Hosts
+from imagecache_lib.upkeep.hosts import HostRef, Hosts
 
 LOG = logging.getLogger(__name__)
+
+#: A last use that lies ahead by more seconds than this was noted by a wrong clock.
+_AHEAD = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,20 @@ class VerifyReport:
         return sum(base.allocated for base in self.evicted)
 
 
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What the next pass would do with a base, and why.
+
+    :param base: as a dry run reports it.
+    :param obstacles: everything that keeps it: what it is, and what would change it, a clause each.
+    :param problems: what needs an operator before anything can go, a sentence each.
+    """
+
+    base: BaseReport
+    obstacles: tuple[tuple[str, str], ...]
+    problems: tuple[str, ...]
+
+
 class Upkeep:
     """Everything that is done to the cache as a whole. Safe to share between threads."""
 
@@ -75,32 +94,51 @@ class Upkeep:
         """Put right what a crash left, and register this host."""
         recover.recover(self._cache, self._observers)
         self._hosts.register()
+        for name in evict.put_back_own(self._cache, self._hosts):
+            self._observers(events.Recovered(name, what="put back, since its eviction was interrupted"))
 
     def verify(self, instances: Sequence[model.Instance] | None, *, dry_run: bool) -> VerifyReport:
         """Evict what nobody needs any more.
 
         :param instances: all instances on this host; on shared storage those of all hosts. None: unknown.
+        :raises NoSpaceError, BackendError: the filesystem failed.
         """
+        with stages.translated(self._cache.layout.base_path):
+            return self._verify(instances, dry_run=dry_run)
+
+    def _verify(self, instances: Sequence[model.Instance] | None, *, dry_run: bool) -> VerifyReport:
         now = self._cache.filesystem_now()
         found = inventory.take(self._cache)
+        thrown = trash.find(self._cache)
         if not dry_run:
-            recover.recover(self._cache, self._observers)
-            recover.sweep_unfinished_disks(self._cache, self._observers, now=now)
-            evict.sweep_foreign_stages(
-                self._cache, self._observers, [entry.name for entry in found.foreign_stages], now=now
-            )
+            self._tidy(found, now)
         read = self._reader(instances, now)
-        references = read([entry.name for entry in found.bases])
+        references = read({each.name for each in (*found.bases, *thrown)})
         self._cache.host.trace("verify:read")
-        plan = policy.plan(
-            found.bases, references, policy.Limits.of(self._cache.config), now=now, space=self._space(found)
-        )
-        outcomes: list[evict.Outcome] = []
-        if not dry_run:
+        limits = policy.Limits.of(self._cache.config)
+        plan = policy.plan(found.bases, references, limits, now=now, space=self._space(found))
+        if dry_run:
+            outcomes = self._foresee(plan, thrown, references)
+        else:
+            recover.sweep_unfinished_disks(self._cache, self._observers, references.unfinished, now=now)
             self._remember(references)
-            self._refresh(plan)
-            outcomes = evict.evict(plan.victims, read, self._cache, self._hosts, self._observers)
+            self._refresh(plan, now)
+            outcomes = evict.evict(
+                plan.victims, read, self._cache, self._hosts, self._observers, remove=limits.remove
+            )
         return self._report(plan, outcomes, references, found, dry_run=dry_run)
+
+    def _tidy(self, found: inventory.Inventory, now: float) -> None:
+        """Everything that needs no references."""
+        recover.recover(self._cache, self._observers)
+        self._hosts.register()
+        try:
+            registry.refresh(self._cache)
+        except OSError as error:
+            LOG.warning("Nova's registry of hosts that share this storage cannot be written: %s", error)
+        evict.sweep_foreign_stages(
+            self._cache, self._observers, [entry.name for entry in found.foreign_stages], now=now
+        )
 
     def evict_one(
         self, name: str, reason: str, *, floor_age: float = 0.0, locked: bool = False
@@ -111,20 +149,25 @@ class Upkeep:
 
         :param floor_age: seconds of disuse below which it stays all the same.
         :param locked: the caller holds its lock.
+        :raises NoSpaceError, BackendError: the filesystem failed.
         """
-        now = self._cache.filesystem_now()
-        entry = next((each for each in inventory.take(self._cache).bases if each.name == name), None)
-        if entry is None:
-            return None
-        read = self._reader((), now)
-        needed = policy.needed(entry, read([name]))
-        if needed is not None:
-            return needed
-        if now - entry.last_use < floor_age:
-            return "it was fetched or used a moment ago"
-        victim = policy.Decision(entry, True, reason)
-        outcomes = evict.evict([victim], read, self._cache, self._hosts, self._observers, locked=locked)
-        return next((each.reason for each in outcomes if each.name == name and not each.gone), None)
+        with stages.translated(self._cache.layout.base(name)):
+            now = self._cache.filesystem_now()
+            entry = inventory.look(self._cache, name)
+            if entry is None:
+                return None
+            read = self._reader((), now)
+            needed = policy.needed(entry, read([name]))
+            if needed is not None:
+                return needed
+            if now - entry.last_use < floor_age:
+                return "it was fetched or used a moment ago"
+            self._cache.host.trace("verify:read")
+            victim = policy.Decision(entry, True, reason)
+            outcomes = evict.evict(
+                [victim], read, self._cache, self._hosts, self._observers, locked=locked, only={name}
+            )
+        return next((each.reason for each in outcomes if not each.gone), None)
 
     def evict_unfit(self, name: str, reason: str) -> bool:
         """Evict a base that does not serve, under its exclusive lock. False: it stays."""
@@ -147,24 +190,50 @@ class Upkeep:
 
     def _remember(self, references: reference_module.References) -> None:
         """Keep what was read, for the day on which a disk cannot be read or a root is not mounted."""
-        own = self._hosts.own()
-        if dict(own.roots) != dict(references.roots):
-            self._hosts.write(dataclasses.replace(own, roots=dict(references.roots)))
-        path = self._cache.layout.readings(self._hosts.id)
-        data = disks.dump(references.readings)
-        if data != durable.read_file(path, limit=2**30):
-            durable.write_file(path, data)
+        try:
+            own = self._hosts.own()
+            if dict(own.roots) != dict(references.roots):
+                self._hosts.write(dataclasses.replace(own, roots=dict(references.roots)))
+            path = self._cache.layout.readings(self._hosts.id)
+            data = disks.dump(references.readings)
+            if data != durable.read_file(path, limit=2**30):
+                durable.write_file(path, data)
+        except OSError as error:
+            # Most likely the disk is full, which must not stop what makes room.
+            LOG.warning("What was read in the instance directories cannot be remembered: %s", error)
 
-    def _refresh(self, plan: policy.EvictionPlan) -> None:
-        """Note the use of what is in use, so that its age counts from now, for Nova too."""
+    def _refresh(self, plan: policy.EvictionPlan, now: float) -> None:
+        """Note the use of what is in use, so that its age counts from now, for Nova too.
+
+        A time that lies ahead, from a host whose clock was wrong, would keep a base until then.
+        """
         for decision in plan.decisions:
-            if decision.evict or not decision.in_use:
+            if decision.evict or not (decision.in_use or decision.entry.last_use > now + _AHEAD):
                 continue
             with contextlib.suppress(errors.CacheEntryError):
                 opened = self._cache.open_base(decision.entry.name)
                 if opened is not None:
                     with contextlib.closing(opened):
                         self._cache.note_use(opened)
+
+    def _foresee(
+        self,
+        plan: policy.EvictionPlan,
+        thrown: Sequence[trash.Trashed],
+        references: reference_module.References,
+    ) -> list[evict.Outcome]:
+        """Return what :func:`evict.evict` would do now."""
+        outcomes = [
+            evict.Outcome(victim.entry.name, False, evict.LEASED)
+            for victim in plan.victims
+            if locks.is_taken(self._cache.layout.lock(victim.entry.name), host=self._cache.host)
+        ]
+        for each in thrown:
+            if (reason := evict.who_needs(each, references, self._cache)) is not None:
+                outcomes.append(evict.Outcome(each.name, False, f"put back: {reason}"))
+            elif self._cache.config.remove_unused_base_images:
+                outcomes.append(evict.Outcome(each.name, True, evict.LEFT))
+        return outcomes
 
     def _space(self, found: inventory.Inventory) -> policy.Space:
         status = os.statvfs(self._cache.layout.base_path)
@@ -195,12 +264,29 @@ class Upkeep:
             f"{self._cache.layout.base(name)} is nothing that belongs into the cache. Move it away."
             for name in found.odd
         ]
-        return VerifyReport(
-            tuple(sorted(bases, key=lambda base: base.name)), (*references.problems, *odd), dry_run
-        )
+        problems = (*references.problems, *self._silent(outcomes), *odd)
+        return VerifyReport(tuple(sorted(bases, key=lambda base: base.name)), problems, dry_run)
+
+    def _silent(self, outcomes: Sequence[evict.Outcome]) -> list[str]:
+        """Return a sentence, and log one WARNING, for each host that keeps bases in the trash by silence."""
+        held: dict[HostRef, list[int]] = {}
+        for outcome in outcomes:
+            for host in outcome.blocked_by:
+                held.setdefault(host, []).append(outcome.allocated)
+        told = [
+            f"Host {host.name} has not looked at {len(sizes)} evicted base images, which hold {sum(sizes)} bytes."
+            f" Let its periodic pass run; if it will not come back, run: imagecache host forget {host.id}"
+            for host, sizes in sorted(held.items())
+        ]
+        for sentence in told:
+            LOG.warning("%s", sentence)
+        return told
 
     def image_id(self, name: str) -> str | None:
         """Return the image a base was made from, as its record says."""
-        data = durable.read_file(self._cache.layout.record(name))
+        try:
+            data = durable.read_file(self._cache.layout.record(name))
+        except OSError:
+            return None
         record = evidence.parse(data) if data is not None else None
         return record.image_id if record is not None else None

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in the cache, for people: every base with its evidence and its pins. Nothing is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+
+from imagecache_lib import durable, errors, evidence, layout, model, pins, store, trash
+from imagecache_lib.upkeep import inventory
+from imagecache_lib.upkeep.hosts import Hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedBase:
+    """A base image, as a listing shows it.
+
+    :param name: its name in the cache.
+    :param kind: ``original``, ``resized``, ``swap`` or ``ephemeral``.
+    :param allocated: bytes on disk.
+    :param apparent: its length in bytes.
+    :param last_use: epoch seconds by the filesystem's clock.
+    :param links: how many names the file has.
+    :param image_id: the image it was made from. None: nobody wrote it down.
+    :param origin: ``fetched``, ``adopted`` or ``generated``. None: there is no evidence; it is checked before
+        its first use.
+    :param source_format: what the source's content was.
+    :param stored_format: qemu's name of what lies in the cache.
+    :param virtual_size: in bytes.
+    :param digest: of the source's data, if it was checked.
+    :param inspected: its content was inspected as a disk.
+    :param certificates: ids of the certificates that vouch for it.
+    :param pins: who wants it to stay.
+    """
+
+    name: str
+    kind: str
+    allocated: int
+    apparent: int
+    last_use: float
+    links: int = 1
+    image_id: str | None = None
+    origin: str | None = None
+    source_format: str | None = None
+    stored_format: str | None = None
+    virtual_size: int | None = None
+    digest: model.Digest | None = None
+    inspected: bool = False
+    certificates: tuple[str, ...] = ()
+    pins: tuple[pins.Pin, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class RegisteredHost:
+    """A host that shares the cache, as a listing shows it.
+
+    :param id: what :meth:`ImageCacheManager.forget_host` takes.
+    :param name: None: its file cannot be read.
+    :param is_this: it is the one that asks.
+    :param blocks: how many bases in the trash wait for it.
+    """
+
+    id: str
+    name: str | None
+    is_this: bool
+    blocks: int
+
+
+def listed(cache: store.CacheStore) -> tuple[CachedBase, ...]:
+    """Return every base, sorted by name."""
+    return tuple(_described(cache, entry) for entry in inventory.take(cache).bases)
+
+
+def _described(cache: store.CacheStore, entry: inventory.Entry) -> CachedBase:
+    record = _record(cache, entry.name)
+    data = durable.read_file(cache.layout.pin(entry.name))
+    pinned = pins.parse(data) if data is not None else None
+    base = CachedBase(
+        name=entry.name,
+        kind=entry.kind.value,
+        allocated=entry.allocated,
+        apparent=entry.apparent,
+        last_use=entry.last_use,
+        links=entry.links,
+        image_id=pinned.image_id if pinned is not None else None,
+        pins=pinned.pins if pinned is not None else (),
+    )
+    if record is None:
+        return base
+    return dataclasses.replace(
+        base,
+        image_id=record.image_id or base.image_id,
+        origin=record.origin.value,
+        source_format=record.source_format,
+        stored_format=record.stored_format,
+        virtual_size=record.virtual_size,
+        digest=record.digest if record.digest_checked else None,
+        inspected=record.inspected is not None,
+        certificates=record.certificates,
+    )
+
+
+def _record(cache: store.CacheStore, name: str) -> evidence.Record | None:
+    with contextlib.suppress(errors.CacheEntryError):  # QEMU's user may own it, and nobody else read it
+        opened = cache.open_base(name)
+        if opened is not None:
+            with contextlib.closing(opened):
+                return cache.record_of(opened)
+    return None
+
+
+def registered(cache: store.CacheStore, hosts: Hosts) -> tuple[RegisteredHost, ...]:
+    """Return every registered host, by name."""
+    entries = {thrown.entry for thrown in trash.find(cache)}
+    found = [
+        RegisteredHost(
+            host_id,
+            host.name if host is not None else None,
+            host_id == hosts.id,
+            len(entries - host.cleared) if host is not None else len(entries),
+        )
+        for host_id, host in hosts.all().items()
+    ]
+    return tuple(sorted(found, key=lambda host: (host.name or "", host.id)))
+
+
+def name_of(cache: store.CacheStore, reference: str) -> str:
+    """Return the name of the base that is meant: an image id's, unless it is the name of one that is there.
+
+    :raises ImageRejected: neither is possible.
+    """
+    known = layout.classify(reference) is not layout.Kind.UNKNOWN
+    if known and os.path.lexists(cache.layout.base(reference)):
+        return reference
+    return layout.base_name(reference)

@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with a host's set-up, found before the first spawn. Nothing is changed or left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import errno
+import fcntl
+import grp
+import os
+import pwd
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+
+from oslo_concurrency import processutils
+
+from imagecache_lib import dates, durable, layout, store
+from imagecache_lib import host as host_module
+from imagecache_lib.backends import base
+from imagecache_lib.spawn import locks
+from imagecache_lib.upkeep import inventory
+
+#: The users that distributions run QEMU as.
+_QEMU_USERS = ("libvirt-qemu", "qemu")
+
+#: qemu-img convert knows --target-is-zero since then, without which zeros would be written out.
+_OLDEST_QEMU = (5, 0)
+
+#: Less than this is a warning where the operator says nothing.
+_LITTLE_SPACE = 2**30
+_FEW_INODES = 1000
+
+#: Clocks further apart than this many seconds confuse those who read dates.
+_SKEW = 5.0
+
+_ADMINISTRATORS = "/usr/sbin:/sbin"
+
+
+class Severity(enum.Enum):
+    """How bad a finding is."""
+
+    #: Spawns, or eviction, will fail.
+    ERROR = "error"
+    #: It works, with a promise less.
+    WARNING = "warning"
+    #: Worth knowing.
+    INFO = "info"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that was found.
+
+    :param severity: how bad it is.
+    :param text: what is so, a sentence.
+    :param next_step: what to do about it, a sentence. Empty: nothing, or the text says it.
+    """
+
+    severity: Severity
+    text: str
+    next_step: str = ""
+
+
+def examine(cache: store.CacheStore, backend: base.StorageBackend) -> list[Finding]:
+    """Look at everything, the worst first."""
+    found = [_warning(text, "") for text in backend.preflight()]
+    for check in (
+        _instances, _directories, _layout, _roots, _programs, _readers, _space, _filesystem, _entries,
+    ):  # fmt: skip
+        try:
+            found.extend(check(cache))
+        except OSError as error:
+            path = error.filename or cache.config.base_path
+            found.append(_error(f"{path}: {error.strerror}.", "Look into that first."))
+        if any(finding.severity is Severity.ERROR for finding in found) and check is _instances:
+            break  # without it there is nothing to look at
+    order = list(Severity)
+    return sorted(found, key=lambda finding: order.index(finding.severity))
+
+
+def _error(text: str, next_step: str) -> Finding:
+    return Finding(Severity.ERROR, text, next_step)
+
+
+def _warning(text: str, next_step: str) -> Finding:
+    return Finding(Severity.WARNING, text, next_step)
+
+
+# -- directories -----------------------------------------------------------------------------------------
+
+
+def _instances(cache: store.CacheStore) -> Iterator[Finding]:
+    path = cache.config.instances_path
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        yield _error(f"{path} does not exist.", "Create or mount it, owned by the service's user.")
+        return
+    if not stat.S_ISDIR(found.st_mode):
+        yield _error(f"{path} is no directory.", "Correct instances_path.")
+    elif os.geteuid() == 0 and found.st_uid != 0:
+        yield _error(
+            f"{path} belongs to {_user(found.st_uid)}, and this is root, whose files would lock that user "
+            "out.",
+            f"Run as that user: runuser -u {_user(found.st_uid)} -- ...",
+        )
+    elif os.statvfs(path).f_flag & os.ST_RDONLY:
+        yield _error(f"{path} is mounted read-only.", "Mount it for writing.")
+    elif not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+        yield _error(
+            f"{path} is not writable for {_user(os.geteuid())}; it belongs to {_user(found.st_uid)}.",
+            "Correct its owner and mode, or run as its owner.",
+        )
+
+
+def _directories(cache: store.CacheStore) -> Iterator[Finding]:
+    config, where = cache.config, cache.layout
+    for path in (where.base_path, where.private, where.locks_path):
+        if os.path.lexists(path) and not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+            yield _error(f"{path} is not writable for {_user(os.geteuid())}.", "Correct its owner and mode.")
+    if cache.exists() and os.stat(where.base_path).st_dev != os.stat(config.instances_path).st_dev:
+        yield Finding(
+            Severity.INFO,
+            f"{where.base_path} is on another filesystem than {config.instances_path}: raw disks are copied, "
+            "never reflinked, and the cache's use of space counts as 0 for the instances.",
+        )
+
+
+def _layout(cache: store.CacheStore) -> Iterator[Finding]:
+    try:
+        found = durable.read_file(cache.layout.version)
+    except PermissionError:
+        return  # said already: it is not ours
+    if found is not None and (not found.strip().isdigit() or int(found) > layout.VERSION):
+        yield _error(
+            f"The cache was written by a newer release: its layout is {found[:20]!r}, and this one knows "
+            f"{layout.VERSION}.",
+            "Upgrade imagecache_lib on this host.",
+        )
+
+
+def _roots(cache: store.CacheStore) -> Iterator[Finding]:
+    for root in cache.config.disk_roots:
+        if not os.path.isdir(root):
+            yield _error(
+                f"The disk root {root} is not there, so nothing is ever evicted.",
+                "Mount it, or take it out of disk_roots.",
+            )
+
+
+def _entries(cache: store.CacheStore) -> Iterator[Finding]:
+    for name in inventory.take(cache).odd:
+        path = cache.layout.base(name)
+        yield _warning(f"{path} is nothing that belongs into a cache, and is not touched.", "Move it away.")
+
+
+# -- programs --------------------------------------------------------------------------------------------
+
+
+def _programs(cache: store.CacheStore) -> Iterator[Finding]:
+    host = cache.host
+    said = _version(host, "qemu-img")
+    if said is None:
+        yield _error("qemu-img cannot be run.", "Install qemu-utils or qemu-img.")
+    else:
+        match = re.search(r"version (\d+)\.(\d+)", said)
+        if match is None:
+            yield _warning(
+                f"qemu-img does not say which version it is: {said[:60]!r}.", "Check the installation."
+            )
+        elif (int(match[1]), int(match[2])) < _OLDEST_QEMU:
+            yield _error(
+                f"qemu-img is {match[1]}.{match[2]}, and images other than raw and qcow2 need 5.0 to be "
+                "converted.",
+                "Install a newer QEMU.",
+            )
+    if _version(host, "prlimit") is None:
+        yield _error(
+            "prlimit cannot be run, without which nothing limits what an image makes qemu-img do.",
+            "Install util-linux.",
+        )
+    path = f"{os.environ.get('PATH', os.defpath)}:{_ADMINISTRATORS}"
+    for program, package, what in (
+        ("mkswap", "util-linux", "swap disks"),
+        ("mkfs.ext4", "e2fsprogs", "ephemeral disks of Linux guests"),
+        ("mkfs.vfat", "dosfstools", "ephemeral disks of guests of unknown type"),
+    ):
+        if shutil.which(program, path=path) is None:
+            yield _warning(
+                f"{program} is not installed, so that {what} cannot be made.", f"Install {package}."
+            )
+
+
+def _version(host: host_module.Host, program: str) -> str | None:
+    try:
+        return host.execute(program, "--version")[0].strip()
+    except (processutils.ProcessExecutionError, OSError):
+        return None
+
+
+# -- who reads the bases ---------------------------------------------------------------------------------
+
+
+def _readers(cache: store.CacheStore) -> Iterator[Finding]:
+    """QEMU runs as a user of its own, and opens bases by their path."""
+    account = next(filter(None, map(_account, _QEMU_USERS)), None)
+    if account is None or account.pw_uid == os.geteuid():
+        return
+    groups = {group.gr_gid for group in grp.getgrall() if account.pw_name in group.gr_mem}
+    groups.add(account.pw_gid)
+    path = cache.layout.base_path if cache.exists() else cache.config.instances_path
+    step = "/"
+    for part in ("", *os.path.realpath(path).strip("/").split("/")):
+        step = os.path.join(step, part)
+        if not _may(os.stat(step), account.pw_uid, groups, stat.S_IXUSR) and not _has_acl(step):
+            yield _warning(
+                f"{step} cannot be entered by {account.pw_name}, as whom QEMU runs: guests with overlays "
+                "will not start.",
+                f"chmod o+x {step}, or give {account.pw_name} access with an ACL.",
+            )
+    unreadable = [
+        entry.name
+        for entry in inventory.take(cache).bases
+        if not _is_readable(cache.layout.base(entry.name), account.pw_uid, groups)
+    ]
+    if unreadable:
+        yield _warning(
+            f"{len(unreadable)} base images cannot be read by {account.pw_name}, {unreadable[0]} among them.",
+            f"chmod 0644 {cache.layout.base(unreadable[0])}, and the others.",
+        )
+    umask = _umask()
+    if umask & 0o005 and not cache.exists():
+        yield Finding(
+            Severity.INFO,
+            f"The umask is {umask:04o}. The cache sets its own modes whatever it is; directories that the "
+            f"driver makes for its instances may be closed to {account.pw_name}.",
+        )
+
+
+def _account(name: str) -> pwd.struct_passwd | None:
+    with contextlib.suppress(KeyError):
+        return pwd.getpwnam(name)
+    return None
+
+
+def _may(found: os.stat_result, uid: int, groups: set[int], owner_bit: int) -> bool:
+    """Whether the mode allows an account what ``owner_bit`` allows an owner."""
+    if uid == 0:
+        return True
+    if found.st_uid == uid:
+        return bool(found.st_mode & owner_bit)
+    shift = 3 if found.st_gid in groups else 6
+    return bool(found.st_mode & (owner_bit >> shift))
+
+
+def _is_readable(path: str, uid: int, groups: set[int]) -> bool:
+    try:
+        return _may(os.stat(path, follow_symlinks=False), uid, groups, stat.S_IRUSR) or _has_acl(path)
+    except FileNotFoundError:
+        return True
+
+
+def _has_acl(path: str) -> bool:
+    """Whether there is an ACL, which then decides and not the mode alone."""
+    try:
+        return bool(os.getxattr(path, "system.posix_acl_access"))
+    except OSError:
+        return False
+
+
+def _umask() -> int:
+    # umask(2) can only be read by setting it, for all threads; proc(5) says it since Linux 4.7.
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="latin-1") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+
+
+# -- the filesystem --------------------------------------------------------------------------------------
+
+
+def _space(cache: store.CacheStore) -> Iterator[Finding]:
+    path = _there(cache)
+    found = os.statvfs(path)
+    free = found.f_bavail * found.f_frsize
+    wanted = max(_LITTLE_SPACE, cache.config.free_space_low)
+    if free < wanted:
+        yield _warning(
+            f"{free / 2**30:.1f} GiB are free on the filesystem of {path}, less than {wanted / 2**30:.1f}: "
+            "images may not fit.",
+            "Make room, or evict images.",
+        )
+    if found.f_files and found.f_favail < _FEW_INODES:
+        yield _warning(f"{found.f_favail} inodes are free on the filesystem of {path}.", "Remove files.")
+    total = found.f_blocks * found.f_frsize
+    if cache.config.free_space_low > total:
+        yield _error(
+            f"free_space_low is above the {total / 2**30:.1f} GiB that the filesystem has, so nothing is "
+            "fetched.",
+            "Lower it.",
+        )
+
+
+def _filesystem(cache: store.CacheStore) -> Iterator[Finding]:
+    """Try what is needed on two descriptors of a file that has no name any more."""
+    directory = _there(cache)
+    probe = os.path.join(directory, f"clock.{durable.new_id()}")  # a crash's is swept like the cache's own
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    with contextlib.ExitStack() as stack:
+        first = os.open(probe, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        stack.callback(os.close, first)
+        try:
+            second = os.open(probe, flags)
+            stack.callback(os.close, second)
+            skew = os.fstat(first).st_mtime - cache.host.clock()
+            attributes = store.write_id(first, "probe")
+        finally:
+            os.unlink(probe)
+        excluding = _excludes(first, second)
+    if abs(skew) > _SKEW:
+        yield _warning(
+            f"The clock of the filesystem of {directory} is {dates.span(abs(skew))} "
+            f"{'ahead of' if skew > 0 else 'behind'} this host's. Ages are measured by the filesystem's, "
+            "deadlines and pins as this host sets them are off by that much.",
+            "Set both by NTP.",
+        )
+    if not attributes:
+        yield _warning(
+            f"The filesystem of {directory} has no user extended attributes: what was checked of a base "
+            "image is tied to its inode and size alone, and no certificate is remembered.",
+            "Use ext4, xfs, btrfs or NFS 4.2, with user_xattr where the filesystem has that option.",
+        )
+    if not excluding:
+        yield _warning(
+            f"Locks do not exclude on the filesystem of {directory}: images may be fetched twice. Nothing is "
+            "at risk but time and bytes.",
+            "Check the lock service of the file server, and nolock among the mount options.",
+        )
+
+
+def _excludes(first: int, second: int) -> bool:
+    try:
+        locks.set_lock(first, fcntl.F_WRLCK)
+        locks.set_lock(second, fcntl.F_WRLCK)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            return False
+        raise
+    return False
+
+
+def _there(cache: store.CacheStore) -> str:
+    """Return the directory that is on the cache's filesystem, whether there is a cache yet or not."""
+    for path in (cache.layout.private, cache.layout.base_path):
+        if os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+            return path
+    return cache.config.instances_path
+
