@@ -23,6 +23,7 @@ class Results:
     """All of one run.
 
     :param machine: facts by name.
+    :param busy: other programs ran when it began.
     :param seconds: that the run took.
     :param failures: why what was not measured was not, by the group's key.
     """
@@ -31,6 +32,7 @@ class Results:
     groups: list[Group]
     rows: list[Row]
     quick: bool
+    busy: bool
     seconds: float
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -51,6 +53,8 @@ class _Figure:
     name: str
     shows: str
 
+
+_BUSY = "Other programs kept the machine busy beside this run: spreads are wide, and ratios only hint."
 
 #: In a cell that has nothing to say.
 _NOTHING = "-"
@@ -78,6 +82,7 @@ def targets(rows: Sequence[Row]) -> str:
 def _plain(results: Results) -> dict[str, object]:
     return {
         "quick": results.quick,
+        "busy": results.busy,
         "seconds": round(results.seconds, 1),
         "machine": results.machine,
         "failures": results.failures,
@@ -91,6 +96,8 @@ def _plain(results: Results) -> dict[str, object]:
 
 def _blocks(results: Results, drawn: list[_Figure]) -> list[_Block]:
     blocks: list[_Block] = [_SMALL] if results.quick else []
+    if results.busy:
+        blocks.append(_BUSY)
     blocks += [
         _Heading("Numbers to reach"),
         _RATIOS,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import pathlib
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from tests.functional.lab import environment, server
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _DOCUMENTED = _ROOT / "doc/source/reference/benchmarks"
 _QUICK = _ROOT / "build/benchmarks"
+
+#: Load average, for each processor, above which the machine counts as busy before the run.
+_BUSY = 0.25
 
 #: Nothing begins later than so many seconds after the start, so that a run ends within 25 minutes.
 _LATEST_START = 20 * 60
@@ -74,6 +78,7 @@ def _measure(scale: lab.Scale, names: Sequence[str]) -> report.Results:
     with tempfile.TemporaryDirectory(prefix="bench-", dir=cache) as home:
         path = pathlib.Path(home)
         # Asked before anything runs: the load average is part of it.
+        busy = os.getloadavg()[0] > _BUSY * len(os.sched_getaffinity(0))
         facts = machine.describe(
             path, lab.nova_environment(), _ROOT / "tests/functional/lab/glance-requirements.txt"
         )
@@ -91,7 +96,7 @@ def _measure(scale: lab.Scale, names: Sequence[str]) -> report.Results:
                     continue
                 groups.append(group)
                 rows += found
-    return report.Results(facts, groups, rows, scale.quick, time.monotonic() - began, failures)
+    return report.Results(facts, groups, rows, scale.quick, busy, time.monotonic() - began, failures)
 
 
 if __name__ == "__main__":
