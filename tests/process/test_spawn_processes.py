@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many processes and threads that want one image at once, and processes that fork, stop or are killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import imagecache_lib as ic
+from imagecache_lib import events, layout
+from imagecache_lib.host import Host
+from imagecache_lib.sources.http import HttpImage, HttpSource
+from imagecache_lib.testing.sources import FakeSource
+from tests import servers
+from tests.cache_case import raw_image
+
+ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
+NAME = layout.base_name(ID)
+DATA = raw_image(1, 8 * 2**20)
+MANY = 32
+
+#: A driver in a process of its own, which kills or stops itself at a point of the protocol.
+_DRIVER = """
+import json, os, signal, sys, threading
+import imagecache_lib as ic
+from imagecache_lib.host import Host
+from imagecache_lib.sources.http import HttpImage, HttpSource
+
+options = json.loads(sys.argv[1])
+
+def trace(point):
+    if point == options.get("kill_at"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if point == options.get("stop_at"):
+        print("stopped", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+image = HttpImage(options["url"], "raw", ic.Digest("sha512", options["sha512"]))
+config = ic.CacheConfig(instances_path=options["instances"], num_retries=0)
+manager = ic.ImageCacheManager(
+    config, HttpSource({options["image"]: image}), backend=options["backend"], host=Host(trace=trace)
+)
+def spawn(number):
+    directory = os.path.join(options["instances"], f"{options['name']}-{number}")
+    os.makedirs(directory, exist_ok=True)
+    manager.create_disk(options["image"], os.path.join(directory, "disk"), size=16 * 2**20)
+
+threads = [threading.Thread(target=spawn, args=(number,)) for number in range(options["threads"])]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+@pytest.fixture
+def instances(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "instances"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def server() -> Iterator[servers.Server]:
+    with servers.Server() as running:
+        running.script("/image", lambda seen: servers.data_answer(DATA, seen))
+        yield running
+
+
+def driver(instances, server, name, *, threads=1, backend="qcow2", **more):
+    options = {
+        "instances": str(instances),
+        "url": f"{server.url}/image",
+        "image": ID,
+        "sha512": hashlib.sha512(DATA).hexdigest(),
+        "name": name,
+        "threads": threads,
+        "backend": backend,
+        **more,
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", _DRIVER, json.dumps(options)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(child):
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    assert "Traceback" not in err, err
+    return out
+
+
+def manager_for(instances, *, observers=(), source=None, **options):
+    config = ic.CacheConfig(instances_path=str(instances), num_retries=0, **options)
+    return ic.ImageCacheManager(config, source or FakeSource({ID: DATA}), observers=observers)
+
+
+def check_disks(disks):
+    """Each is sound and holds the image, as qemu-img sees it."""
+    reference = disks[0].parent.parent / "reference"
+    reference.write_bytes(DATA + bytes(16 * 2**20 - len(DATA)))
+    for disk in disks:
+        format = json.loads((disk.parent / "disk.info").read_bytes())[str(disk)]
+        if format == "qcow2":
+            subprocess.run(["qemu-img", "check", "-q", disk], check=True)
+        compare = ["qemu-img", "compare", "-q", "-f", format, "-F", "raw", disk, reference]
+        subprocess.run(compare, check=True)
+    reference.unlink()
+
+
+def downloads(server):
+    return [seen for seen in server.requests("GET") if seen.path == "/image"]
+
+
+def stages_in(instances):
+    return sorted(os.listdir(instances / "_base" / ".imagecache" / "stage"))
+
+
+def age(instances, seconds=2 * 3600):
+    """Let everything look as old as if the crash had been so long ago."""
+    then = time.time() - seconds
+    for parent, _directories, names in os.walk(instances):
+        for name in names:
+            os.utime(os.path.join(parent, name), (then, then), follow_symlinks=False)
+
+
+def spawn(instances, url, number, start):
+    image = HttpImage(url, "raw", ic.Digest("sha512", hashlib.sha512(DATA).hexdigest()))
+    config = ic.CacheConfig(instances_path=str(instances), num_retries=0)
+    backend = ("qcow2", "raw")[number % 2]
+    manager = ic.ImageCacheManager(config, HttpSource({ID: image}), backend=backend)
+    directory = instances / f"process-{number}"
+    directory.mkdir()
+    start.wait(60)
+    manager.create_disk(ID, str(directory / "disk"), size=16 * 2**20)
+
+
+def test_processes_that_want_one_cold_image_at_once_download_it_once(instances, server):
+    # Each is forked from a server that has imported everything and opened nothing: 32 start in a second.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    start = context.Barrier(MANY)
+    children = [
+        context.Process(target=spawn, args=(instances, f"{server.url}/image", number, start))
+        for number in range(MANY)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0] * MANY
+    assert len(downloads(server)) == 1
+    disks = sorted(instances.glob("process-*/disk"))
+    assert len(disks) == MANY
+    check_disks(disks)
+    assert stages_in(instances) == []
+
+
+def test_threads_that_want_one_cold_image_at_once_download_it_once(instances, server):
+    finish(driver(instances, server, "thread", threads=MANY))
+    assert len(downloads(server)) == 1
+    disks = sorted(instances.glob("thread-*/disk"))
+    assert len(disks) == MANY
+    check_disks(disks)
+
+
+def test_a_stopped_holder_of_the_lock_does_not_stop_the_others(instances, server):
+    holder = driver(instances, server, "stopped", stop_at="ingest:reserved")
+    try:
+        assert holder.stdout.readline() == "stopped\n"
+        (instances / "other").mkdir()
+        disk = manager_for(instances, lock_timeout=0.5).create_disk(
+            ID, str(instances / "other" / "disk"), size=16 * 2**20
+        )
+        check_disks([pathlib.Path(disk.target)])
+        inode = (instances / "_base" / NAME).stat().st_ino
+    finally:
+        holder.send_signal(signal.SIGCONT)
+    # The other one was first. The holder throws its own away and uses that.
+    finish(holder)
+    assert (instances / "_base" / NAME).stat().st_ino == inode
+    check_disks(sorted(instances.glob("*/disk")))
+    assert stages_in(instances) == []
+
+
+def test_a_child_forked_while_fetching_keeps_no_lock_and_no_stage_alive(instances):
+    points, fetched = {}, threading.Event()
+
+    def trace(point):
+        if point == "ingest:reserved" and not points:
+            reader, points["writer"] = os.pipe()
+            points["child"] = os.fork()
+            if points["child"] == 0:
+                os.close(points["writer"])
+                os.read(reader, 1)
+                os._exit(0)
+            os.close(reader)
+            fetched.set()
+
+    config = ic.CacheConfig(instances_path=str(instances), lock_timeout=5)
+    manager = ic.ImageCacheManager(config, FakeSource({ID: DATA}), host=Host(trace=trace))
+    try:
+        assert manager.cache_image(ID) is ic.CacheResult.CACHED
+        assert fetched.is_set()
+        started = time.monotonic()
+        manager_for(instances).evict_image(ID)  # needs the exclusive lock, at once
+        assert time.monotonic() - started < 4
+        assert not (instances / "_base" / NAME).exists()
+    finally:
+        os.close(points["writer"])
+        os.waitpid(points["child"], 0)
+
+
+#: Where a driver is killed, and whether the base has its name by then.
+POINTS = {
+    "ingest:reserved": False,
+    "transfer.chunk": False,
+    "stage:sync": False,
+    "ingest:sealed": False,
+    "publish:link": False,
+    "publish:linked": True,
+    "publish:synced": True,
+    "publish:recorded": True,
+    "disk:made": True,
+    "disk:confirmed": True,
+    "disk:placed": True,
+}
+
+
+KILLS = [*((point, "qcow2") for point in POINTS), ("disk:made", "raw"), ("disk:placed", "raw")]
+
+
+@pytest.mark.parametrize(("point", "backend"), KILLS)
+def test_a_driver_killed_anywhere_leaves_what_the_next_one_repairs(instances, server, point, backend):
+    child = driver(instances, server, "killed", kill_at=point, backend=backend)
+    child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGKILL
+    base = instances / "_base" / NAME
+    assert base.exists() == POINTS[point]
+    # Published means whole, whatever else is missing.
+    assert not base.exists() or base.read_bytes() == DATA
+
+    happened: list[events.Event] = []
+    source = FakeSource({ID: DATA})
+    manager = manager_for(instances, observers=(happened.append,), source=source)
+    target = instances / "killed-0" / "disk"
+    manager.create_disk(ID, str(target), size=16 * 2**20, if_exists="reuse")
+    check_disks([target])
+    if POINTS[point]:
+        # Not fetched again, not adopted: the evidence of its making is all there.
+        assert (source.opens, source.describes) == (0, 0)
+        with manager.fetch_or_reuse(ID) as lease:
+            assert lease.digest == ic.Digest("sha512", hashlib.sha512(DATA).hexdigest())
+    assert not [event for event in happened if isinstance(event, events.Adopted)]
+
+    # And no space is lost, once what is left is old enough that it cannot be somebody's.
+    age(instances)
+    instance = ic.Instance("killed-0", "here", images=(ID,))
+    report = manager.verify_base_images([instance])
+    assert [entry.name for entry in report.bases if not entry.evicted] == [NAME]
+    assert stages_in(instances) == []
+    assert sorted(os.listdir(instances / "killed-0")) == ["disk", "disk.info"]
+    assert base.stat().st_nlink == 1
+    records = os.listdir(instances / "_base" / ".imagecache" / "records")
+    assert records == [f"{NAME}.json"]
+    assert not [name for name in os.listdir(instances / "_base" / ".imagecache") if name.endswith(".new")]
