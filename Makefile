@@ -64,8 +64,8 @@ test: test-stestr test-pytest test-process
 
 test-stestr: setup
 	@mkdir -p $(RESULTS)
-	$(BIN)/stestr list > $(RESULTS)/stestr.listed
-	rc=0; $(BIN)/stestr run || rc=$$?; $(BIN)/stestr last --subunit > $(RESULTS)/stestr.subunit; exit $$rc
+	rc=0; $(BIN)/stestr run || rc=$$?; $(BIN)/stestr last --subunit > $(RESULTS)/stestr.subunit; \
+		$(BIN)/stestr list > $(RESULTS)/stestr.listed; exit $$rc
 
 test-pytest: setup
 	$(BIN)/pytest -q -n auto --junitxml=$(RESULTS)/pytest.xml tests/unit tests/contract tests/property
