@@ -15,7 +15,8 @@ readable by Nova::
         version                 the layout's version; a newer one is never rewritten
         records/<name>.json     evidence of how a base was made, bound to the file
         stage/<id>, <id>.json   in flight: the data; its record-to-be with the bytes it reserves
-        trash/<name>.<id>       renamed away, not yet proven unreferenced
+        trash/<name>.<id>/base  renamed away, not yet proven unreferenced
+        spare/                  empty: what a base is evicted into when the filesystem is full
         hosts/<id>.json         each host that shares the storage writes its own, nobody else's
         hosts/<id>.readings     what that host's last pass read in its instance directories
         pins/<name>.json        why and until when a base must stay
@@ -25,7 +26,7 @@ Who may do what
 ---------------
 
 *Base names are never replaced.* A base appears by ``link(stage/<id>, <name>)`` of a finished, fsynced
-file, and disappears by ``rename(<name>, trash/<name>.<id>)``. While the name exists its bytes do not
+file, and disappears by ``rename(<name>, trash/<name>.<id>/base)``. While the name exists its bytes do not
 change. Nothing is ever written through it.
 
 *Locks* are OFD byte-range locks on the whole of ``locks/nova-<name>``: shared to use a base, exclusive to
@@ -226,6 +227,7 @@ class Layout:
         return os.path.join(self.stages, f"{stage_id}.json")
 
     def trashed(self, name: str, trash_id: str) -> str:
+        """The directory that an evicted base is renamed into."""
         return os.path.join(self.trash, f"{name}.{trash_id}")
 
     def host(self, host_id: str) -> str:

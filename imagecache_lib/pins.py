@@ -17,6 +17,10 @@ from imagecache_lib.spawn import stage as stages
 LOCK = "imagecache-pins"
 
 
+#: Owner of a pin that stands for those that a torn file may have held.
+UNREADABLE = "an unreadable pin file"
+
+
 @dataclasses.dataclass(frozen=True)
 class Pin:
     """Somebody's wish that a base stays.
@@ -121,8 +125,11 @@ def _changing(cache: store.CacheStore) -> Iterator[None]:
 
 def _read(cache: store.CacheStore, name: str) -> tuple[Pin, ...]:
     data = durable.read_file(cache.layout.pin(name))
-    found = parse(data) if data is not None else None
-    return found.pins if found is not None else ()
+    if data is None:
+        return ()
+    found = parse(data)
+    # Whoever pinned it must not lose that by somebody else's writing over what is torn.
+    return found.pins if found is not None else (Pin(UNREADABLE),)
 
 
 def _write(cache: store.CacheStore, name: str, pins: PinFile) -> None:

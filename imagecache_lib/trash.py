@@ -4,17 +4,34 @@
 The rename takes the name, so that no new overlay can come to depend on the file: a spawn looks at the name
 again before its disk appears. Only then is it read once more who refers to it. Nothing is lost until the
 unlink, and whoever misses the base meanwhile links it back.
+
+While a file lies here its name must stay free for it, or an overlay made from it would read another file's
+bytes. So eviction and publication look out for each other, without locks. An evictor makes a directory here,
+looks for stages that are complete, and renames the base into its directory. A publisher completes its stage,
+removes the directories of its name, and links. Whoever looks second sees the other: the evictor lets the
+base be; the publisher takes the empty directory away, and with it the evictor's rename fails, or finds the
+base in it and puts that back.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import errno
 import os
 
 from imagecache_lib import durable, evidence, layout, store
+from imagecache_lib.spawn import stage as stages
 
 _ID_LENGTH = 32
+
+#: The file's name within its directory.
+_FILE = "base"
+
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,33 +39,76 @@ class Trashed:
     """One file in the trash.
 
     :param name: the base it was.
-    :param path: where it is now.
+    :param directory: the directory that was made for it. A plain file of that name counts too.
     """
 
     name: str
-    path: str
+    directory: str
 
     @property
     def entry(self) -> str:
         """Its name in the trash."""
-        return os.path.basename(self.path)
+        return os.path.basename(self.directory)
+
+    @property
+    def path(self) -> str:
+        """Where the file is."""
+        inner = os.path.join(self.directory, _FILE)
+        return self.directory if os.path.isfile(self.directory) else inner
 
 
-def throw(cache: store.CacheStore, name: str) -> Trashed | None:
-    """Rename a base into the trash. None: it is gone already.
+def throw(cache: store.CacheStore, name: str, *, mark: str = "") -> Trashed | None:
+    """Rename a base into the trash. None: it is gone already, or just being published.
 
+    :param mark: hex digits that the entry's id shall begin with.
     :raises OSError: as rename(2).
     """
-    thrown = Trashed(name, cache.layout.trashed(name, durable.new_id()))
+    trash_id = (mark + durable.new_id())[:_ID_LENGTH]
+    thrown = Trashed(name, cache.layout.trashed(name, trash_id))
+    _announce(cache, thrown)
+    cache.host.trace("evict:announced")
     try:
-        os.rename(cache.layout.base(name), thrown.path)
+        if not _is_being_published(cache, name):
+            cache.host.trace("evict:rename")
+            os.rename(cache.layout.base(name), thrown.path)
+            return thrown
     except FileNotFoundError:
-        return None
-    return thrown
+        pass
+    except BaseException:
+        _withdraw(thrown)
+        raise
+    _withdraw(thrown)
+    return None
 
 
-def find(cache: store.CacheStore, name: str | None = None) -> list[Trashed]:
-    """Return what lies in the trash, of one base or of all. What has a strange name is not ours to touch."""
+def _announce(cache: store.CacheStore, thrown: Trashed) -> None:
+    try:
+        os.mkdir(thrown.directory, layout.PRIVATE_DIR_MODE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # On a full filesystem nothing can be made, and eviction is what helps.
+        try:
+            os.rename(_spare(cache), thrown.directory)
+        except FileNotFoundError:
+            raise error from None
+
+
+def _spare(cache: store.CacheStore) -> str:
+    return os.path.join(cache.layout.private, "spare")
+
+
+def _withdraw(thrown: Trashed) -> None:
+    with contextlib.suppress(OSError):
+        os.rmdir(thrown.directory)
+
+
+def _is_being_published(cache: store.CacheStore, name: str) -> bool:
+    return any(note.name == name and note.record is not None for _stage_id, note in stages.notes(cache))
+
+
+def _entries(cache: store.CacheStore, name: str | None) -> list[Trashed]:
+    """What has a strange name is not ours to touch."""
     try:
         entries = os.listdir(cache.layout.trash)
     except FileNotFoundError:
@@ -62,22 +122,71 @@ def find(cache: store.CacheStore, name: str | None = None) -> list[Trashed]:
     return found
 
 
+def find(cache: store.CacheStore, name: str | None = None) -> list[Trashed]:
+    """Return what lies in the trash, of one base or of all."""
+    return [thrown for thrown in _entries(cache, name) if os.path.lexists(thrown.path)]
+
+
+def reclaim(cache: store.CacheStore, name: str) -> None:
+    """Stop every eviction of a base that is under way, and put back what was renamed already.
+
+    To be called by a publisher whose stage is complete: no eviction of the name begins until that is gone.
+
+    :raises OSError: the base cannot be put back.
+    """
+    for thrown in _entries(cache, name):
+        try:
+            os.rmdir(thrown.directory)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            restore(cache, thrown)
+
+
 def restore(cache: store.CacheStore, thrown: Trashed) -> bool:
-    """Link a file back to its name. False: the name is taken by another file, or the file is gone.
+    """Give a file its name back. False: the name is taken by another file, or the file is gone.
 
     The trash's own name goes afterwards; a crash in between leaves one file with two names, which
     :func:`is_restored` tells.
+
+    :raises OSError: as link(2).
     """
+    base = cache.layout.base(thrown.name)
     try:
-        os.link(thrown.path, cache.layout.base(thrown.name), follow_symlinks=False)
+        os.link(thrown.path, base, follow_symlinks=False)
     except FileExistsError:
         if not is_restored(cache, thrown):
             return False
     except FileNotFoundError:
         return False
+    except PermissionError:
+        # fs.protected_hardlinks (the kernel's sysctl/fs.rst) forbids a link to a file of another user, and
+        # libvirt gave the base to QEMU's. A rename is still allowed.
+        if not _rename_back(thrown.path, base):
+            return False
     durable.sync_directory(cache.layout.base_path)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(thrown.path)
+    _withdraw(thrown)
+    return True
+
+
+def _rename_back(path: str, base: str) -> bool:
+    failed = _libc.renameat2(
+        _AT_FDCWD, os.fsencode(path), _AT_FDCWD, os.fsencode(base), ctypes.c_uint(_RENAME_NOREPLACE)
+    )
+    code = ctypes.get_errno() if failed else 0
+    if code in (errno.EEXIST, errno.ENOENT):
+        return False
+    if code in (errno.EINVAL, errno.ENOSYS):
+        # NFS and gluster cannot. Publishers leave the name alone while the file is here.
+        if os.path.lexists(base):
+            return False
+        os.rename(path, base)
+    elif code:
+        raise OSError(code, os.strerror(code), path)
     return True
 
 
@@ -94,10 +203,24 @@ def unlink(cache: store.CacheStore, thrown: Trashed) -> None:
     found = os.stat(thrown.path, follow_symlinks=False)
     os.unlink(thrown.path)
     cache.host.trace("evict:unlinked")
+    _withdraw(thrown)
     record = cache.layout.record(thrown.name)
     data = durable.read_file(record)
     described = evidence.parse(data) if data is not None else None
-    is_its_own = described is None or described.inode == found.st_ino
-    if is_its_own and not os.path.lexists(cache.layout.base(thrown.name)):
+    is_its = described is None or described.inode == found.st_ino
+    if is_its and not os.path.lexists(cache.layout.base(thrown.name)):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(record)
+
+
+def sweep(cache: store.CacheStore, *, now: float) -> None:
+    """Remove what evictors announced and never did, since they died. One that lives merely gives up.
+
+    And have a directory in reserve, for the day on which the filesystem is full.
+    """
+    for thrown in _entries(cache, None):
+        with contextlib.suppress(OSError):
+            if now - os.stat(thrown.directory).st_mtime >= cache.config.stage_idle_seconds:
+                os.rmdir(thrown.directory)
+    with contextlib.suppress(OSError):
+        os.mkdir(_spare(cache), layout.PRIVATE_DIR_MODE)

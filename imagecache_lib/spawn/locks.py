@@ -218,6 +218,18 @@ def without_waiting(path: str, *, host: host_module.Host) -> Iterator[bool]:
         lock.let_go()
 
 
+def is_taken(path: str, *, host: host_module.Host) -> bool:
+    """Whether anybody holds a lock, shared or exclusive. Makes no lock file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return host.locking and is_locked(fd)
+    finally:
+        os.close(fd)
+
+
 # QEMU locks bytes 100 to 299 of the images it has open (its include/block/block-common.h and
 # block/file-posix.c), and qemu-img must be able to write into a stage file that we own.
 _OWNER_BYTE = (0, 1)

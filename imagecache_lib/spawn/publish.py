@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from imagecache_lib import durable, evidence, store
+from imagecache_lib import durable, evidence, store, trash
 from imagecache_lib.spawn import ingest
 from imagecache_lib.spawn import stage as stages
 
@@ -24,6 +24,9 @@ def publish(ingested: ingest.Ingested, cache: store.CacheStore) -> bool:
     unrecorded = False
     try:
         with stages.translated(base):
+            cache.host.trace("publish:begin")
+            # Overlays may refer to what is being evicted: it gets its name back, and stays.
+            trash.reclaim(cache, stage.name)
             cache.host.trace("publish:link")
             if not _link(stage, base):
                 return False

@@ -10,15 +10,17 @@ guest may write any header into its raw disk, and must not stop eviction with it
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from imagecache_lib import layout, model, store
+from imagecache_lib import durable, layout, model, placing, store
 from imagecache_lib.backends import disk_info
 from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.upkeep.hosts import host_id
 
 if TYPE_CHECKING:
     from imagecache_lib.upkeep.references import Memory
@@ -32,8 +34,13 @@ _DEEP = 2**20
 #: Nova's other names for an instance's directory, while it is moved and while it is deleted.
 _SUFFIXES = ("", "_resize", "_del", "")
 
-#: Directories nest at most this deep below an instance's.
-_DEEPEST = 16
+#: A directory that changed while it was listed is read again, this often.
+_MOST_ROUNDS = 64
+
+#: Where fsck puts what lost its name: root's, and no instance's.
+_LOST = "lost+found"
+
+_WAIT = "wait for the next pass"
 
 #: Backing chains that leave the disk roots are followed this far.
 _LONGEST_CHAIN = 32
@@ -49,30 +56,44 @@ class Found:
     :param unknown: why nothing may be evicted, as a clause. None: all could be read.
     :param problems: what could not be read, a sentence each with what to do.
     :param roots: what each disk root is: ``(st_dev, f_fsid)``.
+    :param unfinished: paths of disks in the making, or of what is left of one.
     """
 
     readings: dict[str, tuple[str, ...]]
     unknown: str | None
     problems: list[str]
     roots: dict[str, tuple[int, int]]
+    unfinished: list[str]
 
 
 class Scan:
-    """One reading of all disk roots. Not reusable."""
+    """One reading of all disk roots. Not reusable.
+
+    A disk whose base had its name when the reading began was there by then, if only under the name of a disk
+    in the making. What has to be ruled out is that a rename hides it from the reading. One of the file: a
+    directory that changed meanwhile is read again. One of the directory: known instances are opened by name,
+    and a root is listed until it held still.
+    """
 
     def __init__(self, cache: store.CacheStore, names: Collection[str], memory: Memory) -> None:
         self._host = cache.host
         self._roots = cache.config.roots
-        self._own = {os.path.realpath(cache.layout.base_path), os.path.realpath(cache.layout.locks_path)}
         self._names = frozenset(names)
         # Names that are no sha1 are few, and looked for one by one.
         self._short = [name for name in names if not layout.SHA1_ANYWHERE.match(name.encode())]
         self._memory = memory
+        self._host_id = host_id(cache.host.name)
         self._readings: dict[str, tuple[str, ...]] = {}
         self._unknown: str | None = None
         self._problems: list[str] = []
         self._found_roots: dict[str, tuple[int, int]] = {}
-        self._visited: set[tuple[int, int]] = set()
+        self._unfinished: list[str] = []
+        # What is ours counts as visited: it holds no disks, however it is reached.
+        self._visited = {
+            identity
+            for path in (cache.layout.base_path, cache.layout.private, cache.layout.locks_path)
+            if (identity := _identity(path)) is not None
+        }
 
     def run(self, instances: Sequence[model.Instance]) -> Found:
         """Read everything once: known instances by name first, then whatever else there is."""
@@ -81,9 +102,11 @@ class Scan:
             self._read_instance(instance, present)
         self._host.trace("references:known")
         for root in present:
-            self._read_directory(root, depth=0)
+            self._read_root(root)
         self._host.trace("references:scanned")
-        return Found(self._readings, self._unknown, self._problems, self._found_roots)
+        return Found(
+            self._readings, self._unknown, self._problems, self._found_roots, sorted(set(self._unfinished))
+        )
 
     # -- roots and directories -----------------------------------------------------------------------
 
@@ -99,7 +122,9 @@ class Scan:
         moved = before is not None and before[0] != now[0] and before[1] != now[1]
         if moved and not self._holds_all(root, instances):
             self._everything_stays(
-                f"the disk root {root} is on another device than before", "mount what belongs there"
+                f"the disk root {root} is on another device than before",
+                "mount what belongs there; if this is right, run once:"
+                f" imagecache host forget {self._host_id}",
             )
             self._found_roots[root] = before if before is not None else now
             return True
@@ -119,88 +144,139 @@ class Scan:
         found = False
         for root in roots:
             for name in _directories(instance):
-                path = os.path.join(root, name)
-                if os.path.isdir(path):
-                    found = True
-                    self._read_directory(path, depth=1)
+                found = self._read_tree(os.path.join(root, name)) or found
         if not found and instance.host == self._host.name:
             self._everything_stays(
                 f"instance {instance.uuid} is on this host and has no directory",
                 "mount its disk root, add it to disk_roots, or correct what the driver reports",
             )
 
-    def _read_directory(self, path: str, *, depth: int) -> None:
+    def _read_root(self, root: str) -> None:
+        """Read a root until its listing held still. What was read before is not read again."""
+        for _round in range(_MOST_ROUNDS):
+            try:
+                fd = os.open(root, _OPEN | os.O_DIRECTORY)
+                try:
+                    before = os.fstat(fd).st_mtime_ns
+                    inner, _vanished = self._read_entries(root, fd)
+                    for path in inner:
+                        if os.path.basename(path) != _LOST or os.access(path, os.R_OK | os.X_OK):
+                            self._read_tree(path)
+                    if os.fstat(fd).st_mtime_ns == before:
+                        return
+                finally:
+                    os.close(fd)
+            except OSError as error:
+                self._cannot_tell(root, error, "mount it, or make it readable")
+                return
+        self._everything_stays(f"{root} changed all the while it was read", _WAIT)
+
+    def _read_tree(self, path: str) -> bool:
+        """Read a directory and all below it. False: there is none of that name."""
+        inner = self._read_directory(path)
+        if inner is None:
+            return False
+        pending = list(inner)
+        while pending:
+            pending.extend(self._read_directory(pending.pop()) or ())
+        return True
+
+    def _read_directory(self, path: str) -> Sequence[str] | None:
+        """Read a directory's files, and return its directories. None: there is none of that name."""
         try:
             fd = os.open(path, _OPEN | os.O_DIRECTORY)
         except (FileNotFoundError, NotADirectoryError):
-            return
+            return None
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                return None  # a link that leads nowhere
             self._cannot_tell(path, error, "make it readable")
-            return
+            return ()
         try:
             status = os.fstat(fd)
-            # A known instance is read by name and met again in the scan, where it may have changed; only
-            # a link that leads back into itself must not be followed for ever, which the depth prevents.
-            if depth > 1 and (status.st_dev, status.st_ino) in self._visited:
-                return
+            if (status.st_dev, status.st_ino) in self._visited:
+                return ()
             self._visited.add((status.st_dev, status.st_ino))
-            self._read_entries(path, fd, depth)
+            for _round in range(_MOST_ROUNDS):
+                inner, vanished = self._read_entries(path, fd)
+                now = os.fstat(fd)
+                if not vanished and now.st_mtime_ns == status.st_mtime_ns:
+                    return inner
+                status = now
         except OSError as error:
             self._cannot_tell(path, error, "make it readable")
+            return ()
         finally:
             os.close(fd)
+        self._everything_stays(f"{path} changed all the while it was read", _WAIT)
+        return ()
 
-    def _read_entries(self, path: str, fd: int, depth: int) -> None:
-        formats: _Formats | None = None
+    def _read_entries(self, path: str, fd: int) -> tuple[list[str], bool]:
+        """Read a directory's files once. Returns its directories, and whether a file had gone when opened.
+
+        A file that is gone may have been given another name, which the listing missed.
+        """
+        formats = _Formats(path)
+        inner: list[str] = []
+        vanished = False
         with os.scandir(fd) as entries:
             for entry in entries:
-                name = entry.name
                 if entry.is_file(follow_symlinks=False):
-                    formats = formats or _Formats(path)
-                    self._read_file(path, name, fd, formats)
-                elif entry.is_dir(follow_symlinks=False) or entry.is_symlink():
-                    inner = os.path.join(path, name)
-                    if depth == 0 and os.path.realpath(inner) in self._own:
-                        continue
-                    if entry.is_symlink() and not os.path.isdir(inner):
-                        formats = formats or _Formats(path)
-                        self._read_file(path, name, fd, formats)
-                    elif depth < _DEEPEST:
-                        self._read_directory(inner, depth=depth + 1)
+                    vanished = self._read_file(path, entry.name, fd, formats) or vanished
+                elif entry.is_dir(follow_symlinks=False):
+                    inner.append(os.path.join(path, entry.name))
+                elif entry.is_symlink():
+                    self._read_link(path, entry.name, fd, formats, inner)
+        return inner, vanished
+
+    def _read_link(
+        self, directory: str, name: str, directory_fd: int, formats: _Formats, inner: list[str]
+    ) -> None:
+        path = os.path.join(directory, name)
+        try:
+            mode = os.stat(name, dir_fd=directory_fd).st_mode
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                self._dangling(path)
+            elif error.errno != errno.ELOOP:
+                self._unreadable(path, error)
+            return
+        if stat.S_ISDIR(mode):
+            inner.append(path)
+        elif stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+            # Nothing else is opened: opening alone does something to some devices.
+            self._read_file(directory, name, directory_fd, formats)
 
     # -- files ---------------------------------------------------------------------------------------
 
-    def _read_file(self, directory: str, name: str, directory_fd: int, formats: _Formats) -> None:
-        """The inner loop: most files are no overlay, and cost an open, a read and a close."""
+    def _read_file(self, directory: str, name: str, directory_fd: int, formats: _Formats) -> bool:
+        """Read a file. True: it is gone. Most are no overlay, and cost an open, a read and a close."""
+        if name.endswith(".new") and placing.UNFINISHED.fullmatch(name):
+            self._unfinished.append(os.path.join(directory, name))
         try:
             fd = os.open(name, _OPEN, dir_fd=directory_fd)
             try:
                 head = os.read(fd, _HEAD)
                 if not head.startswith(qcow2_header.MAGIC):
-                    return
-                path = os.path.join(directory, name)
-                if formats.of(path) == "raw":
-                    return
+                    return False
                 reference = _backing(fd, head)
             finally:
                 os.close(fd)
         except FileNotFoundError:
-            return
-        except IsADirectoryError:
-            return
+            return True
         except OSError as error:
             self._unreadable(os.path.join(directory, name), error)
-            return
+            return False
         if reference:
-            self._refer(path, reference)
+            path = os.path.join(directory, name)
+            if formats.of(path) != "raw":
+                self._refer(path, reference)
+        return False
 
     def _refer(self, path: str, reference: bytes) -> None:
-        found = tuple(sorted(self._cached_names(reference)))
+        found = self._cached_names(reference) or set(self._follow(path, reference))
         if found:
-            self._readings[path] = tuple(sorted({*self._readings.get(path, ()), *found}))
-            return
-        for name in self._follow(path, reference):
-            self._readings[path] = tuple(sorted({*self._readings.get(path, ()), name}))
+            self._readings[path] = tuple(sorted(found.union(self._readings.get(path, ()))))
 
     def _cached_names(self, text: bytes) -> set[str]:
         found = set()
@@ -212,32 +288,21 @@ class Scan:
         return found
 
     def _follow(self, path: str, reference: bytes) -> Iterator[str]:
-        """Follow a chain that leaves the disk roots, by plain paths, as far as it goes."""
-        seen = set()
-        for _step in range(_LONGEST_CHAIN):
-            if reference.startswith(b"json:") or reference in seen:
-                return
-            seen.add(reference)
-            path = os.path.join(os.path.dirname(path), os.fsdecode(reference.removeprefix(b"file:")))
-            try:
-                fd = os.open(path, _OPEN)
-            except (OSError, ValueError):
-                return
-            try:
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    return
-                head = os.read(fd, _HEAD)
-                following = _backing(fd, head) if head.startswith(qcow2_header.MAGIC) else None
-            except OSError:
-                return
-            finally:
-                os.close(fd)
+        """Follow a chain that leaves the disk roots as far as it goes."""
+        seen: set[str] = set()
+        pending = _named_files(path, reference)
+        while pending and len(seen) < _LONGEST_CHAIN:
+            path = pending.pop()
+            if path in seen:
+                continue
+            seen.add(path)
+            following = _backing_of(path)
             if not following:
-                return
-            if names := self._cached_names(following):
-                yield from names
-                return
-            reference = following
+                continue
+            names = self._cached_names(following)
+            yield from names
+            if not names:
+                pending.extend(_named_files(path, following))
 
     # -- what cannot be told -------------------------------------------------------------------------
 
@@ -245,10 +310,22 @@ class Scan:
         if (before := self._memory.readings.get(path)) is not None:
             self._readings[path] = before
             self._problems.append(
-                f"{path} cannot be read ({error.strerror}): what it referred to before stays. Make it readable."
+                f"{path} cannot be read ({error.strerror}): what it referred to before stays."
+                " Make it readable."
             )
             return
         self._cannot_tell(path, error, "make it readable, or remove it if it is nobody's")
+
+    def _dangling(self, path: str) -> None:
+        """A link that leads nowhere: what was last read behind it stays, since that may be unmounted."""
+        beneath = path + "/"
+        for known, names in self._memory.readings.items():
+            if known == path or known.startswith(beneath):
+                self._readings[known] = names
+                self._problems.append(
+                    f"{known} cannot be read, since {path} leads nowhere: what it referred to before stays."
+                    " Mount what the link leads to, or remove it."
+                )
 
     def _cannot_tell(self, path: str, error: OSError, next_step: str) -> None:
         self._everything_stays(f"{path} cannot be read ({error.strerror})", next_step)
@@ -273,11 +350,62 @@ class _Formats:
 
     def _read(self) -> Mapping[str, str]:
         try:
-            with open(os.path.join(self._directory, disk_info.NAME), "rb") as file:
-                found = disk_info.parse(file.read(_DEEP))
+            data = durable.read_file(os.path.join(self._directory, disk_info.NAME), limit=_DEEP)
         except OSError:
             return {}
-        return found if found is not None else {}
+        # What is torn pins nothing: the header counts then, which keeps more.
+        return (disk_info.parse(data) if data is not None else None) or {}
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _backing_of(path: str) -> bytes | None:
+    """Return the backing reference of a file that a chain leads to, if it is a regular file that has one."""
+    try:
+        # A guest may have written the name: nothing that is no regular file is even opened.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return None
+        fd = os.open(path, _OPEN)
+    except (OSError, ValueError):
+        return None
+    try:
+        head = os.read(fd, _HEAD)
+        return _backing(fd, head) if head.startswith(qcow2_header.MAGIC) else None
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _named_files(path: str, reference: bytes) -> list[str]:
+    """Return the paths of the files that a backing reference in the file ``path`` may mean."""
+    if reference.startswith(b"json:"):
+        try:
+            named = list(_texts(json.loads(reference.removeprefix(b"json:"))))
+        except (ValueError, RecursionError):
+            return []
+    else:
+        named = [os.fsdecode(reference)]
+    directory = os.path.dirname(path)
+    return [os.path.join(directory, each.removeprefix("file:")) for each in named]
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield every text in a JSON value: QEMU nests a file's name in many ways."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _directories(instance: model.Instance) -> Iterator[str]:

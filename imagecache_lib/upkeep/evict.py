@@ -11,14 +11,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from imagecache_lib import events, store, trash
 from imagecache_lib.spawn import locks
-from imagecache_lib.spawn import stage as stages
-from imagecache_lib.upkeep.hosts import Hosts
+from imagecache_lib.upkeep.hosts import HostRef, Hosts
 from imagecache_lib.upkeep.policy import Decision
 from imagecache_lib.upkeep.references import References
+
+#: Why a base stays that somebody holds.
+LEASED = "leased: it is being used or fetched now"
+
+#: Why a base goes that an older pass renamed away.
+LEFT = "left in the trash, and nobody needs it"
 
 #: Reads all references to these names.
 Reading = Callable[[Collection[str]], References]
@@ -32,12 +37,14 @@ class Outcome:
     :param gone: it was unlinked.
     :param reason: why it went or stayed, as a clause.
     :param allocated: bytes on disk that it took.
+    :param blocked_by: hosts that did not look at it for a whole pass, and so keep it in the trash.
     """
 
     name: str
     gone: bool
     reason: str
     allocated: int = 0
+    blocked_by: tuple[HostRef, ...] = ()
 
 
 def evict(
@@ -48,57 +55,91 @@ def evict(
     observers: events.Observers,
     *,
     locked: bool = False,
+    only: Collection[str] | None = None,
+    remove: bool = True,
 ) -> list[Outcome]:
     """Remove the victims of a plan that nobody needs after all, and what older passes left in the trash.
 
+    One base that cannot be removed stops no other.
+
     :param read: reads all references anew; called once, after the renames.
     :param locked: the caller holds the victims' locks.
+    :param only: leave everything else in the trash alone.
+    :param remove: False: whatever is in the trash gets its name back.
     """
     outcomes = []
     reasons = {}
     for victim in victims:
         name = victim.entry.name
-        with contextlib.ExitStack() as stack:
-            lock = locks.without_waiting(cache.layout.lock(name), host=cache.host)
-            if not locked and not stack.enter_context(lock):
-                outcomes.append(Outcome(name, False, "leased: it is being used or fetched now"))
-                continue
-            with stages.translated(cache.layout.base(name)):
-                thrown = trash.throw(cache, name)
-        cache.host.trace("evict:renamed")
-        if thrown is not None:
+        try:
+            thrown = _throw(name, cache, hosts, locked=locked)
+        except OSError as error:
+            outcomes.append(Outcome(name, False, f"it cannot be removed: {error.strerror}"))
+            continue
+        if isinstance(thrown, trash.Trashed):
+            cache.host.trace("evict:renamed")
             reasons[thrown.entry] = victim.reason
-    return outcomes + empty_trash(read, cache, hosts, observers, reasons)
+        elif thrown is not None:
+            outcomes.append(Outcome(name, False, thrown))
+    found = [each for each in trash.find(cache) if only is None or each.name in only]
+    return outcomes + _empty(found, read, cache, hosts, observers, reasons, remove=remove)
 
 
-def empty_trash(
+def _throw(name: str, cache: store.CacheStore, hosts: Hosts, *, locked: bool) -> trash.Trashed | str | None:
+    """Rename a base into the trash. Text: why it stays. None: it is gone already."""
+    with contextlib.ExitStack() as stack:
+        if not locked:
+            lock = locks.without_waiting(cache.layout.lock(name), host=cache.host)
+            if not stack.enter_context(lock):
+                return LEASED
+        thrown = trash.throw(cache, name, mark=hosts.mark)
+    if thrown is None and os.path.lexists(cache.layout.base(name)):
+        return "leased: it is being published now"
+    return thrown
+
+
+def _empty(
+    found: Sequence[trash.Trashed],
     read: Reading,
     cache: store.CacheStore,
     hosts: Hosts,
     observers: events.Observers,
-    reasons: dict[str, str] | None = None,
+    reasons: Mapping[str, str],
+    *,
+    remove: bool,
 ) -> list[Outcome]:
-    """Link back or unlink everything in the trash, by references that are read now."""
-    found = trash.find(cache)
+    """Put back or unlink what lies in the trash, by references that are read now."""
     if not found:
         return []
     references = read({thrown.name for thrown in found})
     cache.host.trace("evict:read")
-    needed = {thrown.entry: reason for thrown in found if (reason := _needed(thrown, references, cache))}
-    _clear(hosts, [thrown.entry for thrown in found if thrown.entry not in needed])
-    reasons = reasons or {}
+    stays = None if remove else "remove_unused_base_images is off"
+    needed = {
+        thrown.entry: reason
+        for thrown in found
+        if (reason := who_needs(thrown, references, cache) or stays) is not None
+    }
+    unneeded = [thrown.entry for thrown in found if thrown.entry not in needed]
+    hosts.clear(unneeded, withdrawn=needed, among=trash.find(cache))
+    others = hosts.all()
     outcomes = []
     for thrown in found:
-        with contextlib.suppress(FileNotFoundError), stages.translated(thrown.path):
+        try:
             if thrown.entry in needed:
                 outcomes.append(_put_back(thrown, needed[thrown.entry], cache))
             else:
-                why = reasons.get(thrown.entry, "left in the trash, and nobody needs it")
-                outcomes.append(_unlink(thrown, why, cache, hosts, observers))
+                waiting = hosts.not_cleared_by(thrown.entry, others)
+                outcomes.append(_unlink(thrown, reasons, waiting, cache, observers))
+        except FileNotFoundError:
+            continue  # somebody else put it back, or unlinked it
+        except OSError as error:
+            why = f"in the trash, and cannot be moved: {error.strerror}"
+            outcomes.append(Outcome(thrown.name, False, why))
     return outcomes
 
 
-def _needed(thrown: trash.Trashed, references: References, cache: store.CacheStore) -> str | None:
+def who_needs(thrown: trash.Trashed, references: References, cache: store.CacheStore) -> str | None:
+    """Return who needs a file in the trash, as a clause. None: nobody does."""
     if trash.is_restored(cache, thrown):
         return "somebody who wanted it linked it back"
     if (user := references.users.get(thrown.name)) is not None:
@@ -119,25 +160,41 @@ def _put_back(thrown: trash.Trashed, reason: str, cache: store.CacheStore) -> Ou
     )
 
 
-def _clear(hosts: Hosts, entries: list[str]) -> None:
-    """Say that nothing here refers to these entries, which were in the trash before the references were read."""
-    own = hosts.own()
-    if frozenset(entries) != own.cleared:
-        hosts.write(dataclasses.replace(own, cleared=frozenset(entries)))
-
-
 def _unlink(
-    thrown: trash.Trashed, reason: str, cache: store.CacheStore, hosts: Hosts, observers: events.Observers
+    thrown: trash.Trashed,
+    reasons: Mapping[str, str],
+    waiting: Sequence[HostRef],
+    cache: store.CacheStore,
+    observers: events.Observers,
 ) -> Outcome:
-    if waiting_for := hosts.not_cleared_by(thrown.entry):
+    allocated = os.stat(thrown.path, follow_symlinks=False).st_blocks * 512
+    if waiting:
+        names = ", ".join(host.name for host in waiting)
+        # A host that had a whole pass to look and did not may be lost.
+        silent = () if thrown.entry in reasons else tuple(waiting)
         return Outcome(
-            thrown.name, False, f"in the trash until these hosts have looked too: {', '.join(waiting_for)}"
+            thrown.name, False, f"in the trash until these hosts have looked too: {names}", allocated, silent
         )
     cache.host.trace("evict:unlink")
-    allocated = os.stat(thrown.path, follow_symlinks=False).st_blocks * 512
     trash.unlink(cache, thrown)
+    reason = reasons.get(thrown.entry, LEFT)
     observers(events.Evicted(thrown.name, reason=reason, allocated=allocated))
     return Outcome(thrown.name, True, reason, allocated)
+
+
+def put_back_own(cache: store.CacheStore, hosts: Hosts) -> list[str]:
+    """Put back what this host renamed away and had not cleared when it was killed. Returns the names.
+
+    A guest whose base lies in the trash cannot start. References are read again by the next pass.
+    """
+    cleared = hosts.own().cleared
+    return [
+        thrown.name
+        for thrown in trash.find(cache)
+        if thrown.entry.rpartition(".")[2].startswith(hosts.mark)
+        and thrown.entry not in cleared
+        and trash.restore(cache, thrown)
+    ]
 
 
 def sweep_foreign_stages(
@@ -150,7 +207,7 @@ def sweep_foreign_stages(
         with locks.without_waiting(cache.layout.lock(base), host=cache.host) as got:
             if not got:
                 continue
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 found = os.stat(path, follow_symlinks=False)
                 if now - found.st_mtime >= cache.config.foreign_stage_idle_seconds and found.st_nlink == 1:
                     os.unlink(path)

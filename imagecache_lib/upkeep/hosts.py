@@ -12,9 +12,9 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 
-from imagecache_lib import durable, errors, store
+from imagecache_lib import durable, errors, store, trash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +50,29 @@ def parse(host_id: str, data: bytes) -> HostFile | None:
     return HostFile(host_id, name, roots, frozenset(str(each) for each in cleared))
 
 
+@dataclasses.dataclass(frozen=True, order=True)
+class HostRef:
+    """A registered host.
+
+    :param name: its name, or its id where its file cannot be read.
+    :param id: what :meth:`Hosts.forget` takes.
+    """
+
+    name: str
+    id: str
+
+
 class Hosts:
     """This host's file, and a look at the others'."""
 
     def __init__(self, cache: store.CacheStore) -> None:
         self._cache = cache
-        self.id = _host_id(cache.host.name)
+        self.id = host_id(cache.host.name)
+
+    @property
+    def mark(self) -> str:
+        """What the ids of this host's trash entries begin with."""
+        return self.id[:8]
 
     def register(self) -> None:
         """Have a file, before the first lease: from then on nothing is unlinked without this host.
@@ -94,12 +111,31 @@ class Hosts:
                 f"no host with the id {host_id} is registered", next_step="list the hosts to see the ids"
             ) from None
 
-    def not_cleared_by(self, entry: str) -> list[str]:
-        """Return the names (or ids) of hosts that have not cleared an entry of the trash."""
+    def clear(
+        self, entries: Iterable[str], *, withdrawn: Container[str], among: Iterable[trash.Trashed]
+    ) -> None:
+        """Say that nothing here refers to these entries, which were in the trash before the reading.
+
+        :param withdrawn: entries for which that is no longer so.
+        :param among: everything that is in the trash; what is not is forgotten.
+        """
+        own = self.own()
+        cleared = {*entries, *own.cleared}
+        there = frozenset(
+            each.entry for each in among if each.entry in cleared and each.entry not in withdrawn
+        )
+        if there != own.cleared and len(self.all()) > 1:
+            self.write(dataclasses.replace(own, cleared=there))
+
+    def not_cleared_by(self, entry: str, hosts: Mapping[str, HostFile | None]) -> list[HostRef]:
+        """Return the other hosts that have not cleared an entry of the trash.
+
+        :param hosts: as :meth:`all` returned it.
+        """
         return sorted(
-            host.name if host is not None else host_id
-            for host_id, host in self.all().items()
-            if host is None or entry not in host.cleared
+            HostRef(host.name if host is not None else host_id, host_id)
+            for host_id, host in hosts.items()
+            if host_id != self.id and (host is None or entry not in host.cleared)
         )
 
     def _read(self, host_id: str) -> HostFile | None:
@@ -110,7 +146,7 @@ class Hosts:
         return parse(host_id, data) if data is not None else None
 
 
-def _host_id(name: str) -> str:
+def host_id(name: str) -> str:
     """Return the id that this host always has.
 
     Two hosts of one name differ in /etc/machine-id (see machine-id(5)), two clones of one machine in name.

@@ -74,6 +74,21 @@ def take(cache: store.CacheStore) -> Inventory:
     )
 
 
+def look(cache: store.CacheStore, name: str) -> Entry | None:
+    """Return one base. None: it is not there, or is no regular file."""
+    try:
+        status = os.stat(cache.layout.base(name), follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    try:
+        noted = os.stat(cache.layout.record(name), follow_symlinks=False).st_mtime
+    except FileNotFoundError:
+        noted = 0.0
+    return _entry(name, layout.classify(name), status, noted)
+
+
 def _entry(name: str, kind: layout.Kind, status: os.stat_result, noted: float) -> Entry:
     return Entry(
         name=name,

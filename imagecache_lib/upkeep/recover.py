@@ -6,8 +6,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterable
 
-from imagecache_lib import events, layout, placing, store
+from imagecache_lib import errors, events, layout, placing, store, trash
 from imagecache_lib.spawn import locks, publish
 from imagecache_lib.spawn import stage as stages
 
@@ -24,19 +25,23 @@ def recover(cache: store.CacheStore, observers: events.Observers) -> None:
     _finish_publications(cache, observers)
     _sweep_stages(cache, observers, now)
     _sweep_leftovers(cache, now)
+    _sweep_records(cache, now)
+    trash.sweep(cache, now=now)
 
 
 def _finish_publications(cache: store.CacheStore, observers: events.Observers) -> None:
     for _stage_id, note in list(stages.notes(cache)):
         if note.record is None or layout.classify(note.name) is layout.Kind.UNKNOWN:
             continue
-        opened = cache.open_base(note.name)
-        if opened is None:
-            continue
-        with contextlib.closing(opened):
-            if cache.record_of(opened) is None and publish.finish(cache, opened) is not None:
-                image_id = note.record.image_id
-                observers(events.Recovered(note.name, image_id, what="its publication is finished"))
+        # What cannot be finished now is finished by the base's next user, or next time.
+        with contextlib.suppress(errors.CacheEntryError, OSError):
+            opened = cache.open_base(note.name)
+            if opened is None:
+                continue
+            with contextlib.closing(opened):
+                if cache.record_of(opened) is None and publish.finish(cache, opened) is not None:
+                    image_id = note.record.image_id
+                    observers(events.Recovered(note.name, image_id, what="its publication is finished"))
 
 
 def _sweep_stages(cache: store.CacheStore, observers: events.Observers, now: float) -> None:
@@ -50,7 +55,7 @@ def _sweep_stages(cache: store.CacheStore, observers: events.Observers, now: flo
             if not os.path.lexists(path):
                 _unlink_if_idle(os.path.join(cache.layout.stages, entry), cache, now)
         elif sweep_if_dead(path, cache, now):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(cache.layout.stage_record(stage_id))
             observers(events.Recovered(stage_id, what="removed, a leftover of an interrupted fetch"))
 
@@ -72,7 +77,7 @@ def sweep_if_dead(path: str, cache: store.CacheStore, now: float) -> bool:
             return False
         if cache.host.locking and not locks.try_own(fd):
             return False
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(path, follow_symlinks=False), found):
                 os.unlink(path)
                 return True
@@ -90,29 +95,30 @@ def _sweep_leftovers(cache: store.CacheStore, now: float) -> None:
                 _unlink_if_idle(os.path.join(directory, entry), cache, now)
 
 
+def _sweep_records(cache: store.CacheStore, now: float) -> None:
+    """Remove the records of bases that are gone: an evictor died between the two, or Nova evicted."""
+    kept = {thrown.name for thrown in trash.find(cache)}
+    for entry in os.listdir(cache.layout.records):
+        name = entry.removesuffix(".json")
+        known = entry.endswith(".json") and layout.classify(name) is not layout.Kind.UNKNOWN
+        if known and name not in kept and not os.path.lexists(cache.layout.base(name)):
+            _unlink_if_idle(os.path.join(cache.layout.records, entry), cache, now)
+
+
 def _unlink_if_idle(path: str, cache: store.CacheStore, now: float) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         if now - os.stat(path, follow_symlinks=False).st_mtime >= cache.config.stage_idle_seconds:
             os.unlink(path)
 
 
-def sweep_unfinished_disks(cache: store.CacheStore, observers: events.Observers, *, now: float) -> None:
-    """Remove disks in the making whose maker is dead, from every instance directory."""
-    for root in cache.config.roots:
-        for directory in (root, *_subdirectories(root)):
-            try:
-                entries = os.listdir(directory)
-            except OSError:
-                continue
-            for entry in entries:
-                made = placing.UNFINISHED.fullmatch(entry) if entry.endswith(".new") else None
-                if made is not None and sweep_if_dead(os.path.join(directory, entry), cache, now):
-                    observers(events.Recovered(made["target"], what="an unfinished disk is removed"))
+def sweep_unfinished_disks(
+    cache: store.CacheStore, observers: events.Observers, paths: Iterable[str], *, now: float
+) -> None:
+    """Remove disks in the making whose maker is dead.
 
-
-def _subdirectories(root: str) -> list[str]:
-    try:
-        with os.scandir(root) as entries:
-            return [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except OSError:
-        return []
+    :param paths: where such files were seen.
+    """
+    for path in paths:
+        made = placing.UNFINISHED.fullmatch(os.path.basename(path))
+        if made is not None and sweep_if_dead(path, cache, now):
+            observers(events.Recovered(made["target"], what="an unfinished disk is removed"))

@@ -29,6 +29,7 @@ class References:
     :param problems: what could not be determined, a sentence each with what to do.
     :param readings: cached names by the path of the disk that refers to them; what to remember.
     :param roots: what each disk root was found to be: ``(st_dev, f_fsid)``.
+    :param unfinished: paths of disks in the making, or of what is left of one.
     """
 
     users: Mapping[str, str]
@@ -36,6 +37,7 @@ class References:
     problems: tuple[str, ...] = ()
     readings: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     roots: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    unfinished: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,9 @@ def collect(
     if instances is None:
         unknown = "the driver could not tell which instances there are"
         problems.insert(0, f"Nothing is evicted: {unknown}.")
-    return References(users, unknown, tuple(problems), found.readings, found.roots)
+    return References(
+        users, unknown, tuple(problems), found.readings, found.roots, tuple(found.unfinished)
+    )
 
 
 def _reported(names: Iterable[str], instances: Sequence[model.Instance]) -> Iterable[tuple[str, str]]:

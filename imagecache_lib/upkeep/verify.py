@@ -113,7 +113,7 @@ class Upkeep:
         if not dry_run:
             self._tidy(found, now)
         read = self._reader(instances, now)
-        references = read({each.name for each in (*found.bases, *thrown)})
+        references = read({*(base.name for base in found.bases), *(each.name for each in thrown)})
         self._cache.host.trace("verify:read")
         limits = policy.Limits.of(self._cache.config)
         plan = policy.plan(found.bases, references, limits, now=now, space=self._space(found))
@@ -168,6 +168,19 @@ class Upkeep:
                 [victim], read, self._cache, self._hosts, self._observers, locked=locked, only={name}
             )
         return next((each.reason for each in outcomes if not each.gone), None)
+
+    def explain(self, name: str, instances: Sequence[model.Instance] | None) -> Explanation | None:
+        """Say what a pass would do with a base now, and why. None: it is not there."""
+        report = self.verify(instances, dry_run=True)
+        base = next((each for each in report.bases if each.name == name), None)
+        entry = inventory.look(self._cache, name)
+        if base is None or entry is None:
+            return None
+        now = self._cache.filesystem_now()
+        references = self._reader(instances, now)([name])
+        limits = policy.Limits.of(self._cache.config)
+        obstacles = policy.obstacles(entry, references, limits, now=now)
+        return Explanation(base, obstacles, report.problems)
 
     def evict_unfit(self, name: str, reason: str) -> bool:
         """Evict a base that does not serve, under its exclusive lock. False: it stays."""
@@ -274,8 +287,9 @@ class Upkeep:
             for host in outcome.blocked_by:
                 held.setdefault(host, []).append(outcome.allocated)
         told = [
-            f"Host {host.name} has not looked at {len(sizes)} evicted base images, which hold {sum(sizes)} bytes."
-            f" Let its periodic pass run; if it will not come back, run: imagecache host forget {host.id}"
+            f"Host {host.name} has not looked at {len(sizes)} evicted base images, which hold"
+            f" {sum(sizes)} bytes. Let its periodic pass run; if it will not come back, run:"
+            f" imagecache host forget {host.id}"
             for host, sizes in sorted(held.items())
         ]
         for sentence in told:

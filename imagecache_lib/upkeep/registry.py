@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nova's registry of the hosts that share a directory of instances, kept fresh for hosts that run Nova.
+
+``<instances_path>/compute_nodes`` is a JSON object of host name to epoch seconds. A Nova that shares the
+directory takes a host that is absent there, or was silent for a day, for one without instances, and evicts
+what only that host uses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+from imagecache_lib import durable, store
+from imagecache_lib.spawn import locks
+
+NAME = "compute_nodes"
+
+#: Nova's lock around its registry, without the prefix that all its locks have.
+LOCK = "storage-registry-lock"
+
+
+def refresh(cache: store.CacheStore) -> None:
+    """Write this host's entry anew, if there is a registry. A torn one is Nova's to repair.
+
+    :raises OSError: it cannot be written.
+    """
+    path = os.path.join(cache.config.instances_path, NAME)
+    if not os.path.lexists(path):
+        return  # no Nova here
+    with locks.waiting(
+        cache.layout.lock(LOCK),
+        shared=False,
+        host=cache.host,
+        patience=cache.config.lock_timeout,
+        check=lambda: None,
+    ) as got:
+        data = durable.read_file(path)
+        known = _parse(data) if data is not None else None
+        if known is None or not got:
+            return  # Nova writes in place: without the lock its half-written file would become everybody's
+        known[cache.host.name] = cache.host.clock()
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+        durable.write_file(path, json.dumps(known).encode(), mode=mode)
+
+
+def _parse(data: bytes) -> dict[str, object] | None:
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
