@@ -28,7 +28,9 @@ def write_file(path: str, data: bytes, *, mode: int = 0o600, sync: bool = True) 
 
     :param sync: make it durable. False where losing it in a power cut harms nothing.
     """
-    temporary = f"{path}.{new_id()}.new"
+    # The form of all names of files in the making, by which upkeep finds what a crash left.
+    directory, name = os.path.split(path)
+    temporary = os.path.join(directory, f".{name}.{new_id()}.new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         try:
@@ -46,7 +48,7 @@ def write_file(path: str, data: bytes, *, mode: int = 0o600, sync: bool = True) 
             os.unlink(temporary)
         raise
     if sync:
-        sync_directory(os.path.dirname(path))
+        sync_directory(directory)
 
 
 def read_file(path: str, *, limit: int = 2**24) -> bytes | None:

@@ -27,7 +27,7 @@ _TELL_EVERY = 16 * 2**20
 _TURN_SLICE = 0.25
 
 #: Reserve in steps of this many bytes while the source does not say how large the image is.
-_UNKNOWN_SIZE_STEP = 64 * 2**20
+_UNKNOWN_SIZE_STEP = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)

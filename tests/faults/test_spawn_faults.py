@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks that fail, filesystems that fill up, and SIGKILL at every call that changes them. As root."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import imagecache_lib as ic
+from imagecache_lib import errors, events, layout
+from imagecache_lib.sources.file import FileImage, FileSource
+from imagecache_lib.testing.sources import FakeSource
+from tests.cache_case import raw_image
+from tests.functional.lab import filesystems
+
+ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
+NAME = layout.base_name(ID)
+MIB = 2**20
+DATA = raw_image(1)
+
+_DRIVER = """
+import sys
+import imagecache_lib as ic
+from imagecache_lib.sources.file import FileImage, FileSource
+
+instances, image, target, image_id = sys.argv[1:]
+source = FileSource({image_id: FileImage(image, "raw")})
+manager = ic.ImageCacheManager(ic.CacheConfig(instances_path=instances, num_retries=0), source)
+if target == "":
+    manager.unpin("x", owner="x")  # makes the cache's directories
+    sys.exit()
+try:
+    manager.create_disk(image_id, target)
+except ic.ImageCacheError as error:
+    print(f"{type(error).__name__}: {error}")
+    sys.exit(3)
+"""
+
+
+@pytest.fixture
+def image(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "image"
+    path.write_bytes(DATA)
+    return path
+
+
+@pytest.fixture
+def instances(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "instances"
+    (path / "instance").mkdir(parents=True)
+    return path
+
+
+@pytest.fixture
+def full_ext4(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    with filesystems.loop_mounted(tmp_path, 64 * MIB, ["mkfs.ext4", "-q", "-m", "0"]) as mount_point:
+        yield mount_point
+
+
+def driver(instances, image, *, injected=(), target=None):
+    """Run a spawn in a process of its own, with faults injected into its system calls."""
+    trace = [] if not injected else ["strace", "-f", "-qq", "-o", os.devnull, *injected]
+    target = str(instances / "instance" / "disk") if target is None else target
+    command = [*trace, sys.executable, "-c", _DRIVER, str(instances), str(image), target, ID]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def manager_for(instances, source=None, **options):
+    config = ic.CacheConfig(instances_path=str(instances), num_retries=0, **options)
+    return ic.ImageCacheManager(config, source or FakeSource({ID: DATA}), observers=())
+
+
+def files_in(path):
+    """Return every file's path and inode, but lock files and our registration."""
+    found = {}
+    for parent, _directories, names in os.walk(path):
+        if os.path.basename(parent) not in ("locks", "hosts"):
+            paths = [os.path.join(parent, name) for name in names]
+            found |= {path: os.lstat(path).st_ino for path in paths}
+    return found
+
+
+def content_of(disk):
+    flat = disk.with_suffix(".flat")
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk, flat], check=True)
+    data = flat.read_bytes()
+    flat.unlink()
+    return data
+
+
+def age(path, seconds=2 * 3600):
+    then = time.time() - seconds
+    for parent, _directories, names in os.walk(path):
+        for name in names:
+            os.utime(os.path.join(parent, name), (then, then), follow_symlinks=False)
+
+
+def test_each_fsync_that_fails_is_an_error_and_nothing_unproven_is_published(instances, image):
+    driver(instances, image, target="")
+    before = files_in(instances)
+    failed = 0
+    for number in range(1, 40):
+        inject = f"inject=fsync:error=EIO:when={number}"
+        run = driver(instances, image, injected=("-e", "trace=fsync", "-e", inject))
+        if run.returncode == 0:
+            break
+        failed += 1
+        assert run.returncode == 3, run.stderr
+        assert run.stdout.startswith("BackendError: "), run.stdout
+        assert ID in run.stdout and "Input/output error" in run.stdout
+        assert not (instances / "instance" / "disk").exists()
+        base = instances / "_base" / NAME
+        if base.exists():
+            # Only what came after the name failed; the data was durable before.
+            assert base.read_bytes() == DATA
+        else:
+            assert files_in(instances) == before
+        # The next spawn works, from the evidence that is there, and leaves nothing else.
+        again = driver(instances, image)
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert content_of(instances / "instance" / "disk") == DATA
+        (instances / "instance" / "disk").unlink()
+        (instances / "instance" / "disk.info").unlink()
+        for stage in (instances / "_base" / ".imagecache" / "stage").iterdir():
+            stage.unlink()
+        base.unlink()
+        (instances / "_base" / ".imagecache" / "records" / f"{NAME}.json").unlink()
+    else:
+        raise AssertionError("it never came to the end")
+    assert failed >= 6  # data, its record-to-be, directory, record, disk, disk.info
+
+
+def test_a_base_whose_data_could_not_be_synced_never_gets_its_name(instances, image):
+    driver(instances, image, target="")
+    run = driver(instances, image, injected=("-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1"))
+    assert run.returncode == 3
+    assert not (instances / "_base" / NAME).exists()
+    assert os.listdir(instances / "_base" / ".imagecache" / "stage") == []
+
+
+@pytest.mark.parametrize(("call", "least"), [("link", 2), ("rename", 4), ("unlink", 3), ("fsync", 7)])
+def test_sigkill_at_every_call_that_changes_something(instances, image, call, least):
+    """Whatever was done last, the state is sound, the next spawn works, and nothing stays behind."""
+    for number in range(1, 40):
+        injected = ("-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}")
+        run = driver(instances, image, injected=injected)
+        if run.returncode == 0:
+            break
+        assert run.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), run.stderr
+        base = instances / "_base" / NAME
+        published = base.exists()
+        assert not published or base.read_bytes() == DATA
+        happened: list[events.Event] = []
+        source = FakeSource({ID: DATA})
+        config = ic.CacheConfig(instances_path=str(instances))
+        manager = ic.ImageCacheManager(config, source, observers=(happened.append,))
+        disk = instances / "instance" / "disk"
+        manager.create_disk(ID, str(disk), if_exists="reuse")
+        assert content_of(disk) == DATA, number
+        assert source.opens == (0 if published else 1)
+        assert not [event for event in happened if isinstance(event, events.Adopted)]
+        age(instances)
+        manager.verify_base_images([ic.Instance("instance", "here", images=(ID,))])
+        private = instances / "_base" / ".imagecache"
+        left = {path for path in map(pathlib.Path, files_in(instances)) if path.parent.name != "hosts"}
+        assert left == {
+            base,
+            disk,
+            disk.parent / "disk.info",
+            private / "version",
+            private / "records" / f"{NAME}.json",
+        }, number
+        assert base.stat().st_nlink == 1
+        for path in (disk, disk.parent / "disk.info", base, private / "records" / f"{NAME}.json"):
+            path.unlink()
+    else:
+        raise AssertionError("it never came to the end")
+    assert number > least
+
+
+def test_a_full_filesystem_is_told_apart_and_life_goes_on_after_room_is_made(full_ext4):
+    (full_ext4 / "instance").mkdir()
+    fits = os.urandom(20 * MIB)
+    source = FakeSource({ID: os.urandom(100 * MIB), "fits": fits}, sizes=False)
+    manager = manager_for(full_ext4, source)
+    manager.unpin("x", owner="x")  # makes the cache's directories
+    before, free = files_in(full_ext4), os.statvfs(full_ext4).f_bavail
+    target = str(full_ext4 / "instance" / "disk")
+    for attempt in (manager.create_disk, manager.fetch_file):
+        with pytest.raises(errors.NoSpaceError, match=ID):
+            attempt(ID, target)
+        assert files_in(full_ext4) == before
+        assert os.statvfs(full_ext4).f_bavail >= free - 8
+    # What does not fit beside what somebody else wrote meanwhile.
+    blocker = full_ext4 / "blocker"
+    blocker.write_bytes(os.urandom(45 * MIB))
+    with pytest.raises(errors.NoSpaceError):
+        manager.create_disk("fits", target)
+    blocker.unlink()
+    manager.create_disk("fits", target)
+    assert content_of(pathlib.Path(target).rename(full_ext4 / "instance" / "renamed")) == fits
+
+
+def test_a_filesystem_that_fills_up_under_the_fetch_ends_cleanly(full_ext4):
+    (full_ext4 / "instance").mkdir()
+    blocker = full_ext4 / "blocker"
+    data = os.urandom(20 * MIB)
+
+    def trace(point):
+        if point == "ingest:reserved" and not blocker.exists():
+            with blocker.open("wb") as file:
+                try:
+                    while file.write(bytes([1]) * MIB):
+                        file.flush()
+                except OSError:
+                    pass
+
+    config = ic.CacheConfig(instances_path=str(full_ext4), num_retries=0)
+    manager = ic.ImageCacheManager(
+        config, FakeSource({ID: data}), host=ic.Host(trace=trace), observers=()
+    )
+    target = full_ext4 / "instance" / "disk"
+    with pytest.raises(errors.NoSpaceError, match=ID):
+        manager.create_disk(ID, str(target))
+    assert os.listdir(full_ext4 / "instance") == []
+    assert os.listdir(full_ext4 / "_base" / ".imagecache" / "stage") == []
+    assert not (full_ext4 / "_base" / NAME).exists()
+    # Even with no block left at all, it is the space that is blamed.
+    with pytest.raises(errors.NoSpaceError):
+        manager_for(full_ext4).create_disk(ID, str(target))
+    blocker.write_bytes(b"")
+    manager.create_disk(ID, str(target))
+    assert content_of(target) == data
+
+
+def test_a_base_that_belongs_to_another_user_is_adopted_once(instances, image):
+    """libvirt gives bases to QEMU's user: an unprivileged service can neither mark nor touch them."""
+    nobody = 65534
+    base = instances / "_base" / NAME
+    base.parent.mkdir()
+    base.write_bytes(DATA)
+    for path in (instances, instances / "instance", base.parent):
+        os.chown(path, nobody, nobody)
+    for parent in instances.parents:
+        if parent.stat().st_uid == 0 and parent != pathlib.Path("/") and "pytest" in str(parent):
+            parent.chmod(0o755)
+    program = """
+import json, os, sys
+import imagecache_lib as ic
+from imagecache_lib import events
+from imagecache_lib.testing.sources import FakeSource
+data = open(sys.argv[2], "rb").read()
+happened = []
+source = FakeSource({sys.argv[3]: data})
+config = ic.CacheConfig(instances_path=sys.argv[1])
+manager = ic.ImageCacheManager(config, source, observers=(happened.append,))
+os.setgid(65534)
+os.setuid(65534)
+for number in range(3):
+    manager.create_disk(sys.argv[3], f"{sys.argv[1]}/instance/disk{number}")
+print(json.dumps([source.opens, sum(isinstance(each, events.Adopted) for each in happened)]))
+"""
+    command = [sys.executable, "-c", program, str(instances), str(image), ID]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == [0, 1]
+    assert base.stat().st_uid == 0
+
+
+def test_a_source_on_a_failing_disk_is_a_source_that_fails(instances, image):
+    manager = manager_for(instances, FileSource({ID: FileImage(image, "raw")}))
+    image.unlink()
+    with pytest.raises(errors.ImageNotFound):
+        manager.create_disk(ID, str(instances / "instance" / "disk"))
