@@ -119,6 +119,7 @@ class Failures(unittest.TestCase):
         clusters = {number: Cluster("compressed", b"\1" * size) for number in range(3000)}
         image = qcow2_images.build(3000 * size, clusters, cluster_bits=12, compress=lambda _: b"\xff" * 2000)
         for threads in (1, 3):
+            # Not in finish(): nobody wants the rest of a bad image.
             with tempfile.TemporaryFile() as out:
                 decoding = decoder.StreamDecoder(
                     out.fileno(),
@@ -129,7 +130,6 @@ class Failures(unittest.TestCase):
                 )
                 with decoding, self.assertRaises(errors.ImageRejected):
                     decoding.write(image)
-                    decoding.finish()
 
     def test_closing_in_the_middle_leaves_no_thread(self) -> None:
         before = threading.active_count()

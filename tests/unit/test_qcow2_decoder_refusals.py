@@ -140,6 +140,18 @@ class WhatIsRefused(unittest.TestCase):
         for length in (600, 1100, 1600, len(image) - SIZE, len(image) - 1):
             self.check(image[:length], "outside")
 
+    def test_a_known_file_size_refuses_before_the_data_arrives(self) -> None:
+        image = bytes(simple_image())
+        with tempfile.TemporaryFile() as out:
+            decoding = decoder.StreamDecoder(
+                out.fileno(),
+                spill=tempfile.TemporaryFile,
+                file_size=len(image) - SIZE,
+                max_virtual_size=2**40,
+            )
+            with decoding, self.assertRaisesRegex(errors.ImageRejected, "outside"):
+                decoding.write(image[: 4 * SIZE])
+
 
 class CompressedClusters(unittest.TestCase):
     """What is stored has to be one cluster, neither more nor less."""
@@ -187,12 +199,13 @@ class CompressedClusters(unittest.TestCase):
         self.assertEqual(qcow2_images.decode(image(pack(b"a" * SIZE)))[0][:SIZE], b"a" * SIZE)
         unsized = zstandard.ZstdCompressor(write_content_size=False).compress(b"a" * SIZE)
         self.assertEqual(qcow2_images.decode(image(unsized + b"\0" * 9))[0][:SIZE], b"a" * SIZE)
-        huge = bytearray(pack(b"a" * 2**20))
+        # A frame header with an eight-byte content size: room for it must not be made.
+        huge = b"\x28\xb5\x2f\xfd\xe0" + (2**62).to_bytes(8, "little") + b"\1\0\0"
         for frame in (
             pack(b"a" * (SIZE + 1)),
             pack(b"a" * 100),
             pack(b""),
-            bytes(huge),
+            huge,
             b"\0" * 40,
             pack(b"b" * SIZE)[:-4],
         ):
