@@ -54,6 +54,7 @@ class Seen:
     path: str
     headers: Mapping[str, str]
     connection: int
+    body: bytes = b""
 
 
 def data_answer(
@@ -152,8 +153,12 @@ class _Connection(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:  # the name is http.server's
         self._answer()
 
+    def do_POST(self) -> None:  # the name is http.server's
+        self._answer()
+
     def _answer(self) -> None:
-        seen = Seen(self.command, self.path, dict(self.headers), self._number)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        seen = Seen(self.command, self.path, dict(self.headers), self._number, body)
         self._owner.note(seen)
         answer = self._owner.answer(seen)
         with contextlib.suppress(OSError):

@@ -49,6 +49,10 @@ class SourceBusy(errors.SourceError):
         self.retry_after = retry_after
 
 
+class CannotCopy(SourceRefused):
+    """The source will not copy the image into the store asked for; the cause says why."""
+
+
 class NotPermitted(errors.ImageNotFound):
     """The image is there, and this caller may not have it. Fallback sources are not asked for it."""
 
@@ -81,6 +85,19 @@ class ImageSource(abc.ABC):
         :raises CannotResume: only for ``offset > 0``.
         :raises SourceError: the source failed; raised while iterating too.
         """
+
+    def copy_to_store(self, image: model.Image, store: str) -> None:
+        """Ask the image service to copy the image into another of its stores, and do not wait for it.
+
+        :meth:`describe` tells when it is there: ``Image.stores``. The default is right for sources without
+        stores.
+
+        :raises CannotCopy: the service does not do that, does not know the store, or not for this caller.
+        :raises SourceError: the source failed; it may work later.
+        """
+        raise CannotCopy(
+            "its source has no stores to copy it between", image=image.id, next_step="use an image service"
+        )
 
     def can_resume(self, image: model.Image) -> bool:
         """Whether a transfer of this image that broke may go on from its offset.

@@ -41,7 +41,9 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 class Send(Protocol):
     """Send one request, follow nothing, and return the answer with its body unread."""
 
-    def __call__(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response: ...
+    def __call__(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
+    ) -> requests.Response: ...
 
 
 class SessionSend:
@@ -62,11 +64,14 @@ class SessionSend:
         self._timeout = timeout
         self._own: tuple[int, requests.Session] | None = None
 
-    def __call__(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response:
+    def __call__(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
+    ) -> requests.Response:
         return self._session().request(
             method,
             url,
             headers=dict(headers),
+            data=body,
             stream=True,
             allow_redirects=False,
             timeout=self._timeout,
@@ -132,7 +137,13 @@ def check_url(url: str) -> None:
 
 @contextlib.contextmanager
 def exchange(
-    web: Web, method: str, url: str, headers: Mapping[str, str], *, image_id: str
+    web: Web,
+    method: str,
+    url: str,
+    headers: Mapping[str, str],
+    *,
+    image_id: str,
+    body: bytes | None = None,
 ) -> Iterator[requests.Response]:
     """Send a request, follow its redirects, and yield the answer; the body is unread, any status goes.
 
@@ -141,7 +152,7 @@ def exchange(
     """
     send = web.send
     for _ in range(MOST_REDIRECTS + 1):
-        response = _send(send, method, url, headers, image_id)
+        response = _send(send, method, url, headers, body, image_id)
         with contextlib.closing(response):
             location = response.headers.get("Location")
             if method == "HEAD":
@@ -169,11 +180,11 @@ def exchange(
 
 
 def _send(
-    send: Send, method: str, url: str, headers: Mapping[str, str], image_id: str
+    send: Send, method: str, url: str, headers: Mapping[str, str], body: bytes | None, image_id: str
 ) -> requests.Response:
     for left in reversed(range(_SENDS)):
         try:
-            return send(method, url, headers)
+            return send(method, url, headers, body)
         except errors.ImageCacheError:
             raise
         except Exception as error:  # whatever a caller's session raises is foreign

@@ -27,6 +27,8 @@ _T = TypeVar("_T")
 
 #: Most bytes of metadata. Glance's default limits allow some hundred KiB.
 _LARGEST_METADATA = 4 * 2**20
+#: Property of an image while Glance works on an import, such as a copy.
+_IMPORT_TASK = "os_glance_import_task"
 _HEX = re.compile(r"[0-9a-f]+")
 #: Keys of the metadata that have a field of their own in :class:`Image`.
 _MAPPED = frozenset(
@@ -140,6 +142,33 @@ class GlanceSource(base.ImageSource):
                 self._first += 1
                 raise
 
+    def copy_to_store(self, image: model.Image, store: str) -> None:
+        # The interoperable import's method "copy-image", which Glance has since Victoria.
+        body = json.dumps({"method": {"name": "copy-image"}, "stores": [store]}).encode()
+
+        def ask(root: str) -> None:
+            url = f"{_image_url(root, image.id)}/import"
+            headers = self._headers(image.id) | {"Content-Type": "application/json"}
+            with exchange.exchange(self._web, "POST", url, headers, image_id=image.id, body=body) as answer:
+                if answer.status_code in (200, 201, 202):
+                    return
+                if answer.status_code not in (400, 403, 404, 405, 409, 413, 501):
+                    raise answers.refusal(answer, image.id)
+                refusal = base.CannotCopy(
+                    f"Glance does not copy it into the store {store}: {exchange.shown(url)} answers"
+                    f" HTTP {answer.status_code}",
+                    image=image.id,
+                    next_step="check the store's name, the import method copy-image, and the policy"
+                    " copy_image",
+                )
+            # Glance answers 409 for a store that it does not have, and 409 or 400 when another host asked
+            # first: only the image tells them apart.
+            now = self.describe(image.id)
+            if store not in now.stores and _IMPORT_TASK not in now.properties:
+                raise refusal
+
+        self._in_turn(image.id, ask)
+
     def _headers(self, image_id: str) -> dict[str, str]:
         headers = {"Accept-Encoding": "identity"}
         token = self._token
@@ -194,12 +223,15 @@ class _KeystoneSend:
         self._session = session
         self._timeout = timeout
 
-    def __call__(self, method: str, url: str, headers: Mapping[str, str]) -> requests.Response:
+    def __call__(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
+    ) -> requests.Response:
         # log=False: the session would log all headers, and reads a body to log it.
         answer: requests.Response = self._session.request(
             url,
             method,
             headers=dict(headers),
+            data=body,
             authenticated=True,
             redirect=False,
             raise_exc=False,

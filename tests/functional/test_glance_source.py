@@ -43,6 +43,16 @@ def read(source, image, offset=0):
         return b"".join(chunks)
 
 
+def await_copy(source, image_id):
+    """Wait for the end of the task too: while it runs, its database may be locked."""
+
+    def done() -> bool:
+        image = source.describe(image_id)
+        return "second" in image.stores and "os_glance_import_task" not in image.properties
+
+    server.wait_until(done, "the copy", seconds=30)
+
+
 def fetch(source, image_id):
     found, image = transfer.describe(source, image_id, host=IMPATIENT)
     return b"".join(transfer.Transfer(found, image, host=IMPATIENT).chunks())
@@ -169,3 +179,30 @@ def test_data_that_the_store_truncated_never_pass_as_whole(glance, source):
         damaged.truncate(2**20)
     with pytest.raises(errors.ImageCacheError, match=image_id):
         fetch(source, image_id)
+
+
+def test_an_image_is_copied_into_another_store(glance, source):
+    image_id = glance.upload(DATA)
+    image = source.describe(image_id)
+    assert image.stores == ("disk",)
+    # By default Glance's policy lets only administrators copy.
+    with pytest.raises(base.CannotCopy, match="copy_image"):
+        source.copy_to_store(image, "second")
+    glance_source(glance.url, token=glance_lab.ADMIN).copy_to_store(image, "second")
+    await_copy(source, image_id)
+    assert source.describe(image_id).status == "active"
+
+
+def test_a_store_that_glance_does_not_have_is_refused(glance, image_id):
+    source = glance_source(glance.url, token=glance_lab.ADMIN)
+    with pytest.raises(base.CannotCopy, match="nowhere"):
+        source.copy_to_store(source.describe(image_id), "nowhere")
+
+
+def test_hosts_that_ask_for_one_copy_at_once_all_get_it(glance):
+    source = glance_source(glance.url, token=glance_lab.ADMIN)
+    image = source.describe(glance.upload(DATA))
+    for _host in range(3):
+        source.copy_to_store(image, "second")
+    await_copy(source, image.id)
+    source.copy_to_store(image, "second")

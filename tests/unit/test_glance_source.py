@@ -299,3 +299,43 @@ class TestKeystoneSessions(GlanceCase):
         with self.assertRaisesRegex(base.SourceRefused, "another origin"):
             GlanceSource(session=self.session(self.server.url)).describe(ID)
         self.assertEqual([], other.requests())
+
+
+class TestCopyingToAStore(GlanceCase):
+    PATH = f"/v2/images/{ID}/import"
+
+    def copy(self, *answers: Answer) -> None:
+        self.server.script(self.PATH, *answers)
+        self.source().copy_to_store(model.Image(ID), "ceph")
+
+    def test_asks_for_the_import_method_copy_image(self) -> None:
+        self.copy(Answer(status=202))
+        (seen,) = self.server.requests("POST")
+        self.assertEqual({"method": {"name": "copy-image"}, "stores": ["ceph"]}, json.loads(seen.body))
+        self.assertEqual((TOKEN, "application/json"),
+                         (seen.headers["X-Auth-Token"], seen.headers["Content-Type"]))  # fmt: skip
+
+    def test_a_copy_that_another_host_asked_for_is_fine(self) -> None:
+        self.server.add(ID, DATA, os_glance_import_task="9c0c1d1e")
+        self.copy(Answer(status=409))
+        self.server.add(ID, DATA, stores="file,ceph")
+        self.copy(Answer(status=400))
+
+    def test_a_refusal_says_what_to_check(self) -> None:
+        for status in (400, 403, 404, 409):
+            with self.subTest(status), self.assertRaises(base.CannotCopy) as caught:
+                self.copy(Answer(status=status))
+            for part in (ID, str(status), "copy_image"):
+                self.assertIn(part, str(caught.exception))
+
+    def test_a_server_in_trouble_is_no_refusal(self) -> None:
+        with self.assertRaises(base.SourceBusy):
+            self.copy(Answer(status=503))
+
+    def test_a_session_sends_the_same(self) -> None:
+        auth = keystoneauth1.token_endpoint.Token(self.server.url, TOKEN)
+        source = GlanceSource(session=keystoneauth1.session.Session(auth=auth))
+        self.server.script(self.PATH, Answer(status=202))
+        source.copy_to_store(model.Image(ID), "ceph")
+        (seen,) = self.server.requests("POST")
+        self.assertIn(b"copy-image", seen.body)

@@ -34,7 +34,7 @@ _CONFIGURATION = """
 log_file = {home}/glance-api.log
 use_stderr = false
 worker_self_reference_url = {url}
-enabled_backends = disk:file
+enabled_backends = disk:file,second:file
 hashing_algorithm = sha512
 [database]
 connection = sqlite:///{home}/glance.sqlite
@@ -43,6 +43,8 @@ default_backend = disk
 [disk]
 filesystem_store_datadir = {home}/images
 filesystem_store_chunk_size = 1048576
+[second]
+filesystem_store_datadir = {home}/second
 [os_glance_staging_store]
 filesystem_store_datadir = {home}/staging
 [os_glance_tasks_store]
@@ -206,7 +208,7 @@ def running_glance(home: pathlib.Path) -> Iterator[Glance]:
     programs = environment.environment("glance", HERE / "glance-requirements.txt") / "bin"
     port = server.free_port()
     url = f"http://127.0.0.1:{port}"
-    for name in ("images", "staging", "tasks", "lock"):
+    for name in ("images", "second", "staging", "tasks", "lock"):
         (home / name).mkdir()
     (home / "requests.log").touch()
     configuration = home / "glance-api.conf"
