@@ -88,6 +88,16 @@ class Bypassed(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class NotCloned(Event):
+    """The storage clones images, and could not clone this one: it is fetched and copied instead.
+
+    :param reason: why, as a clause.
+    """
+
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Rejected(Event):
     """An image was refused for good.
 
@@ -153,6 +163,8 @@ def log_observer(event: Event) -> None:
             LOG.warning("Image %s rejected: %s", event.image_id, reason)
         case Bypassed(reason=reason):
             LOG.warning("Image %s served around the cache: %s", event.image_id, reason)
+        case NotCloned(reason=reason):
+            LOG.warning("Image %s is fetched, since it cannot be cloned: %s", event.image_id, reason)
         case Recovered(what=what):
             LOG.info("Base image %s: %s", event.name, what)
         case _:

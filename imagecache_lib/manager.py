@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -24,10 +25,12 @@ from imagecache_lib.backends import base as backend_base
 from imagecache_lib.backends import load_backend, qemu_img
 from imagecache_lib.evidence import Use
 from imagecache_lib.sources import base as source_base
-from imagecache_lib.spawn import backing, generate, ingest, lease
+from imagecache_lib.spawn import backing, cloning, generate, ingest, lease
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
 from imagecache_lib.upkeep import catalog, inventory, preflight, verify
+
+LOG = logging.getLogger(__name__)
 
 #: Who owns the pins of :meth:`ImageCacheManager.cache_image`.
 _PRECACHE = "pre-cache"
@@ -101,7 +104,7 @@ class ImageCacheManager:
         :raises DiskTooSmallError: the image's virtual size is larger; nothing was written.
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: nothing is left behind.
         """
-        call = self._begin(image_id, request, size=size)
+        call = self._begin(image_id, request, stored_format=self.backend.base_format, size=size)
         with call.named():
             return self._create(call, target, size, if_exists)
 
@@ -110,8 +113,12 @@ class ImageCacheManager:
         if self.backend.exists(target):
             return self._reuse(call, target, size, if_exists)
         if backend_base.Feature.CLONE in self.backend.features:
-            with contextlib.suppress(backend_base.CannotClone):
-                return self.backend.clone(call.describe()[1], target, size)
+            disk = cloning.clone(
+                call, self.backend, target, size,
+                config=self.config, host=self.host, observers=self._observers,
+            )  # fmt: skip
+            if disk is not None:
+                return disk
         return self._make(
             lambda: self._leases.hold(call, Use.DISK), target, size, require_fit=call.require_fit
         )
@@ -316,7 +323,19 @@ class ImageCacheManager:
         :raises ConfigError, BackendError: the cache itself cannot be read.
         """
         self._start()
-        return self._upkeep.verify(instances, dry_run=dry_run)
+        report = self._upkeep.verify(instances, dry_run=dry_run)
+        if not dry_run:
+            self._sweep_disks()
+        return report
+
+    def _sweep_disks(self) -> None:
+        try:
+            removed = self.backend.sweep()
+        except errors.ImageCacheError as error:
+            LOG.warning("Unfinished disks are not removed: %s", error)
+            return
+        for name in removed:
+            self._observers(events.Recovered(name, what="an unfinished disk is removed"))
 
     def pin(self, image_id: str, *, owner: str, expires: float | None = None) -> None:
         """Keep an image's base, whether it is in the cache yet or not.

@@ -31,7 +31,28 @@ class Feature(enum.Enum):
 
 
 class CannotClone(errors.BackendError):
-    """The image cannot be cloned inside the storage; the cause says why. It can be fetched instead."""
+    """The image cannot be cloned inside the storage; the cause says why. It can be fetched instead.
+
+    :param store: name of the image service's store that would make cloning possible if it had the image.
+        None: that would not help.
+    """
+
+    def __init__(
+        self,
+        cause: str,
+        *,
+        image: str | None = None,
+        path: str | None = None,
+        next_step: str | None = None,
+        store: str | None = None,
+    ) -> None:
+        super().__init__(cause, image=image, path=path, next_step=next_step)
+        self.store = store
+
+
+def whole_sectors(size: int) -> int:
+    """Round up to sectors of 512 bytes: no guest sees less, and qemu refuses other sizes for most formats."""
+    return -(-size // 512) * 512
 
 
 class StorageBackend(abc.ABC):
@@ -45,6 +66,8 @@ class StorageBackend(abc.ABC):
     name: ClassVar[str]
     #: What it can do beyond the basics.
     features: ClassVar[frozenset[Feature]] = frozenset()
+    #: qemu's name of the only format that its base images may have. None: any.
+    base_format: ClassVar[str | None] = None
 
     @classmethod
     @abc.abstractmethod
@@ -134,6 +157,16 @@ class StorageBackend(abc.ABC):
 
         :raises BackendError: the storage failed.
         """
+
+    def sweep(self) -> list[str]:
+        """Remove what crashes left of disks in the making, and return the names of what was removed.
+
+        Called with each periodic pass. The default is right for disks that are files: the cache sweeps the
+        instance directories itself.
+
+        :raises BackendError: the storage failed.
+        """
+        return []
 
     def preflight(self) -> list[str]:
         """Return what is wrong with the storage's set-up, a sentence each with what to do."""

@@ -12,7 +12,8 @@ from typing import Self
 from imagecache_lib import config as config_module
 from imagecache_lib import errors, layout, model, placing
 from imagecache_lib import host as host_module
-from imagecache_lib.backends import base, disk_info, qemu_img
+from imagecache_lib.backends import base as base_module
+from imagecache_lib.backends import disk_info, qemu_img
 from imagecache_lib.qcow2 import header as qcow2_header
 from imagecache_lib.spawn import stage as stages
 
@@ -20,7 +21,7 @@ from imagecache_lib.spawn import stage as stages
 _HEADER_BYTES = 65536
 
 
-class FileBackend(base.StorageBackend):
+class FileBackend(base_module.StorageBackend):
     """Disks that are files on the host. Targets are absolute paths in existing directories."""
 
     def __init__(self, config: config_module.CacheConfig, host: host_module.Host) -> None:
@@ -48,7 +49,7 @@ class FileBackend(base.StorageBackend):
     ) -> model.Disk:
         wanted = base.virtual_size if size is None else size
         if base.format != "raw":
-            wanted = whole_sectors(wanted)
+            wanted = base_module.whole_sectors(wanted)
         assert base.fd is not None  # a held base is open
         pinned = self._formats.pinned(target, base.format)
         with placing.placing(target, self._host, confirm, pinned=pinned) as unfinished:
@@ -113,7 +114,7 @@ class FileBackend(base.StorageBackend):
     def resize(self, disk: model.Disk, size: int) -> model.Disk:
         current = self.inspect(disk.target)
         if current.format != "raw":
-            size = whole_sectors(size)
+            size = base_module.whole_sectors(size)
         if size < current.virtual_size:
             raise errors.DiskTooSmallError(
                 f"the disk has {current.virtual_size} bytes and is never shrunk to {size}",
@@ -141,11 +142,6 @@ class FileBackend(base.StorageBackend):
 
     def preflight(self) -> list[str]:
         return []
-
-
-def whole_sectors(size: int) -> int:
-    """Round up to sectors of 512 bytes: no guest sees less, and qemu refuses other sizes for most formats."""
-    return -(-size // 512) * 512
 
 
 def _open_disk(path: str, flags: int = os.O_RDONLY) -> int:

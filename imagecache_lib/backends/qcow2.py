@@ -22,7 +22,7 @@ class Qcow2Backend(file.FileBackend):
     def create(
         self, base: model.BaseImage, target: str, size: int | None, *, confirm: Callable[[], None]
     ) -> model.Disk:
-        wanted = file.whole_sectors(base.virtual_size if size is None else size)
+        wanted = base_module.whole_sectors(base.virtual_size if size is None else size)
         pinned = self._formats.pinned(target, "qcow2")
         with placing.placing(target, self._host, confirm, pinned=pinned) as unfinished:
             overlay.write_overlay(unfinished.fd, wanted, base.path, base.format)

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The little of a Ceph cluster that the rbd backend needs, as an interface, and librbd behind it.
+
+The bindings come with the distribution's Ceph packages and are not on PyPI, so they are imported when the
+cluster is first used. :mod:`imagecache_lib.testing.ceph` has a cluster in memory that behaves the same.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import datetime as dt
+import errno
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from imagecache_lib import errors
+
+#: Seconds to wait for the monitors.
+_CONNECT_SECONDS = 10
+
+#: Writes in flight while an image is filled: enough to keep several OSDs busy.
+_IN_FLIGHT = 8
+
+
+class Missing(errors.BackendError):
+    """There is no such pool, image or snapshot."""
+
+
+class Busy(errors.BackendError):
+    """It is in use: open for writing, protected, or somebody's parent."""
+
+
+class Denied(errors.BackendError):
+    """The Ceph user may not do that."""
+
+
+class Unprotected(errors.BackendError):
+    """The snapshot is not protected, and this cluster clones from protected ones only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RbdName:
+    """An image in a pool, or one of its snapshots."""
+
+    pool: str
+    image: str
+    snapshot: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.pool}/{self.image}" + (f"@{self.snapshot}" if self.snapshot is not None else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class RbdImage:
+    """What the cluster says of an image.
+
+    :param size: bytes.
+    :param parent: the snapshot that it was cloned from and still needs.
+    :param touched: when it was made or last written, in epoch seconds of the cluster's clock, by the minute.
+    """
+
+    size: int
+    parent: RbdName | None
+    touched: float
+
+
+class CephCluster(Protocol):
+    """One cluster, as one user sees it. Safe to share between threads.
+
+    Every method raises :class:`Missing` for what is not there, :class:`Denied` for what the user may not do,
+    :class:`~imagecache_lib.errors.NoSpaceError` when a pool is full, and
+    :class:`~imagecache_lib.errors.BackendError` when the cluster fails or does not answer. Errors carry the
+    image's name.
+    """
+
+    def fsid(self) -> str:
+        """Return the cluster's id."""
+
+    def names(self, pool: str) -> list[str]:
+        """Return the names of all images in a pool."""
+
+    def stat(self, name: RbdName) -> RbdImage:
+        """Open an image or snapshot for reading, and return what it is."""
+
+    def create(self, name: RbdName, size: int) -> None:
+        """Make an empty image.
+
+        :raises DiskExistsError: there is one.
+        """
+
+    def fill(self, name: RbdName, chunks: Iterable[tuple[int, bytes]]) -> None:
+        """Write data at byte offsets; all of it is durable on return."""
+
+    def clone(self, snapshot: RbdName, name: RbdName) -> None:
+        """Make an image whose content is a snapshot's, without copying.
+
+        :raises Unprotected: see there.
+        :raises DiskExistsError: there is one of that name.
+        """
+
+    def resize(self, name: RbdName, size: int) -> None:
+        """Change the size of an image."""
+
+    def flatten(self, name: RbdName) -> None:
+        """Copy into a clone what its parent has, and forget the parent. An image without one is fine."""
+
+    def rename(self, name: RbdName, new: str) -> None:
+        """Give a closed image another name in its pool. Of several that want one name at once, one gets it.
+
+        :raises DiskExistsError: there is one of that name; the image still has its own.
+        """
+
+    def mend_names(self, pool: str, names: re.Pattern[str], before: float) -> None:
+        """Give back their old names to images that a crash left without one in the middle of a rename.
+
+        :param names: only those whose old name is like this.
+        :param before: only those whose rename began before this, in epoch seconds.
+        """
+
+    def remove(self, name: RbdName) -> None:
+        """Remove an image.
+
+        :raises Busy: it is open for writing, or has snapshots.
+        """
+
+
+class LibrbdCluster:
+    """A real cluster, through librados and librbd. Nothing is loaded or asked before the first call.
+
+    :param conf: path of the cluster's configuration. Empty: the library's search path.
+    :param user: Ceph user, without ``client.``. None: ``admin``, the library's default.
+    """
+
+    def __init__(self, conf: str = "", user: str | None = None) -> None:
+        self._conf = conf
+        self._user = user
+        self._connecting = threading.Lock()
+        # By process: a forked child has none of librados' threads, so that it needs a connection of its own.
+        self._connected: tuple[int, Any] | None = None
+
+    def fsid(self) -> str:
+        with _translated("the cluster"):
+            return str(self._cluster().get_fsid())
+
+    def names(self, pool: str) -> list[str]:
+        with self._pool(pool, f"pool {pool}") as ioctx:
+            found: list[str] = _rbd().RBD().list(ioctx)
+            return found
+
+    def stat(self, name: RbdName) -> RbdImage:
+        with self._open(name, read_only=True) as image:
+            try:
+                parent = RbdName(*image.parent_info())
+            except _rbd().ImageNotFound:
+                parent = None
+            touched = max(_epoch(image.create_timestamp()), _epoch(image.modify_timestamp()))
+            return RbdImage(int(image.size()), parent, touched)
+
+    def create(self, name: RbdName, size: int) -> None:
+        with self._pool(name.pool, str(name)) as ioctx:
+            _rbd().RBD().create(ioctx, name.image, size, old_format=False)
+
+    def fill(self, name: RbdName, chunks: Iterable[tuple[int, bytes]]) -> None:
+        with self._open(name, read_only=False) as image:
+            pending: collections.deque[Any] = collections.deque()
+            try:
+                for offset, data in chunks:
+                    if len(pending) >= _IN_FLIGHT:
+                        _finish(pending.popleft())
+                    pending.append(image.aio_write(data, offset, lambda _completion: None))
+            finally:
+                failures = [failure for each in pending if (failure := _failure(each)) is not None]
+            if failures:
+                raise failures[0]
+            image.flush()
+
+    def clone(self, snapshot: RbdName, name: RbdName) -> None:
+        with self._pool(snapshot.pool, str(snapshot)) as parent, self._pool(name.pool, str(name)) as child:
+            try:
+                _rbd().RBD().clone(parent, snapshot.image, snapshot.snapshot, child, name.image)
+            except _rbd().InvalidArgument:
+                with _rbd().Image(parent, snapshot.image, read_only=True) as image:
+                    if image.is_protected_snap(snapshot.snapshot):
+                        raise
+                raise Unprotected("the snapshot is not protected", path=str(snapshot)) from None
+
+    def resize(self, name: RbdName, size: int) -> None:
+        with self._open(name, read_only=False) as image:
+            image.resize(size)
+
+    def flatten(self, name: RbdName) -> None:
+        with self._open(name, read_only=False) as image:
+            try:
+                image.parent_info()
+            except _rbd().ImageNotFound:
+                return
+            image.flatten()
+
+    def rename(self, name: RbdName, new: str) -> None:
+        # librbd's own rename looks whether the new name is free and then writes it: of several renames to one
+        # name at once all succeed, and all images but one are lost. Restoring from the trash creates the name
+        # exclusively, as creating and cloning do.
+        with self._open(name, read_only=True) as image:
+            image_id = image.id()
+        wanted = RbdName(name.pool, new)
+        with self._pool(name.pool, str(wanted)) as ioctx:
+            trash = _rbd().RBD()
+            with contextlib.suppress(_rbd().ImageNotFound):
+                _rbd().Image(ioctx, new, read_only=True).close()
+                raise _exists(str(wanted))
+            trash.trash_move(ioctx, name.image, 0)
+            try:
+                trash.trash_restore(ioctx, image_id, new)
+            except _rbd().Error:
+                # Half restored it can only be restored, not removed.
+                trash.trash_restore(ioctx, image_id, name.image)
+                raise
+
+    def mend_names(self, pool: str, names: re.Pattern[str], before: float) -> None:
+        with self._pool(pool, f"pool {pool}") as ioctx:
+            trash = _rbd().RBD()
+            for entry in list(trash.trash_list(ioctx)):
+                if names.fullmatch(entry["name"]) and _epoch(entry["deletion_time"]) < before:
+                    trash.trash_restore(ioctx, entry["id"], entry["name"])
+
+    def remove(self, name: RbdName) -> None:
+        with self._pool(name.pool, str(name)) as ioctx:
+            _rbd().RBD().remove(ioctx, name.image)
+
+    # -- connections ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _open(self, name: RbdName, *, read_only: bool) -> Iterator[Any]:
+        with (
+            self._pool(name.pool, str(name)) as ioctx,
+            _rbd().Image(ioctx, name.image, snapshot=name.snapshot, read_only=read_only) as image,
+        ):
+            yield image
+
+    @contextlib.contextmanager
+    def _pool(self, pool: str, what: str) -> Iterator[Any]:
+        with _translated(what):
+            ioctx = self._cluster().open_ioctx(pool)
+            try:
+                yield ioctx
+            finally:
+                ioctx.close()
+
+    def _cluster(self) -> Any:
+        with self._connecting:
+            connected = self._connected
+            if connected is None or connected[0] != os.getpid():
+                cluster = _rados().Rados(rados_id=self._user, conffile=self._conf)
+                cluster.connect(timeout=_CONNECT_SECONDS)
+                self._connected = connected = (os.getpid(), cluster)
+            return connected[1]
+
+
+def _rados() -> Any:
+    return _binding("rados", "python3-rados")
+
+
+def _rbd() -> Any:
+    return _binding("rbd", "python3-rbd")
+
+
+def _binding(module: str, package: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise errors.ConfigError(
+            f"Ceph's Python bindings cannot be loaded: {error}",
+            next_step=f"install {package}, and let a virtualenv see the system's packages",
+        ) from error
+
+
+def _failure(completion: Any) -> Exception | None:
+    """Wait for a write and return what went wrong."""
+    completion.wait_for_complete_and_cb()
+    result = int(completion.get_return_value())
+    return None if result >= 0 else OSError(-result, os.strerror(-result))
+
+
+def _finish(completion: Any) -> None:
+    failure = _failure(completion)
+    if failure is not None:
+        raise failure
+
+
+def _epoch(moment: dt.datetime) -> float:
+    # The bindings give UTC: naive in older releases.
+    return moment.replace(tzinfo=dt.UTC).timestamp()
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Turn what the bindings raise into the library's errors; all of it has an errno."""
+    try:
+        yield
+    except errors.ImageCacheError:
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if number is None and not isinstance(error, (_rados().Error, _rbd().Error)):
+            raise
+        raise _as_ours(error, abs(number or 0), what) from error
+
+
+def _exists(what: str) -> errors.DiskExistsError:
+    return errors.DiskExistsError(
+        "the target exists already", path=what, next_step='remove it, or ask with if_exists="reuse"'
+    )
+
+
+def _as_ours(error: Exception, number: int, what: str) -> errors.ImageCacheError:
+    if number == errno.ENOENT:
+        return Missing("there is no such pool or image", path=what, next_step="check the name and the pool")
+    if number == errno.EEXIST:
+        return _exists(what)
+    if number in (errno.EBUSY, errno.ENOTEMPTY):
+        return Busy(
+            "it is open somewhere, or has snapshots or clones",
+            path=what,
+            next_step="stop what uses it, or remove its snapshots, then ask again",
+        )
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return Denied("the Ceph user has no permission", path=what, next_step="check the user's caps")
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return errors.NoSpaceError("the pool is full", path=what, next_step="make room, then ask again")
+    return errors.BackendError(
+        f"Ceph failed: {error}", path=what, next_step="check the cluster, then ask again"
+    )

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks that are rbd images: clones of the image service's own snapshots, or imported base images.
+
+A clone moves no data, so that nothing is fetched or cached for it. An image is cloned if it is raw and one
+of its locations is a readable snapshot in the cluster of the disks, ``rbd://<fsid>/<pool>/<image>/<snap>``
+with each part url-quoted, which is how Glance's rbd store writes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import urllib.parse
+from collections.abc import Callable, Iterator
+from typing import Self
+
+from imagecache_lib import config as config_module
+from imagecache_lib import durable, errors, model, sparse
+from imagecache_lib import host as host_module
+from imagecache_lib.backends import base as base_module
+from imagecache_lib.backends import ceph
+from imagecache_lib.spawn import stage as stages
+
+#: rbd's own default object size: one write is one object.
+_CHUNK = 4 * 2**20
+
+#: Names of images in the making, beside what they will be.
+_UNFINISHED = re.compile(r".+\.[0-9a-f]{32}\.new")
+
+
+def parse_location(url: str) -> tuple[str, ceph.RbdName] | None:
+    """Return the cluster's id and the snapshot that an image's location names. None: it names none."""
+    prefix, _, rest = url.partition("://")
+    parts = [urllib.parse.unquote(part) for part in rest.split("/")]
+    if prefix != "rbd" or len(parts) != 4 or not all(parts):
+        return None
+    return parts[0], ceph.RbdName(*parts[1:])
+
+
+class RbdBackend(base_module.StorageBackend):
+    """Images in the pool ``images_rbd_pool``. Targets are image names.
+
+    A disk is made under a temporary name and renamed, never over another image.
+
+    :param cluster: the cluster that the disks are in.
+    """
+
+    name = "rbd"
+    features = frozenset(
+        {base_module.Feature.CLONE, base_module.Feature.RESIZE, base_module.Feature.FLATTEN}
+    )
+    base_format = "raw"
+
+    def __init__(
+        self, config: config_module.CacheConfig, host: host_module.Host, cluster: ceph.CephCluster
+    ) -> None:
+        self._config = config
+        self._host = host
+        self._cluster = cluster
+
+    @classmethod
+    def from_config(cls, config: config_module.CacheConfig, host: host_module.Host) -> Self:
+        return cls(config, host, ceph.LibrbdCluster(config.images_rbd_ceph_conf, config.rbd_user))
+
+    # -- targets -------------------------------------------------------------------------------------
+
+    def check_target(self, target: str) -> None:
+        # librbd would make an image of such a name, which no rbd specification could reach.
+        if not target or any(character in target for character in "/@\0"):
+            raise errors.BackendError(
+                "a target must be the name of an rbd image, without slash or at sign",
+                path=target,
+                next_step="correct the request",
+            )
+
+    def exists(self, target: str) -> bool:
+        try:
+            self._cluster.stat(self._named(target))
+        except ceph.Missing:
+            return False
+        return True
+
+    def _named(self, target: str) -> ceph.RbdName:
+        return ceph.RbdName(self._config.images_rbd_pool, target)
+
+    # -- making --------------------------------------------------------------------------------------
+
+    def clone(self, image: model.Image, target: str, size: int | None) -> model.Disk:
+        snapshot = self._snapshot_of(image)
+        try:
+            parent = self._cluster.stat(snapshot)
+        except (ceph.Missing, ceph.Denied) as error:
+            raise self._cannot(image, f"its snapshot {snapshot} cannot be opened: {error.cause}") from error
+        if size is not None and size < parent.size:
+            raise errors.DiskTooSmallError(
+                f"its virtual size is {parent.size} bytes and the disk shall have {size}",
+                image=image.id,
+                next_step="choose a larger disk (flavor)",
+            )
+        wanted = base_module.whole_sectors(parent.size if size is None else size)
+        with self._placing(target, confirm=lambda: None) as unfinished:
+            try:
+                self._cluster.clone(snapshot, unfinished)
+            except (ceph.Missing, ceph.Denied, ceph.Unprotected) as error:
+                raise self._cannot(
+                    image, f"its snapshot {snapshot} cannot be cloned: {error.cause}"
+                ) from error
+            if wanted > parent.size:
+                self._cluster.resize(unfinished, wanted)
+        return model.Disk(target, "raw", wanted)
+
+    def _snapshot_of(self, image: model.Image) -> ceph.RbdName:
+        if image.disk_format != "raw":
+            raise self._cannot(image, f"it is {image.disk_format or 'of an unknown format'}, not raw")
+        if not image.locations:
+            raise self._cannot(
+                image,
+                "its source does not say where it is stored; Glance does with show_image_direct_url",
+                copy=True,
+            )
+        ours = self._cluster.fsid()
+        for location in image.locations:
+            found = parse_location(location)
+            if found is not None and found[0] == ours:
+                return found[1]
+        raise self._cannot(
+            image, f"none of its locations is a snapshot in the disks' cluster {ours}", copy=True
+        )
+
+    def _cannot(self, image: model.Image, cause: str, *, copy: bool = False) -> base_module.CannotClone:
+        store = self._config.images_rbd_glance_store_name
+        wanted = store if copy and store and store not in image.stores else None
+        return base_module.CannotClone(cause, image=image.id, store=wanted)
+
+    def copy(
+        self, base: model.BaseImage, target: str, size: int | None, *, confirm: Callable[[], None]
+    ) -> model.Disk:
+        wanted = base_module.whole_sectors(base.virtual_size if size is None else size)
+        assert base.fd is not None  # a held base is open
+        with self._placing(target, confirm=confirm) as unfinished:
+            self._cluster.create(unfinished, wanted)
+            self._cluster.fill(unfinished, _chunks(base.fd, base.path))
+        return model.Disk(target, "raw", wanted)
+
+    @contextlib.contextmanager
+    def _placing(self, target: str, *, confirm: Callable[[], None]) -> Iterator[ceph.RbdName]:
+        """Let the body make an image under a temporary name, then give it its own."""
+        unfinished = self._named(f"{target}.{durable.new_id()}.new")
+        try:
+            yield unfinished
+            self._host.trace("disk:made")
+            confirm()
+            self._host.trace("disk:confirmed")
+            self._cluster.rename(unfinished, target)
+            self._host.trace("disk:placed")
+        except BaseException:
+            # What cannot be removed now is swept later; the error that led here matters more.
+            with contextlib.suppress(errors.ImageCacheError):
+                self._cluster.remove(unfinished)
+            raise
+
+    def sweep(self) -> list[str]:
+        removed = []
+        oldest = self._host.clock() - self._config.stage_idle_seconds
+        self._cluster.mend_names(self._config.images_rbd_pool, _UNFINISHED, oldest)
+        for image in self._cluster.names(self._config.images_rbd_pool):
+            # An image that is being filled is open, so that the cluster refuses to remove it.
+            with contextlib.suppress(ceph.Missing, ceph.Busy):
+                name = self._named(image)
+                if _UNFINISHED.fullmatch(image) and self._cluster.stat(name).touched < oldest:
+                    self._cluster.remove(name)
+                    removed.append(image)
+        return removed
+
+    # -- disks that exist ----------------------------------------------------------------------------
+
+    def inspect(self, target: str) -> model.Disk:
+        return model.Disk(target, "raw", self._cluster.stat(self._named(target)).size)
+
+    def resize(self, disk: model.Disk, size: int) -> model.Disk:
+        current, size = self.inspect(disk.target), base_module.whole_sectors(size)
+        if size < current.virtual_size:
+            raise errors.DiskTooSmallError(
+                f"the disk has {current.virtual_size} bytes and is never shrunk to {size}",
+                path=disk.target,
+                next_step="ask for at least its size",
+            )
+        if size > current.virtual_size:
+            self._cluster.resize(self._named(disk.target), size)
+        return model.Disk(disk.target, "raw", size)
+
+    def flatten(self, disk: model.Disk) -> model.Disk:
+        self._cluster.flatten(self._named(disk.target))
+        return self.inspect(disk.target)
+
+    def remove(self, disk: model.Disk) -> None:
+        with contextlib.suppress(ceph.Missing):
+            self._cluster.remove(self._named(disk.target))
+
+    def preflight(self) -> list[str]:
+        try:
+            self._cluster.names(self._config.images_rbd_pool)
+        except errors.ImageCacheError as error:
+            return [f"The rbd backend cannot use its pool {self._config.images_rbd_pool}: {error}."]
+        return []
+
+
+def _chunks(fd: int, path: str) -> Iterator[tuple[int, bytes]]:
+    """Yield what is data in a file, by its offset; holes and zeros are left out."""
+    size, position = os.fstat(fd).st_size, 0
+    while position < size:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # nothing but a hole up to the end
+        position = os.lseek(fd, start, os.SEEK_HOLE)
+        while start < position:
+            with stages.translated(path):
+                data = os.pread(fd, min(_CHUNK - start % _CHUNK, position - start), start)
+            if not data:
+                raise errors.BackendError("the base image ended early", path=path, next_step="check the disk")
+            for first, last in sparse.data_runs(memoryview(data), start):
+                yield start + first, data[first:last]
+            start += len(data)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making a disk inside the image service's own storage, for backends that can, without moving the data.
+
+If the image is not in the right store, the image service may be asked to copy it there; it does so once for
+the whole fleet, since later spawns find it.
+"""
+
+from __future__ import annotations
+
+from imagecache_lib import config as config_module
+from imagecache_lib import errors, events, model
+from imagecache_lib import host as host_module
+from imagecache_lib.backends import base as backend_base
+from imagecache_lib.sources import base as source_base
+from imagecache_lib.sources import transfer
+from imagecache_lib.spawn.call import Call
+
+
+def clone(
+    call: Call,
+    backend: backend_base.StorageBackend,
+    target: str,
+    size: int | None,
+    *,
+    config: config_module.CacheConfig,
+    host: host_module.Host,
+    observers: events.Observers,
+) -> model.Disk | None:
+    """Clone a disk. None: that is not possible, and the image may be fetched instead.
+
+    :raises BackendError: that is not possible, and fetching it is forbidden; the cause says why.
+    :raises: whatever else the backend's :meth:`~imagecache_lib.StorageBackend.clone` raises.
+    """
+    try:
+        return _clone(call, backend, target, size, config, host)
+    except (errors.ImageNotFound, errors.SourceError) as error:
+        # The source cannot be asked; what the cache has still serves.
+        if config.never_download_image_if_on_rbd:
+            raise
+        reason = error.cause
+    except backend_base.CannotClone as error:
+        reason = error.cause
+    if config.never_download_image_if_on_rbd:
+        raise errors.BackendError(
+            f"it cannot be cloned, and fetching it is forbidden: {reason}",
+            image=call.image_id,
+            path=target,
+            next_step="store it as raw in the disks' cluster, or turn never_download_image_if_on_rbd off",
+        )
+    observers(events.NotCloned(call.name, call.image_id, reason=reason))
+    return None
+
+
+def _clone(
+    call: Call,
+    backend: backend_base.StorageBackend,
+    target: str,
+    size: int | None,
+    config: config_module.CacheConfig,
+    host: host_module.Host,
+) -> model.Disk:
+    if call.demands_signature:
+        raise backend_base.CannotClone("its signature is demanded, and nobody reads what is cloned")
+    source, image = call.describe()
+    try:
+        return backend.clone(image, target, size)
+    except backend_base.CannotClone as error:
+        if error.store is None:
+            raise
+        copied = _copied(call, source, image, error, config, host)
+    return backend.clone(copied, target, size)
+
+
+def _copied(
+    call: Call,
+    source: source_base.ImageSource,
+    image: model.Image,
+    why: backend_base.CannotClone,
+    config: config_module.CacheConfig,
+    host: host_module.Host,
+) -> model.Image:
+    """Have the image copied into the store that makes it possible to clone it, and wait for that."""
+    store = why.store
+    assert store is not None
+    try:
+        source.copy_to_store(image, store)
+    except errors.SourceError as error:
+        raise backend_base.CannotClone(f"{why.cause}; {error.cause}") from error
+    until = host.clock() + config.images_rbd_glance_copy_timeout
+    while store not in image.stores:
+        call.check()
+        if store in str(image.properties.get("os_glance_failed_import", "")).split(","):
+            raise backend_base.CannotClone(f"{why.cause}; copying it into the store {store} failed")
+        if host.clock() >= until:
+            raise backend_base.CannotClone(
+                f"{why.cause}; it was not in the store {store} after"
+                f" {config.images_rbd_glance_copy_timeout} s"
+            )
+        host.sleep(config.images_rbd_glance_copy_poll_interval)
+        _source, image = transfer.describe(
+            source, image.id, host=host, retries=config.num_retries, deadline=call.request.deadline,
+            cancel=call.request.cancel,
+        )  # fmt: skip
+    return image
