@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.functional.lab import ceph as ceph_lab
 from tests.functional.lab import filesystems
 from tests.functional.lab import glance as glance_lab
 from tests.functional.lab import libvirt as libvirt_lab
@@ -56,6 +57,18 @@ def libvirt() -> Iterator[libvirt_lab.Libvirt]:
         home.chmod(0o755)
         with libvirt_lab.running_libvirt(home) as running:
             yield running
+
+
+@pytest.fixture(scope="session")
+def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ceph_lab.Ceph]:
+    """A running Ceph cluster. Tests share it: their images have names of their own."""
+    ceph_lab.load_bindings(tmp_path_factory.mktemp("bindings"))
+    # Not below pytest's directory: the path of a Unix socket may have 107 bytes at most.
+    with (
+        tempfile.TemporaryDirectory(prefix="ceph-", dir="/var/tmp") as home,
+        ceph_lab.running_ceph(pathlib.Path(home)) as running,
+    ):
+        yield running
 
 
 @pytest.fixture

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rbd backend on a real Ceph cluster, against the contracts that the cluster in memory passes too."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import multiprocessing
+import subprocess
+import unittest
+import urllib.parse
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from imagecache_lib import CacheConfig, CacheResult, Host, ImageCacheManager, errors, events, model
+from imagecache_lib.backends import base as backend_base
+from imagecache_lib.backends import ceph as ceph_backend
+from imagecache_lib.backends.ceph import LibrbdCluster, RbdName
+from imagecache_lib.backends.rbd import RbdBackend
+from imagecache_lib.testing.backend_contract import BackendContract
+from imagecache_lib.testing.ceph_contract import CephContract
+from imagecache_lib.testing.sources import FakeSource
+from tests.functional.lab import ceph as ceph_lab
+
+MIB = 2**20
+
+
+@contextlib.contextmanager
+def opened(running: ceph_lab.Ceph, name: RbdName, *, read_only: bool = False) -> Iterator[Any]:
+    """Open an image with the bindings themselves."""
+    import rados
+    import rbd
+
+    with (
+        rados.Rados(conffile=str(running.conf)) as cluster,
+        cluster.open_ioctx(name.pool) as ioctx,
+        rbd.Image(ioctx, name.image, snapshot=name.snapshot, read_only=read_only) as image,
+    ):
+        yield image
+
+
+def read(running: ceph_lab.Ceph, name: RbdName, offset: int, length: int) -> bytes:
+    with opened(running, name, read_only=True) as image:
+        data: bytes = image.read(offset, length)
+        return data
+
+
+def snapshot_image(running: ceph_lab.Ceph, data: bytes, *, protect: bool = True) -> RbdName:
+    """Put an image into the pool as Glance's rbd store does, and return its snapshot."""
+    cluster, name = LibrbdCluster(str(running.conf)), RbdName("images", str(uuid.uuid4()))
+    cluster.create(name, len(data))
+    cluster.fill(name, [(0, data)])
+    with opened(running, name) as image:
+        image.create_snap("snap")
+        if protect:
+            image.protect_snap("snap")
+    return RbdName(name.pool, name.image, "snap")
+
+
+def location(running: ceph_lab.Ceph, snapshot: RbdName) -> str:
+    parts = (running.fsid, snapshot.pool, snapshot.image, snapshot.snapshot or "")
+    return "rbd://" + "/".join(urllib.parse.quote(part, safe="") for part in parts)
+
+
+class _WithCeph:
+    running: ceph_lab.Ceph
+
+    @pytest.fixture(autouse=True)
+    def _take_cluster(self, ceph: ceph_lab.Ceph) -> None:
+        self.running = ceph
+
+
+class TestLibrbd(_WithCeph, CephContract, unittest.TestCase):
+    def make_cluster(self) -> LibrbdCluster:
+        return LibrbdCluster(str(self.running.conf))
+
+    def read(self, name: RbdName, offset: int, length: int) -> bytes:
+        return read(self.running, name, offset, length)
+
+    @contextlib.contextmanager
+    def opened(self, name: RbdName) -> Iterator[None]:
+        with opened(self.running, name) as image:
+            image.write(image.read(0, 512), 0)
+            yield
+
+    def create_snapshot(self, name: RbdName, *, protect: bool = True) -> None:
+        with opened(self.running, RbdName(name.pool, name.image)) as image:
+            image.create_snap(name.snapshot)
+            if protect:
+                image.protect_snap(name.snapshot)
+
+    def remove_snapshot(self, name: RbdName) -> None:
+        import rbd
+
+        with opened(self.running, RbdName(name.pool, name.image)) as image:
+            try:
+                image.unprotect_snap(name.snapshot)
+            except rbd.ImageBusy:
+                raise ceph_backend.Busy("it has clones", path=str(name)) from None
+            image.remove_snap(name.snapshot)
+
+
+class TestRbd(_WithCeph, BackendContract, unittest.TestCase):
+    def make_backend(self) -> RbdBackend:
+        config = CacheConfig(
+            instances_path="/instances",
+            images_rbd_pool="vms",
+            images_rbd_ceph_conf=str(self.running.conf),
+        )
+        return RbdBackend.from_config(config, Host(name="here"))
+
+    def make_target(self) -> str:
+        return f"{uuid.uuid4()}_disk"
+
+    def read_disk(self, disk: model.Disk, offset: int, length: int) -> bytes:
+        return read(self.running, RbdName("vms", disk.target), offset, length)
+
+    def write_disk(self, disk: model.Disk, offset: int, data: bytes) -> None:
+        with opened(self.running, RbdName("vms", disk.target)) as image:
+            image.write(data, offset)
+
+    def everything(self) -> set[str]:
+        return set(LibrbdCluster(str(self.running.conf)).names("vms"))
+
+    def test_holes_of_the_base_take_no_objects(self) -> None:
+        base = self.make_base("sparse", 64 * MIB)
+        disk = self.backend.copy(base, self.make_target(), None, confirm=lambda: None)
+        used: list[int] = []
+        with opened(self.running, RbdName("vms", disk.target), read_only=True) as image:
+            image.diff_iterate(0, image.size(), None, lambda _offset, length, _there: used.append(length))
+        self.assertLess(sum(used), 24 * MIB)
+        self.assert_content(disk, base)
+
+
+# -- with the manager ----------------------------------------------------------------------------------
+
+
+class LocatedSource(FakeSource):
+    """Says of its images that they are raw and stored at a location."""
+
+    def __init__(self, data: bytes, *locations: str) -> None:
+        super().__init__({"image": data})
+        self._locations = locations
+
+    def describe(self, image_id: str) -> model.Image:
+        image = super().describe(image_id)
+        return model.Image(image.id, "raw", image.size, image.digest, locations=self._locations)
+
+
+def manager_on(running, tmp_path, source, observers=(), **config):
+    return ImageCacheManager(
+        CacheConfig(
+            instances_path=str(tmp_path),
+            images_rbd_pool="vms",
+            images_rbd_ceph_conf=str(running.conf),
+            **config,
+        ),
+        source,
+        backend="rbd",
+        observers=observers,
+    )
+
+
+DATA = hashlib.sha512(b"rbd").digest() * (2 * MIB // 64)
+
+
+def new_target():
+    return f"{uuid.uuid4()}_disk"
+
+
+def test_an_image_in_the_cluster_is_cloned_without_a_byte_fetched(ceph, tmp_path):
+    snapshot = snapshot_image(ceph, DATA)
+    source = LocatedSource(DATA, location(ceph, snapshot))
+    manager = manager_on(ceph, tmp_path, source)
+    assert manager.cache_image("image") is CacheResult.NOT_NEEDED
+    disk = manager.create_disk("image", new_target(), size=4 * MIB)
+    assert source.opens == 0
+    name = RbdName("vms", disk.target)
+    assert (disk.format, disk.virtual_size, disk.base) == ("raw", 4 * MIB, None)
+    assert read(ceph, name, 0, 4 * MIB) == DATA + bytes(2 * MIB)
+    cluster = LibrbdCluster(str(ceph.conf))
+    assert cluster.stat(name).parent == snapshot
+    manager.flatten_disk(disk)
+    assert cluster.stat(name).parent is None
+    manager.remove_disk(disk)
+    assert disk.target not in cluster.names("vms")
+
+
+def test_qemu_reads_the_disk(ceph, tmp_path):
+    source = LocatedSource(DATA, location(ceph, snapshot_image(ceph, DATA)))
+    disk = manager_on(ceph, tmp_path, source).create_disk("image", new_target())
+    (tmp_path / "data").write_bytes(DATA)
+    url = f"rbd:vms/{disk.target}:conf={ceph.conf}"
+    subprocess.run(
+        ["qemu-img", "compare", "-f", "raw", "-F", "raw", str(tmp_path / "data"), url], check=True
+    )
+
+
+def test_an_image_elsewhere_is_fetched_once_and_imported(ceph, tmp_path):
+    seen: list[events.Event] = []
+    source = LocatedSource(DATA, "rbd://another-cluster/images/x/snap")
+    manager = manager_on(ceph, tmp_path, source, observers=[seen.append])
+    for _ in range(2):
+        disk = manager.create_disk("image", new_target(), size=3 * MIB)
+        assert read(ceph, RbdName("vms", disk.target), 0, 3 * MIB) == DATA + bytes(MIB)
+    assert source.opens == 1
+    (first, _second) = (event for event in seen if isinstance(event, events.NotCloned))
+    assert ceph.fsid in first.reason
+
+
+def test_an_unprotected_snapshot_is_a_reason_to_refuse(ceph, tmp_path):
+    snapshot = snapshot_image(ceph, DATA, protect=False)
+    manager = manager_on(
+        ceph,
+        tmp_path,
+        LocatedSource(DATA, location(ceph, snapshot)),
+        never_download_image_if_on_rbd=True,
+    )
+    before = set(LibrbdCluster(str(ceph.conf)).names("vms"))
+    with pytest.raises(errors.BackendError, match="not protected"):
+        manager.create_disk("image", new_target())
+    assert set(LibrbdCluster(str(ceph.conf)).names("vms")) == before
+
+
+def test_a_missing_pool_is_a_finding(ceph, tmp_path):
+    config = CacheConfig(
+        instances_path=str(tmp_path), images_rbd_pool="nowhere", images_rbd_ceph_conf=str(ceph.conf)
+    )
+    (finding,) = RbdBackend.from_config(config, Host()).preflight()
+    assert "nowhere" in finding
+
+
+def _size_through(cluster, name, answers):
+    answers.put(cluster.stat(name).size)
+
+
+def test_a_forked_child_has_a_connection_of_its_own(ceph):
+    cluster, name = LibrbdCluster(str(ceph.conf)), RbdName("vms", new_target())
+    cluster.create(name, MIB)
+    forking = multiprocessing.get_context("fork")
+    answers = forking.Queue()
+    child = forking.Process(target=_size_through, args=(cluster, name, answers))
+    child.start()
+    assert answers.get(timeout=30) == MIB
+    child.join()
+
+
+def test_what_a_crash_left_is_swept_when_nobody_has_it_open(ceph, tmp_path):
+    cluster = LibrbdCluster(str(ceph.conf))
+    config = CacheConfig(
+        instances_path=str(tmp_path), images_rbd_pool="vms", images_rbd_ceph_conf=str(ceph.conf)
+    )
+    later = cluster.stat(snapshot_image(ceph, DATA)).touched + 2 * config.stage_idle_seconds
+    dead, alive = (RbdName("vms", f"{new_target()}.{uuid.uuid4().hex}.new") for _ in range(2))
+    finished = RbdName("vms", new_target())
+    for name in (dead, alive, finished):
+        cluster.create(name, MIB)
+    assert RbdBackend.from_config(config, Host()).sweep() == []
+    with opened(ceph, alive):
+        assert RbdBackend.from_config(config, Host(clock=lambda: later)).sweep() == [dead.image]
+    assert {alive.image, finished.image} <= set(cluster.names("vms"))
+    cluster.remove(alive)
+
+
+def test_a_rename_that_a_crash_cut_short_is_mended_and_swept(ceph, tmp_path):
+    import rados
+    import rbd
+
+    cluster, name = LibrbdCluster(str(ceph.conf)), RbdName("vms", f"{new_target()}.{uuid.uuid4().hex}.new")
+    somebodys = RbdName("vms", new_target())
+    config = CacheConfig(
+        instances_path=str(tmp_path), images_rbd_pool="vms", images_rbd_ceph_conf=str(ceph.conf)
+    )
+    for each in (name, somebodys):
+        cluster.create(each, MIB)
+        later = cluster.stat(each).touched + 2 * config.stage_idle_seconds
+        with rados.Rados(conffile=str(ceph.conf)) as connected, connected.open_ioctx("vms") as ioctx:
+            rbd.RBD().trash_move(ioctx, each.image, 0)
+    assert RbdBackend.from_config(config, Host()).sweep() == []
+    assert RbdBackend.from_config(config, Host(clock=lambda: later)).sweep() == [name.image]
+    with rados.Rados(conffile=str(ceph.conf)) as connected, connected.open_ioctx("vms") as ioctx:
+        assert [entry["name"] for entry in rbd.RBD().trash_list(ioctx)] == [somebodys.image]
+
+
+def test_cannot_clone_says_what_is_wrong(ceph, tmp_path):
+    config = CacheConfig(
+        instances_path=str(tmp_path), images_rbd_pool="vms", images_rbd_ceph_conf=str(ceph.conf)
+    )
+    backend = RbdBackend.from_config(config, Host())
+    gone = location(ceph, RbdName("images", "gone", "snap"))
+    with pytest.raises(backend_base.CannotClone, match="images/gone@snap"):
+        backend.clone(model.Image("image", "raw", locations=(gone,)), new_target(), None)
