@@ -146,7 +146,7 @@ def test_a_base_whose_data_could_not_be_synced_never_gets_its_name(instances, im
     assert os.listdir(instances / "_base" / ".imagecache" / "stage") == []
 
 
-@pytest.mark.parametrize(("call", "least"), [("link", 2), ("rename", 4), ("unlink", 3), ("fsync", 7)])
+@pytest.mark.parametrize(("call", "least"), [("linkat", 2), ("rename", 4), ("unlink", 3), ("fsync", 7)])
 def test_sigkill_at_every_call_that_changes_something(instances, image, call, least):
     """Whatever was done last, the state is sound, the next spawn works, and nothing stays behind."""
     for number in range(1, 40):

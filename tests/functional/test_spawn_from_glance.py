@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole spawn flow against a real Glance, qemu-img and a guest that boots."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pathlib
+import random
+import subprocess
+import threading
+
+import pytest
+
+import imagecache_lib as ic
+from imagecache_lib import errors, layout
+from imagecache_lib.testing import bootdisk
+from tests.functional.lab import glance as glance_lab
+from tests.functional.lab import guest, server
+
+MIB = 2**20
+SIZE = 16 * MIB
+MANY = 32
+DATA = random.Random(7).randbytes(3 * MIB) + bytes(4 * MIB) + random.Random(8).randbytes(MIB)
+
+
+@pytest.fixture
+def instances(tmp_path: pathlib.Path) -> pathlib.Path:
+    path = tmp_path / "instances"
+    path.mkdir()
+    return path
+
+
+def manager_for(instances, url, *, token=glance_lab.MEMBER, backend="qcow2", **options):
+    config = ic.CacheConfig(instances_path=str(instances), **options)
+    return ic.ImageCacheManager(config, ic.GlanceSource(url, token=token), backend=backend, observers=())
+
+
+def target(instances, name):
+    (instances / name).mkdir()
+    return str(instances / name / "disk")
+
+
+def converted(tmp_path, format, *options):
+    raw, image = tmp_path / "source", tmp_path / f"source.{format}"
+    raw.write_bytes(DATA)
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", format, *options, raw, image], check=True)
+    return image
+
+
+def check(disk, tmp_path):
+    """It is sound and holds the image, grown, as qemu-img sees it."""
+    reference = tmp_path / "reference"
+    if not reference.exists():
+        reference.write_bytes(DATA + bytes(SIZE - len(DATA)))
+    if disk.format == "qcow2":
+        subprocess.run(["qemu-img", "check", "-q", disk.target], check=True)
+    compare = ["qemu-img", "compare", "-q", "-f", disk.format, "-F", "raw", disk.target, reference]
+    subprocess.run(compare, check=True)
+
+
+@pytest.mark.parametrize("backend", ["qcow2", "raw"])
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("raw", ()),
+        ("qcow2", ("-c",)),
+        ("qcow2", ("-c", "-o", "compression_type=zstd")),
+        ("vmdk", ("-o", "subformat=streamOptimized")),
+        ("vmdk", ("-o", "subformat=monolithicSparse")),
+        ("vpc", ("-o", "force_size=on")),
+        ("vhdx", ()),
+        ("vdi", ()),
+    ],
+)
+def test_a_disk_of_each_format_that_glance_has(glance, instances, tmp_path, format, options, backend):
+    claimed = {"vpc": "vhd"}.get(format, format)
+    image_id = glance.upload(converted(tmp_path, format, *options), disk_format=claimed)
+    manager = manager_for(instances, glance.url, backend=backend)
+    for name in ("one", "two"):
+        check(manager.create_disk(image_id, target(instances, name), size=SIZE), tmp_path)
+    assert len(glance.downloads(image_id)) == 1
+    assert (instances / "_base" / layout.base_name(image_id)).read_bytes()[: len(DATA)] == DATA
+
+
+def spawn(instances, url, image_id, number, start):
+    backend = ("qcow2", "raw")[number % 2]
+    manager = manager_for(instances, url, backend=backend)
+    disk = target(instances, f"process-{number}")
+    start.wait(60)
+    manager.create_disk(image_id, disk, size=SIZE)
+
+
+def test_processes_and_threads_that_want_one_cold_image_at_once_download_it_once(
+    glance, instances, tmp_path
+):
+    image_id = glance.upload(converted(tmp_path, "qcow2", "-c"), disk_format="qcow2")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    start = context.Barrier(MANY + 1)
+    children = [
+        context.Process(target=spawn, args=(instances, glance.url, image_id, number, start))
+        for number in range(MANY)
+    ]
+    for child in children:
+        child.start()
+    manager = manager_for(instances, glance.url)
+    disks = {}
+
+    def create(number: int) -> None:
+        disks[number] = manager.create_disk(image_id, target(instances, f"thread-{number}"), size=SIZE)
+
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(MANY)]
+    start.wait(60)
+    for thread in threads:
+        thread.start()
+    for runner in (*threads, *children):
+        runner.join(120)
+    assert [child.exitcode for child in children] == [0] * MANY
+    assert len(disks) == MANY
+    assert len(glance.downloads(image_id)) == 1
+    for number in range(MANY):
+        check(disks[number], tmp_path)
+        format = ("qcow2", "raw")[number % 2]
+        check(ic.Disk(str(instances / f"process-{number}" / "disk"), format, SIZE), tmp_path)
+    assert os.listdir(instances / "_base" / ".imagecache" / "stage") == []
+
+
+def test_another_tenants_private_image_is_not_found_and_its_own_is(glance, instances, tmp_path):
+    image_id = glance.upload(DATA)
+    disk = target(instances, "one")
+    with pytest.raises(errors.ImageNotFound, match=image_id):
+        manager_for(instances, glance.url, token=glance_lab.STRANGER).create_disk(image_id, disk)
+    assert os.listdir(instances / "one") == []
+    assert not (instances / "_base" / layout.base_name(image_id)).exists()
+    check(manager_for(instances, glance.url).create_disk(image_id, disk, size=SIZE), tmp_path)
+
+
+def test_a_requests_own_token_is_used_and_never_told(glance, instances, tmp_path):
+    image_id = glance.upload(DATA)
+    manager = manager_for(instances, glance.url, token="expired-secret")
+    disk = target(instances, "one")
+    with pytest.raises(errors.SourceError) as caught:
+        manager.create_disk(image_id, disk)
+    assert image_id in str(caught.value)
+    assert "expired-secret" not in str(caught.value)
+    request = ic.Request(source=ic.GlanceSource(glance.url, token=glance_lab.MEMBER))
+    check(manager.create_disk(image_id, disk, size=SIZE, request=request), tmp_path)
+
+
+def test_an_image_without_data_yet_is_asked_for_later(glance, instances):
+    queued = glance.create()
+    with pytest.raises(errors.SourceError, match="queued"):
+        manager_for(instances, glance.url).create_disk(queued, target(instances, "one"))
+    assert os.listdir(instances / "one") == []
+
+
+def test_a_qcow2_that_was_uploaded_as_raw_is_refused(glance, instances, tmp_path):
+    image_id = glance.upload(converted(tmp_path, "qcow2"), disk_format="raw")
+    with pytest.raises(errors.ImageRejected, match="qcow2"):
+        manager_for(instances, glance.url).create_disk(image_id, target(instances, "one"))
+    assert os.listdir(instances / "_base" / ".imagecache" / "stage") == []
+
+
+def test_data_that_glance_lost_or_damaged_never_become_a_base(glance, instances):
+    for damage, kind in (("truncated", errors.ImageCacheError), ("flipped", errors.ImageRejected)):
+        image_id = glance.upload(DATA)
+        with glance.stored_file(image_id).open("r+b") as stored:
+            if damage == "truncated":
+                stored.truncate(MIB)
+            else:
+                stored.seek(MIB)
+                stored.write(b"damage")
+        with pytest.raises(kind, match=image_id):
+            manager_for(instances, glance.url, num_retries=0).create_disk(image_id, target(instances, damage))
+        assert not (instances / "_base" / layout.base_name(image_id)).exists()
+        assert os.listdir(instances / "_base" / ".imagecache" / "stage") == []
+
+
+def test_a_broken_transfer_goes_on_and_the_digest_is_carried_on(glance, instances, tmp_path, relay_to):
+    image_id = glance.upload(converted(tmp_path, "qcow2"), disk_format="qcow2")
+    relay = relay_to(glance.url)
+    relay.cut_after(2_000_000)
+    manager = manager_for(instances, relay.url)
+    check(manager.create_disk(image_id, target(instances, "one"), size=SIZE), tmp_path)
+    ranges = [request.range for request in glance.downloads(image_id)]
+    assert len(ranges) == 2
+    assert ranges[0] is None
+    assert ranges[1] is not None
+
+
+def test_what_is_cached_serves_when_the_image_is_deleted_and_glance_is_down(glance, instances, tmp_path):
+    image_id = glance.upload(DATA)
+    manager_for(instances, glance.url).cache_image(image_id)
+    glance.delete(image_id)
+    manager = manager_for(instances, glance.url)
+    check(manager.create_disk(image_id, target(instances, "one"), size=SIZE), tmp_path)
+    nobody = f"http://127.0.0.1:{server.free_port()}"
+    check(manager_for(instances, nobody).create_disk(image_id, target(instances, "two"), size=SIZE), tmp_path)
+
+
+@pytest.mark.parametrize("force_raw", [True, False])
+def test_a_guest_boots_from_a_disk_and_its_writes_stay_in_it(glance, instances, tmp_path, force_raw):
+    raw, image = tmp_path / "boot.raw", tmp_path / "boot.qcow2"
+    bootdisk.write_boot_disk(str(raw))
+    subprocess.run(["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, image], check=True)
+    image_id = glance.upload(image, disk_format="qcow2")
+    manager = manager_for(instances, glance.url, force_raw_images=force_raw)
+    base = instances / "_base" / layout.base_name(image_id)
+    for name in ("one", "two"):
+        disk = manager.create_disk(image_id, target(instances, name), size=SIZE)
+        before = base.read_bytes()
+        for boot in range(2):
+            assert f"HELLO BOOT {boot}" in guest.boot(bootdisk.boot_command(disk.target, disk.format))
+        assert base.read_bytes() == before
