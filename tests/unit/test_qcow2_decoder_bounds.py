@@ -116,8 +116,8 @@ class Failures(unittest.TestCase):
 
     def test_a_bad_cluster_ends_the_decoding_however_much_follows(self) -> None:
         size = 4096
-        clusters = {number: Cluster("compressed", b"\1" * size) for number in range(3000)}
-        image = qcow2_images.build(3000 * size, clusters, cluster_bits=12, compress=lambda _: b"\xff" * 2000)
+        clusters = {number: Cluster("compressed", b"\1" * size) for number in range(5000)}
+        image = qcow2_images.build(5000 * size, clusters, cluster_bits=12, compress=lambda _: b"\xff" * 2000)
         for threads in (1, 3):
             # Not in finish(): nobody wants the rest of a bad image.
             with tempfile.TemporaryFile() as out:
