@@ -71,7 +71,8 @@ def write(results: Results, directory: pathlib.Path) -> None:
     blocks = _blocks(results, drawn)
     (directory / "results.json").write_text(json.dumps(_plain(results), indent=1) + "\n")
     (directory / "results.md").write_text(_markdown(blocks))
-    (directory / "results.rst").write_text(_rst(blocks, directory.name))
+    # Not .rst: it is included by a page and is none itself.
+    (directory / "results.inc").write_text(_rst(blocks, directory.name))
 
 
 def targets(rows: Sequence[Row]) -> str:
