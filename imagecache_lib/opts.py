@@ -8,6 +8,7 @@ means there. What Nova lacks is in ``[image_cache]``, beside what it has.
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -106,6 +107,30 @@ def host_from(conf: cfg.ConfigOpts) -> host_module.Host:
             f"the option host cannot be read: {error}", next_step="correct the configuration file"
         ) from error
     return dataclasses.replace(host_module.Host(), name=name)
+
+
+def from_files(
+    paths: Sequence[str] = (), *, instances_path: str | None = None
+) -> tuple[config_module.CacheConfig, host_module.Host]:
+    """Return the configuration and the host that files describe.
+
+    :param paths: of oslo.config files; later ones win. None of them: ``imagecache.conf``, where oslo.config
+        looks for the files of a project of that name, if there is one.
+    :param instances_path: instead of the files'.
+    :raises ConfigError: a file cannot be read, or a value cannot work.
+    """
+    conf = cfg.ConfigOpts()
+    arguments = [word for path in paths for word in ("--config-file", path)]
+    try:
+        conf(arguments, project="imagecache", prog="imagecache")
+    except (cfg.Error, OSError) as error:
+        raise errors.ConfigError(
+            f"the configuration cannot be read: {error}", next_step="correct --config-file"
+        ) from error
+    register_opts(conf)
+    if instances_path is not None:
+        conf.set_override("instances_path", os.path.abspath(instances_path))
+    return config_from(conf), host_from(conf)
 
 
 def _group(conf: cfg.ConfigOpts, group: str) -> Any:

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``imagecache cache``: the cache as a whole."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import imagecache_lib as ic
+from imagecache_lib.cli import base, values
+
+
+class Verify(base.BaseLister):
+    """Say for each base image whether the next pass would remove it, and why. Removes only with --evict."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("--evict", action="store_true", help="remove what can go (default: only say so)")
+        base.add_instances(parser)
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
+        instances = base.read_instances(parsed_args.instances)
+        report = self.manager().verify_base_images(instances, dry_run=not parsed_args.evict)
+        if instances is None:
+            self.note("without --instances FILE nothing can go: an instance may not have its disk yet")
+        for problem in report.problems:
+            self.note(problem)
+        gone = "evicted" if parsed_args.evict else "would be evicted"
+        if report.bases:
+            some = f"{len(report.evicted)} of {len(report.bases)}"
+            self.note(f"{some} {gone}, {values.shown(report.reclaimed)}")
+        if report.problems:
+            self.exit_code = base.ATTENTION
+        return ["Name", "Image", "Fate", "Reason", "On disk"], [
+            (
+                each.name,
+                each.image_id or "",
+                gone if each.evicted else "kept",
+                each.reason,
+                values.Bytes(each.allocated),
+            )
+            for each in report.bases
+        ]
+
+
+class Usage(base.BaseShow):
+    """Show how much space the cache takes, and how much is left."""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
+        manager = self.manager()
+        bases = manager.list_bases()
+        config = manager.config
+        where = config.base_path if os.path.isdir(config.base_path) else config.instances_path
+        try:
+            found = os.statvfs(where)
+        except OSError as error:
+            raise ic.ConfigError(
+                f"the instances directory cannot be read: {error.strerror}",
+                path=where,
+                next_step="create or mount it",
+            ) from error
+        shown = {
+            "path": config.base_path,
+            "base_images": len(bases),
+            "base_images_on_disk": values.Bytes(sum(each.allocated for each in bases)),
+            "taken_from_instances": values.Bytes(manager.get_disk_usage()),
+            "free": values.Bytes(found.f_bavail * found.f_frsize),
+            "max_cache_size": values.Bytes(config.max_cache_size or None),
+            "free_space_low": values.Bytes(config.free_space_low or None),
+        }
+        return list(shown), list(shown.values())
+
+
+class Check(base.BaseLister):
+    """Look for what is wrong with this host's set-up, and say what to do."""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
+        findings = self.manager().preflight()
+        if any(finding.severity is ic.Severity.ERROR for finding in findings):
+            self.exit_code = base.ATTENTION
+        if not findings:
+            self.note("nothing is wrong")
+        return ["Severity", "Finding", "What to do"], [
+            (finding.severity.value, finding.text, finding.next_step) for finding in findings
+        ]

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a command fetches from: Glance, a URL, or a file. Secrets come from the environment only."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from imagecache_lib import errors, model
+from imagecache_lib.sources import base, file, glance, http
+
+_DEFAULT_INTERFACE = "public"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Let a command choose its source."""
+    group = parser.add_argument_group(
+        "source",
+        "Without any of these, the image service is found through OS_AUTH_URL and the other OS_ variables of "
+        "OpenStack's clients. --glance-endpoint takes its token from OS_TOKEN.",
+    )
+    where = group.add_mutually_exclusive_group()
+    where.add_argument("--glance-endpoint", metavar="URL", action="append", help="URL of Glance")
+    where.add_argument("--http", metavar="URL", help="URL of the image's data")
+    where.add_argument("--file", metavar="PATH", help="file with the image's data")
+    group.add_argument(
+        "--digest", type=_digest, metavar="ALGORITHM:HEX", help="what --http and --file must have"
+    )
+    group.add_argument("--disk-format", metavar="FORMAT", help="what --http and --file are said to be")
+
+
+def chosen(arguments: argparse.Namespace, images: list[str]) -> base.ImageSource:
+    """Return the source that the command line names.
+
+    :raises ConfigError: it names none, or one that cannot work.
+    """
+    if arguments.http or arguments.file:
+        if len(images) != 1:
+            raise errors.ConfigError(
+                "--http and --file are the data of one image", next_step="name one image at a time"
+            )
+        if arguments.http:
+            one = http.HttpImage(arguments.http, arguments.disk_format, arguments.digest)
+            return http.HttpSource({images[0]: one})
+        path = os.path.abspath(arguments.file)
+        return file.FileSource({images[0]: file.FileImage(path, arguments.disk_format, arguments.digest)})
+    if arguments.digest or arguments.disk_format:
+        raise errors.ConfigError(
+            "--digest and --disk-format are for --http and --file",
+            next_step="leave them out: Glance says both",
+        )
+    if arguments.glance_endpoint:
+        return glance.GlanceSource(
+            arguments.glance_endpoint, token=os.environ.get("OS_TOKEN"), cafile=os.environ.get("OS_CACERT")
+        )
+    return _from_environment(os.environ)
+
+
+def _from_environment(environment: Mapping[str, str]) -> base.ImageSource:
+    if "OS_AUTH_URL" not in environment:
+        raise errors.ConfigError(
+            "there is no source for images",
+            next_step="set OS_AUTH_URL and the other OS_ variables, or give --glance-endpoint, --http or "
+            "--file",
+        )
+    try:
+        from keystoneauth1 import exceptions, loading, session
+    except ImportError:
+        raise errors.ConfigError(
+            "OS_AUTH_URL is set, and keystoneauth1 is not installed",
+            next_step="install imagecache-lib[glance], or give --glance-endpoint with OS_TOKEN",
+        ) from None
+    kind = environment.get("OS_AUTH_TYPE") or ("token" if "OS_TOKEN" in environment else "password")
+    try:
+        loader: Any = loading.get_plugin_loader(kind)
+        given = {option.dest: _variable(environment, option.dest) for option in loader.get_options()}
+        auth = loader.load_from_options(**{name: value for name, value in given.items() if value})
+    except exceptions.ClientException as error:
+        raise errors.ConfigError(
+            f"the OS_ variables do not say how to authenticate: {error}", next_step="correct them"
+        ) from error
+    return glance.GlanceSource(
+        session=session.Session(auth=auth, verify=environment.get("OS_CACERT") or True),
+        interface=environment.get("OS_INTERFACE") or _DEFAULT_INTERFACE,
+        region_name=environment.get("OS_REGION_NAME") or None,
+    )
+
+
+def _variable(environment: Mapping[str, str], name: str) -> str | None:
+    return environment.get(f"OS_{name.upper()}")
+
+
+def _digest(text: str) -> model.Digest:
+    found = re.fullmatch(r"([a-z0-9_]+):([0-9a-fA-F]+)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no digest: write sha512:1f40...")
+    return model.Digest(found[1], found[2].lower())

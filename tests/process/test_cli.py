@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real ``imagecache`` command, as operators and their scripts run it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pathlib
+import pty
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from imagecache_lib import errors, events, model
+from imagecache_lib.cli import base
+from imagecache_lib.cli.progress import ProgressObserver
+
+IMAGE = "11111111-aaaa"
+COMMAND = (sys.executable, "-m", "imagecache_lib.cli.main")
+
+
+class Cli:
+    """Runs the command on an instances directory of its own."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.instances = path / "instances"
+        (self.instances / "vm").mkdir(parents=True)
+        self.data = path / "image.raw"
+        self.data.write_bytes(os.urandom(2**20))
+        self.digest = "sha512:" + hashlib.sha512(self.data.read_bytes()).hexdigest()
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("OS_", "http"))
+        }
+        self.environment["HOME"] = str(path)
+
+    def command(self, *words: str) -> list[str]:
+        return [*COMMAND, "--instances-path", str(self.instances), *words]
+
+    def run(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        found = subprocess.run(
+            self.command(*words),
+            capture_output=True,
+            text=True,
+            env=self.environment,
+            timeout=120,
+            check=False,
+        )
+        assert found.returncode == code, (found.returncode, found.stdout, found.stderr)
+        assert "Traceback" not in found.stderr
+        return found
+
+    def json(self, *words: str, code: int = 0) -> Any:
+        return json.loads(self.run(*words, "-f", "json", code=code).stdout)
+
+    def cache(self, image: str = IMAGE) -> None:
+        self.run("image", "cache", image, "--file", str(self.data), "--digest", self.digest)
+
+
+@pytest.fixture
+def cli(tmp_path: pathlib.Path) -> Cli:
+    return Cli(tmp_path)
+
+
+def test_an_image_is_cached_listed_shown_pinned_and_evicted(cli: Cli) -> None:
+    arguments = ("image", "cache", IMAGE, "--file", str(cli.data), "--digest", cli.digest)
+    assert cli.json(*arguments) == [{"Image": IMAGE, "Result": "cached"}]
+    assert cli.json(*arguments) == [{"Image": IMAGE, "Result": "existing"}]
+    (listed,) = cli.json("image", "list", "--long")
+    assert (listed["Image"], listed["Virtual size"], listed["Digest"]) == (IMAGE, 2**20, cli.digest)
+    cli.run("image", "pin", IMAGE, "--for", "7d", "--owner", "night-shift")
+    shown = cli.json("image", "show", IMAGE)
+    assert shown["origin"] == "fetched"
+    assert shown["pins"][0].startswith("night-shift until 2")
+    assert "night-shift" in cli.run("image", "evict", IMAGE, code=11).stderr
+    cli.run("image", "unpin", IMAGE, "--owner", "night-shift")
+    cli.run("image", "evict", IMAGE)
+    assert cli.json("image", "list") == []
+
+
+def test_columns_can_be_chosen_for_scripts(cli: Cli) -> None:
+    cli.cache()
+    assert cli.run("image", "list", "-f", "value", "-c", "Image").stdout == f"{IMAGE}\n"
+
+
+def test_a_disk_is_made_and_kept(cli: Cli) -> None:
+    target = cli.instances / "vm/disk"
+    source = ("--file", str(cli.data))
+    disk = cli.json("disk", "create", IMAGE, str(target), "--size", "1G", *source)
+    assert (disk["format"], disk["virtual_size"], disk["target"]) == ("qcow2", 2**30, str(target))
+    assert "exists already" in cli.run("disk", "create", IMAGE, str(target), *source, code=8).stderr
+    grown = cli.json("disk", "create", IMAGE, str(target), "--size", "2G", "--reuse", *source)
+    assert grown["virtual_size"] == 2**31
+    too_small = cli.instances / "vm/small"
+    cli.run("disk", "create", IMAGE, str(too_small), "--size", "1K", *source, code=8)
+    assert not too_small.exists()
+
+
+def test_verify_only_says_what_it_would_do(cli: Cli, tmp_path: pathlib.Path) -> None:
+    cli.cache()
+    base = cli.instances / "_base" / hashlib.sha1(IMAGE.encode(), usedforsecurity=False).hexdigest()
+    for path in (base, cli.instances / "_base/.imagecache/records" / f"{base.name}.json"):
+        os.utime(path, (0, 0))
+    nobody = tmp_path / "nobody.json"
+    nobody.write_text("[]")
+    unknown = cli.run("cache", "verify", "--evict", code=10)
+    assert "--instances" in unknown.stderr
+    assert base.exists()
+    (fate,) = cli.json("cache", "verify", "--instances", str(nobody))
+    assert fate["Fate"] == "would be evicted"
+    assert base.exists()
+    (fate,) = cli.json("cache", "verify", "--instances", str(nobody), "--evict")
+    assert fate["Fate"] == "evicted"
+    assert not base.exists()
+
+
+def test_what_instances_use_stays_and_is_explained(cli: Cli, tmp_path: pathlib.Path) -> None:
+    cli.cache()
+    report = tmp_path / "instances.json"
+    report.write_text(json.dumps([{"uuid": "u-1", "host": "elsewhere", "images": [IMAGE]}]))
+    (fate,) = cli.json("cache", "verify", "--evict", "--instances", str(report))
+    assert (fate["Fate"], "u-1" in fate["Reason"]) == ("kept", True)
+    explained = cli.json("image", "explain", IMAGE, "--instances", str(report))
+    assert explained["next_pass"] == "keeps it"
+    assert any("u-1" in line for line in explained["kept_by"])
+    assert any("too young" in line for line in explained["kept_by"])
+    assert len(explained["kept_by"]) == len(explained["to_change_that"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{}", "[1]", '[{"uuid": "u"}]', '[{"uuid": "u", "host": ""}]',
+        '[{"uuid": "u", "host": "h", "image": []}]',
+        '[{"uuid": "u", "host": "h", "images": "one"}]',
+    ],
+)  # fmt: skip
+def test_a_report_that_is_none_is_refused(tmp_path: pathlib.Path, text: str) -> None:
+    report = tmp_path / "instances.json"
+    report.write_text(text)
+    with pytest.raises(errors.ConfigError, match="report of instances"):
+        base.read_instances(str(report))
+
+
+def test_a_report_names_everything_that_an_instance_has(tmp_path: pathlib.Path) -> None:
+    report = tmp_path / "instances.json"
+    fields = {"uuid": "u", "host": "h", "images": ["i"], "directories": ["d"], "swap_mb": 512}
+    report.write_text(json.dumps([{**fields, "ephemerals": [{"size_gb": 10, "fs": "ext4"}]}]))
+    (found,) = base.read_instances(str(report)) or ()
+    assert (found.images, found.directories, found.swap_mb) == (("i",), ("d",), 512)
+    assert found.ephemerals == (model.Ephemeral(10, fs="ext4"),)
+
+
+def test_usage_counts_what_is_there(cli: Cli) -> None:
+    cli.cache()
+    usage = cli.json("cache", "usage")
+    assert usage["base_images"] == 1
+    assert usage["taken_from_instances"] >= usage["base_images_on_disk"] >= 2**20
+
+
+def test_check_says_what_to_do(cli: Cli) -> None:
+    found = cli.json("cache", "check")
+    assert not [each for each in found if each["Severity"] == "error"]
+    assert list(cli.instances.iterdir()) == [cli.instances / "vm"]
+    (cli.instances / "vm").rmdir()
+    cli.instances.rmdir()
+    (finding,) = cli.json("cache", "check", code=10)
+    assert finding["Severity"] == "error"
+    assert finding["What to do"].startswith("Create")
+
+
+def test_hosts_are_listed_and_forgotten(cli: Cli) -> None:
+    (host,) = cli.json("host", "list")
+    assert host["This one"] is True
+    assert "list the hosts" in cli.run("host", "forget", "nobody", code=7).stderr
+    cli.run("host", "forget", host["Id"])
+
+
+def test_errors_are_one_line_and_have_a_code(cli: Cli, tmp_path: pathlib.Path) -> None:
+    cases = (
+        (("image", "cache", IMAGE), 7, "OS_AUTH_URL"),
+        (("image", "cache", IMAGE, "--file", str(tmp_path / "gone")), 3, "not there"),
+        (("image", "cache", IMAGE, "--file", str(cli.data), "--digest", "sha512:" + "0" * 128), 4, "sha512"),
+        (("image", "cache", "a", "b", "--file", str(cli.data)), 7, "one image"),
+        (("image", "show", IMAGE), 3, "not in the cache"),
+        (("disk", "create", IMAGE, str(tmp_path / "no/such/disk"), "--file", str(cli.data)), 11, "directory"),
+        (("image", "pin", IMAGE, "--for", "soon"), 2, "no duration"),
+    )
+    for words, code, said in cases:
+        stderr = cli.run(*words, code=code).stderr
+        assert said in stderr, words
+        if code != 2:
+            assert len([line for line in stderr.splitlines() if "error:" in line]) == 1
+
+
+def test_a_traceback_only_for_those_who_ask(cli: Cli) -> None:
+    words = cli.command("--debug", "image", "show", IMAGE)
+    found = subprocess.run(words, capture_output=True, text=True, env=cli.environment, check=False)
+    assert (found.returncode, "Traceback" in found.stderr) == (3, True)
+
+
+def test_one_bad_image_does_not_stop_the_others(cli: Cli) -> None:
+    found = cli.run(
+        "image", "cache", "a", "b", "--glance-endpoint", "http://127.0.0.1:9", "-f", "value", code=5
+    )
+    assert found.stdout == "a error\nb error\n"
+
+
+def test_the_configuration_is_oslo_configs(cli: Cli, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "nova.conf"
+    file.write_text("[DEFAULT]\nuse_cow_images = false\n[image_cache]\nsubdirectory_name = _images\n")
+    words = ("--config-file", str(file), "disk", "create", IMAGE, str(cli.instances / "vm/disk"))
+    assert cli.json(*words, "--file", str(cli.data))["format"] == "raw"
+    assert (cli.instances / "_images").is_dir()
+    cli.run("--config-file", str(tmp_path / "none.conf"), "image", "list", code=7)
+
+
+def test_bash_completes_it(cli: Cli) -> None:
+    completion = cli.run("complete").stdout
+    assert "image" in completion
+    assert "verify" in completion
+
+
+def test_help_without_a_command(cli: Cli) -> None:
+    found = subprocess.run(COMMAND, capture_output=True, text=True, env=cli.environment, check=False)
+    assert found.returncode == 0
+    assert "cache verify" in found.stdout
+
+
+def test_without_a_terminal_progress_is_plain_lines(cli: Cli) -> None:
+    stderr = cli.run("image", "cache", IMAGE, "--file", str(cli.data)).stderr
+    assert "\r" not in stderr
+    assert f"Image {IMAGE} fetched" in stderr
+    assert cli.run("-q", "image", "cache", "other", "--file", str(cli.data)).stderr == ""
+
+
+def test_on_a_terminal_progress_is_one_line(cli: Cli) -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        cli.command("image", "cache", IMAGE, "--file", str(cli.data)),
+        stdout=subprocess.DEVNULL, stderr=theirs, env=cli.environment,
+    ) as running:  # fmt: skip
+        os.close(theirs)
+        said = b""
+        while True:
+            try:
+                chunk = os.read(ours, 4096)
+            except OSError:  # Linux says EIO once the other end is closed
+                break
+            if not chunk:
+                break
+            said += chunk
+    os.close(ours)
+    assert running.returncode == 0
+    assert b"\r11111111-aaaa: 100 %" in said
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_has_rate_and_time_left() -> None:
+    now = [0.0]
+    for stream, wanted in (
+        (Terminal(), "i:  50 %  512.0 MiB of 1.0 GiB  25.6 MiB/s, 0:00:20 left"),
+        (io.StringIO(), "i:  50 %  512.0 MiB of 1.0 GiB  25.6 MiB/s, 0:00:20 left\n"),
+    ):
+        observer = ProgressObserver(stream, clock=lambda: now[0])
+        now[0] = 0.0
+        observer(events.Progress("n", "i", received=0, total=2**30))
+        now[0] = 20.0
+        observer(events.Progress("n", "i", received=2**29, total=2**30))
+        assert stream.getvalue().endswith(wanted), stream.getvalue()
