@@ -77,16 +77,28 @@ def _what_the_source_says(call: Call) -> model.Image | None:
 
 
 def _inspect(cache: store.CacheStore, base: store.OpenBase, image: model.Image | None) -> inspection.Finding:
-    config = cache.config
-    claimed = None
-    if image is not None and _unconverted(base, image):
-        claimed = image.disk_format
+    strict = not cache.config.disable_deep_image_inspection
+    if image is None or image.size is None:
+        return _look(cache, base, None, strict=strict)
+    if _unconverted(base, image):
+        return _look(cache, base, image.disk_format, strict=strict)
+    # Only a conversion changes the size, and the only conversion is to raw. A disk's own bytes need not pass
+    # the rules for images, such as that a boot sector has partitions, but must not be taken for an image.
+    finding = _look(cache, base, None, strict=False)
+    if finding.format != "raw":
+        raise errors.ImageRejected(f"it should be raw, and its content is {finding.format}")
+    return finding
+
+
+def _look(
+    cache: store.CacheStore, base: store.OpenBase, claimed: str | None, *, strict: bool
+) -> inspection.Finding:
     return inspection.inspect_file(
         base.fd,
         claimed,
-        vmdk_allowed_types=config.vmdk_allowed_types,
-        max_virtual_size=config.max_virtual_size,
-        strict=not config.disable_deep_image_inspection,
+        vmdk_allowed_types=cache.config.vmdk_allowed_types,
+        max_virtual_size=cache.config.max_virtual_size,
+        strict=strict,
     )
 
 

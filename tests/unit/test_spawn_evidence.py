@@ -202,6 +202,19 @@ class TestAdoption(AdoptCase):
         self.manager().fetch_file(ID, path)
         self.assertEqual(qcow2, pathlib.Path(path).read_bytes())
 
+    def test_a_converted_one_need_not_look_like_an_image_and_must_not_look_like_another(self) -> None:
+        boot_sector = DATA[:446] + bytes(64) + b"\x55\xaa" + DATA[512:]
+        self.put(boot_sector)
+        qcow2 = disk_image(self.directory, "qcow2", data=boot_sector)
+        self.source = FakeSource({ID: qcow2}, disk_format="qcow2")
+        self.assertEqual(boot_sector, self.spawn(self.manager()))
+        self.assertEqual(0, self.source.opens)
+        # An image within an image: whoever reads it by its looks reads another disk.
+        self.record().unlink()
+        self.put(disk_image(self.directory, "qcow2", data=bytes(64 * MIB)) + bytes(512), age=7200)
+        self.assertEqual(boot_sector, self.spawn(self.manager()))
+        self.assertEqual(1, self.source.opens)
+
     def test_content_that_would_be_refused_from_a_source_is_refused_here(self) -> None:
         overlay = bytearray(disk_image(self.directory, "qcow2"))
         overlay[8:20] = (512).to_bytes(8, "big") + (11).to_bytes(4, "big")
