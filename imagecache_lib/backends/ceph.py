@@ -203,8 +203,8 @@ class LibrbdCluster:
 
     def rename(self, name: RbdName, new: str) -> None:
         # librbd's own rename looks whether the new name is free and then writes it: of several renames to one
-        # name at once all succeed, and all images but one are lost. Restoring from the trash creates the name
-        # exclusively, as creating and cloning do.
+        # name at once all may report success, and all callers but one take another's image for their own.
+        # Restoring from the trash creates the name exclusively, as creating and cloning do.
         with self._open(name, read_only=True) as image:
             image_id = image.id()
         wanted = RbdName(name.pool, new)
