@@ -158,7 +158,7 @@ class TestCloning(RbdCase):
     def test_an_image_that_is_not_raw_is_converted_and_imported(self) -> None:
         virtual = b"guestOS!" * 8192
         source = Glance(HERE, data=simple_qcow2(virtual), disk_format="qcow2")
-        for force_raw in (True, False):
+        for force_raw in (False, True):
             target = f"vm-{force_raw}"
             self.manager(source, force_raw_images=force_raw).create_disk("image", target)
             self.assertEqual(virtual, self.read(target, len(virtual)))
