@@ -24,6 +24,7 @@ import nova.conf  # noqa: E402
 import nova.image.glance  # noqa: E402
 import nova.privsep  # noqa: E402
 import requests  # noqa: E402
+import requests.adapters  # noqa: E402
 from keystoneauth1 import noauth, session  # noqa: E402
 from nova import config, context, objects  # noqa: E402, F401
 from nova.virt.libvirt import imagebackend, imagecache  # noqa: E402
@@ -41,6 +42,23 @@ class _Token(noauth.NoAuth):  # type: ignore[misc]
         return self._token
 
 
+class _NewConnections(requests.adapters.HTTPAdapter):  # type: ignore[misc]
+    """Sends each request over a connection of its own.
+
+    uWSGI closes a connection after its answer without saying so. Nova would reuse it, be reset, and sleep for
+    a second before it tries again: that is not to be counted against it. A reset of a new connection, which
+    happens too, is tried again at once.
+    """
+
+    def send(self, request: Any, **options: Any) -> Any:
+        self.poolmanager.clear()
+        try:
+            return super().send(request, **options)
+        except requests.ConnectionError:
+            self.poolmanager.clear()
+            return super().send(request, **options)
+
+
 class Driver:
     """Nova's cache of one host."""
 
@@ -56,9 +74,7 @@ class Driver:
         conf.set_override("endpoint_override", options.glance, "glance")
         conf.set_override("images_type", "qcow2", "libvirt")
         plugin, connections = _Token(options.token), requests.Session()
-        # uWSGI closes a connection after its answer without saying so. Nova would reuse it, be reset, and
-        # sleep for a second before it tries again: that is not to be counted against it.
-        connections.headers["Connection"] = "close"
+        connections.mount("http://", _NewConnections())
         glance_session = session.Session(auth=plugin, session=connections)
         nova.image.glance._session_and_auth = lambda _context: (glance_session, None)
         nova.privsep.sys_admin_pctxt.set_client_mode(False)
