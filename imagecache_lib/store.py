@@ -238,6 +238,18 @@ def write_id(fd: int, base_id: str) -> bool:
     return True
 
 
+def mark(fd: int) -> str:
+    """Make a base file carry a random id, if it carries none, and return what it carries.
+
+    Empty: nothing. A file that libvirt gave to QEMU's user cannot be marked by us, nor can any file on a
+    filesystem without extended attributes; inode and size have to bind its record then.
+    """
+    carried = read_id(fd)
+    if carried == "" and write_id(fd, fresh := durable.new_id()):
+        return fresh
+    return carried or ""
+
+
 def _make_directory(path: str, mode: int) -> None:
     try:
         os.mkdir(path, mode)

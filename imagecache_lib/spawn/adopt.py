@@ -43,15 +43,10 @@ def _bound(
     *,
     verified: bool,
 ) -> evidence.Record:
-    base_id = store.read_id(base.fd)
-    if base_id == "" and store.write_id(base.fd, fresh := durable.new_id()):
-        base_id = fresh
-    # A file that libvirt gave to QEMU's user cannot be marked by us: inode and size have to bind it, as on a
-    # filesystem without extended attributes. Its record then holds what the file carries: nothing.
     record = evidence.Record(
         name=base.name,
         image_id=call.image_id,
-        base_id=base_id or "",
+        base_id=store.mark(base.fd),
         inode=base.stat.st_ino,
         size=base.stat.st_size,
         origin=evidence.Origin.ADOPTED,

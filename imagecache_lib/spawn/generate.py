@@ -250,13 +250,7 @@ class Generator:
         with stages.translated(opened.path):
             os.fsync(opened.fd)
             durable.sync_directory(os.path.dirname(opened.path))
-            base_id = store.read_id(opened.fd)
-            if base_id == "":
-                base_id = durable.new_id()
-                store.write_id(opened.fd, base_id)
-            record = self._record(
-                wanted, opened.fd, base_id or durable.new_id(), evidence.Origin.ADOPTED
-            )
+            record = self._record(wanted, opened.fd, store.mark(opened.fd), evidence.Origin.ADOPTED)
             self._cache.write_record(record)
         return record, ""
 
