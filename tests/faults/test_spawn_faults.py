@@ -127,12 +127,14 @@ def test_each_fsync_that_fails_is_an_error_and_nothing_unproven_is_published(ins
         again = driver(instances, image)
         assert again.returncode == 0, again.stdout + again.stderr
         assert content_of(instances / "instance" / "disk") == DATA
+        record = instances / "_base" / ".imagecache" / "records" / f"{NAME}.json"
+        assert json.loads(record.read_bytes())["origin"] == "fetched", number
         (instances / "instance" / "disk").unlink()
         (instances / "instance" / "disk.info").unlink()
         for stage in (instances / "_base" / ".imagecache" / "stage").iterdir():
             stage.unlink()
         base.unlink()
-        (instances / "_base" / ".imagecache" / "records" / f"{NAME}.json").unlink()
+        record.unlink()
     else:
         raise AssertionError("it never came to the end")
     assert failed >= 6  # data, its record-to-be, directory, record, disk, disk.info

@@ -381,15 +381,15 @@ class TestWaiting(CacheCase):
         self.assertEqual(DATA, first.result())
 
     def test_and_so_they_are_by_those_who_waited_for_its_download(self) -> None:
-        fetching = self.points.stop_at("ingest:reserved")
+        looking = self.points.stop_at("lease:shared")
         first = self.running(lambda: self.spawn(self.manager()))
-        fetching.wait()
+        looking.wait()
         waiting = self.points.stop_at("lock:waiting")
-        second = self.running(lambda: self.spawn(self.manager()))
-        waiting.wait()
+        second = self.running(lambda: self.spawn(self.manager(lock_timeout=600.0)))
+        waiting.wait()  # for the exclusive lock, since it has seen that there is no base
         # The first holds its lease for as long as its disk takes. The second must not wait for that.
         copying = self.points.stop_at("disk:made")
-        fetching.go_on()
+        looking.go_on()
         copying.wait()
         waiting.go_on()
         self.assertEqual(DATA, second.result())
