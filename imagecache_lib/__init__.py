@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from imagecache_lib.sources.http import HttpImage, HttpSource
     from imagecache_lib.upkeep.catalog import CachedBase, RegisteredHost
     from imagecache_lib.upkeep.preflight import Finding, Severity
+    from imagecache_lib.upkeep.room import SpaceReport
     from imagecache_lib.upkeep.verify import BaseReport, Explanation, VerifyReport
 
 # Loaded when first used: a driver that imports the package should not pay for HTTP before it fetches.
@@ -99,6 +100,7 @@ _HOMES = {
     "Request": "model",
     "Severity": "upkeep.preflight",
     "SourceError": "errors",
+    "SpaceReport": "upkeep.room",
     "StorageBackend": "backends.base",
     "VerifyReport": "upkeep.verify",
 }
@@ -142,6 +144,7 @@ __all__ = [
     "Request",
     "Severity",
     "SourceError",
+    "SpaceReport",
     "StorageBackend",
     "VerifyReport",
 ]

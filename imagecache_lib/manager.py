@@ -29,6 +29,7 @@ from imagecache_lib.spawn import backing, cloning, generate, ingest, lease
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
 from imagecache_lib.upkeep import catalog, inventory, preflight, verify
+from imagecache_lib.upkeep.room import SpaceReport
 
 LOG = logging.getLogger(__name__)
 
@@ -70,13 +71,18 @@ class ImageCacheManager:
         self._observers = events.Observers(observers)
         self._cache = store.CacheStore(config, self.host)
         self._upkeep = verify.Upkeep(self._cache, self._observers)
-        self._ingest = ingest.Ingest(self._cache, qemu_img.QemuImg(config, self.host), self._observers)
+        self._ingest = ingest.Ingest(
+            self._cache,
+            qemu_img.QemuImg(config, self.host),
+            self._observers,
+            make_room=self._upkeep.make_room,
+        )
         self._leases = lease.Leases(
             self._cache, self._ingest, self._observers, evict_unfit=self._upkeep.evict_unfit
         )
         self._generated = lease.Leases(
             self._cache,
-            generate.Generator(self._cache, self.host),
+            generate.Generator(self._cache, self.host, make_room=self._upkeep.make_room),
             self._observers,
             evict_unfit=self._upkeep.evict_unfit,
         )
@@ -420,6 +426,17 @@ class ImageCacheManager:
         0 if the cache is on another filesystem than the instances.
         """
         return inventory.disk_usage(self._cache)
+
+    def get_space(self) -> SpaceReport:
+        """Return how full the cache's filesystem is, what is promised, and what would give way.
+
+        Reads who refers to what, as a pass does, and changes nothing.
+
+        :raises ConfigError, BackendError: the cache itself cannot be read.
+        """
+        self._start()
+        with stages.translated(self.config.base_path):
+            return self._upkeep.space()
 
     # -- beginning -----------------------------------------------------------------------------------
 

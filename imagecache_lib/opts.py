@@ -358,8 +358,8 @@ def _workarounds_opts() -> list[cfg.Opt]:
         cfg.BoolOpt(
             "reserve_disk_resource_for_image_cache", default=False,
             help="For the driver, which reports disk space: count what the cache has allocated as reserved. "
-            "It asks ImageCacheManager.get_disk_usage for it; the library itself does nothing with this "
-            "option.",
+            "It asks ImageCacheManager.get_disk_usage for it, and ImageCacheManager.get_space for what is "
+            "promised to images in flight; the library itself does nothing with this option.",
         ),
     ]  # fmt: skip
 

@@ -44,6 +44,17 @@ class QemuImg:
         found: dict[str, Any] = json.loads(out)
         return found
 
+    def mapped_bytes(self, path: str, format: str) -> int:
+        """Return how many bytes of a disk are data: what it takes as a raw file with holes.
+
+        :raises BackendError: it cannot be read as that.
+        """
+        out = self._run(
+            path, "map", "--output=json", "-f", format, path,
+            cpu=self._config.convert_cpu_time_limit, memory=self._config.convert_address_space_limit,
+        )  # fmt: skip
+        return sum(int(each["length"]) for each in json.loads(out) if each["data"] and not each["zero"])
+
     def convert_to_raw(self, source: str, source_format: str, target: str) -> None:
         """Convert into an existing, empty raw file that has the virtual size already; zeros stay holes.
 

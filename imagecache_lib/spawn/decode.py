@@ -17,6 +17,9 @@ from imagecache_lib.spawn import stage as stages
 #: A guest's disk is counted in sectors of this size, so a raw image ends on a whole one.
 SECTOR = 512
 
+#: Formats that qemu-img converts, and whose data may be larger than the file.
+_COMPRESSING = ("qcow2", "vmdk")
+
 
 class Decoder(Protocol):
     """Takes the image's bytes in order and fills a stage file with what is to be stored."""
@@ -146,14 +149,13 @@ class SpoolAndConvert:
         self._offset += len(chunk)
 
     def finish(self) -> int:
-        # What the spool has allocated is gone from the free space already; what it decodes to is at least
-        # as much, for every format that compresses or leaves holes out.
-        self._reserve(self._spool.allocated)
         with stages.translated(self._stage.path):
             os.ftruncate(self._spool.fd, self._offset)
             os.ftruncate(self._stage.fd, self._virtual_size)
         self._cache.host.trace("convert")
         try:
+            # What the spool has allocated is gone from the free space already.
+            self._reserve(self._decoded_bytes())
             self._converter.convert_to_raw(self._spool.path, self._source_format, self._stage.path)
         except errors.ImageRejected as error:
             if not self._spool.is_at_path() or not self._stage.is_at_path():
@@ -161,6 +163,13 @@ class SpoolAndConvert:
                 raise stages.StageGone from error
             raise
         return self._virtual_size
+
+    def _decoded_bytes(self) -> int:
+        """Return how much it will be: the others store data as it is, and take no less room than it."""
+        if self._source_format in _COMPRESSING:
+            with contextlib.suppress(errors.BackendError):  # the conversion will say what is wrong
+                return self._converter.mapped_bytes(self._spool.path, self._source_format)
+        return self._spool.allocated
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

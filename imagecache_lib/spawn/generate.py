@@ -196,11 +196,21 @@ def _require_size(size: int, unit: str) -> None:
 
 
 class Generator:
-    """Makes what a lease misses. Safe to share between threads."""
+    """Makes what a lease misses. Safe to share between threads.
 
-    def __init__(self, cache: store.CacheStore, host: host_module.Host) -> None:
+    :param make_room: evicts so many bytes if policy allows, and returns how many it freed.
+    """
+
+    def __init__(
+        self,
+        cache: store.CacheStore,
+        host: host_module.Host,
+        *,
+        make_room: space.MakeRoom = space.nothing_to_free,
+    ) -> None:
         self._cache = cache
         self._host = host
+        self._make_room = make_room
 
     def refuse_impossible(self, wanted: Generation) -> None:
         """Nothing that can be asked for is impossible."""
@@ -218,7 +228,9 @@ class Generator:
         stage = stages.Stage(self._cache, wanted.name)
         try:
             stage.note()
-            space.reserve(stage, _room(wanted.size), self._cache, check=wanted.check)
+            space.reserve(
+                stage, _room(wanted.size), self._cache, check=wanted.check, make_room=self._make_room
+            )
             with stages.translated(stage.path):
                 os.ftruncate(stage.fd, wanted.size)
             # Only these programs take a lock of their own, or may: nobody knows what an operator's does.

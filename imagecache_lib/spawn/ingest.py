@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import threading
@@ -43,12 +44,21 @@ class Ingested:
 
 
 class Ingest:
-    """Brings images into stage files. Safe to share between threads."""
+    """Brings images into stage files. Safe to share between threads.
+
+    :param make_room: evicts so many bytes if policy allows, and returns how many it freed.
+    """
 
     def __init__(
-        self, cache: store.CacheStore, converter: qemu_img.QemuImg, observers: events.Observers
+        self,
+        cache: store.CacheStore,
+        converter: qemu_img.QemuImg,
+        observers: events.Observers,
+        *,
+        make_room: space.MakeRoom = space.nothing_to_free,
     ) -> None:
         self._cache = cache
+        self._make_room = make_room
         self._converter = converter
         self._observers = observers
         limit = cache.config.max_concurrent_disk_ops
@@ -91,7 +101,7 @@ class Ingest:
         try:
             stage.note()
             with self._turn(stage, call):
-                space.reserve(stage, image.size or 0, self._cache, check=call.check)
+                self._reserve(stage, call, image.size or 0)
                 self._cache.host.trace("ingest:reserved")
                 content = self._fill(stage, call, image, use)
                 record = self._seal(stage, call, image, content)
@@ -109,6 +119,16 @@ class Ingest:
             )
         )
         return Ingested(stage, record)
+
+    def _reserve(self, stage: stages.Stage, call: Call, needed: int) -> None:
+        space.reserve(
+            stage,
+            needed,
+            self._cache,
+            check=call.check,
+            make_room=self._make_room,
+            deadline=call.request.deadline,
+        )
 
     @contextlib.contextmanager
     def _turn(self, stage: stages.Stage, call: Call) -> Iterator[None]:
@@ -142,11 +162,11 @@ class Ingest:
             stage.clear()
             try:
                 with contextlib.ExitStack() as stack:
-                    taken = stack.enter_context(
-                        contextlib.closing(
-                            intake.Intake(stage, call, image, use, self._cache, self._converter, whole=whole)
-                        )
-                    )
+                    taken = intake.Intake(
+                        stage, call, image, use, self._cache, self._converter,
+                        reserve=functools.partial(self._reserve, stage, call), whole=whole,
+                    )  # fmt: skip
+                    stack.callback(taken.close)
                     for chunk in stack.enter_context(
                         contextlib.closing(self._watched(fetch, stage, call, image))
                     ):
@@ -173,7 +193,7 @@ class Ingest:
         with contextlib.closing(fetch.chunks()) as chunks:
             for chunk in chunks:
                 if image.size is None and fetch.offset > stage.reserved:
-                    space.reserve(stage, fetch.offset + _UNKNOWN_SIZE_STEP, self._cache, check=call.check)
+                    self._reserve(stage, call, fetch.offset + _UNKNOWN_SIZE_STEP)
                 yield chunk
                 if fetch.offset - told >= _TELL_EVERY or fetch.offset == image.size:
                     told = fetch.offset

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 
 from imagecache_lib import errors, evidence, model, store
 from imagecache_lib.backends import qemu_img
-from imagecache_lib.spawn import decode, digest, inspection, space
+from imagecache_lib.spawn import decode, digest, inspection
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
 
@@ -32,6 +33,7 @@ class Content:
 class Intake:
     """Takes the chunks of one pass, in order, and fills the stage file.
 
+    :param reserve: raises the stage's reservation to so many bytes, or raises NoSpaceError.
     :param whole: convert it as a whole, since decoding it as it arrives was tried and is not possible.
     """
 
@@ -44,6 +46,7 @@ class Intake:
         cache: store.CacheStore,
         converter: qemu_img.QemuImg,
         *,
+        reserve: Callable[[int], None],
         whole: bool,
     ) -> None:
         self._stage = stage
@@ -51,6 +54,7 @@ class Intake:
         self._image = image
         self._cache = cache
         self._converter = converter
+        self._reserve = reserve
         self._whole = whole
         self._closing = contextlib.ExitStack()
         self._inspection = self._new_inspection() if use is evidence.Use.DISK else None
@@ -117,7 +121,7 @@ class Intake:
             file_size=self._image.size,
             cache=self._cache,
             converter=self._converter,
-            reserve=lambda needed: space.reserve(self._stage, needed, self._cache, check=self._call.check),
+            reserve=self._reserve,
         )
         self._closing.callback(decoder.close)
         for chunk in self._held:

@@ -17,19 +17,41 @@ from imagecache_lib.spawn import stage as stages
 #: Lock under which the ledger is read and added to.
 LOCK = "imagecache-space"
 
+#: Lock under which room is made: of several that lack it, each evicts only what the others left it short of.
+ROOM_LOCK = "imagecache-room"
+
+#: What a fetch takes beside its data: notes, record, checksums, and the filesystem's own maps of them.
+ALLOWANCE = 128 * 1024
+
+#: How often one that waits for room looks again, in seconds.
+_SLICE = 0.5
+
+#: Frees at least so many bytes if that may be, and returns how many it freed.
+MakeRoom = Callable[[int], int]
+
+
+def nothing_to_free(_wanted: int) -> int:
+    """Make no room."""
+    return 0
+
 
 def outstanding(cache: store.CacheStore) -> int:
     """Return the bytes that living owners have reserved and not yet allocated."""
-    return sum(
-        _owed(cache, stage_id, note.reserved) for stage_id, note in stages.notes(cache) if note.reserved
-    )
+    return sum(_living(cache))
 
 
-def _owed(cache: store.CacheStore, stage_id: str, reserved: int) -> int:
+def _living(cache: store.CacheStore) -> list[int]:
+    """Return what each living owner has reserved and not yet allocated."""
+    owed = (_owed(cache, stage_id, note.reserved) for stage_id, note in stages.notes(cache) if note.reserved)
+    return [each for each in owed if each is not None]
+
+
+def _owed(cache: store.CacheStore, stage_id: str, reserved: int) -> int | None:
+    """Return what a stage has reserved and not yet allocated. None: its owner is dead."""
     try:
         fd = os.open(cache.layout.stage(stage_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
-        return 0
+        return None
     try:
         found = os.fstat(fd)
         # Its owner may have been without working locks; then only time tells that it is dead.
@@ -37,7 +59,7 @@ def _owed(cache: store.CacheStore, stage_id: str, reserved: int) -> int:
         alive = locks.has_owner(fd) or (not cache.host.locking and fresh)
     finally:
         os.close(fd)
-    return max(0, reserved - found.st_blocks * 512) if alive else 0
+    return max(0, reserved - found.st_blocks * 512) if alive else None
 
 
 def free(cache: store.CacheStore) -> int:
@@ -46,13 +68,79 @@ def free(cache: store.CacheStore) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def reserve(stage: stages.Stage, needed: int, cache: store.CacheStore, *, check: Callable[[], None]) -> None:
+def reserve(
+    stage: stages.Stage,
+    needed: int,
+    cache: store.CacheStore,
+    *,
+    check: Callable[[], None],
+    make_room: MakeRoom = nothing_to_free,
+    deadline: float | None = None,
+) -> None:
     """Raise what a stage has reserved to ``needed`` bytes in all. Lowering it does nothing.
 
+    :param make_room: asked to evict what is short.
+    :param deadline: epoch seconds until which it is worth waiting for others in flight to end.
     :raises NoSpaceError: the filesystem has less than that left, what others have reserved counted in.
     """
-    if needed <= stage.reserved:
-        return
+    while needed > stage.reserved:
+        refusal = _try(stage, needed, cache, check)
+        if refusal is None or (refusal := _try_harder(stage, needed, cache, check, make_room)) is None:
+            return
+        now = cache.host.clock()
+        if deadline is None or now >= deadline or not refusal.others:
+            raise refusal.error(cache)
+        check()
+        cache.host.trace("space:waiting")
+        cache.host.sleep(min(_SLICE, deadline - now))
+
+
+class _Refusal:
+    """There is no room.
+
+    :ivar short: bytes that are lacking.
+    :ivar others: bytes that others have reserved, and may give back.
+    """
+
+    def __init__(self, wanted: int, room: int, others: int) -> None:
+        self._wanted = wanted
+        self._room = max(0, room)
+        self.short = wanted - room
+        self.others = others
+
+    def error(self, cache: store.CacheStore) -> errors.NoSpaceError:
+        return errors.NoSpaceError(
+            f"it needs {self._wanted} bytes more and {self._room} are left",
+            path=cache.layout.base_path,
+            next_step="make room, evict images, or choose a larger filesystem",
+        )
+
+
+def _try_harder(
+    stage: stages.Stage,
+    needed: int,
+    cache: store.CacheStore,
+    check: Callable[[], None],
+    make_room: MakeRoom,
+) -> _Refusal | None:
+    """Have room made and try again, one after another. None: it is reserved."""
+    with locks.waiting(
+        cache.layout.lock(ROOM_LOCK),
+        shared=False,
+        host=cache.host,
+        patience=cache.config.lock_timeout,
+        check=check,
+    ):
+        while True:
+            # Whoever held this lock before may have freed more than it took.
+            refusal = _try(stage, needed, cache, check)
+            if refusal is None or make_room(refusal.short) <= 0:
+                return refusal
+
+
+def _try(
+    stage: stages.Stage, needed: int, cache: store.CacheStore, check: Callable[[], None]
+) -> _Refusal | None:
     with locks.waiting(
         cache.layout.lock(LOCK),
         shared=False,
@@ -60,14 +148,14 @@ def reserve(stage: stages.Stage, needed: int, cache: store.CacheStore, *, check:
         patience=cache.config.lock_timeout,
         check=check,
     ):
+        living = _living(cache)
         ours = max(0, stage.reserved - stage.allocated)
-        room = free(cache) - (outstanding(cache) - ours) - cache.config.free_space_low
+        others = sum(living) - ours
+        allowance = ALLOWANCE * (len(living) + (stage.reserved == 0))
+        room = free(cache) - others - allowance - cache.config.free_space_low
         wanted = needed - stage.allocated
         if wanted > room:
-            raise errors.NoSpaceError(
-                f"it needs {wanted} bytes more and {max(0, room)} are left",
-                path=cache.layout.base_path,
-                next_step="make room, evict images, or choose a larger filesystem",
-            )
+            return _Refusal(wanted, room, others)
         stage.reserved = needed
         stage.note()
+        return None

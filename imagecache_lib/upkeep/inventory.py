@@ -118,15 +118,17 @@ def _notes_of_use(cache: store.CacheStore) -> dict[str, float]:
 
 
 def disk_usage(cache: store.CacheStore) -> int:
-    """Return the allocated bytes of everything under the cache's directory, each file counted once.
-
-    0 if the cache is on another filesystem than the instances, since it then takes nothing from them.
-    """
+    """Return what the cache takes of the instances' filesystem: 0 if it has its own."""
     try:
         if os.stat(cache.layout.base_path).st_dev != os.stat(cache.config.instances_path).st_dev:
             return 0
     except FileNotFoundError:
         return 0
+    return allocated(cache)
+
+
+def allocated(cache: store.CacheStore) -> int:
+    """Return the allocated bytes of everything under the cache's directory, each file counted once."""
     total = 0
     counted: set[int] = set()
     pending = [cache.layout.base_path]

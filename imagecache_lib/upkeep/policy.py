@@ -117,6 +117,25 @@ def plan(
     return EvictionPlan(tuple(decisions[name] for name in sorted(decisions)))
 
 
+def relieve(
+    entries: Iterable[Entry], references: References, limits: Limits, *, now: float, wanted: int
+) -> EvictionPlan:
+    """Decide what goes for an image that needs room now: only as much as that, the least recently used first.
+
+    :param now: epoch seconds of the filesystem's clock.
+    :param wanted: bytes.
+    """
+    decisions = {}
+    for entry in entries:
+        user = needed(entry, references)
+        stays = user or "there is room enough without it, or it was used a moment ago"
+        decisions[entry.name] = Decision(entry, False, stays, in_use=entry.name in references.users)
+    if limits.remove:
+        only_wanted = dataclasses.replace(limits, max_size=0, free_low=0)
+        _relieve(decisions, references, only_wanted, now, Space(wanted=wanted))
+    return EvictionPlan(tuple(decisions[name] for name in sorted(decisions)))
+
+
 def _decide(entry: Entry, references: References, limits: Limits, now: float) -> Decision:
     if (user := needed(entry, references)) is not None:
         return Decision(entry, False, user, in_use=entry.name in references.users)

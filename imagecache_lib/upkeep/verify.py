@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from imagecache_lib import durable, errors, events, evidence, model, store, trash
 from imagecache_lib.spawn import locks
 from imagecache_lib.spawn import stage as stages
-from imagecache_lib.upkeep import disks, evict, inventory, policy, recover, registry
+from imagecache_lib.upkeep import disks, evict, inventory, policy, recover, registry, room
 from imagecache_lib.upkeep import references as reference_module
 from imagecache_lib.upkeep.hosts import HostRef, Hosts
 
@@ -186,6 +186,17 @@ class Upkeep:
         """Evict a base that does not serve, under its exclusive lock. False: it stays."""
         floor_age = self._cache.config.space_minimum_age_seconds
         return self.evict_one(name, reason, floor_age=floor_age, locked=True) is None
+
+    def make_room(self, wanted: int) -> int:
+        """Evict what a fetch needs the room of, as far as policy allows. Returns the bytes freed."""
+        now = self._cache.filesystem_now()
+        read = self._reader((), now)
+        return room.make(wanted, read, self._cache, self._hosts, self._observers, now=now)
+
+    def space(self) -> room.SpaceReport:
+        """Look how full the cache's filesystem is."""
+        now = self._cache.filesystem_now()
+        return room.report(self._reader((), now), self._cache, now=now)
 
     # -- the steps -----------------------------------------------------------------------------------
 

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Room on the cache's filesystem: how much there is, and making more of it for an image that is fetched."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from imagecache_lib import events, store
+from imagecache_lib.spawn import space
+from imagecache_lib.upkeep import evict, inventory, policy
+from imagecache_lib.upkeep.hosts import Hosts
+
+
+@dataclasses.dataclass(frozen=True)
+class SpaceReport:
+    """The cache's filesystem as its users should see it, in bytes.
+
+    A driver that reports free disk space may take ``reserved`` off what is free: it is promised already.
+    What is ``reclaimable`` is in use now and comes back by itself when a fetch needs it.
+
+    :param used: allocated by the cache, files in flight and in the trash included.
+    :param reserved: promised to images in flight and not allocated yet.
+    :param free: what an unprivileged process may still allocate.
+    :param reclaimable: allocated by images that nobody needs, and that lack of space would remove now.
+    :param limit: ``max_cache_size``. 0: none.
+    """
+
+    used: int
+    reserved: int
+    free: int
+    reclaimable: int
+    limit: int
+
+
+def make(
+    wanted: int,
+    read: evict.Reading,
+    cache: store.CacheStore,
+    hosts: Hosts,
+    observers: events.Observers,
+    *,
+    now: float,
+) -> int:
+    """Evict unused bases until so many bytes are freed, the least recently used first. Returns how many were.
+
+    :param read: reads all references.
+    """
+    freed = _freed(evict.evict((), read, cache, hosts, observers))
+    if freed < wanted:
+        relief = _plan(wanted - freed, read, cache, now)
+        freed += _freed(evict.evict(relief.victims, read, cache, hosts, observers))
+    return freed
+
+
+def report(read: evict.Reading, cache: store.CacheStore, *, now: float) -> SpaceReport:
+    """Look how full it is.
+
+    :param read: reads all references.
+    """
+    everything = _plan(2**63, read, cache, now)
+    return SpaceReport(
+        used=inventory.allocated(cache),
+        reserved=space.outstanding(cache),
+        free=space.free(cache),
+        reclaimable=sum(decision.entry.allocated for decision in everything.victims),
+        limit=cache.config.max_cache_size,
+    )
+
+
+def _plan(wanted: int, read: evict.Reading, cache: store.CacheStore, now: float) -> policy.EvictionPlan:
+    bases = inventory.take(cache).bases
+    references = read([entry.name for entry in bases])
+    return policy.relieve(bases, references, policy.Limits.of(cache.config), now=now, wanted=wanted)
+
+
+def _freed(outcomes: list[evict.Outcome]) -> int:
+    return sum(outcome.allocated for outcome in outcomes if outcome.gone)
