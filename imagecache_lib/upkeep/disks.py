@@ -117,10 +117,12 @@ class Scan:
             now = (status.st_dev, _fsid(root))
         except OSError as error:
             self._cannot_tell(root, error, "mount it, or take it out of disk_roots")
+            if root in self._memory.roots:
+                self._found_roots[root] = self._memory.roots[root]
             return False
         before = self._memory.roots.get(root)
         moved = before is not None and before[0] != now[0] and before[1] != now[1]
-        if moved and not self._holds_all(root, instances):
+        if moved and not self._is_vouched_for(root, instances):
             self._everything_stays(
                 f"the disk root {root} is on another device than before",
                 "mount what belongs there; if this is right, run once:"
@@ -131,8 +133,14 @@ class Scan:
         self._found_roots[root] = now
         return True
 
-    def _holds_all(self, root: str, instances: Sequence[model.Instance]) -> bool:
-        """Whether the driver's report vouches for a root: there are local instances, and all are in it."""
+    def _is_vouched_for(self, root: str, instances: Sequence[model.Instance]) -> bool:
+        """Whether a root is the one it was, though its device's numbers changed, as they may at a boot.
+
+        A disk that was read in it before is there, or there are local instances, and all are in it.
+        """
+        beneath = os.path.join(root, "")
+        if any(path.startswith(beneath) and os.path.lexists(path) for path in self._memory.readings):
+            return True
         local = [instance for instance in instances if instance.host == self._host.name]
         return bool(local) and all(
             any(os.path.isdir(os.path.join(root, name)) for name in _directories(instance))
@@ -253,6 +261,7 @@ class Scan:
         """Read a file. True: it is gone. Most are no overlay, and cost an open, a read and a close."""
         if name.endswith(".new") and placing.UNFINISHED.fullmatch(name):
             self._unfinished.append(os.path.join(directory, name))
+            self._host.trace("references:unfinished")
         try:
             fd = os.open(name, _OPEN, dir_fd=directory_fd)
             try:
