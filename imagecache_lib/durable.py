@@ -23,10 +23,14 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
-def write_file(path: str, data: bytes, *, mode: int = 0o600, sync: bool = True) -> None:
+def write_file(
+    path: str, data: bytes, *, mode: int = 0o600, sync: bool = True, sync_name: bool = True
+) -> None:
     """Replace a small file in one step, under a temporary name that no other writer uses.
 
     :param sync: make it durable. False where losing it in a power cut harms nothing.
+    :param sync_name: make the name durable too. False where a name that comes later says as much: the
+        journal of a filesystem keeps their order.
     """
     # The form of all names of files in the making, by which upkeep finds what a crash left.
     directory, name = os.path.split(path)
@@ -47,7 +51,7 @@ def write_file(path: str, data: bytes, *, mode: int = 0o600, sync: bool = True) 
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    if sync:
+    if sync and sync_name:
         sync_directory(directory)
 
 

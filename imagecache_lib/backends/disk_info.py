@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 
 from imagecache_lib import config as config_module
@@ -22,9 +23,9 @@ from imagecache_lib.spawn import stage as stages
 
 NAME = "disk.info"
 
-#: One lock for all of a host's disk.info files: it is held for microseconds, and a lock file for each
-#: instance directory would stay behind for ever.
-LOCK = "imagecache-disk-info"
+#: Locks for all of a host's disk.info files: enough for spawns to go on side by side, and few, since a lock
+#: file for each instance directory would stay behind for ever.
+_LOCKS = 16
 
 
 class Damaged(errors.BackendError):
@@ -59,7 +60,7 @@ class DiskInfo:
     """Reads and writes ``disk.info`` files."""
 
     def __init__(self, config: config_module.CacheConfig, host: host_module.Host) -> None:
-        self._lock = os.path.join(config.locks_path, layout_module.lock_name(LOCK))
+        self._locks_path = config.locks_path
         self._patience = config.lock_timeout
         self._host = host
 
@@ -82,7 +83,7 @@ class DiskInfo:
         :raises NoSpaceError, BackendError: the file cannot be written.
         """
         path = _beside(disk)
-        with self._locked():
+        with self._locked(path):
             before = _read(path)
             if before.get(disk) != format:
                 _write(path, {**before, disk: format})
@@ -99,7 +100,7 @@ class DiskInfo:
         :raises NoSpaceError, BackendError: the file cannot be written.
         """
         path = _beside(disk)
-        with self._locked():
+        with self._locked(path):
             try:
                 before = _read(path)
             except Damaged:
@@ -107,9 +108,11 @@ class DiskInfo:
             if disk in before:
                 _write(path, {other: format for other, format in before.items() if other != disk})
 
-    def _locked(self) -> contextlib.AbstractContextManager[bool]:
+    def _locked(self, path: str) -> contextlib.AbstractContextManager[bool]:
+        number = zlib.crc32(os.fsencode(os.path.realpath(path))) % _LOCKS
+        lock = os.path.join(self._locks_path, layout_module.lock_name(f"imagecache-disk-info-{number:x}"))
         return locks.waiting(
-            self._lock, shared=False, host=self._host, patience=self._patience, check=lambda: None
+            lock, shared=False, host=self._host, patience=self._patience, check=lambda: None
         )
 
 
@@ -131,7 +134,7 @@ def _read(path: str) -> dict[str, str]:
 def _write(path: str, formats: Mapping[str, str]) -> None:
     with stages.translated(path):
         if formats:
-            durable.write_file(path, json.dumps(formats).encode(), mode=0o644)
+            durable.write_file(path, json.dumps(formats).encode(), mode=0o644, sync_name=False)
         else:
             # Nothing is left to pin: leave the directory as it was before the first disk.
             with contextlib.suppress(FileNotFoundError):
