@@ -117,6 +117,9 @@ class Upkeep:
         self._cache.host.trace("verify:read")
         limits = policy.Limits.of(self._cache.config)
         plan = policy.plan(found.bases, references, limits, now=now, space=self._space(found))
+        # Their records go with them.
+        going = {*(victim.entry.name for victim in plan.victims), *(each.name for each in thrown)}
+        image_ids = {name: self.image_id(name) for name in going}
         if dry_run:
             outcomes = self._foresee(plan, thrown, references)
         else:
@@ -126,7 +129,7 @@ class Upkeep:
             outcomes = evict.evict(
                 plan.victims, read, self._cache, self._hosts, self._observers, remove=limits.remove
             )
-        return self._report(plan, outcomes, references, found, dry_run=dry_run)
+        return self._report(plan, outcomes, references, found, image_ids, dry_run=dry_run)
 
     def _tidy(self, found: inventory.Inventory, now: float) -> None:
         """Everything that needs no references."""
@@ -256,7 +259,8 @@ class Upkeep:
             if (reason := evict.who_needs(each, references, self._cache)) is not None:
                 outcomes.append(evict.Outcome(each.name, False, f"put back: {reason}"))
             elif self._cache.config.remove_unused_base_images:
-                outcomes.append(evict.Outcome(each.name, True, evict.LEFT))
+                allocated = os.stat(each.path, follow_symlinks=False).st_blocks * 512
+                outcomes.append(evict.Outcome(each.name, True, evict.LEFT, allocated))
         return outcomes
 
     def _space(self, found: inventory.Inventory) -> policy.Space:
@@ -271,6 +275,7 @@ class Upkeep:
         outcomes: Sequence[evict.Outcome],
         references: reference_module.References,
         found: inventory.Inventory,
+        image_ids: dict[str, str | None],
         *,
         dry_run: bool,
     ) -> VerifyReport:
@@ -281,9 +286,11 @@ class Upkeep:
             outcome = became.pop(entry.name, None)
             evicted = outcome.gone if outcome is not None else decision.evict and dry_run
             reason = outcome.reason if outcome is not None else decision.reason
-            bases.append(BaseReport(entry.name, evicted, reason, entry.allocated, self.image_id(entry.name)))
+            image_id = image_ids.get(entry.name) or self.image_id(entry.name)
+            bases.append(BaseReport(entry.name, evicted, reason, entry.allocated, image_id))
         for outcome in became.values():
-            bases.append(BaseReport(outcome.name, outcome.gone, outcome.reason, outcome.allocated))
+            image_id = image_ids.get(outcome.name)
+            bases.append(BaseReport(outcome.name, outcome.gone, outcome.reason, outcome.allocated, image_id))
         odd = [
             f"{self._cache.layout.base(name)} is nothing that belongs into the cache. Move it away."
             for name in found.odd

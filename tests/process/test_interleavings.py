@@ -284,4 +284,3 @@ def test_no_schedule_loses_or_changes_a_base_in_use(
     world = World(directory, names, locking=locking)
     world.walk(cached=cached, preemptions=preemptions, most=500_000)
     record_property("schedules", world.schedules)
-    print(f"{world.schedules} schedules")
