@@ -256,22 +256,44 @@ class ImageCacheManager:
                 ) from None
 
     def ensure_backing(
-        self, disk_path: str, *, image_id: str, request: model.Request | None = None
+        self, disk_path: str, *, image_id: str | None = None, request: model.Request | None = None
     ) -> model.BaseImage | None:
         """Make sure of the base of an overlay that came from another host, before it is started.
 
         Makes exactly the name and the format that the overlay's header embeds, if that is this image's
         base in this cache; a header that says anything else is refused, since a guest may have written it.
 
+        :param image_id: the image that the disk was made from. None: :meth:`create_swap` or
+            :meth:`create_ephemeral` made it, and its base is made anew, byte for byte.
         :returns: the base, or None if the disk stands alone.
-        :raises BackendError: the header names something else, or the base that is here has another format.
+        :raises BackendError: the header names something else, or the base that is here has another format, or
+            nobody knows how an ephemeral base was made.
         """
+        if self.inspect_disk(disk_path).format != "qcow2":
+            return None  # whatever header its guest wrote into it
         wanted = backing.wanted(disk_path, image_id, self._cache.layout)
         if wanted is None:
             return None
-        call = self._begin(image_id, request, stored_format=wanted)
-        with self._leases.hold(call, Use.DISK, bypass=False) as held:
+        with self._hold_backing(wanted, disk_path, image_id, request) as held:
             return dataclasses.replace(held.base, fd=None)
+
+    def _hold_backing(
+        self, wanted: backing.Backing, disk_path: str, image_id: str | None, request: model.Request | None
+    ) -> AbstractContextManager[lease.Lease]:
+        if image_id is not None:
+            call = self._begin(image_id, request, stored_format=wanted.format)
+            return self._leases.hold(call, Use.DISK, bypass=False)
+        self._start()
+        generation = generate.for_overlay(wanted, disk_path)
+        return self._generated.hold(generation, Use.FILE, bypass=False)
+
+    def inspect_disk(self, target: str) -> model.Disk:
+        """Return what an existing disk is: its format, its size, and the base it needs.
+
+        :param target: absolute path, or for rbd an image name.
+        :raises BackendError: there is none, or it cannot be read.
+        """
+        return self.backend.inspect(target)
 
     def resize_disk(self, disk: model.Disk, size: int) -> model.Disk:
         """Grow a disk to ``size`` bytes. It is never shrunk.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import stat
@@ -13,11 +14,26 @@ from imagecache_lib.qcow2 import header as qcow2_header
 _HEADER_BYTES = 65536
 
 
-def wanted(disk_path: str, image_id: str, where: layout.Layout) -> str | None:
-    """Return the format that a disk's header demands of its base. None: it has no base.
+@dataclasses.dataclass(frozen=True)
+class Backing:
+    """The base that a disk needs.
 
-    :raises BackendError: the disk cannot be read, or its header names anything but this image's base in
-        this cache, with a format.
+    :param name: its name in the cache.
+    :param format: the format it must have, by QEMU's name.
+    :param disk_size: the disk's own virtual size in bytes.
+    """
+
+    name: str
+    format: str
+    disk_size: int
+
+
+def wanted(disk_path: str, image_id: str | None, where: layout.Layout) -> Backing | None:
+    """Return what a disk's header demands of its base. None: it has no base.
+
+    :param image_id: the image that the disk was made from. None: it is a swap or an ephemeral disk.
+    :raises BackendError: the disk cannot be read, or its header names anything but this image's base, or a
+        swap or ephemeral base, in this cache, with a format.
     """
     try:
         # A FIFO in the disk's place must not make us wait for a writer.
@@ -34,15 +50,7 @@ def wanted(disk_path: str, image_id: str, where: layout.Layout) -> str | None:
         ) from error
     if header.backing_file is None:
         return None
-    named = os.fsdecode(header.backing_file)
-    base = where.base(layout.base_name(image_id))
-    if not os.path.isabs(named) or "\0" in named or not _same_place(named, base):
-        raise errors.BackendError(
-            f"its header names {named!r}, which is not this image's base image {base!r}",
-            image=image_id,
-            path=disk_path,
-            next_step="find out where the disk came from; rebase it if it is trusted",
-        )
+    name = _cached(os.fsdecode(header.backing_file), disk_path, image_id, where)
     if header.backing_format is None:
         raise errors.BackendError(
             "its header does not say which format its base image has, so that a guest could choose it",
@@ -50,7 +58,26 @@ def wanted(disk_path: str, image_id: str, where: layout.Layout) -> str | None:
             path=disk_path,
             next_step="rebase it with an explicit backing format",
         )
-    return header.backing_format.decode("ascii", "replace")
+    return Backing(name, header.backing_format.decode("ascii", "replace"), header.virtual_size)
+
+
+def _cached(named: str, disk_path: str, image_id: str | None, where: layout.Layout) -> str:
+    """Return the name in the cache that a header's path means."""
+    name = os.path.basename(named)
+    if image_id is not None:
+        expected = f"this image's base image {where.base(layout.base_name(image_id))!r}"
+        right = name == layout.base_name(image_id)
+    else:
+        expected = f"a swap or ephemeral base in {where.base_path!r}"
+        right = layout.classify(name) in (layout.Kind.SWAP, layout.Kind.EPHEMERAL)
+    if not right or not os.path.isabs(named) or "\0" in named or not _same_place(named, where.base(name)):
+        raise errors.BackendError(
+            f"its header names {named!r}, which is not {expected}",
+            image=image_id,
+            path=disk_path,
+            next_step="find out where the disk came from; rebase it if it is trusted",
+        )
+    return name
 
 
 def _same_place(one: str, other: str) -> bool:

@@ -18,7 +18,7 @@ from oslo_concurrency import processutils
 from imagecache_lib import config as config_module
 from imagecache_lib import durable, errors, evidence, layout, store
 from imagecache_lib import host as host_module
-from imagecache_lib.spawn import ingest, signature, space
+from imagecache_lib.spawn import backing, ingest, signature, space
 from imagecache_lib.spawn import stage as stages
 
 #: The label of a guest's first ephemeral disk, as Nova calls it; the only one that is shared.
@@ -190,6 +190,37 @@ def ephemeral(
     )
 
 
+def for_overlay(wanted: backing.Backing, disk_path: str) -> Generation:
+    """Return what an existing overlay was made on, as far as the name of its base says.
+
+    A base that was made by an operator's command, or by what no two hosts make alike, has a name that does not
+    say how: such a one can be checked, and not made.
+
+    :param wanted: a swap or an ephemeral base.
+    :param disk_path: of the overlay, for messages.
+    :raises BackendError: this library makes no overlay like that.
+    """
+    name = wanted.name
+    size = int(name.split("_")[1]) * (MIB if layout.classify(name) is layout.Kind.SWAP else GIB)
+    if layout.classify(name) is layout.Kind.SWAP:
+        kind: str | None = "swap"
+    else:
+        kind = next((each for each in _SHARED if _names(name, size, each)), None)
+    # The disk was made as large as its base, and only ever grown. A guest that made the header up would
+    # otherwise choose how much the cache holds.
+    if wanted.format != "raw" or not 0 < size <= wanted.disk_size:
+        raise errors.BackendError(
+            f"its header wants the base {name} as {wanted.format} under {wanted.disk_size} bytes",
+            path=disk_path,
+            next_step="find out where the disk came from; make it anew",
+        )
+    return Generation(name, size, kind, None if kind in (None, "swap") else LABEL, shared=True)
+
+
+def _names(name: str, size: int, kind: str) -> bool:
+    return kind != "swap" and layout.ephemeral_name(size // GIB, kind) == name
+
+
 def _require_size(size: int, unit: str) -> None:
     if size < 1:
         raise errors.BackendError(f"a disk cannot have {size} {unit}", next_step="ask for 1 or more")
@@ -213,7 +244,16 @@ class Generator:
         self._make_room = make_room
 
     def refuse_impossible(self, wanted: Generation) -> None:
-        """Nothing that can be asked for is impossible."""
+        """Refuse what only its name is known of.
+
+        :raises BackendError: nobody knows how it was made.
+        """
+        if wanted.kind is None and wanted.command is None:
+            raise errors.BackendError(
+                "its name does not say how it was made, and made otherwise it would not fit the disk",
+                image=wanted.name,
+                next_step="copy it from the host that the disk came from, or make the disk anew",
+            )
 
     def run(self, wanted: Generation, use: evidence.Use) -> ingest.Ingested:
         """Make it in a stage file, which is the caller's to publish or discard.

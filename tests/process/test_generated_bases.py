@@ -308,3 +308,77 @@ def test_an_unused_one_is_evicted_and_a_used_one_stays(place: Place) -> None:
 
 def test_the_label_of_the_first_disk_is_the_shared_one() -> None:
     assert generate.LABEL == "ephemeral0"
+
+
+def arrive(disk: ic.Disk, here: Place, there: Place) -> str:
+    """Move an overlay to another host, whose cache has the same path, and is empty."""
+    shutil.rmtree(here.base)
+    moved = there.target(os.path.basename(disk.target))
+    shutil.move(disk.target, moved)
+    return moved
+
+
+@pytest.mark.parametrize("kind", ["swap", "ext4", "vfat"])
+def test_the_base_of_an_overlay_that_arrives_is_made_as_it_was(place: Place, kind: str) -> None:
+    first = place.manager()
+    if kind == "swap":
+        disk = first.create_swap(place.target(), size_mb=64)
+    else:
+        disk = first.create_ephemeral(place.target(), size_gb=1, os_type="linux" if kind == "ext4" else None)
+    before = content(to_raw(disk.target))
+    moved = arrive(first.resize_disk(disk, 2 * GIB), place, place)
+    base = place.manager().ensure_backing(moved)
+    assert base is not None
+    assert (base.name, base.format, place.bases()) == (disk.base, "raw", [disk.base])
+    run("qemu-img", "resize", "--shrink", "-q", "-f", "qcow2", moved, str(disk.virtual_size))
+    assert content(to_raw(moved)) == before
+
+
+def overlay(place: Place, backing: str, *, size: str = "1G", backing_format: str = "raw") -> str:
+    path = place.target()
+    command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", backing_format, "-b", backing, path]
+    run(*command, size)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "backing_format"),
+    [("swap_0", "raw"), ("swap_2048", "raw"), ("ephemeral_2_40d1d2c", "raw"), ("swap_64", "qcow2"),
+     ("../swap_64", "raw"), ("swap_64x", "raw"), (hashlib.sha1(b"image").hexdigest(), "raw")],
+)  # fmt: skip
+def test_nothing_is_made_for_a_header_that_this_library_would_not_write(
+    place: Place, name: str, backing_format: str
+) -> None:
+    disk = overlay(place, f"{place.base}/{name}", backing_format=backing_format)
+    with pytest.raises(ic.BackendError) as caught:
+        place.manager().ensure_backing(disk)
+    assert caught.value.next_step
+    assert not place.base.exists() or place.bases() == []
+
+
+def test_an_image_cannot_name_a_generated_base_as_its_own(place: Place) -> None:
+    disk = overlay(place, f"{place.base}/swap_64")
+    with pytest.raises(ic.BackendError, match="not this image's base"):
+        place.manager().ensure_backing(disk, image_id="image")
+
+
+def test_what_only_its_maker_can_make_is_checked_and_never_made(place: Place) -> None:
+    disk = overlay(place, f"{place.base}/ephemeral_1_fedcba9")
+    with pytest.raises(ic.BackendError, match="does not say how it was made"):
+        place.manager().ensure_backing(disk)
+    assert place.bases() == []
+    nova_made(place, "ephemeral_1_fedcba9", GIB, "mkfs.xfs", "-q")
+    base = place.manager().ensure_backing(disk)
+    assert base is not None
+    assert base.name == "ephemeral_1_fedcba9"
+
+
+def test_a_raw_disk_stands_alone_whatever_its_guest_wrote_into_it(place: Place) -> None:
+    manager = place.manager("raw")
+    disk = manager.create_swap(place.target(), size_mb=64)
+    forged = overlay(Place(place.path / "forger"), f"{place.base}/swap_8")
+    with open(disk.target, "r+b") as file:
+        file.write(pathlib.Path(forged).read_bytes())
+    assert place.manager().ensure_backing(disk.target) is None
+    assert place.manager().inspect_disk(disk.target).format == "raw"
+    assert place.bases() == []
