@@ -340,6 +340,22 @@ class ImageCacheManager:
                 self.unpin(image_id, owner=_PRECACHE)
             raise
 
+    def is_cached(self, image_id: str) -> bool:
+        """Whether a disk could be made from the image without fetching it.
+
+        True too for a base that nobody has checked yet, which is checked before its first use.
+        """
+        call = self._begin(image_id, None, stored_format=self.backend.base_format)
+        with call.named():
+            return self._leases.has(call, Use.DISK)
+
+    def describe_image(self, image_id: str, *, request: model.Request | None = None) -> model.Image:
+        """Return what the source says of an image.
+
+        :raises ImageNotFound, ImageRejected, SourceError: as for fetching it.
+        """
+        return self._begin(image_id, request).describe()[1]
+
     def verify_base_images(
         self, instances: Sequence[model.Instance] | None, *, dry_run: bool = False
     ) -> verify.VerifyReport:

@@ -43,6 +43,8 @@ class Image:
     :param status: Glance's image status; only ``active`` images have data.
     :param locations: URLs under which the image service stores the data (``rbd://fsid/pool/image/snap``).
     :param stores: names of the image service's stores that hold it.
+    :param converted_from: the data is a conversion of an image of this format, as another host's cache has it.
+        None: it is the image's own.
     :param properties: everything else the source said, such as ``img_signature``.
     """
 
@@ -55,6 +57,7 @@ class Image:
     status: str = "active"
     locations: tuple[str, ...] = ()
     stores: tuple[str, ...] = ()
+    converted_from: str | None = None
     properties: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -70,6 +73,7 @@ class BaseImage:
     :param virtual_size: bytes the guest would see.
     :param digest: of the source's data, if it was checked when the base was made. None for an
         adopted base, whose making nobody witnessed.
+    :param source_format: what the source's data was; other than ``format`` if it was converted.
     :param fd: a descriptor of the base file, open for reading for as long as the lease is held, or
         None outside a lease. Reading through it is safe whatever happens to the name.
     """
@@ -80,6 +84,7 @@ class BaseImage:
     format: str
     virtual_size: int
     digest: Digest | None = None
+    source_format: str | None = None
     fd: int | None = dataclasses.field(default=None, compare=False)
 
 
@@ -156,6 +161,7 @@ class Request:
     :param deadline: epoch seconds after which the call gives up with :class:`LockTimeoutError` or
         :class:`SourceError`. None: no limit.
     :param cancel: asked now and then; once set, the call raises :class:`CancelledError`.
+    :param rate: bytes per second that the call may fetch at most. None: no limit.
     """
 
     source: Any = None  # ImageSource; typed loosely because sources import this module
@@ -163,3 +169,4 @@ class Request:
     fallbacks: tuple[Any, ...] = ()
     deadline: float | None = None
     cancel: CancelToken | None = None
+    rate: int | None = None

@@ -26,7 +26,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 from imagecache_lib import errors, model
 from imagecache_lib import host as host_module
-from imagecache_lib.sources import base
+from imagecache_lib.sources import base, pace
 
 LOG = logging.getLogger(__name__)
 
@@ -217,6 +217,7 @@ class Transfer:
     :param deadline: epoch seconds.
     :param cancel: looked at before every chunk.
     :param max_size: most bytes to accept when ``image.size`` is unknown. None: no limit.
+    :param rate: bytes per second to take at most. None: no limit.
     :param random: uniform in [0, 1), for the back-off's jitter.
     """
 
@@ -230,6 +231,7 @@ class Transfer:
         deadline: float | None = None,
         cancel: model.CancelToken | None = None,
         max_size: int | None = None,
+        rate: int | None = None,
         random: Callable[[], float] = random_module.random,
     ) -> None:
         self._source = source
@@ -239,6 +241,7 @@ class Transfer:
         self._patience = _Patience(
             image.id, host=host, retries=retries, deadline=deadline, cancel=cancel, random=random
         )
+        self._pace = pace.Pace(rate, host=host, check=self._patience.check)
         self._may_resume = source.can_resume(image)
         self._furthest = 0
         self._resumed = False
@@ -310,6 +313,7 @@ class Transfer:
                     raise self._too_long()
                 self._offset += len(chunk)
                 yield chunk
+                self._pace.took(len(chunk))
                 self._host.trace("transfer.chunk")
         if self._image.size is not None and self._offset < self._image.size:
             # A clean end of a connection proves nothing: HTTP/1.0 and many proxies end a broken one so.

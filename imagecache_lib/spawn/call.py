@@ -127,4 +127,5 @@ class Call:
             deadline=self.request.deadline,
             cancel=self.request.cancel,
             max_size=self._config.max_virtual_size,
+            rate=self.request.rate,
         )

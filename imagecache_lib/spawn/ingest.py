@@ -96,6 +96,12 @@ class Ingest:
 
     def _run_once(self, call: Call, use: evidence.Use) -> Ingested:
         _source, image = call.describe()
+        if use is evidence.Use.FILE and image.converted_from is not None:
+            raise errors.ImageNotFound(
+                f"all that is left of it is a conversion of its {image.converted_from} content",
+                image=call.image_id,
+                next_step="upload it anew",
+            )
         started = self._cache.host.clock()
         stage = stages.Stage(self._cache, call.name)
         try:
@@ -207,6 +213,9 @@ class Ingest:
         """Make data and evidence durable, in this order, before anything can refer to them."""
         base_id = stage.seal()
         found = os.fstat(stage.fd)
+        # A conversion that came from another cache proves nothing of the image's own data.
+        digest = image.digest if image.converted_from is None else None
+        source_format = content.finding.format if content.finding is not None else content.stored_format
         strict = not self._cache.config.disable_deep_image_inspection
         record = evidence.Record(
             name=call.name,
@@ -215,11 +224,11 @@ class Ingest:
             inode=found.st_ino,
             size=found.st_size,
             origin=evidence.Origin.FETCHED,
-            source_format=content.finding.format if content.finding is not None else content.stored_format,
+            source_format=image.converted_from or source_format,
             stored_format=content.stored_format,
             virtual_size=content.virtual_size,
-            digest=image.digest,
-            digest_checked=image.digest is not None,
+            digest=digest,
+            digest_checked=digest is not None,
             inspected=evidence.INSPECTION_RULES if content.finding is not None and strict else None,
         )
         stage.note(record)

@@ -175,6 +175,14 @@ class Leases(Generic[W]):
             next_step="find out what removes files from the cache",
         )
 
+    def has(self, call: W, use: evidence.Use) -> bool:
+        """Whether a base is there that serves, or that nothing speaks against but that nobody checked it."""
+        verdict = self._look(call, use)
+        if isinstance(verdict, _Fit):
+            verdict.opened.close()
+            return True
+        return verdict is not None and verdict.checkable
+
     # -- the hit -------------------------------------------------------------------------------------
 
     def _look(self, call: W, use: evidence.Use) -> _Fit | _Unfit | None:
@@ -232,6 +240,7 @@ class Leases(Generic[W]):
             format=record.stored_format,
             virtual_size=record.virtual_size,
             digest=record.digest if record.digest_checked else None,
+            source_format=record.source_format,
             fd=opened.fd,
         )
         return Lease(base, private=False, fetched=fetched, confirm=confirm)
@@ -326,6 +335,7 @@ def _private(call: Wanted, own: ingest.Ingested) -> Lease:
         format=record.stored_format,
         virtual_size=record.virtual_size,
         digest=record.digest,
+        source_format=record.source_format,
         fd=own.stage.fd,
     )
     return Lease(base, private=True, fetched=True, confirm=lambda: None)

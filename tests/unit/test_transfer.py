@@ -335,3 +335,37 @@ class TestDescribe(TransferCase):
         cancel.set()
         with self.assertRaises(errors.CancelledError):
             self.describe(cancel=cancel)
+
+
+class TestRate(TransferCase):
+    def test_no_faster_than_the_rate_on_average_and_in_each_part(self) -> None:
+        took = []
+        for chunk in self.transfer(rate=100_000).chunks():
+            took.append((self.time.slept, len(chunk)))
+        self.assertAlmostEqual(self.time.slept, len(DATA) / 100_000)
+        given = 0
+        for seconds, amount in took:
+            self.assertLessEqual(given, 100_000 * seconds + 1)
+            given += amount
+
+    def test_the_time_that_the_network_takes_counts(self) -> None:
+        for _chunk in self.transfer(rate=100_000).chunks():
+            self.time.now += 0.5  # of the 0.66 s that each chunk of 64 KiB costs
+        self.assertLess(self.time.slept, 0.2 * len(DATA) / 2**16 + 1)
+
+    def test_a_clock_that_is_set_back_makes_nobody_wait_longer(self) -> None:
+        for _chunk in self.transfer(rate=100_000).chunks():
+            self.time.now -= 3600
+        self.assertAlmostEqual(self.time.slept, len(DATA) / 100_000)
+
+    def test_a_rest_ends_when_the_request_is_cancelled(self) -> None:
+        cancelled = threading.Event()
+        self.time.on_sleep = cancelled.set
+        with self.assertRaises(errors.CancelledError):
+            fetch(self.transfer(rate=10, cancel=cancelled))
+        self.assertLess(self.time.slept, 1)
+
+    def test_a_rest_ends_at_the_deadline(self) -> None:
+        with self.assertRaises(errors.SourceError):
+            fetch(self.transfer(rate=10, deadline=self.time.now + 3))
+        self.assertLessEqual(self.time.slept, 3.5)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Holding a transfer to a rate: after each chunk it rests until its bytes are paid for.
+
+What arrives meanwhile fills the socket's buffer; then TCP's window closes, and the server waits too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from imagecache_lib import host as host_module
+
+#: A rest is cut into pieces of this many seconds, so that a cancelled request ends soon.
+_PIECE = 0.5
+
+
+class Pace:
+    """The pace of one transfer.
+
+    :param rate: bytes per second. None: any.
+    :param check: raises if the caller no longer waits.
+    """
+
+    def __init__(self, rate: int | None, *, host: host_module.Host, check: Callable[[], None]) -> None:
+        self._rate = rate
+        self._host = host
+        self._check = check
+        self._paid_until: float | None = None
+
+    def took(self, amount: int) -> None:
+        """Rest as long as so many bytes may take, less the time that passed since the last ones were paid for.
+
+        :raises: whatever ``check`` raises.
+        """
+        if self._rate is None:
+            return
+        cost = amount / self._rate
+        now = self._host.clock()
+        since = now if self._paid_until is None else self._paid_until
+        # Never longer than the chunk costs: a clock that is set back must not make anybody wait for the past.
+        # Nor is time in which nothing came a credit for more than one chunk.
+        rest = min(cost, max(0.0, since + cost - now))
+        self._paid_until = now + rest
+        while rest > 0:
+            piece = min(rest, _PIECE)
+            self._host.sleep(piece)
+            rest -= piece
+            self._check()
