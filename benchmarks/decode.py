@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from imagecache_lib import sparse
 from imagecache_lib.qcow2 import decoder, inflate
 
 _PIECE = 2**20
@@ -124,7 +125,7 @@ def decode(image: str, out: str, chosen: inflate.Inflate | None) -> None:
         with (
             open(image, "rb", buffering=0) as source,
             decoder.StreamDecoder(
-                descriptor,
+                sparse.SparseFile(descriptor),
                 spill=tempfile.TemporaryFile,
                 file_size=os.path.getsize(image),
                 max_virtual_size=2**44,

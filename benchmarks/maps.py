@@ -24,6 +24,7 @@ def feed(clusters: int, directory: str, *, threads: int) -> None:
     :param clusters: a multiple of 8192, which is what one table maps.
     :param directory: for the files that are written, all unlinked.
     """
+    from imagecache_lib import sparse
     from imagecache_lib.qcow2 import decoder
 
     per_table = _CLUSTER // 8
@@ -38,7 +39,7 @@ def feed(clusters: int, directory: str, *, threads: int) -> None:
     with (
         _nameless(directory) as out,
         decoder.StreamDecoder(
-            out.fileno(),
+            sparse.SparseFile(out.fileno()),
             spill=lambda: _nameless(directory),
             file_size=first_data + size,
             max_virtual_size=size,

@@ -14,7 +14,9 @@ readable by Nova::
     <instances_path>/_base/.imagecache/                  everything that is ours alone; Nova ignores it
         version                 the layout's version; a newer one is never rewritten
         records/<name>.json     evidence of how a base was made, bound to the file
+        records/<name>.sums     checksums of its content, taken in flight, bound to the record
         stage/<id>, <id>.json   in flight: the data; its record-to-be with the bytes it reserves
+        stage/<id>.sums         its checksums, once the data is complete
         trash/<name>.<id>/base  renamed away, not yet proven unreferenced
         spare/                  empty: what a base is evicted into when the filesystem is full
         hosts/<id>.json         each host that shares the storage writes its own, nobody else's
@@ -52,6 +54,9 @@ after the record moved, before the stage is gone  the stage name is unlinked; th
 after the rename into the trash                   references are read again: linked back, or unlinked
 while a disk is made                              its temporary name goes after an hour; the retry works
 ================================================  ============================================================
+
+Checksums go where their record goes, a step before it. Whoever finds none, or torn ones, cannot tell whether
+a base was damaged on disk, and says so.
 
 A torn or unknown record is treated as absent; a torn or unknown pin or host file as *keep*. Modes do not
 depend on the umask: bases 0644, ``_base`` 0755, ``.imagecache`` 0700.
@@ -220,11 +225,17 @@ class Layout:
     def record(self, name: str) -> str:
         return os.path.join(self.records, f"{name}.json")
 
+    def sums(self, name: str) -> str:
+        return os.path.join(self.records, f"{name}.sums")
+
     def stage(self, stage_id: str) -> str:
         return os.path.join(self.stages, stage_id)
 
     def stage_record(self, stage_id: str) -> str:
         return os.path.join(self.stages, f"{stage_id}.json")
+
+    def stage_sums(self, stage_id: str) -> str:
+        return os.path.join(self.stages, f"{stage_id}.sums")
 
     def trashed(self, name: str, trash_id: str) -> str:
         """The directory that an evicted base is renamed into."""

@@ -199,7 +199,7 @@ def is_restored(cache: store.CacheStore, thrown: Trashed) -> bool:
 
 
 def unlink(cache: store.CacheStore, thrown: Trashed) -> None:
-    """Remove a file for good, and its record unless the name has a base again."""
+    """Remove a file for good, its record and its checksums unless the name has a base again."""
     found = os.stat(thrown.path, follow_symlinks=False)
     os.unlink(thrown.path)
     cache.host.trace("evict:unlinked")
@@ -209,8 +209,9 @@ def unlink(cache: store.CacheStore, thrown: Trashed) -> None:
     described = evidence.parse(data) if data is not None else None
     is_its = described is None or described.inode == found.st_ino
     if is_its and not os.path.lexists(cache.layout.base(thrown.name)):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(record)
+        for path in (record, cache.layout.sums(thrown.name)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def sweep(cache: store.CacheStore, *, now: float) -> None:

@@ -13,6 +13,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 
+from imagecache_lib import sparse
 from imagecache_lib.qcow2 import decoder, header, walk
 
 COMPRESSED = 1 << 62
@@ -213,7 +214,7 @@ def decode(
     """Decode in chunks of the given sizes; return the disk and what the decoder says of it."""
     with tempfile.TemporaryFile() as out:
         with decoder.StreamDecoder(
-            out.fileno(),
+            sparse.SparseFile(out.fileno()),
             spill=tempfile.TemporaryFile,
             file_size=len(image) if file_size else None,
             max_virtual_size=max_virtual_size,

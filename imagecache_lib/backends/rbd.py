@@ -9,7 +9,6 @@ with each part url-quoted, which is how Glance's rbd store writes it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import urllib.parse
@@ -209,20 +208,13 @@ class RbdBackend(base_module.StorageBackend):
 
 def _chunks(fd: int, path: str) -> Iterator[tuple[int, bytes]]:
     """Yield what is data in a file, by its offset; holes and zeros are left out."""
-    size, position = os.fstat(fd).st_size, 0
-    while position < size:
-        try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            return  # nothing but a hole up to the end
-        position = os.lseek(fd, start, os.SEEK_HOLE)
-        while start < position:
+    for extent, end in sparse.data_extents(fd):
+        start = extent
+        while start < end:
             with stages.translated(path):
-                data = os.pread(fd, min(_CHUNK - start % _CHUNK, position - start), start)
+                data = os.pread(fd, min(_CHUNK - start % _CHUNK, end - start), start)
             if not data:
                 raise errors.BackendError("the base image ended early", path=path, next_step="check the disk")
-            for first, last in sparse.data_runs(memoryview(data), start):
+            for first, last in sparse.data_runs(data, start):
                 yield start + first, data[first:last]
             start += len(data)

@@ -14,7 +14,6 @@ end.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import BinaryIO
@@ -27,6 +26,7 @@ from imagecache_lib.qcow2.output import Output
 from imagecache_lib.qcow2.pool import InflatePool, default_threads
 from imagecache_lib.qcow2.spill import Spill
 from imagecache_lib.qcow2.walk import MAP_BYTES, Unstreamable, Walk
+from imagecache_lib.sparse import Sink
 
 __all__ = ["Decoded", "StreamDecoder", "Unstreamable", "check", "supports"]
 
@@ -87,7 +87,7 @@ def supports(header: header_module.Header) -> bool:
 class StreamDecoder:
     """Takes a qcow2 file in pieces of any size and writes the disk it holds.
 
-    :param out_fd: open for writing; a file that is empty, or at least reads as zeros. Nothing is synced.
+    :param out: takes the disk's content. Nothing is synced.
     :param spill: opens an empty file for reading and writing, preferably unlinked; called at most once, and
         only if more than 8 MiB have to be set aside.
     :param file_size: bytes the whole file has, if known: tables that point outside are then refused at once.
@@ -99,7 +99,7 @@ class StreamDecoder:
 
     def __init__(
         self,
-        out_fd: int,
+        out: Sink,
         *,
         spill: Callable[[], BinaryIO],
         file_size: int | None,
@@ -108,7 +108,7 @@ class StreamDecoder:
         threads: int | None = None,
         map_bytes: int = MAP_BYTES,
     ) -> None:
-        self._out = out_fd
+        self._out = out
         self._spill = Spill(spill)
         self._file_size = file_size
         self._max_virtual_size = max_virtual_size
@@ -175,7 +175,7 @@ class StreamDecoder:
             self._parse_header(final=True)
         assert self._walk is not None and self._header is not None
         self._walk.finish()
-        os.ftruncate(self._out, self._header.virtual_size)
+        self._out.truncate(self._header.virtual_size)
         return Decoded(self._header.virtual_size, self._walk.mapped_bytes, self._spill.spilled)
 
     def close(self) -> None:

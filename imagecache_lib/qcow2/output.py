@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from imagecache_lib.qcow2 import tables
 from imagecache_lib.qcow2.pool import InflatePool
-from imagecache_lib.qcow2.sparse import pwrite_sparse
+from imagecache_lib.sparse import Sink
 
 #: Contiguous clusters are written in runs of at most this.
 RUN_BYTES = 2**20
@@ -15,8 +15,8 @@ _FULL = 0xFFFF_FFFF
 class Output:
     """Writes what a mapping's next entries say to a raw file. The caller moves the mapping on."""
 
-    def __init__(self, fd: int, geometry: tables.Geometry, pool: InflatePool) -> None:
-        self._fd = fd
+    def __init__(self, sink: Sink, geometry: tables.Geometry, pool: InflatePool) -> None:
+        self._sink = sink
         self._geometry = geometry
         self._pool = pool
 
@@ -53,13 +53,13 @@ class Output:
         guest = self._guest(mapping)
         bitmap = _FULL if mapping.bitmaps is None else mapping.bitmaps[mapping.next]
         if bitmap == _FULL:
-            pwrite_sparse(self._fd, data, guest, at, at + length)
+            self._sink.write(data, guest, at, at + length)
             return
         size = self._geometry.cluster_size // 32
         for first, number in tables.subclusters(bitmap):
             begin, stop = first * size, min((first + number) * size, length)
             if begin < stop:
-                pwrite_sparse(self._fd, data, guest + begin, at + begin, at + stop)
+                self._sink.write(data, guest + begin, at + begin, at + stop)
 
     def drain(self) -> None:
         """Wait until everything is written. Raises what went wrong."""

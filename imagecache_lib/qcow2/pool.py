@@ -8,7 +8,7 @@ import queue
 import threading
 
 from imagecache_lib.qcow2.inflate import Inflate
-from imagecache_lib.qcow2.sparse import pwrite_sparse
+from imagecache_lib.sparse import Sink
 
 #: Clusters handed over at once hold about this much, so that threads are not woken for every small one.
 _BATCH_BYTES = 2**20
@@ -27,12 +27,12 @@ def default_threads() -> int:
 class InflatePool:
     """Inflates clusters in any order and writes each to its place. Threads start with the first batch.
 
-    :param fd: where clusters are written, sparsely.
+    :param sink: where clusters are written.
     :param cluster_size: bytes that each inflates to.
     """
 
-    def __init__(self, fd: int, cluster_size: int, inflate: Inflate, threads: int) -> None:
-        self._fd = fd
+    def __init__(self, sink: Sink, cluster_size: int, inflate: Inflate, threads: int) -> None:
+        self._sink = sink
         self._cluster_size = cluster_size
         self._inflate = inflate
         self._wanted_threads = threads
@@ -54,7 +54,7 @@ class InflatePool:
 
     def inflate_now(self, guest: int, length: int, data: bytes) -> None:
         """Inflate and write a cluster in the calling thread. Raises as :meth:`submit`, but at once."""
-        pwrite_sparse(self._fd, self._inflate(data, self._cluster_size), guest, 0, length)
+        self._sink.write(self._inflate(data, self._cluster_size), guest, 0, length)
 
     def drain(self) -> None:
         """Wait until every cluster is written. Raises as :meth:`submit`."""

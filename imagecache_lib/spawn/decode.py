@@ -87,7 +87,7 @@ class Qcow2Stream:
         self._stage = stage
         self._reserve = reserve
         self._decoder = qcow2_decoder.StreamDecoder(
-            stage.fd,
+            stage.content,
             spill=lambda: stages.side_file(cache),
             file_size=file_size,
             max_virtual_size=cache.config.max_virtual_size,
@@ -157,6 +157,7 @@ class SpoolAndConvert:
             # What the spool has allocated is gone from the free space already.
             self._reserve(self._decoded_bytes())
             self._converter.convert_to_raw(self._spool.path, self._source_format, self._stage.path)
+            self._stage.read_back()
         except errors.ImageRejected as error:
             if not self._spool.is_at_path() or not self._stage.is_at_path():
                 # No fault of the image: somebody swept away what qemu-img was to open.

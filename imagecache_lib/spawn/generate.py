@@ -282,6 +282,7 @@ class Generator:
                     image=wanted.name,
                     next_step="check that program, and virt_mkfs where it is configured",
                 )
+            stage.read_back()
             self._host.trace("generate:made")
             record = self._record(wanted, stage.fd, stage.seal(), evidence.Origin.GENERATED)
             stage.note(record)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from imagecache_lib import durable, evidence, store, trash
+from imagecache_lib import checksums, durable, evidence, store, trash
 from imagecache_lib.spawn import ingest
 from imagecache_lib.spawn import stage as stages
 
@@ -34,7 +34,7 @@ def publish(ingested: ingest.Ingested, cache: store.CacheStore) -> bool:
             cache.host.trace("publish:linked")
             durable.sync_directory(cache.layout.base_path)
             cache.host.trace("publish:synced")
-            cache.write_record(ingested.record)
+            _write_evidence(cache, stage.id, ingested.record)
             unrecorded = False
             cache.host.trace("publish:recorded")
         return True
@@ -59,6 +59,14 @@ def _link(stage: stages.Stage, base: str) -> bool:
     return True
 
 
+def _write_evidence(cache: store.CacheStore, stage_id: str, record: evidence.Record) -> None:
+    """Put checksums and record in their places, the record last: it says that all is there."""
+    sums = durable.read_file(cache.layout.stage_sums(stage_id), limit=checksums.LIMIT)
+    if sums is not None:
+        durable.write_file(cache.layout.sums(record.name), sums)
+    cache.write_record(record)
+
+
 def finish(cache: store.CacheStore, base: store.OpenBase) -> evidence.Record | None:
     """Write the record of a base whose publisher died between the link and the record.
 
@@ -68,9 +76,9 @@ def finish(cache: store.CacheStore, base: store.OpenBase) -> evidence.Record | N
     carried = store.read_id(base.fd)
     if not carried:
         return None
-    for _stage_id, note in stages.notes(cache):
+    for stage_id, note in stages.notes(cache):
         if note.record is not None and note.record.base_id == carried:
             durable.sync_directory(cache.layout.base_path)
-            cache.write_record(note.record)
+            _write_evidence(cache, stage_id, note.record)
             return cache.record_of(base)
     return None

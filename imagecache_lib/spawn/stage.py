@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from imagecache_lib import durable, errors, evidence, layout, sparse, store
+from imagecache_lib import checksums, durable, errors, evidence, layout, sparse, store
 from imagecache_lib.spawn import locks
 
 #: Start writing back once this much has arrived, so that the final fsync finds little to do.
@@ -77,6 +77,9 @@ class Stage:
         with translated(self.path):
             self._owner = locks.OwnerLock(os.open(self.path, flags, 0o600), cache.host)
         self._taken = 0
+        self._checksums = checksums.Checksums()
+        #: Takes data in any order and from any thread.
+        self.content = sparse.SparseFile(self.fd, self._checksums)
 
     @property
     def fd(self) -> int:
@@ -88,15 +91,18 @@ class Stage:
         return os.fstat(self.fd).st_blocks * 512
 
     def note(self, record: evidence.Record | None = None) -> None:
-        """Write down what this stage will be; durably if the record is there."""
+        """Write down what this stage will be; durably, and after the checksums, if the record is there."""
         data = Note(self.name, self.reserved, record).to_json()
         with translated(self.path):
+            if record is not None:
+                sums = self._checksums.to_bytes(record.base_id)
+                durable.write_file(self._cache.layout.stage_sums(self.id), sums)
             durable.write_file(self._cache.layout.stage_record(self.id), data, sync=record is not None)
 
-    def write(self, data: bytes | memoryview, offset: int) -> None:
+    def write(self, data: bytes, offset: int) -> None:
         """Write data that belongs at an offset; zeros become holes."""
         with translated(self.path):
-            sparse.write(self.fd, data, offset)
+            self.content.write(data, offset)
         self.taken(len(data))
 
     def taken(self, received: int) -> None:
@@ -110,7 +116,13 @@ class Stage:
         """Make it empty, for another try."""
         with translated(self.path):
             os.ftruncate(self.fd, 0)
+        self._checksums.clear()
         self._taken = 0
+
+    def read_back(self) -> None:
+        """Sum up what another program wrote. Weaker than what passed through here: the page cache vouches."""
+        with translated(self.path):
+            self._checksums.read_back(self.fd)
 
     def seal(self) -> str:
         """Give the complete data its mode and its random id, and make it durable. Returns the id."""
@@ -135,7 +147,8 @@ class Stage:
 
     def discard(self) -> None:
         """Remove what is left of it. Harmless after it was published: the base is another name."""
-        for path in (self._cache.layout.stage_record(self.id), self.path):
+        where = self._cache.layout
+        for path in (where.stage_record(self.id), where.stage_sums(self.id), self.path):
             # What cannot be removed now is swept later; the error that led here matters more.
             with contextlib.suppress(OSError):
                 os.unlink(path)

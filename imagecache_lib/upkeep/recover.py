@@ -46,17 +46,18 @@ def _finish_publications(cache: store.CacheStore, observers: events.Observers) -
 
 def _sweep_stages(cache: store.CacheStore, observers: events.Observers, now: float) -> None:
     for entry in os.listdir(cache.layout.stages):
-        stage_id = entry.removesuffix(".json")
+        stage_id = entry.removesuffix(".json").removesuffix(".sums")
         if not _STAGE.fullmatch(stage_id):
             continue
         path = cache.layout.stage(stage_id)
-        if entry.endswith(".json"):
+        if entry != stage_id:
             # Its data went first: a crash of the sweep, or of a discard.
             if not os.path.lexists(path):
                 _unlink_if_idle(os.path.join(cache.layout.stages, entry), cache, now)
         elif sweep_if_dead(path, cache, now):
-            with contextlib.suppress(OSError):
-                os.unlink(cache.layout.stage_record(stage_id))
+            for beside in (cache.layout.stage_record(stage_id), cache.layout.stage_sums(stage_id)):
+                with contextlib.suppress(OSError):
+                    os.unlink(beside)
             observers(events.Recovered(stage_id, what="removed, a leftover of an interrupted fetch"))
 
 
@@ -96,11 +97,11 @@ def _sweep_leftovers(cache: store.CacheStore, now: float) -> None:
 
 
 def _sweep_records(cache: store.CacheStore, now: float) -> None:
-    """Remove the records of bases that are gone: an evictor died between the two, or Nova evicted."""
+    """Remove the records and checksums of bases that are gone: an evictor died between the two, or Nova evicted."""
     kept = {thrown.name for thrown in trash.find(cache)}
     for entry in os.listdir(cache.layout.records):
-        name = entry.removesuffix(".json")
-        known = entry.endswith(".json") and layout.classify(name) is not layout.Kind.UNKNOWN
+        name, _, kind = entry.rpartition(".")
+        known = kind in ("json", "sums") and layout.classify(name) is not layout.Kind.UNKNOWN
         if known and name not in kept and not os.path.lexists(cache.layout.base(name)):
             _unlink_if_idle(os.path.join(cache.layout.records, entry), cache, now)
 

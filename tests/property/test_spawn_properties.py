@@ -186,10 +186,10 @@ class TestSparseWriting(unittest.TestCase):
     ) -> None:
         data = b"".join(runs)
         with tempfile.TemporaryFile() as file:
-            offset = 0
+            written, offset = sparse.SparseFile(file.fileno()), 0
             for cut in [*cuts, len(data)]:
                 chunk = data[offset : offset + cut]
-                sparse.write(file.fileno(), chunk, offset)
+                written.write(chunk, offset)
                 offset += len(chunk)
             os.ftruncate(file.fileno(), len(data))
             self.assertEqual(data, os.pread(file.fileno(), len(data) + 1, 0))
@@ -200,7 +200,7 @@ class TestSparseWriting(unittest.TestCase):
     @given(st.lists(_RUN, max_size=5), st.integers(0, 10_000))
     def test_runs_are_the_data_and_nothing_else(self, runs: list[bytes], offset: int) -> None:
         data = b"".join(runs)
-        found = list(sparse.data_runs(memoryview(data), offset))
+        found = list(sparse.data_runs(data, offset))
         rebuilt = bytearray(len(data))
         for start, end in found:
             self.assertLess(start, end)

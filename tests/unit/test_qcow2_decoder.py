@@ -9,7 +9,7 @@ import tempfile
 import unittest
 from typing import Any
 
-from imagecache_lib import errors
+from imagecache_lib import errors, sparse
 from imagecache_lib.qcow2 import decoder, header, inflate
 from tests import qcow2_images
 from tests.qcow2_images import Cluster
@@ -132,7 +132,7 @@ class ImagesThatQemuConverted(WithImages):
         self.convert(["cluster_size=64k"], "-c")
         with tempfile.TemporaryFile() as out:
             decoding = decoder.StreamDecoder(
-                out.fileno(),
+                sparse.SparseFile(out.fileno()),
                 spill=tempfile.TemporaryFile,
                 file_size=None,
                 max_virtual_size=2**40,

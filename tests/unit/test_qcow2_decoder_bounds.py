@@ -11,7 +11,7 @@ import threading
 import unittest
 from typing import BinaryIO
 
-from imagecache_lib import errors
+from imagecache_lib import errors, sparse
 from imagecache_lib.qcow2 import decoder
 from tests import qcow2_images
 from tests.qcow2_images import Cluster
@@ -21,6 +21,7 @@ SIZE = 512
 # All tables of a badly fragmented image come first; its data is never sent.
 _FRAGMENTED = """
 import array, random, sys, tempfile
+from imagecache_lib import sparse
 from imagecache_lib.qcow2 import decoder, header, inflate
 
 def peak():
@@ -42,7 +43,7 @@ fields = header.V2_FIELDS.pack(
 inflate.fastest_deflate()
 before = peak()
 with tempfile.TemporaryFile() as out, decoder.StreamDecoder(
-    out.fileno(), spill=tempfile.TemporaryFile, file_size=None, max_virtual_size=2**44
+    sparse.SparseFile(out.fileno()), spill=tempfile.TemporaryFile, file_size=None, max_virtual_size=2**44
 ) as decoding:
     decoding.write(fields.ljust(SIZE, b"\\0"))
     decoding.write(packed((3 + i) * SIZE for i in range(TABLES)).ljust(2 * SIZE, b"\\0"))
@@ -97,7 +98,9 @@ class Space(unittest.TestCase):
         def no_side_file() -> BinaryIO:
             raise AssertionError("nothing has to be set aside")
 
-        return decoder.StreamDecoder(descriptor, spill=no_side_file, file_size=None, max_virtual_size=2**40)
+        return decoder.StreamDecoder(
+            sparse.SparseFile(descriptor), spill=no_side_file, file_size=None, max_virtual_size=2**40
+        )
 
 
 class Failures(unittest.TestCase):
@@ -122,7 +125,7 @@ class Failures(unittest.TestCase):
             # Not in finish(): nobody wants the rest of a bad image.
             with tempfile.TemporaryFile() as out:
                 decoding = decoder.StreamDecoder(
-                    out.fileno(),
+                    sparse.SparseFile(out.fileno()),
                     spill=tempfile.TemporaryFile,
                     file_size=len(image),
                     max_virtual_size=2**40,

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import os
 import random
 import tempfile
 import unittest
 from typing import BinaryIO
 
-from imagecache_lib.qcow2.sparse import BLOCK, pwrite_sparse
 from imagecache_lib.qcow2.spill import Spill
 
 MIB = 2**20
@@ -64,38 +62,3 @@ class SpillTest(unittest.TestCase):
         self.assertTrue(self.opened[0].closed)
         self.assertEqual(self.spill.size, 0)
         self.assertEqual(self.spill.read(0, 1), b"")
-
-
-class SparseWrites(unittest.TestCase):
-    def test_zeros_stay_holes_and_the_rest_is_exact(self) -> None:
-        rng = random.Random(2)
-        for _ in range(60):
-            parts = [
-                rng.choice([bytes(BLOCK), bytes(BLOCK - 1) + b"\1", rng.randbytes(700), bytes(100)])
-                for _ in range(9)
-            ]
-            data = bytearray(b"".join(parts))
-            start, offset = rng.randrange(2000), rng.choice([0, BLOCK, 512])
-            end = rng.randrange(start, len(data))
-            with tempfile.TemporaryFile() as file:
-                pwrite_sparse(file.fileno(), data, offset, start, end)
-                written = os.fstat(file.fileno()).st_size
-                file.truncate(offset + end - start)
-                file.seek(offset)
-                self.assertEqual(file.read(), data[start:end])
-                self.assertEqual(written, self.end_of_last_block_with_data(data[start:end], offset))
-
-    @staticmethod
-    def end_of_last_block_with_data(data: bytearray, offset: int) -> int:
-        end = 0
-        for position in range(0, len(data), BLOCK):
-            block = data[position : position + BLOCK]
-            if any(block):
-                end = offset + position + len(block)
-        return end
-
-    def test_a_hole_takes_no_space(self) -> None:
-        with tempfile.TemporaryFile() as file:
-            pwrite_sparse(file.fileno(), b"\1" + bytes(4 * MIB) + b"\1", 0)
-            self.assertEqual(os.fstat(file.fileno()).st_size, 4 * MIB + 2)
-            self.assertLessEqual(os.fstat(file.fileno()).st_blocks * 512, 4 * BLOCK)
