@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The periodic pass where something is unmounted, unreadable, another user's, open in QEMU, or full.
+
+Needs root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import imagecache_lib as ic
+from imagecache_lib import layout
+from imagecache_lib.testing.sources import FakeSource
+from imagecache_lib.upkeep.verify import VerifyReport
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
+NAME = layout.base_name(ID)
+NOBODY = 65534
+OLD = 2 * 86400
+
+
+class Cache:
+    """A cache with one base that nobody has used for two days."""
+
+    def __init__(self, instances: pathlib.Path) -> None:
+        self.instances = instances
+        self.base = instances / "_base" / NAME
+        self.trash = instances / "_base" / ".imagecache" / "trash"
+
+    def manager(self, **options: object) -> ic.ImageCacheManager:
+        config = ic.CacheConfig(instances_path=str(self.instances), **options)  # type: ignore[arg-type]
+        return ic.ImageCacheManager(
+            config, FakeSource({ID: b"x" * 65536}), host=ic.Host(name="here"), observers=()
+        )
+
+    def fill(self, **options: object) -> None:
+        self.manager(**options).cache_image(ID)
+        self.grow_old()
+
+    def grow_old(self) -> None:
+        then = time.time() - OLD
+        for path in (self.base, self.base.parent / ".imagecache" / "records" / f"{NAME}.json"):
+            os.utime(path, (then, then))
+
+    def verify(self, **options: object) -> VerifyReport:
+        return self.manager(**options).verify_base_images([])
+
+    def overlay(self, path: pathlib.Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", self.base, "-F", "raw", path, "1M"]
+        subprocess.run(command, check=True)
+
+
+@pytest.fixture
+def cache() -> Iterator[Cache]:
+    # Not below pytest's own directory, which is closed to others.
+    with tempfile.TemporaryDirectory(prefix="imagecache-") as directory:
+        os.chmod(directory, 0o755)
+        instances = pathlib.Path(directory) / "instances"
+        instances.mkdir()
+        found = Cache(instances)
+        found.fill()
+        yield found
+
+
+@contextlib.contextmanager
+def mounted(where: pathlib.Path, size: str = "8M") -> Iterator[None]:
+    where.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", where], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", where], check=True)
+
+
+def as_nobody(function: Callable[[], bool]) -> bool:
+    """Run in a child that is nobody, which root's rights would blind to modes and owners."""
+    child = os.fork()
+    if child == 0:
+        code = 2
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            code = 0 if function() else 1
+        except BaseException as error:
+            print(error, file=sys.stderr)  # noqa: T201  # a forked child has no other way to say it
+        finally:
+            os._exit(code)
+    _pid, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, 1), "the child failed"
+    return os.waitstatus_to_exitcode(status) == 0
+
+
+def give_to_nobody(path: pathlib.Path) -> None:
+    for parent, directories, names in os.walk(path):
+        for name in (".", *directories, *names):
+            os.chown(os.path.join(parent, name), NOBODY, NOBODY)
+
+
+def test_an_unmounted_disk_root_keeps_everything(cache: Cache, tmp_path: pathlib.Path) -> None:
+    root = tmp_path / "disks"
+    roots = (str(cache.instances), str(root))
+    with mounted(root):
+        cache.overlay(root / "uuid" / "disk")
+        cache.verify(disk_roots=roots)
+        assert cache.base.exists()
+    for _pass in range(2):
+        cache.grow_old()
+        report = cache.verify(disk_roots=roots)
+        assert cache.base.exists()
+        assert "another device" in report.problems[0]
+    with mounted(root):
+        cache.overlay(root / "uuid" / "disk")
+        cache.grow_old()
+        assert cache.verify(disk_roots=roots).problems == (), "the right disks vouch for a new device"
+        assert cache.base.exists()
+
+
+def test_an_unreadable_disk_keeps_what_it_is_known_to_need_or_else_everything(cache: Cache) -> None:
+    disk = cache.instances / "uuid" / "disk"
+    cache.overlay(disk)
+    give_to_nobody(cache.instances)
+
+    def kept_with(word: str) -> bool:
+        report = cache.verify()
+        return cache.base.exists() and word in " ".join(report.problems)
+
+    os.chown(disk, 0, 0)
+    disk.chmod(0o600)
+    assert as_nobody(lambda: kept_with("Nothing is evicted")), "never read before: everything stays"
+    disk.chmod(0o644)
+    assert as_nobody(lambda: kept_with(""))
+    disk.chmod(0o600)
+    cache.grow_old()
+    assert as_nobody(lambda: kept_with("what it referred to before stays"))
+
+
+def test_lost_and_found_stops_nothing(cache: Cache) -> None:
+    give_to_nobody(cache.instances)
+    lost = cache.instances / "lost+found"
+    lost.mkdir(mode=0o700)
+    assert as_nobody(lambda: cache.verify().problems == () and not cache.base.exists())
+
+
+def test_a_base_that_libvirt_gave_to_qemu_can_be_put_back(cache: Cache) -> None:
+    give_to_nobody(cache.instances)
+    os.chown(cache.base, 12345, 12345)
+    inode = cache.base.stat().st_ino
+
+    def survive() -> bool:
+        manager = ic.ImageCacheManager(
+            ic.CacheConfig(instances_path=str(cache.instances)),
+            FakeSource({}),
+            host=ic.Host(
+                name="here",
+                trace=lambda point: (
+                    cache.overlay(cache.instances / "uuid" / "disk") if point == "evict:renamed" else None
+                ),
+            ),
+            observers=(),
+        )
+        manager.verify_base_images([])
+        return cache.base.stat().st_ino == inode and list(cache.trash.iterdir()) == []
+
+    assert as_nobody(survive)
+
+
+def test_a_base_that_a_qemu_has_open_stays(cache: Cache) -> None:
+    command = ["qemu-io", "-r", "-f", "raw", cache.base]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as qemu:
+        assert qemu.stdin is not None and qemu.stdout is not None
+        qemu.stdin.write(b"read 0 512\n")
+        qemu.stdin.flush()
+        assert b"read 512/512" in qemu.stdout.readline()
+        report = cache.verify()
+        assert cache.base.exists()
+        assert [base.reason for base in report.bases] == ["open in a running QEMU"]
+        qemu.communicate(b"quit\n")
+    cache.grow_old()
+    cache.verify()
+    assert not cache.base.exists()
+
+
+def test_a_full_filesystem_can_still_be_evicted_from(tmp_path: pathlib.Path) -> None:
+    with mounted(tmp_path / "instances", "1M"):
+        cache = Cache(tmp_path / "instances")
+        cache.fill()
+        with contextlib.suppress(OSError), open(cache.instances / "filler", "wb") as filler:
+            while True:
+                filler.write(bytes(4096))
+                filler.flush()
+        report = cache.verify()
+        assert [base.name for base in report.evicted] == [NAME]
