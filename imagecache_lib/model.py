@@ -43,7 +43,7 @@ class Image:
     :param status: Glance's image status; only ``active`` images have data.
     :param locations: URLs under which the image service stores the data (``rbd://fsid/pool/image/snap``).
     :param stores: names of the image service's stores that hold it.
-    :param converted_from: the data is a conversion of an image of this format, as another host's cache has it.
+    :param converted_from: the data is a conversion of an image of this format, as other caches have it.
         None: it is the image's own.
     :param properties: everything else the source said, such as ``img_signature``.
     """

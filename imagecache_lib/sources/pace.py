@@ -28,7 +28,7 @@ class Pace:
         self._paid_until: float | None = None
 
     def took(self, amount: int) -> None:
-        """Rest as long as so many bytes may take, less the time that passed since the last ones were paid for.
+        """Rest as long as so many bytes may take, less the time since the last ones were paid for.
 
         :raises: whatever ``check`` raises.
         """

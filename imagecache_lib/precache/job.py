@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values of a pre-cache job: what is asked, how far it is, how it ended. No I/O."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from imagecache_lib import errors, layout
+
+#: What DNS allows for a name, in characters.
+_LONGEST_HOST = 253
+
+
+class Result(enum.Enum):
+    """How one image on one host ended. The first four are Nova's."""
+
+    #: It was fetched.
+    CACHED = "cached"
+    #: It was there.
+    EXISTING = "existing"
+    #: The host has no image cache, or needs none for this image.
+    UNSUPPORTED = "unsupported"
+    #: It failed; the reason is with it.
+    ERROR = "error"
+    #: It was not tried: the host was down until the deadline, or the job was cancelled.
+    SKIPPED = "skipped"
+
+    @property
+    def is_failure(self) -> bool:
+        return self in (Result.ERROR, Result.SKIPPED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One image on one host.
+
+    :param result: None: it is not over.
+    :param reason: why it failed, or what the host is doing, as a clause.
+    :param received: bytes that came so far.
+    :param total: bytes in all, if that is known.
+    """
+
+    result: Result | None = None
+    reason: str = ""
+    received: int = 0
+    total: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Terms:
+    """Under which terms a job runs.
+
+    :param concurrency: how many hosts work at a time.
+    :param host_rate: bytes per second that one host may fetch. 0: no limit.
+    :param total_rate: bytes per second that all hosts together may fetch. 0: no limit.
+    :param deadline: epoch seconds after which what is not done is given up. None: no deadline.
+    :param pin_until: epoch seconds until which the images stay on the hosts. None: they are not pinned.
+    :param retries: how often a host tries an image again that failed in a way that may pass.
+    :param jitter: hosts begin within so many seconds, at random, so that they do not all ask the image
+        service at once.
+    :raises ConfigError: a value makes no sense.
+    """
+
+    concurrency: int = 1
+    host_rate: int = 0
+    total_rate: int = 0
+    deadline: float | None = None
+    pin_until: float | None = None
+    retries: int = 3
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 1:
+            raise errors.ConfigError("no host may work", next_step="give a concurrency of 1 or more")
+        for name in ("host_rate", "total_rate", "retries", "jitter"):
+            if getattr(self, name) < 0:
+                raise errors.ConfigError(f"{name} is negative", next_step="give 0 or more")
+
+    def rate(self, hosts: int) -> int:
+        """Bytes per second that each host may fetch, if the job has so many. 0: no limit.
+
+        What all may fetch together is shared by as many as can be at work at a time.
+        """
+        share = 0
+        if self.total_rate:
+            share = max(1, self.total_rate // max(1, min(self.concurrency, hosts)))
+        return min((limit for limit in (self.host_rate, share) if limit), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A job as it was asked for, and as far as it is.
+
+    :param id: random.
+    :param aggregate: the name of the host aggregate; only for people.
+    :param cells: by host, then by image id, in the order in which they were asked for.
+    :param cancelled: somebody cancelled it.
+    :param created: epoch seconds.
+    :param attempt: how often its failures were taken back, to be tried again.
+    """
+
+    id: str
+    aggregate: str
+    image_ids: tuple[str, ...]
+    terms: Terms
+    cells: Mapping[str, Mapping[str, Cell]] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    cancelled: bool = False
+    created: float = 0.0
+    attempt: int = 0
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        return tuple(self.cells)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every image on every host has a result."""
+        return all(cell.result is not None for cells in self.cells.values() for cell in cells.values())
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether an image on a host ended without being there, though it should be."""
+        return any(
+            cell.result is not None and cell.result.is_failure
+            for cells in self.cells.values()
+            for cell in cells.values()
+        )
+
+    def count(self) -> dict[Result, int]:
+        """Return how many cells have each result."""
+        counted = dict.fromkeys(Result, 0)
+        for cells in self.cells.values():
+            for cell in cells.values():
+                if cell.result is not None:
+                    counted[cell.result] += 1
+        return counted
+
+    def pending(self, host: str) -> tuple[str, ...]:
+        """Return the images that have no result on a host yet."""
+        return tuple(image for image, cell in self.cells[host].items() if cell.result is None)
+
+
+def check(hosts: Sequence[str], image_ids: Sequence[str]) -> None:
+    """Refuse a request that makes no sense, as Nova does.
+
+    :raises ConfigError: no image, an image or a host twice, no host.
+    :raises ImageRejected: an id that no image can have.
+    """
+    for what, given in (("image", image_ids), ("host", hosts)):
+        if not given:
+            raise errors.ConfigError(f"a pre-cache job needs a {what}", next_step=f"name one {what}")
+        twice = sorted(each for each, times in collections.Counter(given).items() if times > 1)
+        if twice:
+            raise errors.ConfigError(
+                f"a pre-cache job names a {what} twice: {', '.join(twice)}", next_step="name each once"
+            )
+    for name in hosts:
+        if not name or not name.isprintable() or len(name) > _LONGEST_HOST:
+            raise errors.ConfigError(f"{name!r} is no host's name", next_step="correct the list of hosts")
+    for image_id in image_ids:
+        layout.base_name(image_id)
