@@ -121,6 +121,11 @@ def test_an_unmounted_disk_root_keeps_everything(cache: Cache, tmp_path: pathlib
         report = cache.verify(disk_roots=roots)
         assert cache.base.exists()
         assert "another device" in report.problems[0]
+    root.rmdir()
+    cache.verify(disk_roots=roots)
+    root.mkdir()
+    cache.verify(disk_roots=roots)
+    assert cache.base.exists(), "a mount point that was gone for a while is no other root"
     with mounted(root):
         cache.overlay(root / "uuid" / "disk")
         cache.grow_old()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import imagecache_lib as ic
 from imagecache_lib import errors, layout
 from imagecache_lib.upkeep import verify
-from tests.cache_case import ID, OTHER_ID, CacheCase, raw_image
+from tests.cache_case import ID, OTHER_ID, CacheCase, Points, raw_image
 
 NAME = layout.base_name(ID)
 DAY = 86400
@@ -229,22 +229,27 @@ class TestWhatIsRead(UpkeepCase):
 
     def test_a_directory_renamed_while_others_are_read_is_not_missed(self) -> None:
         for known in (True, False):
-            for before, after in (("uuid", "uuid_resize"), ("uuid_resize", "uuid"), ("zzz", "aaa")):
-                with self.subTest((known, before)):
-                    base = self.cached()
-                    overlay(self.instances / before / "disk", str(base))
-                    other = self.instances / "other" / f".x.{'0' * 32}.new"
-                    other.parent.mkdir(exist_ok=True)
-                    other.write_bytes(b"")
-                    old, new = self.instances / before, self.instances / after
-                    self.points.at("references:unfinished", lambda old=old, new=new: old.rename(new))  # type: ignore[misc]
-                    instances = [ic.Instance("other", "there")]
-                    if known:
-                        instances.append(ic.Instance("uuid", "there", directories=("zzz", "aaa")))
-                    self.assertKept(base, self.verify(instances), "/disk")
-                    for path in new.iterdir():
+            with self.subTest(known=known):
+                for name in ("abc", "def", "ghi"):
+                    (self.instances / name).mkdir()
+                base = self.cached()
+                listed = [entry.name for entry in os.scandir(self.instances) if len(entry.name) == 3]
+                first, last = self.instances / listed[0], self.instances / listed[-1]
+                (first / f".x.{'0' * 32}.new").write_bytes(b"")
+                overlay(last / "disk", str(base))
+                # The last one gets another name when the first is read, and the listing has the old one; and
+                # in the second reading, if there is one, again.
+                self.points = Points()
+                renamed = self.instances / f"{last.name}_resize"
+                self.points.at("references:unfinished", lambda old=last, new=renamed: old.rename(new))  # type: ignore[misc]
+                self.points.at("references:unfinished", lambda old=last, new=renamed: new.rename(old))  # type: ignore[misc]
+                instances = [ic.Instance(last.name, "there")] if known else []
+                self.assertKept(base, self.verify(instances), "/disk")
+                for path in self.instances.glob("???*/*"):
+                    if "_base" not in path.parts:
                         path.unlink()
-                    new.rmdir()
+                for directory in (first, self.instances / listed[1], renamed):
+                    directory.rmdir()
 
 
 class TestWhatCannotBeTold(UpkeepCase):
@@ -384,6 +389,21 @@ class TestWhatGoes(UpkeepCase):
         self.manager().get_disk_usage()
         self.manager().pin(OTHER_ID, owner="start")
         self.assertTrue(base.exists())
+
+    def test_a_record_that_a_killed_eviction_left_goes_later(self) -> None:
+        class Killed(BaseException):
+            pass
+
+        def kill() -> None:
+            raise Killed
+
+        self.cached()
+        self.points.at("evict:unlinked", kill)
+        with self.assertRaises(Killed):
+            self.verify()
+        self.assertTrue(self.record().exists())
+        self.verify()
+        self.assertFalse(self.record().exists())
 
     def test_an_announced_eviction_that_was_killed_leaves_nothing(self) -> None:
         base = self.cached()
