@@ -17,19 +17,13 @@ import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from imagecache_lib import durable, layout, model, placing, store
-from imagecache_lib.backends import disk_info
+from imagecache_lib import layout, model, placing, store
 from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.upkeep import headers
 from imagecache_lib.upkeep.hosts import host_id
 
 if TYPE_CHECKING:
     from imagecache_lib.upkeep.references import Memory
-
-#: As much of each file as is read at first; the header of nearly every overlay is within.
-_HEAD = 4096
-
-#: An unparseable header may still hold a name; it is looked for in this much of the file.
-_DEEP = 2**20
 
 #: Nova's other names for an instance's directory, while it is moved and while it is deleted.
 _SUFFIXES = ("", "_resize", "_del", "")
@@ -41,9 +35,6 @@ _MOST_ROUNDS = 64
 _LOST = "lost+found"
 
 _WAIT = "wait for the next pass"
-
-#: Backing chains that leave the disk roots are followed this far.
-_LONGEST_CHAIN = 32
 
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -224,7 +215,7 @@ class Scan:
 
         A file that is gone may have been given another name, which the listing missed.
         """
-        formats = _Formats(path)
+        formats = headers.Formats(path)
         inner: list[str] = []
         vanished = False
         with os.scandir(fd) as entries:
@@ -238,7 +229,7 @@ class Scan:
         return inner, vanished
 
     def _read_link(
-        self, directory: str, name: str, directory_fd: int, formats: _Formats, inner: list[str]
+        self, directory: str, name: str, directory_fd: int, formats: headers.Formats, inner: list[str]
     ) -> None:
         path = os.path.join(directory, name)
         try:
@@ -257,7 +248,7 @@ class Scan:
 
     # -- files ---------------------------------------------------------------------------------------
 
-    def _read_file(self, directory: str, name: str, directory_fd: int, formats: _Formats) -> bool:
+    def _read_file(self, directory: str, name: str, directory_fd: int, formats: headers.Formats) -> bool:
         """Read a file. True: it is gone. Most are no overlay, and cost an open, a read and a close."""
         if name.endswith(".new") and placing.UNFINISHED.fullmatch(name):
             self._unfinished.append(os.path.join(directory, name))
@@ -265,10 +256,10 @@ class Scan:
         try:
             fd = os.open(name, _OPEN, dir_fd=directory_fd)
             try:
-                head = os.read(fd, _HEAD)
+                head = os.read(fd, headers.HEAD)
                 if not head.startswith(qcow2_header.MAGIC):
                     return False
-                reference = _backing(fd, head)
+                reference = headers.backing(fd, head)
             finally:
                 os.close(fd)
         except FileNotFoundError:
@@ -283,7 +274,7 @@ class Scan:
         return False
 
     def _refer(self, path: str, reference: bytes) -> None:
-        found = self._cached_names(reference) or set(self._follow(path, reference))
+        found = self._cached_names(reference) or set(headers.follow(path, reference, self._cached_names))
         if found:
             self._readings[path] = tuple(sorted(found.union(self._readings.get(path, ()))))
 
@@ -295,23 +286,6 @@ class Scan:
                     found.add(candidate)
         found.update(name for name in self._short if name.encode() in text)
         return found
-
-    def _follow(self, path: str, reference: bytes) -> Iterator[str]:
-        """Follow a chain that leaves the disk roots as far as it goes."""
-        seen: set[str] = set()
-        pending = _named_files(path, reference)
-        while pending and len(seen) < _LONGEST_CHAIN:
-            path = pending.pop()
-            if path in seen:
-                continue
-            seen.add(path)
-            following = _backing_of(path)
-            if not following:
-                continue
-            names = self._cached_names(following)
-            yield from names
-            if not names:
-                pending.extend(_named_files(path, following))
 
     # -- what cannot be told -------------------------------------------------------------------------
 
@@ -345,76 +319,12 @@ class Scan:
             self._unknown = why
 
 
-class _Formats:
-    """The formats that an instance directory's disk.info pins, read when the first is asked for."""
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._found: Mapping[str, str] | None = None
-
-    def of(self, path: str) -> str | None:
-        if self._found is None:
-            self._found = self._read()
-        return disk_info.format_in(self._found, path)
-
-    def _read(self) -> Mapping[str, str]:
-        try:
-            data = durable.read_file(os.path.join(self._directory, disk_info.NAME), limit=_DEEP)
-        except OSError:
-            return {}
-        # What is torn pins nothing: the header counts then, which keeps more.
-        return (disk_info.parse(data) if data is not None else None) or {}
-
-
 def _identity(path: str) -> tuple[int, int] | None:
     try:
         found = os.stat(path)
     except OSError:
         return None
     return found.st_dev, found.st_ino
-
-
-def _backing_of(path: str) -> bytes | None:
-    """Return the backing reference of a file that a chain leads to, if it is a regular file that has one."""
-    try:
-        # A guest may have written the name: nothing that is no regular file is even opened.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return None
-        fd = os.open(path, _OPEN)
-    except (OSError, ValueError):
-        return None
-    try:
-        head = os.read(fd, _HEAD)
-        return _backing(fd, head) if head.startswith(qcow2_header.MAGIC) else None
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
-
-
-def _named_files(path: str, reference: bytes) -> list[str]:
-    """Return the paths of the files that a backing reference in the file ``path`` may mean."""
-    if reference.startswith(b"json:"):
-        try:
-            named = list(_texts(json.loads(reference.removeprefix(b"json:"))))
-        except (ValueError, RecursionError):
-            return []
-    else:
-        named = [os.fsdecode(reference)]
-    directory = os.path.dirname(path)
-    return [os.path.join(directory, each.removeprefix("file:")) for each in named]
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Yield every text in a JSON value: QEMU nests a file's name in many ways."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
 
 
 def _directories(instance: model.Instance) -> Iterator[str]:
@@ -426,20 +336,6 @@ def _directories(instance: model.Instance) -> Iterator[str]:
 def _fsid(path: str) -> int:
     """The filesystem's own id, which for most survives that its device gets another number."""
     return int(os.statvfs(path).f_fsid)
-
-
-def _backing(fd: int, head: bytes) -> bytes | None:
-    """Return what may hold a cached name: the backing string, or of a broken header all that is near it."""
-    try:
-        return qcow2_header.backing_reference(head)
-    except qcow2_header.Truncated as error:
-        more = os.pread(fd, min(error.needed, _DEEP), 0)
-        try:
-            return qcow2_header.backing_reference(more)
-        except qcow2_header.HeaderError:
-            return os.pread(fd, _DEEP, 0)
-    except qcow2_header.HeaderError:
-        return os.pread(fd, _DEEP, 0)
 
 
 def load(data: bytes | None) -> dict[str, tuple[str, ...]]:

@@ -97,7 +97,7 @@ def _sweep_leftovers(cache: store.CacheStore, now: float) -> None:
 
 
 def _sweep_records(cache: store.CacheStore, now: float) -> None:
-    """Remove the records and checksums of bases that are gone: an evictor died between the two, or Nova evicted."""
+    """Remove records and checksums of bases that are gone: an evictor died in between, or Nova evicted."""
     kept = {thrown.name for thrown in trash.find(cache)}
     for entry in os.listdir(cache.layout.records):
         name, _, kind = entry.rpartition(".")
