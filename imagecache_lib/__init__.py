@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from imagecache_lib.upkeep.catalog import CachedBase, RegisteredHost
     from imagecache_lib.upkeep.preflight import Finding, Severity
     from imagecache_lib.upkeep.room import SpaceReport
+    from imagecache_lib.upkeep.scrub import ScrubbedBase, ScrubReport, Verdict
     from imagecache_lib.upkeep.verify import BaseReport, Explanation, VerifyReport
 
 # Loaded when first used: a driver that imports the package should not pay for HTTP before it fetches.
@@ -98,10 +99,13 @@ _HOMES = {
     "Pin": "pins",
     "RegisteredHost": "upkeep.catalog",
     "Request": "model",
+    "ScrubReport": "upkeep.scrub",
+    "ScrubbedBase": "upkeep.scrub",
     "Severity": "upkeep.preflight",
     "SourceError": "errors",
     "SpaceReport": "upkeep.room",
     "StorageBackend": "backends.base",
+    "Verdict": "upkeep.scrub",
     "VerifyReport": "upkeep.verify",
 }
 
@@ -142,10 +146,13 @@ __all__ = [
     "Pin",
     "RegisteredHost",
     "Request",
+    "ScrubReport",
+    "ScrubbedBase",
     "Severity",
     "SourceError",
     "SpaceReport",
     "StorageBackend",
+    "Verdict",
     "VerifyReport",
 ]
 

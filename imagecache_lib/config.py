@@ -87,6 +87,9 @@ class CacheConfig:
     #: Under pressure of space, unused bases go earlier than their age, but none younger than this.
     space_minimum_age_seconds: int = 3600
 
+    #: Bytes per second that a scrub reads. 0: no limit.
+    scrub_rate: int = 32 * 2**20
+
     # -- waiting and crashes -------------------------------------------------------------------------
     #: How long to wait for another's fetch of the same image that makes no progress, before fetching too.
     lock_timeout: float = 600.0

@@ -129,6 +129,18 @@ class Recovered(Event):
     what: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Damaged(Event):
+    """A scrub found that the disk changed a base. Nobody else is served from it.
+
+    :param detail: where, as a clause.
+    :param stays: why it was not evicted, as a clause: who may be reading wrong bytes. None: it was.
+    """
+
+    detail: str = ""
+    stays: str | None = None
+
+
 Observer = Callable[[Event], None]
 
 
@@ -163,6 +175,13 @@ def log_observer(event: Event) -> None:
             LOG.warning("Image %s rejected: %s", event.image_id, reason)
         case Bypassed(reason=reason):
             LOG.warning("Image %s served around the cache: %s", event.image_id, reason)
+        case Damaged(detail=detail, stays=None):
+            LOG.error("Base image %s was damaged on disk, and is evicted: %s", event.name, detail)
+        case Damaged(detail=detail, stays=stays):
+            LOG.error(
+                "Base image %s is damaged on disk, and disks may read wrong bytes: %s. It stays: %s",
+                event.name, detail, stays,
+            )  # fmt: skip
         case NotCloned(reason=reason):
             LOG.warning("Image %s is fetched, since it cannot be cloned: %s", event.image_id, reason)
         case Recovered(what=what):

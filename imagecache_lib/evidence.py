@@ -58,6 +58,7 @@ class Record:
     :param digest: of the source's data. It was checked if ``digest_checked``.
     :param inspected: version of the inspection rules its content passed. None: not inspected as a disk.
     :param certificates: ids of the trusted certificates against which the signature was verified.
+    :param damaged: a scrub found that the disk changed its content.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Record:
     digest_checked: bool = False
     inspected: int | None = None
     certificates: tuple[str, ...] = ()
+    damaged: bool = False
 
     @property
     def converted(self) -> bool:
@@ -113,6 +115,7 @@ def _is_typed(record: Record) -> bool:
         and all(type(number) is int and number >= 0 for number in numbers)
         and isinstance(record.image_id, str | None)
         and isinstance(record.digest_checked, bool)
+        and isinstance(record.damaged, bool)
         and (record.inspected is None or type(record.inspected) is int)
     )
 
@@ -133,6 +136,8 @@ def shortfall(
     :param trusted_certs: certificates of which one must have verified the image. None: not demanded.
     :param inspect: False if the operator turned deep inspection off.
     """
+    if record.damaged:
+        return "it is damaged on disk"
     if stored_format not in (None, record.stored_format):
         return f"it is stored as {record.stored_format}, and {stored_format} is needed"
     if use is Use.FILE:

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from imagecache_lib import config as config_module
@@ -30,6 +30,7 @@ from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
 from imagecache_lib.upkeep import catalog, inventory, preflight, verify
 from imagecache_lib.upkeep.room import SpaceReport
+from imagecache_lib.upkeep.scrub import ScrubReport
 
 LOG = logging.getLogger(__name__)
 
@@ -380,6 +381,32 @@ class ImageCacheManager:
             return
         for name in removed:
             self._observers(events.Recovered(name, what="an unfinished disk is removed"))
+
+    def scrub(
+        self,
+        image_ids: Collection[str] | None = None,
+        *,
+        rate: int | None = None,
+        cancel: model.CancelToken | None = None,
+    ) -> ScrubReport:
+        """Re-read cached images past the page cache, and compare them with checksums taken in flight.
+
+        A damaged base that nobody uses is evicted, and fetched again when it is wanted. One that is in use is
+        reported and never replaced; new requests are served around it. Reading is slow and polite; call it now
+        and then, as often as the rate allows, or let the command do it.
+
+        :param image_ids: ids of images, or names of bases. None: all, the longest unchecked first.
+        :param rate: bytes per second. None: ``scrub_rate``. 0: no limit.
+        :param cancel: once set, it ends with what was found so far; the next one goes on from there.
+        :raises ConfigError, BackendError: the cache itself cannot be read.
+        """
+        names = None
+        if image_ids is not None:
+            names = {catalog.name_of(self._cache, image_id) for image_id in image_ids}
+        self._start()
+        limit = self.config.scrub_rate if rate is None else rate
+        with stages.translated(self.config.base_path):
+            return self._upkeep.scrub(rate=limit or None, names=names, cancel=cancel)
 
     def pin(self, image_id: str, *, owner: str, expires: float | None = None) -> None:
         """Keep an image's base, whether it is in the cache yet or not.

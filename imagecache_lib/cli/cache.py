@@ -45,6 +45,39 @@ class Verify(base.BaseLister):
         ]
 
 
+class Scrub(base.BaseLister):
+    """Re-read cached images from disk and compare them with what was fetched. Evicts damaged, unused ones."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "image_ids", nargs="*", metavar="IMAGE",
+            help="id of an image, or name of a base image (default: all, the longest unchecked first)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--rate", type=int, metavar="BYTES",
+            help="bytes to read per second, 0 for no limit (default: scrub_rate of the configuration)",
+        )  # fmt: skip
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
+        report = self.manager().scrub(parsed_args.image_ids or None, rate=parsed_args.rate)
+        if report.damaged:
+            self.exit_code = base.ATTENTION
+        self.note(f"{len(report.bases)} checked, {len(report.damaged)} damaged, {values.shown(report.read)} read")
+        return ["Name", "Image", "Verdict", "Detail", "Stays", "Read"], [
+            (
+                each.name,
+                each.image_id or "",
+                each.verdict.value,
+                each.detail,
+                each.stays or "",
+                values.Bytes(each.read),
+            )
+            for each in report.bases
+        ]
+
+
 class Usage(base.BaseShow):
     """Show how much space the cache takes, and how much is left."""
 

@@ -16,6 +16,7 @@ from imagecache_lib.cli import cache, disk, hosts, image
 #: Each is a :class:`cliff.command.Command`.
 _COMMANDS: dict[str, type[Any]] = {
     "cache check": cache.Check,
+    "cache scrub": cache.Scrub,
     "cache usage": cache.Usage,
     "cache verify": cache.Verify,
     "disk create": disk.Create,

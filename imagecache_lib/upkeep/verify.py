@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from imagecache_lib import durable, errors, events, evidence, model, store, trash
 from imagecache_lib.spawn import locks
 from imagecache_lib.spawn import stage as stages
-from imagecache_lib.upkeep import disks, evict, inventory, policy, recover, registry, room
+from imagecache_lib.upkeep import disks, evict, inventory, policy, recover, registry, room, scrub
 from imagecache_lib.upkeep import references as reference_module
 from imagecache_lib.upkeep.hosts import HostRef, Hosts
 
@@ -189,6 +189,18 @@ class Upkeep:
         """Evict a base that does not serve, under its exclusive lock. False: it stays."""
         floor_age = self._cache.config.space_minimum_age_seconds
         return self.evict_one(name, reason, floor_age=floor_age, locked=True) is None
+
+    def scrub(
+        self, *, rate: int | None, names: Collection[str] | None, cancel: model.CancelToken | None
+    ) -> scrub.ScrubReport:
+        """Check the content of bases, and evict those that are damaged and unused."""
+
+        def evict_locked(name: str, reason: str) -> str | None:
+            return self.evict_one(name, reason, locked=True)
+
+        return scrub.scrub(
+            self._cache, self._observers, evict_locked, rate=rate, names=names, cancel=cancel
+        )
 
     def make_room(self, wanted: int) -> int:
         """Evict what a fetch needs the room of, as far as policy allows. Returns the bytes freed."""

@@ -95,7 +95,8 @@ class TestOfBases(CacheCase):
         return by_granule(found)
 
     def test_they_are_those_of_the_content_for_every_way_a_base_is_made(self) -> None:
-        for disk_format, options in (("raw", ""), ("qcow2", ""), ("qcow2", "cluster_size=4k"), ("vmdk", ""), ("vpc", "")):
+        small_clusters = ("qcow2", "cluster_size=4k")
+        for disk_format, options in (("raw", ""), ("qcow2", ""), small_clusters, ("vmdk", ""), ("vpc", "")):
             with self.subTest(disk_format, options=options):
                 image_id = f"image-{disk_format}-{options}"
                 image = raw_image(7)

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Re-reading what is cached, to find what the disk changed. Slowly, and past the page cache.
+
+A bit that flipped on the disk, or a write that the disk lost, is invisible as long as the page cache holds the
+right bytes, and everybody's wrong bytes afterwards. What is read is compared with the checksums that were taken
+of the data in flight (:mod:`imagecache_lib.checksums`). Nothing is repaired here: a base that is damaged is
+marked, so that nobody else is served from it, and its eviction is the pass's.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import ctypes
+import dataclasses
+import enum
+import errno
+import hashlib
+import mmap
+import os
+import platform
+import threading
+from collections.abc import Callable, Collection, Iterator
+
+from imagecache_lib import checksums, durable, errors, events, evidence, model, sparse, store
+from imagecache_lib.sources import pace
+from imagecache_lib.spawn import locks
+from imagecache_lib.spawn import stage as stages
+from imagecache_lib.upkeep import inventory
+
+#: Read so much at once: a whole number of granules, and of every device's blocks.
+_PIECE = 2**20
+
+#: What O_DIRECT wants lengths to be a multiple of, on any device that ext4 and xfs run on.
+_ALIGNMENT = 4096
+
+#: ioprio_set(2): its number by machine, "this thread", and the class that only gets an idle disk.
+_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
+_THIS_THREAD = 1
+_IDLE = 3 << 13
+_NICE = 10
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Verdict(enum.Enum):
+    """What a scrub found of a base."""
+
+    #: What is on disk is what was written.
+    SOUND = "sound"
+    #: It is not, or cannot be read.
+    DAMAGED = "damaged"
+    #: There is nothing to compare it with.
+    UNVERIFIABLE = "unverifiable"
+    #: It left the cache meanwhile.
+    GONE = "gone"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScrubbedBase:
+    """What was found of one base.
+
+    :param name: its name in the cache.
+    :param verdict: what was found.
+    :param detail: more about it, as a clause: where it is damaged, or why that cannot be told.
+    :param read: bytes that were read from disk.
+    :param image_id: the image it was made from, where a record says so.
+    :param stays: why a damaged one was not evicted, as a clause. None: it was, or it is not damaged.
+    """
+
+    name: str
+    verdict: Verdict
+    detail: str
+    read: int = 0
+    image_id: str | None = None
+    stays: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScrubReport:
+    """What a scrub found, in the order in which it looked: the longest unchecked first."""
+
+    bases: tuple[ScrubbedBase, ...]
+
+    @property
+    def damaged(self) -> tuple[ScrubbedBase, ...]:
+        """The bases that are damaged, evicted or not."""
+        return tuple(base for base in self.bases if base.verdict is Verdict.DAMAGED)
+
+    @property
+    def read(self) -> int:
+        """Bytes that were read from disk."""
+        return sum(base.read for base in self.bases)
+
+
+#: Evicts a base whose lock is held if nobody needs it. None: it is gone; otherwise why it stays.
+Evict = Callable[[str, str], str | None]
+
+
+def scrub(
+    cache: store.CacheStore,
+    observers: events.Observers,
+    evict: Evict,
+    *,
+    rate: int | None,
+    names: Collection[str] | None = None,
+    cancel: model.CancelToken | None = None,
+) -> ScrubReport:
+    """Check the content of bases, the longest unchecked first.
+
+    :param rate: bytes per second to read at most. None: no limit.
+    :param names: bases to check. None: all.
+    :param cancel: once set, what was found so far is returned; the next scrub goes on where this one ended.
+    """
+    cancelled = cancel or threading.Event()
+    limit = pace.Pace(rate, host=cache.host, check=lambda: _stop_if(cancelled))
+    found = []
+    # A thread of its own: its priority is lowered, and nobody else's.
+    with concurrent.futures.ThreadPoolExecutor(1, "imagecache-scrub", _be_modest) as reader:
+        with contextlib.suppress(_Cancelled):
+            for name in _in_order(cache, names):
+                _stop_if(cancelled)
+                found.append(_scrub_one(name, cache, observers, evict, reader, limit))
+    return ScrubReport(tuple(found))
+
+
+class _Cancelled(Exception):
+    """The caller no longer waits."""
+
+
+def _stop_if(cancelled: model.CancelToken) -> None:
+    if cancelled.is_set():
+        raise _Cancelled
+
+
+def _in_order(cache: store.CacheStore, names: Collection[str] | None) -> list[str]:
+    """Return which to check. A file of checksums was touched when it last proved its base sound."""
+
+    def checked(name: str) -> float:
+        try:
+            return os.stat(cache.layout.sums(name)).st_mtime
+        except OSError:
+            return float("inf")  # what can be told least of comes last
+
+    wanted = [entry.name for entry in inventory.take(cache).bases if names is None or entry.name in names]
+    return sorted(wanted, key=checked)
+
+
+def _scrub_one(
+    name: str,
+    cache: store.CacheStore,
+    observers: events.Observers,
+    evict: Evict,
+    reader: concurrent.futures.Executor,
+    limit: pace.Pace,
+) -> ScrubbedBase:
+    try:
+        opened = cache.open_base(name)
+    except errors.CacheEntryError as error:
+        return ScrubbedBase(name, Verdict.UNVERIFIABLE, error.cause)
+    if opened is None:
+        return ScrubbedBase(name, Verdict.GONE, "it was evicted")
+    with contextlib.closing(opened), stages.translated(opened.path):
+        record = cache.record_of(opened)
+        if record is None:
+            return ScrubbedBase(name, Verdict.UNVERIFIABLE, "nobody witnessed how it was made")
+        found = reader.submit(_check, opened, record, cache, limit).result()
+        if found.verdict is Verdict.DAMAGED:
+            return _condemn(found, opened, cache, observers, evict)
+        return found
+
+
+def _check(
+    opened: store.OpenBase, record: evidence.Record, cache: store.CacheStore, limit: pace.Pace
+) -> ScrubbedBase:
+    sums_path = cache.layout.sums(record.name)
+    data = durable.read_file(sums_path, limit=checksums.LIMIT)
+    sums = checksums.parse(data, record.base_id) if data is not None else None
+    if sums is None and (record.converted or record.digest is None):
+        why = "there are no checksums of it, and no digest of its very bytes"
+        return ScrubbedBase(record.name, Verdict.UNVERIFIABLE, why, image_id=record.image_id)
+    content = _Content(opened, limit)
+    try:
+        with contextlib.closing(content):
+            wrong = content.differs_from(sums) if sums is not None else content.has_other_digest(record)
+    except OSError as error:
+        wrong = f"it cannot be read: {error.strerror}"
+    if wrong is not None:
+        return ScrubbedBase(record.name, Verdict.DAMAGED, wrong, content.read, record.image_id)
+    if sums is not None:
+        with contextlib.suppress(OSError):
+            os.utime(sums_path)
+    how = "its checksums match" if sums is not None else "its digest matches"
+    return ScrubbedBase(record.name, Verdict.SOUND, how, content.read, record.image_id)
+
+
+class _Content:
+    """A base's content as it lies on the disk.
+
+    :ivar read: bytes that were read so far.
+    """
+
+    def __init__(self, opened: store.OpenBase, limit: pace.Pace) -> None:
+        self._limit = limit
+        self._size = opened.stat.st_size
+        self.read = 0
+        # O_DIRECT wants memory that is aligned to the device's blocks, which whole pages are.
+        self._buffer = mmap.mmap(-1, _PIECE)
+        self._cached = opened.fd
+        try:
+            # The very file that is open, whatever has its name now.
+            self._direct = os.open(f"/proc/self/fd/{opened.fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError:
+            self._direct = -1  # tmpfs, some network filesystems, no /proc
+
+    def close(self) -> None:
+        if self._direct >= 0:
+            os.close(self._direct)
+
+    def differs_from(self, sums: checksums.Checksums) -> str | None:
+        """Return where it is not what was written, as a clause. None: nowhere."""
+        now = checksums.Checksums()
+        for offset, data in self._pieces():
+            now.add(data, offset)
+        wrong = sorted(
+            granule
+            for granule in {*sums.granules(), *now.granules()}
+            if sums.of(granule) != now.of(granule)
+        )
+        if not wrong:
+            return None
+        first = wrong[0] * checksums.GRANULE
+        return f"{len(wrong)} of its granules of {checksums.GRANULE} bytes are wrong, the first at {first}"
+
+    def has_other_digest(self, record: evidence.Record) -> str | None:
+        """Return how its digest differs from the source's, as a clause. None: it does not."""
+        assert record.digest is not None  # nobody asks otherwise
+        algorithm = record.digest.algorithm
+        hashed = hashlib.new(algorithm, usedforsecurity=False)
+        end = 0
+        for offset, data in self._pieces():
+            _feed_zeros(hashed.update, offset - end)
+            hashed.update(data)
+            end = offset + len(data)
+        _feed_zeros(hashed.update, self._size - end)
+        if hashed.hexdigest() == record.digest.value.lower():
+            return None
+        return f"its {algorithm} is {hashed.hexdigest()}, the source's was {record.digest.value}"
+
+    def _pieces(self) -> Iterator[tuple[int, memoryview]]:
+        """Yield everything that is no hole, by offset. The data is valid until the next piece."""
+        for start, end in sparse.data_extents(self._cached):
+            offset = start
+            while offset < end:
+                count = self._read(offset, min(_PIECE, end - offset))
+                self.read += count
+                self._limit.took(count)
+                yield offset, memoryview(self._buffer)[:count]
+                offset += count
+
+    def _read(self, offset: int, length: int) -> int:
+        if self._direct >= 0:
+            whole = -(-length // _ALIGNMENT) * _ALIGNMENT
+            try:
+                with memoryview(self._buffer)[:whole] as room:
+                    count = os.preadv(self._direct, [room], offset)
+                return _some(min(count, length))
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                os.close(self._direct)
+                self._direct = -1
+        # Clean pages are dropped first, as far as nobody has them mapped, so that they come from the disk.
+        os.posix_fadvise(self._cached, offset, length, os.POSIX_FADV_DONTNEED)
+        with memoryview(self._buffer)[:length] as room:
+            count = os.preadv(self._cached, [room], offset)
+        os.posix_fadvise(self._cached, offset, length, os.POSIX_FADV_DONTNEED)
+        return _some(count)
+
+
+def _some(count: int) -> int:
+    if count == 0:
+        raise OSError(errno.EIO, "it ends early")
+    return count
+
+
+def _feed_zeros(update: Callable[[bytes], None], count: int) -> None:
+    zeros = bytes(min(count, _PIECE))
+    while count > 0:
+        update(zeros[:count])
+        count -= len(zeros)
+
+
+def _be_modest() -> None:
+    """Let this thread read only when nobody else wants the disk, as far as that is possible."""
+    number = _IOPRIO_SET.get(platform.machine())
+    if number is not None:
+        _libc.syscall(ctypes.c_long(number), _THIS_THREAD, 0, _IDLE)
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+def _condemn(
+    found: ScrubbedBase,
+    opened: store.OpenBase,
+    cache: store.CacheStore,
+    observers: events.Observers,
+    evict: Evict,
+) -> ScrubbedBase:
+    """Mark a damaged base, so that no new request is served from it, and evict it if nobody needs it."""
+    with locks.waiting(
+        cache.layout.lock(found.name),
+        shared=False,
+        host=cache.host,
+        patience=cache.config.lock_timeout,
+        check=lambda: None,
+    ):
+        if not opened.is_current():
+            return dataclasses.replace(found, verdict=Verdict.GONE, detail="it was evicted meanwhile")
+        record = cache.record_of(opened)
+        if record is not None and not record.damaged:
+            _mark(dataclasses.replace(record, damaged=True), cache)
+        stays = evict(found.name, f"damaged on disk: {found.detail}")
+    observers(events.Damaged(found.name, found.image_id, detail=found.detail, stays=stays))
+    return dataclasses.replace(found, stays=stays)
+
+
+def _mark(record: evidence.Record, cache: store.CacheStore) -> None:
+    path = cache.layout.record(record.name)
+    used = os.stat(path)
+    cache.write_record(record)
+    # Its time is a note of when the base was last used, which this is not.
+    os.utime(path, ns=(used.st_atime_ns, used.st_mtime_ns))
