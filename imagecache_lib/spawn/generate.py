@@ -193,8 +193,8 @@ def ephemeral(
 def for_overlay(wanted: backing.Backing, disk_path: str) -> Generation:
     """Return what an existing overlay was made on, as far as the name of its base says.
 
-    A base that was made by an operator's command, or by what no two hosts make alike, has a name that does not
-    say how: such a one can be checked, and not made.
+    The name of a base that an operator's command made, or what no two hosts make alike, does not say how: such
+    a one can be checked, and not made.
 
     :param wanted: a swap or an ephemeral base.
     :param disk_path: of the overlay, for messages.

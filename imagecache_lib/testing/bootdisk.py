@@ -4,6 +4,8 @@
 Its boot sector prints ``HELLO BOOT n`` on the first serial port, where ``n`` is a digit kept in the disk's
 second sector, counts the digit up on the disk and resets the machine. Run it with ``-no-reboot``: QEMU then
 flushes the disk and exits 0. With an overlay, the count goes to the overlay and the base stays as it was.
+
+One that stays prints ``BOOT n`` with the new count, once that is on the disk, and idles.
 """
 
 from __future__ import annotations
@@ -14,9 +16,15 @@ SECTOR = 512
 _ORIGIN = 0x7C00
 _COUNTER = 0x8000
 _GREETING_AT = 0x100
-_GREETING = b"HELLO "
 _COUNTER_TEXT = b"BOOT 0\r\n\0"
 _SERIAL_PORT = 0x3F8
+
+_PARTITIONS_AT = 0x1BE
+#: Bootable, of type 83h (Linux), from the second sector on, 2,047 sectors.
+_PARTITION = bytes.fromhex("80000200 83000200 01000000 ff070000")
+
+#: mov al, FEh; out 64h, al: the keyboard controller resets the machine.
+_RESET = b"\xb0\xfe\xe6\x64"
 
 
 def boot_command(disk: str, disk_format: str) -> list[str]:
@@ -32,22 +40,24 @@ def boot_command(disk: str, disk_format: str) -> list[str]:
     ]  # fmt: skip
 
 
-def write_boot_disk(path: str, size_mb: int = 4) -> None:
+def write_boot_disk(path: str, size_mb: int = 4, *, greeting: str = "HELLO", stays: bool = False) -> None:
     """Write a raw, sparse boot disk.
 
     :param path: of the file; an existing one is replaced.
     :param size_mb: its size in MiB, at least 1.
+    :param greeting: what it says first: at most 32 ASCII characters.
+    :param stays: idle at the end, instead of resetting the machine.
     :raises OSError: it cannot be written.
     """
     with open(path, "wb") as disk:
-        disk.write(_boot_sector())
+        disk.write(_boot_sector(f"{greeting} ".encode("ascii"), stays=stays))
         disk.write(_COUNTER_TEXT.ljust(SECTOR, b"\0"))
         disk.truncate(size_mb * 2**20)
         disk.flush()
         os.fsync(disk.fileno())
 
 
-def _boot_sector() -> bytes:
+def _boot_sector(greeting: bytes, *, stays: bool) -> bytes:
     """Assemble the 16-bit code. The BIOS loads it at 7C00h with the drive's number in DL."""
     digit = _COUNTER + _COUNTER_TEXT.index(b"0")
     code = b"".join(
@@ -62,12 +72,13 @@ def _boot_sector() -> bytes:
             b"\xfe\x06" + digit.to_bytes(2, "little"),  # inc byte [digit]
             b"\x5a",  # pop dx
             _disk_access(0x03),
-            b"\xb0\xfe\xe6\x64",  # mov al, FEh; out 64h, al: the keyboard controller resets the machine
+            _print(_COUNTER) if stays else _RESET,
             b"\xf4\xeb\xfd",  # hlt; jmp back
         )
     )
-    sector = code.ljust(_GREETING_AT, b"\0") + _GREETING
-    return sector.ljust(SECTOR - 2, b"\0") + b"\x55\xaa"
+    sector = code.ljust(_GREETING_AT, b"\0") + greeting + b"\0"
+    # Who inspects images takes a boot sector without a partition for a broken one.
+    return sector.ljust(_PARTITIONS_AT, b"\0") + _PARTITION.ljust(64, b"\0") + b"\x55\xaa"
 
 
 def _disk_access(function: int) -> bytes:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.functional.lab import bindings, filesystems
 from tests.functional.lab import ceph as ceph_lab
-from tests.functional.lab import filesystems
 from tests.functional.lab import glance as glance_lab
 from tests.functional.lab import libvirt as libvirt_lab
 from tests.functional.lab import nginx as nginx_lab
@@ -62,7 +62,8 @@ def libvirt() -> Iterator[libvirt_lab.Libvirt]:
 @pytest.fixture(scope="session")
 def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ceph_lab.Ceph]:
     """A running Ceph cluster. Tests share it: their images have names of their own."""
-    ceph_lab.load_bindings(tmp_path_factory.mktemp("bindings"))
+    bindings.load(tmp_path_factory.mktemp("bindings"), "python3-rados", ["rados"])
+    bindings.load(tmp_path_factory.mktemp("bindings"), "python3-rbd", ["rbd"])
     # Not below pytest's directory: the path of a Unix socket may have 107 bytes at most.
     with (
         tempfile.TemporaryDirectory(prefix="ceph-", dir="/var/tmp") as home,

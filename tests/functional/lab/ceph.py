@@ -11,7 +11,6 @@ import dataclasses
 import json
 import pathlib
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 
@@ -20,10 +19,6 @@ from tests.functional.lab import server
 POOLS = ("images", "vms")
 
 #: Where distributions keep Python modules that have no wheel.
-_SYSTEM_PACKAGES = (
-    pathlib.Path("/usr/lib/python3/dist-packages"),
-    pathlib.Path(f"/usr/lib64/python3.{sys.version_info.minor}/site-packages"),
-)
 _TIMEOUT = 60
 
 _CONFIGURATION = """
@@ -66,20 +61,6 @@ class Ceph:
 
     conf: pathlib.Path
     fsid: str
-
-
-def load_bindings(home: pathlib.Path) -> None:
-    """Make the distribution's ``rados`` and ``rbd`` importable, and nothing else that it has.
-
-    :param home: an existing, empty directory.
-    """
-    for module in ("rados", "rbd"):
-        pattern = f"{module}.cpython-{sys.version_info.major}{sys.version_info.minor}-*.so"
-        found = [path for directory in _SYSTEM_PACKAGES for path in directory.glob(pattern)]
-        if not found:
-            server.lack(f"python3-{module} is not installed for this Python")
-        (home / found[0].name).symlink_to(found[0])
-    sys.path.append(str(home))
 
 
 @contextlib.contextmanager

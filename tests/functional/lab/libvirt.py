@@ -16,11 +16,14 @@ from xml.sax import saxutils
 
 from tests.functional.lab import server
 
+_RUNTIME = "/run/libvirt"
+
 _CONFIGURATION = """
 listen_tls = 0
 listen_tcp = 0
 auth_unix_rw = "none"
 auth_unix_ro = "none"
+unix_sock_rw_perms = "0777"
 unix_sock_dir = "{sockets}"
 """
 
@@ -138,6 +141,8 @@ def _namespace(home: pathlib.Path) -> list[str]:
     if pathlib.Path("/dev/kvm").exists():
         covers["/dev/kvm"] = home / "no-kvm"
         covers["/dev/kvm"].touch(mode=0o600)
-    mounts = " && ".join(f"mount --bind {cover} {path}" for path, cover in covers.items())
+    # A second libvirtd, the system's own, has its pid files there.
+    private = f"mkdir -p {_RUNTIME} && mount -t tmpfs -o mode=755 libvirt {_RUNTIME}"
+    mounts = " && ".join([private, *(f"mount --bind {cover} {path}" for path, cover in covers.items())])
     unshare = [server.tool("unshare"), "--mount", "--propagation", "slave"]
     return [*unshare, server.tool("sh"), "-c", f'{mounts} && exec "$@"', "sh"]
