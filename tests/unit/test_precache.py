@@ -8,6 +8,7 @@ import itertools
 import os
 import tempfile
 import threading
+import time
 import unittest
 from collections.abc import Callable, Mapping, Sequence
 
@@ -498,7 +499,12 @@ class AgentCase(CacheCase):
             over.wait(0.01)
 
     def host(self, **options: object) -> Host:
-        return super().host(**{"sleep": lambda _seconds: None, **options})
+        slept = [0.0]
+
+        def sleep(seconds: float) -> None:
+            slept[0] += seconds
+
+        return super().host(**{"sleep": sleep, "clock": lambda: time.time() + slept[0], **options})
 
 
 class AgentTest(AgentCase):

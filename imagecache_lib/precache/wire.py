@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What conductor and agents say to each other, as plain values. Nothing that arrives is trusted.
+
+A request names images and limits; any other field is refused, so that nobody who may send messages chooses
+where a host fetches from or what it writes. An answer is ``{"result": ...}`` or ``{"error": ...}``: an error
+travels as the kind that says who must act, with its text, and without a traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from imagecache_lib import errors, layout
+from imagecache_lib.precache import client, job
+
+LOG = logging.getLogger(__name__)
+
+#: Errors by the name under which they travel. Others travel as the nearest of their ancestors here.
+_KINDS: dict[str, type[errors.ImageCacheError]] = {
+    kind.__name__: kind
+    for kind in (
+        client.UnknownTask, client.HostUnsupported, errors.ImageNotFound, errors.ImageRejected,
+        errors.SourceError, errors.NoSpaceError, errors.LockTimeoutError, errors.CancelledError,
+        errors.BackendError, errors.ConfigError, errors.CacheEntryError,
+    )
+}  # fmt: skip
+
+#: More than any roll-out needs; a request is no way to fill an agent's memory.
+_MOST_IMAGES = 1000
+_MOST_RETRIES = 100
+_LONGEST_ID = 128
+_LARGEST = 2**63
+
+
+class Malformed(errors.BackendError):
+    """What arrived is not what should be said."""
+
+
+def from_task(task: client.HostTask) -> dict[str, Any]:
+    """Return a task as it travels."""
+    return {**dataclasses.asdict(task), "image_ids": list(task.image_ids)}
+
+
+def to_task(found: Any) -> client.HostTask:
+    """Return the task that arrived.
+
+    :raises Malformed: it is none, or says more than a task may.
+    """
+    fields = dict(_mapping(found, "a task"))
+    known = {field.name for field in dataclasses.fields(client.HostTask)}
+    if unknown := fields.keys() - known:
+        raise Malformed(
+            f"a task may not have {min(map(str, unknown))!r}", next_step="name images and limits only"
+        )
+    return client.HostTask(
+        job_id=to_job_id(fields.get("job_id")),
+        image_ids=to_image_ids(fields.get("image_ids")),
+        attempt=_integer(fields.get("attempt", 0), "attempt"),
+        rate=_integer(fields.get("rate", 0), "rate"),
+        deadline=_moment(fields.get("deadline"), "deadline"),
+        pin_until=_moment(fields.get("pin_until"), "pin_until"),
+        retries=_integer(fields.get("retries", 0), "retries", most=_MOST_RETRIES),
+    )
+
+
+def to_job_id(found: Any) -> str:
+    """Return the job's id that arrived.
+
+    :raises Malformed: it is none.
+    """
+    if not isinstance(found, str) or not 0 < len(found) <= _LONGEST_ID or not found.isprintable():
+        raise Malformed("that is no job's id", next_step="upgrade whoever asks")
+    return found
+
+
+def to_image_ids(found: Any) -> tuple[str, ...]:
+    """Return the image ids that arrived.
+
+    :raises Malformed: it is no list of different ids.
+    :raises ImageRejected: an id that no image can have.
+    """
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise Malformed("that is no list of image ids", next_step="upgrade whoever asks")
+    if not 0 < len(found) <= _MOST_IMAGES or len(set(found)) != len(found):
+        raise Malformed(f"a task has 1 to {_MOST_IMAGES} images, each once", next_step="ask for fewer images")
+    for image_id in found:
+        layout.base_name(image_id)
+    return tuple(found)
+
+
+def from_survey(survey: client.Survey) -> dict[str, Any]:
+    """Return a survey as it travels."""
+    return {
+        "present": list(survey.present),
+        "missing": dict(survey.missing),
+        "free": survey.free,
+        "problems": dict(survey.problems),
+    }
+
+
+def to_survey(found: Any) -> client.Survey:
+    """Return the survey that arrived.
+
+    :raises Malformed: it is none.
+    """
+    fields = _mapping(found, "a survey")
+    present = fields.get("present")
+    if not isinstance(present, list):
+        raise Malformed("a survey arrived that is none", next_step="upgrade the agent")
+    return client.Survey(
+        tuple(str(each) for each in present),
+        {
+            str(key): None if size is None else _integer(size, "size")
+            for key, size in _mapping(fields.get("missing"), "missing").items()
+        },
+        _integer(fields.get("free"), "free"),
+        {str(key): str(text) for key, text in _mapping(fields.get("problems"), "problems").items()},
+    )
+
+
+def from_cells(cells: Mapping[str, job.Cell]) -> dict[str, Any]:
+    """Return cells as they travel."""
+    return {
+        image_id: {**dataclasses.asdict(cell), "result": cell.result.value if cell.result else None}
+        for image_id, cell in cells.items()
+    }
+
+
+def to_cells(found: Any) -> dict[str, job.Cell]:
+    """Return the cells that arrived.
+
+    :raises Malformed: they are none.
+    """
+    return {str(key): _cell(fields) for key, fields in _mapping(found, "a progress report").items()}
+
+
+def _cell(found: Any) -> job.Cell:
+    fields = _mapping(found, "a result")
+    result, total = fields.get("result"), fields.get("total")
+    try:
+        known = None if result is None else job.Result(result)
+    except ValueError:
+        raise Malformed(f"the unknown result {result!r} arrived", next_step="upgrade the conductor") from None
+    return job.Cell(
+        known,
+        str(fields.get("reason", "")),
+        _integer(fields.get("received", 0), "received"),
+        None if total is None else _integer(total, "total"),
+    )
+
+
+def answered(ask: Callable[[], Any]) -> dict[str, Any]:
+    """Return what a call returns or raises, as it travels."""
+    try:
+        return {"result": ask()}
+    except errors.ImageCacheError as error:
+        return {"error": _from_error(error)}
+    except Exception as error:
+        LOG.exception("A call failed")
+        unforeseen = errors.BackendError(
+            f"the agent failed with {type(error).__name__}", next_step="read its log"
+        )
+        return {"error": _from_error(unforeseen)}
+
+
+def result_of(answer: Any) -> Any:
+    """Return what an answer says, or raise the error that it is.
+
+    :raises ImageCacheError: of the kind that the agent raised.
+    :raises Malformed: it is no answer.
+    """
+    fields = _mapping(answer, "an answer")
+    if "error" not in fields:
+        return fields.get("result")
+    told = _mapping(fields["error"], "an error")
+    kind = _KINDS.get(str(told.get("kind")), errors.BackendError)
+    more = {name: str(told[name]) for name in ("image", "path", "next_step") if told.get(name) is not None}
+    raise kind(str(told.get("cause", "the agent failed")), **more)
+
+
+def _from_error(error: errors.ImageCacheError) -> dict[str, Any]:
+    kind = next(each.__name__ for each in type(error).__mro__ if each.__name__ in _KINDS or each is Exception)
+    return {
+        "kind": kind,
+        "cause": error.cause,
+        "image": error.image,
+        "path": error.path,
+        "next_step": error.next_step,
+    }
+
+
+def _mapping(found: Any, what: str) -> Mapping[Any, Any]:
+    if not isinstance(found, Mapping):
+        raise Malformed(f"{what} arrived that is none", next_step="upgrade the side that sent it")
+    return found
+
+
+def _integer(found: Any, what: str, *, most: int = _LARGEST) -> int:
+    if type(found) is not int or not 0 <= found <= most:
+        raise Malformed(f"{what} is {found!r}", next_step="upgrade the side that sent it")
+    return found
+
+
+def _moment(found: Any, what: str) -> float | None:
+    if found is None:
+        return None
+    if type(found) not in (int, float) or not math.isfinite(found) or found < 0:
+        raise Malformed(f"{what} is {found!r}", next_step="upgrade the side that sent it")
+    return float(found)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What conductor and agents say to each other: over oslo.messaging's in-memory transport, and malformed."""
+
+from __future__ import annotations
+
+import unittest
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import oslo_messaging
+from oslo_config import cfg
+
+from imagecache_lib import errors
+from imagecache_lib.precache import client, job, rpc, wire
+
+TASK = client.HostTask(
+    "a1", ("image-a", "image-b"), attempt=2, rate=5, deadline=7.5, pin_until=9.0, retries=4
+)
+CELLS = {"image-a": job.Cell(job.Result.CACHED, "", 5, 5), "image-b": job.Cell(None, "soon", 1, None)}
+SURVEY = client.Survey(("image-a",), {"image-b": 7, "image-c": None}, 99, {"image-d": "it is gone"})
+
+
+class ScriptedAgent:
+    """Answers, or raises what it was told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.raises: BaseException | None = None
+
+    def _note(self, what: Any) -> None:
+        self.asked.append(what)
+        if self.raises is not None:
+            raise self.raises
+
+    def survey(self, image_ids: Sequence[str]) -> client.Survey:
+        self._note(image_ids)
+        return SURVEY
+
+    def begin(self, task: client.HostTask) -> None:
+        self._note(task)
+
+    def poll(self, job_id: str) -> Mapping[str, job.Cell]:
+        self._note(job_id)
+        return CELLS
+
+    def cancel(self, job_id: str) -> None:
+        self._note(job_id)
+
+
+class RpcTest(unittest.TestCase):
+    def setUp(self) -> None:
+        # oslo.messaging's own options live on the global configuration, whoever is given.
+        if not cfg.CONF._args:
+            cfg.CONF([], project="imagecache-test", default_config_files=[])
+        transport = oslo_messaging.get_rpc_transport(cfg.CONF, url=f"fake://{self.id()}/")
+        self.addCleanup(transport.cleanup)
+        self.agent = ScriptedAgent()
+        server = rpc.AgentServer(transport, self.agent, name="one")  # type: ignore[arg-type]
+        server.start()
+        self.addCleanup(server.stop)
+        self.transport = transport
+        self.client = rpc.RpcHostClient(transport, timeout=5.0)
+
+    def test_what_is_said_arrives(self) -> None:
+        self.assertEqual(SURVEY, self.client.survey("one", ["image-a"]))
+        self.client.begin("one", TASK)
+        self.assertEqual(CELLS, self.client.poll("one", "a1"))
+        self.client.cancel("one", "a1")
+        self.assertEqual([("image-a",), TASK, "a1", "a1"], self.agent.asked)
+
+    def test_an_error_arrives_as_the_kind_that_says_who_acts(self) -> None:
+        for error in (
+            client.UnknownTask("never heard of it"),
+            client.HostUnsupported("no cache"),
+            errors.NoSpaceError("it is full", image="image-a", path="/srv", next_step="make room"),
+            errors.ImageRejected("bad"),
+        ):
+            with self.subTest(error=error):
+                self.agent.raises = error
+                with self.assertRaises(type(error)) as caught:
+                    self.client.poll("one", "a1")
+                self.assertIs(type(error), type(caught.exception))
+                self.assertEqual(str(error), str(caught.exception))
+
+    def test_a_subclass_arrives_as_what_it_is_a_kind_of(self) -> None:
+        self.agent.raises = wire.Malformed("no")
+        with self.assertRaises(errors.BackendError):
+            self.client.poll("one", "a1")
+
+    def test_a_failure_that_nobody_foresaw_arrives_without_its_details(self) -> None:
+        self.agent.raises = KeyError("secret")
+        with self.assertRaisesRegex(errors.BackendError, "failed with KeyError") as caught:
+            self.client.poll("one", "a1")
+        self.assertNotIn("secret", str(caught.exception))
+        self.assertNotIn("Traceback", str(caught.exception))
+
+    def test_a_host_that_does_not_answer_is_down(self) -> None:
+        with self.assertRaisesRegex(client.HostDown, "no answer"):
+            rpc.RpcHostClient(self.transport, timeout=0.2).poll("two", "a1")
+
+    def test_nobody_says_where_to_fetch_from_or_what_to_write(self) -> None:
+        plain = oslo_messaging.get_rpc_client(
+            self.transport, oslo_messaging.Target(topic=rpc.TOPIC, version="1.0", server="one"), timeout=5
+        )
+        for extra in ("source", "path", "url", "fallbacks"):
+            answer = plain.call({}, "begin", task={**wire.from_task(TASK), extra: "http://evil/"})
+            self.assertIn(extra, answer["error"]["cause"])
+        with self.assertRaises(Exception):  # noqa: B017  the in-memory transport raises what the agent did
+            plain.call({}, "begin", task=wire.from_task(TASK), path="/etc/passwd")
+        with self.assertRaises(Exception):  # noqa: B017
+            plain.call({}, "stop")
+        self.assertEqual([], self.agent.asked)
+
+
+class WireTest(unittest.TestCase):
+    def test_tasks_that_make_no_sense_are_refused(self) -> None:
+        good = wire.from_task(TASK)
+        for name, value in (
+            ("job_id", ""), ("job_id", 5), ("job_id", "a\nb"), ("job_id", "a" * 1000),
+            ("image_ids", []), ("image_ids", "image-a"), ("image_ids", [1]), ("image_ids", ["a", "a"]),
+            ("image_ids", [str(number) for number in range(1001)]),
+            ("rate", -1), ("rate", 1.5), ("rate", True), ("retries", 10**6), ("attempt", None),
+            ("deadline", "tomorrow"), ("deadline", float("nan")), ("deadline", float("inf")),
+            ("pin_until", -1),
+        ):  # fmt: skip
+            with self.subTest(name=name, value=value), self.assertRaises(wire.Malformed):
+                wire.to_task({**good, name: value})
+        with self.assertRaises(errors.ImageRejected):
+            wire.to_task({**good, "image_ids": ["a\0"]})
+        for found in (None, [], "task", {}):
+            with self.subTest(found=found), self.assertRaises(wire.Malformed):
+                wire.to_task(found)
+
+    def test_answers_that_make_no_sense_are_refused(self) -> None:
+        parsers: tuple[tuple[Callable[[Any], Any], Sequence[Any]], ...] = (
+            (wire.to_survey, (None, {}, {"present": [], "missing": [], "free": 1, "problems": {}},
+                              {"present": [], "missing": {}, "free": "much", "problems": {}})),
+            (wire.to_cells, (None, {"a": None}, {"a": {"result": "perhaps"}}, {"a": {"received": -5}})),
+            (wire.result_of, (None, [], {"error": "text"})),
+        )  # fmt: skip
+        for parse, wrong in parsers:
+            for found in wrong:
+                with self.subTest(parse=parse.__name__, found=found), self.assertRaises(wire.Malformed):
+                    parse(found)
+
+    def test_an_error_of_an_unknown_kind_is_the_operators(self) -> None:
+        with self.assertRaisesRegex(errors.BackendError, "from the future"):
+            wire.result_of({"error": {"kind": "os.system", "cause": "from the future"}})
