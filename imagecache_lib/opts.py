@@ -120,6 +120,36 @@ def from_files(
     :raises ConfigError: a file cannot be read, or a value cannot work.
     """
     conf = cfg.ConfigOpts()
+    _read(conf, paths)
+    register_opts(conf)
+    if instances_path is not None:
+        conf.set_override("instances_path", os.path.abspath(instances_path))
+    return config_from(conf), host_from(conf)
+
+
+def global_conf(paths: Sequence[str] = ()) -> cfg.ConfigOpts:
+    """Read files into oslo.config's global configuration, and return it.
+
+    Only for the ``main`` of a process that speaks oslo.messaging, which has options of its own there.
+
+    :raises ConfigError: a file cannot be read.
+    """
+    _read(cfg.CONF, paths)
+    return cfg.CONF
+
+
+def has_transport(paths: Sequence[str] = ()) -> bool:
+    """Whether files or the environment name a message bus. oslo.messaging is not loaded to find out.
+
+    :raises ConfigError: a file cannot be read.
+    """
+    conf = cfg.ConfigOpts()
+    _read(conf, paths)
+    conf.register_opt(cfg.StrOpt("transport_url", secret=True))
+    return bool(conf.transport_url)
+
+
+def _read(conf: cfg.ConfigOpts, paths: Sequence[str]) -> None:
     arguments = [word for path in paths for word in ("--config-file", path)]
     try:
         conf(arguments, project="imagecache", prog="imagecache")
@@ -127,10 +157,6 @@ def from_files(
         raise errors.ConfigError(
             f"the configuration cannot be read: {error}", next_step="correct --config-file"
         ) from error
-    register_opts(conf)
-    if instances_path is not None:
-        conf.set_override("instances_path", os.path.abspath(instances_path))
-    return config_from(conf), host_from(conf)
 
 
 def _group(conf: cfg.ConfigOpts, group: str) -> Any:

@@ -65,20 +65,28 @@ class Base(command.Command):
         self.app.stderr.write(f"{self.app.NAME}: {text}\n")
         self.app.stderr.flush()
 
-    def manager(self, source: source_base.ImageSource | None = None) -> manager.ImageCacheManager:
+    def manager(
+        self,
+        source: source_base.ImageSource | None = None,
+        *,
+        observers: Sequence[events.Observer] = (),
+        progress_shown: bool = True,
+    ) -> manager.ImageCacheManager:
         """Return the manager that the configuration describes.
 
         :param source: None: nothing will be fetched.
+        :param observers: told beside the log.
+        :param progress_shown: tell how far transfers are.
         :raises ConfigError: the configuration cannot be read, or cannot work.
         """
         options = self.app.options
         config, host = opts.from_files(options.config_file, instances_path=options.instances_path)
-        observers: list[events.Observer] = [events.log_observer]
-        if options.verbose_level > 0:
+        all_observers: list[events.Observer] = [events.LogObserver(), *observers]
+        if progress_shown and options.verbose_level > 0:
             # First, so that its line is gone when the log writes one.
-            observers.insert(0, progress.ProgressObserver(self.app.stderr))
+            all_observers.insert(0, progress.ProgressObserver(self.app.stderr))
         return manager.ImageCacheManager(
-            config, source or file.FileSource({}), host=host, observers=observers
+            config, source or file.FileSource({}), host=host, observers=all_observers
         )
 
 
@@ -90,7 +98,7 @@ class BaseShow(Base, show.ShowOne):
     """A command that shows one thing."""
 
 
-def add_instances(parser: argparse.ArgumentParser) -> None:
+def add_instances(parser: argparse._ActionsContainer) -> None:
     """Let a command take the driver's report."""
     parser.add_argument(
         "--instances", metavar="FILE",

@@ -11,10 +11,11 @@ from typing import Any
 
 from cliff import app, commandmanager
 
-from imagecache_lib.cli import cache, disk, hosts, image
+from imagecache_lib.cli import agent, cache, disk, hosts, image, precache
 
 #: Each is a :class:`cliff.command.Command`.
 _COMMANDS: dict[str, type[Any]] = {
+    "agent": agent.Agent,
     "cache check": cache.Check,
     "cache scrub": cache.Scrub,
     "cache usage": cache.Usage,
@@ -29,6 +30,12 @@ _COMMANDS: dict[str, type[Any]] = {
     "image pin": image.Pin,
     "image show": image.Show,
     "image unpin": image.Unpin,
+    "precache cancel": precache.Cancel,
+    "precache list": precache.List,
+    "precache plan": precache.Plan,
+    "precache resume": precache.Resume,
+    "precache start": precache.Start,
+    "precache status": precache.Status,
 }
 
 

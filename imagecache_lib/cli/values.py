@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import re
+import time
 from typing import Any
 
 from cliff import columns
@@ -30,6 +31,20 @@ def duration(text: str) -> int:
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 90s, 30m, 12h or 7d")
     return int(found[1]) * _SECONDS[found[2]]
+
+
+def moment(text: str) -> float:
+    """Return epoch seconds from ``2026-11-27T18:00``, local unless it says otherwise, or ``7d`` from now."""
+    try:
+        return dt.datetime.fromisoformat(text.strip()).timestamp()
+    except ValueError:
+        pass
+    try:
+        return time.time() + duration(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time: write 2026-11-27T18:00, or 12h or 7d from now"
+        ) from None
 
 
 def shown(amount: float) -> str:

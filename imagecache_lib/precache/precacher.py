@@ -11,9 +11,10 @@ import concurrent.futures
 import dataclasses
 import logging
 import random as random_module
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
-from imagecache_lib import errors
+from imagecache_lib import errors, model
 from imagecache_lib import host as host_module
 from imagecache_lib.precache import client, job
 from imagecache_lib.precache.database import JobDatabase
@@ -109,9 +110,10 @@ class AggregatePrecacher:
         job.check(hosts, image_ids)
         return self._database.add(aggregate, hosts, image_ids, terms or job.Terms(), now=self._host.clock())
 
-    def run(self, job_id: str) -> job.Job:
+    def run(self, job_id: str, *, leave: model.CancelToken | None = None) -> job.Job:
         """Work on a job until everything has a result. Goes on where an earlier run stopped.
 
+        :param leave: once it is set, return; the hosts go on with what they have begun.
         :raises ConfigError: there is no such job.
         """
         work = self._database.get(job_id)
@@ -122,9 +124,18 @@ class AggregatePrecacher:
             over = sum(not now.pending(each) for each in now.hosts)
             self._tell(JobEvent("progress", now, name, over))
 
-        JobRun(work, self._database, self._hosts, host=self._host, done=done, random=self._random).execute()
+        JobRun(
+            work,
+            self._database,
+            self._hosts,
+            host=self._host,
+            done=done,
+            leave=leave or threading.Event(),
+            random=self._random,
+        ).execute()
         ended = self._database.get(job_id)
-        self._tell(JobEvent("end", ended, index=len(ended.hosts)))
+        if ended.is_over:
+            self._tell(JobEvent("end", ended, index=len(ended.hosts)))
         return ended
 
     def status(self, job_id: str) -> job.Job:
@@ -152,10 +163,10 @@ class AggregatePrecacher:
                 except errors.ImageCacheError as error:
                     LOG.warning("Host %s could not be told that job %s is cancelled: %s", name, job_id, error)
 
-    def resume(self, job_id: str) -> job.Job:
+    def resume(self, job_id: str, *, leave: model.CancelToken | None = None) -> job.Job:
         """Work on a job again, on what failed or was skipped too. As :meth:`run`."""
         self._database.retry(job_id)
-        return self.run(job_id)
+        return self.run(job_id, leave=leave)
 
     def _tell(self, event: JobEvent) -> None:
         for observer in self._observers:

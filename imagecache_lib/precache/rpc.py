@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import oslo_messaging
+from oslo_config import cfg
 
 from imagecache_lib import errors
 from imagecache_lib.precache import client, job, wire
@@ -28,6 +29,20 @@ _SURVEY_TIMEOUT = 60.0
 
 #: What oslo.messaging's dispatcher raises in the agent for a call that it does not know.
 _OTHER_VERSION = frozenset({"UnsupportedVersion", "NoSuchMethod"})
+
+
+def transport(conf: Any) -> Any:
+    """Return the transport that a configuration names, for the two classes below.
+
+    :param conf: oslo.config's global configuration.
+    :raises ConfigError: what it names does not work.
+    """
+    try:
+        return oslo_messaging.get_rpc_transport(conf)
+    except (oslo_messaging.MessagingException, cfg.Error) as error:
+        raise errors.ConfigError(
+            f"transport_url does not work: {type(error).__name__}", next_step="correct it"
+        ) from error
 
 
 class RpcHostClient(client.HostClient):

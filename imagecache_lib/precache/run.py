@@ -14,7 +14,7 @@ import random as random_module
 import threading
 from collections.abc import Callable
 
-from imagecache_lib import errors
+from imagecache_lib import errors, model
 from imagecache_lib import host as host_module
 from imagecache_lib.precache import client, job
 from imagecache_lib.precache.database import JobDatabase
@@ -56,6 +56,7 @@ class JobRun:
     """Works on one job.
 
     :param done: called with a host whose images all have a result.
+    :param leave: once it is set, the run returns, and the hosts go on by themselves.
     :param random: uniform in [0, 1).
     """
 
@@ -67,6 +68,7 @@ class JobRun:
         *,
         host: host_module.Host,
         done: Callable[[str], None],
+        leave: model.CancelToken,
         random: Callable[[], float] = random_module.random,
     ) -> None:
         self._work = work
@@ -74,6 +76,7 @@ class JobRun:
         self._hosts = hosts
         self._host = host
         self._done = done
+        self._leave = leave
         self._random = random
         self._lock = threading.Lock()
         now = host.clock()
@@ -82,7 +85,7 @@ class JobRun:
         ]
 
     def execute(self) -> None:
-        """Return when every image on every host has a result.
+        """Return when every image on every host has a result, or when it shall leave.
 
         :raises ConfigError: the database failed.
         """
@@ -94,6 +97,8 @@ class JobRun:
     def _serve(self) -> None:
         while (turn := self._take()) is not None:
             self._sleep_until(turn.not_before)
+            if self._leave.is_set():
+                return
             if self._bring(turn):
                 self._done(turn.name)
             else:
@@ -112,7 +117,7 @@ class JobRun:
     # -- one host ------------------------------------------------------------------------------------
 
     def _bring(self, turn: _Turn) -> bool:
-        """Bring a host's images to a result, whatever happens. False: it is down, to be tried later."""
+        """Bring a host's images to a result, whatever happens. False: they have none yet."""
         try:
             return self._follow(turn)
         except client.HostUnsupported as error:
@@ -127,6 +132,8 @@ class JobRun:
 
     def _follow(self, turn: _Turn) -> bool:
         while pending := self._database.pending(self._work.id, turn.name):
+            if self._leave.is_set():
+                return False
             if self._database.is_cancelled(self._work.id):
                 self._cancel(turn, job.Result.SKIPPED, "the job was cancelled")
             elif self._is_too_late(turn):
@@ -213,6 +220,6 @@ class JobRun:
 
     def _sleep_until(self, moment: float) -> None:
         while (left := moment - self._host.clock()) > 0:
-            if self._database.is_cancelled(self._work.id):
+            if self._leave.is_set() or self._database.is_cancelled(self._work.id):
                 return
             self._host.sleep(min(POLL, left))

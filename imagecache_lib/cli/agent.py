@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``imagecache agent``: the service of one host. It caches what conductors ask for, and evicts."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from imagecache_lib import errors, manager, model
+from imagecache_lib.cli import base, bus, sources, values
+from imagecache_lib.precache.agent import HostAgent, Watch
+
+LOG = logging.getLogger(__name__)
+
+#: Entry points that return an iterable of :class:`~imagecache_lib.Instance`, or None if they cannot tell.
+PROVIDERS = "imagecache_lib.instances"
+
+#: What an interval of 0 means, in seconds.
+_EVERY_MINUTE = 60
+
+Provider = Callable[[], Sequence[model.Instance] | None]
+
+
+class Agent(base.Base):
+    """Serve this host's cache: cache what conductors ask for, and run the periodic pass. Until SIGTERM."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        group = parser.add_argument_group("periodic pass")
+        which = group.add_mutually_exclusive_group()
+        base.add_instances(which)
+        which.add_argument(
+            "--instances-provider",
+            metavar="NAME",
+            help=f"entry point of the group {PROVIDERS} that returns the instances, instead of a file",
+        )
+        parser.add_argument(
+            "--max-bytes", type=values.size, default=0, metavar="SIZE",
+            help="the most that one job may bring onto this host, such as 200G (default: no limit)",
+        )  # fmt: skip
+        bus.add_topic(parser)
+        sources.add_options(parser)
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        # Loaded here: the other commands do without the extra.
+        transport = bus.require_transport(self.app.options.config_file)
+        from imagecache_lib.precache import rpc
+
+        provider = _provider(parsed_args)
+        watch = Watch()
+        cache = self.manager(sources.chosen(parsed_args, []), observers=[watch])
+        agent = HostAgent(cache, watch=watch, max_bytes=parsed_args.max_bytes)
+        server = rpc.AgentServer(transport, agent, name=cache.host.name, topic=parsed_args.topic)
+        with _until_told_to_stop() as stop:
+            passes = threading.Thread(
+                target=run_passes, args=(cache, provider, stop), name="imagecache-passes", daemon=True
+            )
+            server.start()
+            passes.start()
+            notify("READY=1")
+            self.note(f"the agent of host {cache.host.name} is ready")
+            stop.wait()
+            notify("STOPPING=1")
+            # In this order: what is cancelled because the agent stops must not be reported as a result.
+            server.stop()
+            agent.stop()
+            passes.join()
+
+
+@contextlib.contextmanager
+def _until_told_to_stop() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM and SIGINT set."""
+    stop = threading.Event()
+    before = {
+        number: signal.signal(number, lambda _number, _frame: stop.set())
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield stop
+    finally:
+        for number, what in before.items():
+            signal.signal(number, what)
+
+
+def run_passes(cache: manager.ImageCacheManager, provider: Provider, stop: threading.Event) -> None:
+    """Run the periodic pass at once and every ``manager_interval`` seconds until ``stop`` is set.
+
+    A pass that fails is logged, and the next one comes as planned.
+    """
+    interval = cache.config.manager_interval
+    while interval >= 0:
+        try:
+            report = cache.verify_base_images(_instances(provider))
+        except Exception:
+            LOG.exception("The periodic pass failed")
+        else:
+            for problem in report.problems:
+                LOG.warning("%s", problem)
+            LOG.info(
+                "Of %d base images %d were evicted, %d bytes",
+                len(report.bases), len(report.evicted), report.reclaimed,
+            )  # fmt: skip
+        if stop.wait(interval or _EVERY_MINUTE):
+            return
+
+
+def _instances(provider: Provider) -> Sequence[model.Instance] | None:
+    """Ask for the instances. What cannot be told keeps everything."""
+    try:
+        found = provider()
+    except Exception as error:
+        LOG.warning("Nothing is evicted, since the instances cannot be told: %s", error)
+        return None
+    return None if found is None else tuple(found)
+
+
+def _provider(arguments: argparse.Namespace) -> Provider:
+    """Return what tells the instances: a file, read each time, an entry point, or nothing."""
+    if arguments.instances_provider is None:
+        path = arguments.instances
+        return lambda: base.read_instances(path)
+    found = importlib.metadata.entry_points(group=PROVIDERS, name=arguments.instances_provider)
+    if not found:
+        raise errors.ConfigError(
+            f"there is no entry point {arguments.instances_provider!r} in {PROVIDERS}",
+            next_step="install the package that provides it",
+        )
+    provider: Any = next(iter(found)).load()
+    return provider  # type: ignore[no-any-return]
+
+
+def notify(state: str) -> None:
+    """Tell systemd how the service is, if it asked for it: sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    # "@" stands for the zero byte that begins an abstract address.
+    where = "\0" + address[1:] if address.startswith("@") else address
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.sendto(state.encode(), where)
+    except OSError as error:
+        LOG.warning("systemd cannot be told %s: %s", state, error)

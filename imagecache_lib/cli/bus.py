@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The message bus between conductors and agents, where the configuration has a ``transport_url``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from imagecache_lib import errors, opts
+
+_TOPIC = "imagecache"
+
+
+def add_topic(parser: argparse.ArgumentParser) -> None:
+    """Let a command choose the topic."""
+    parser.add_argument(
+        "--topic", default=_TOPIC, help="that agents listen on; the same for all (default: %(default)s)"
+    )
+
+
+def transport(config_files: Sequence[str]) -> Any | None:
+    """Return the transport that the configuration names. None: it names none.
+
+    :raises ConfigError: what it names does not work.
+    """
+    if not opts.has_transport(config_files):
+        return None
+    try:
+        from imagecache_lib.precache import rpc
+    except ImportError:
+        raise errors.ConfigError(
+            "transport_url is set, and oslo.messaging is not installed",
+            next_step="install imagecache-lib[messaging]",
+        ) from None
+    return rpc.transport(opts.global_conf(config_files))
+
+
+def require_transport(config_files: Sequence[str]) -> Any:
+    """Return the transport that the configuration names.
+
+    :raises ConfigError: it names none, or one that does not work.
+    """
+    found = transport(config_files)
+    if found is None:
+        raise errors.ConfigError(
+            "an agent needs a message bus",
+            next_step="set transport_url in the configuration file, or "
+            "OS_DEFAULT__TRANSPORT_URL in the environment",
+        )
+    return found

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``imagecache precache``: images on every host of an aggregate, before they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from imagecache_lib import errors, opts
+from imagecache_lib.cli import base, bus, sources, values
+from imagecache_lib.cli.job_display import JobDisplay
+from imagecache_lib.precache import client, job
+from imagecache_lib.precache.agent import HostAgent, Watch
+from imagecache_lib.precache.database import JobDatabase
+from imagecache_lib.precache.precacher import AggregatePrecacher
+
+#: Seconds between two looks at a job that is shown while it runs.
+_REFRESH = 0.5
+
+_DATABASE = "IMAGECACHE_JOBS"
+
+
+class _JobCommand(base.BaseLister):
+    """A command about jobs."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "--jobs", metavar="PATH", default=os.environ.get(_DATABASE, "~/.imagecache/jobs.sqlite"),
+            help=f"file in which jobs are kept (default: ${_DATABASE}, else ~/.imagecache/jobs.sqlite)",
+        )  # fmt: skip
+        return parser
+
+    def database(self, arguments: argparse.Namespace) -> JobDatabase:
+        path = os.path.abspath(os.path.expanduser(arguments.jobs))
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise errors.ConfigError(
+                f"the job database cannot be made: {error.strerror}",
+                path=path,
+                next_step="choose another --jobs",
+            ) from error
+        return JobDatabase(path)
+
+    def table(self, work: job.Job) -> tuple[Any, Any]:
+        """Return a job as a table, and remember to exit accordingly."""
+        if work.has_failed:
+            self.exit_code = base.ATTENTION
+        return ["Host", "Image", "Result", "Received", "Reason"], [
+            (name, image_id, _result(cell), values.Bytes(cell.received), cell.reason)
+            for name, cells in work.cells.items()
+            for image_id, cell in cells.items()
+        ]
+
+
+class _HostsCommand(_JobCommand):
+    """A command that asks hosts."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        bus.add_topic(parser)
+        sources.add_options(parser)
+        return parser
+
+    def add_what(self, parser: argparse.ArgumentParser) -> None:
+        """Let the command name hosts and images."""
+        parser.add_argument("image", nargs="+", help="id of an image")
+        parser.add_argument(
+            "--host", action="append", default=[], metavar="NAME",
+            help="a host, as its agent calls itself; may be given several times (default: this one alone, "
+            "without a message bus)",
+        )  # fmt: skip
+        parser.add_argument("--hosts-file", metavar="PATH", help="file with the name of a host on each line")
+
+    def hosts(self, arguments: argparse.Namespace) -> list[str]:
+        names = list(arguments.host)
+        if arguments.hosts_file is not None:
+            names += _read_hosts(arguments.hosts_file)
+        if not names and bus.transport(self.app.options.config_file) is None:
+            names.append(opts.from_files(self.app.options.config_file)[1].name)
+        return names
+
+    @contextlib.contextmanager
+    def conductor(
+        self, arguments: argparse.Namespace, images: list[str] | None
+    ) -> Iterator[AggregatePrecacher]:
+        """Yield what reaches the agents: over the message bus, else this very host's own.
+
+        :param images: that will be fetched. None: nothing will be.
+        """
+        database = self.database(arguments)
+        found = bus.transport(self.app.options.config_file)
+        if found is not None:
+            from imagecache_lib.precache import rpc
+
+            yield AggregatePrecacher(database, rpc.RpcHostClient(found, topic=arguments.topic))
+            return
+        if images is None:
+            yield AggregatePrecacher(database, client.InProcessClient({}))
+            return
+        watch = Watch()
+        cache = self.manager(sources.chosen(arguments, images), observers=[watch], progress_shown=False)
+        agent = HostAgent(cache, watch=watch)
+        try:
+            yield AggregatePrecacher(database, client.InProcessClient({cache.host.name: agent}))
+        finally:
+            agent.stop()
+
+    def follow(
+        self, work: job.Job, conductor: AggregatePrecacher, act: Callable[[threading.Event], job.Job]
+    ) -> tuple[Any, Any]:
+        """Show a job while something is done with it."""
+        leave = threading.Event()
+        ended: list[job.Job] = []
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                ended.append(act(leave))
+            except BaseException as error:
+                failed.append(error)
+
+        before = signal.signal(signal.SIGTERM, lambda _number, _frame: leave.set())
+        running = threading.Thread(target=run, name="imagecache-job")
+        running.start()
+        try:
+            self.show(conductor, work.id, running)
+        except KeyboardInterrupt:
+            leave.set()
+        finally:
+            running.join()
+            signal.signal(signal.SIGTERM, before)
+        if failed:
+            raise failed[0]
+        if not ended[0].is_over:
+            self.note(f"left; to go on: imagecache precache resume {work.id}")
+            self.exit_code = base.ATTENTION
+        return self.table(ended[0])
+
+    def show(self, conductor: AggregatePrecacher, job_id: str, running: threading.Thread) -> None:
+        """Show a job as long as a thread runs."""
+        if self.app.options.verbose_level == 0:
+            running.join()
+            return
+        display = JobDisplay(self.app.stderr)
+        with display.alone():
+            while running.is_alive():
+                display.show(conductor.status(job_id))
+                running.join(_REFRESH)
+            display.show(conductor.status(job_id))
+
+
+class Plan(_HostsCommand):
+    """Ask all hosts what they have, and say what would be fetched. Changes nothing."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        self.add_what(parser)
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
+        hosts = self.hosts(parsed_args)
+        with self.conductor(parsed_args, parsed_args.image) as conductor:
+            plan = conductor.plan(hosts, parsed_args.image)
+        rows = [self._row(name, plan.surveys.get(name), plan.unreachable.get(name, "")) for name in hosts]
+        self.note(f"{values.shown(plan.bytes_to_fetch)} would be fetched in all")
+        if any(row[-1] for row in rows):
+            self.exit_code = base.ATTENTION
+        return ["Host", "Present", "Missing", "To fetch", "Free", "Problem"], rows
+
+    def _row(self, name: str, survey: client.Survey | None, problem: str) -> tuple[Any, ...]:
+        if survey is None:
+            return (name, None, None, values.Bytes(None), values.Bytes(None), problem)
+        wanted = sum(size or 0 for size in survey.missing.values())
+        problems = list(survey.problems.values())
+        if wanted > survey.free:
+            problems.append("there is not enough room")
+        return (
+            name, len(survey.present), len(survey.missing), values.Bytes(wanted), values.Bytes(survey.free),
+            "; ".join(problems),
+        )  # fmt: skip
+
+
+class Start(_HostsCommand):
+    """Have images on hosts, and watch until they are there. What is left can be resumed."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        self.add_what(parser)
+        parser.add_argument(
+            "--aggregate", default="", metavar="NAME", help="what to call these hosts in lists"
+        )
+        parser.add_argument(
+            "--concurrency",
+            type=int,
+            metavar="N",
+            help="how many hosts fetch at a time (default: precache_concurrency)",
+        )
+        parser.add_argument(
+            "--rate",
+            type=values.size,
+            default=0,
+            metavar="SIZE",
+            help="bytes that one host may fetch a second, such as 50M",
+        )
+        parser.add_argument(
+            "--total-rate",
+            type=values.size,
+            default=0,
+            metavar="SIZE",
+            help="bytes that all hosts together may fetch a second",
+        )
+        parser.add_argument(
+            "--deadline",
+            type=values.moment,
+            metavar="WHEN",
+            help="give up what is not done by then: 2026-11-27T18:00, or 6h from now",
+        )
+        parser.add_argument(
+            "--pin-until",
+            type=values.moment,
+            metavar="WHEN",
+            help="keep the images on the hosts until then, used or not",
+        )
+        parser.add_argument(
+            "--retries",
+            type=int,
+            default=3,
+            metavar="N",
+            help="how often a host tries an image again after a failure that may pass (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--jitter", type=values.duration, default=0, metavar="DURATION",
+            help="let hosts begin within so long, at random",
+        )  # fmt: skip
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
+        hosts = self.hosts(parsed_args)
+        with self.conductor(parsed_args, parsed_args.image) as conductor:
+            work = conductor.start(parsed_args.aggregate, hosts, parsed_args.image, self._terms(parsed_args))
+            self.note(f"job {work.id}: {len(parsed_args.image)} images on {len(hosts)} hosts")
+            return self.follow(work, conductor, lambda leave: conductor.run(work.id, leave=leave))
+
+    def _terms(self, arguments: argparse.Namespace) -> job.Terms:
+        concurrency = arguments.concurrency
+        if concurrency is None:
+            concurrency = opts.from_files(self.app.options.config_file)[0].precache_concurrency
+        return job.Terms(
+            concurrency=concurrency,
+            host_rate=arguments.rate,
+            total_rate=arguments.total_rate,
+            deadline=arguments.deadline,
+            pin_until=arguments.pin_until,
+            retries=arguments.retries,
+            jitter=arguments.jitter,
+        )
+
+
+class Resume(_HostsCommand):
+    """Go on with a job that was left, and try again what failed."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("job", help="as list shows it")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
+        work = self.database(parsed_args).get(parsed_args.job)
+        with self.conductor(parsed_args, list(work.image_ids)) as conductor:
+            return self.follow(work, conductor, lambda leave: conductor.resume(work.id, leave=leave))
+
+
+class Cancel(_HostsCommand):
+    """Stop a job. Its hosts stop too, and what is not done ends as skipped."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("job", help="as list shows it")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
+        with self.conductor(parsed_args, None) as conductor:
+            conductor.cancel(parsed_args.job)
+            return self.table(conductor.status(parsed_args.job))
+
+
+class Status(_JobCommand):
+    """Show how far a job is, image by image on each host."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("job", help="as list shows it")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
+        return self.table(self.database(parsed_args).get(parsed_args.job))
+
+
+class List(_JobCommand):
+    """List all jobs, the oldest first."""
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
+        header = [
+            "Id",
+            "Aggregate",
+            "Created",
+            "Hosts",
+            "Images",
+            "State",
+            *(each.value for each in job.Result),
+        ]
+        return header, [
+            (
+                work.id, work.aggregate, values.Date(work.created), len(work.hosts), len(work.image_ids),
+                _state(work), *work.count().values(),
+            )
+            for work in self.database(parsed_args).all()
+        ]  # fmt: skip
+
+
+def _state(work: job.Job) -> str:
+    if not work.is_over:
+        return "cancelled" if work.cancelled else "not done"
+    return "failed" if work.has_failed else "done"
+
+
+def _result(cell: job.Cell) -> str:
+    return cell.result.value if cell.result is not None else ""
+
+
+def _read_hosts(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            lines = [line.partition("#")[0].strip() for line in stream]
+    except (OSError, ValueError) as error:
+        raise errors.ConfigError(
+            f"the list of hosts cannot be read: {error}", path=path, next_step="correct the file"
+        ) from error
+    return [line for line in lines if line]
