@@ -50,7 +50,7 @@ class ImageCacheManager:
     :param source: where images come from, unless a request says otherwise.
     :param backend: a storage backend, or the name of one. None: the configuration's.
     :param host: clock, sleep, host name and the like; the default is this machine's.
-    :param observers: called with what happens. The default logs.
+    :param observers: called with what happens. None: :class:`~imagecache_lib.events.LogObserver` alone.
     :raises ConfigError: the backend is unknown or its configuration cannot work.
     """
 
@@ -61,7 +61,7 @@ class ImageCacheManager:
         backend: backend_base.StorageBackend | str | None = None,
         *,
         host: host_module.Host | None = None,
-        observers: Sequence[events.Observer] = (events.log_observer,),
+        observers: Sequence[events.Observer] | None = None,
     ) -> None:
         self.config = config
         self.host = host or host_module.Host()
@@ -69,7 +69,7 @@ class ImageCacheManager:
         if not isinstance(backend, backend_base.StorageBackend):
             backend = load_backend(backend or config.backend, config, self.host)
         self.backend = backend
-        self._observers = events.Observers(observers)
+        self._observers = events.Observers([events.LogObserver()] if observers is None else observers)
         self._cache = store.CacheStore(config, self.host)
         self._upkeep = verify.Upkeep(self._cache, self._observers)
         self._ingest = ingest.Ingest(
@@ -371,6 +371,7 @@ class ImageCacheManager:
         report = self._upkeep.verify(instances, dry_run=dry_run)
         if not dry_run:
             self._sweep_disks()
+            self._observers(report.as_event())
         return report
 
     def _sweep_disks(self) -> None:

@@ -63,6 +63,18 @@ class VerifyReport:
         """Bytes that eviction gave back, or would."""
         return sum(base.allocated for base in self.evicted)
 
+    def as_event(self) -> events.PassFinished:
+        """Return it in figures."""
+        kept = [base for base in self.bases if not base.evicted]
+        return events.PassFinished(
+            "",
+            kept=len(kept),
+            allocated=sum(base.allocated for base in kept),
+            evicted=len(self.evicted),
+            reclaimed=self.reclaimed,
+            problems=self.problems,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
@@ -311,20 +323,17 @@ class Upkeep:
         return VerifyReport(tuple(sorted(bases, key=lambda base: base.name)), problems, dry_run)
 
     def _silent(self, outcomes: Sequence[evict.Outcome]) -> list[str]:
-        """Return a sentence, and log one WARNING, for each host that keeps bases in the trash by silence."""
+        """Return a sentence for each host that keeps bases in the trash by silence."""
         held: dict[HostRef, list[int]] = {}
         for outcome in outcomes:
             for host in outcome.blocked_by:
                 held.setdefault(host, []).append(outcome.allocated)
-        told = [
+        return [
             f"Host {host.name} has not looked at {len(sizes)} evicted base images, which hold"
             f" {sum(sizes)} bytes. Let its periodic pass run; if it will not come back, run:"
             f" imagecache host forget {host.id}"
             for host, sizes in sorted(held.items())
         ]
-        for sentence in told:
-            LOG.warning("%s", sentence)
-        return told
 
     def image_id(self, name: str) -> str | None:
         """Return the image a base was made from, as its record says."""

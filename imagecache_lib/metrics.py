@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics for Prometheus (the extra ``prometheus``): an observer that counts.
+
+A driver that serves metrics itself gives its registry. One that does not writes a file for node_exporter's
+textfile collector instead.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import prometheus_client
+
+from imagecache_lib import errors, events
+
+_PREFIX = "imagecache"
+
+#: An image takes from a moment to an hour.
+_FETCH_BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+
+_COUNTED: dict[type[events.Event], tuple[str, str]] = {
+    events.Hit: ("hits", "Times that a base image was wanted and there"),
+    events.Miss: ("misses", "Times that a base image was wanted and not there, or not fit"),
+    events.Published: ("published", "Base images that got their name"),
+    events.Adopted: ("adopted", "Base images of somebody else that passed their check"),
+    events.Bypassed: ("bypassed", "Requests served around the cache"),
+    events.NotCloned: ("not_cloned", "Images that the storage could not clone"),
+    events.Rejected: ("rejected", "Images refused for good"),
+    events.Evicted: ("evicted", "Base images removed"),
+    events.Damaged: ("damaged", "Base images that the disk changed"),
+    events.Recovered: ("recovered", "Leftovers of crashes put right"),
+}
+
+
+class MetricsObserver:
+    """Counts events. Safe to share between threads; all managers of a process may share one.
+
+    :param registry: gets the metrics; a name can be registered once only. None: the process's own.
+    :param clock: epoch seconds.
+    """
+
+    def __init__(
+        self,
+        registry: prometheus_client.CollectorRegistry | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.registry = registry or prometheus_client.REGISTRY
+        self._clock = clock
+        self._counters = {
+            kind: prometheus_client.Counter(f"{_PREFIX}_{name}", text, registry=self.registry)
+            for kind, (name, text) in _COUNTED.items()
+        }
+        self._received = self._counter("fetched_bytes", "Bytes that came over the wire")
+        self._reclaimed = self._counter("evicted_bytes", "Bytes on disk that eviction gave back")
+        self._fetch = prometheus_client.Histogram(
+            f"{_PREFIX}_fetch_seconds",
+            "From the first request for an image to its last byte on disk",
+            buckets=_FETCH_BUCKETS,
+            registry=self.registry,
+        )
+        self._bases = self._gauge("bases", "Base images after the last pass")
+        self._allocated = self._gauge("bases_bytes", "Bytes on disk of all base images after the last pass")
+        self._problems = self._gauge("problems", "What needs an operator, after the last pass")
+        self._passed = self._gauge("last_pass_timestamp_seconds", "When the last pass ended")
+
+    def __call__(self, event: events.Event) -> None:
+        counter = self._counters.get(type(event))
+        if counter is not None:
+            counter.inc()
+        match event:
+            case events.Fetched(received=received, seconds=seconds):
+                self._received.inc(received)
+                self._fetch.observe(seconds)
+            case events.Evicted(allocated=allocated):
+                self._reclaimed.inc(allocated)
+            case events.PassFinished(kept=kept, allocated=allocated, problems=problems):
+                self._bases.set(kept)
+                self._allocated.set(allocated)
+                self._problems.set(len(problems))
+                self._passed.set(self._clock())
+
+    def write_textfile(self, path: str | os.PathLike[str]) -> None:
+        """Write all that the registry has into a file, in one step.
+
+        :param path: in the directory of node_exporter's textfile collector, its name ending in ``.prom``.
+        :raises ConfigError: it cannot be written.
+        """
+        try:
+            prometheus_client.write_to_textfile(os.fspath(path), self.registry)
+        except OSError as error:
+            raise errors.ConfigError(
+                f"the metrics cannot be written: {error.strerror}",
+                path=os.fspath(path),
+                next_step="check the directory and its owner",
+            ) from error
+
+    def _counter(self, name: str, text: str) -> prometheus_client.Counter:
+        return prometheus_client.Counter(f"{_PREFIX}_{name}", text, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> prometheus_client.Gauge:
+        return prometheus_client.Gauge(f"{_PREFIX}_{name}", text, registry=self.registry)
