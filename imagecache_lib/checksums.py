@@ -121,6 +121,16 @@ class Checksums:
                 if value:
                     yield page * _PAGE + index
 
+    def differing(self, other: Checksums) -> list[int]:
+        """Return, in order, the numbers of all granules whose sums differ."""
+        either = {*self.granules(), *other.granules()}
+        return sorted(granule for granule in either if self.of(granule) != other.of(granule))
+
+    def replace(self, other: Checksums) -> None:
+        """Take another's sums instead of these."""
+        with self._lock:
+            self._pages = {page: array("I", sums) for page, sums in other._pages.items()}
+
     def to_bytes(self, base_id: str) -> bytes:
         """Return them as they are stored, bound to a base."""
         pages = sorted((number, sums) for number, sums in self._pages.items() if any(sums))

@@ -70,6 +70,18 @@ class Fetched(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class Copied(Event):
+    """An image was not fetched, since another one in the cache has the same content.
+
+    :param origin: the other one's base.
+    :param shared: they share their extents, and the copy takes no space.
+    """
+
+    origin: str = ""
+    shared: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Published(Event):
     """A base got its name."""
 
@@ -201,6 +213,10 @@ class LogObserver:
                     "Image %s fetched as %s: %d bytes in %.1f s (%.0f MiB/s), %d bytes on disk",
                     event.image_id, event.name, received, seconds, rate, allocated,
                 )  # fmt: skip
+            case Copied(origin=origin):
+                LOG.info(
+                    "Image %s made as %s from %s, which has its content", event.image_id, event.name, origin
+                )
             case Published():
                 self._over(event, Rejected, Bypassed, Damaged)
             case Evicted(reason=reason, allocated=allocated):

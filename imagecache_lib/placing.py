@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 
-from imagecache_lib import durable, errors
+from imagecache_lib import durable, errors, sparse
 from imagecache_lib import host as host_module
 from imagecache_lib.spawn import locks
 from imagecache_lib.spawn import stage as stages
@@ -134,16 +134,15 @@ class Unfinished:
         self._owner.close()
 
 
-def copy_content(source: int, target: int) -> None:
-    """Share a file's extents where the filesystem can; otherwise copy what is data and leave its holes.
+def share_extents(source: int, target: int) -> bool:
+    """Let an empty file share the extents of another. False: the filesystem cannot.
 
     :param source: descriptor open for reading.
     :param target: descriptor of an empty file open for writing.
-    :raises OSError: as the system calls.
+    :raises OSError: as ioctl(2).
     """
     try:
         fcntl.ioctl(target, _FICLONE, source)
-        return
     except OSError as error:
         if error.errno not in (
             errno.EOPNOTSUPP,
@@ -154,20 +153,24 @@ def copy_content(source: int, target: int) -> None:
             errno.EPERM,
         ):
             raise
+        return False
+    return True
+
+
+def copy_content(source: int, target: int) -> None:
+    """Share a file's extents where the filesystem can; otherwise copy what is data and leave its holes.
+
+    :param source: descriptor open for reading.
+    :param target: descriptor of an empty file open for writing.
+    :raises OSError: as the system calls.
+    """
+    if share_extents(source, target):
+        return
     # Where extents cannot be shared, copy_file_range(2) copies through a pipe of 64 KiB, slower than this.
     buffer = memoryview(bytearray(_COPY_CHUNK))
     size = os.fstat(source).st_size
-    position = 0
-    while position < size:
-        try:
-            start = os.lseek(source, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            break  # nothing but a hole up to the end
-        end = os.lseek(source, start, os.SEEK_HOLE)
+    for start, end in sparse.data_extents(source):
         _copy_range(source, target, start, end, buffer)
-        position = end
     os.ftruncate(target, size)
 
 

@@ -15,7 +15,7 @@ from imagecache_lib import errors, events, evidence, model, store
 from imagecache_lib.backends import qemu_img
 from imagecache_lib.qcow2 import decoder as qcow2_decoder
 from imagecache_lib.sources import transfer
-from imagecache_lib.spawn import adopt, intake, space
+from imagecache_lib.spawn import adopt, intake, space, twin
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
 
@@ -107,24 +107,47 @@ class Ingest:
         try:
             stage.note()
             with self._turn(stage, call):
-                self._reserve(stage, call, image.size or 0)
-                self._cache.host.trace("ingest:reserved")
-                content = self._fill(stage, call, image, use)
+                content = self._copy_twin(stage, call, image, use)
+                if content is None:
+                    self._reserve(stage, call, image.size or 0)
+                    self._cache.host.trace("ingest:reserved")
+                    content = self._fill(stage, call, image, use)
                 record = self._seal(stage, call, image, content)
         except BaseException as error:
             self._give_up(stage, call, error)
             raise
-        seconds = self._cache.host.clock() - started
-        self._observers(
-            events.Fetched(
-                call.name,
-                call.image_id,
-                received=content.received,
-                allocated=stage.allocated,
-                seconds=seconds,
+        if content.received:
+            self._observers(
+                events.Fetched(
+                    call.name,
+                    call.image_id,
+                    received=content.received,
+                    allocated=stage.allocated,
+                    seconds=self._cache.host.clock() - started,
+                )
             )
-        )
         return Ingested(stage, record)
+
+    def _copy_twin(
+        self, stage: stages.Stage, call: Call, image: model.Image, use: evidence.Use
+    ) -> intake.Content | None:
+        """Make it from a base of the same content. None: there is none that is whole."""
+        with stages.translated(self._cache.layout.records):
+            found = twin.find(self._cache, call, image, use)
+        if found is None:
+            return None
+        with contextlib.closing(found.opened):
+            shared = twin.share(found, stage)
+            if not shared:
+                self._reserve(stage, call, found.allocated)
+                if not twin.copy(found, stage, call):
+                    stage.clear()
+                    return None
+        self._observers(events.Copied(call.name, call.image_id, origin=found.record.name, shared=shared))
+        record = found.record
+        return intake.Content(
+            record.source_format, record.stored_format, record.virtual_size, 0, inspected=record.inspected
+        )
 
     def _reserve(self, stage: stages.Stage, call: Call, needed: int) -> None:
         space.reserve(
@@ -215,8 +238,6 @@ class Ingest:
         found = os.fstat(stage.fd)
         # A conversion that came from another cache proves nothing of the image's own data.
         digest = image.digest if image.converted_from is None else None
-        source_format = content.finding.format if content.finding is not None else content.stored_format
-        strict = not self._cache.config.disable_deep_image_inspection
         record = evidence.Record(
             name=call.name,
             image_id=call.image_id,
@@ -224,12 +245,12 @@ class Ingest:
             inode=found.st_ino,
             size=found.st_size,
             origin=evidence.Origin.FETCHED,
-            source_format=image.converted_from or source_format,
+            source_format=image.converted_from or content.source_format,
             stored_format=content.stored_format,
             virtual_size=content.virtual_size,
             digest=digest,
             digest_checked=digest is not None,
-            inspected=evidence.INSPECTION_RULES if content.finding is not None and strict else None,
+            inspected=content.inspected,
         )
         stage.note(record)
         self._cache.host.trace("ingest:sealed")

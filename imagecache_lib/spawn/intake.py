@@ -18,16 +18,18 @@ from imagecache_lib.spawn.call import Call
 class Content:
     """What a pass found.
 
-    :param finding: what the content is. None: it was not looked into.
+    :param source_format: what the source's content is (``gpt`` counts as raw).
     :param stored_format: qemu's name of what the stage file holds.
     :param virtual_size: in bytes.
-    :param received: bytes of the source.
+    :param received: bytes of the source. 0: they were in the cache already.
+    :param inspected: version of the inspection rules it passed. None: it was not inspected as a disk.
     """
 
-    finding: inspection.Finding | None
+    source_format: str
     stored_format: str
     virtual_size: int
     received: int
+    inspected: int | None
 
 
 class Intake:
@@ -105,7 +107,14 @@ class Intake:
                 mismatch, next_step="have its owner upload a good image under a new id"
             )
         decoder = self._decoder or self._begin_decoding()
-        return Content(self._finding, decoder.stored_format, decoder.finish(), self._received)
+        strict = self._finding is not None and not self._cache.config.disable_deep_image_inspection
+        return Content(
+            self._finding.format if self._finding is not None else decoder.stored_format,
+            decoder.stored_format,
+            decoder.finish(),
+            self._received,
+            inspected=evidence.INSPECTION_RULES if strict else None,
+        )
 
     def close(self) -> None:
         """Let go of everything but the stage file."""

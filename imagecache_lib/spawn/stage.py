@@ -77,9 +77,10 @@ class Stage:
         with translated(self.path):
             self._owner = locks.OwnerLock(os.open(self.path, flags, 0o600), cache.host)
         self._taken = 0
-        self._checksums = checksums.Checksums()
+        #: Of the content so far.
+        self.checksums = checksums.Checksums()
         #: Takes data in any order and from any thread.
-        self.content = sparse.SparseFile(self.fd, self._checksums)
+        self.content = sparse.SparseFile(self.fd, self.checksums)
 
     @property
     def fd(self) -> int:
@@ -95,7 +96,7 @@ class Stage:
         data = Note(self.name, self.reserved, record).to_json()
         with translated(self.path):
             if record is not None:
-                sums = self._checksums.to_bytes(record.base_id)
+                sums = self.checksums.to_bytes(record.base_id)
                 durable.write_file(self._cache.layout.stage_sums(self.id), sums)
             durable.write_file(self._cache.layout.stage_record(self.id), data, sync=record is not None)
 
@@ -116,13 +117,13 @@ class Stage:
         """Make it empty, for another try."""
         with translated(self.path):
             os.ftruncate(self.fd, 0)
-        self._checksums.clear()
+        self.checksums.clear()
         self._taken = 0
 
     def read_back(self) -> None:
         """Sum up what another program wrote. Weaker than what passed through here: the page cache vouches."""
         with translated(self.path):
-            self._checksums.read_back(self.fd)
+            self.checksums.read_back(self.fd)
 
     def seal(self) -> str:
         """Give the complete data its mode and its random id, and make it durable. Returns the id."""

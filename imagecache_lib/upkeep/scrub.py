@@ -221,11 +221,7 @@ class _Content:
         now = checksums.Checksums()
         for offset, data in self._pieces():
             now.add(data, offset)
-        wrong = sorted(
-            granule
-            for granule in {*sums.granules(), *now.granules()}
-            if sums.of(granule) != now.of(granule)
-        )
+        wrong = now.differing(sums)
         if not wrong:
             return None
         first = wrong[0] * checksums.GRANULE

@@ -272,11 +272,13 @@ class TestVanishingBases(CacheCase):
             for path in stages.iterdir():
                 path.unlink()
 
-        for point in ("ingest:reserved", "stage:sync", "ingest:sealed", "publish:link"):
+        for number, point in enumerate(("ingest:reserved", "stage:sync", "ingest:sealed", "publish:link")):
             with self.subTest(point=point):
                 self.points.at(point, sweep)
-                source = FakeSource({point: DATA})
-                self.assertEqual(DATA, self.spawn(self.manager(source), point))
+                # Each a content of its own: one that is cached would not be fetched.
+                data = raw_image(number)
+                source = FakeSource({point: data})
+                self.assertEqual(data, self.spawn(self.manager(source), point))
                 self.assertEqual((2, []), (source.opens, self.in_flight()))
 
     def test_so_is_what_qemu_img_was_to_convert(self) -> None:

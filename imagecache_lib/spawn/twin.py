@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two image ids with one content: the second is made from the first's base, without a download.
+
+The image service's digest says that the content is the same, and the other base's record that its bytes had
+that digest when they arrived. Each id still has a file of its own: where the filesystem can share extents,
+that costs nothing; a hard link would cost nothing everywhere, but count as a use of the other base for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+
+from imagecache_lib import checksums, durable, errors, evidence, layout, model, placing, sparse, store
+from imagecache_lib.spawn import inspection
+from imagecache_lib.spawn import stage as stages
+from imagecache_lib.spawn.call import Call
+
+#: Digests that nobody can find a second content for.
+_STRONG = frozenset(("sha256", "sha384", "sha512", "sha3_256", "sha3_384", "sha3_512", "blake2b", "blake2s"))
+
+_PIECE = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Twin:
+    """Another image's base that has the content wanted.
+
+    :param opened: the base, the caller's to close.
+    :param record: its evidence.
+    :param sums: checksums of its content, taken when it arrived.
+    """
+
+    opened: store.OpenBase
+    record: evidence.Record
+    sums: checksums.Checksums
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that a copy takes."""
+        return self.opened.stat.st_blocks * 512
+
+
+def find(cache: store.CacheStore, call: Call, image: model.Image, use: evidence.Use) -> Twin | None:
+    """Look for a base that was made from the same bytes and is stored as this call needs it.
+
+    :raises ImageRejected: there is one, and its content is not what this image claims to be.
+    """
+    digest = image.digest
+    if digest is None or digest.algorithm not in _STRONG or image.converted_from is not None:
+        return None
+    if call.demands_signature:
+        return None  # a signature is of one image, and has to be verified on its way
+    for name in _names_with(digest, cache):
+        if name != call.name and (found := _open(name, cache, call, image, use)) is not None:
+            return found
+    return None
+
+
+def _names_with(digest: model.Digest, cache: store.CacheStore) -> list[str]:
+    needle = digest.value.lower().encode()
+    found = []
+    for entry in sorted(os.listdir(cache.layout.records)):
+        name = entry.removesuffix(".json")
+        if entry.endswith(".json") and layout.classify(name) is layout.Kind.ORIGINAL:
+            with contextlib.suppress(OSError):
+                if needle in (durable.read_file(cache.layout.record(name)) or b"").lower():
+                    found.append(name)
+    return found
+
+
+def _open(
+    name: str, cache: store.CacheStore, call: Call, image: model.Image, use: evidence.Use
+) -> Twin | None:
+    try:
+        opened = cache.open_base(name)
+    except errors.CacheEntryError:
+        return None
+    if opened is None:
+        return None
+    with contextlib.ExitStack() as stack:
+        stack.callback(opened.close)
+        record = cache.record_of(opened)
+        if record is None or not _serves(record, cache, call, image, use):
+            return None
+        data = durable.read_file(cache.layout.sums(name), limit=checksums.LIMIT)
+        sums = checksums.parse(data, record.base_id) if data is not None else None
+        if sums is None:
+            return None  # nothing could vouch for the copy
+        if use is evidence.Use.DISK:
+            call.require_fit(record.virtual_size)
+            if not record.converted:
+                _inspect(opened, cache, image)
+        stack.pop_all()  # it stays open
+        return Twin(opened, record, sums)
+
+
+def _serves(
+    record: evidence.Record, cache: store.CacheStore, call: Call, image: model.Image, use: evidence.Use
+) -> bool:
+    """Whether fetching the image would make the same file."""
+    config = cache.config
+    same = record.digest == image.digest and record.digest_checked
+    if not same or record.origin is not evidence.Origin.FETCHED:
+        return False
+    inspect = not config.disable_deep_image_inspection
+    if evidence.shortfall(record, use, stored_format=call.stored_format, inspect=inspect) is not None:
+        return False
+    if use is evidence.Use.FILE:
+        return True
+    claimed = image.disk_format
+    if record.converted and inspection.QEMU_FORMATS.get(claimed or "", claimed) != record.source_format:
+        return False
+    to_raw = call.stored_format == "raw" if call.stored_format is not None else config.force_raw_images
+    return record.stored_format == "raw" if to_raw else not record.converted
+
+
+def _inspect(opened: store.OpenBase, cache: store.CacheStore, image: model.Image) -> None:
+    """Refuse an image that claims to be something else than its content."""
+    config = cache.config
+    inspection.inspect_file(
+        opened.fd,
+        image.disk_format,
+        vmdk_allowed_types=config.vmdk_allowed_types,
+        max_virtual_size=config.max_virtual_size,
+        strict=not config.disable_deep_image_inspection,
+    )
+
+
+def share(twin: Twin, stage: stages.Stage) -> bool:
+    """Fill a stage with a twin's content by sharing its extents. False: the filesystem cannot."""
+    with stages.translated(stage.path):
+        if not placing.share_extents(twin.opened.fd, stage.fd):
+            return False
+    stage.checksums.replace(twin.sums)
+    return True
+
+
+def copy(twin: Twin, stage: stages.Stage, call: Call) -> bool:
+    """Fill a stage with a copy of a twin's content. False: the disk has changed the twin."""
+    with stages.translated(stage.path):
+        for start, end in sparse.data_extents(twin.opened.fd):
+            position = start
+            while position < end and (data := _read(twin, position, end)):
+                call.check()
+                stage.write(data, position)
+                position += len(data)
+        stage.content.truncate(twin.opened.stat.st_size)
+    return stage.checksums.differing(twin.sums) == []
+
+
+def _read(twin: Twin, start: int, end: int) -> bytes:
+    return os.pread(twin.opened.fd, min(_PIECE, end - start), start)
