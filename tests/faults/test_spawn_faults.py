@@ -127,17 +127,18 @@ def test_each_fsync_that_fails_is_an_error_and_nothing_unproven_is_published(ins
         again = driver(instances, image)
         assert again.returncode == 0, again.stdout + again.stderr
         assert content_of(instances / "instance" / "disk") == DATA
-        record = instances / "_base" / ".imagecache" / "records" / f"{NAME}.json"
-        assert json.loads(record.read_bytes())["origin"] == "fetched", number
+        records = instances / "_base" / ".imagecache" / "records"
+        assert json.loads((records / f"{NAME}.json").read_bytes())["origin"] == "fetched", number
         (instances / "instance" / "disk").unlink()
         (instances / "instance" / "disk.info").unlink()
         for stage in (instances / "_base" / ".imagecache" / "stage").iterdir():
             stage.unlink()
         base.unlink()
-        record.unlink()
+        for record in records.iterdir():
+            record.unlink()
     else:
         raise AssertionError("it never came to the end")
-    assert failed >= 6  # data, its record-to-be, directory, record, disk, disk.info
+    assert failed >= 7  # data, its checksums and record-to-be, directory, checksums, record, disk.info
 
 
 def test_a_base_whose_data_could_not_be_synced_never_gets_its_name(instances, image):
@@ -173,15 +174,16 @@ def test_sigkill_at_every_call_that_changes_something(instances, image, call, le
         manager.verify_base_images([ic.Instance("instance", "here", images=(ID,))])
         private = instances / "_base" / ".imagecache"
         left = {path for path in map(pathlib.Path, files_in(instances)) if path.parent.name != "hosts"}
-        assert left == {
+        made = {
             base,
             disk,
             disk.parent / "disk.info",
-            private / "version",
             private / "records" / f"{NAME}.json",
-        }, number
+            private / "records" / f"{NAME}.sums",
+        }
+        assert left == {*made, private / "version"}, number
         assert base.stat().st_nlink == 1
-        for path in (disk, disk.parent / "disk.info", base, private / "records" / f"{NAME}.json"):
+        for path in made:
             path.unlink()
     else:
         raise AssertionError("it never came to the end")
