@@ -140,6 +140,12 @@ class Scan:
 
     def _read_instance(self, instance: model.Instance, roots: list[str]) -> None:
         """Read an instance's directories by name: a rename during a directory scan can hide an entry."""
+        for name in (instance.uuid, *instance.directories):
+            if not _is_directory_name(name):
+                self._problems.append(
+                    f"The driver reports {name!r} as a directory of instance {instance.uuid!r}, which is"
+                    " no name of one. It is passed over. Correct what the driver reports."
+                )
         found = False
         for root in roots:
             for name in _directories(instance):
@@ -328,9 +334,20 @@ def _identity(path: str) -> tuple[int, int] | None:
 
 
 def _directories(instance: model.Instance) -> Iterator[str]:
-    for name in (instance.uuid, *instance.directories):
+    for name in filter(_is_directory_name, (instance.uuid, *instance.directories)):
         for suffix in _SUFFIXES:
             yield name + suffix
+
+
+def _is_directory_name(name: object) -> bool:
+    """Whether it names one entry of a disk root. ``..`` would be found there, and prove nothing."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        return False
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _fsid(path: str) -> int:

@@ -12,7 +12,7 @@ import errno
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from imagecache_lib import layout, model, pins, store, trash
+from imagecache_lib import errors, layout, model, pins, store, trash
 from imagecache_lib.spawn import locks
 from imagecache_lib.upkeep import disks
 
@@ -71,14 +71,14 @@ def collect(
     for path, referred in found.readings.items():
         for name in referred:
             users.setdefault(name, f"used by the disk {path}")
-    for name, user in _reported(names, instances or ()):
+    problems = list(found.problems)
+    for name, user in _reported(names, instances or (), problems):
         users.setdefault(name, user)
     for name in set(pins.names(cache)).intersection(names):
         if (pinned := pins.reason(cache, name, now)) is not None:
             users.setdefault(name, pinned)
     for name in _open_in_qemu(cache, set(names).difference(users)):
         users[name] = "open in a running QEMU"
-    problems = list(found.problems)
     unknown = found.unknown
     if instances is None:
         unknown = "the driver could not tell which instances there are"
@@ -88,15 +88,28 @@ def collect(
     )
 
 
-def _reported(names: Iterable[str], instances: Sequence[model.Instance]) -> Iterable[tuple[str, str]]:
-    """Yield what the driver's report refers to. A used image needs its legacy resized bases too."""
+def _reported(
+    names: Iterable[str], instances: Sequence[model.Instance], problems: list[str]
+) -> Iterable[tuple[str, str]]:
+    """Yield what the driver's report refers to. A used image needs its legacy resized bases too.
+
+    :param problems: gets a sentence for each id that no image can have, and so no base.
+    """
     by_original: dict[str, list[str]] = {}
     for name in names:
         by_original.setdefault(name.partition("_")[0], []).append(name)
     for instance in instances:
         user = f"used by instance {instance.uuid} on {instance.host}"
         for image_id in instance.images:
-            for name in by_original.get(layout.base_name(image_id), ()):
+            try:
+                original = layout.base_name(image_id)
+            except errors.ImageRejected as error:
+                problems.append(
+                    f"The driver reports that instance {instance.uuid} uses an image, and {error.cause}."
+                    " Leave out what it does not have, and correct the rest."
+                )
+                continue
+            for name in by_original.get(original, ()):
                 yield name, user
         if instance.swap_mb:
             yield layout.swap_name(instance.swap_mb), user

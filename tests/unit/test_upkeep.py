@@ -315,6 +315,32 @@ class TestWhatCannotBeTold(UpkeepCase):
         self.assertFalse(base.exists())
         self.assertFalse(self.record().exists())
 
+    def test_a_bad_image_id_in_the_report_is_a_problem_and_hides_nothing_else(self) -> None:
+        base, other = self.cached(), self.cached(OTHER_ID)
+        for bad in (None, "", "a\nb", "\ud800", 7):
+            with self.subTest(repr(bad)):
+                instance = ic.Instance("one", "elsewhere", images=(bad, ID))  # type: ignore[arg-type]
+                report = self.verify([instance], dry_run=True)
+                self.assertEqual("used by instance one on elsewhere", self.reason(report))
+                self.assertEqual([other.name], [each.name for each in report.evicted])
+                self.assertIn("instance one uses an image", report.problems[0])
+        self.assertTrue(base.exists())
+
+    def test_a_bad_directory_in_the_report_is_a_problem_and_vouches_for_nothing(self) -> None:
+        self.cached()
+        (self.instances / "uuid").mkdir()
+        for bad in (None, "", ".", "..", "../..", "/etc", "a\0b", "\ud800", 7):
+            with self.subTest(repr(bad)):
+                instance = ic.Instance("uuid", "here", directories=(bad,))  # type: ignore[arg-type]
+                report = self.verify([instance], dry_run=True)
+                self.assertIn(f"reports {bad!r} as a directory", report.problems[0])
+                self.assertEqual([NAME], [each.name for each in report.evicted])
+                # As the only name there is, it would make up a directory for an instance without one.
+                instance = ic.Instance(bad, "here")  # type: ignore[arg-type]
+                report = self.verify([instance], dry_run=True)
+                self.assertIn("has no directory", report.problems[0])
+                self.assertEqual((), report.evicted)
+
 
 class TestWhatGoes(UpkeepCase):
     def test_last_use_is_the_later_of_the_base_and_its_record(self) -> None:
