@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A driver for Firecracker's microVMs: no libvirt, no qcow2.
 
-Each VM has two drives: the image's base itself, which all VMs of that image read and none can write, and a raw
-disk of its own. Nothing on disk says that a VM needs its base, as an overlay's header would; so the VM pins it.
+Each VM has two drives: the image's base itself, which all VMs of that image read and none can write, and a
+raw disk of its own. Nothing on disk says that a VM needs its base, as an overlay does, so the VM pins it.
 
 Try it: ``firecracker_driver.py INSTANCES_DIRECTORY IMAGE_FILE KERNEL_FILE``. It prints the configuration that
 ``firecracker --config-file`` takes, and starts nothing: Firecracker needs KVM.

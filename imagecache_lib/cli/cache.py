@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import imagecache_lib as ic
@@ -18,11 +19,15 @@ class Verify(base.BaseLister):
         parser = super().get_parser(prog_name)
         parser.add_argument("--evict", action="store_true", help="remove what can go (default: only say so)")
         base.add_instances(parser)
+        parser.add_argument(
+            "--textfile", metavar="FILE",
+            help="with --evict: write the figures of this pass for node_exporter's textfile collector",
+        )  # fmt: skip
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         instances = base.read_instances(parsed_args.instances)
-        report = self.manager().verify_base_images(instances, dry_run=not parsed_args.evict)
+        report = self._verify(instances, parsed_args)
         if instances is None:
             self.note("without --instances FILE nothing can go: an instance may not have its disk yet")
         for problem in report.problems:
@@ -43,6 +48,27 @@ class Verify(base.BaseLister):
             )
             for each in report.bases
         ]
+
+    def _verify(
+        self, instances: Sequence[ic.Instance] | None, parsed_args: argparse.Namespace
+    ) -> ic.VerifyReport:
+        if parsed_args.textfile is None:
+            return self.manager().verify_base_images(instances, dry_run=not parsed_args.evict)
+        try:
+            import prometheus_client
+
+            from imagecache_lib import metrics
+        except ImportError as error:
+            raise ic.ConfigError(
+                "--textfile needs prometheus-client", next_step="pip install imagecache-lib[prometheus]"
+            ) from error
+        observer = metrics.MetricsObserver(prometheus_client.CollectorRegistry())
+        report = self.manager(observers=[observer]).verify_base_images(
+            instances, dry_run=not parsed_args.evict
+        )
+        if parsed_args.evict:
+            observer.write_textfile(parsed_args.textfile)
+        return report
 
 
 class Scrub(base.BaseLister):

@@ -117,6 +117,16 @@ def test_verify_only_says_what_it_would_do(cli: Cli, tmp_path: pathlib.Path) -> 
     assert not base.exists()
 
 
+def test_a_pass_leaves_its_figures_for_prometheus(cli: Cli, tmp_path: pathlib.Path) -> None:
+    cli.cache()
+    figures = tmp_path / "imagecache.prom"
+    cli.run("cache", "verify", "--textfile", str(figures), code=10)
+    assert not figures.exists()
+    cli.run("cache", "verify", "--evict", "--textfile", str(figures), code=10)
+    assert "\nimagecache_bases 1.0\n" in figures.read_text()
+    assert "\nimagecache_problems 1.0\n" in figures.read_text()
+
+
 def test_what_instances_use_stays_and_is_explained(cli: Cli, tmp_path: pathlib.Path) -> None:
     cli.cache()
     report = tmp_path / "instances.json"
