@@ -250,7 +250,7 @@ class Demo:
     def clear(self, manager: ic.ImageCacheManager) -> None:
         self.console.step("All disks are removed")
         for target in sorted(self.instances.glob("*/disk")):
-            self.destroy(manager.backend.inspect(str(target)), manager)
+            self.destroy(manager.inspect_disk(str(target)), manager)
         self._make_old("guest")
         self._verify(manager)
         left = manager.get_disk_usage()

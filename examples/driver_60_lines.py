@@ -39,7 +39,7 @@ class TinyDriver:
         # Now start the hypervisor, with the disk's format stated and never probed.
 
     def destroy(self, instance: str) -> None:
-        self.cache.remove_disk(self.cache.backend.inspect(self.disk_path(instance)))
+        self.cache.remove_disk(self.cache.inspect_disk(self.disk_path(instance)))
         shutil.rmtree(os.path.join(self.root, instance))
         del self.instances[instance]
 

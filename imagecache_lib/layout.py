@@ -86,6 +86,9 @@ PRIVATE_DIR_MODE = 0o700
 #: Nova's names for files in flight.
 FOREIGN_STAGE_SUFFIXES = (".part", ".converted")
 
+#: Where fsck puts what lost its name: root's, and no instance's.
+LOST_AND_FOUND = "lost+found"
+
 #: Any name that an overlay's backing string may hold. Deliberately unanchored: other mount paths,
 #: relative and ``json:`` references must all be found.
 NAME_PATTERN = re.compile(rb"[0-9a-f]{40}(?:_(?:\d+|sm))?|swap_\d+|ephemeral_\d+_[0-9a-z.]+")

@@ -31,9 +31,6 @@ _SUFFIXES = ("", "_resize", "_del", "")
 #: A directory that changed while it was listed is read again, this often.
 _MOST_ROUNDS = 64
 
-#: Where fsck puts what lost its name: root's, and no instance's.
-_LOST = "lost+found"
-
 _WAIT = "wait for the next pass"
 
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -165,7 +162,8 @@ class Scan:
                     before = os.fstat(fd).st_mtime_ns
                     inner, _vanished = self._read_entries(root, fd)
                     for path in inner:
-                        if os.path.basename(path) != _LOST or os.access(path, os.R_OK | os.X_OK):
+                        lost = os.path.basename(path) == layout.LOST_AND_FOUND
+                        if not lost or os.access(path, os.R_OK | os.X_OK):
                             self._read_tree(path)
                     if os.fstat(fd).st_mtime_ns == before:
                         return

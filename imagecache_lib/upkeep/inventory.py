@@ -56,7 +56,7 @@ def take(cache: store.CacheStore) -> Inventory:
         return Inventory((), (), ())
     with entries:
         for found in entries:
-            if found.name.startswith("."):
+            if found.name.startswith(".") or found.name == layout.LOST_AND_FOUND:
                 continue
             kind = layout.classify(found.name)
             try:

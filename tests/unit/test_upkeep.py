@@ -508,6 +508,16 @@ class TestWhatGoes(UpkeepCase):
                     os.unlink(target)
 
 
+class TestFilesystemOfItsOwn(UpkeepCase):
+    def test_what_mkfs_left_in_the_caches_filesystem_is_no_problem(self) -> None:
+        base = self.cached()
+        (base.parent / "lost+found").mkdir(mode=0o700)
+        self.assertEqual((), self.verify().problems)
+        self.assertFalse(base.exists())
+        (base.parent / "lost+found.old").mkdir()
+        self.assertIn("lost+found.old", self.verify().problems[0])
+
+
 class TestSharedStorage(UpkeepCase):
     def on(self, name: str, **options: object) -> ic.ImageCacheManager:
         return self.manager(host=self.host(name=name), **options)  # type: ignore[arg-type]
