@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from imagecache_lib import errors, opts
@@ -34,6 +34,20 @@ def transport(config_files: Sequence[str]) -> Any | None:
             next_step="install imagecache-lib[messaging]",
         ) from None
     return rpc.transport(opts.global_conf(config_files))
+
+
+def job_notifier(config_files: Sequence[str], host: str) -> Callable[[Any], None]:
+    """Return an observer of jobs that notifies. Without a driver in the configuration it sends nothing.
+
+    :raises ConfigError: the configuration cannot be read.
+    """
+    import oslo_messaging
+
+    from imagecache_lib import notifications
+    from imagecache_lib.precache.notifications import JobNotifier
+
+    bus = oslo_messaging.get_notification_transport(opts.global_conf(config_files))
+    return JobNotifier(notifications.notifier(bus, host=host))
 
 
 def require_transport(config_files: Sequence[str]) -> Any:

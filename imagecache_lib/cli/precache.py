@@ -99,7 +99,10 @@ class _HostsCommand(_JobCommand):
         if found is not None:
             from imagecache_lib.precache import rpc
 
-            yield AggregatePrecacher(database, rpc.RpcHostClient(found, topic=arguments.topic))
+            files = self.app.options.config_file
+            notify = bus.job_notifier(files, opts.from_files(files)[1].name)
+            hosts = rpc.RpcHostClient(found, topic=arguments.topic)
+            yield AggregatePrecacher(database, hosts, observers=[notify])
             return
         if images is None:
             yield AggregatePrecacher(database, client.InProcessClient({}))
@@ -126,16 +129,19 @@ class _HostsCommand(_JobCommand):
             except BaseException as error:
                 failed.append(error)
 
-        before = signal.signal(signal.SIGTERM, lambda _number, _frame: leave.set())
+        # No KeyboardInterrupt: one that hits Thread.join leaves it believing that the thread has ended.
+        before = {
+            number: signal.signal(number, lambda _number, _frame: leave.set())
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
         running = threading.Thread(target=run, name="imagecache-job")
         running.start()
         try:
             self.show(conductor, work.id, running)
-        except KeyboardInterrupt:
-            leave.set()
         finally:
             running.join()
-            signal.signal(signal.SIGTERM, before)
+            for number, what in before.items():
+                signal.signal(number, what)
         if failed:
             raise failed[0]
         if not ended[0].is_over:

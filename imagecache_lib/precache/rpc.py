@@ -51,13 +51,16 @@ class RpcHostClient(client.HostClient):
     :param transport: from :func:`oslo_messaging.get_rpc_transport`.
     :param topic: that the agents listen on.
     :param timeout: seconds to wait for an answer.
+    :param version: that agents must speak.
     """
 
-    def __init__(self, transport: Any, *, topic: str = TOPIC, timeout: float = _TIMEOUT) -> None:
+    def __init__(
+        self, transport: Any, *, topic: str = TOPIC, timeout: float = _TIMEOUT, version: str = VERSION
+    ) -> None:
         self._timeout = timeout
         # One try: whoever asks decides whether and when to ask again. The default is to try for ever.
         self._client = oslo_messaging.get_rpc_client(
-            transport, oslo_messaging.Target(topic=topic, version=VERSION), timeout=timeout, retry=1
+            transport, oslo_messaging.Target(topic=topic, version=version), timeout=timeout, retry=1
         )
 
     def survey(self, host: str, image_ids: Sequence[str]) -> client.Survey:

@@ -11,7 +11,8 @@ import oslo_messaging
 from oslo_config import cfg
 
 from imagecache_lib import errors
-from imagecache_lib.precache import client, job, rpc, wire
+from imagecache_lib.precache import client, job, notifications, rpc, wire
+from imagecache_lib.precache.precacher import JobEvent
 
 TASK = client.HostTask(
     "a1", ("image-a", "image-b"), attempt=2, rate=5, deadline=7.5, pin_until=9.0, retries=4
@@ -146,3 +147,39 @@ class WireTest(unittest.TestCase):
     def test_an_error_of_an_unknown_kind_is_the_operators(self) -> None:
         with self.assertRaisesRegex(errors.BackendError, "from the future"):
             wire.result_of({"error": {"kind": "os.system", "cause": "from the future"}})
+
+
+class RecordingNotifier:
+    """Keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, dict[str, Any]]] = []
+
+    def info(self, _context: Any, event_type: str, payload: dict[str, Any]) -> None:
+        self.sent.append((event_type, payload))
+
+
+class NotificationTest(unittest.TestCase):
+    def test_novas_events_with_novas_fields(self) -> None:
+        sent = RecordingNotifier()
+        notify = notifications.JobNotifier(sent)
+        failed = job.Cell(job.Result.ERROR, "no room")
+        one = {"a": CELLS["image-a"], "b": failed, "c": job.Cell(job.Result.UNSUPPORTED)}
+        work = job.Job(
+            "j1", "racks", ("a", "b", "c"), job.Terms(), {"one": one, "two": dict.fromkeys("abc", job.Cell())}
+        )
+        notify(JobEvent("start", work))
+        notify(JobEvent("progress", work, "one", 1))
+        notify(JobEvent("end", work, index=2))
+        self.assertEqual(
+            [f"aggregate.cache_images.{kind}" for kind in ("start", "progress", "end")],
+            [event_type for event_type, _payload in sent.sent],
+        )
+        common = {"id": None, "uuid": None, "name": "racks", "job_id": "j1"}
+        whole = {**common, "hosts": ["one", "two"], "metadata": {}, "image_ids": ["a", "b", "c"]}
+        self.assertEqual(whole, sent.sent[0][1])
+        self.assertEqual(whole, sent.sent[2][1])
+        self.assertEqual(
+            {**common, "host": "one", "images_cached": ["a"], "images_failed": ["b"], "index": 1, "total": 2},
+            sent.sent[1][1],
+        )

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fleet on one machine: real agents, a real RabbitMQ, a real Glance, and what happens when they go away."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import oslo_messaging
+import pytest
+from oslo_config import cfg
+
+from imagecache_lib import layout
+from imagecache_lib.precache import client, rpc
+from tests.functional.lab import glance as glance_lab
+from tests.functional.lab import rabbit as rabbit_lab
+from tests.functional.lab import relay as relay_lab
+from tests.functional.lab import server
+
+COMMAND = (sys.executable, "-W", "ignore", "-m", "imagecache_lib.cli.main")
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def rabbit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rabbit_lab.Rabbit]:
+    """A running RabbitMQ. Tests share it: their agents have names of their own."""
+    with rabbit_lab.running_rabbit(tmp_path_factory.mktemp("rabbit")) as running:
+        yield running
+
+
+@dataclasses.dataclass
+class Fleet:
+    """Agents and conductors of one test.
+
+    :param home: for all they write.
+    """
+
+    home: pathlib.Path
+    rabbit: rabbit_lab.Rabbit
+    glance_url: str
+    topic: str
+    stack: contextlib.ExitStack
+    agents: dict[str, contextlib.ExitStack] = dataclasses.field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("OS_")}
+        return {
+            **kept,
+            "HOME": str(self.home),
+            "OS_DEFAULT__TRANSPORT_URL": self.rabbit.url,
+            "OS_TOKEN": glance_lab.ADMIN,
+            "IMAGECACHE_JOBS": str(self.home / "jobs.sqlite"),
+        }
+
+    def instances(self, name: str) -> pathlib.Path:
+        return self.home / name / "instances"
+
+    def start_agent(self, name: str, *words: str, interval: int = -1) -> int:
+        """Start a host's agent, and return its pid when it is ready."""
+        self.instances(name).mkdir(parents=True, exist_ok=True)
+        configuration = self.home / name / "imagecache.conf"
+        configuration.write_text(
+            f"[DEFAULT]\nhost = {name}\ninstances_path = {self.instances(name)}\n"
+            f"[image_cache]\nmanager_interval = {interval}\n[glance]\nnum_retries = 1\n"
+            "[oslo_messaging_rabbit]\nrabbit_retry_interval = 1\nkombu_reconnect_delay = 0.5\n"
+        )
+        log = self.home / name / "agent.log"
+        log.write_bytes(b"")
+        running = self.agents[name] = contextlib.ExitStack()
+        self.stack.callback(running.close)
+        command = [
+            *COMMAND, "--config-file", str(configuration), "agent", "--topic", self.topic,
+            "--glance-endpoint", self.glance_url, *words,
+        ]  # fmt: skip
+        return running.enter_context(
+            server.running(
+                command, ready=lambda: b"is ready" in log.read_bytes(), log=log, environment=self.environment
+            )
+        )
+
+    def stop_agent(self, name: str) -> None:
+        self.agents.pop(name).close()
+
+    def conductor(self, *words: str) -> subprocess.Popen[str]:
+        """Begin a command."""
+        process = subprocess.Popen(
+            [*COMMAND, "precache", *words],
+            stdout=subprocess.PIPE,
+            stderr=(self.home / "conductor.log").open("ab"),
+            text=True,
+            env=self.environment,
+        )
+        self.stack.callback(process.wait)
+        self.stack.callback(process.kill)
+        return process
+
+    def finish(self, process: subprocess.Popen[str], *, code: int = 0) -> dict[tuple[str, str], Any]:
+        """Return the rows of a command's table, by host and image."""
+        out, _err = process.communicate(timeout=180)
+        assert process.returncode == code, (out, (self.home / "conductor.log").read_text())
+        return {(row["Host"], row.get("Image", "")): row for row in json.loads(out)}
+
+    def start(self, names: list[str], images: list[str], *words: str) -> subprocess.Popen[str]:
+        hosts = [word for name in names for word in ("--host", name)]
+        return self.conductor(
+            "start", *images, *hosts, "--topic", self.topic, "--concurrency", "8", "-f", "json", *words
+        )
+
+    def job_id(self) -> str:
+        listed = subprocess.run(
+            [*COMMAND, "precache", "list", "-f", "json"],
+            check=True, capture_output=True, text=True, env=self.environment,
+        )  # fmt: skip
+        return str(json.loads(listed.stdout)[-1]["Id"])
+
+    def resume(self) -> subprocess.Popen[str]:
+        return self.conductor("resume", self.job_id(), "--topic", self.topic, "-f", "json")
+
+    def has(self, name: str, image_id: str) -> bool:
+        return (self.instances(name) / "_base" / layout.base_name(image_id)).exists()
+
+    def wait_for(self, what: Callable[[], bool]) -> None:
+        server.wait_until(what, "the fleet", seconds=120)
+
+
+@pytest.fixture
+def fleet_of(rabbit: rabbit_lab.Rabbit) -> Iterator[Callable[[str], Fleet]]:
+    """Make a fleet that fetches from a URL."""
+    with (
+        tempfile.TemporaryDirectory(prefix="imagecache-fleet-") as home,
+        contextlib.ExitStack() as processes,
+    ):
+        yield lambda url: Fleet(pathlib.Path(home), rabbit, url, f"topic-{os.path.basename(home)}", processes)
+
+
+@pytest.fixture
+def fleet(fleet_of: Callable[[str], Fleet], glance: glance_lab.Glance) -> Fleet:
+    return fleet_of(glance.url)
+
+
+def make_images(glance: glance_lab.Glance, *sizes: int) -> list[str]:
+    return [glance.upload(os.urandom(size)) for size in sizes]
+
+
+def test_every_host_gets_every_image(fleet: Fleet, glance: glance_lab.Glance) -> None:
+    images = make_images(glance, 3 * MIB, 5 * MIB)
+    names = ["alpha", "beta", "gamma"]
+    for name in names:
+        fleet.start_agent(name)
+    hosts = [word for name in names for word in ("--host", name)]
+    plan = fleet.finish(fleet.conductor("plan", *images, *hosts, "--topic", fleet.topic, "-f", "json"))
+    assert [row["To fetch"] for row in plan.values()] == [8 * MIB] * 3
+    ended = fleet.finish(fleet.start(names, images, "--pin-until", "1h"))
+    assert {row["Result"] for row in ended.values()} == {"cached"}
+    assert all(fleet.has(name, image) for name in names for image in images)
+    assert [len(glance.downloads(image)) for image in images] == [3, 3]
+    again = fleet.finish(fleet.start(names, [*images, "no-such-image"]), code=10)
+    assert [row["Result"] for row in again.values()] == ["existing", "existing", "error"] * 3
+    assert all("no-such-image" in again[name, "no-such-image"]["Reason"] for name in names)
+
+
+def test_a_host_that_was_down_is_served_when_it_is_back(fleet: Fleet, glance: glance_lab.Glance) -> None:
+    (image,) = make_images(glance, 2 * MIB)
+    fleet.start_agent("alpha")
+    running = fleet.start(["alpha", "beta"], [image], "--deadline", "120s")
+    fleet.wait_for(lambda: fleet.has("alpha", image))
+    fleet.start_agent("beta")
+    ended = fleet.finish(running)
+    assert {row["Result"] for row in ended.values()} == {"cached"}
+
+
+def test_a_host_that_is_lost_is_skipped_and_the_others_are_served(
+    fleet: Fleet, glance: glance_lab.Glance
+) -> None:
+    images = make_images(glance, 8 * MIB)
+    fleet.start_agent("alpha")
+    pid = fleet.start_agent("beta")
+    running = fleet.start(["alpha", "beta"], images, "--rate", "1M", "--deadline", "25s")
+    stage = fleet.instances("beta") / "_base" / ".imagecache" / "stage"
+    fleet.wait_for(lambda: stage.is_dir() and any(stage.iterdir()))
+    os.kill(pid, signal.SIGKILL)
+    ended = fleet.finish(running, code=10)
+    assert ended["alpha", images[0]]["Result"] == "cached"
+    assert ended["beta", images[0]]["Result"] == "skipped"
+    assert "down" in ended["beta", images[0]]["Reason"]
+
+
+def test_a_conductor_that_is_killed_repeats_no_download(fleet: Fleet, glance: glance_lab.Glance) -> None:
+    images = make_images(glance, MIB, 6 * MIB)
+    for name in ("alpha", "beta"):
+        fleet.start_agent(name)
+    running = fleet.start(["alpha", "beta"], images, "--rate", "1M")
+    fleet.wait_for(lambda: fleet.has("alpha", images[0]) and fleet.has("beta", images[0]))
+    running.kill()
+    running.wait()
+    ended = fleet.finish(fleet.resume())
+    assert {row["Result"] for row in ended.values()} == {"cached"}
+    assert [len(glance.downloads(image)) for image in images] == [2, 2]
+
+
+def test_the_message_bus_restarts_meanwhile(
+    fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit
+) -> None:
+    images = make_images(glance, MIB, 6 * MIB)
+    for name in ("alpha", "beta"):
+        fleet.start_agent(name)
+    running = fleet.start(["alpha", "beta"], images, "--rate", "1M")
+    fleet.wait_for(lambda: fleet.has("alpha", images[0]) and fleet.has("beta", images[0]))
+    rabbit.stop()
+    fleet.wait_for(lambda: fleet.has("alpha", images[1]) and fleet.has("beta", images[1]))
+    rabbit.start()
+    ended = fleet.finish(running)
+    assert {row["Result"] for row in ended.values()} == {"cached"}
+    assert [len(glance.downloads(image)) for image in images] == [2, 2]
+
+
+def test_the_image_service_is_lost_and_back(
+    fleet_of: Callable[[str], Fleet],
+    glance: glance_lab.Glance,
+    relay_to: Callable[[str], relay_lab.Relay],
+) -> None:
+    (image,) = make_images(glance, 4 * MIB)
+    relay = relay_to(glance.url)
+    fleet = fleet_of(relay.url)
+    fleet.start_agent("alpha")
+    relay.cut_after(*[1] * 16)
+    ended = fleet.finish(fleet.start(["alpha"], [image]))
+    assert ended["alpha", image]["Result"] == "cached"
+    assert relay.resets == 16
+    assert "to be tried again" in (fleet.home / "alpha" / "agent.log").read_text()
+
+
+def test_an_agent_stops_gracefully_and_evicts_what_its_instances_do_not_need(
+    fleet: Fleet, glance: glance_lab.Glance
+) -> None:
+    (image,) = make_images(glance, MIB)
+    instances = fleet.home / "instances.json"
+    instances.write_text("[]")
+    pid = fleet.start_agent("alpha", "--instances", str(instances), interval=1)
+    fleet.finish(fleet.start(["alpha"], [image]))
+    base = fleet.instances("alpha") / "_base" / layout.base_name(image)
+    os.utime(base, (1, 1))
+    os.utime(base.parent / ".imagecache" / "records" / f"{base.name}.json", (1, 1))
+    fleet.wait_for(lambda: not base.exists())
+    os.kill(pid, signal.SIGTERM)
+    fleet.wait_for(lambda: not os.path.exists(f"/proc/{pid}/fd") or not os.listdir(f"/proc/{pid}/fd"))
+    assert "Traceback" not in (fleet.home / "alpha" / "agent.log").read_text()
+
+
+def test_an_agent_that_speaks_another_version_is_told_apart_from_one_that_is_down(
+    fleet: Fleet, rabbit: rabbit_lab.Rabbit
+) -> None:
+    fleet.start_agent("alpha")
+    cfg.CONF([], project="imagecache-test", default_config_files=[])
+    transport = oslo_messaging.get_rpc_transport(cfg.CONF, url=rabbit.url)
+    try:
+        ours = rpc.RpcHostClient(transport, topic=fleet.topic)
+        with pytest.raises(client.UnknownTask):
+            ours.poll("alpha", "a-job")
+        with pytest.raises(client.HostUnsupported):
+            rpc.RpcHostClient(transport, topic=fleet.topic, version="2.0").poll("alpha", "a-job")
+        with pytest.raises(client.HostDown):
+            rpc.RpcHostClient(transport, topic="another", timeout=1).poll("alpha", "a-job")
+    finally:
+        transport.cleanup()

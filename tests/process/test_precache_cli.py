@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``imagecache precache`` on one machine, without a message bus, as operators and their scripts run it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pathlib
+import pty
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+import imagecache_lib as ic
+from imagecache_lib import model
+from imagecache_lib.cli import agent as agent_command
+from imagecache_lib.cli.job_display import JobDisplay
+from imagecache_lib.precache import job
+from imagecache_lib.testing.sources import FakeSource
+from tests.process.test_cli import IMAGE, Cli
+
+
+class JobsCli(Cli):
+    """Keeps its jobs beside its instances."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        super().__init__(path)
+        self.environment["IMAGECACHE_JOBS"] = str(path / "jobs.sqlite")
+
+    def start(self, *words: str) -> list[str]:
+        return ["precache", "start", IMAGE, "--file", str(self.data), "--digest", self.digest, *words]
+
+
+@pytest.fixture
+def cli(tmp_path: pathlib.Path) -> JobsCli:
+    return JobsCli(tmp_path)
+
+
+def test_planned_started_and_looked_at(cli: JobsCli) -> None:
+    (planned,) = cli.json("precache", "plan", IMAGE, "--file", str(cli.data))
+    assert (planned["Present"], planned["Missing"], planned["To fetch"]) == (0, 1, 2**20)
+    (result,) = cli.json(*cli.start("--aggregate", "racks", "--pin-until", "7d"))
+    assert (result["Image"], result["Result"], result["Received"]) == (IMAGE, "cached", 2**20)
+    (listed,) = cli.json("precache", "list")
+    assert (listed["Aggregate"], listed["State"], listed["cached"]) == ("racks", "done", 1)
+    assert cli.json("precache", "status", listed["Id"]) == [result]
+    assert cli.json("image", "show", IMAGE)["pins"]
+    (again,) = cli.json(*cli.start())
+    assert again["Result"] == "existing"
+    (planned,) = cli.json("precache", "plan", IMAGE, "--file", str(cli.data))
+    assert (planned["Present"], planned["To fetch"]) == (1, 0)
+
+
+def test_a_failure_is_told_with_its_reason_and_by_the_exit_code(cli: JobsCli) -> None:
+    digest = "sha512:" + "0" * 128
+    words = ("precache", "start", IMAGE, "--file", str(cli.data), "--digest", digest)
+    (result,) = cli.json(*words, code=10)
+    assert result["Result"] == "error"
+    assert "sha512" in result["Reason"]
+    (listed,) = cli.json("precache", "list")
+    assert listed["State"] == "failed"
+    (result,) = cli.json("precache", "resume", listed["Id"], "--file", str(cli.data))
+    assert result["Result"] == "cached"
+
+
+def test_a_host_that_nobody_reaches_is_skipped(cli: JobsCli) -> None:
+    (result,) = cli.json(*cli.start("--host", "elsewhere", "--deadline", "1s"), code=10)
+    assert (result["Host"], result["Result"]) == ("elsewhere", "skipped")
+    assert "elsewhere" in result["Reason"]
+
+
+def test_requests_that_make_no_sense(cli: JobsCli, tmp_path: pathlib.Path) -> None:
+    assert "twice" in cli.run(*cli.start("--host", "a", "--host", "a"), code=7).stderr
+    assert "list of hosts" in cli.run(*cli.start("--hosts-file", str(tmp_path / "none")), code=7).stderr
+    assert "no job" in cli.run("precache", "status", "nonsense", code=7).stderr
+    assert "message bus" in cli.run("agent", code=7).stderr
+
+
+def test_hosts_come_from_a_file_too(cli: JobsCli, tmp_path: pathlib.Path) -> None:
+    listed = tmp_path / "hosts"
+    listed.write_text("# the racks\nnode-1\n\nnode-2  # the odd one\n")
+    found = cli.json("precache", "plan", IMAGE, "--file", str(cli.data), "--hosts-file", str(listed), code=10)
+    assert [row["Host"] for row in found] == ["node-1", "node-2"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_that_is_left_goes_on_later(cli: JobsCli, number: signal.Signals) -> None:
+    left = subprocess.Popen(
+        cli.command(*cli.start("--rate", "256K"), "-f", "json"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=cli.environment,
+    )  # fmt: skip
+    assert left.stderr is not None
+    for line in left.stderr:
+        if ": 1 images on 1 hosts" in line:
+            break
+    stage = cli.instances / "_base" / ".imagecache" / "stage"
+    while not (stage.is_dir() and any(stage.iterdir())):
+        assert left.poll() is None
+    left.send_signal(number)
+    _out, said = left.communicate(timeout=60)
+    assert left.returncode == 10, said
+    (listed,) = cli.json("precache", "list")
+    assert listed["State"] == "not done", said
+    assert not any(stage.iterdir())
+    (result,) = cli.json("precache", "resume", listed["Id"], "--file", str(cli.data))
+    assert result["Result"] == "cached"
+
+
+def test_cancelled_by_another_process(cli: JobsCli) -> None:
+    running = subprocess.Popen(
+        cli.command(*cli.start("--rate", "256K"), "-f", "json"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=cli.environment,
+    )  # fmt: skip
+    assert running.stderr is not None
+    word = next(line for line in running.stderr if ": 1 images on 1 hosts" in line)
+    cli.run("precache", "cancel", word.split()[2].rstrip(":"))
+    out, _err = running.communicate(timeout=60)
+    assert running.returncode == 10
+    assert [(row["Result"], row["Reason"]) for row in json.loads(out)] == [
+        ("skipped", "the job was cancelled")
+    ]
+
+
+def _job(cells: Mapping[str, Sequence[job.Cell]]) -> job.Job:
+    hosts = {name: {f"i{number}": cell for number, cell in enumerate(row)} for name, row in cells.items()}
+    return job.Job("id", "racks", ("i0", "i1"), job.Terms(), hosts)
+
+
+_DONE = job.Cell(job.Result.CACHED, "", 100, 100)
+
+
+def test_a_log_gets_a_line_for_each_host_that_is_done() -> None:
+    stream, now = io.StringIO(), [0.0]
+    display = JobDisplay(stream, lambda: now[0])
+    display.show(_job({"one": [_DONE, job.Cell()], "two": [job.Cell()] * 2}))
+    failed = job.Cell(job.Result.ERROR, "no room")
+    display.show(_job({"one": [_DONE, failed], "two": [job.Cell()] * 2}))
+    now[0] = 20.0
+    display.show(_job({"one": [_DONE, failed], "two": [_DONE, job.Cell(None, "", 50, 100)]}))
+    first, second = stream.getvalue().splitlines()
+    assert first == "one: 2 of 2 images: no room"
+    assert second.startswith("1 of 2 hosts done; images: 2 cached, 1 error; 8 B/s, ")
+    assert second.endswith("left")
+
+
+def test_a_terminal_shows_who_works_first_and_no_more_than_fits() -> None:
+    leader, follower = pty.openpty()
+    with os.fdopen(follower, "w") as stream, os.fdopen(leader, "rb", buffering=0) as screen:
+        display = JobDisplay(stream, lambda: 0.0, lambda: (40, 5))
+        work = {f"done-{number}": [_DONE] * 2 for number in range(5)}
+        work["busy"] = [_DONE, job.Cell(None, "", 50, 100)]
+        work["down"] = [job.Cell(None, "the host is down: no answer")] * 2
+        display.show(_job(work))
+        display.show(_job(work))
+        shown = ""
+        while shown.count("\n") < 8:
+            shown += screen.read(4096).decode()
+    first, second = shown.split("\x1b[4A")
+    lines = [line.removeprefix("\r\x1b[2K").strip() for line in first.split("\n")]
+    assert lines[:2] == [
+        "busy: 1 of 2 images, i1 50 % of 100 B",
+        "down: 0 of 2 images, the host is down: "[:39].strip(),
+    ]
+    assert lines[2] == "... and 5 more hosts"
+    assert lines[3] == "5 of 7 hosts done; images: 11 cached"
+    assert second.count("\x1b[2K") == 4
+
+
+class _Cache(ic.ImageCacheManager):
+    """Counts its passes."""
+
+    def __init__(self, path: pathlib.Path, interval: int, after: threading.Event) -> None:
+        config = ic.CacheConfig(instances_path=str(path), manager_interval=interval)
+        super().__init__(config, FakeSource({}))
+        self.asked: list[object] = []
+        self._after = after
+
+    def verify_base_images(self, instances: object, **options: object) -> object:  # type: ignore[override]
+        self.asked.append(instances)
+        self._after.set()
+        return super().verify_base_images(instances, **options)  # type: ignore[arg-type]
+
+
+def test_passes_use_what_the_provider_says_and_keep_all_if_it_fails(tmp_path: pathlib.Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("the API is down")
+
+    some = [model.Instance("a-uuid", "here")]
+    for provider, asked in ((lambda: some, tuple(some)), (lambda: None, None), (fail, None)):
+        stop = threading.Event()
+        cache = _Cache(tmp_path, 0, stop)
+        agent_command.run_passes(cache, provider, stop)
+        assert cache.asked == [asked]
+
+
+def test_an_interval_of_minus_one_means_never(tmp_path: pathlib.Path) -> None:
+    cache = _Cache(tmp_path, -1, threading.Event())
+    agent_command.run_passes(cache, list, threading.Event())
+    assert cache.asked == []
