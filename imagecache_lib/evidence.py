@@ -15,7 +15,8 @@ from typing import Any
 from imagecache_lib import model
 
 #: The version of the inspection rules in :mod:`imagecache_lib.spawn.inspection`. Raise it when they
-#: become stricter: bases that were inspected under older rules are inspected again before their next use.
+#: become stricter: bases that were inspected under older rules are inspected again, where they lie, before
+#: their next use.
 INSPECTION_RULES = 1
 
 #: The version of this file format.
@@ -80,6 +81,14 @@ class Record:
     def converted(self) -> bool:
         """Whether the file's bytes are other than the source's."""
         return self.source_format != self.stored_format
+
+    @property
+    def inspectable(self) -> bool:
+        """Whether looking at the file can make up for what its inspection lacks.
+
+        A conversion has already done what a bad image asks for: it may hold a file of the host.
+        """
+        return self.inspected is not None or not self.converted
 
     def to_json(self) -> bytes:
         """Return the record as it is stored."""

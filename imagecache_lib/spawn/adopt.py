@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bases that we did not publish: checking them as far as they can be, once, before their first use."""
+"""Bases that were not checked for what they are wanted for: checking them as far as can be, where they lie.
+
+Those that we did not publish, once, before their first use; and those of which nothing is missing but an
+inspection under today's rules.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,57 @@ def adopt(
         record = _bound(base, call, image, finding, verified=verified)
         cache.write_record(record)
     return record, ""
+
+
+def inspect_again(
+    cache: store.CacheStore, base: store.OpenBase, record: evidence.Record, call: Call
+) -> tuple[evidence.Record | None, str]:
+    """Inspect a base whose evidence lacks nothing else, and renew that in its record.
+
+    :param record: of a base that was inspected under other rules, or fetched as a plain file.
+    :returns: the record that it has now, or None and the reason why it does not serve, as a clause.
+    :raises SourceError: what the source says of the image is needed and it does not answer.
+    :raises NoSpaceError, BackendError: the filesystem failed.
+    """
+    claims = _claims(record, call)
+    with stages.translated(base.path):
+        try:
+            finding = _inspect_stored(cache, base, record, claims)
+        except errors.ImageRejected as error:
+            return None, error.cause
+        if record.inspected is None:
+            wanted = call.stored_format or ("raw" if cache.config.force_raw_images else finding.format)
+            if finding.format != wanted:
+                return None, f"it was fetched as a plain file of {finding.format}, and {wanted} is needed"
+            record = dataclasses.replace(
+                record,
+                source_format=finding.format,
+                stored_format=finding.format,
+                virtual_size=_virtual_size(base, finding),
+            )
+        record = dataclasses.replace(record, inspected=evidence.INSPECTION_RULES)
+        cache.write_record(record)
+    return record, ""
+
+
+def _claims(record: evidence.Record, call: Call) -> tuple[str | None, ...]:
+    """Return what the content may be, as Glance names it, any of which will do."""
+    if record.inspected is None:
+        image = _what_the_source_says(call)
+        return (image.disk_format if image is not None else None,)
+    # It was found to be what was claimed. A record does not tell an ISO image from other raw ones.
+    return ("raw", "iso") if record.source_format == "raw" else (record.source_format,)
+
+
+def _inspect_stored(
+    cache: store.CacheStore, base: store.OpenBase, record: evidence.Record, claims: tuple[str | None, ...]
+) -> inspection.Finding:
+    if record.converted:
+        return _look_at_conversion(cache, base)
+    for claimed in claims[:-1]:
+        with contextlib.suppress(errors.ImageRejected):
+            return _look(cache, base, claimed, strict=True)
+    return _look(cache, base, claims[-1], strict=True)
 
 
 def _bound(
@@ -77,8 +132,16 @@ def _inspect(cache: store.CacheStore, base: store.OpenBase, image: model.Image |
         return _look(cache, base, None, strict=strict)
     if _unconverted(base, image):
         return _look(cache, base, image.disk_format, strict=strict)
-    # Only a conversion changes the size, and the only conversion is to raw. A disk's own bytes need not pass
-    # the rules for images, such as that a boot sector has partitions, but must not be taken for an image.
+    # Only a conversion changes the size, and the only conversion is to raw.
+    return _look_at_conversion(cache, base)
+
+
+def _look_at_conversion(cache: store.CacheStore, base: store.OpenBase) -> inspection.Finding:
+    """Inspect what was converted to raw.
+
+    A disk's own bytes need not pass the rules for images, such as that a boot sector has partitions, but must
+    not be taken for an image.
+    """
     finding = _look(cache, base, None, strict=False)
     if finding.format != "raw":
         raise errors.ImageRejected(f"it should be raw, and its content is {finding.format}")

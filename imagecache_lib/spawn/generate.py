@@ -193,8 +193,8 @@ def ephemeral(
 def for_overlay(wanted: backing.Backing, disk_path: str) -> Generation:
     """Return what an existing overlay was made on, as far as the name of its base says.
 
-    The name of a base that an operator's command made, or what no two hosts make alike, does not say how: such
-    a one can be checked, and not made.
+    The name of a base that an operator's command made, or what no two hosts make alike, does not say how:
+    such a one can be checked, and not made.
 
     :param wanted: a swap or an ephemeral base.
     :param disk_path: of the overlay, for messages.
@@ -295,9 +295,16 @@ class Generator:
         return ingest.Ingested(stage, record)
 
     def adopt(
-        self, opened: store.OpenBase, wanted: Generation, use: evidence.Use
+        self,
+        opened: store.OpenBase,
+        known: evidence.Record | None,
+        wanted: Generation,
+        use: evidence.Use,
     ) -> tuple[evidence.Record | None, str]:
-        """Check what somebody else made, and write down that it was. As :func:`adopt.adopt`."""
+        """Check what somebody else made, and write down that it was. As :func:`adopt.adopt`.
+
+        ``known`` is None: what is generated is never wanted as an image, so no inspection can be lacking.
+        """
         if (fault := self._fault(wanted, opened.fd)) is not None:
             return None, fault
         with stages.translated(opened.path):

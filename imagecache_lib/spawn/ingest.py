@@ -89,9 +89,11 @@ class Ingest:
                 return self._run_once(call, use)
 
     def adopt(
-        self, opened: store.OpenBase, call: Call, use: evidence.Use
+        self, opened: store.OpenBase, known: evidence.Record | None, call: Call, use: evidence.Use
     ) -> tuple[evidence.Record | None, str]:
-        """Check a base that carries no evidence: :func:`imagecache_lib.spawn.adopt.adopt`."""
+        """Check a base that carries no evidence, or too little: :mod:`imagecache_lib.spawn.adopt`."""
+        if known is not None:
+            return adopt.inspect_again(self._cache, opened, known, call)
         return adopt.adopt(self._cache, opened, call, use)
 
     def _run_once(self, call: Call, use: evidence.Use) -> Ingested:

@@ -48,7 +48,7 @@ class _Fit:
 class _Unfit:
     """A base that is there and does not serve.
 
-    :param checkable: nothing speaks against it but that nobody checked it.
+    :param checkable: nothing speaks against it but that nobody checked it, or not under today's rules.
     """
 
     reason: str
@@ -102,9 +102,12 @@ class Bringer(Protocol[_W_contra]):
         """Bring it into a stage file, which is the caller's to publish or discard."""
 
     def adopt(
-        self, opened: store.OpenBase, wanted: _W_contra, use: evidence.Use, /
+        self, opened: store.OpenBase, known: evidence.Record | None, wanted: _W_contra, use: evidence.Use, /
     ) -> tuple[evidence.Record | None, str]:
-        """Check what somebody else made. Returns its record, or None and the reason why it does not serve."""
+        """Check what is there. Returns its record, or None and the reason why it does not serve.
+
+        :param known: its record, which lacks an inspection under today's rules. None: somebody else made it.
+        """
 
 
 class Leases(Generic[W]):
@@ -198,7 +201,9 @@ class Leases(Generic[W]):
                 return _Unfit(_UNWITNESSED, checkable=True)
             reason = self._shortfall(record, call, use)
             if reason is not None:
-                return _Unfit(reason, checkable=False)
+                renewed = dataclasses.replace(record, inspected=evidence.INSPECTION_RULES)
+                curable = record.inspectable and self._shortfall(renewed, call, use) is None
+                return _Unfit(reason, checkable=curable)
             stack.pop_all()  # it stays open
             return _Fit(opened, record)
 
@@ -292,10 +297,13 @@ class Leases(Generic[W]):
         if opened is None:
             return None
         with contextlib.closing(opened):
-            record, reason = self._bringer.adopt(opened, call, use)
+            with stages.translated(opened.path):
+                known = self._cache.record_of(opened)
+            record, reason = self._bringer.adopt(opened, known, call, use)
         if record is None:
             return reason
-        self._observers(events.Adopted(call.name, call.image_id))
+        if known is None:
+            self._observers(events.Adopted(call.name, call.image_id))
         return self._shortfall(record, call, use)
 
     def _fetch(self, call: W, use: evidence.Use) -> bool:

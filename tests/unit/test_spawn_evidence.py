@@ -161,10 +161,12 @@ class TestAdoption(AdoptCase):
         with self.manager().fetch_or_reuse(ID) as base:
             self.assertEqual((None, "qcow2"), (base.digest, base.format))
 
-    def test_a_kernel_serves_as_a_kernel_and_not_as_a_disk(self) -> None:
+    def test_a_kernel_serves_as_a_kernel_and_as_a_disk_once_it_is_inspected_as_one(self) -> None:
         self.put(DATA)
         self.assertTrue(self.adopted(use_file=True))
-        self.assertFalse(self.adopted())
+        self.assertIsNone(json.loads(self.record().read_bytes())["inspected"])
+        self.assertTrue(self.adopted())
+        self.assertIsNotNone(json.loads(self.record().read_bytes())["inspected"])
 
     def test_damage_is_never_served(self) -> None:
         flipped = bytearray(DATA)
@@ -295,13 +297,6 @@ class TestEvidenceIsBoundToTheFile(AdoptCase):
         self.assertEqual(DATA, self.spawn(self.manager()))
         self.assertEqual(2, self.source.opens)
 
-    def test_content_inspected_under_other_rules_is_not_trusted_as_it_is(self) -> None:
-        self.manager().cache_image(ID)
-        fields = json.loads(self.record().read_bytes()) | {"inspected": 0}
-        self.record().write_bytes(json.dumps(fields).encode())
-        self.assertEqual(DATA, self.spawn(self.manager(space_minimum_age_seconds=0)))
-        self.assertEqual(2, self.source.opens)
-
     def test_a_base_that_carries_no_id_is_bound_by_inode_and_size(self) -> None:
         # libvirt gives bases to QEMU's user; then we may not mark them any more.
         self.manager().cache_image(ID)
@@ -313,3 +308,77 @@ class TestEvidenceIsBoundToTheFile(AdoptCase):
         self.addCleanup(opened.close)
         self.assertEqual(DATA, self.spawn(self.manager()))
         self.assertEqual((1, 0), (self.source.opens, self.happened(events.Adopted)))
+
+
+class TestInspectedWhereItLies(AdoptCase):
+    """What lacks nothing but an inspection under today's rules gets that, and keeps all its other evidence."""
+
+    def change_record(self, **fields: object) -> None:
+        changed = json.loads(self.record().read_bytes()) | fields
+        self.record().write_bytes(json.dumps(changed).encode())
+
+    def test_rules_that_changed_cost_no_download_and_no_other_evidence(self) -> None:
+        iso = bytes(32769) + b"CD001" + bytes(98304 - 32774)
+        qcow2 = disk_image(self.directory, "qcow2")
+        for disk_format, data, force_raw in (
+            ("raw", DATA, True),
+            ("iso", iso, True),
+            ("qcow2", qcow2, True),
+            ("qcow2", qcow2, False),
+        ):
+            with self.subTest(disk_format=disk_format, force_raw=force_raw):
+                self.source = FakeSource({ID: data}, disk_format=disk_format)
+                manager = self.manager(force_raw_images=force_raw)
+                disk = manager.create_disk(ID, self.target())
+                content, inode = content_of(disk.target, "qcow2"), self.base().stat().st_ino
+                self.change_record(certificates=["cert-1"])
+                before = json.loads(self.record().read_bytes())
+                self.change_record(inspected=0)
+                self.source.fail_describe(errors.SourceError("down"))
+                request = model.Request(trusted_certs=("cert-1",))
+                self.assertEqual(content, self.spawn(self.manager(), request=request))
+                self.assertEqual(before, json.loads(self.record().read_bytes()))
+                self.assertEqual((inode, 1), (self.base().stat().st_ino, self.source.opens))
+                self.assertEqual(0, self.happened(events.Adopted) + self.happened(events.Bypassed))
+                manager.remove_disk(disk)
+                manager.evict_image(ID)
+
+    def test_content_that_the_rules_refuse_now_is_not_served(self) -> None:
+        qcow2 = disk_image(self.directory, "qcow2")
+        self.source = FakeSource({ID: qcow2}, disk_format="qcow2")
+        manager = self.manager(force_raw_images=False, space_minimum_age_seconds=0)
+        manager.cache_image(ID)
+        self.change_record(inspected=0)
+        with self.base().open("r+b") as file:
+            file.seek(8)
+            file.write((512).to_bytes(8, "big") + (11).to_bytes(4, "big"))  # a backing file
+        self.assertEqual(DATA, self.spawn(manager))
+        self.assertEqual((2, qcow2), (self.source.opens, self.base().read_bytes()))
+
+    def test_a_plain_file_that_is_the_disk_that_is_wanted_becomes_one(self) -> None:
+        qcow2 = disk_image(self.directory, "qcow2")
+        for disk_format, data, force_raw in (("raw", DATA, True), ("qcow2", qcow2, False)):
+            with self.subTest(disk_format):
+                self.source = FakeSource({ID: data}, disk_format=disk_format)
+                manager = self.manager(force_raw_images=force_raw)
+                manager.fetch_file(ID, self.target(f"kernel-{disk_format}"))
+                self.assertEqual(DATA, self.spawn(manager))
+                with manager.fetch_or_reuse(ID) as base:
+                    self.assertEqual((disk_format, len(DATA)), (base.format, base.virtual_size))
+                    self.assertIsNotNone(base.digest)
+                self.assertEqual((1, 0), (self.source.opens, self.happened(events.Bypassed)))
+                manager.evict_image(ID)
+
+    def test_a_plain_file_that_is_no_acceptable_disk_is_refused_as_one(self) -> None:
+        self.source = FakeSource({ID: DATA}, disk_format="qcow2")
+        manager = self.manager()
+        manager.fetch_file(ID, self.target("kernel"))
+        with self.assertRaises(errors.ImageRejected):
+            manager.create_disk(ID, self.target())
+        manager.fetch_file(ID, self.target("kernel-2"))
+
+    def test_a_conversion_that_nobody_inspected_proves_nothing_by_its_looks(self) -> None:
+        self.source = FakeSource({ID: disk_image(self.directory, "qcow2")}, disk_format="qcow2")
+        self.manager(disable_deep_image_inspection=True).cache_image(ID)
+        self.assertEqual(DATA, self.spawn(self.manager(space_minimum_age_seconds=0)))
+        self.assertEqual(2, self.source.opens)
