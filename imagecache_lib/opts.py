@@ -420,8 +420,8 @@ def _new_opts() -> Sequence[cfg.Opt]:
                 "free_space_low. 0: as many as free_space_low says."),
         integer("space_minimum_age_seconds", "No lack of space removes an image that was used or fetched "
                 "less than this many seconds ago: its disk may be on its way from another host."),
-        integer("scrub_rate", "Bytes per second that a scrub reads of the cached images to find what the disk "
-                "damaged. It looks at 100 GiB in 53 minutes with the default. 0: no limit."),
+        integer("scrub_rate", "Bytes per second that a scrub reads of the cached images to find what the "
+                "disk damaged. It looks at 100 GiB in 53 minutes with the default. 0: no limit."),
         integer("max_virtual_size", "Bytes above which an image's virtual size is refused."),
         integer("convert_cpu_time_limit", "CPU seconds that a qemu-img or mkfs may take which makes "
                 "something."),

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Re-reading what is cached, to find what the disk changed. Slowly, and past the page cache.
 
-A bit that flipped on the disk, or a write that the disk lost, is invisible as long as the page cache holds the
-right bytes, and everybody's wrong bytes afterwards. What is read is compared with the checksums that were taken
-of the data in flight (:mod:`imagecache_lib.checksums`). Nothing is repaired here: a base that is damaged is
-marked, so that nobody else is served from it, and its eviction is the pass's.
+A bit that flipped on the disk, or a write that the disk lost, is invisible as long as the page cache holds
+the right bytes, and everybody's wrong bytes afterwards. What is read is compared with the checksums that
+were taken of the data in flight (:mod:`imagecache_lib.checksums`). Nothing is repaired here: a base that is
+damaged is marked, so that nobody else is served from it, and its eviction is the pass's.
 """
 
 from __future__ import annotations
@@ -115,11 +115,11 @@ def scrub(
     limit = pace.Pace(rate, host=cache.host, check=lambda: _stop_if(cancelled))
     found = []
     # A thread of its own: its priority is lowered, and nobody else's.
-    with concurrent.futures.ThreadPoolExecutor(1, "imagecache-scrub", _be_modest) as reader:
-        with contextlib.suppress(_Cancelled):
-            for name in _in_order(cache, names):
-                _stop_if(cancelled)
-                found.append(_scrub_one(name, cache, observers, evict, reader, limit))
+    reading = concurrent.futures.ThreadPoolExecutor(1, "imagecache-scrub", _be_modest)
+    with reading as reader, contextlib.suppress(_Cancelled):
+        for name in _in_order(cache, names):
+            _stop_if(cancelled)
+            found.append(_scrub_one(name, cache, observers, evict, reader, limit))
     return ScrubReport(tuple(found))
 
 
