@@ -159,7 +159,8 @@ class ImageCacheManager:
                 next_step='remove it, or ask with if_exists="reuse"',
             )
         disk = self.backend.inspect(target)
-        if disk.base is not None:
+        if disk.format == "qcow2":
+            # Whatever its header names: a guest may have written one into a disk whose format nobody pinned.
             self.ensure_backing(target, image_id=call.image_id, request=call.request)
         if size is not None and size > disk.virtual_size:
             return self.backend.resize(disk, size)
@@ -267,8 +268,8 @@ class ImageCacheManager:
         :param image_id: the image that the disk was made from. None: :meth:`create_swap` or
             :meth:`create_ephemeral` made it, and its base is made anew, byte for byte.
         :returns: the base, or None if the disk stands alone.
-        :raises BackendError: the header names something else, or the base that is here has another format, or
-            nobody knows how an ephemeral base was made.
+        :raises BackendError: the header names something else; or the base that is here has another format, or
+            another filesystem than the disk was made on; or nobody knows how an ephemeral base was made.
         """
         if self.inspect_disk(disk_path).format != "qcow2":
             return None  # whatever header its guest wrote into it
@@ -276,6 +277,8 @@ class ImageCacheManager:
         if wanted is None:
             return None
         with self._hold_backing(wanted, disk_path, image_id, request) as held:
+            if image_id is None and held.base.fd is not None:
+                backing.check_made_on(disk_path, held.base.fd)
             return dataclasses.replace(held.base, fd=None)
 
     def _hold_backing(
@@ -330,15 +333,16 @@ class ImageCacheManager:
         call = self._begin(image_id, request)
         if backend_base.Feature.CLONE in self.backend.features:
             return model.CacheResult.NOT_NEEDED
+        pin, earlier = pins.Pin(_PRECACHE, pin_until), None
         if pin_until is not None:
             # The pin comes first: between a look and a pin the base could go.
-            self.pin(image_id, owner=_PRECACHE, expires=pin_until)
+            earlier = pins.add(self._cache, call.name, image_id, pin)
         try:
             with self._leases.hold(call, Use.DISK, bypass=False) as held:
                 return model.CacheResult.CACHED if held.fetched else model.CacheResult.EXISTING
         except BaseException:
             if pin_until is not None:
-                self.unpin(image_id, owner=_PRECACHE)
+                pins.take_back(self._cache, call.name, image_id, pin, earlier)
             raise
 
     def is_cached(self, image_id: str) -> bool:
@@ -392,9 +396,9 @@ class ImageCacheManager:
     ) -> ScrubReport:
         """Re-read cached images past the page cache, and compare them with checksums taken in flight.
 
-        A damaged base that nobody uses is evicted, and fetched again when it is wanted. One that is in use is
-        reported and never replaced; new requests are served around it. Reading is slow and polite; call it now
-        and then, as often as the rate allows, or let the command do it.
+        A damaged base that nobody uses is evicted, and fetched again when it is wanted. One that is in use
+        is reported and never replaced; new requests are served around it. Reading is slow and polite; call
+        it now and then, as often as the rate allows, or let the command do it.
 
         :param image_ids: ids of images, or names of bases. None: all, the longest unchecked first.
         :param rate: bytes per second. None: ``scrub_rate``. 0: no limit.
