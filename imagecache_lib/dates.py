@@ -8,8 +8,11 @@ import math
 
 
 def date(when: float) -> str:
-    """Return epoch seconds as a date in UTC."""
-    return dt.datetime.fromtimestamp(when, dt.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    """Return epoch seconds as a date in UTC. What no calendar has, such as infinity, stays a number."""
+    try:
+        return dt.datetime.fromtimestamp(when, dt.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return f"@{when}"
 
 
 def span(seconds: float) -> str:

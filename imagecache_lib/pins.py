@@ -61,11 +61,25 @@ def parse(data: bytes) -> PinFile | None:
     return PinFile(image_id, found) if known else None
 
 
-def add(cache: store.CacheStore, name: str, image_id: str, pin: Pin) -> None:
-    """Pin a base, whether it is there or not. Takes the place of the owner's earlier pin."""
+def add(cache: store.CacheStore, name: str, image_id: str, pin: Pin) -> Pin | None:
+    """Pin a base, whether it is there or not. Returns the owner's earlier pin, whose place it takes."""
     with _changing(cache):
-        others = tuple(each for each in _read(cache, name) if each.owner != pin.owner)
+        before = _read(cache, name)
+        others = tuple(each for each in before if each.owner != pin.owner)
         _write(cache, name, PinFile(image_id, (*others, pin)))
+        return next((each for each in before if each.owner == pin.owner), None)
+
+
+def take_back(cache: store.CacheStore, name: str, image_id: str, pin: Pin, earlier: Pin | None) -> None:
+    """Undo :func:`add`, unless the owner pinned the base anew since.
+
+    :param earlier: as :func:`add` returned it.
+    """
+    with _changing(cache):
+        before = _read(cache, name)
+        if pin in before:
+            others = tuple(each for each in before if each != pin)
+            _write(cache, name, PinFile(image_id, others if earlier is None else (*others, earlier)))
 
 
 def remove(cache: store.CacheStore, name: str, image_id: str, owner: str) -> bool:

@@ -95,6 +95,13 @@ class FileBackend(base_module.StorageBackend):
             header = qcow2_header.parse(data)
         except (qcow2_header.HeaderError, qcow2_header.NotQcow2) as error:
             raise errors.BackendError(f"the disk is no qcow2: {error}", path=target) from error
+        if header.incompatible_features & qcow2_header.Incompatible.DATA_FILE:
+            # Nothing here makes such disks, and QEMU would open and write whatever file the header names.
+            raise errors.BackendError(
+                "its header says that its data is in another file",
+                path=target,
+                next_step="find out where the disk came from; convert it if it is trusted",
+            )
         named = header.backing_file
         return model.Disk(target, "qcow2", header.virtual_size, _cached_name(named)), named
 

@@ -130,7 +130,8 @@ def name_of(cache: store.CacheStore, reference: str) -> str:
 
     :raises ImageRejected: neither is possible.
     """
-    known = layout.classify(reference) is not layout.Kind.UNKNOWN
+    # What Nova has in flight is no base, though it has a name of its own.
+    known = layout.classify(reference) not in (layout.Kind.UNKNOWN, layout.Kind.FOREIGN_STAGE)
     if known and os.path.lexists(cache.layout.base(reference)):
         return reference
     return layout.base_name(reference)

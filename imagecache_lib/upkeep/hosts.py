@@ -43,7 +43,7 @@ def parse(host_id: str, data: bytes) -> HostFile | None:
         fields = json.loads(data)
         name, cleared = fields["name"], fields["cleared"]
         roots = {str(path): (int(pair[0]), int(pair[1])) for path, pair in fields["roots"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+    except (ValueError, OverflowError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return None
     if not isinstance(name, str) or not isinstance(cleared, list):
         return None

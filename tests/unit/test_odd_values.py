@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values and headers that mislead: what they must not break, hand out or take away."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+
+import imagecache_lib as ic
+from imagecache_lib import layout
+from imagecache_lib.upkeep import hosts
+from tests.cache_case import ID, OTHER_ID, CacheCase
+
+
+class TestPins(CacheCase):
+    def test_a_pin_that_no_calendar_can_date_stops_no_pass(self) -> None:
+        manager = self.manager()
+        manager.cache_image(ID)
+        for expires in (time.time() * 1000, float("inf"), float("nan"), 10**300):
+            with self.subTest(expires=expires):
+                manager.pin(ID, owner="milliseconds", expires=expires)
+                (base,) = manager.verify_base_images([]).bases
+                self.assertIn("pinned by milliseconds", base.reason)
+
+    def test_a_pre_caching_that_fails_leaves_the_earlier_pin(self) -> None:
+        manager = self.manager()
+        until = time.time() + 1000
+        manager.cache_image(ID, pin_until=until)
+        cancelled = threading.Event()
+        cancelled.set()
+        with self.assertRaises(ic.CancelledError):
+            manager.cache_image(ID, pin_until=until + 1000, request=ic.Request(cancel=cancelled))
+        base = manager.show_base(ID)
+        assert base is not None
+        self.assertEqual([until], [pin.expires for pin in base.pins])
+
+    def test_a_pre_caching_that_fails_leaves_no_pin_of_its_own(self) -> None:
+        manager = self.manager()
+        with self.assertRaises(ic.ImageNotFound):
+            manager.cache_image("gone", pin_until=time.time() + 1000)
+        self.assertEqual([], os.listdir(self.instances / "_base" / ".imagecache" / "pins"))
+
+
+class TestHandsOff(CacheCase):
+    def test_what_nova_has_in_flight_is_no_base_to_be_evicted_by_name(self) -> None:
+        manager = self.manager()
+        in_flight = self.base(OTHER_ID).with_name(f"{layout.base_name(OTHER_ID)}.part")
+        manager.cache_image(ID)
+        in_flight.write_bytes(b"half")
+        manager.evict_image(in_flight.name)
+        self.assertEqual(b"half", in_flight.read_bytes())
+
+    def test_lack_of_room_takes_nothing_from_the_trash_while_removal_is_off(self) -> None:
+        self.manager().cache_image(ID)
+        thrown = self.base().parent / ".imagecache" / "trash" / f"{self.base().name}.{'0' * 32}"
+        thrown.mkdir()
+        os.rename(self.base(), thrown / "base")
+        found = os.statvfs(self.instances)
+        manager = self.manager(
+            remove_unused_base_images=False, free_space_low=found.f_blocks * found.f_frsize
+        )
+        with self.assertRaises(ic.NoSpaceError):
+            manager.cache_image(OTHER_ID)
+        self.assertTrue((thrown / "base").exists())
+
+
+class TestDisksThatAGuestMayHaveWritten(CacheCase):
+    def _disk(self, *options: str) -> str:
+        target = self.target()
+        command = ["qemu-img", "create", "-q", "-f", "qcow2", *options, target, "1M"]
+        subprocess.run(command, check=True)
+        return target
+
+    def test_a_disk_on_a_file_of_the_host_is_not_reused(self) -> None:
+        target = self._disk("-u", "-b", "/etc/passwd", "-F", "raw")
+        with self.assertRaisesRegex(ic.BackendError, "/etc/passwd"):
+            self.manager().create_disk(ID, target, if_exists="reuse")
+
+    def test_a_disk_whose_data_is_in_another_file_is_refused(self) -> None:
+        secret = self.directory / "secret"
+        target = self._disk("-o", f"data_file={secret},data_file_raw=on")
+        secret.write_bytes(b"not the guest's")
+        manager = self.manager()
+        disk = ic.Disk(target, "qcow2", 2**20)
+        for use in (
+            lambda: manager.create_disk(ID, target, if_exists="reuse", size=2**21),
+            lambda: manager.ensure_backing(target, image_id=ID),
+            lambda: manager.resize_disk(disk, 2**21),
+            lambda: manager.flatten_disk(disk),
+        ):
+            with self.assertRaisesRegex(ic.BackendError, "another file"):
+                use()
+        self.assertEqual(b"not the guest's", secret.read_bytes())
+
+    def test_a_disk_that_stands_alone_is_reused(self) -> None:
+        target = self._disk()
+        self.assertIsNone(self.manager().create_disk(ID, target, if_exists="reuse").base)
+
+
+class TestHostFiles(CacheCase):
+    def test_a_number_that_is_none_counts_as_torn(self) -> None:
+        data = b'{"name": "there", "cleared": [], "roots": {"/disks": [Infinity, 1]}}'
+        self.assertIsNone(hosts.parse("0" * 32, data))
