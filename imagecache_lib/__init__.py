@@ -22,6 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from imagecache_lib.backends.base import Feature, StorageBackend
+    from imagecache_lib.certificates import (
+        CastellanCertificates,
+        CertificateStore,
+        DirectoryCertificates,
+    )
     from imagecache_lib.config import CacheConfig
     from imagecache_lib.errors import (
         BackendError,
@@ -71,8 +76,11 @@ _HOMES = {
     "CacheResult": "model",
     "CachedBase": "upkeep.catalog",
     "CancelledError": "errors",
+    "CastellanCertificates": "certificates",
+    "CertificateStore": "certificates",
     "ConfigError": "errors",
     "Digest": "model",
+    "DirectoryCertificates": "certificates",
     "Disk": "model",
     "DiskExistsError": "errors",
     "DiskTooSmallError": "errors",
@@ -118,8 +126,11 @@ __all__ = [
     "CacheResult",
     "CachedBase",
     "CancelledError",
+    "CastellanCertificates",
+    "CertificateStore",
     "ConfigError",
     "Digest",
+    "DirectoryCertificates",
     "Disk",
     "DiskExistsError",
     "DiskTooSmallError",

@@ -59,6 +59,8 @@ class CacheConfig:
     enable_certificate_validation: bool = False
     #: Certificates trusted where a request names none.
     default_trusted_certificate_ids: tuple[str, ...] = ()
+    #: Directory of certificates, ``<id>.pem``, for managers that are not given a store. None: there are none.
+    certificates_path: str | None = None
 
     # -- disks ---------------------------------------------------------------------------------------
     #: ``none`` or ``space``: allocate a disk's whole virtual size when it is made.
@@ -119,7 +121,7 @@ class CacheConfig:
     never_download_image_if_on_rbd: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("instances_path", "lock_path"):
+        for name in ("instances_path", "lock_path", "certificates_path"):
             value = getattr(self, name)
             if value is not None and not os.path.isabs(value):
                 raise _wrong(name, value, "must be an absolute path")

@@ -58,7 +58,8 @@ class Record:
     :param virtual_size: in bytes.
     :param digest: of the source's data. It was checked if ``digest_checked``.
     :param inspected: version of the inspection rules its content passed. None: not inspected as a disk.
-    :param certificates: ids of the trusted certificates against which the signature was verified.
+    :param certificates: ids of the trusted certificates that lead from the signing one to a root.
+    :param signed_by: id of the certificate with which its signature was verified. None: it was not.
     :param damaged: a scrub found that the disk changed its content.
     """
 
@@ -75,6 +76,7 @@ class Record:
     digest_checked: bool = False
     inspected: int | None = None
     certificates: tuple[str, ...] = ()
+    signed_by: str | None = None
     damaged: bool = False
 
     @property
@@ -124,6 +126,7 @@ def _is_typed(record: Record) -> bool:
         and all(type(number) is int and number >= 0 for number in numbers)
         and isinstance(record.image_id, str | None)
         and isinstance(record.digest_checked, bool)
+        and isinstance(record.signed_by, str | None)
         and isinstance(record.damaged, bool)
         and (record.inspected is None or type(record.inspected) is int)
     )
@@ -142,7 +145,7 @@ def shortfall(
 
     :param stored_format: the format that it must have. None: any.
     :param signed: whether its signature must have been verified.
-    :param trusted_certs: certificates of which one must have verified the image. None: not demanded.
+    :param trusted_certs: certificates that must have vouched for it, the whole chain. None: not demanded.
     :param inspect: False if the operator turned deep inspection off.
     """
     if record.damaged:
@@ -156,10 +159,11 @@ def shortfall(
         return "it was fetched as a plain file and never inspected as a disk"
     elif inspect and record.inspected != INSPECTION_RULES:
         return "it was inspected under other rules"
-    if trusted_certs is not None and not set(trusted_certs) & set(record.certificates):
+    vouched = bool(record.certificates) and set(record.certificates) <= set(trusted_certs or ())
+    if trusted_certs is not None and not vouched:
         if record.origin is Origin.ADOPTED:
             return "nobody witnessed how it was made, so no certificate vouches for it"
         return "it was cached without the certificates that this request demands"
-    if signed and not record.certificates:
+    if signed and record.signed_by is None and not record.certificates:
         return "its signature was never verified"
     return None

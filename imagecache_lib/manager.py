@@ -18,8 +18,8 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 
+from imagecache_lib import certificates, errors, events, layout, model, pins, placing, store
 from imagecache_lib import config as config_module
-from imagecache_lib import errors, events, layout, model, pins, placing, store
 from imagecache_lib import host as host_module
 from imagecache_lib.backends import base as backend_base
 from imagecache_lib.backends import load_backend, qemu_img
@@ -50,6 +50,7 @@ class ImageCacheManager:
     :param source: where images come from, unless a request says otherwise.
     :param backend: a storage backend, or the name of one. None: the configuration's.
     :param host: clock, sleep, host name and the like; the default is this machine's.
+    :param certificate_store: knows the certificates of signed images. None: those in ``certificates_path``.
     :param observers: called with what happens. None: :class:`~imagecache_lib.events.LogObserver` alone.
     :raises ConfigError: the backend is unknown or its configuration cannot work.
     """
@@ -61,6 +62,7 @@ class ImageCacheManager:
         backend: backend_base.StorageBackend | str | None = None,
         *,
         host: host_module.Host | None = None,
+        certificate_store: certificates.CertificateStore | None = None,
         observers: Sequence[events.Observer] | None = None,
     ) -> None:
         self.config = config
@@ -77,6 +79,7 @@ class ImageCacheManager:
             qemu_img.QemuImg(config, self.host),
             self._observers,
             make_room=self._upkeep.make_room,
+            certificate_store=certificate_store or _certificates_of(config),
         )
         self._leases = lease.Leases(
             self._cache, self._ingest, self._observers, evict_unfit=self._upkeep.evict_unfit
@@ -539,3 +542,9 @@ class ImageCacheManager:
                 with stages.translated(self.config.base_path):
                     self._upkeep.begin()
                 self._started = True
+
+
+def _certificates_of(config: config_module.CacheConfig) -> certificates.CertificateStore | None:
+    if config.certificates_path is None:
+        return None
+    return certificates.DirectoryCertificates(config.certificates_path)

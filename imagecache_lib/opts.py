@@ -31,7 +31,7 @@ _FIELDS = {
     "image_cache": (
         "subdirectory_name", "manager_interval", "precache_concurrency", "remove_unused_base_images",
         "remove_unused_original_minimum_age_seconds", "remove_unused_resized_minimum_age_seconds",
-        "disk_roots", "lock_path", "max_cache_size", "free_space_low", "free_space_high",
+        "disk_roots", "lock_path", "certificates_path", "max_cache_size", "free_space_low", "free_space_high",
         "space_minimum_age_seconds", "scrub_rate", "max_virtual_size", "convert_cpu_time_limit",
         "convert_address_space_limit", "lock_timeout", "stage_idle_seconds", "foreign_stage_idle_seconds",
     ),
@@ -411,6 +411,12 @@ def _new_opts() -> Sequence[cfg.Opt]:
             "lock_path",
             help="Absolute path of the directory of lock files. Unset: the directory locks under "
             "instances_path, which is where Nova's image cache has its own.",
+        ),
+        cfg.StrOpt(
+            "certificates_path",
+            help="Absolute path of a directory with the certificates of signed images, <id>.pem each: those "
+            "that signed them and those that are trusted. Unset: only what the driver provides, such as a "
+            "key manager.",
         ),
         integer("max_cache_size", "Bytes that the cache may allocate. Above, unused images go before their "
                 "age. 0: no limit."),

@@ -172,7 +172,7 @@ class CacheStore:
             return None
         carried = read_id(base.fd)
         if carried is None:
-            return dataclasses.replace(record, origin=evidence.Origin.ADOPTED, certificates=())
+            return dataclasses.replace(record, origin=evidence.Origin.ADOPTED, certificates=(), signed_by=None)
         return record if carried == record.base_id else None
 
     def write_record(self, record: evidence.Record) -> None:

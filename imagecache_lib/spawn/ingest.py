@@ -11,11 +11,11 @@ import os
 import threading
 from collections.abc import Generator, Iterator
 
-from imagecache_lib import errors, events, evidence, model, store
+from imagecache_lib import certificates, errors, events, evidence, model, store
 from imagecache_lib.backends import qemu_img
 from imagecache_lib.qcow2 import decoder as qcow2_decoder
 from imagecache_lib.sources import transfer
-from imagecache_lib.spawn import adopt, intake, space, twin
+from imagecache_lib.spawn import adopt, intake, signing, space, twin
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
 
@@ -47,6 +47,7 @@ class Ingest:
     """Brings images into stage files. Safe to share between threads.
 
     :param make_room: evicts so many bytes if policy allows, and returns how many it freed.
+    :param certificate_store: for images whose signature must be verified. None: they are refused.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class Ingest:
         observers: events.Observers,
         *,
         make_room: space.MakeRoom = space.nothing_to_free,
+        certificate_store: certificates.CertificateStore | None = None,
     ) -> None:
         self._cache = cache
         self._make_room = make_room
+        self._certificates = certificate_store
         self._converter = converter
         self._observers = observers
         limit = cache.config.max_concurrent_disk_ops
@@ -69,12 +72,19 @@ class Ingest:
 
         :raises ConfigError: a verified signature is demanded, and nothing here can verify one.
         """
-        if call.demands_signature:
+        if not call.demands_signature:
+            return
+        if self._certificates is None:
             raise errors.ConfigError(
-                "a verified signature is demanded, and this release cannot verify signatures",
+                "a verified signature is demanded, and there is nowhere to get certificates from",
                 image=call.image_id,
-                next_step="turn verify_glance_signatures and enable_certificate_validation off, and ask "
-                "without trusted certificates, or use an image that was cached with them",
+                next_step="set certificates_path, or give the manager a certificate store",
+            )
+        if not signing.is_possible():
+            raise errors.ConfigError(
+                "a verified signature is demanded, and what verifies signatures is not installed",
+                image=call.image_id,
+                next_step="install imagecache-lib[signatures]",
             )
 
     def run(self, call: Call, use: evidence.Use) -> Ingested:
@@ -195,7 +205,8 @@ class Ingest:
                 with contextlib.ExitStack() as stack:
                     taken = intake.Intake(
                         stage, call, image, use, self._cache, self._converter,
-                        reserve=functools.partial(self._reserve, stage, call), whole=whole,
+                        reserve=functools.partial(self._reserve, stage, call),
+                        certificate_store=self._certificates, whole=whole,
                     )  # fmt: skip
                     stack.callback(taken.close)
                     for chunk in stack.enter_context(
@@ -253,6 +264,8 @@ class Ingest:
             digest=digest,
             digest_checked=digest is not None,
             inspected=content.inspected,
+            certificates=content.vouching.chain,
+            signed_by=content.vouching.signed_by,
         )
         stage.note(record)
         self._cache.host.trace("ingest:sealed")

@@ -7,11 +7,14 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 
-from imagecache_lib import errors, evidence, model, store
+from imagecache_lib import certificates, errors, evidence, model, store
 from imagecache_lib.backends import qemu_img
-from imagecache_lib.spawn import decode, digest, inspection
+from imagecache_lib.spawn import decode, digest, inspection, signing
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
+
+
+_NOBODY = signing.Vouching()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Content:
     :param virtual_size: in bytes.
     :param received: bytes of the source. 0: they were in the cache already.
     :param inspected: version of the inspection rules it passed. None: it was not inspected as a disk.
+    :param vouching: who signed it, as far as that was verified.
     """
 
     source_format: str
@@ -30,12 +34,14 @@ class Content:
     virtual_size: int
     received: int
     inspected: int | None
+    vouching: signing.Vouching = _NOBODY
 
 
 class Intake:
     """Takes the chunks of one pass, in order, and fills the stage file.
 
     :param reserve: raises the stage's reservation to so many bytes, or raises NoSpaceError.
+    :param certificate_store: for images whose signature must be verified.
     :param whole: convert it as a whole, since decoding it as it arrives was tried and is not possible.
     """
 
@@ -49,6 +55,7 @@ class Intake:
         converter: qemu_img.QemuImg,
         *,
         reserve: Callable[[int], None],
+        certificate_store: certificates.CertificateStore | None,
         whole: bool,
     ) -> None:
         self._stage = stage
@@ -66,6 +73,21 @@ class Intake:
         self._received = 0
         self._digest = digest.StreamDigest(image.digest)
         self._closing.callback(self._digest.close)
+        self._verification = self._new_verification(certificate_store)
+
+    def _new_verification(
+        self, store: certificates.CertificateStore | None
+    ) -> signing.Verification | None:
+        if not self._call.demands_signature:
+            return None
+        assert store is not None  # else it was refused before anything was fetched
+        try:
+            verification = signing.Verification(self._image, store, self._call.trusted_certs)
+        except BaseException:
+            self.close()
+            raise
+        self._closing.callback(verification.close)
+        return verification
 
     def _new_inspection(self) -> inspection.Inspection:
         config = self._cache.config
@@ -86,6 +108,8 @@ class Intake:
         """
         self._received += len(chunk)
         self._digest.feed(chunk)
+        if self._verification is not None:
+            self._verification.feed(chunk)
         if self._inspection is not None:
             self._finding = self._inspection.feed(chunk)
         if self._decoder is not None:
@@ -106,6 +130,7 @@ class Intake:
             raise errors.ImageRejected(
                 mismatch, next_step="have its owner upload a good image under a new id"
             )
+        vouching = self._verification.finish() if self._verification is not None else _NOBODY
         decoder = self._decoder or self._begin_decoding()
         strict = self._finding is not None and not self._cache.config.disable_deep_image_inspection
         return Content(
@@ -114,6 +139,7 @@ class Intake:
             decoder.finish(),
             self._received,
             inspected=evidence.INSPECTION_RULES if strict else None,
+            vouching=vouching,
         )
 
     def close(self) -> None:

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verifying an image's signature over its bytes in flight, with cursive, as Glance's users sign them.
+
+The properties ``img_signature``, ``img_signature_hash_method``, ``img_signature_key_type`` and
+``img_signature_certificate_uuid`` say how: Glance's user documentation, "Image Signature Verification".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any
+
+from imagecache_lib import certificates, errors, model
+from imagecache_lib.spawn import digest
+
+_PROPERTIES = (
+    "img_signature",
+    "img_signature_hash_method",
+    "img_signature_key_type",
+    "img_signature_certificate_uuid",
+)
+
+_RETRY_IS_USELESS = "have its owner sign it anew, with a trusted certificate"
+
+
+@dataclasses.dataclass(frozen=True)
+class Vouching:
+    """Who vouches for an image's bytes.
+
+    :param signed_by: id of the certificate whose key signed them. None: the signature was not verified.
+    :param chain: ids of the trusted certificates that lead from there to a root, which is trusted itself.
+        Empty: whether the certificate is trusted was not asked.
+    """
+
+    signed_by: str | None = None
+    chain: tuple[str, ...] = ()
+
+
+def is_possible() -> bool:
+    """Whether what verifies signatures is installed."""
+    return importlib.util.find_spec("cursive") is not None
+
+
+class Verification:
+    """Verifies one image's signature while its bytes flow by, on a thread of its own.
+
+    :param trusted: ids of the certificates of which some must lead from the image's to a root. None: whether
+        it is trusted does not matter.
+    :raises ImageRejected: the image is not signed, or not with a certificate that is known and trusted.
+    :raises SourceError: a certificate cannot be got now.
+    """
+
+    def __init__(
+        self, image: model.Image, store: certificates.CertificateStore, trusted: tuple[str, ...] | None
+    ) -> None:
+        lacking = [name for name in _PROPERTIES if not isinstance(image.properties.get(name), str)]
+        if lacking:
+            raise errors.ImageRejected(
+                f"a verified signature is demanded, and it has no {lacking[0]}", next_step=_RETRY_IS_USELESS
+            )
+        from cursive import exception
+
+        signature, hash_method, key_type, certificate_id = (image.properties[name] for name in _PROPERTIES)
+        certificate = _load(store, certificate_id)
+        chain = () if trusted is None else _chain(certificate, store, trusted)
+        self.vouching = Vouching(certificate_id, chain)
+        try:
+            self._verifier = _verifier(certificate, signature, hash_method, key_type)
+        except exception.SignatureVerificationError as error:
+            raise _rejected(error) from error
+        self._aside = digest.Aside(self._verifier.update, "imagecache-signature")
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next chunk, which must not change afterwards."""
+        self._aside.feed(chunk)
+
+    def close(self) -> None:
+        """End the thread. Harmless when it has ended."""
+        self._aside.close()
+
+    def finish(self) -> Vouching:
+        """Call after the last chunk.
+
+        :raises ImageRejected: the signature is not that of these bytes.
+        """
+        from cryptography.exceptions import InvalidSignature
+
+        self.close()
+        try:
+            self._verifier.verify()
+        except InvalidSignature:
+            raise errors.ImageRejected(
+                f"its signature does not verify with certificate {self.vouching.signed_by}",
+                next_step=_RETRY_IS_USELESS,
+            ) from None
+        return self.vouching
+
+
+def _load(store: certificates.CertificateStore, certificate_id: str) -> Any:
+    from cryptography import x509
+
+    try:
+        return x509.load_pem_x509_certificate(store.get(certificate_id))
+    except ValueError as error:
+        raise errors.ImageRejected(
+            f"the certificate {certificate_id} cannot be read: {error}", next_step="replace it"
+        ) from error
+
+
+def _verifier(certificate: Any, signature: str, hash_method: str, key_type: str) -> Any:
+    from cursive import exception, signature_utils
+
+    kind = signature_utils.SignatureKeyType.lookup(key_type)
+    key = certificate.public_key()
+    if not isinstance(key, kind.public_key_type):
+        raise exception.SignatureVerificationError(f"its certificate has no key of type {key_type}")
+    verifier = kind.create_verifier(
+        signature_utils.get_signature(signature), signature_utils.get_hash_method(hash_method), key
+    )
+    if verifier is None:
+        raise exception.SignatureVerificationError("its signature is empty")
+    return verifier
+
+
+def _chain(
+    certificate: Any, store: certificates.CertificateStore, trusted: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the ids of the trusted certificates that lead from an image's to a root.
+
+    :raises ImageRejected: they do not, or one of them is not valid now, or must not sign.
+    """
+    from cursive import certificate_utils, exception
+
+    known = []
+    for each in trusted:
+        try:
+            known.append((each, _load(store, each)))
+        except errors.ImageRejected:
+            continue  # others may do; if not, that is the error
+    context = certificate_utils.CertificateVerificationContext(known)
+    try:
+        context.update(certificate)
+        context.verify()
+    except exception.SignatureVerificationError as error:
+        raise _rejected(error) from error
+    chain: list[str] = []
+    issued = certificate
+    while True:  # verify() came to its end, so this does
+        issuer = next(each for each in known if certificate_utils.is_issuer(each[1], issued))
+        if issuer[0] not in chain:
+            chain.append(issuer[0])
+        if issuer[1] == issued:
+            return tuple(chain)
+        issued = issuer[1]
+
+
+def _rejected(error: Exception) -> errors.ImageRejected:
+    return errors.ImageRejected(
+        f"its signature is refused: {str(error).rstrip('.')}", next_step=_RETRY_IS_USELESS
+    )
