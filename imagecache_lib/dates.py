@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import math
+
+_UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 def date(when: float) -> str:
@@ -16,5 +19,9 @@ def date(when: float) -> str:
 
 
 def span(seconds: float) -> str:
-    """Return seconds as a duration, rounded up to whole ones."""
-    return str(dt.timedelta(seconds=math.ceil(seconds)))
+    """Return seconds as a duration in its two largest units, rounded up: ``1 d 3 h``, ``2 min``, ``7 s``."""
+    for unit, smaller in itertools.pairwise(_UNITS):
+        if seconds > unit[1] - smaller[1]:
+            whole, rest = divmod(math.ceil(seconds / smaller[1]), unit[1] // smaller[1])
+            return f"{whole} {unit[0]}" + (f" {rest} {smaller[0]}" if rest else "")
+    return f"{math.ceil(seconds)} s"

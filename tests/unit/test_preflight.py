@@ -95,7 +95,7 @@ class PreflightTest(unittest.TestCase):
             self.assertFalse([each for each in found if "qemu-img" in each.text])
 
     def test_clocks_that_differ(self) -> None:
-        self.assert_finds(ic.Severity.WARNING, "0:02:00 behind this host's", skew=119.5)
+        self.assert_finds(ic.Severity.WARNING, "2 min behind this host's", skew=119.5)
         self.assert_finds(ic.Severity.WARNING, "ahead of this host's", skew=-100)
         self.assertFalse([each for each in self.findings(skew=2) if "clock" in each.text])
 
