@@ -7,11 +7,17 @@ import dataclasses
 import errno
 import os
 import stat
+import struct
 
 from imagecache_lib import errors, layout
 from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.spawn import signature
 
 _HEADER_BYTES = 65536
+
+#: Of an entry of the L1 and L2 tables, from QEMU's docs/interop/qcow2.rst.
+_OFFSET = 0x00FFFFFFFFFFFE00
+_COMPRESSED = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +84,45 @@ def _cached(named: str, disk_path: str, image_id: str | None, where: layout.Layo
             next_step="find out where the disk came from; rebase it if it is trusted",
         )
     return name
+
+
+def check_made_on(disk_path: str, base_fd: int) -> None:
+    """Refuse an overlay on a filesystem that was made on another base of the same name.
+
+    Nova's bases have a UUID of their own each. A guest's writes on one of them, over the metadata of another,
+    are a broken filesystem without any error. Once it was mounted, the overlay has a superblock that tells;
+    before that, one base is as good as another. A guest that made a new filesystem gave it its own label.
+
+    :param base_fd: the base that is here.
+    :raises BackendError: it was, or the disk cannot be read.
+    """
+    try:
+        with open(disk_path, "rb") as file:
+            head = _first_cluster(file.fileno(), qcow2_header.parse(file.read(_HEADER_BYTES)))
+        made_on, here = signature.read(head), signature.read(os.pread(base_fd, signature.LENGTH, 0))
+    except (OSError, struct.error, qcow2_header.HeaderError) as error:
+        raise errors.BackendError(
+            f"the disk cannot be read: {error}", path=disk_path, next_step="check the disk"
+        ) from error
+    if made_on is None or here is None or made_on.identity == here.identity:
+        return
+    if (made_on.kind, made_on.label) == (here.kind, here.label):
+        raise errors.BackendError(
+            "it was made on another host's base of the same name, whose filesystem is not the one here",
+            path=disk_path,
+            next_step="flatten it on the host that it came from, and move it again",
+        )
+
+
+def _first_cluster(fd: int, header: qcow2_header.Header) -> bytes:
+    """Return what an overlay itself has of its first cluster: nothing, if that is the base's."""
+    at = header.l1_table_offset
+    for _level in ("L1", "L2"):
+        (entry,) = struct.unpack(">Q", os.pread(fd, 8, at))
+        at = entry & _OFFSET
+        if not at or entry & _COMPRESSED:
+            return b""
+    return os.pread(fd, min(signature.LENGTH, header.cluster_size), at)
 
 
 def _same_place(one: str, other: str) -> bool:

@@ -29,11 +29,13 @@ class Signature:
     :param kind: ``swap``, or the filesystem's name.
     :param size: bytes that it spans.
     :param label: its label. None: it has none, or this is not read.
+    :param identity: its UUID, or FAT's volume id. None: it has none, or this is not read.
     """
 
     kind: str
     size: int
     label: str | None = None
+    identity: bytes | None = dataclasses.field(default=None, compare=False)
 
 
 def read(head: bytes) -> Signature | None:
@@ -67,7 +69,8 @@ def _ext(superblock: bytes) -> Signature:
         kind = "ext4"
     else:
         kind = "ext3" if compatible & _EXT_HAS_JOURNAL else "ext2"
-    return Signature(kind, blocks * (1024 << min(log_block, 6)), _text(superblock[0x78:0x88]))
+    size = blocks * (1024 << min(log_block, 6))
+    return Signature(kind, size, _text(superblock[0x78:0x88]), superblock[0x68:0x78])
 
 
 def _fat(head: bytes) -> Signature | None:
@@ -75,12 +78,12 @@ def _fat(head: bytes) -> Signature | None:
     (few,) = struct.unpack_from("<H", head, 19)
     (many,) = struct.unpack_from("<I", head, 32)
     if head[82:90] == b"FAT32   ":
-        label = head[71:82]
+        label, identity = head[71:82], head[67:71]
     elif head[54:62] in (b"FAT12   ", b"FAT16   "):
-        label = head[43:54]
+        label, identity = head[43:54], head[39:43]
     else:
         return None
-    return Signature("vfat", sector * (few or many), _text(label))
+    return Signature("vfat", sector * (few or many), _text(label), identity)
 
 
 def _text(field: bytes) -> str | None:

@@ -382,3 +382,43 @@ def test_a_raw_disk_stands_alone_whatever_its_guest_wrote_into_it(place: Place) 
     assert place.manager().ensure_backing(disk.target) is None
     assert place.manager().inspect_disk(disk.target).format == "raw"
     assert place.bases() == []
+
+
+def mounted(disk: str, base: pathlib.Path) -> None:
+    """Have the superblock written into the overlay, as mounting it would."""
+    data = base.parent.parent / "superblock"
+    with base.open("rb") as file:
+        data.write_bytes(file.read(65536))
+    run("qemu-io", "-f", "qcow2", "-c", f"write -q -s {data} 0 65536", disk)
+
+
+@pytest.mark.parametrize("os_type", ["linux", None])
+def test_a_disk_that_was_made_on_another_base_of_the_name_is_refused(
+    place: Place, os_type: str | None
+) -> None:
+    program = ("mkfs.ext4", "-q", "-F", "-L") if os_type else ("mkfs.vfat", "-F", "32", "-n")
+    name = EXT4 if os_type else layout.ephemeral_name(1, "vfat")
+    other = nova_made(place, name, GIB, *program, "ephemeral0")
+    disk = overlay(place, str(other))
+    shutil.copy(disk, untouched := place.target("untouched"))
+    mounted(disk, other)
+    assert place.manager().ensure_backing(disk) is not None
+    other.unlink()
+    with pytest.raises(ic.BackendError, match="another host's base"):
+        place.manager().ensure_backing(disk)
+    # Nothing of a filesystem is in it yet: it takes the one that is here.
+    assert place.manager().ensure_backing(untouched) is not None
+
+
+def test_a_disk_that_was_used_on_the_shared_base_goes_on_where_that_is_made_anew(place: Place) -> None:
+    disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux")
+    mounted(disk.target, place.base / EXT4)
+    moved = arrive(disk, place, place)
+    assert place.manager().ensure_backing(moved) is not None
+
+
+def test_a_guest_may_have_made_another_filesystem(place: Place) -> None:
+    disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux")
+    own = nova_made(place, "own", GIB, "mkfs.ext4", "-q", "-F", "-L", "data")
+    mounted(disk.target, own)
+    assert place.manager().ensure_backing(disk.target) is not None
