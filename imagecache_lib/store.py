@@ -193,14 +193,6 @@ class CacheStore:
             except OSError as error:
                 LOG.debug("The use of base image %s could not be noted: %s", base.path, error)
 
-    def last_use(self, base: OpenBase) -> float:
-        """Return when the base was last used, in epoch seconds of the filesystem's clock."""
-        own = base.stat.st_mtime
-        try:
-            return max(own, os.stat(self.layout.record(base.name)).st_mtime)
-        except FileNotFoundError:
-            return own
-
     def filesystem_now(self) -> float:
         """Return the time by the filesystem's own clock, which on shared storage is the server's."""
         probe = os.path.join(self.layout.private, f"clock.{durable.new_id()}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in the cache: one look at every name, without opening anything."""
+"""What is in the cache: one look at every name, without opening any base."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import os
 import stat
 
-from imagecache_lib import layout, store
+from imagecache_lib import durable, evidence, layout, store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def take(cache: store.CacheStore) -> Inventory:
             if kind is layout.Kind.UNKNOWN or not stat.S_ISREG(status.st_mode):
                 odd.append(found.name)
                 continue
-            entry = _entry(found.name, kind, status, noted.get(found.name, 0.0))
+            entry = _entry(cache, found.name, kind, status, noted.get(found.name, 0.0))
             (foreign if kind is layout.Kind.FOREIGN_STAGE else bases).append(entry)
     by_name = lambda entry: entry.name  # noqa: E731
     return Inventory(
@@ -86,10 +86,21 @@ def look(cache: store.CacheStore, name: str) -> Entry | None:
         noted = os.stat(cache.layout.record(name), follow_symlinks=False).st_mtime
     except FileNotFoundError:
         noted = 0.0
-    return _entry(name, layout.classify(name), status, noted)
+    return _entry(cache, name, layout.classify(name), status, noted)
 
 
-def _entry(name: str, kind: layout.Kind, status: os.stat_result, noted: float) -> Entry:
+def _entry(
+    cache: store.CacheStore, name: str, kind: layout.Kind, status: os.stat_result, noted: float
+) -> Entry:
+    """Return what a look found.
+
+    :param noted: mtime of the record of that name. It counts if the record is this file's.
+
+    Nova may have put another file there since. Few records have to be read to find out: a use is noted in the
+    base's own mtime wherever that is possible.
+    """
+    if noted > status.st_mtime and not _is_of(cache.layout.record(name), status):
+        noted = 0.0
     return Entry(
         name=name,
         kind=kind,
@@ -98,6 +109,16 @@ def _entry(name: str, kind: layout.Kind, status: os.stat_result, noted: float) -
         last_use=max(status.st_mtime, noted),
         links=status.st_nlink,
     )
+
+
+def _is_of(record_path: str, status: os.stat_result) -> bool:
+    """Whether a record is a file's, as far as its inode and size tell. One that cannot be read may be."""
+    try:
+        data = durable.read_file(record_path)
+    except OSError:
+        return True
+    record = evidence.parse(data) if data is not None else None
+    return record is not None and (record.inode, record.size) == (status.st_ino, status.st_size)
 
 
 def _notes_of_use(cache: store.CacheStore) -> dict[str, float]:

@@ -517,6 +517,18 @@ class TestFilesystemOfItsOwn(UpkeepCase):
         (base.parent / "lost+found.old").mkdir()
         self.assertIn("lost+found.old", self.verify().problems[0])
 
+    def test_a_record_of_another_file_does_not_make_a_base_look_used(self) -> None:
+        self.cached()
+        os.utime(self.record())
+        report = self.verify(dry_run=True)
+        self.assertIn("too young", self.reason(report))
+        new = self.foreign(f"{NAME}.converted", raw_image(3), seconds=0)
+        age(new)
+        os.rename(new, self.base())  # as Nova does
+        os.utime(self.record())
+        report = self.verify(dry_run=True)
+        self.assertEqual([NAME], [each.name for each in report.evicted])
+
 
 class TestSharedStorage(UpkeepCase):
     def on(self, name: str, **options: object) -> ic.ImageCacheManager:
