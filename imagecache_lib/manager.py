@@ -260,6 +260,16 @@ class ImageCacheManager:
                     next_step="throw away what was made from it and start over",
                 ) from None
 
+    @contextlib.contextmanager
+    def lease_cached(self, image_id: str) -> Iterator[model.BaseImage]:
+        """Lease a base image if it is in the cache and serves: nothing is fetched for it.
+
+        :raises ImageNotFound: it is not there, or does not serve.
+        """
+        call = self._begin(image_id, None)
+        with self._leases.hold_cached(call, Use.DISK) as held:
+            yield held.base
+
     def ensure_backing(
         self, disk_path: str, *, image_id: str | None = None, request: model.Request | None = None
     ) -> model.BaseImage | None:

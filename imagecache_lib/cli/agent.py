@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from imagecache_lib import errors, manager, model
-from imagecache_lib.cli import base, bus, sources, values
+from imagecache_lib.cli import base, bus, peers, sources, values
 from imagecache_lib.precache.agent import HostAgent, Watch
 
 LOG = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class Agent(base.Base):
         )  # fmt: skip
         bus.add_topic(parser)
         sources.add_options(parser)
+        peers.add_options(parser)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
@@ -58,13 +59,18 @@ class Agent(base.Base):
         provider = _provider(parsed_args)
         watch = Watch()
         cache = self.manager(sources.chosen(parsed_args, []), observers=[watch])
-        agent = HostAgent(cache, watch=watch, max_bytes=parsed_args.max_bytes)
+        agent = HostAgent(
+            cache, watch=watch, max_bytes=parsed_args.max_bytes, fallbacks=peers.chosen(parsed_args)
+        )
+        served = peers.server(parsed_args, cache)
         server = rpc.AgentServer(transport, agent, name=cache.host.name, topic=parsed_args.topic)
         with _until_told_to_stop() as stop:
             passes = threading.Thread(
                 target=run_passes, args=(cache, provider, stop), name="imagecache-passes", daemon=True
             )
             server.start()
+            if served is not None:
+                served.start()
             passes.start()
             notify("READY=1")
             self.note(f"the agent of host {cache.host.name} is ready")
@@ -73,6 +79,8 @@ class Agent(base.Base):
             # In this order: what is cancelled because the agent stops must not be reported as a result.
             server.stop()
             agent.stop()
+            if served is not None:
+                served.stop()
             passes.join()
 
 

@@ -131,6 +131,21 @@ class Leases(Generic[W]):
         self._evict_unfit = evict_unfit
 
     @contextlib.contextmanager
+    def hold_cached(self, call: W, use: evidence.Use) -> Iterator[Lease]:
+        """Hold the call's base image for the body if it is there and serves. Nothing is brought, or evicted.
+
+        :raises ImageNotFound: it is not.
+        """
+        with call.named(), contextlib.ExitStack() as stack:
+            stack.enter_context(self._locked(call, shared=True))
+            verdict = self._look(call, use)
+            if not isinstance(verdict, _Fit):
+                reason = verdict.reason if verdict is not None else "it is not in the cache"
+                raise errors.ImageNotFound(reason, image=call.image_id, next_step="cache it first")
+            stack.callback(verdict.opened.close)
+            yield self._lease(call, verdict, fetched=False)
+
+    @contextlib.contextmanager
     def hold(self, call: W, use: evidence.Use, *, bypass: bool = True) -> Iterator[Lease]:
         """Hold the call's base image for the body, fetching it first if need be.
 
