@@ -288,6 +288,26 @@ def test_images_are_cached_before_anybody_asks(compute):
     assert driver.periodic(None).evicted == ()
 
 
+def test_a_cache_on_a_filesystem_of_its_own_serves_guests(compute, small_ext4):
+    instances = compute.home / "here"
+    cache = instances / "_base"
+    cache.mkdir(parents=True)
+    subprocess.run(["mount", "--bind", small_ext4, cache], check=True)
+    try:
+        driver, guest = compute.host("here"), compute.guest()
+        driver.spawn(guest)
+        says(driver, guest, "CIRROS BOOT 0")
+        report = driver.periodic([guest])
+        assert report.problems == ()
+        assert "used by the disk" in kept_because(report, "cirros")
+        assert driver.cache.get_disk_usage() == 0
+        driver.destroy(guest)
+        assert [base.image_id for base in driver.periodic([]).evicted] == ["cirros"]
+    finally:
+        compute.stop_all()
+        subprocess.run(["umount", cache], check=True)
+
+
 def test_a_service_user_runs_all_of_it_beside_libvirts_own(compute, example, libvirt):
     python, environment = service_python(compute.home, example.bindings)
     instances = compute.home / "of-nova"

@@ -125,8 +125,19 @@ def running_libvirt(home: pathlib.Path) -> Iterator[Libvirt]:
 
     options = ["--config", str(configuration), "--pid-file", str(home / "libvirtd.pid")]
     command = [*_namespace(home), server.tool("libvirtd"), *options]
-    with server.running(command, ready=answers, log=home / "libvirtd.log"):
+    with _shared(home), server.running(command, ready=answers, log=home / "libvirtd.log"):
         yield running
+
+
+@contextlib.contextmanager
+def _shared(home: pathlib.Path) -> Iterator[None]:
+    """Let filesystems that are mounted below ``home`` later reach libvirtd's namespace too."""
+    subprocess.run([server.tool("mount"), "--bind", "--make-shared", home, home], check=True)
+    try:
+        yield
+    finally:
+        # Whatever a guest that did not end has open there.
+        subprocess.run([server.tool("umount"), "--lazy", home], check=True)
 
 
 def _namespace(home: pathlib.Path) -> list[str]:
@@ -134,7 +145,6 @@ def _namespace(home: pathlib.Path) -> list[str]:
 
     The drivers' settings are read from a compiled-in path. And a /dev/kvm that root may use and QEMU's user
     may not makes libvirt ask QEMU for its abilities again, for four seconds, whenever it looks at them.
-    Mounts made outside still reach the namespace.
     """
     covers = {"/etc/libvirt/qemu.conf": home / "qemu.conf"}
     covers["/etc/libvirt/qemu.conf"].write_text(_QEMU_CONFIGURATION)
