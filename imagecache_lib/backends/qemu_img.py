@@ -7,8 +7,12 @@ Python interpreter for the same.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from oslo_concurrency import processutils
@@ -16,6 +20,9 @@ from oslo_concurrency import processutils
 from imagecache_lib import config as config_module
 from imagecache_lib import errors
 from imagecache_lib import host as host_module
+
+#: Seconds between two looks whether anybody still waits for a conversion.
+_LOOK_EVERY = 0.25
 
 #: Messages are matched, so they must not be translated.
 _ENVIRONMENT = {**os.environ, "LC_ALL": "C"}
@@ -55,19 +62,25 @@ class QemuImg:
         )  # fmt: skip
         return sum(int(each["length"]) for each in json.loads(out) if each["data"] and not each["zero"])
 
-    def convert_to_raw(self, source: str, source_format: str, target: str) -> None:
+    def convert_to_raw(
+        self, source: str, source_format: str, target: str, *, check: Callable[[], None]
+    ) -> None:
         """Convert into an existing, empty raw file that has the virtual size already; zeros stay holes.
 
+        :param check: raises once nobody waits any more; that ends the conversion, and is raised.
         :raises ImageRejected: the source is damaged.
         :raises NoSpaceError: the filesystem is full.
         :raises StorageFailed: the disk failed.
         """
         try:
-            self._run(
-                source, "convert", "-n", "--target-is-zero", "-W", "-m", "8",
-                "-f", source_format, "-O", "raw", source, target,
-                cpu=self._config.convert_cpu_time_limit, memory=self._config.convert_address_space_limit,
-            )  # fmt: skip
+            with _watched(check) as watch:
+                self._run(
+                    source, "convert", "-n", "--target-is-zero", "-W", "-m", "8",
+                    "-f", source_format, "-O", "raw", source, target,
+                    cpu=self._config.convert_cpu_time_limit,
+                    memory=self._config.convert_address_space_limit,
+                    on_execute=watch,
+                )  # fmt: skip
         except StorageFailed:
             raise
         except errors.BackendError as error:
@@ -98,10 +111,17 @@ class QemuImg:
             cpu=self._config.convert_cpu_time_limit, memory=self._config.convert_address_space_limit,
         )  # fmt: skip
 
-    def _run(self, path: str, *arguments: str, cpu: int, memory: int) -> str:
+    def _run(
+        self,
+        path: str,
+        *arguments: str,
+        cpu: int,
+        memory: int,
+        on_execute: Callable[[subprocess.Popen[bytes]], None] | None = None,
+    ) -> str:
         command = ("prlimit", f"--cpu={cpu}", f"--as={memory}", "--", "qemu-img", *arguments)
         try:
-            out, _err = self._host.execute(*command, env_variables=_ENVIRONMENT)
+            out, _err = self._host.execute(*command, env_variables=_ENVIRONMENT, on_execute=on_execute)
         except processutils.ProcessExecutionError as error:
             raise _translated(error, path) from error
         except OSError as error:
@@ -109,6 +129,38 @@ class QemuImg:
                 f"qemu-img cannot be run: {error}", next_step="install qemu-utils (qemu-img) and util-linux"
             ) from error
         return out
+
+
+@contextlib.contextmanager
+def _watched(check: Callable[[], None]) -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
+    """Yield what watches a process from its start, and kills it once ``check`` raises; that is raised."""
+    over = threading.Event()
+    watchers: list[threading.Thread] = []
+    reasons: list[errors.ImageCacheError] = []
+
+    def watch(process: subprocess.Popen[bytes]) -> None:
+        while not over.wait(_LOOK_EVERY):
+            try:
+                check()
+            except errors.ImageCacheError as reason:
+                reasons.append(reason)
+                process.kill()
+                return
+
+    def start(process: subprocess.Popen[bytes]) -> None:
+        watchers.append(threading.Thread(target=watch, args=(process,), name="imagecache-watch", daemon=True))
+        watchers[-1].start()
+
+    try:
+        yield start
+    except errors.ImageCacheError as error:
+        if reasons:
+            raise reasons[0] from error
+        raise
+    finally:
+        over.set()
+        for watcher in watchers:
+            watcher.join()
 
 
 def _translated(error: processutils.ProcessExecutionError, path: str) -> errors.ImageCacheError:

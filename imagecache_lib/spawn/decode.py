@@ -126,8 +126,10 @@ class SpoolAndConvert:
         cache: store.CacheStore,
         converter: qemu_img.QemuImg,
         reserve: Callable[[int], None],
+        check: Callable[[], None],
     ) -> None:
         self._stage = stage
+        self._check = check
         self._source_format = finding.format
         self._virtual_size = finding.virtual_size or 0
         self._converter = converter
@@ -156,7 +158,9 @@ class SpoolAndConvert:
         try:
             # What the spool has allocated is gone from the free space already.
             self._reserve(self._decoded_bytes())
-            self._converter.convert_to_raw(self._spool.path, self._source_format, self._stage.path)
+            self._converter.convert_to_raw(
+                self._spool.path, self._source_format, self._stage.path, check=self._check
+            )
             self._stage.read_back()
         except errors.ImageRejected as error:
             if not self._spool.is_at_path() or not self._stage.is_at_path():
@@ -187,6 +191,7 @@ def choose(
     cache: store.CacheStore,
     converter: qemu_img.QemuImg,
     reserve: Callable[[int], None],
+    check: Callable[[], None],
 ) -> Decoder:
     """Return how an image becomes what is stored.
 
@@ -195,6 +200,7 @@ def choose(
     :param whole: do not decode it as it arrives: that was tried and is not possible.
     :param file_size: of the image's data in bytes, if it is known.
     :param reserve: raises the stage's reservation to so many bytes, or raises NoSpaceError.
+    :param check: raises once nobody waits any more.
     """
     if finding is None:
         return PassThrough(stage, "raw", None)
@@ -202,4 +208,4 @@ def choose(
         return PassThrough(stage, finding.format, finding.virtual_size)
     if finding.format == "qcow2" and not whole:
         return Qcow2Stream(stage, cache=cache, file_size=file_size, reserve=reserve)
-    return SpoolAndConvert(stage, finding, cache=cache, converter=converter, reserve=reserve)
+    return SpoolAndConvert(stage, finding, cache=cache, converter=converter, reserve=reserve, check=check)

@@ -157,6 +157,7 @@ class Intake:
             cache=self._cache,
             converter=self._converter,
             reserve=self._reserve,
+            check=self._call.check,
         )
         self._closing.callback(decoder.close)
         for chunk in self._held:

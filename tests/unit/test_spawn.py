@@ -11,6 +11,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import errors, events, model
@@ -439,6 +440,33 @@ class TestWaiting(CacheCase):
                     manager.create_disk(ID, target, request=request)
                 self.assertEqual(ID, caught.exception.image)
         self.assertEqual(DATA, self.spawn(manager))
+
+    def test_a_conversion_can_be_cancelled_and_leaves_nothing(self) -> None:
+        data = disk_image(self.directory, "vmdk")
+        for request, kind in (
+            (model.Request(cancel=(cancel := threading.Event())), errors.CancelledError),
+            (model.Request(deadline=time.time() + 5), errors.LockTimeoutError),
+        ):
+            with self.subTest(kind=kind):
+                ahead = 0.0
+
+                def execute(*command: str, **options: Any) -> tuple[str, str]:
+                    nonlocal ahead
+                    if "convert" not in command:
+                        return ic.Host().execute(*command, **options)
+                    cancel.set()
+                    ahead = 60.0
+                    return ic.Host().execute("sleep", "60", **options)  # a conversion that takes its time
+
+                host = self.host(execute=execute, clock=lambda: time.time() + ahead)  # noqa: B023
+                source = FakeSource({ID: data}, disk_format="vmdk")
+                manager = self.manager(source, host=host)
+                self.spawn(self.manager(), OTHER_ID)
+                target, started = self.target(), time.monotonic()
+                with self.leaves_nothing(), self.assertRaises(kind) as caught:
+                    manager.create_disk(ID, target, request=request)
+                self.assertEqual(ID, caught.exception.image)
+                self.assertLess(time.monotonic() - started, 30)
 
     def test_a_holder_that_gets_nowhere_is_not_waited_for_any_longer(self) -> None:
         fetching = self.points.stop_at("ingest:reserved")
