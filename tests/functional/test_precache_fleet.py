@@ -273,3 +273,30 @@ def test_an_agent_that_speaks_another_version_is_told_apart_from_one_that_is_dow
             rpc.RpcHostClient(transport, topic="another", timeout=1).poll("alpha", "a-job")
     finally:
         transport.cleanup()
+
+
+def test_an_image_that_is_gone_comes_from_a_peer(fleet: Fleet, glance: glance_lab.Glance) -> None:
+    (image,) = make_images(glance, 3 * MIB)
+    secret, key, certificate = (str(fleet.home / name) for name in ("secret", "key.pem", "cert.pem"))
+    pathlib.Path(secret).write_text("a-secret-of-the-peers\n")
+    subprocess.run(
+        [server.tool("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1",
+         "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    port = server.free_port()
+    fleet.start_agent(
+        "beta", "--serve-peers", f"127.0.0.1:{port}", "--peer-token-file", secret,
+        "--peer-cert", certificate, "--peer-key", key,
+    )  # fmt: skip
+    fleet.finish(fleet.start(["beta"], [image]))
+    glance.delete(image)
+    fleet.start_agent(
+        "alpha", "--peer", f"https://127.0.0.1:{port}", "--trust-peers", "--peer-token-file", secret,
+        "--peer-cafile", certificate,
+    )  # fmt: skip
+    fleet.start_agent("gamma")
+    ended = fleet.finish(fleet.start(["alpha", "gamma"], [image]), code=10)
+    assert [row["Result"] for row in ended.values()] == ["cached", "error"]
+    assert fleet.has("alpha", image)
