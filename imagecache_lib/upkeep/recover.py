@@ -13,6 +13,7 @@ from imagecache_lib.spawn import locks, publish
 from imagecache_lib.spawn import stage as stages
 
 _STAGE = re.compile(r"[0-9a-f]{32}")
+_OPEN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _LEFTOVER = re.compile(r"clock\.[0-9a-f]{32}|.+\.[0-9a-f]{32}\.new")
 
 
@@ -67,8 +68,17 @@ def sweep_if_dead(path: str, cache: store.CacheStore, now: float) -> bool:
     Both, since the owner may not have its lock yet, and since locks may not work at all. The lock is taken
     for the unlink, and the file checked to be still at its path.
     """
+    own = locks.try_own
     try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, _OPEN | os.O_RDWR)
+    except PermissionError:
+        # It got its final name too before its owner died, and libvirt gave that file to QEMU's user. A lock
+        # cannot be taken through a descriptor for reading; but whether anybody has it can be asked.
+        own = _is_free
+        try:
+            fd = os.open(path, _OPEN | os.O_RDONLY)
+        except OSError:
+            return False
     except OSError:
         return False
     held = locks.HeldDescriptor(fd)
@@ -76,7 +86,7 @@ def sweep_if_dead(path: str, cache: store.CacheStore, now: float) -> bool:
         found = os.fstat(fd)
         if now - found.st_mtime < cache.config.stage_idle_seconds:
             return False
-        if cache.host.locking and not locks.try_own(fd):
+        if cache.host.locking and not own(fd):
             return False
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(path, follow_symlinks=False), found):
@@ -85,6 +95,10 @@ def sweep_if_dead(path: str, cache: store.CacheStore, now: float) -> bool:
         return False
     finally:
         held.close()
+
+
+def _is_free(fd: int) -> bool:
+    return not locks.has_owner(fd)
 
 
 def _sweep_leftovers(cache: store.CacheStore, now: float) -> None:

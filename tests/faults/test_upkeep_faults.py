@@ -182,6 +182,14 @@ def test_a_base_that_libvirt_gave_to_qemu_can_be_put_back(cache: Cache) -> None:
     assert as_nobody(survive)
 
 
+def test_what_a_killed_publisher_left_goes_though_libvirt_gave_the_base_to_qemu(cache: Cache) -> None:
+    give_to_nobody(cache.instances)
+    stage = cache.base.parent / ".imagecache" / "stage" / ("0" * 32)
+    os.link(cache.base, stage)
+    os.chown(cache.base, 12345, 12345)
+    assert as_nobody(lambda: cache.verify() is not None and not stage.exists() and not cache.base.exists())
+
+
 def test_a_base_that_a_qemu_has_open_stays(cache: Cache) -> None:
     command = ["qemu-io", "-r", "-f", "raw", cache.base]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as qemu:

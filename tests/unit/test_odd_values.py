@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import threading
 import time
+from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import layout
+from imagecache_lib.host import Host
+from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep import hosts
 from tests.cache_case import ID, OTHER_ID, CacheCase
 
@@ -103,3 +107,55 @@ class TestHostFiles(CacheCase):
     def test_a_number_that_is_none_counts_as_torn(self) -> None:
         data = b'{"name": "there", "cleared": [], "roots": {"/disks": [Infinity, 1]}}'
         self.assertIsNone(hosts.parse("0" * 32, data))
+
+
+def _vmdk(virtual_size: int) -> bytes:
+    """Return a vmdk whose grain tables are all one, in which every other grain is absent.
+
+    As "Virtual Disk Format 5.0" of VMware has it, and as QEMU reads it: nothing forbids the sharing.
+    """
+    sector, grain, entries = 512, 128, 512
+    sectors = virtual_size // sector
+    tables = -(-sectors // (grain * entries))
+    descriptor_at, directory_at = 1, 21
+    table_at = directory_at + -(-tables * 4 // sector)
+    data_at = -(-(table_at + 4) // grain) * grain
+    header = struct.pack(
+        "<4sIIQQQQIQQQB4sH", b"KDMV", 1, 3, sectors, grain, descriptor_at, directory_at - descriptor_at,
+        entries, directory_at, directory_at, data_at, 0, b"\n \r\n", 0,
+    )  # fmt: skip
+    descriptor = (
+        "# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n"
+        'createType="monolithicSparse"\n\n'
+        f'# Extent description\nRW {sectors} SPARSE "x.vmdk"\n\n# DDB\nddb.adapterType = "ide"\n'
+    )
+    table = struct.pack("<2I", 0, data_at) * (entries // 2)
+    made = bytearray((data_at + grain) * sector)
+    for at, data in (
+        (0, header),
+        (descriptor_at, descriptor.encode()),
+        (directory_at, struct.pack("<I", table_at) * tables),
+        (table_at, table),
+        (data_at, b"\1" * sector),
+    ):
+        made[at * sector : at * sector + len(data)] = data
+    return bytes(made)
+
+
+class TestBombs(CacheCase):
+    def test_a_disk_of_many_pieces_fills_no_memory_with_their_list(self) -> None:
+        longest = 0
+
+        def execute(*command: str, **options: Any) -> tuple[str, str]:
+            nonlocal longest
+            out, err = Host().execute(*command, **options)
+            longest = max(longest, len(out) + len(err))
+            return out, err
+
+        image = _vmdk(2**28)
+        self.assertLess(len(image), 2**18)
+        source = FakeSource({ID: image}, disk_format="vmdk")
+        self.manager(source, host=self.host(execute=execute)).cache_image(ID)
+        self.assertEqual(2**28, self.base().stat().st_size)
+        self.assertLess(0, longest)
+        self.assertLess(longest, 2**14)
