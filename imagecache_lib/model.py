@@ -156,8 +156,8 @@ class Request:
     """What is particular to one call. The manager outlives many requests; a driver's token does not.
 
     :param source: used instead of the manager's source.
-    :param trusted_certs: ids of certificates that are trusted: some of them, a root among them, must vouch for
-        the certificate that signed the image. None: not demanded.
+    :param trusted_certs: ids of certificates that are trusted: some of them, a root among them, must vouch
+        for the certificate that signed the image. None: not demanded.
     :param fallbacks: sources tried in order when the image is gone from the first.
     :param deadline: epoch seconds after which the call gives up with :class:`LockTimeoutError` or
         :class:`SourceError`. None: no limit.

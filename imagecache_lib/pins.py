@@ -132,7 +132,6 @@ def _changing(cache: store.CacheStore) -> Iterator[None]:
         shared=False,
         host=cache.host,
         patience=cache.config.lock_timeout,
-        check=lambda: None,
     ), stages.translated(cache.layout.pins):
         yield
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -162,18 +163,34 @@ class CacheStore:
         On a filesystem without extended attributes, inode and size have to do; evidence bound so weakly
         says that the base was checked, and no longer who vouched for it.
         """
-        try:
-            data = durable.read_file(self.layout.record(base.name))
-        except OSError as error:
-            LOG.warning("The record of base image %s cannot be read: %s", base.path, error)
-            data = None
-        record = evidence.parse(data) if data is not None else None
+        record = self.read_record(base.name)
         if record is None or (record.inode, record.size) != (base.stat.st_ino, base.stat.st_size):
             return None
         carried = read_id(base.fd)
         if carried is None:
-            return dataclasses.replace(record, origin=evidence.Origin.ADOPTED, certificates=(), signed_by=None)
+            adopted = evidence.Origin.ADOPTED
+            return dataclasses.replace(record, origin=adopted, certificates=(), signed_by=None)
         return record if carried == record.base_id else None
+
+    def evidence_of(self, name: str) -> evidence.Record | None:
+        """Return the evidence of the base of that name, as :meth:`record_of`. None: there is none.
+
+        :raises CacheEntryError: something that is no regular file has its name.
+        """
+        opened = self.open_base(name)
+        if opened is None:
+            return None
+        with contextlib.closing(opened):
+            return self.record_of(opened)
+
+    def read_record(self, name: str) -> evidence.Record | None:
+        """Return the record of that name, whichever file it was written for. None: none can be read."""
+        try:
+            data = durable.read_file(self.layout.record(name))
+        except OSError as error:
+            LOG.warning("The record of base image %s cannot be read: %s", self.layout.base(name), error)
+            return None
+        return evidence.parse(data) if data is not None else None
 
     def write_record(self, record: evidence.Record) -> None:
         """Put a record in its place, durably."""
@@ -194,14 +211,12 @@ class CacheStore:
                 LOG.debug("The use of base image %s could not be noted: %s", base.path, error)
 
     def filesystem_now(self) -> float:
-        """Return the time by the filesystem's own clock, which on shared storage is the server's."""
-        probe = os.path.join(self.layout.private, f"clock.{durable.new_id()}")
-        fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            return os.fstat(fd).st_mtime
-        finally:
-            os.close(fd)
-            os.unlink(probe)
+        """Return the time by the filesystem's own clock, which on shared storage is the server's.
+
+        Nothing is made to learn it: on a full filesystem that may fail, and eviction is what helps then.
+        """
+        os.utime(self.layout.private)  # ours alone, and nobody else looks at its time
+        return os.stat(self.layout.private).st_mtime
 
 
 def read_id(fd: int) -> str | None:

@@ -37,16 +37,8 @@ class CannotClone(errors.BackendError):
         None: that would not help.
     """
 
-    def __init__(
-        self,
-        cause: str,
-        *,
-        image: str | None = None,
-        path: str | None = None,
-        next_step: str | None = None,
-        store: str | None = None,
-    ) -> None:
-        super().__init__(cause, image=image, path=path, next_step=next_step)
+    def __init__(self, cause: str, *, store: str | None = None, **known: str | None) -> None:
+        super().__init__(cause, **known)
         self.store = store
 
 

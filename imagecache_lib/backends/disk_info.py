@@ -111,9 +111,7 @@ class DiskInfo:
     def _locked(self, path: str) -> contextlib.AbstractContextManager[bool]:
         number = zlib.crc32(os.fsencode(os.path.realpath(path))) % _LOCKS
         lock = os.path.join(self._locks_path, layout_module.lock_name(f"imagecache-disk-info-{number:x}"))
-        return locks.waiting(
-            lock, shared=False, host=self._host, patience=self._patience, check=lambda: None
-        )
+        return locks.waiting(lock, shared=False, host=self._host, patience=self._patience)
 
 
 def _read(path: str) -> dict[str, str]:

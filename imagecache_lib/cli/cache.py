@@ -90,7 +90,8 @@ class Scrub(base.BaseLister):
         report = self.manager().scrub(parsed_args.image_ids or None, rate=parsed_args.rate)
         if report.damaged:
             self.exit_code = base.ATTENTION
-        self.note(f"{len(report.bases)} checked, {len(report.damaged)} damaged, {values.shown(report.read)} read")
+        read = values.shown(report.read)
+        self.note(f"{len(report.bases)} checked, {len(report.damaged)} damaged, {read} read")
         return ["Name", "Image", "Verdict", "Detail", "Stays", "Read"], [
             (
                 each.name,

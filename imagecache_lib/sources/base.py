@@ -8,10 +8,13 @@ done once for all of them, in :mod:`imagecache_lib.sources.transfer`.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 from imagecache_lib import errors, model
+
+T = TypeVar("T")
 
 
 class CannotResume(errors.SourceError):
@@ -36,16 +39,8 @@ class SourceBusy(errors.SourceError):
     :param retry_after: seconds, as the server's Retry-After said it. None: it did not say.
     """
 
-    def __init__(
-        self,
-        cause: str,
-        *,
-        image: str | None = None,
-        path: str | None = None,
-        next_step: str | None = None,
-        retry_after: float | None = None,
-    ) -> None:
-        super().__init__(cause, image=image, path=path, next_step=next_step)
+    def __init__(self, cause: str, *, retry_after: float | None = None, **known: str | None) -> None:
+        super().__init__(cause, **known)
         self.retry_after = retry_after
 
 
@@ -106,3 +101,18 @@ class ImageSource(abc.ABC):
         source sends along (a strong ETag in If-Range).
         """
         return image.digest is not None
+
+
+def entry_of(table: Mapping[str, T], image_id: str) -> T:
+    """Return what a source's table of images has under an id.
+
+    :raises ImageNotFound: nothing.
+    """
+    try:
+        return table[image_id]
+    except KeyError:
+        raise errors.ImageNotFound(
+            "the source's table does not list it",
+            image=image_id,
+            next_step="choose an image that the source is configured with",
+        ) from None

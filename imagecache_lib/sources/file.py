@@ -58,14 +58,7 @@ class FileSource(base.ImageSource):
             yield _read(fd, offset, image.id, entry)
 
     def _entry(self, image_id: str) -> FileImage:
-        try:
-            return self._images[image_id]
-        except KeyError:
-            raise errors.ImageNotFound(
-                "the source's table does not list it",
-                image=image_id,
-                next_step="choose an image that the source is configured with",
-            ) from None
+        return base.entry_of(self._images, image_id)
 
 
 @contextlib.contextmanager

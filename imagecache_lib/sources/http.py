@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import requests
 
-from imagecache_lib import errors, model
+from imagecache_lib import model
 from imagecache_lib.sources import answers, base, exchange
 
 #: Key in :attr:`Image.properties` of the strong entity tag under which the image was described.
@@ -98,14 +98,7 @@ class HttpSource(base.ImageSource):
         return super().can_resume(image) or image.properties.get(ETAG) is not None
 
     def _entry(self, image_id: str) -> HttpImage:
-        try:
-            return self._images[image_id]
-        except KeyError:
-            raise errors.ImageNotFound(
-                "the source's table does not list it",
-                image=image_id,
-                next_step="choose an image that the source is configured with",
-            ) from None
+        return base.entry_of(self._images, image_id)
 
 
 def _image(

@@ -13,7 +13,6 @@ from imagecache_lib.spawn import decode, digest, inspection, signing
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
 
-
 _NOBODY = signing.Vouching()
 
 

@@ -224,11 +224,7 @@ class Leases(Generic[W]):
 
     def _is_there(self, call: W, use: evidence.Use) -> bool:
         """Whether somebody else brought what this call waits to bring. Cheap, and repairs nothing."""
-        opened = self._cache.open_base(call.name)
-        if opened is None:
-            return False
-        with contextlib.closing(opened):
-            record = self._cache.record_of(opened)
+        record = self._cache.evidence_of(call.name)
         return record is not None and self._shortfall(record, call, use) is None
 
     def _shortfall(self, record: evidence.Record, call: W, use: evidence.Use) -> str | None:

@@ -165,7 +165,7 @@ def waiting(
     shared: bool,
     host: host_module.Host,
     patience: float,
-    check: Callable[[], None],
+    check: Callable[[], None] = lambda: None,
     progress: Callable[[], object] = lambda: None,
     moot: Callable[[], bool] = lambda: False,
 ) -> Iterator[bool]:

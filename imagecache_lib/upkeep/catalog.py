@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import os
 
-from imagecache_lib import durable, errors, evidence, layout, model, pins, store, trash
+from imagecache_lib import durable, errors, layout, model, pins, store, trash
 from imagecache_lib.upkeep import inventory
 from imagecache_lib.upkeep.hosts import Hosts
 
@@ -73,7 +73,9 @@ def listed(cache: store.CacheStore) -> tuple[CachedBase, ...]:
 
 
 def _described(cache: store.CacheStore, entry: inventory.Entry) -> CachedBase:
-    record = _record(cache, entry.name)
+    record = None
+    with contextlib.suppress(errors.CacheEntryError):  # QEMU's user may own it, and nobody else read it
+        record = cache.evidence_of(entry.name)
     data = durable.read_file(cache.layout.pin(entry.name))
     pinned = pins.parse(data) if data is not None else None
     base = CachedBase(
@@ -99,15 +101,6 @@ def _described(cache: store.CacheStore, entry: inventory.Entry) -> CachedBase:
         inspected=record.inspected is not None,
         certificates=record.certificates,
     )
-
-
-def _record(cache: store.CacheStore, name: str) -> evidence.Record | None:
-    with contextlib.suppress(errors.CacheEntryError):  # QEMU's user may own it, and nobody else read it
-        opened = cache.open_base(name)
-        if opened is not None:
-            with contextlib.closing(opened):
-                return cache.record_of(opened)
-    return None
 
 
 def registered(cache: store.CacheStore, hosts: Hosts) -> tuple[RegisteredHost, ...]:

@@ -34,7 +34,6 @@ def refresh(cache: store.CacheStore) -> None:
         shared=False,
         host=cache.host,
         patience=cache.config.lock_timeout,
-        check=lambda: None,
     ) as got:
         data = durable.read_file(path)
         known = _parse(data) if data is not None else None

@@ -308,7 +308,6 @@ def _condemn(
         shared=False,
         host=cache.host,
         patience=cache.config.lock_timeout,
-        check=lambda: None,
     ):
         if not opened.is_current():
             return dataclasses.replace(found, verdict=Verdict.GONE, detail="it was evicted meanwhile")

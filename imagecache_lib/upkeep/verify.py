@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 
-from imagecache_lib import durable, errors, events, evidence, model, store, trash
+from imagecache_lib import durable, errors, events, model, store, trash
 from imagecache_lib.spawn import locks
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.upkeep import disks, evict, inventory, policy, recover, registry, room, scrub
@@ -337,9 +337,5 @@ class Upkeep:
 
     def image_id(self, name: str) -> str | None:
         """Return the image a base was made from, as its record says."""
-        try:
-            data = durable.read_file(self._cache.layout.record(name))
-        except OSError:
-            return None
-        record = evidence.parse(data) if data is not None else None
+        record = self._cache.read_record(name)
         return record.image_id if record is not None else None
