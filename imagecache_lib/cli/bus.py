@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,8 +28,12 @@ def transport(config_files: Sequence[str]) -> Any | None:
     """
     if not opts.has_transport(config_files):
         return None
+    # What oslo.service says of its own future, whose event loop is not used here, is no operator's concern.
+    logging.getLogger("oslo_service").setLevel(logging.WARNING)
     try:
-        from imagecache_lib.precache import rpc
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from imagecache_lib.precache import rpc
     except ImportError:
         raise errors.ConfigError(
             "transport_url is set, and oslo.messaging is not installed",
