@@ -104,11 +104,14 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
             os.makedirs(os.path.dirname(self.file), exist_ok=True)
             self._descriptor = HeldDescriptor(os.open(self.file, flags, 0o644))
         except OSError as error:
-            kind = errors.NoSpaceError if error.errno in _FULL else errors.BackendError
-            raise kind(
+            if error.errno in _FULL:
+                # It is not there, so nobody has it; and on a full filesystem what evicts must go on.
+                LOG.warning("There is no room for the lock file %s; going on without", self.file)
+                return
+            raise errors.BackendError(
                 f"the lock file cannot be opened: {error.strerror}",
                 path=self.file,
-                next_step="make room, and check its owner and mode",
+                next_step="check its owner and mode",
             ) from error
 
     def _do_close(self) -> None:
@@ -117,9 +120,8 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
             self._descriptor = None
 
     def trylock(self) -> None:
-        if not self._host.locking:
+        if not self._host.locking or self._descriptor is None:
             return
-        assert self._descriptor is not None
         try:
             set_lock(self._descriptor.fd, fcntl.F_RDLCK if self._shared else fcntl.F_WRLCK)
         except BlockingIOError:
@@ -153,7 +155,7 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
         ours = os.fstat(self._descriptor.fd)
         try:
             theirs = os.stat(self.file)
-        except FileNotFoundError:
+        except OSError:
             return False
         return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
 
@@ -177,7 +179,7 @@ def waiting(
     :param check: raises if the caller should stop waiting altogether.
     :param progress: any value that changes while the holder gets on.
     :param moot: whether what the lock is wanted for was done by somebody else meanwhile, which ends the wait.
-    :raises NoSpaceError, BackendError: the lock file cannot be opened.
+    :raises BackendError: the lock file cannot be opened.
     """
     lock = FileLock(path, shared=shared, host=host)
     try:

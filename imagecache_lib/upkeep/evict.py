@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from imagecache_lib import events, store, trash
+from imagecache_lib import errors, events, store, trash
 from imagecache_lib.spawn import locks
 from imagecache_lib.upkeep.hosts import HostRef, Hosts
 from imagecache_lib.upkeep.policy import Decision
 from imagecache_lib.upkeep.references import References
+
+LOG = logging.getLogger(__name__)
 
 #: Why a base stays that somebody holds.
 LEASED = "leased: it is being used or fetched now"
@@ -76,6 +79,9 @@ def evict(
         except OSError as error:
             outcomes.append(Outcome(name, False, f"it cannot be removed: {error.strerror}"))
             continue
+        except errors.BackendError as error:
+            outcomes.append(Outcome(name, False, f"it cannot be locked: {error}"))
+            continue
         if isinstance(thrown, trash.Trashed):
             cache.host.trace("evict:renamed")
             reasons[thrown.entry] = victim.reason
@@ -120,7 +126,11 @@ def _empty(
         if (reason := who_needs(thrown, references, cache) or stays) is not None
     }
     unneeded = [thrown.entry for thrown in found if thrown.entry not in needed]
-    hosts.clear(unneeded, withdrawn=needed, among=trash.find(cache))
+    try:
+        hosts.clear(unneeded, withdrawn=needed, among=trash.find(cache))
+    except OSError as error:
+        # On a full filesystem nothing can be written, and what all cleared before is what can go.
+        LOG.warning("The other hosts cannot be told what is not needed here: %s", error)
     others = hosts.all()
     outcomes = []
     for thrown in found:
@@ -204,11 +214,11 @@ def sweep_foreign_stages(
     for name in names:
         base = name.removesuffix(".part").removesuffix(".converted")
         path = cache.layout.base(name)
-        with locks.without_waiting(cache.layout.lock(base), host=cache.host) as got:
-            if not got:
+        # What cannot be locked or removed now is, in a later pass.
+        with contextlib.suppress(OSError, errors.BackendError), contextlib.ExitStack() as stack:
+            if not stack.enter_context(locks.without_waiting(cache.layout.lock(base), host=cache.host)):
                 continue
-            with contextlib.suppress(OSError):
-                found = os.stat(path, follow_symlinks=False)
-                if now - found.st_mtime >= cache.config.foreign_stage_idle_seconds and found.st_nlink == 1:
-                    os.unlink(path)
-                    observers(events.Recovered(name, what="removed, a leftover of an interrupted fetch"))
+            found = os.stat(path, follow_symlinks=False)
+            if now - found.st_mtime >= cache.config.foreign_stage_idle_seconds and found.st_nlink == 1:
+                os.unlink(path)
+                observers(events.Recovered(name, what="removed, a leftover of an interrupted fetch"))

@@ -75,13 +75,20 @@ def cache() -> Iterator[Cache]:
 
 
 @contextlib.contextmanager
-def mounted(where: pathlib.Path, size: str = "8M") -> Iterator[None]:
+def mounted(where: pathlib.Path, size: str = "8M", more: str = "") -> Iterator[None]:
     where.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", where], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}{more}", "tmpfs", where], check=True)
     try:
         yield
     finally:
         subprocess.run(["umount", where], check=True)
+
+
+def fill_up(directory: pathlib.Path) -> None:
+    with contextlib.suppress(OSError), open(directory / "filler", "wb") as filler:
+        while True:
+            filler.write(bytes(4096))
+            filler.flush()
 
 
 def as_nobody(function: Callable[[], bool]) -> bool:
@@ -210,9 +217,41 @@ def test_a_full_filesystem_can_still_be_evicted_from(tmp_path: pathlib.Path) -> 
     with mounted(tmp_path / "instances", "1M"):
         cache = Cache(tmp_path / "instances")
         cache.fill()
-        with contextlib.suppress(OSError), open(cache.instances / "filler", "wb") as filler:
-            while True:
-                filler.write(bytes(4096))
-                filler.flush()
+        fill_up(cache.instances)
         report = cache.verify()
         assert [base.name for base in report.evicted] == [NAME]
+
+
+def test_a_filesystem_without_inodes_serves_what_it_has_and_can_be_evicted_from(
+    tmp_path: pathlib.Path,
+) -> None:
+    with mounted(tmp_path / "instances", more=",nr_inodes=100"):
+        cache = Cache(tmp_path / "instances")
+        cache.fill()
+        (cache.instances / "locks" / f"nova-{NAME}").unlink()
+        with contextlib.suppress(OSError):
+            for number in range(100):
+                (cache.instances / f"filler-{number}").touch()
+        with cache.manager().fetch_or_reuse(ID) as base:
+            assert base.path == str(cache.base)
+        cache.grow_old()
+        report = cache.verify()
+        assert [base.name for base in report.evicted] == [NAME]
+
+
+def test_on_a_full_shared_filesystem_goes_what_the_other_host_has_cleared(tmp_path: pathlib.Path) -> None:
+    with mounted(tmp_path / "instances"):
+        config = ic.CacheConfig(
+            instances_path=str(tmp_path / "instances"), remove_unused_original_minimum_age_seconds=0
+        )
+        source = FakeSource({"one": b"1" * 65536})
+
+        def host(name: str) -> ic.ImageCacheManager:
+            return ic.ImageCacheManager(config, source, host=ic.Host(name=name), observers=())
+
+        host("there").verify_base_images([])
+        host("here").cache_image("one")
+        assert not host("here").verify_base_images([]).evicted
+        fill_up(tmp_path / "instances")
+        report = host("there").verify_base_images([])
+        assert [base.name for base in report.evicted] == [layout.base_name("one")]

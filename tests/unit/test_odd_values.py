@@ -56,6 +56,17 @@ class TestHandsOff(CacheCase):
         manager.evict_image(in_flight.name)
         self.assertEqual(b"half", in_flight.read_bytes())
 
+    def test_a_lock_that_cannot_be_opened_keeps_its_base_alone(self) -> None:
+        manager = self.manager(remove_unused_original_minimum_age_seconds=0)
+        manager.cache_image(ID)
+        manager.cache_image(OTHER_ID)
+        lock = self.instances / "locks" / f"nova-{self.base().name}"
+        lock.unlink()
+        lock.mkdir()
+        report = manager.verify_base_images([])
+        self.assertEqual([self.base(OTHER_ID).name], [base.name for base in report.evicted])
+        self.assertTrue(self.base().exists())
+
     def test_lack_of_room_takes_nothing_from_the_trash_while_removal_is_off(self) -> None:
         self.manager().cache_image(ID)
         thrown = self.base().parent / ".imagecache" / "trash" / f"{self.base().name}.{'0' * 32}"
