@@ -245,6 +245,35 @@ def test_a_filesystem_that_fills_up_under_the_fetch_ends_cleanly(full_ext4):
     assert content_of(target) == data
 
 
+def test_a_read_only_filesystem_is_told_apart_and_life_goes_on_after_it_is_writable(full_ext4):
+    (full_ext4 / "instance").mkdir()
+    target = str(full_ext4 / "instance" / "disk")
+    started = manager_for(full_ext4)
+
+    def attempts(manager, expected):
+        for attempt in (manager.create_disk, manager.fetch_file):
+            with pytest.raises(expected, match=str(full_ext4)) as caught:
+                attempt(ID, target)
+            assert caught.value.next_step
+        assert not os.path.lexists(target)
+
+    def remount(mode):
+        subprocess.run(["mount", "-o", f"remount,{mode}", full_ext4], check=True)
+
+    remount("ro")
+    attempts(started, errors.ConfigError)  # the cache's directories cannot be made
+    remount("rw")
+    started.cache_image(ID)
+    before = files_in(full_ext4)
+    remount("ro")
+    attempts(manager_for(full_ext4), errors.ConfigError)
+    attempts(started, errors.BackendError)  # it was writable when this one began, as when a disk fails
+    remount("rw")
+    assert files_in(full_ext4) == before
+    started.create_disk(ID, target)
+    assert content_of(pathlib.Path(target)) == DATA
+
+
 def test_a_base_that_belongs_to_another_user_is_adopted_once(instances, image):
     """libvirt gives bases to QEMU's user: an unprivileged service can neither mark nor touch them."""
     nobody = 65534
