@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import re
+import socket
 import ssl
 import sys
 import threading
@@ -114,6 +115,8 @@ class _Server(http.server.ThreadingHTTPServer):
         self._lock = threading.Lock()
         self._digests: collections.OrderedDict[tuple[str, int, int, int], model.Digest]
         self._digests = collections.OrderedDict()
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
         super().__init__(address, _Handler)
 
     def get_request(self) -> tuple[Any, Any]:

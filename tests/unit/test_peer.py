@@ -105,6 +105,13 @@ class ServerTest(PeerCase):
         with self.assertRaises(errors.ConfigError):
             PeerServer(self.peer, ("127.0.0.1", 0), token="short")
 
+    def test_ipv6(self) -> None:
+        server = PeerServer(self.peer, ("::1", 0), token=TOKEN)
+        server.start()
+        self.addCleanup(server.stop)
+        found = PeerSource(f"http://[::1]:{server.port}", token=TOKEN).describe(ID)
+        self.assertEqual(len(raw_image()), found.size)
+
     def test_only_images_in_the_cache_have_a_path(self) -> None:
         for path in ("/", "/etc/passwd", "/v1/images/", "/v1/images/..%2f", "/v1/images/a",
                      path_of("absent"), f"{path_of(ID)}/data/../..", f"{path_of(ID)}?x",
