@@ -311,7 +311,7 @@ class TestEvidenceIsBoundToTheFile(AdoptCase):
 
 
 class TestInspectedWhereItLies(AdoptCase):
-    """What lacks nothing but an inspection under today's rules gets that, and keeps all its other evidence."""
+    """What lacks nothing but an inspection under today's rules gets one, and keeps its other evidence."""
 
     def change_record(self, **fields: object) -> None:
         changed = json.loads(self.record().read_bytes()) | fields
