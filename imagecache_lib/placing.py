@@ -129,9 +129,11 @@ class Unfinished:
             raise _exists(self.target) from error
 
     def close(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        # What cannot be removed now is swept later; an error that led here matters more.
+        with contextlib.suppress(OSError):
             os.unlink(self.path)
-        self._owner.close()
+        with contextlib.suppress(OSError):
+            self._owner.close()
 
 
 def share_extents(source: int, target: int) -> bool:

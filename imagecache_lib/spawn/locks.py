@@ -27,6 +27,9 @@ LOG = logging.getLogger(__name__)
 # struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length (0: to the end), pid (0 for OFD).
 _FLOCK = "hhqqi4x"
 
+#: What a filesystem says that has no locks; ENOLCK is that of an NFS server without lockd.
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 #: How long one wait lasts before cancellation and progress are looked at again, in seconds.
@@ -47,11 +50,15 @@ def set_lock(fd: int, kind: int, start: int = 0, length: int = 0) -> None:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
 
 
-def is_locked(fd: int, start: int = 0, length: int = 0) -> bool:
-    """Whether anyone else, QEMU included, holds any lock on these bytes of the file."""
-    answer = fcntl.fcntl(
-        fd, fcntl.F_OFD_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-    )
+def is_locked(fd: int, start: int = 0, length: int = 0) -> bool | None:
+    """Whether anyone else, QEMU included, has any lock on these bytes. None: the filesystem has no locks."""
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    try:
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
     return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
@@ -227,7 +234,7 @@ def is_taken(path: str, *, host: host_module.Host) -> bool:
     except OSError:
         return False
     try:
-        return host.locking and is_locked(fd)
+        return host.locking and bool(is_locked(fd))
     finally:
         os.close(fd)
 
@@ -272,15 +279,18 @@ class OwnerLock:
         self._held.close()
 
 
-def has_owner(fd: int) -> bool:
-    """Whether some :class:`OwnerLock` is held on the file, by anyone but this descriptor."""
+def has_owner(fd: int) -> bool | None:
+    """Whether some :class:`OwnerLock` is held on the file, by others. None: the filesystem has no locks."""
     return is_locked(fd, *_OWNER_BYTE)
 
 
 def try_own(fd: int) -> bool:
-    """Take the lock of a file's owner, if there is none. It goes with the descriptor."""
+    """Take the lock of a file's owner, if there is none. It goes with the descriptor.
+
+    On a filesystem without locks nobody has one.
+    """
     try:
         set_lock(fd, fcntl.F_WRLCK, *_OWNER_BYTE)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno in _NO_LOCKS
     return True

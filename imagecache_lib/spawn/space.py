@@ -54,9 +54,10 @@ def _owed(cache: store.CacheStore, stage_id: str, reserved: int) -> int | None:
         return None
     try:
         found = os.fstat(fd)
-        # Its owner may have been without working locks; then only time tells that it is dead.
-        fresh = cache.host.clock() - found.st_mtime < cache.config.stage_idle_seconds
-        alive = locks.has_owner(fd) or (not cache.host.locking and fresh)
+        alive = locks.has_owner(fd) if cache.host.locking else None
+        if alive is None:
+            # Its owner has no working locks either, and only time tells that it is dead.
+            alive = cache.host.clock() - found.st_mtime < cache.config.stage_idle_seconds
     finally:
         os.close(fd)
     return max(0, reserved - found.st_blocks * 512) if alive else None

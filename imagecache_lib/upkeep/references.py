@@ -134,6 +134,6 @@ def _has_qemu_locks(path: str) -> bool:
         # Gone, or no file: nobody has it open as an image. Unreadable: it may be.
         return error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO)
     try:
-        return locks.is_locked(fd, *_QEMU_BYTES)
+        return bool(locks.is_locked(fd, *_QEMU_BYTES))
     finally:
         os.close(fd)

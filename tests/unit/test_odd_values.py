@@ -81,6 +81,24 @@ class TestHandsOff(CacheCase):
         self.assertTrue((thrown / "base").exists())
 
 
+class TestLeftovers(CacheCase):
+    def test_a_temporary_name_that_cannot_be_removed_fails_no_spawn(self) -> None:
+        target = self.target()
+        (directory,) = (path for path in self.instances.iterdir() if path.name == "instance-1")
+
+        def block() -> None:
+            (unfinished,) = directory.glob(".disk.*.new")
+            unfinished.unlink()
+            unfinished.mkdir()
+
+        self.points.at("disk:placed", block)
+        manager = self.manager()
+        manager.cache_image(ID)
+        before = len(os.listdir("/proc/self/fd"))
+        self.assertEqual(target, manager.create_disk(ID, target).target)
+        self.assertEqual(before, len(os.listdir("/proc/self/fd")))
+
+
 class TestDisksThatAGuestMayHaveWritten(CacheCase):
     def _disk(self, *options: str) -> str:
         target = self.target()
