@@ -117,7 +117,7 @@ class _Server(http.server.ThreadingHTTPServer):
         self._digests = collections.OrderedDict()
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        super().__init__(address, _Handler)
+        super().__init__(address, _Conversation)
 
     def get_request(self) -> tuple[Any, Any]:
         connection, address = super().get_request()
@@ -155,7 +155,7 @@ class _Server(http.server.ThreadingHTTPServer):
         return digest
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Conversation(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = "imagecache"
     sys_version = ""
