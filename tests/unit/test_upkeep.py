@@ -507,16 +507,6 @@ class TestWhatGoes(UpkeepCase):
                     self.assertEqual(raw_image(1)[:64], base.read_bytes()[:64])
                     os.unlink(target)
 
-
-class TestFilesystemOfItsOwn(UpkeepCase):
-    def test_what_mkfs_left_in_the_caches_filesystem_is_no_problem(self) -> None:
-        base = self.cached()
-        (base.parent / "lost+found").mkdir(mode=0o700)
-        self.assertEqual((), self.verify().problems)
-        self.assertFalse(base.exists())
-        (base.parent / "lost+found.old").mkdir()
-        self.assertIn("lost+found.old", self.verify().problems[0])
-
     def test_a_record_of_another_file_does_not_make_a_base_look_used(self) -> None:
         self.cached()
         os.utime(self.record())
@@ -528,6 +518,16 @@ class TestFilesystemOfItsOwn(UpkeepCase):
         os.utime(self.record())
         report = self.verify(dry_run=True)
         self.assertEqual([NAME], [each.name for each in report.evicted])
+
+
+class TestFilesystemOfItsOwn(UpkeepCase):
+    def test_what_mkfs_left_in_the_caches_filesystem_is_no_problem(self) -> None:
+        base = self.cached()
+        (base.parent / "lost+found").mkdir(mode=0o700)
+        self.assertEqual((), self.verify().problems)
+        self.assertFalse(base.exists())
+        (base.parent / "lost+found.old").mkdir()
+        self.assertIn("lost+found.old", self.verify().problems[0])
 
 
 class TestSharedStorage(UpkeepCase):
