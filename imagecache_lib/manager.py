@@ -28,7 +28,7 @@ from imagecache_lib.sources import base as source_base
 from imagecache_lib.spawn import backing, cloning, generate, ingest, lease
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
-from imagecache_lib.upkeep import catalog, inventory, preflight, verify
+from imagecache_lib.upkeep import catalog, inventory, preflight, reach, verify
 from imagecache_lib.upkeep.room import SpaceReport
 from imagecache_lib.upkeep.scrub import ScrubReport
 
@@ -282,13 +282,15 @@ class ImageCacheManager:
             :meth:`create_ephemeral` made it, and its base is made anew, byte for byte.
         :returns: the base, or None if the disk stands alone.
         :raises BackendError: the header names something else; or the base that is here has another format, or
-            another filesystem than the disk was made on; or nobody knows how an ephemeral base was made.
+            another filesystem than the disk was made on; or nobody knows how an ephemeral base was made; or
+            the disk is outside every disk root, where no pass would see that it needs its base.
         """
         if self.inspect_disk(disk_path).format != "qcow2":
             return None  # whatever header its guest wrote into it
         wanted = backing.wanted(disk_path, image_id, self._cache.layout)
         if wanted is None:
             return None
+        reach.check_seen(disk_path, self.config)
         with self._hold_backing(wanted, disk_path, image_id, request) as held:
             if image_id is None and held.base.fd is not None:
                 backing.check_made_on(disk_path, held.base.fd)

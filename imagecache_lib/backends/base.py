@@ -73,6 +73,9 @@ class StorageBackend(abc.ABC):
     def check_target(self, target: str) -> None:
         """Refuse a target that cannot work, before anything is fetched for it.
 
+        A backend whose disks refer to their base must refuse places that no reference source of the cache
+        looks at: the base would be evicted under such a disk.
+
         :raises BackendError: not a name this backend can use, or its directory is missing or read-only.
         """
 

@@ -16,6 +16,7 @@ from imagecache_lib.backends import base as base_module
 from imagecache_lib.backends import disk_info, qemu_img
 from imagecache_lib.qcow2 import header as qcow2_header
 from imagecache_lib.spawn import stage as stages
+from imagecache_lib.upkeep import reach
 
 #: As much of a disk as a qcow2 header that any tool writes.
 _HEADER_BYTES = 65536
@@ -38,6 +39,8 @@ class FileBackend(base_module.StorageBackend):
 
     def check_target(self, target: str) -> None:
         placing.check_target(target)
+        if base_module.Feature.OVERLAY in self.features:
+            reach.check_seen(target, self._config)
 
     def exists(self, target: str) -> bool:
         return os.path.lexists(target)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from imagecache_lib import layout, model, placing, store
 from imagecache_lib.qcow2 import header as qcow2_header
-from imagecache_lib.upkeep import headers
+from imagecache_lib.upkeep import headers, reach
 from imagecache_lib.upkeep.hosts import host_id
 
 if TYPE_CHECKING:
@@ -77,11 +77,7 @@ class Scan:
         self._found_roots: dict[str, tuple[int, int]] = {}
         self._unfinished: list[str] = []
         # What is ours counts as visited: it holds no disks, however it is reached.
-        self._visited = {
-            identity
-            for path in (cache.layout.base_path, cache.layout.private, cache.layout.locks_path)
-            if (identity := _identity(path)) is not None
-        }
+        self._visited = reach.own_directories(cache.config)
 
     def run(self, instances: Sequence[model.Instance]) -> Found:
         """Read everything once: known instances by name first, then whatever else there is."""
@@ -321,14 +317,6 @@ class Scan:
         self._problems.insert(0, f"Nothing is evicted: {why}. To go on: {next_step}.")
         if self._unknown is None:
             self._unknown = why
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _directories(instance: model.Instance) -> Iterator[str]:

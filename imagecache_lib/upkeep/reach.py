@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which disks the pass gets to see: an overlay anywhere else would protect nothing.
+
+The pass walks every disk root to any depth and through symbolic links, and leaves out the directories that
+are the cache's own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from imagecache_lib import config as config_module
+from imagecache_lib import errors, layout
+
+_Identity = tuple[int, int]
+
+
+def own_directories(config: config_module.CacheConfig) -> set[_Identity]:
+    """Return ``(st_dev, st_ino)`` of the directories that hold no disks, however they are reached."""
+    where = layout.Layout(config.base_path, config.locks_path)
+    return _identities(where.base_path, where.private, where.locks_path)
+
+
+def check_seen(target: str, config: config_module.CacheConfig) -> None:
+    """Refuse a place where the pass would never see a disk, since its base would go while the disk needs it.
+
+    :param target: absolute path of a disk in an existing directory.
+    :raises BackendError: it is outside every disk root, or in a directory that is the cache's own.
+    """
+    directory = os.path.dirname(target)
+    roots, own = _identities(*config.roots), own_directories(config)
+    # By identity, as the pass does it: a root may be a link, or be mounted in two places.
+    for each in _upwards(os.path.realpath(directory)):
+        if each in roots:
+            return
+        if each in own:
+            raise errors.BackendError(
+                "the target is in a directory that is the cache's own, where no disk is ever looked for",
+                path=target,
+                next_step="choose an instance directory",
+            )
+    # The pass follows links, so that what the target's path says counts too, where it means what it says.
+    if os.pardir not in directory.split("/") and any(each in roots for each in _upwards(directory)):
+        return
+    raise errors.BackendError(
+        f"the target {target} is outside every disk root ({', '.join(config.roots)}): the periodic pass would"
+        " not see the disk, and would remove its base image",
+        path=target,
+        next_step=f"add {directory}, or a directory above it, to disk_roots",
+    )
+
+
+def _upwards(directory: str) -> Iterator[_Identity]:
+    """Yield a directory's identity, and that of every one above it."""
+    while True:
+        yield from _identities(directory)
+        above = os.path.dirname(directory)
+        if above == directory:
+            return
+        directory = above
+
+
+def _identities(*paths: str) -> set[_Identity]:
+    found = set()
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue  # what is not there cannot be above a directory that is
+        found.add((status.st_dev, status.st_ino))
+    return found
