@@ -16,10 +16,11 @@ On disk (``records/<name>.sums``, all numbers little-endian)::
     32 bytes  random id of the base, as text: the sums are of no other file
     u32       granule size in bytes
     u32       number of pages
-    pages     u64 number of the page; 1,024 sums (u32) of the granules from 1,024 * number on
+    pages     u64 number of the page; 64 sums (u32) of the granules from 64 * number on
     u32       zlib's CRC-32 of all the above
 
-Pages of zeros are left out.
+Pages of zeros are left out. A page is small, since all are in memory at once, and an image of some megabytes
+can scatter its data over terabytes.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from imagecache_lib import sparse
 GRANULE = 64 * 1024
 
 #: As much of a file of checksums as is read, in bytes: that of 16 TiB of data has not more.
-LIMIT = 2**30 + 2**24
+LIMIT = 2**30 + 2**26
 
-_PAGE = 1024
-_MAGIC = b"imgsums\1"
+_PAGE = 64
+_MAGIC = b"imgsums\2"
 _HEADER = struct.Struct("<8s32sII")
 _PAGE_NUMBER = struct.Struct("<Q")
 _SUM = struct.Struct("<I")

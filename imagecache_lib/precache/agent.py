@@ -13,7 +13,7 @@ import logging
 import os
 import random as random_module
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from imagecache_lib import errors, events, layout, manager, model
 from imagecache_lib.backends import base as backend_base
@@ -169,7 +169,7 @@ class HostAgent:
         """Work on a task; one that is known goes on.
 
         :raises ImageRejected: an id that no image can have.
-        :raises BackendError: this host has too many tasks.
+        :raises BackendError: this host has too many tasks, or the task too many images.
         """
         for image_id in task.image_ids:
             layout.base_name(image_id)
@@ -179,6 +179,7 @@ class HostAgent:
                 self._require_room()
                 known = self._tasks[task.job_id] = _Task(task)
             else:
+                _require_few({*known.cells, *task.image_ids})
                 known.extend(task)
             if known.thread is None and not known.is_over:
                 known.thread = threading.Thread(
@@ -325,6 +326,13 @@ class HostAgent:
     def _forget_oldest(self) -> None:
         for job_id in [each for each, task in self._tasks.items() if task.is_over][:-_REMEMBERED]:
             del self._tasks[job_id]
+
+
+def _require_few(image_ids: Collection[str]) -> None:
+    if len(image_ids) > client.MOST_IMAGES:
+        raise errors.BackendError(
+            f"a task has {client.MOST_IMAGES} images at most", next_step="begin another job for the others"
+        )
 
 
 def _value(result: job.Result | None) -> str:

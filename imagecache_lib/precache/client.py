@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from imagecache_lib.precache.agent import HostAgent
 
 
+#: More than any roll-out needs; a task is no way to fill an agent's memory.
+MOST_IMAGES = 1000
+
+
 class HostDown(errors.SourceError):
     """The host does not answer. It may come back."""
 

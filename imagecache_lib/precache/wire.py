@@ -29,8 +29,6 @@ _KINDS: dict[str, type[errors.ImageCacheError]] = {
     )
 }  # fmt: skip
 
-#: More than any roll-out needs; a request is no way to fill an agent's memory.
-_MOST_IMAGES = 1000
 _MOST_RETRIES = 100
 _LONGEST_ID = 128
 _LARGEST = 2**63
@@ -85,8 +83,10 @@ def to_image_ids(found: Any) -> tuple[str, ...]:
     """
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
         raise Malformed("that is no list of image ids", next_step="upgrade whoever asks")
-    if not 0 < len(found) <= _MOST_IMAGES or len(set(found)) != len(found):
-        raise Malformed(f"a task has 1 to {_MOST_IMAGES} images, each once", next_step="ask for fewer images")
+    if not 0 < len(found) <= client.MOST_IMAGES or len(set(found)) != len(found):
+        raise Malformed(
+            f"a task has 1 to {client.MOST_IMAGES} images, each once", next_step="ask for fewer images"
+        )
     for image_id in found:
         layout.base_name(image_id)
     return tuple(found)

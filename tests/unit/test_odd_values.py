@@ -11,8 +11,9 @@ import time
 from typing import Any
 
 import imagecache_lib as ic
-from imagecache_lib import layout
+from imagecache_lib import checksums, layout
 from imagecache_lib.host import Host
+from imagecache_lib.precache import agent, client
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep import hosts
 from tests.cache_case import ID, OTHER_ID, CacheCase
@@ -188,3 +189,24 @@ class TestBombs(CacheCase):
         self.assertEqual(2**28, self.base().stat().st_size)
         self.assertLess(0, longest)
         self.assertLess(longest, 2**14)
+
+    def test_data_that_is_scattered_over_terabytes_fills_no_memory_with_its_checksums(self) -> None:
+        sums = checksums.Checksums()
+        with memoryview(b"x" * 4096) as data:
+            for offset in range(0, 2**40, 2**26):
+                sums.add(data, offset)
+        self.assertLess(len(sums.to_bytes("0" * 32)), 2**23)
+
+    def test_a_task_of_ever_more_images_is_refused(self) -> None:
+        stop = self.points.stop_at("ingest:reserved")
+        host = agent.HostAgent(self.manager(), watch=agent.Watch())
+        host.begin(client.HostTask("job", (ID,)))
+        stop.wait()
+        many = tuple(f"image-{number}" for number in range(client.MOST_IMAGES - 1))
+        host.begin(client.HostTask("job", many))
+        with self.assertRaisesRegex(ic.BackendError, "at most"):
+            host.begin(client.HostTask("job", (OTHER_ID,)))
+        self.assertEqual({ID, *many}, set(host.poll("job")))
+        host.cancel("job")
+        stop.go_on()
+        host.stop()
