@@ -191,9 +191,14 @@ def _rename_back(path: str, base: str) -> bool:
 
 
 def is_restored(cache: store.CacheStore, thrown: Trashed) -> bool:
-    """Whether the file has its base name back."""
+    """Whether the file has its base name back, beside the one here.
+
+    A network filesystem's client may still find the base's name for a second after another host renamed it
+    into the trash; that file has one name only.
+    """
     try:
-        return os.path.samefile(thrown.path, cache.layout.base(thrown.name))
+        found = os.stat(thrown.path)
+        return found.st_nlink > 1 and os.path.samestat(found, os.stat(cache.layout.base(thrown.name)))
     except FileNotFoundError:
         return False
 
