@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from imagecache_lib.sources.file import FileImage, FileSource
     from imagecache_lib.sources.glance import GlanceSource
     from imagecache_lib.sources.http import HttpImage, HttpSource
+    from imagecache_lib.upkeep.audit import AuditFinding, AuditReport
     from imagecache_lib.upkeep.catalog import CachedBase, RegisteredHost
     from imagecache_lib.upkeep.preflight import Finding, Severity
     from imagecache_lib.upkeep.room import SpaceReport
@@ -68,6 +69,8 @@ if TYPE_CHECKING:
 
 # Loaded when first used: a driver that imports the package should not pay for HTTP before it fetches.
 _HOMES = {
+    "AuditFinding": "upkeep.audit",
+    "AuditReport": "upkeep.audit",
     "BackendError": "errors",
     "BaseImage": "model",
     "BaseReport": "upkeep.verify",
@@ -118,6 +121,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "AuditFinding",
+    "AuditReport",
     "BackendError",
     "BaseImage",
     "BaseReport",

@@ -28,7 +28,7 @@ from imagecache_lib.sources import base as source_base
 from imagecache_lib.spawn import backing, cloning, generate, ingest, lease
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
-from imagecache_lib.upkeep import catalog, inventory, preflight, reach, verify
+from imagecache_lib.upkeep import audit, catalog, inventory, preflight, reach, verify
 from imagecache_lib.upkeep.room import SpaceReport
 from imagecache_lib.upkeep.scrub import ScrubReport
 
@@ -504,6 +504,15 @@ class ImageCacheManager:
     def preflight(self) -> list[preflight.Finding]:
         """Look for what is wrong with this host's set-up, the worst first. Changes nothing."""
         return preflight.examine(self._cache, self.backend)
+
+    def audit(self, instances: Sequence[model.Instance] | None = None) -> audit.AuditReport:
+        """Look for what does not fit together in disks and base images. Changes nothing, and makes nothing.
+
+        :param instances: as for :meth:`verify_base_images`. None: only the disks are known.
+        :raises ConfigError, BackendError: the cache itself cannot be read.
+        """
+        with stages.translated(self.config.base_path):
+            return audit.examine(self._cache, instances)
 
     def get_disk_usage(self) -> int:
         """Return the bytes the cache has allocated on the instances filesystem, stage and trash included.

@@ -145,3 +145,21 @@ class Check(base.BaseLister):
         return ["Severity", "Finding", "What to do"], [
             (finding.severity.value, finding.text, finding.next_step) for finding in findings
         ]
+
+
+class Audit(base.BaseLister):
+    """Look for disks and base images that do not fit together. Changes nothing."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        base.add_instances(parser)
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
+        report = self.manager().audit(base.read_instances(parsed_args.instances))
+        if any(each.severity is not ic.Severity.INFO for each in report.findings):
+            self.exit_code = base.ATTENTION
+        self.note(f"{report.bases} base images, {report.overlays} disks that refer to one")
+        return ["Severity", "Subject", "Finding", "What to do"], [
+            (each.severity.value, each.subject, each.text, each.next_step) for each in report.findings
+        ]

@@ -16,6 +16,7 @@ from imagecache_lib.cli import agent, cache, disk, hosts, image, precache
 #: Each is a :class:`cliff.command.Command`.
 _COMMANDS: dict[str, type[Any]] = {
     "agent": agent.Agent,
+    "cache audit": cache.Audit,
     "cache check": cache.Check,
     "cache scrub": cache.Scrub,
     "cache usage": cache.Usage,

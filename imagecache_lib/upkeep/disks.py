@@ -269,11 +269,12 @@ class Scan:
             return False
         if reference:
             path = os.path.join(directory, name)
-            if formats.of(path) != "raw":
-                self._refer(path, reference)
+            self._refer(path, reference, formats.of(path))
         return False
 
-    def _refer(self, path: str, reference: bytes) -> None:
+    def _refer(self, path: str, reference: bytes, pinned: str | None) -> None:
+        if pinned == "raw":
+            return  # whatever header its guest wrote into it
         found = self._cached_names(reference) or set(headers.follow(path, reference, self._cached_names))
         if found:
             self._readings[path] = tuple(sorted(found.union(self._readings.get(path, ()))))

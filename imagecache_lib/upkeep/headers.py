@@ -60,7 +60,7 @@ def _backing_of(path: str) -> bytes | None:
         os.close(fd)
 
 
-def _named_files(path: str, reference: bytes) -> list[str]:
+def named_files(path: str, reference: bytes) -> list[str]:
     """Return the paths of the files that a backing reference in the file ``path`` may mean."""
     if reference.startswith(b"json:"):
         try:
@@ -93,7 +93,7 @@ def follow(path: str, reference: bytes, names_in: Callable[[bytes], set[str]]) -
     :param names_in: finds cached names in a text.
     """
     seen: set[str] = set()
-    pending = _named_files(path, reference)
+    pending = named_files(path, reference)
     while pending and len(seen) < _LONGEST_CHAIN:
         path = pending.pop()
         if path in seen:
@@ -105,7 +105,7 @@ def follow(path: str, reference: bytes, names_in: Callable[[bytes], set[str]]) -
         names = names_in(following)
         yield from names
         if not names:
-            pending.extend(_named_files(path, following))
+            pending.extend(named_files(path, following))
 
 
 class Formats:

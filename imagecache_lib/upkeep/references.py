@@ -72,7 +72,7 @@ def collect(
         for name in referred:
             users.setdefault(name, f"used by the disk {path}")
     problems = list(found.problems)
-    for name, user in _reported(names, instances or (), problems):
+    for name, user in reported(names, instances or (), problems):
         users.setdefault(name, user)
     for name in set(pins.names(cache)).intersection(names):
         if (pinned := pins.reason(cache, name, now)) is not None:
@@ -88,7 +88,7 @@ def collect(
     )
 
 
-def _reported(
+def reported(
     names: Iterable[str], instances: Sequence[model.Instance], problems: list[str]
 ) -> Iterable[tuple[str, str]]:
     """Yield what the driver's report refers to. A used image needs its legacy resized bases too.
