@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from imagecache_lib import dates, errors, layout, model, pins, store
 from imagecache_lib.qcow2 import header as qcow2_header
@@ -48,7 +48,7 @@ class AuditReport:
 class _Audit(disks.Scan):
     """The pass's reading of all disks, which here takes down every reference into the cache."""
 
-    def __init__(self, cache: store.CacheStore, names: Sequence[str]) -> None:
+    def __init__(self, cache: store.CacheStore, names: Collection[str]) -> None:
         super().__init__(cache, names, references.Memory())
         self.overlays: dict[str, tuple[str, str | None]] = {}
         self.findings: list[AuditFinding] = []
@@ -99,7 +99,7 @@ def examine(cache: store.CacheStore, instances: Sequence[model.Instance] | None)
     :raises OSError: the cache itself cannot be read.
     """
     there = inventory.take(cache)
-    names = [base.name for base in there.bases]
+    names = {base.name for base in there.bases}
     scan = _Audit(cache, names)
     found = scan.run(instances or ())
     findings = list(scan.findings)

@@ -182,6 +182,20 @@ def test_check_says_what_to_do(cli: Cli) -> None:
     assert finding["What to do"].startswith("Create")
 
 
+def test_audit_finds_a_disk_without_its_base_and_changes_nothing(cli: Cli) -> None:
+    assert cli.json("cache", "audit") == []
+    missing = cli.instances / "_base" / ("0" * 40)
+    missing.parent.mkdir()
+    disk = cli.instances / "vm" / "disk"
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-u", "-F", "raw", "-b", str(missing)]
+    subprocess.run([*words, str(disk), "1M"], check=True)
+    before = sorted(cli.instances.rglob("*"))
+    (finding,) = cli.json("cache", "audit", code=10)
+    assert (finding["Severity"], finding["Subject"]) == ("error", str(disk))
+    assert missing.name in finding["Finding"]
+    assert sorted(cli.instances.rglob("*")) == before
+
+
 def test_hosts_are_listed_and_forgotten(cli: Cli) -> None:
     (host,) = cli.json("host", "list")
     assert host["This one"] is True
