@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import uuid
+
+#: How often a file that another host replaces meanwhile is looked up again.
+_STALE_TURNS = 3
 
 
 def new_id() -> str:
@@ -57,6 +61,17 @@ def write_file(
 
 def read_file(path: str, *, limit: int = 2**24) -> bytes | None:
     """Return a small file's content. None: there is none, or it is no regular file."""
+    for _turn in range(_STALE_TURNS):
+        try:
+            return _read(path, limit)
+        except OSError as error:
+            # Another host that shares the storage replaced it between our look-up and our reading.
+            if error.errno != errno.ESTALE:
+                raise
+    return _read(path, limit)
+
+
+def _read(path: str, limit: int) -> bytes | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
