@@ -147,8 +147,11 @@ from imagecache_lib.host import Host
 from imagecache_lib.spawn import locks
 lock = locks.waiting(sys.argv[1], shared=False, host=Host(), patience=0, check=lambda: None)
 assert lock.__enter__()
+reader, writer = os.pipe()
 if os.fork():
     os._exit(0)
+os.close(writer)
+os.read(reader, 1)  # until the parent is gone, and its descriptors with it
 print("alive", flush=True)
 sys.stdin.read()
 """
