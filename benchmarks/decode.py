@@ -22,8 +22,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from imagecache_lib import sparse
 from imagecache_lib.qcow2 import decoder, inflate
+from imagecache_lib.system import sparse
 
 _PIECE = 2**20
 _KINDS = {

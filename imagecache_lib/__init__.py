@@ -43,7 +43,6 @@ if TYPE_CHECKING:
         NoSpaceError,
         SourceError,
     )
-    from imagecache_lib.host import Host
     from imagecache_lib.manager import ImageCacheManager
     from imagecache_lib.model import (
         BaseImage,
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
     from imagecache_lib.sources.file import FileImage, FileSource
     from imagecache_lib.sources.glance import GlanceSource
     from imagecache_lib.sources.http import HttpImage, HttpSource
+    from imagecache_lib.system.host import Host
     from imagecache_lib.upkeep.audit import AuditFinding, AuditReport
     from imagecache_lib.upkeep.catalog import CachedBase, RegisteredHost
     from imagecache_lib.upkeep.preflight import Finding, Severity

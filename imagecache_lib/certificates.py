@@ -7,7 +7,8 @@ import os
 import re
 from typing import Any, Protocol
 
-from imagecache_lib import durable, errors
+from imagecache_lib import errors
+from imagecache_lib.system import durable
 
 #: An id becomes a file's name, and comes from an image's owner.
 _ID = re.compile(r"[0-9A-Za-z_-][0-9A-Za-z._-]{0,127}")

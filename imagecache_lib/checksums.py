@@ -34,7 +34,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator
 
-from imagecache_lib import sparse
+from imagecache_lib.system import sparse
 
 #: Bytes that one sum stands for.
 GRANULE = 64 * 1024

@@ -18,16 +18,17 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 
-from imagecache_lib import certificates, errors, events, layout, model, pins, placing, store
+from imagecache_lib import certificates, errors, events, layout, model, pins, store
 from imagecache_lib import config as config_module
-from imagecache_lib import host as host_module
 from imagecache_lib.backends import base as backend_base
 from imagecache_lib.backends import load_backend, qemu_img
 from imagecache_lib.evidence import Use
 from imagecache_lib.sources import base as source_base
 from imagecache_lib.spawn import backing, cloning, generate, ingest, lease
-from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
+from imagecache_lib.system import atomic_file as placing
+from imagecache_lib.system import host as host_module
+from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import audit, catalog, inventory, preflight, reach, verify
 from imagecache_lib.upkeep.room import SpaceReport
 from imagecache_lib.upkeep.scrub import ScrubReport
@@ -425,7 +426,7 @@ class ImageCacheManager:
             names = {catalog.name_of(self._cache, image_id) for image_id in image_ids}
         self._start()
         limit = self.config.scrub_rate if rate is None else rate
-        with stages.translated(self.config.base_path):
+        with translated(self.config.base_path):
             return self._upkeep.scrub(rate=limit or None, names=names, cancel=cancel)
 
     def pin(self, image_id: str, *, owner: str, expires: float | None = None) -> None:
@@ -463,7 +464,7 @@ class ImageCacheManager:
 
     def list_bases(self) -> tuple[catalog.CachedBase, ...]:
         """Return every base image in the cache, sorted by name, with its evidence and its pins."""
-        with stages.translated(self.config.base_path):
+        with translated(self.config.base_path):
             return catalog.listed(self._cache)
 
     def show_base(self, image_id: str) -> catalog.CachedBase | None:
@@ -483,13 +484,13 @@ class ImageCacheManager:
         :param instances: as for :meth:`verify_base_images`.
         """
         self._start()
-        with stages.translated(self.config.base_path):
+        with translated(self.config.base_path):
             return self._upkeep.explain(catalog.name_of(self._cache, image_id), instances)
 
     def list_hosts(self) -> tuple[catalog.RegisteredHost, ...]:
         """Return the hosts that share the cache. Nothing is unlinked before all of them agree."""
         self._start()
-        with stages.translated(self.config.base_path):
+        with translated(self.config.base_path):
             return catalog.registered(self._cache, self._upkeep.hosts)
 
     def forget_host(self, host_id: str) -> None:
@@ -498,7 +499,7 @@ class ImageCacheManager:
         :raises ConfigError: there is no such host.
         """
         self._start()
-        with stages.translated(self.config.base_path):
+        with translated(self.config.base_path):
             self._upkeep.hosts.forget(host_id)
 
     def preflight(self) -> list[preflight.Finding]:
@@ -511,7 +512,7 @@ class ImageCacheManager:
         :param instances: as for :meth:`verify_base_images`. None: only the disks are known.
         :raises ConfigError, BackendError: the cache itself cannot be read.
         """
-        with stages.translated(self.config.base_path):
+        with translated(self.config.base_path):
             return audit.examine(self._cache, instances)
 
     def get_disk_usage(self) -> int:
@@ -529,7 +530,7 @@ class ImageCacheManager:
         :raises ConfigError, BackendError: the cache itself cannot be read.
         """
         self._start()
-        with stages.translated(self.config.base_path):
+        with translated(self.config.base_path):
             return self._upkeep.space()
 
     # -- beginning -----------------------------------------------------------------------------------
@@ -560,7 +561,7 @@ class ImageCacheManager:
         with self._starting:
             if not self._started:
                 self._cache.start()
-                with stages.translated(self.config.base_path):
+                with translated(self.config.base_path):
                     self._upkeep.begin()
                 self._started = True
 

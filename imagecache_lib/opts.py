@@ -17,7 +17,7 @@ from oslo_config import cfg
 
 from imagecache_lib import config as config_module
 from imagecache_lib import errors
-from imagecache_lib import host as host_module
+from imagecache_lib.system import host as host_module
 
 #: ``images_type`` to the name of a backend; ``default`` depends on ``use_cow_images``.
 _BACKENDS = {"raw": "raw", "flat": "raw", "qcow2": "qcow2", "rbd": "rbd"}

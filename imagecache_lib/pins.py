@@ -9,9 +9,9 @@ import json
 import os
 from collections.abc import Iterator
 
-from imagecache_lib import dates, durable, layout, store
-from imagecache_lib.spawn import locks
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib import dates, layout, store
+from imagecache_lib.system import durable, locks
+from imagecache_lib.system.translate import translated
 
 #: One lock for all pin files: they are changed seldom and for microseconds.
 LOCK = "imagecache-pins"
@@ -132,7 +132,7 @@ def _changing(cache: store.CacheStore) -> Iterator[None]:
         shared=False,
         host=cache.host,
         patience=cache.config.lock_timeout,
-    ), stages.translated(cache.layout.pins):
+    ), translated(cache.layout.pins):
         yield
 
 

@@ -15,8 +15,9 @@ import stat
 import threading
 
 from imagecache_lib import config as config_module
-from imagecache_lib import durable, errors, evidence, layout
-from imagecache_lib import host as host_module
+from imagecache_lib import errors, evidence, layout
+from imagecache_lib.system import durable
+from imagecache_lib.system import host as host_module
 
 LOG = logging.getLogger(__name__)
 

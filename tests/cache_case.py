@@ -16,8 +16,8 @@ from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import events, layout
-from imagecache_lib.host import Host
 from imagecache_lib.sources.base import ImageSource
+from imagecache_lib.system.host import Host
 from imagecache_lib.testing.sources import FakeSource
 
 ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"

@@ -13,8 +13,8 @@ import tempfile
 import zlib
 from collections.abc import Callable
 
-from imagecache_lib import sparse
 from imagecache_lib.qcow2 import decoder, header, walk
+from imagecache_lib.system import sparse
 
 COMPRESSED = 1 << 62
 COPIED = 1 << 63

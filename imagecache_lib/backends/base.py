@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from imagecache_lib import config as config_module
 from imagecache_lib import errors, model
-from imagecache_lib import host as host_module
+from imagecache_lib.system import host as host_module
 
 
 class Feature(enum.Enum):

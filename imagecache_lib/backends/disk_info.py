@@ -15,11 +15,11 @@ import zlib
 from collections.abc import Iterator, Mapping
 
 from imagecache_lib import config as config_module
-from imagecache_lib import durable, errors
-from imagecache_lib import host as host_module
+from imagecache_lib import errors
 from imagecache_lib import layout as layout_module
-from imagecache_lib.spawn import locks
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib.system import durable, locks
+from imagecache_lib.system import host as host_module
+from imagecache_lib.system.translate import translated
 
 NAME = "disk.info"
 
@@ -115,7 +115,7 @@ class DiskInfo:
 
 
 def _read(path: str) -> dict[str, str]:
-    with stages.translated(path):
+    with translated(path):
         data = durable.read_file(path)
     if data is None:
         return {}
@@ -130,7 +130,7 @@ def _read(path: str) -> dict[str, str]:
 
 
 def _write(path: str, formats: Mapping[str, str]) -> None:
-    with stages.translated(path):
+    with translated(path):
         if formats:
             durable.write_file(path, json.dumps(formats).encode(), mode=0o644, sync_name=False)
         else:

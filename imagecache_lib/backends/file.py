@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Self
 
 from imagecache_lib import config as config_module
-from imagecache_lib import errors, layout, model, placing
-from imagecache_lib import host as host_module
+from imagecache_lib import errors, layout, model
 from imagecache_lib.backends import base as base_module
 from imagecache_lib.backends import disk_info, qemu_img
 from imagecache_lib.qcow2 import header as qcow2_header
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib.system import atomic_file as placing
+from imagecache_lib.system import host as host_module
+from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import reach
 
 #: As much of a disk as a qcow2 header that any tool writes.
@@ -81,7 +82,7 @@ class FileBackend(base_module.StorageBackend):
 
     def _read(self, target: str) -> tuple[model.Disk, bytes | None]:
         """Return what a disk is, and the backing file that its header names."""
-        with stages.translated(target):
+        with translated(target):
             fd = _open_disk(target)
             try:
                 size = os.fstat(fd).st_size
@@ -133,7 +134,7 @@ class FileBackend(base_module.StorageBackend):
             )
         if size > current.virtual_size:
             if current.format == "raw":
-                with stages.translated(disk.target):
+                with translated(disk.target):
                     fd = _open_disk(disk.target, os.O_RDWR)
                     try:
                         self._grow_raw(fd, size)
@@ -144,7 +145,7 @@ class FileBackend(base_module.StorageBackend):
         return model.Disk(disk.target, current.format, max(size, current.virtual_size), current.base)
 
     def remove(self, disk: model.Disk) -> None:
-        with stages.translated(disk.target):
+        with translated(disk.target):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(disk.target)
             if os.path.isdir(os.path.dirname(disk.target)):

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from imagecache_lib import model, placing
+from imagecache_lib import model
 from imagecache_lib.backends import base as base_module
 from imagecache_lib.backends import file
 from imagecache_lib.qcow2 import overlay
+from imagecache_lib.system import atomic_file as placing
 
 
 class Qcow2Backend(file.FileBackend):

@@ -19,7 +19,7 @@ from oslo_concurrency import processutils
 
 from imagecache_lib import config as config_module
 from imagecache_lib import errors
-from imagecache_lib import host as host_module
+from imagecache_lib.system import host as host_module
 
 #: Seconds between two looks whether anybody still waits for a conversion.
 _LOOK_EVERY = 0.25

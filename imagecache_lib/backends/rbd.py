@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from typing import Self
 
 from imagecache_lib import config as config_module
-from imagecache_lib import durable, errors, model, sparse
-from imagecache_lib import host as host_module
+from imagecache_lib import errors, model
 from imagecache_lib.backends import base as base_module
 from imagecache_lib.backends import ceph
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib.system import durable, sparse
+from imagecache_lib.system import host as host_module
+from imagecache_lib.system.translate import translated
 
 #: rbd's own default object size: one write is one object.
 _CHUNK = 4 * 2**20
@@ -211,7 +212,7 @@ def _chunks(fd: int, path: str) -> Iterator[tuple[int, bytes]]:
     for extent, end in sparse.data_extents(fd):
         start = extent
         while start < end:
-            with stages.translated(path):
+            with translated(path):
                 data = os.pread(fd, min(_CHUNK - start % _CHUNK, end - start), start)
             if not data:
                 raise errors.BackendError("the base image ended early", path=path, next_step="check the disk")

@@ -9,8 +9,9 @@ import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 
-from imagecache_lib import durable, errors
+from imagecache_lib import errors
 from imagecache_lib.precache.job import Cell, Job, Result, Terms
+from imagecache_lib.system import durable
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (

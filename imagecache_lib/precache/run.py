@@ -15,9 +15,9 @@ import threading
 from collections.abc import Callable
 
 from imagecache_lib import errors, model
-from imagecache_lib import host as host_module
 from imagecache_lib.precache import client, job
 from imagecache_lib.precache.database import JobDatabase
+from imagecache_lib.system import host as host_module
 
 LOG = logging.getLogger(__name__)
 

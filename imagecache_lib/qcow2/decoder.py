@@ -26,7 +26,7 @@ from imagecache_lib.qcow2.output import Output
 from imagecache_lib.qcow2.pool import InflatePool, default_threads
 from imagecache_lib.qcow2.spill import Spill
 from imagecache_lib.qcow2.walk import MAP_BYTES, Unstreamable, Walk
-from imagecache_lib.sparse import Sink
+from imagecache_lib.system.sparse import Sink
 
 __all__ = ["Decoded", "StreamDecoder", "Unstreamable", "check", "supports"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from imagecache_lib.qcow2 import tables
 from imagecache_lib.qcow2.pool import InflatePool
-from imagecache_lib.sparse import Sink
+from imagecache_lib.system.sparse import Sink
 
 #: Contiguous clusters are written in runs of at most this.
 RUN_BYTES = 2**20

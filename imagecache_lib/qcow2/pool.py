@@ -8,7 +8,7 @@ import queue
 import threading
 
 from imagecache_lib.qcow2.inflate import Inflate
-from imagecache_lib.sparse import Sink
+from imagecache_lib.system.sparse import Sink
 
 #: Clusters handed over at once hold about this much, so that threads are not woken for every small one.
 _BATCH_BYTES = 2**20

@@ -25,8 +25,9 @@ import random as random_module
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from imagecache_lib import errors, model
-from imagecache_lib import host as host_module
-from imagecache_lib.sources import base, pace
+from imagecache_lib.sources import base
+from imagecache_lib.system import host as host_module
+from imagecache_lib.system import rate as pace
 
 LOG = logging.getLogger(__name__)
 

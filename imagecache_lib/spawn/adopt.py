@@ -11,10 +11,11 @@ import contextlib
 import dataclasses
 import os
 
-from imagecache_lib import durable, errors, evidence, model, store
+from imagecache_lib import errors, evidence, model, store
 from imagecache_lib.spawn import digest, inspection
-from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
+from imagecache_lib.system import durable
+from imagecache_lib.system.translate import translated
 
 
 def adopt(
@@ -27,7 +28,7 @@ def adopt(
     :raises NoSpaceError, BackendError: the filesystem failed.
     """
     image = _what_the_source_says(call)
-    with stages.translated(base.path):
+    with translated(base.path):
         try:
             finding = None if use is evidence.Use.FILE else _inspect(cache, base, image)
             verified = _compare(base, call, image, use, finding)
@@ -50,7 +51,7 @@ def inspect_again(
     :raises NoSpaceError, BackendError: the filesystem failed.
     """
     claims = _claims(record, call)
-    with stages.translated(base.path):
+    with translated(base.path):
         try:
             finding = _inspect_stored(cache, base, record, claims)
         except errors.ImageRejected as error:

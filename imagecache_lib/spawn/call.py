@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from imagecache_lib import config as config_module
 from imagecache_lib import errors, layout, model
-from imagecache_lib import host as host_module
 from imagecache_lib.sources import base as source_base
 from imagecache_lib.sources import transfer
+from imagecache_lib.system import host as host_module
 
 
 class Call:

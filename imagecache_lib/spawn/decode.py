@@ -13,6 +13,7 @@ from imagecache_lib.backends import qemu_img
 from imagecache_lib.qcow2 import decoder as qcow2_decoder
 from imagecache_lib.spawn import inspection
 from imagecache_lib.spawn import stage as stages
+from imagecache_lib.system.translate import translated
 
 #: A guest's disk is counted in sectors of this size, so a raw image ends on a whole one.
 SECTOR = 512
@@ -58,7 +59,7 @@ class PassThrough:
         self._offset += len(chunk)
 
     def finish(self) -> int:
-        with stages.translated(self._stage.path):
+        with translated(self._stage.path):
             os.ftruncate(self._stage.fd, self._offset)
         if self._virtual_size is not None:
             return self._virtual_size
@@ -94,7 +95,7 @@ class Qcow2Stream:
         )
 
     def write(self, chunk: bytes) -> None:
-        with stages.translated(self._stage.path):
+        with translated(self._stage.path):
             self._decoder.write(chunk)
         self._stage.taken(len(chunk))
         # The tables say what will be stored, long before the data they map has come.
@@ -103,7 +104,7 @@ class Qcow2Stream:
             self._reserve(needed)
 
     def finish(self) -> int:
-        with stages.translated(self._stage.path):
+        with translated(self._stage.path):
             return self._decoder.finish().virtual_size
 
     def close(self) -> None:
@@ -151,7 +152,7 @@ class SpoolAndConvert:
         self._offset += len(chunk)
 
     def finish(self) -> int:
-        with stages.translated(self._stage.path):
+        with translated(self._stage.path):
             os.ftruncate(self._spool.fd, self._offset)
             os.ftruncate(self._stage.fd, self._virtual_size)
         self._cache.host.trace("convert")

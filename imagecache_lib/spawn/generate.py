@@ -16,10 +16,12 @@ from collections.abc import Iterator, Mapping
 from oslo_concurrency import processutils
 
 from imagecache_lib import config as config_module
-from imagecache_lib import durable, errors, evidence, layout, store
-from imagecache_lib import host as host_module
+from imagecache_lib import errors, evidence, layout, store
 from imagecache_lib.spawn import backing, ingest, signature, space
 from imagecache_lib.spawn import stage as stages
+from imagecache_lib.system import durable
+from imagecache_lib.system import host as host_module
+from imagecache_lib.system.translate import translated
 
 #: The label of a guest's first ephemeral disk, as Nova calls it; the only one that is shared.
 LABEL = "ephemeral0"
@@ -271,7 +273,7 @@ class Generator:
             space.reserve(
                 stage, _room(wanted.size), self._cache, check=wanted.check, make_room=self._make_room
             )
-            with stages.translated(stage.path):
+            with translated(stage.path):
                 os.ftruncate(stage.fd, wanted.size)
             # Only these programs take a lock of their own, or may: nobody knows what an operator's does.
             with stage.lent() if wanted.kind in (None, "ntfs") else contextlib.nullcontext():
@@ -307,7 +309,7 @@ class Generator:
         """
         if (fault := self._fault(wanted, opened.fd)) is not None:
             return None, fault
-        with stages.translated(opened.path):
+        with translated(opened.path):
             os.fsync(opened.fd)
             durable.sync_directory(os.path.dirname(opened.path))
             record = self._record(wanted, opened.fd, store.mark(opened.fd), evidence.Origin.ADOPTED)
@@ -315,7 +317,7 @@ class Generator:
         return record, ""
 
     def _fault(self, wanted: Generation, fd: int) -> str | None:
-        with stages.translated(self._cache.layout.base(wanted.name)):
+        with translated(self._cache.layout.base(wanted.name)):
             size = os.fstat(fd).st_size
             found = signature.read(os.pread(fd, signature.LENGTH, 0))
             try:

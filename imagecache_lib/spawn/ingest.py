@@ -18,6 +18,7 @@ from imagecache_lib.sources import transfer
 from imagecache_lib.spawn import adopt, intake, signing, space, twin
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
+from imagecache_lib.system.translate import translated
 
 LOG = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class Ingest:
         self, stage: stages.Stage, call: Call, image: model.Image, use: evidence.Use
     ) -> intake.Content | None:
         """Make it from a base of the same content. None: there is none that is whole."""
-        with stages.translated(self._cache.layout.records):
+        with translated(self._cache.layout.records):
             found = twin.find(self._cache, call, image, use)
         if found is None:
             return None

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from imagecache_lib import errors, events, evidence, model, store, trash
-from imagecache_lib.spawn import ingest, locks, publish
+from imagecache_lib.spawn import ingest, publish
 from imagecache_lib.spawn import stage as stages
+from imagecache_lib.system import locks
+from imagecache_lib.system.translate import translated
 
 #: How often a base may vanish between its publication and its use before something must be wrong.
 _MOST_TURNS = 20
@@ -210,7 +212,7 @@ class Leases(Generic[W]):
             return None
         with contextlib.ExitStack() as stack:
             stack.callback(opened.close)
-            with stages.translated(opened.path):
+            with translated(opened.path):
                 record = self._cache.record_of(opened) or publish.finish(self._cache, opened)
             if record is None:
                 return _Unfit(_UNWITNESSED, checkable=True)
@@ -244,7 +246,7 @@ class Leases(Generic[W]):
             self._observers(events.Hit(call.name, call.image_id))
 
         def confirm() -> None:
-            with stages.translated(opened.path):
+            with translated(opened.path):
                 current = opened.is_current()
             if not current:
                 raise BaseVanished(opened.path)
@@ -299,7 +301,7 @@ class Leases(Generic[W]):
 
     def _restore(self, call: W) -> bool:
         """Link back what lies in the trash: it is the same image, and overlays may refer to it."""
-        with stages.translated(self._cache.layout.base(call.name)):
+        with translated(self._cache.layout.base(call.name)):
             return any(trash.restore(self._cache, thrown) for thrown in trash.find(self._cache, call.name))
 
     def _adopt(self, call: W, use: evidence.Use) -> str | None:
@@ -308,7 +310,7 @@ class Leases(Generic[W]):
         if opened is None:
             return None
         with contextlib.closing(opened):
-            with stages.translated(opened.path):
+            with translated(opened.path):
                 known = self._cache.record_of(opened)
             record, reason = self._bringer.adopt(opened, known, call, use)
         if record is None:

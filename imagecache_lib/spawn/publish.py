@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 
-from imagecache_lib import checksums, durable, evidence, store, trash
+from imagecache_lib import checksums, evidence, store, trash
 from imagecache_lib.spawn import ingest
 from imagecache_lib.spawn import stage as stages
+from imagecache_lib.system import durable
+from imagecache_lib.system.translate import translated
 
 
 def publish(ingested: ingest.Ingested, cache: store.CacheStore) -> bool:
@@ -23,7 +25,7 @@ def publish(ingested: ingest.Ingested, cache: store.CacheStore) -> bool:
     base = cache.layout.base(stage.name)
     unrecorded = False
     try:
-        with stages.translated(base):
+        with translated(base):
             cache.host.trace("publish:begin")
             # Overlays may refer to what is being evicted: it gets its name back, and stays.
             trash.reclaim(cache, stage.name)

@@ -11,8 +11,8 @@ import os
 from collections.abc import Callable
 
 from imagecache_lib import errors, store
-from imagecache_lib.spawn import locks
 from imagecache_lib.spawn import stage as stages
+from imagecache_lib.system import locks
 
 #: Lock under which the ledger is read and added to.
 LOCK = "imagecache-space"

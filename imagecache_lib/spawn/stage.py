@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from imagecache_lib import checksums, durable, errors, evidence, layout, sparse, store
-from imagecache_lib.spawn import locks
+from imagecache_lib import checksums, evidence, layout, store
+from imagecache_lib.system import durable, locks, sparse
+from imagecache_lib.system.translate import translated
 
 #: Start writing back once this much has arrived, so that the final fsync finds little to do.
 _WRITEBACK = 16 * 2**20
@@ -198,20 +198,3 @@ def progress(cache: store.CacheStore, name: str) -> list[tuple[str, int, int]]:
                 now = os.stat(cache.layout.stage(stage_id))
                 found.append((stage_id, now.st_mtime_ns, now.st_blocks))
     return sorted(found)
-
-
-@contextlib.contextmanager
-def translated(path: str) -> Iterator[None]:
-    """Turn what the filesystem says into the library's errors."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise errors.NoSpaceError(
-                "the filesystem is full", path=path, next_step="make room, then ask again"
-            ) from error
-        raise errors.BackendError(
-            f"the filesystem failed: {error.strerror or error}",
-            path=path,
-            next_step="check the disk and its mount options, then ask again",
-        ) from error

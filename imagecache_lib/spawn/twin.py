@@ -12,10 +12,13 @@ import contextlib
 import dataclasses
 import os
 
-from imagecache_lib import checksums, durable, errors, evidence, layout, model, placing, sparse, store
+from imagecache_lib import checksums, errors, evidence, layout, model, store
 from imagecache_lib.spawn import inspection
 from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
+from imagecache_lib.system import atomic_file as placing
+from imagecache_lib.system import durable, sparse
+from imagecache_lib.system.translate import translated
 
 #: Digests that nobody can find a second content for.
 _STRONG = frozenset(("sha256", "sha384", "sha512", "sha3_256", "sha3_384", "sha3_512", "blake2b", "blake2s"))
@@ -130,7 +133,7 @@ def _inspect(opened: store.OpenBase, cache: store.CacheStore, image: model.Image
 
 def share(twin: Twin, stage: stages.Stage) -> bool:
     """Fill a stage with a twin's content by sharing its extents. False: the filesystem cannot."""
-    with stages.translated(stage.path):
+    with translated(stage.path):
         if not placing.share_extents(twin.opened.fd, stage.fd):
             return False
     stage.checksums.replace(twin.sums)
@@ -139,7 +142,7 @@ def share(twin: Twin, stage: stages.Stage) -> bool:
 
 def copy(twin: Twin, stage: stages.Stage, call: Call) -> bool:
     """Fill a stage with a copy of a twin's content. False: the disk has changed the twin."""
-    with stages.translated(stage.path):
+    with translated(stage.path):
         for start, end in sparse.data_extents(twin.opened.fd):
             position = start
             while position < end and (data := _read(twin, position, end)):

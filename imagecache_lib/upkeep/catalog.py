@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import os
 
-from imagecache_lib import durable, errors, layout, model, pins, store, trash
+from imagecache_lib import errors, layout, model, pins, store, trash
+from imagecache_lib.system import durable
 from imagecache_lib.upkeep import inventory
 from imagecache_lib.upkeep.hosts import Hosts
 

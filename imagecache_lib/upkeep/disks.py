@@ -17,8 +17,9 @@ import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from imagecache_lib import layout, model, placing, store
+from imagecache_lib import layout, model, store
 from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.system import atomic_file as placing
 from imagecache_lib.upkeep import headers, reach
 from imagecache_lib.upkeep.hosts import host_id
 

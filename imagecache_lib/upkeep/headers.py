@@ -12,9 +12,9 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 
-from imagecache_lib import durable
 from imagecache_lib.backends import disk_info
 from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.system import durable
 
 #: As much of each file as is read at first; the header of nearly every overlay is within.
 HEAD = 4096

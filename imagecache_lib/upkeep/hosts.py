@@ -14,7 +14,8 @@ import json
 import os
 from collections.abc import Container, Iterable, Mapping
 
-from imagecache_lib import durable, errors, store, trash
+from imagecache_lib import errors, store, trash
+from imagecache_lib.system import durable
 
 
 @dataclasses.dataclass(frozen=True)

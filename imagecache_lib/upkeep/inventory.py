@@ -7,7 +7,8 @@ import dataclasses
 import os
 import stat
 
-from imagecache_lib import durable, evidence, layout, store
+from imagecache_lib import evidence, layout, store
+from imagecache_lib.system import durable
 
 
 @dataclasses.dataclass(frozen=True)

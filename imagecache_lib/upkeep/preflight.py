@@ -18,10 +18,10 @@ from collections.abc import Iterator
 
 from oslo_concurrency import processutils
 
-from imagecache_lib import dates, durable, layout, store
-from imagecache_lib import host as host_module
+from imagecache_lib import dates, layout, store
 from imagecache_lib.backends import base
-from imagecache_lib.spawn import locks
+from imagecache_lib.system import durable, locks
+from imagecache_lib.system import host as host_module
 from imagecache_lib.upkeep import inventory
 
 #: The users that distributions run QEMU as.

@@ -8,9 +8,11 @@ import os
 import re
 from collections.abc import Iterable
 
-from imagecache_lib import errors, events, layout, placing, store, trash
-from imagecache_lib.spawn import locks, publish
+from imagecache_lib import errors, events, layout, store, trash
+from imagecache_lib.spawn import publish
 from imagecache_lib.spawn import stage as stages
+from imagecache_lib.system import atomic_file as placing
+from imagecache_lib.system import locks
 
 _STAGE = re.compile(r"[0-9a-f]{32}")
 _OPEN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

@@ -13,7 +13,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from imagecache_lib import errors, layout, model, pins, store, trash
-from imagecache_lib.spawn import locks
+from imagecache_lib.system import locks
 from imagecache_lib.upkeep import disks
 
 #: QEMU's lock bytes on its images: permissions and shared permissions, from its block/file-posix.c.

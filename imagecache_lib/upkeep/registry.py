@@ -12,8 +12,8 @@ import json
 import os
 import stat
 
-from imagecache_lib import durable, store
-from imagecache_lib.spawn import locks
+from imagecache_lib import store
+from imagecache_lib.system import durable, locks
 
 NAME = "compute_nodes"
 

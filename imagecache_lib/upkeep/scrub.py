@@ -22,10 +22,10 @@ import platform
 import threading
 from collections.abc import Callable, Collection, Iterator
 
-from imagecache_lib import checksums, durable, errors, events, evidence, model, sparse, store
-from imagecache_lib.sources import pace
-from imagecache_lib.spawn import locks
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib import checksums, errors, events, evidence, model, store
+from imagecache_lib.system import durable, locks, sparse
+from imagecache_lib.system import rate as pace
+from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import inventory
 
 #: Read so much at once: a whole number of granules, and of every device's blocks.
@@ -159,7 +159,7 @@ def _scrub_one(
         return ScrubbedBase(name, Verdict.UNVERIFIABLE, error.cause)
     if opened is None:
         return ScrubbedBase(name, Verdict.GONE, "it was evicted")
-    with contextlib.closing(opened), stages.translated(opened.path):
+    with contextlib.closing(opened), translated(opened.path):
         record = cache.record_of(opened)
         if record is None:
             return ScrubbedBase(name, Verdict.UNVERIFIABLE, "nobody witnessed how it was made")

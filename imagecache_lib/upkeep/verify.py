@@ -9,9 +9,9 @@ import logging
 import os
 from collections.abc import Collection, Sequence
 
-from imagecache_lib import durable, errors, events, model, store, trash
-from imagecache_lib.spawn import locks
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib import errors, events, model, store, trash
+from imagecache_lib.system import durable, locks
+from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import disks, evict, inventory, policy, recover, registry, room, scrub
 from imagecache_lib.upkeep import references as reference_module
 from imagecache_lib.upkeep.hosts import HostRef, Hosts
@@ -115,7 +115,7 @@ class Upkeep:
         :param instances: all instances on this host; on shared storage those of all hosts. None: unknown.
         :raises NoSpaceError, BackendError: the filesystem failed.
         """
-        with stages.translated(self._cache.layout.base_path):
+        with translated(self._cache.layout.base_path):
             return self._verify(instances, dry_run=dry_run)
 
     def _verify(self, instances: Sequence[model.Instance] | None, *, dry_run: bool) -> VerifyReport:
@@ -166,7 +166,7 @@ class Upkeep:
         :param locked: the caller holds its lock.
         :raises NoSpaceError, BackendError: the filesystem failed.
         """
-        with stages.translated(self._cache.layout.base(name)):
+        with translated(self._cache.layout.base(name)):
             now = self._cache.filesystem_now()
             entry = inventory.look(self._cache, name)
             if entry is None:

@@ -15,8 +15,8 @@ import pytest
 
 import imagecache_lib as ic
 from imagecache_lib import events, layout
-from imagecache_lib.host import Host
 from imagecache_lib.spawn import space
+from imagecache_lib.system.host import Host
 from imagecache_lib.testing.sources import FakeSource
 from tests.cache_case import Points, Running
 from tests.functional.lab import filesystems

@@ -8,8 +8,9 @@ import random
 
 import pytest
 
-from imagecache_lib import errors, host
+from imagecache_lib import errors
 from imagecache_lib.sources import base, http, transfer
+from imagecache_lib.system import host
 
 DATA = random.Random(3).randbytes(2 * 2**20)
 IMPATIENT = host.Host(sleep=lambda _seconds: None)

@@ -19,8 +19,8 @@ import pytest
 
 import imagecache_lib as ic
 from imagecache_lib import events, layout
-from imagecache_lib.host import Host
 from imagecache_lib.sources.http import HttpImage, HttpSource
+from imagecache_lib.system.host import Host
 from imagecache_lib.testing.sources import FakeSource
 from tests import servers
 from tests.cache_case import raw_image
@@ -34,7 +34,7 @@ MANY = 32
 _DRIVER = """
 import json, os, signal, sys, threading
 import imagecache_lib as ic
-from imagecache_lib.host import Host
+from imagecache_lib.system.host import Host
 from imagecache_lib.sources.http import HttpImage, HttpSource
 
 options = json.loads(sys.argv[1])

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagecache_lib import errors
-from imagecache_lib.host import Host
 from imagecache_lib.sources import answers, exchange, transfer
 from imagecache_lib.sources.glance import image_from_metadata
+from imagecache_lib.system.host import Host
 from imagecache_lib.testing.sources import FakeSource
 
 JSON = st.recursive(

@@ -10,8 +10,9 @@ import tempfile
 import unittest
 import zlib
 
-from imagecache_lib import checksums, evidence, sparse
+from imagecache_lib import checksums, evidence
 from imagecache_lib.checksums import GRANULE
+from imagecache_lib.system import sparse
 from imagecache_lib.testing.sources import FakeSource
 from tests.cache_case import ID, CacheCase, disk_image, raw_image
 

@@ -15,9 +15,9 @@ import keystoneauth1.session
 import keystoneauth1.token_endpoint
 
 from imagecache_lib import errors, model
-from imagecache_lib.host import Host
 from imagecache_lib.sources import base, transfer
 from imagecache_lib.sources.glance import GlanceSource
+from imagecache_lib.system.host import Host
 from tests.servers import Answer, GlanceServer, Server
 
 ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"

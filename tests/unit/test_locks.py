@@ -15,15 +15,15 @@ import unittest
 from collections.abc import Iterator
 
 from imagecache_lib import errors
-from imagecache_lib.host import Host
-from imagecache_lib.spawn import locks
+from imagecache_lib.system import locks
+from imagecache_lib.system.host import Host
 
 NAME = "a" * 40
 
 #: Another process that takes the lock and says so, until it is told to end.
 _OURS = """
 import sys
-from imagecache_lib.host import Host
+from imagecache_lib.system.host import Host
 from imagecache_lib.spawn import locks
 with locks.without_waiting(sys.argv[1], host=Host(name="there")) as got:
     print("held" if got else "busy", flush=True)
@@ -143,7 +143,7 @@ class TestExclusion(LockCase):
     def test_a_child_that_outlives_its_parent_keeps_nothing(self) -> None:
         program = """
 import os, sys, time
-from imagecache_lib.host import Host
+from imagecache_lib.system.host import Host
 from imagecache_lib.spawn import locks
 lock = locks.waiting(sys.argv[1], shared=False, host=Host(), patience=0, check=lambda: None)
 assert lock.__enter__()
@@ -189,7 +189,7 @@ class TestUnlinkedFiles(LockCase):
 
 class TestWaiting(LockCase):
     def test_after_its_patience_a_waiter_goes_on_without(self) -> None:
-        logged = self.assertLogs("imagecache_lib.spawn.locks", "WARNING")
+        logged = self.assertLogs("imagecache_lib.system.locks", "WARNING")
         with self.take(), logged, self.take(patience=0.1) as got:
             self.assertFalse(got)
 

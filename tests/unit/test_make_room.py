@@ -6,9 +6,9 @@ from __future__ import annotations
 import unittest
 
 from imagecache_lib import config, errors, layout, store
-from imagecache_lib.host import Host
 from imagecache_lib.spawn import space
 from imagecache_lib.spawn import stage as stages
+from imagecache_lib.system.host import Host
 from imagecache_lib.upkeep import policy
 from imagecache_lib.upkeep.inventory import Entry
 from imagecache_lib.upkeep.references import References

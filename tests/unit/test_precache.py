@@ -13,11 +13,11 @@ import unittest
 from collections.abc import Callable, Mapping, Sequence
 
 from imagecache_lib import errors, model
-from imagecache_lib.host import Host
 from imagecache_lib.precache import client, job, precacher
 from imagecache_lib.precache import run as job_run
 from imagecache_lib.precache.agent import HostAgent, Watch
 from imagecache_lib.precache.database import JobDatabase
+from imagecache_lib.system.host import Host
 from imagecache_lib.testing.sources import FakeSource
 from tests.cache_case import ID, OTHER_ID, CacheCase, raw_image
 

@@ -9,8 +9,9 @@ import tempfile
 import unittest
 from typing import Any
 
-from imagecache_lib import errors, sparse
+from imagecache_lib import errors
 from imagecache_lib.qcow2 import decoder, header, inflate
+from imagecache_lib.system import sparse
 from tests import qcow2_images
 from tests.qcow2_images import Cluster
 

@@ -11,8 +11,9 @@ import threading
 import unittest
 from typing import BinaryIO
 
-from imagecache_lib import errors, sparse
+from imagecache_lib import errors
 from imagecache_lib.qcow2 import decoder
+from imagecache_lib.system import sparse
 from tests import qcow2_images
 from tests.qcow2_images import Cluster
 

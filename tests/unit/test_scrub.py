@@ -10,7 +10,7 @@ from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import checksums, events, model
-from imagecache_lib.host import Host
+from imagecache_lib.system.host import Host
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep import scrub
 from tests.cache_case import ID, MIB, OTHER_ID, CacheCase, content_of, raw_image

@@ -8,7 +8,7 @@ import random
 import tempfile
 import unittest
 
-from imagecache_lib import sparse
+from imagecache_lib.system import sparse
 
 BLOCK = sparse.BLOCK
 MIB = 2**20

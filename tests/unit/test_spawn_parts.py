@@ -9,10 +9,11 @@ import subprocess
 import threading
 import unittest
 
-from imagecache_lib import config, durable, errors, layout, model, store
-from imagecache_lib.host import Host
+from imagecache_lib import config, errors, layout, model, store
 from imagecache_lib.spawn import digest, inspection, space
 from imagecache_lib.spawn import stage as stages
+from imagecache_lib.system import durable
+from imagecache_lib.system.host import Host
 from tests.cache_case import MIB, CacheCase, disk_image, raw_image
 
 

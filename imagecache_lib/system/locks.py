@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 import fasteners
 
 from imagecache_lib import errors
-from imagecache_lib import host as host_module
+from imagecache_lib.system import host as host_module
 
 LOG = logging.getLogger(__name__)
 

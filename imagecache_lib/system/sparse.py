@@ -7,10 +7,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from imagecache_lib.checksums import Checksums
+from typing import Protocol
 
 #: The filesystem's block: no smaller hole is possible on ext4 and xfs by default.
 BLOCK = 4096
@@ -37,6 +34,13 @@ class Sink(Protocol):
         """Give the disk its size in bytes."""
 
 
+class Sums(Protocol):
+    """Takes what is written, to sum it up."""
+
+    def add(self, data: memoryview, offset: int) -> None:
+        """Take data that was written at an offset of the file."""
+
+
 class SparseFile:
     """A file that is filled once, without its zeros.
 
@@ -44,7 +48,7 @@ class SparseFile:
     :param checksums: takes the sums of what is written.
     """
 
-    def __init__(self, fd: int, checksums: Checksums | None = None) -> None:
+    def __init__(self, fd: int, checksums: Sums | None = None) -> None:
         self._fd = fd
         self._checksums = checksums
 

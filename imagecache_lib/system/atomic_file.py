@@ -11,10 +11,10 @@ import os
 import re
 from collections.abc import Callable, Iterator
 
-from imagecache_lib import durable, errors, sparse
-from imagecache_lib import host as host_module
-from imagecache_lib.spawn import locks
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib import errors
+from imagecache_lib.system import durable, locks, sparse
+from imagecache_lib.system import host as host_module
+from imagecache_lib.system.translate import translated
 
 #: ioctl_ficlone(2): share the extents of another file.
 _FICLONE = 0x40049409
@@ -90,13 +90,13 @@ def placing(
     """
     unfinished = Unfinished(target, host)
     try:
-        with stages.translated(target):
+        with translated(target):
             yield unfinished
             os.fchmod(unfinished.fd, _MODE)
         host.trace("disk:made")
         confirm()
         host.trace("disk:confirmed")
-        with pinned or contextlib.nullcontext(), stages.translated(target):
+        with pinned or contextlib.nullcontext(), translated(target):
             unfinished.place()
         host.trace("disk:placed")
     finally:
@@ -110,7 +110,7 @@ class Unfinished:
         directory, name = os.path.split(target)
         self.target = target
         self.path = os.path.join(directory, f".{name}.{durable.new_id()}.new")
-        with stages.translated(target):
+        with translated(target):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._owner = locks.OwnerLock(os.open(self.path, flags, 0o600), host)
 

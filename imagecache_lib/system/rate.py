@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from imagecache_lib import host as host_module
+from imagecache_lib.system import host as host_module
 
 #: A rest is cut into pieces of this many seconds, so that a cancelled request ends soon.
 _PIECE = 0.5
