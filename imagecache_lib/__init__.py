@@ -94,7 +94,7 @@ _HOMES = {
     "FileSource": "sources.file",
     "Finding": "upkeep.preflight",
     "GlanceSource": "sources.glance",
-    "Host": "host",
+    "Host": "system.host",
     "HttpImage": "sources.http",
     "HttpSource": "sources.http",
     "Image": "model",

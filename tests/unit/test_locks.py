@@ -24,7 +24,7 @@ NAME = "a" * 40
 _OURS = """
 import sys
 from imagecache_lib.system.host import Host
-from imagecache_lib.spawn import locks
+from imagecache_lib.system import locks
 with locks.without_waiting(sys.argv[1], host=Host(name="there")) as got:
     print("held" if got else "busy", flush=True)
     sys.stdin.read()
@@ -144,7 +144,7 @@ class TestExclusion(LockCase):
         program = """
 import os, sys, time
 from imagecache_lib.system.host import Host
-from imagecache_lib.spawn import locks
+from imagecache_lib.system import locks
 lock = locks.waiting(sys.argv[1], shared=False, host=Host(), patience=0, check=lambda: None)
 assert lock.__enter__()
 reader, writer = os.pipe()

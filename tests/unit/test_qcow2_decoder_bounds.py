@@ -22,7 +22,7 @@ SIZE = 512
 # All tables of a badly fragmented image come first; its data is never sent.
 _FRAGMENTED = """
 import array, random, sys, tempfile
-from imagecache_lib import sparse
+from imagecache_lib.system import sparse
 from imagecache_lib.qcow2 import decoder, header, inflate
 
 def peak():
