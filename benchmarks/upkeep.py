@@ -12,8 +12,8 @@ from benchmarks import figures, serving
 from benchmarks.cold import NOVA, OURS
 from benchmarks.figures import Group, Row, Sample
 from benchmarks.lab import Lab, settle
-from imagecache_lib import layout
 from imagecache_lib.qcow2 import overlay
+from imagecache_lib.store import layout
 
 _SIZE = 20 * 2**30
 _LARGER = 5

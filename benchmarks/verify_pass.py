@@ -16,8 +16,8 @@ import time
 import uuid
 
 import imagecache_lib as ic
-from imagecache_lib import layout
 from imagecache_lib.qcow2 import overlay
+from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 
 OTHERS = {

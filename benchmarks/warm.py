@@ -13,7 +13,7 @@ from benchmarks import figures, serving
 from benchmarks.cold import NOVA, OURS
 from benchmarks.figures import Group, Row, Sample
 from benchmarks.lab import Lab, command, settle
-from imagecache_lib import layout
+from imagecache_lib.store import layout
 from tests.functional.lab import filesystems
 
 CP_REFLINK = "cp --reflink=always"

@@ -29,7 +29,8 @@ from demo_console import ClaimFailed, Console, size, span
 from demo_images import Server, make_image, nginx_program, run, serving
 
 import imagecache_lib as ic
-from imagecache_lib import events, layout
+from imagecache_lib import events
+from imagecache_lib.store import layout
 from imagecache_lib.testing import bootdisk
 
 MIB, GIB = 2**20, 2**30

@@ -4,15 +4,15 @@
 Two flows run through the package, and :mod:`imagecache_lib.manager` shows both from the top.
 
 *Spawn.* :meth:`ImageCacheManager.create_disk` holds the image's base image: one that is there and whose
-evidence (:mod:`~imagecache_lib.evidence`) fits is leased (:mod:`imagecache_lib.spawn.lease`); otherwise its
-bytes flow once from the source through digest and inspection into a stage file
+evidence (:mod:`~imagecache_lib.store.evidence`) fits is leased (:mod:`imagecache_lib.spawn.lease`); otherwise
+its bytes flow once from the source through digest and inspection into a stage file
 (:mod:`imagecache_lib.spawn.ingest`), which is published under the base's name
-(:mod:`imagecache_lib.spawn.publish`). A storage backend (:mod:`imagecache_lib.backends`) makes the disk.
+(:mod:`imagecache_lib.store.publish`). A storage backend (:mod:`imagecache_lib.backends`) makes the disk.
 
 *Upkeep.* :meth:`ImageCacheManager.verify_base_images` lists the cache, reads who refers to what, plans, and
 evicts what nobody needs (:mod:`imagecache_lib.upkeep`).
 
-What lies on disk, and who may do what to it, is the docstring of :mod:`imagecache_lib.layout`.
+What lies on disk, and who may do what to it, is the docstring of :mod:`imagecache_lib.store.layout`.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ if TYPE_CHECKING:
         Instance,
         Request,
     )
-    from imagecache_lib.pins import Pin
     from imagecache_lib.sources.base import ImageSource
     from imagecache_lib.sources.file import FileImage, FileSource
     from imagecache_lib.sources.glance import GlanceSource
     from imagecache_lib.sources.http import HttpImage, HttpSource
+    from imagecache_lib.store.pins import Pin
     from imagecache_lib.system.host import Host
     from imagecache_lib.upkeep.audit import AuditFinding, AuditReport
     from imagecache_lib.upkeep.catalog import CachedBase, RegisteredHost
@@ -107,7 +107,7 @@ _HOMES = {
     "LeaseLostError": "errors",
     "LockTimeoutError": "errors",
     "NoSpaceError": "errors",
-    "Pin": "pins",
+    "Pin": "store.pins",
     "RegisteredHost": "upkeep.catalog",
     "Request": "model",
     "ScrubReport": "upkeep.scrub",

@@ -18,18 +18,21 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 
-from imagecache_lib import certificates, errors, events, layout, model, pins, store
+from imagecache_lib import certificates, errors, events, model
 from imagecache_lib import config as config_module
 from imagecache_lib.backends import base as backend_base
 from imagecache_lib.backends import load_backend, qemu_img
-from imagecache_lib.evidence import Use
 from imagecache_lib.sources import base as source_base
 from imagecache_lib.spawn import backing, cloning, generate, ingest, lease
 from imagecache_lib.spawn.call import Call
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import disk_roots as reach
+from imagecache_lib.store import layout, pins
+from imagecache_lib.store.evidence import Use
 from imagecache_lib.system import atomic_file as placing
 from imagecache_lib.system import host as host_module
 from imagecache_lib.system.translate import translated
-from imagecache_lib.upkeep import audit, catalog, inventory, preflight, reach, verify
+from imagecache_lib.upkeep import audit, catalog, inventory, preflight, verify
 from imagecache_lib.upkeep.room import SpaceReport
 from imagecache_lib.upkeep.scrub import ScrubReport
 

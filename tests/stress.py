@@ -19,8 +19,9 @@ import time
 from collections.abc import Sequence
 
 import imagecache_lib as ic
-from imagecache_lib import errors, layout
+from imagecache_lib import errors
 from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 
 IMAGES = {f"image-{number}": random.Random(number).randbytes(20000) + bytes(480) for number in range(6)}

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 
 from imagecache_lib import config as config_module
 from imagecache_lib import errors
-from imagecache_lib import layout as layout_module
+from imagecache_lib.store import layout as layout_module
 from imagecache_lib.system import durable, locks
 from imagecache_lib.system import host as host_module
 from imagecache_lib.system.translate import translated

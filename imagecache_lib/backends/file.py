@@ -10,14 +10,15 @@ from collections.abc import Callable
 from typing import Self
 
 from imagecache_lib import config as config_module
-from imagecache_lib import errors, layout, model
+from imagecache_lib import errors, model
 from imagecache_lib.backends import base as base_module
 from imagecache_lib.backends import disk_info, qemu_img
 from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.store import disk_roots as reach
+from imagecache_lib.store import layout
 from imagecache_lib.system import atomic_file as placing
 from imagecache_lib.system import host as host_module
 from imagecache_lib.system.translate import translated
-from imagecache_lib.upkeep import reach
 
 #: As much of a disk as a qcow2 header that any tool writes.
 _HEADER_BYTES = 65536

@@ -9,7 +9,8 @@ import enum
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from imagecache_lib import errors, layout
+from imagecache_lib import errors
+from imagecache_lib.store import layout
 
 #: What DNS allows for a name, in characters.
 _LONGEST_HOST = 253

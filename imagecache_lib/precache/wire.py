@@ -14,8 +14,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from imagecache_lib import errors, layout
+from imagecache_lib import errors
 from imagecache_lib.precache import client, job
+from imagecache_lib.store import layout
 
 LOG = logging.getLogger(__name__)
 

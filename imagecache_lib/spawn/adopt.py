@@ -11,9 +11,11 @@ import contextlib
 import dataclasses
 import os
 
-from imagecache_lib import errors, evidence, model, store
+from imagecache_lib import errors, model
 from imagecache_lib.spawn import digest, inspection
 from imagecache_lib.spawn.call import Call
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import evidence
 from imagecache_lib.system import durable
 from imagecache_lib.system.translate import translated
 

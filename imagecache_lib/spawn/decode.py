@@ -8,11 +8,12 @@ import os
 from collections.abc import Callable
 from typing import Protocol
 
-from imagecache_lib import errors, store
+from imagecache_lib import errors
 from imagecache_lib.backends import qemu_img
 from imagecache_lib.qcow2 import decoder as qcow2_decoder
 from imagecache_lib.spawn import inspection
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import stage as stages
 from imagecache_lib.system.translate import translated
 
 #: A guest's disk is counted in sectors of this size, so a raw image ends on a whole one.

@@ -16,9 +16,12 @@ from collections.abc import Iterator, Mapping
 from oslo_concurrency import processutils
 
 from imagecache_lib import config as config_module
-from imagecache_lib import errors, evidence, layout, store
-from imagecache_lib.spawn import backing, ingest, signature, space
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib import errors
+from imagecache_lib.spawn import backing, signature
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import evidence, layout
+from imagecache_lib.store import reservations as space
+from imagecache_lib.store import stage as stages
 from imagecache_lib.system import durable
 from imagecache_lib.system import host as host_module
 from imagecache_lib.system.translate import translated
@@ -257,7 +260,7 @@ class Generator:
                 next_step="copy it from the host that the disk came from, or make the disk anew",
             )
 
-    def run(self, wanted: Generation, use: evidence.Use) -> ingest.Ingested:
+    def run(self, wanted: Generation, use: evidence.Use) -> stages.SealedStage:
         """Make it in a stage file, which is the caller's to publish or discard.
 
         :raises NoSpaceError, BackendError, ConfigError: and nothing is left.
@@ -266,7 +269,7 @@ class Generator:
             with contextlib.suppress(stages.StageGone):
                 return self._run_once(wanted)
 
-    def _run_once(self, wanted: Generation) -> ingest.Ingested:
+    def _run_once(self, wanted: Generation) -> stages.SealedStage:
         stage = stages.Stage(self._cache, wanted.name)
         try:
             stage.note()
@@ -294,7 +297,7 @@ class Generator:
             if swept and isinstance(error, errors.BackendError):
                 raise stages.StageGone from error
             raise
-        return ingest.Ingested(stage, record)
+        return stages.SealedStage(stage, record)
 
     def adopt(
         self,

@@ -4,20 +4,22 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
 import threading
 from collections.abc import Generator, Iterator
 
-from imagecache_lib import certificates, errors, events, evidence, model, store
+from imagecache_lib import certificates, errors, events, model
 from imagecache_lib.backends import qemu_img
 from imagecache_lib.qcow2 import decoder as qcow2_decoder
 from imagecache_lib.sources import transfer
-from imagecache_lib.spawn import adopt, intake, signing, space, twin
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib.spawn import adopt, intake, signing, twin
 from imagecache_lib.spawn.call import Call
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import evidence
+from imagecache_lib.store import reservations as space
+from imagecache_lib.store import stage as stages
 from imagecache_lib.system.translate import translated
 
 LOG = logging.getLogger(__name__)
@@ -30,18 +32,6 @@ _TURN_SLICE = 0.25
 
 #: Reserve in steps of this many bytes while the source does not say how large the image is.
 _UNKNOWN_SIZE_STEP = 16 * 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class Ingested:
-    """A complete, checked, durable stage file with the evidence of how it was made.
-
-    :param stage: the caller's, to publish or to discard.
-    :param record: what will be its record.
-    """
-
-    stage: stages.Stage
-    record: evidence.Record
 
 
 class Ingest:
@@ -88,7 +78,7 @@ class Ingest:
                 next_step="install imagecache-lib[signatures]",
             )
 
-    def run(self, call: Call, use: evidence.Use) -> Ingested:
+    def run(self, call: Call, use: evidence.Use) -> stages.SealedStage:
         """Fetch an image into a stage file of its own, which is the caller's to publish or discard.
 
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: and nothing is left.
@@ -107,7 +97,7 @@ class Ingest:
             return adopt.inspect_again(self._cache, opened, known, call)
         return adopt.adopt(self._cache, opened, call, use)
 
-    def _run_once(self, call: Call, use: evidence.Use) -> Ingested:
+    def _run_once(self, call: Call, use: evidence.Use) -> stages.SealedStage:
         _source, image = call.describe()
         if use is evidence.Use.FILE and image.converted_from is not None:
             raise errors.ImageNotFound(
@@ -139,7 +129,7 @@ class Ingest:
                     seconds=self._cache.host.clock() - started,
                 )
             )
-        return Ingested(stage, record)
+        return stages.SealedStage(stage, record)
 
     def _copy_twin(
         self, stage: stages.Stage, call: Call, image: model.Image, use: evidence.Use

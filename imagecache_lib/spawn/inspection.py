@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is this content an acceptable disk? oslo.utils' format inspectors, fed as the bytes flow.
 
-The rules are those of :data:`imagecache_lib.evidence.INSPECTION_RULES`: the content is exactly one format,
-it is the one that was claimed, and it is safe to hand to qemu. The first kilobytes settle it for every format
-but vmdk, whose footer is checked too.
+The rules are those of :data:`imagecache_lib.store.evidence.INSPECTION_RULES`: the content is exactly one
+format, it is the one that was claimed, and it is safe to hand to qemu. The first kilobytes settle it for
+every format but vmdk, whose footer is checked too.
 """
 
 from __future__ import annotations

@@ -7,11 +7,13 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 
-from imagecache_lib import certificates, errors, evidence, model, store
+from imagecache_lib import certificates, errors, model
 from imagecache_lib.backends import qemu_img
 from imagecache_lib.spawn import decode, digest, inspection, signing
-from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import evidence
+from imagecache_lib.store import stage as stages
 
 _NOBODY = signing.Vouching()
 

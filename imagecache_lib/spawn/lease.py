@@ -8,9 +8,10 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
-from imagecache_lib import errors, events, evidence, model, store, trash
-from imagecache_lib.spawn import ingest, publish
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib import errors, events, model
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import evidence, publish, trash
+from imagecache_lib.store import stage as stages
 from imagecache_lib.system import locks
 from imagecache_lib.system.translate import translated
 
@@ -100,7 +101,7 @@ class Bringer(Protocol[_W_contra]):
     def refuse_impossible(self, wanted: _W_contra, /) -> None:
         """Raise if :meth:`run` could only fail."""
 
-    def run(self, wanted: _W_contra, use: evidence.Use, /) -> ingest.Ingested:
+    def run(self, wanted: _W_contra, use: evidence.Use, /) -> stages.SealedStage:
         """Bring it into a stage file, which is the caller's to publish or discard."""
 
     def adopt(
@@ -184,7 +185,7 @@ class Leases(Generic[W]):
                     stack.enter_context(locked.pop_all())
                     return self._lease(call, verdict, fetched)
             brought = self._bring(call, use, bypass=bypass)
-            if isinstance(brought, ingest.Ingested):
+            if isinstance(brought, stages.SealedStage):
                 stack.callback(brought.stage.discard)
                 return _private(call, brought)
             fetched = fetched or brought
@@ -265,7 +266,7 @@ class Leases(Generic[W]):
 
     # -- the miss ------------------------------------------------------------------------------------
 
-    def _bring(self, call: W, use: evidence.Use, *, bypass: bool) -> ingest.Ingested | bool:
+    def _bring(self, call: W, use: evidence.Use, *, bypass: bool) -> stages.SealedStage | bool:
         """Do what makes the next look a hit.
 
         :returns: whether it was fetched for that; or a private copy, where there cannot be a hit.
@@ -347,7 +348,7 @@ class Leases(Generic[W]):
         )
 
 
-def _private(call: Wanted, own: ingest.Ingested) -> Lease:
+def _private(call: Wanted, own: stages.SealedStage) -> Lease:
     record = own.record
     base = model.BaseImage(
         image_id=call.image_id,

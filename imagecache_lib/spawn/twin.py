@@ -12,10 +12,12 @@ import contextlib
 import dataclasses
 import os
 
-from imagecache_lib import checksums, errors, evidence, layout, model, store
+from imagecache_lib import errors, model
 from imagecache_lib.spawn import inspection
-from imagecache_lib.spawn import stage as stages
 from imagecache_lib.spawn.call import Call
+from imagecache_lib.store import checksums, evidence, layout
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import stage as stages
 from imagecache_lib.system import atomic_file as placing
 from imagecache_lib.system import durable, sparse
 from imagecache_lib.system.translate import translated

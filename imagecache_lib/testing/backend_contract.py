@@ -20,8 +20,9 @@ import unittest
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from imagecache_lib import errors, layout, model
+from imagecache_lib import errors, model
 from imagecache_lib.backends import base as backend_base
+from imagecache_lib.store import layout
 
 # For the type checker this is a test case; at run time it is a mixin, so that nothing runs it by itself.
 if TYPE_CHECKING:

@@ -8,8 +8,10 @@ import dataclasses
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from imagecache_lib import dates, errors, layout, model, pins, store
+from imagecache_lib import dates, errors, model
 from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import layout, pins
 from imagecache_lib.upkeep import disks, headers, inventory, references
 from imagecache_lib.upkeep.preflight import Severity
 

@@ -7,10 +7,12 @@ import contextlib
 import dataclasses
 import os
 
-from imagecache_lib import errors, layout, model, pins, store, trash
+from imagecache_lib import errors, model
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import layout, pins, trash
+from imagecache_lib.store.hosts import Hosts
 from imagecache_lib.system import durable
 from imagecache_lib.upkeep import inventory
-from imagecache_lib.upkeep.hosts import Hosts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,14 @@ import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from imagecache_lib import layout, model, store
+from imagecache_lib import model
 from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import disk_roots as reach
+from imagecache_lib.store import layout
+from imagecache_lib.store.hosts import host_id
 from imagecache_lib.system import atomic_file as placing
-from imagecache_lib.upkeep import headers, reach
-from imagecache_lib.upkeep.hosts import host_id
+from imagecache_lib.upkeep import headers
 
 if TYPE_CHECKING:
     from imagecache_lib.upkeep.references import Memory

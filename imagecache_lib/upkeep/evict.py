@@ -14,9 +14,11 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from imagecache_lib import errors, events, store, trash
+from imagecache_lib import errors, events
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import trash
+from imagecache_lib.store.hosts import HostRef, Hosts
 from imagecache_lib.system import locks
-from imagecache_lib.upkeep.hosts import HostRef, Hosts
 from imagecache_lib.upkeep.policy import Decision
 from imagecache_lib.upkeep.references import References
 

@@ -7,7 +7,8 @@ import dataclasses
 import os
 import stat
 
-from imagecache_lib import evidence, layout, store
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import evidence, layout
 from imagecache_lib.system import durable
 
 

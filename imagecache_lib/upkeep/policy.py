@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Iterable
 
 from imagecache_lib import config as config_module
-from imagecache_lib import dates, layout
+from imagecache_lib import dates
+from imagecache_lib.store import layout
 from imagecache_lib.upkeep.inventory import Entry
 from imagecache_lib.upkeep.references import References
 

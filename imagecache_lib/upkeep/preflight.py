@@ -18,8 +18,10 @@ from collections.abc import Iterator
 
 from oslo_concurrency import processutils
 
-from imagecache_lib import dates, layout, store
+from imagecache_lib import dates
 from imagecache_lib.backends import base
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import layout
 from imagecache_lib.system import durable, locks
 from imagecache_lib.system import host as host_module
 from imagecache_lib.upkeep import inventory

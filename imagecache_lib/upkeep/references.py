@@ -12,7 +12,9 @@ import errno
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from imagecache_lib import errors, layout, model, pins, store, trash
+from imagecache_lib import errors, model
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import layout, pins, trash
 from imagecache_lib.system import locks
 from imagecache_lib.upkeep import disks
 

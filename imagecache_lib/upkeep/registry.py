@@ -12,7 +12,7 @@ import json
 import os
 import stat
 
-from imagecache_lib import store
+from imagecache_lib.store import directory as store
 from imagecache_lib.system import durable, locks
 
 NAME = "compute_nodes"

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from imagecache_lib import events, store
-from imagecache_lib.spawn import space
+from imagecache_lib import events
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import reservations as space
+from imagecache_lib.store.hosts import Hosts
 from imagecache_lib.upkeep import evict, inventory, policy
-from imagecache_lib.upkeep.hosts import Hosts
 
 
 @dataclasses.dataclass(frozen=True)

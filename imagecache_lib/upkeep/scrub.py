@@ -2,8 +2,8 @@
 """Re-reading what is cached, to find what the disk changed. Slowly, and past the page cache.
 
 A bit that flipped on the disk, or a write that the disk lost, is invisible as long as the page cache holds
-the right bytes, and everybody's wrong bytes afterwards. What is read is compared with the checksums that
-were taken of the data in flight (:mod:`imagecache_lib.checksums`). Nothing is repaired here: a base that is
+the right bytes, and everybody's wrong bytes afterwards. What is read is compared with the checksums that were
+taken of the data in flight (:mod:`imagecache_lib.store.checksums`). Nothing is repaired here: a base that is
 damaged is marked, so that nobody else is served from it, and its eviction is the pass's.
 """
 
@@ -22,7 +22,9 @@ import platform
 import threading
 from collections.abc import Callable, Collection, Iterator
 
-from imagecache_lib import checksums, errors, events, evidence, model, store
+from imagecache_lib import errors, events, model
+from imagecache_lib.store import checksums, evidence
+from imagecache_lib.store import directory as store
 from imagecache_lib.system import durable, locks, sparse
 from imagecache_lib.system import rate as pace
 from imagecache_lib.system.translate import translated

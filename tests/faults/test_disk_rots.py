@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib import layout
+from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from tests.functional.lab import filesystems
 

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib import events, layout
-from imagecache_lib.spawn import space
+from imagecache_lib import events
+from imagecache_lib.store import layout
+from imagecache_lib.store import reservations as space
 from imagecache_lib.system.host import Host
 from imagecache_lib.testing.sources import FakeSource
 from tests.cache_case import Points, Running

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib import errors, events, layout
+from imagecache_lib import errors, events
 from imagecache_lib.sources.file import FileImage, FileSource
+from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from tests.cache_case import raw_image
 from tests.functional.lab import filesystems

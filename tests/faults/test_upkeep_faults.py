@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib import layout
+from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep.verify import VerifyReport
 

@@ -19,8 +19,8 @@ import oslo_messaging
 import pytest
 from oslo_config import cfg
 
-from imagecache_lib import layout
 from imagecache_lib.precache import client, rpc
+from imagecache_lib.store import layout
 from tests.functional.lab import glance as glance_lab
 from tests.functional.lab import rabbit as rabbit_lab
 from tests.functional.lab import relay as relay_lab

@@ -13,7 +13,8 @@ import threading
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib import errors, layout
+from imagecache_lib import errors
+from imagecache_lib.store import layout
 from imagecache_lib.testing import bootdisk
 from tests.functional.lab import glance as glance_lab
 from tests.functional.lab import guest, server

@@ -7,7 +7,8 @@ import os
 import pathlib
 
 import imagecache_lib as ic
-from imagecache_lib import events, layout
+from imagecache_lib import events
+from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 
 MIB = 2**20

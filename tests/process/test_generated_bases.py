@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib import layout
 from imagecache_lib.spawn import generate, signature
+from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 
 MIB, GIB = 2**20, 2**30

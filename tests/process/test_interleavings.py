@@ -22,9 +22,10 @@ from typing import Any
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib import errors, layout, model
+from imagecache_lib import errors, model
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.sources.base import ImageSource
+from imagecache_lib.store import layout
 
 ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
 NAME = layout.base_name(ID)

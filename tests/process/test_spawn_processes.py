@@ -18,8 +18,9 @@ from collections.abc import Iterator
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib import events, layout
+from imagecache_lib import events
 from imagecache_lib.sources.http import HttpImage, HttpSource
+from imagecache_lib.store import layout
 from imagecache_lib.system.host import Host
 from imagecache_lib.testing.sources import FakeSource
 from tests import servers

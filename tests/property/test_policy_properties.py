@@ -10,7 +10,7 @@ import unittest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagecache_lib import layout
+from imagecache_lib.store import layout
 from imagecache_lib.upkeep import policy
 from imagecache_lib.upkeep.inventory import Entry
 from imagecache_lib.upkeep.references import References

@@ -14,9 +14,10 @@ import unittest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagecache_lib import errors, evidence, layout, model, pins
+from imagecache_lib import errors, model
 from imagecache_lib.spawn import inspection
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib.store import evidence, layout, pins
+from imagecache_lib.store import stage as stages
 from imagecache_lib.system import sparse
 
 TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=200)

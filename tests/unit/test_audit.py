@@ -10,7 +10,7 @@ import tempfile
 import unittest
 
 import imagecache_lib as ic
-from imagecache_lib import layout
+from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 
 NAME = layout.base_name("image")

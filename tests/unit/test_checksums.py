@@ -10,8 +10,8 @@ import tempfile
 import unittest
 import zlib
 
-from imagecache_lib import checksums, evidence
-from imagecache_lib.checksums import GRANULE
+from imagecache_lib.store import checksums, evidence
+from imagecache_lib.store.checksums import GRANULE
 from imagecache_lib.system import sparse
 from imagecache_lib.testing.sources import FakeSource
 from tests.cache_case import ID, CacheCase, disk_image, raw_image

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import unittest
 
-from imagecache_lib import config, errors, layout
+from imagecache_lib import config, errors
 from imagecache_lib.spawn import generate, signature
+from imagecache_lib.store import layout
 
 
 def ephemeral(

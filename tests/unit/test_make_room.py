@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import unittest
 
-from imagecache_lib import config, errors, layout, store
-from imagecache_lib.spawn import space
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib import config, errors
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import layout
+from imagecache_lib.store import reservations as space
+from imagecache_lib.store import stage as stages
 from imagecache_lib.system.host import Host
 from imagecache_lib.upkeep import policy
 from imagecache_lib.upkeep.inventory import Entry

@@ -17,7 +17,8 @@ import oslo_messaging
 import prometheus_client
 from oslo_config import cfg
 
-from imagecache_lib import errors, events, layout, metrics, notifications
+from imagecache_lib import errors, events, metrics, notifications
+from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from tests.cache_case import ID, CacheCase
 

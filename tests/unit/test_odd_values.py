@@ -11,11 +11,10 @@ import time
 from typing import Any
 
 import imagecache_lib as ic
-from imagecache_lib import checksums, layout
 from imagecache_lib.precache import agent, client
+from imagecache_lib.store import checksums, hosts, layout
 from imagecache_lib.system.host import Host
 from imagecache_lib.testing.sources import FakeSource
-from imagecache_lib.upkeep import hosts
 from tests.cache_case import ID, OTHER_ID, CacheCase
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import imagecache_lib as ic
-from imagecache_lib import checksums, events, model
+from imagecache_lib import events, model
+from imagecache_lib.store import checksums
 from imagecache_lib.system.host import Host
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep import scrub

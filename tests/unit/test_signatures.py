@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, padding, rsa
 
 import imagecache_lib as ic
-from imagecache_lib import evidence
+from imagecache_lib.store import evidence
 from imagecache_lib.testing.sources import FakeSource
 from tests.cache_case import ID, MIB, OTHER_ID, CacheCase, disk_image, raw_image
 

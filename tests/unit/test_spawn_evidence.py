@@ -8,7 +8,9 @@ import os
 import pathlib
 
 import imagecache_lib as ic
-from imagecache_lib import errors, events, layout, model, store
+from imagecache_lib import errors, events, model
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from tests.cache_case import ID, MIB, OTHER_ID, CacheCase, content_of, disk_image, raw_image
 

@@ -9,9 +9,12 @@ import subprocess
 import threading
 import unittest
 
-from imagecache_lib import config, errors, layout, model, store
-from imagecache_lib.spawn import digest, inspection, space
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib import config, errors, model
+from imagecache_lib.spawn import digest, inspection
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import layout
+from imagecache_lib.store import reservations as space
+from imagecache_lib.store import stage as stages
 from imagecache_lib.system import durable
 from imagecache_lib.system.host import Host
 from tests.cache_case import MIB, CacheCase, disk_image, raw_image

@@ -8,7 +8,8 @@ import hashlib
 import os
 
 import imagecache_lib as ic
-from imagecache_lib import events, evidence
+from imagecache_lib import events
+from imagecache_lib.store import evidence
 from imagecache_lib.testing.sources import FakeSource
 from tests.cache_case import ID, OTHER_ID, CacheCase, content_of, disk_image, raw_image
 

@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 
 import imagecache_lib as ic
-from imagecache_lib import errors, layout
+from imagecache_lib import errors
+from imagecache_lib.store import layout
 from imagecache_lib.upkeep import verify
 from tests.cache_case import ID, OTHER_ID, CacheCase, Points, raw_image
 

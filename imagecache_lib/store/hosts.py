@@ -14,7 +14,9 @@ import json
 import os
 from collections.abc import Container, Iterable, Mapping
 
-from imagecache_lib import errors, store, trash
+from imagecache_lib import errors
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import trash
 from imagecache_lib.system import durable
 
 

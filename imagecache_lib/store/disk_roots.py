@@ -11,7 +11,8 @@ import os
 from collections.abc import Iterator
 
 from imagecache_lib import config as config_module
-from imagecache_lib import errors, layout
+from imagecache_lib import errors
+from imagecache_lib.store import layout
 
 _Identity = tuple[int, int]
 

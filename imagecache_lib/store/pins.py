@@ -9,7 +9,9 @@ import json
 import os
 from collections.abc import Iterator
 
-from imagecache_lib import dates, layout, store
+from imagecache_lib import dates
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import layout
 from imagecache_lib.system import durable, locks
 from imagecache_lib.system.translate import translated
 

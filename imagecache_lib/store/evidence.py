@@ -2,7 +2,7 @@
 """What is known of how a base image was made, and whether that is enough for a use. Rules only, no I/O.
 
 A :class:`Record` lies beside each base that we published or adopted. It proves something only for the very
-file it was written for; :mod:`imagecache_lib.store` makes sure of that.
+file it was written for; :mod:`imagecache_lib.store.directory` makes sure of that.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from imagecache_lib import errors, store
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib import errors
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import stage as stages
 from imagecache_lib.system import locks
 
 #: Lock under which the ledger is read and added to.

@@ -21,8 +21,9 @@ import dataclasses
 import errno
 import os
 
-from imagecache_lib import evidence, layout, store
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import evidence, layout
+from imagecache_lib.store import stage as stages
 from imagecache_lib.system import durable
 
 _ID_LENGTH = 32

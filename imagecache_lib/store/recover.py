@@ -8,9 +8,10 @@ import os
 import re
 from collections.abc import Iterable
 
-from imagecache_lib import errors, events, layout, store, trash
-from imagecache_lib.spawn import publish
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib import errors, events
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import layout, publish, trash
+from imagecache_lib.store import stage as stages
 from imagecache_lib.system import atomic_file as placing
 from imagecache_lib.system import locks
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache directory as it lies on disk: opening a base, believing its record, noting its use.
 
-:mod:`imagecache_lib.layout` says what the names mean. Nothing here fetches, decides or evicts.
+:mod:`imagecache_lib.store.layout` says what the names mean. Nothing here fetches, decides or evicts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import stat
 import threading
 
 from imagecache_lib import config as config_module
-from imagecache_lib import errors, evidence, layout
+from imagecache_lib import errors
+from imagecache_lib.store import evidence, layout
 from imagecache_lib.system import durable
 from imagecache_lib.system import host as host_module
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import os
 
-from imagecache_lib import checksums, evidence, store, trash
-from imagecache_lib.spawn import ingest
-from imagecache_lib.spawn import stage as stages
+from imagecache_lib.store import checksums, evidence, trash
+from imagecache_lib.store import directory as store
+from imagecache_lib.store import stage as stages
 from imagecache_lib.system import durable
 from imagecache_lib.system.translate import translated
 
 
-def publish(ingested: ingest.Ingested, cache: store.CacheStore) -> bool:
+def publish(sealed: stages.SealedStage, cache: store.CacheStore) -> bool:
     """Link a stage file to its base name. False: somebody else's base has the name, and stays.
 
     A name is never replaced: link(2) fails where rename(2) would overwrite.
@@ -21,7 +21,7 @@ def publish(ingested: ingest.Ingested, cache: store.CacheStore) -> bool:
     :raises NoSpaceError, BackendError: the filesystem failed. If that was after the link, the base stays,
         whole and durable, and the stage beside it, so that its next user can finish.
     """
-    stage = ingested.stage
+    stage = sealed.stage
     base = cache.layout.base(stage.name)
     unrecorded = False
     try:
@@ -36,7 +36,7 @@ def publish(ingested: ingest.Ingested, cache: store.CacheStore) -> bool:
             cache.host.trace("publish:linked")
             durable.sync_directory(cache.layout.base_path)
             cache.host.trace("publish:synced")
-            _write_evidence(cache, stage.id, ingested.record)
+            _write_evidence(cache, stage.id, sealed.record)
             unrecorded = False
             cache.host.trace("publish:recorded")
         return True

@@ -15,7 +15,8 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from imagecache_lib import checksums, evidence, layout, store
+from imagecache_lib.store import checksums, evidence, layout
+from imagecache_lib.store import directory as store
 from imagecache_lib.system import durable, locks, sparse
 from imagecache_lib.system.translate import translated
 
@@ -164,6 +165,18 @@ class Stage:
         """Show that its owner gets on, though nothing is written now."""
         with contextlib.suppress(OSError):
             os.utime(self.fd)
+
+
+@dataclasses.dataclass(frozen=True)
+class SealedStage:
+    """A complete, checked, durable stage file with the evidence of how it was made.
+
+    :param stage: the caller's, to publish or to discard.
+    :param record: what will be its record.
+    """
+
+    stage: Stage
+    record: evidence.Record
 
 
 def side_file(cache: store.CacheStore) -> BinaryIO:
