@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from imagecache_lib.qcow2 import decoder, inflate
+from imagecache_lib.formats.qcow2 import decoder, inflate
 from imagecache_lib.system import sparse
 
 _PIECE = 2**20

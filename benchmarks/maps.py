@@ -24,7 +24,7 @@ def feed(clusters: int, directory: str, *, threads: int) -> None:
     :param clusters: a multiple of 8192, which is what one table maps.
     :param directory: for the files that are written, all unlinked.
     """
-    from imagecache_lib.qcow2 import decoder
+    from imagecache_lib.formats.qcow2 import decoder
     from imagecache_lib.system import sparse
 
     per_table = _CLUSTER // 8

@@ -12,7 +12,7 @@ from benchmarks import figures, serving
 from benchmarks.cold import NOVA, OURS
 from benchmarks.figures import Group, Row, Sample
 from benchmarks.lab import Lab, settle
-from imagecache_lib.qcow2 import overlay
+from imagecache_lib.formats.qcow2 import overlay
 from imagecache_lib.store import layout
 
 _SIZE = 20 * 2**30

@@ -16,7 +16,7 @@ import time
 import uuid
 
 import imagecache_lib as ic
-from imagecache_lib.qcow2 import overlay
+from imagecache_lib.formats.qcow2 import overlay
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 

@@ -6,7 +6,7 @@ Two flows run through the package, and :mod:`imagecache_lib.manager` shows both 
 *Spawn.* :meth:`ImageCacheManager.create_disk` holds the image's base image: one that is there and whose
 evidence (:mod:`~imagecache_lib.store.evidence`) fits is leased (:mod:`imagecache_lib.spawn.lease`); otherwise
 its bytes flow once from the source through digest and inspection into a stage file
-(:mod:`imagecache_lib.spawn.ingest`), which is published under the base's name
+(:mod:`imagecache_lib.ingest.fetch`), which is published under the base's name
 (:mod:`imagecache_lib.store.publish`). A storage backend (:mod:`imagecache_lib.backends`) makes the disk.
 
 *Upkeep.* :meth:`ImageCacheManager.verify_base_images` lists the cache, reads who refers to what, plans, and
@@ -21,13 +21,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imagecache_lib.backends.base import Feature, StorageBackend
-    from imagecache_lib.certificates import (
-        CastellanCertificates,
-        CertificateStore,
-        DirectoryCertificates,
-    )
+    from imagecache_lib.backends.interface import Feature, StorageBackend
     from imagecache_lib.config import CacheConfig
+    from imagecache_lib.diagnostics.audit import AuditFinding, AuditReport
+    from imagecache_lib.diagnostics.catalog import CachedBase, RegisteredHost
+    from imagecache_lib.diagnostics.preflight import Finding, Severity
     from imagecache_lib.errors import (
         BackendError,
         CacheEntryError,
@@ -43,6 +41,11 @@ if TYPE_CHECKING:
         NoSpaceError,
         SourceError,
     )
+    from imagecache_lib.ingest.certificates import (
+        CastellanCertificates,
+        CertificateStore,
+        DirectoryCertificates,
+    )
     from imagecache_lib.manager import ImageCacheManager
     from imagecache_lib.model import (
         BaseImage,
@@ -54,45 +57,42 @@ if TYPE_CHECKING:
         Instance,
         Request,
     )
-    from imagecache_lib.sources.base import ImageSource
     from imagecache_lib.sources.file import FileImage, FileSource
     from imagecache_lib.sources.glance import GlanceSource
     from imagecache_lib.sources.http import HttpImage, HttpSource
+    from imagecache_lib.sources.interface import ImageSource
     from imagecache_lib.store.pins import Pin
     from imagecache_lib.system.host import Host
-    from imagecache_lib.upkeep.audit import AuditFinding, AuditReport
-    from imagecache_lib.upkeep.catalog import CachedBase, RegisteredHost
-    from imagecache_lib.upkeep.preflight import Finding, Severity
-    from imagecache_lib.upkeep.room import SpaceReport
+    from imagecache_lib.upkeep.make_room import SpaceReport
     from imagecache_lib.upkeep.scrub import ScrubbedBase, ScrubReport, Verdict
     from imagecache_lib.upkeep.verify import BaseReport, Explanation, VerifyReport
 
 # Loaded when first used: a driver that imports the package should not pay for HTTP before it fetches.
 _HOMES = {
-    "AuditFinding": "upkeep.audit",
-    "AuditReport": "upkeep.audit",
+    "AuditFinding": "diagnostics.audit",
+    "AuditReport": "diagnostics.audit",
     "BackendError": "errors",
     "BaseImage": "model",
     "BaseReport": "upkeep.verify",
     "CacheConfig": "config",
     "CacheEntryError": "errors",
     "CacheResult": "model",
-    "CachedBase": "upkeep.catalog",
+    "CachedBase": "diagnostics.catalog",
     "CancelledError": "errors",
-    "CastellanCertificates": "certificates",
-    "CertificateStore": "certificates",
+    "CastellanCertificates": "ingest.certificates",
+    "CertificateStore": "ingest.certificates",
     "ConfigError": "errors",
     "Digest": "model",
-    "DirectoryCertificates": "certificates",
+    "DirectoryCertificates": "ingest.certificates",
     "Disk": "model",
     "DiskExistsError": "errors",
     "DiskTooSmallError": "errors",
     "Ephemeral": "model",
     "Explanation": "upkeep.verify",
-    "Feature": "backends.base",
+    "Feature": "backends.interface",
     "FileImage": "sources.file",
     "FileSource": "sources.file",
-    "Finding": "upkeep.preflight",
+    "Finding": "diagnostics.preflight",
     "GlanceSource": "sources.glance",
     "Host": "system.host",
     "HttpImage": "sources.http",
@@ -102,20 +102,20 @@ _HOMES = {
     "ImageCacheManager": "manager",
     "ImageNotFound": "errors",
     "ImageRejected": "errors",
-    "ImageSource": "sources.base",
+    "ImageSource": "sources.interface",
     "Instance": "model",
     "LeaseLostError": "errors",
     "LockTimeoutError": "errors",
     "NoSpaceError": "errors",
     "Pin": "store.pins",
-    "RegisteredHost": "upkeep.catalog",
+    "RegisteredHost": "diagnostics.catalog",
     "Request": "model",
     "ScrubReport": "upkeep.scrub",
     "ScrubbedBase": "upkeep.scrub",
-    "Severity": "upkeep.preflight",
+    "Severity": "diagnostics.preflight",
     "SourceError": "errors",
-    "SpaceReport": "upkeep.room",
-    "StorageBackend": "backends.base",
+    "SpaceReport": "upkeep.make_room",
+    "StorageBackend": "backends.interface",
     "Verdict": "upkeep.scrub",
     "VerifyReport": "upkeep.verify",
 }

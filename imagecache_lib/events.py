@@ -7,11 +7,9 @@ happened, and should be quick. What it raises is logged and goes no further.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import logging
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 LOG = logging.getLogger(__name__)
 
@@ -190,92 +188,3 @@ class Observers:
                 LOG.exception("An observer failed on %r", event)
 
 
-#: More faults than this are not remembered; the one that was seen the longest time ago is told again.
-_REMEMBERED = 1024
-
-
-class LogObserver:
-    """Tells stdlib logging: one INFO line per image fetched, adopted or evicted, none per hit.
-
-    A fault that repeats is one WARNING until its state changes: its reason is another, the base was made anew
-    or evicted, or a pass no longer finds the problem. Safe to share between threads.
-    """
-
-    def __init__(self) -> None:
-        self._told: collections.OrderedDict[tuple[str, str], str] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def __call__(self, event: Event) -> None:
-        match event:
-            case Fetched(received=received, allocated=allocated, seconds=seconds):
-                rate = received / seconds / 2**20 if seconds else 0.0
-                LOG.info(
-                    "Image %s fetched as %s: %d bytes in %.1f s (%.0f MiB/s), %d bytes on disk",
-                    event.image_id, event.name, received, seconds, rate, allocated,
-                )  # fmt: skip
-            case Copied(origin=origin):
-                LOG.info(
-                    "Image %s made as %s from %s, which has its content", event.image_id, event.name, origin
-                )
-            case Published():
-                self._over(event, Rejected, Bypassed, Damaged)
-            case Evicted(reason=reason, allocated=allocated):
-                LOG.info("Base image %s evicted, %d bytes: %s", event.name, allocated, reason)
-                self._over(event, Bypassed, Damaged, NotCloned)
-            case Adopted():
-                LOG.info("Base image %s of image %s adopted", event.name, event.image_id)
-                self._over(event, Bypassed)
-            case Recovered(what=what):
-                LOG.info("Base image %s: %s", event.name, what)
-            case PassFinished(problems=problems):
-                self._tell_problems(problems)
-            case Rejected() | Bypassed() | NotCloned() | Damaged():
-                self._tell_fault(event)
-            case _:
-                LOG.debug("%r", event)
-
-    def _tell_fault(self, event: Rejected | Bypassed | NotCloned | Damaged) -> None:
-        level, text = _fault(event)
-        known = self._is_known(type(event).__name__, event.name, text)
-        LOG.log(logging.DEBUG if known else level, "%s", text)
-
-    def _tell_problems(self, problems: Sequence[str]) -> None:
-        for problem in problems:
-            known = self._is_known(PassFinished.__name__, problem, problem)
-            LOG.log(logging.DEBUG if known else logging.WARNING, "%s", problem)
-        with self._lock:
-            for kind, what in list(self._told):
-                if kind == PassFinished.__name__ and what not in problems:
-                    del self._told[kind, what]
-
-    def _is_known(self, kind: str, what: str, text: str) -> bool:
-        with self._lock:
-            known = self._told.get((kind, what)) == text
-            self._told[kind, what] = text
-            self._told.move_to_end((kind, what))
-            if len(self._told) > _REMEMBERED:
-                self._told.popitem(last=False)
-            return known
-
-    def _over(self, event: Event, *faults: type[Event]) -> None:
-        with self._lock:
-            for fault in faults:
-                self._told.pop((fault.__name__, event.name), None)
-
-
-def _fault(event: Rejected | Bypassed | NotCloned | Damaged) -> tuple[int, str]:
-    """Return how bad it is, and a sentence about it."""
-    match event:
-        case Rejected(reason=reason):
-            return logging.WARNING, f"Image {event.image_id} rejected: {reason}"
-        case Bypassed(reason=reason):
-            return logging.WARNING, f"Image {event.image_id} served around the cache: {reason}"
-        case NotCloned(reason=reason):
-            return logging.WARNING, f"Image {event.image_id} is fetched, since it cannot be cloned: {reason}"
-        case Damaged(detail=detail, stays=None):
-            return logging.ERROR, f"Base image {event.name} was damaged on disk, and is evicted: {detail}"
-        case Damaged(detail=detail, stays=stays):
-            return logging.ERROR, (
-                f"Base image {event.name} is damaged on disk, and disks may read wrong bytes: {detail}."
-                f" It stays: {stays}"
-            )

@@ -18,13 +18,18 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 
-from imagecache_lib import certificates, errors, events, model
 from imagecache_lib import config as config_module
-from imagecache_lib.backends import base as backend_base
-from imagecache_lib.backends import load_backend, qemu_img
-from imagecache_lib.sources import base as source_base
-from imagecache_lib.spawn import backing, cloning, generate, ingest, lease
-from imagecache_lib.spawn.call import Call
+from imagecache_lib import errors, events, model
+from imagecache_lib.backends import interface as backend_base
+from imagecache_lib.backends import load_backend
+from imagecache_lib.diagnostics import audit, catalog, preflight
+from imagecache_lib.formats import qemu_img
+from imagecache_lib.ingest import certificates, generate
+from imagecache_lib.ingest import fetch as ingest
+from imagecache_lib.ingest.call import Call
+from imagecache_lib.observers.log import LogObserver
+from imagecache_lib.sources import interface as source_base
+from imagecache_lib.spawn import backing, cloning, lease
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import disk_roots as reach
 from imagecache_lib.store import layout, pins
@@ -32,8 +37,8 @@ from imagecache_lib.store.evidence import Use
 from imagecache_lib.system import atomic_file as placing
 from imagecache_lib.system import host as host_module
 from imagecache_lib.system.translate import translated
-from imagecache_lib.upkeep import audit, catalog, inventory, preflight, verify
-from imagecache_lib.upkeep.room import SpaceReport
+from imagecache_lib.upkeep import inventory, verify
+from imagecache_lib.upkeep.make_room import SpaceReport
 from imagecache_lib.upkeep.scrub import ScrubReport
 
 LOG = logging.getLogger(__name__)
@@ -55,7 +60,8 @@ class ImageCacheManager:
     :param backend: a storage backend, or the name of one. None: the configuration's.
     :param host: clock, sleep, host name and the like; the default is this machine's.
     :param certificate_store: knows the certificates of signed images. None: those in ``certificates_path``.
-    :param observers: called with what happens. None: :class:`~imagecache_lib.events.LogObserver` alone.
+    :param observers: called with what happens. None: a
+        :class:`~imagecache_lib.observers.log.LogObserver` alone.
     :raises ConfigError: the backend is unknown or its configuration cannot work.
     """
 
@@ -75,7 +81,7 @@ class ImageCacheManager:
         if not isinstance(backend, backend_base.StorageBackend):
             backend = load_backend(backend or config.backend, config, self.host)
         self.backend = backend
-        self._observers = events.Observers([events.LogObserver()] if observers is None else observers)
+        self._observers = events.Observers([LogObserver()] if observers is None else observers)
         self._cache = store.CacheStore(config, self.host)
         self._upkeep = verify.Upkeep(self._cache, self._observers)
         self._ingest = ingest.Ingest(
@@ -307,7 +313,9 @@ class ImageCacheManager:
             call = self._begin(image_id, request, stored_format=wanted.format)
             return self._leases.hold(call, Use.DISK, bypass=False)
         self._start()
-        generation = generate.for_overlay(wanted, disk_path)
+        generation = generate.for_overlay(
+            wanted.name, wanted.format, disk_size=wanted.disk_size, disk_path=disk_path
+        )
         return self._generated.hold(generation, Use.FILE, bypass=False)
 
     def inspect_disk(self, target: str) -> model.Disk:

@@ -16,7 +16,7 @@ from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import events
-from imagecache_lib.sources.base import ImageSource
+from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
 from imagecache_lib.system.host import Host
 from imagecache_lib.testing.sources import FakeSource

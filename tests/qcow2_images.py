@@ -13,7 +13,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 
-from imagecache_lib.qcow2 import decoder, header, walk
+from imagecache_lib.formats.qcow2 import decoder, header, walk
 from imagecache_lib.system import sparse
 
 COMPRESSED = 1 << 62

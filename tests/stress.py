@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import imagecache_lib as ic
 from imagecache_lib import errors
-from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.formats.qcow2 import header as qcow2_header
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 

@@ -7,7 +7,7 @@ import importlib.metadata
 
 from imagecache_lib import config as config_module
 from imagecache_lib import errors
-from imagecache_lib.backends.base import StorageBackend
+from imagecache_lib.backends.interface import StorageBackend
 from imagecache_lib.system import host as host_module
 
 #: Entry point group in which backends register.

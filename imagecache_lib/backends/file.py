@@ -11,9 +11,10 @@ from typing import Self
 
 from imagecache_lib import config as config_module
 from imagecache_lib import errors, model
-from imagecache_lib.backends import base as base_module
-from imagecache_lib.backends import disk_info, qemu_img
-from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.backends import interface as base_module
+from imagecache_lib.formats import qemu_img
+from imagecache_lib.formats.qcow2 import header as qcow2_header
+from imagecache_lib.nova import disk_info
 from imagecache_lib.store import disk_roots as reach
 from imagecache_lib.store import layout
 from imagecache_lib.system import atomic_file as placing

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from imagecache_lib import model
-from imagecache_lib.backends import base as base_module
 from imagecache_lib.backends import file
-from imagecache_lib.qcow2 import overlay
+from imagecache_lib.backends import interface as base_module
+from imagecache_lib.formats.qcow2 import overlay
 from imagecache_lib.system import atomic_file as placing
 
 

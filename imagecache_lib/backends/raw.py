@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from imagecache_lib.backends import base, file
+from imagecache_lib.backends import file
+from imagecache_lib.backends import interface as base
 
 
 class RawBackend(file.FileBackend):

@@ -17,8 +17,8 @@ from typing import Self
 
 from imagecache_lib import config as config_module
 from imagecache_lib import errors, model
-from imagecache_lib.backends import base as base_module
 from imagecache_lib.backends import ceph
+from imagecache_lib.backends import interface as base_module
 from imagecache_lib.system import durable, sparse
 from imagecache_lib.system import host as host_module
 from imagecache_lib.system.translate import translated

@@ -13,8 +13,9 @@ from cliff import command, lister, show
 
 from imagecache_lib import errors, events, manager, model, opts
 from imagecache_lib.cli import progress
-from imagecache_lib.sources import base as source_base
+from imagecache_lib.observers.log import LogObserver
 from imagecache_lib.sources import file
+from imagecache_lib.sources import interface as source_base
 
 LOG = logging.getLogger("imagecache")
 
@@ -81,7 +82,7 @@ class Base(command.Command):
         """
         options = self.app.options
         config, host = opts.from_files(options.config_file, instances_path=options.instances_path)
-        all_observers: list[events.Observer] = [events.LogObserver(), *observers]
+        all_observers: list[events.Observer] = [LogObserver(), *observers]
         if progress_shown and options.verbose_level > 0:
             # First, so that its line is gone when the log writes one.
             all_observers.insert(0, progress.ProgressObserver(self.app.stderr))

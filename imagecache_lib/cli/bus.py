@@ -49,7 +49,7 @@ def job_notifier(config_files: Sequence[str], host: str) -> Callable[[Any], None
     """
     import oslo_messaging
 
-    from imagecache_lib import notifications
+    from imagecache_lib.observers import notifications
     from imagecache_lib.precache.notifications import JobNotifier
 
     bus = oslo_messaging.get_notification_transport(opts.global_conf(config_files))

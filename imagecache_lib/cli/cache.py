@@ -57,7 +57,7 @@ class Verify(base.BaseLister):
         try:
             import prometheus_client
 
-            from imagecache_lib import metrics
+            from imagecache_lib.observers import metrics
         except ImportError as error:
             raise ic.ConfigError(
                 "--textfile needs prometheus-client", next_step="pip install imagecache-lib[prometheus]"

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import base, file, glance, http
+from imagecache_lib.sources import file, glance, http
+from imagecache_lib.sources import interface as base
 
 _DEFAULT_INTERFACE = "public"
 

@@ -16,9 +16,9 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from imagecache_lib import errors, events, manager, model
-from imagecache_lib.backends import base as backend_base
+from imagecache_lib.backends import interface as backend_base
 from imagecache_lib.precache import client, job
-from imagecache_lib.sources import base as source_base
+from imagecache_lib.sources import interface as source_base
 from imagecache_lib.store import layout
 
 LOG = logging.getLogger(__name__)

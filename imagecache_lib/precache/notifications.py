@@ -22,7 +22,7 @@ class JobNotifier:
 
     A bus that fails raises here, which the precacher logs; the job goes on.
 
-    :param notifier: such as :func:`imagecache_lib.notifications.notifier` makes.
+    :param notifier: such as :func:`imagecache_lib.observers.notifications.notifier` makes.
     """
 
     def __init__(self, notifier: oslo_messaging.Notifier) -> None:

@@ -16,7 +16,8 @@ import requests
 import urllib3.exceptions
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import base, exchange
+from imagecache_lib.sources import exchange
+from imagecache_lib.sources import interface as base
 
 #: Most bytes that one read takes. read1 returns what has arrived, so that a slow server does not keep a
 #: request's deadline from being looked at.

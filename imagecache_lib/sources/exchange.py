@@ -24,7 +24,7 @@ import requests.adapters
 import urllib3.exceptions
 
 from imagecache_lib import errors
-from imagecache_lib.sources import base
+from imagecache_lib.sources import interface as base
 
 #: Seconds to wait for the connection, and for each read.
 Timeout = tuple[float, float]

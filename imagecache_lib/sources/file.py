@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator, Mapping
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import base
+from imagecache_lib.sources import interface as base
 
 _CHUNK = 2**20
 

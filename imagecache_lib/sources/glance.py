@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 import requests
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import answers, base, exchange
+from imagecache_lib.sources import answers, exchange
+from imagecache_lib.sources import interface as base
 
 _T = TypeVar("_T")
 

@@ -11,7 +11,8 @@ from types import MappingProxyType
 import requests
 
 from imagecache_lib import model
-from imagecache_lib.sources import answers, base, exchange
+from imagecache_lib.sources import answers, exchange
+from imagecache_lib.sources import interface as base
 
 #: Key in :attr:`Image.properties` of the strong entity tag under which the image was described.
 ETAG = "etag"

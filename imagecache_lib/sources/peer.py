@@ -17,7 +17,8 @@ from typing import Any
 import requests
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import answers, base, exchange
+from imagecache_lib.sources import answers, exchange
+from imagecache_lib.sources import interface as base
 
 _ETAG = "etag"
 _LONGEST_ANSWER = 64 * 1024

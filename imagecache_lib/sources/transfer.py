@@ -25,7 +25,7 @@ import random as random_module
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import base
+from imagecache_lib.sources import interface as base
 from imagecache_lib.system import host as host_module
 from imagecache_lib.system import rate as pace
 

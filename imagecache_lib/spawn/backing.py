@@ -10,8 +10,8 @@ import stat
 import struct
 
 from imagecache_lib import errors
-from imagecache_lib.qcow2 import header as qcow2_header
-from imagecache_lib.spawn import signature
+from imagecache_lib.formats import superblock as signature
+from imagecache_lib.formats.qcow2 import header as qcow2_header
 from imagecache_lib.store import layout
 
 _HEADER_BYTES = 65536

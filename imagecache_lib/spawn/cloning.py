@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from imagecache_lib import config as config_module
 from imagecache_lib import errors, events, model
-from imagecache_lib.backends import base as backend_base
-from imagecache_lib.sources import base as source_base
+from imagecache_lib.backends import interface as backend_base
+from imagecache_lib.ingest.call import Call
+from imagecache_lib.sources import interface as source_base
 from imagecache_lib.sources import transfer
-from imagecache_lib.spawn.call import Call
 from imagecache_lib.system import host as host_module
 
 

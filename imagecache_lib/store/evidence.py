@@ -14,7 +14,7 @@ from typing import Any
 
 from imagecache_lib import model
 
-#: The version of the inspection rules in :mod:`imagecache_lib.spawn.inspection`. Raise it when they
+#: The version of the inspection rules in :mod:`imagecache_lib.formats.inspection`. Raise it when they
 #: become stricter: bases that were inspected under older rules are inspected again, where they lie, before
 #: their next use.
 INSPECTION_RULES = 1

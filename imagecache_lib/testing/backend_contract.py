@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from imagecache_lib import errors, model
-from imagecache_lib.backends import base as backend_base
+from imagecache_lib.backends import interface as backend_base
 from imagecache_lib.store import layout
 
 # For the type checker this is a test case; at run time it is a mixin, so that nothing runs it by itself.

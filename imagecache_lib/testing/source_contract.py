@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import base
+from imagecache_lib.sources import interface as base
 
 # For the type checker this is a test case; at run time it is a mixin, so that nothing runs it by itself.
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import base
+from imagecache_lib.sources import interface as base
 
 
 class FakeSource(base.ImageSource):

@@ -12,8 +12,8 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 
-from imagecache_lib.backends import disk_info
-from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.formats.qcow2 import header as qcow2_header
+from imagecache_lib.nova import disk_info
 from imagecache_lib.system import durable
 
 #: As much of each file as is read at first; the header of nearly every overlay is within.

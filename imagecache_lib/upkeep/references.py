@@ -16,7 +16,7 @@ from imagecache_lib import errors, model
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import layout, pins, trash
 from imagecache_lib.system import locks
-from imagecache_lib.upkeep import disks
+from imagecache_lib.upkeep import scan as disks
 
 #: QEMU's lock bytes on its images: permissions and shared permissions, from its block/file-posix.c.
 _QEMU_BYTES = (100, 200)

@@ -10,13 +10,16 @@ import os
 from collections.abc import Collection, Sequence
 
 from imagecache_lib import errors, events, model
+from imagecache_lib.nova import compute_nodes as registry
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import recover, trash
 from imagecache_lib.store.hosts import HostRef, Hosts
 from imagecache_lib.system import durable, locks
 from imagecache_lib.system.translate import translated
-from imagecache_lib.upkeep import disks, evict, inventory, policy, registry, room, scrub
+from imagecache_lib.upkeep import evict, inventory, policy, scrub
+from imagecache_lib.upkeep import make_room as room
 from imagecache_lib.upkeep import references as reference_module
+from imagecache_lib.upkeep import scan as disks
 
 LOG = logging.getLogger(__name__)
 

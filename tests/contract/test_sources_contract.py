@@ -10,10 +10,10 @@ import unittest
 from collections.abc import Mapping
 
 from imagecache_lib import model
-from imagecache_lib.sources.base import ImageSource
 from imagecache_lib.sources.file import FileImage, FileSource
 from imagecache_lib.sources.glance import GlanceSource
 from imagecache_lib.sources.http import HttpImage, HttpSource
+from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.testing.source_contract import SourceContract
 from imagecache_lib.testing.sources import FakeSource
 from tests import servers

@@ -11,7 +11,8 @@ from keystoneauth1 import session as keystone_session
 from keystoneauth1 import token_endpoint
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import base, glance, transfer
+from imagecache_lib.sources import glance, transfer
+from imagecache_lib.sources import interface as base
 from imagecache_lib.system import host
 from tests.functional.lab import glance as glance_lab
 from tests.functional.lab import server

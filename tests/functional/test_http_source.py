@@ -9,7 +9,8 @@ import random
 import pytest
 
 from imagecache_lib import errors
-from imagecache_lib.sources import base, http, transfer
+from imagecache_lib.sources import http, transfer
+from imagecache_lib.sources import interface as base
 from imagecache_lib.system import host
 
 DATA = random.Random(3).randbytes(2 * 2**20)

@@ -14,7 +14,7 @@ import uuid
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib.spawn import signature
+from imagecache_lib.formats import superblock as signature
 from imagecache_lib.store import layout
 from imagecache_lib.testing import bootdisk
 from tests.functional.lab import bindings, kernel, server

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from imagecache_lib import CacheConfig, CacheResult, Host, ImageCacheManager, errors, events, model
-from imagecache_lib.backends import base as backend_base
 from imagecache_lib.backends import ceph as ceph_backend
+from imagecache_lib.backends import interface as backend_base
 from imagecache_lib.backends.ceph import LibrbdCluster, RbdName
 from imagecache_lib.backends.rbd import RbdBackend
 from imagecache_lib.testing.backend_contract import BackendContract

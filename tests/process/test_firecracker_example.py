@@ -13,7 +13,7 @@ import sys
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib.spawn import signature
+from imagecache_lib.formats import superblock as signature
 from imagecache_lib.testing import bootdisk
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "firecracker_driver.py"

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib.spawn import generate, signature
+from imagecache_lib.formats import superblock as signature
+from imagecache_lib.ingest import generate
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 

@@ -24,7 +24,7 @@ import pytest
 import imagecache_lib as ic
 from imagecache_lib import errors, model
 from imagecache_lib.backends.qcow2 import Qcow2Backend
-from imagecache_lib.sources.base import ImageSource
+from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
 
 ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from imagecache_lib import errors
-from imagecache_lib.qcow2 import decoder
+from imagecache_lib.formats.qcow2 import decoder
 from tests import qcow2_images
 from tests.qcow2_images import Cluster
 

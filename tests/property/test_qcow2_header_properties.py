@@ -7,7 +7,7 @@ import unittest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagecache_lib.qcow2 import header
+from imagecache_lib.formats.qcow2 import header
 
 
 def valid_header(backing: bytes, cluster_bits: int, extensions: list[tuple[int, bytes]]) -> bytes:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagecache_lib import errors, model
-from imagecache_lib.spawn import inspection
+from imagecache_lib.formats import inspection
 from imagecache_lib.store import evidence, layout, pins
 from imagecache_lib.store import stage as stages
 from imagecache_lib.system import sparse

@@ -11,11 +11,11 @@ import unittest
 from collections.abc import Callable
 
 from imagecache_lib import CacheConfig, Host, errors, model
-from imagecache_lib.backends import disk_info
 from imagecache_lib.backends.file import FileBackend
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.backends.raw import RawBackend
-from imagecache_lib.qcow2 import overlay
+from imagecache_lib.formats.qcow2 import overlay
+from imagecache_lib.nova import disk_info
 
 MIB = 2**20
 NAME = "0123456789abcdef0123456789abcdef01234567"

@@ -10,7 +10,7 @@ import tempfile
 import unittest
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import base
+from imagecache_lib.sources import interface as base
 from imagecache_lib.sources.file import FileImage, FileSource
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import unittest
 
 from imagecache_lib import config, errors
-from imagecache_lib.spawn import generate, signature
+from imagecache_lib.formats import superblock as signature
+from imagecache_lib.ingest import generate
 from imagecache_lib.store import layout
 
 

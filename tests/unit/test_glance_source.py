@@ -15,7 +15,8 @@ import keystoneauth1.session
 import keystoneauth1.token_endpoint
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import base, transfer
+from imagecache_lib.sources import interface as base
+from imagecache_lib.sources import transfer
 from imagecache_lib.sources.glance import GlanceSource
 from imagecache_lib.system.host import Host
 from tests.servers import Answer, GlanceServer, Server

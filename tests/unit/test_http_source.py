@@ -15,7 +15,8 @@ from typing import ClassVar
 import requests
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import base, transfer
+from imagecache_lib.sources import interface as base
+from imagecache_lib.sources import transfer
 from imagecache_lib.sources.http import HttpImage, HttpSource
 from imagecache_lib.system.host import Host
 from tests.servers import Answer, Certificate, Script, Seen, Server, data_answer

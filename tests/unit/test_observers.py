@@ -17,7 +17,9 @@ import oslo_messaging
 import prometheus_client
 from oslo_config import cfg
 
-from imagecache_lib import errors, events, metrics, notifications
+from imagecache_lib import errors, events
+from imagecache_lib.observers import metrics, notifications
+from imagecache_lib.observers.log import LogObserver
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from tests.cache_case import ID, CacheCase
@@ -27,8 +29,8 @@ NAME = layout.base_name(ID)
 
 class TestLog(unittest.TestCase):
     def lines(self, *happened: events.Event, level: int = logging.INFO) -> list[str]:
-        observer = events.LogObserver()
-        with self.assertLogs("imagecache_lib.events", logging.DEBUG) as logged:
+        observer = LogObserver()
+        with self.assertLogs("imagecache_lib.observers.log", logging.DEBUG) as logged:
             events.LOG.debug("there is at least one line")
             for event in happened:
                 observer(event)
@@ -206,7 +208,7 @@ class TestNotifications(unittest.TestCase):
 
         sender = Sender()
         observer = notifications.NotificationObserver(sender, host="node-1")
-        with self.assertLogs("imagecache_lib.notifications", logging.WARNING) as logged:
+        with self.assertLogs("imagecache_lib.observers.notifications", logging.WARNING) as logged:
             for sender.answers in (False, False, True, False):
                 observer(events.Published(NAME, ID))
         self.assertEqual(2, len(logged.output))

@@ -13,7 +13,7 @@ import requests
 import imagecache_lib as ic
 from imagecache_lib import errors
 from imagecache_lib.precache.peer import PeerServer
-from imagecache_lib.sources import base
+from imagecache_lib.sources import interface as base
 from imagecache_lib.sources.peer import PeerSource, path_of
 from imagecache_lib.testing.source_contract import SourceContract
 from imagecache_lib.testing.sources import FakeSource

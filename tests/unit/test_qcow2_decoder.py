@@ -10,7 +10,7 @@ import unittest
 from typing import Any
 
 from imagecache_lib import errors
-from imagecache_lib.qcow2 import decoder, header, inflate
+from imagecache_lib.formats.qcow2 import decoder, header, inflate
 from imagecache_lib.system import sparse
 from tests import qcow2_images
 from tests.qcow2_images import Cluster

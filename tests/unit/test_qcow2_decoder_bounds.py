@@ -12,7 +12,7 @@ import unittest
 from typing import BinaryIO
 
 from imagecache_lib import errors
-from imagecache_lib.qcow2 import decoder
+from imagecache_lib.formats.qcow2 import decoder
 from imagecache_lib.system import sparse
 from tests import qcow2_images
 from tests.qcow2_images import Cluster
@@ -23,7 +23,7 @@ SIZE = 512
 _FRAGMENTED = """
 import array, random, sys, tempfile
 from imagecache_lib.system import sparse
-from imagecache_lib.qcow2 import decoder, header, inflate
+from imagecache_lib.formats.qcow2 import decoder, header, inflate
 
 def peak():
     with open("/proc/self/status") as status:

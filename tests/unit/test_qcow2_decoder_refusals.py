@@ -11,7 +11,7 @@ import unittest
 import zlib
 
 from imagecache_lib import errors
-from imagecache_lib.qcow2 import decoder, header
+from imagecache_lib.formats.qcow2 import decoder, header
 from tests import qcow2_images
 from tests.qcow2_images import Cluster
 
@@ -218,7 +218,7 @@ class WithoutTheOptionalLibraries(unittest.TestCase):
         program = """
 import sys
 sys.modules["zstandard"] = sys.modules["deflate"] = None
-from imagecache_lib.qcow2 import decoder, header
+from imagecache_lib.formats.qcow2 import decoder, header
 from tests import qcow2_images
 from tests.qcow2_images import Cluster
 packed = qcow2_images.build(512 * 64, {0: Cluster("compressed", b"a" * 512)})
@@ -236,7 +236,7 @@ except decoder.Unstreamable as error:
 
     def test_nothing_optional_is_loaded_before_it_is_used(self) -> None:
         program = (
-            "import sys, imagecache_lib.qcow2.decoder;"
+            "import sys, imagecache_lib.formats.qcow2.decoder;"
             "sys.exit(bool({'zstandard', 'deflate'} & sys.modules.keys()))"
         )
         subprocess.run([sys.executable, "-c", program], check=True)

@@ -8,7 +8,7 @@ import tempfile
 import unittest
 
 from imagecache_lib import errors
-from imagecache_lib.qcow2 import header
+from imagecache_lib.formats.qcow2 import header
 
 
 def make(path: str, *options: str, size: str = "10G") -> bytes:

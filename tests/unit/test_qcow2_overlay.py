@@ -8,7 +8,7 @@ import tempfile
 import unittest
 from typing import Any
 
-from imagecache_lib.qcow2 import header, overlay
+from imagecache_lib.formats.qcow2 import header, overlay
 from imagecache_lib.testing import bootdisk
 
 MIB = 2**20

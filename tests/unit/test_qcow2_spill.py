@@ -6,7 +6,7 @@ import tempfile
 import unittest
 from typing import BinaryIO
 
-from imagecache_lib.qcow2.spill import Spill
+from imagecache_lib.formats.qcow2.spill import Spill
 
 MIB = 2**20
 

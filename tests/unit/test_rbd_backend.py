@@ -10,10 +10,10 @@ import tempfile
 import unittest
 
 from imagecache_lib import CacheConfig, CacheResult, Host, ImageCacheManager, Request, errors, events, model
-from imagecache_lib.backends import base as backend_base
+from imagecache_lib.backends import interface as backend_base
 from imagecache_lib.backends import load_backend, rbd
 from imagecache_lib.backends.ceph import RbdName
-from imagecache_lib.sources import base as source_base
+from imagecache_lib.sources import interface as source_base
 from imagecache_lib.testing.ceph import FakeCluster
 from imagecache_lib.testing.sources import FakeSource
 from tests import qcow2_images

@@ -10,7 +10,8 @@ import threading
 import unittest
 
 from imagecache_lib import config, errors, model
-from imagecache_lib.spawn import digest, inspection
+from imagecache_lib.formats import inspection
+from imagecache_lib.ingest import digest
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import layout
 from imagecache_lib.store import reservations as space

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import base, transfer
+from imagecache_lib.sources import interface as base
+from imagecache_lib.sources import transfer
 from imagecache_lib.system.host import Host
 from imagecache_lib.testing.sources import FakeSource
 

@@ -17,7 +17,7 @@ from oslo_concurrency import processutils
 
 from imagecache_lib import config as config_module
 from imagecache_lib import errors
-from imagecache_lib.spawn import backing, signature
+from imagecache_lib.formats import superblock as signature
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import evidence, layout
 from imagecache_lib.store import reservations as space
@@ -195,17 +195,18 @@ def ephemeral(
     )
 
 
-def for_overlay(wanted: backing.Backing, disk_path: str) -> Generation:
+def for_overlay(name: str, base_format: str, *, disk_size: int, disk_path: str) -> Generation:
     """Return what an existing overlay was made on, as far as the name of its base says.
 
     The name of a base that an operator's command made, or what no two hosts make alike, does not say how:
     such a one can be checked, and not made.
 
-    :param wanted: a swap or an ephemeral base.
+    :param name: the name of a swap or an ephemeral base.
+    :param base_format: the format that the overlay's header states for it.
+    :param disk_size: the overlay's virtual size in bytes.
     :param disk_path: of the overlay, for messages.
     :raises BackendError: this library makes no overlay like that.
     """
-    name = wanted.name
     size = int(name.split("_")[1]) * (MIB if layout.classify(name) is layout.Kind.SWAP else GIB)
     if layout.classify(name) is layout.Kind.SWAP:
         kind: str | None = "swap"
@@ -213,9 +214,9 @@ def for_overlay(wanted: backing.Backing, disk_path: str) -> Generation:
         kind = next((each for each in _SHARED if _names(name, size, each)), None)
     # The disk was made as large as its base, and only ever grown. A guest that made the header up would
     # otherwise choose how much the cache holds.
-    if wanted.format != "raw" or not 0 < size <= wanted.disk_size:
+    if base_format != "raw" or not 0 < size <= disk_size:
         raise errors.BackendError(
-            f"its header wants the base {name} as {wanted.format} under {wanted.disk_size} bytes",
+            f"its header wants the base {name} as {base_format} under {disk_size} bytes",
             path=disk_path,
             next_step="find out where the disk came from; make it anew",
         )

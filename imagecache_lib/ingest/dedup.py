@@ -13,8 +13,8 @@ import dataclasses
 import os
 
 from imagecache_lib import errors, model
-from imagecache_lib.spawn import inspection
-from imagecache_lib.spawn.call import Call
+from imagecache_lib.formats import inspection
+from imagecache_lib.ingest.call import Call
 from imagecache_lib.store import checksums, evidence, layout
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import stage as stages

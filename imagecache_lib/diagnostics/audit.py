@@ -9,11 +9,12 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from imagecache_lib import dates, errors, model
-from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.diagnostics.preflight import Severity
+from imagecache_lib.formats.qcow2 import header as qcow2_header
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import layout, pins
-from imagecache_lib.upkeep import disks, headers, inventory, references
-from imagecache_lib.upkeep.preflight import Severity
+from imagecache_lib.upkeep import headers, inventory, references
+from imagecache_lib.upkeep import scan as disks
 
 _HEAD = 2**20
 

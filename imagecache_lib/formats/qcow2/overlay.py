@@ -12,7 +12,7 @@ import os
 import struct
 
 from imagecache_lib import errors
-from imagecache_lib.qcow2 import header as header_module
+from imagecache_lib.formats.qcow2 import header as header_module
 
 #: QEMU's default cluster size.
 DEFAULT_CLUSTER_BITS = 16

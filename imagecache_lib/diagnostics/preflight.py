@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from oslo_concurrency import processutils
 
 from imagecache_lib import dates
-from imagecache_lib.backends import base
+from imagecache_lib.backends import interface as base
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import layout
 from imagecache_lib.system import durable, locks

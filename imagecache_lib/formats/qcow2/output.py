@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from imagecache_lib.qcow2 import tables
-from imagecache_lib.qcow2.pool import InflatePool
+from imagecache_lib.formats.qcow2 import tables
+from imagecache_lib.formats.qcow2.pool import InflatePool
 from imagecache_lib.system.sparse import Sink
 
 #: Contiguous clusters are written in runs of at most this.

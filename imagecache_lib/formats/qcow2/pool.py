@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 
-from imagecache_lib.qcow2.inflate import Inflate
+from imagecache_lib.formats.qcow2.inflate import Inflate
 from imagecache_lib.system.sparse import Sink
 
 #: Clusters handed over at once hold about this much, so that threads are not woken for every small one.

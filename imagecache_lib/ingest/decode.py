@@ -9,9 +9,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from imagecache_lib import errors
-from imagecache_lib.backends import qemu_img
-from imagecache_lib.qcow2 import decoder as qcow2_decoder
-from imagecache_lib.spawn import inspection
+from imagecache_lib.formats import inspection, qemu_img
+from imagecache_lib.formats.qcow2 import decoder as qcow2_decoder
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import stage as stages
 from imagecache_lib.system.translate import translated

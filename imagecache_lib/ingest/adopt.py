@@ -12,8 +12,9 @@ import dataclasses
 import os
 
 from imagecache_lib import errors, model
-from imagecache_lib.spawn import digest, inspection
-from imagecache_lib.spawn.call import Call
+from imagecache_lib.formats import inspection
+from imagecache_lib.ingest import digest
+from imagecache_lib.ingest.call import Call
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import evidence
 from imagecache_lib.system import durable

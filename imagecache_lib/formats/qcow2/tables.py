@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 
 from imagecache_lib import errors
-from imagecache_lib.qcow2 import header as header_module
+from imagecache_lib.formats.qcow2 import header as header_module
 
 #: Bits 9 to 55 of an L1 entry or of a standard L2 entry: where the table or the cluster lies.
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00

@@ -10,12 +10,14 @@ import os
 import threading
 from collections.abc import Generator, Iterator
 
-from imagecache_lib import certificates, errors, events, model
-from imagecache_lib.backends import qemu_img
-from imagecache_lib.qcow2 import decoder as qcow2_decoder
+from imagecache_lib import errors, events, model
+from imagecache_lib.formats import qemu_img
+from imagecache_lib.formats.qcow2 import decoder as qcow2_decoder
+from imagecache_lib.ingest import adopt, certificates, signing
+from imagecache_lib.ingest import dedup as twin
+from imagecache_lib.ingest import pipeline as intake
+from imagecache_lib.ingest.call import Call
 from imagecache_lib.sources import transfer
-from imagecache_lib.spawn import adopt, intake, signing, twin
-from imagecache_lib.spawn.call import Call
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import evidence
 from imagecache_lib.store import reservations as space
@@ -92,7 +94,7 @@ class Ingest:
     def adopt(
         self, opened: store.OpenBase, known: evidence.Record | None, call: Call, use: evidence.Use
     ) -> tuple[evidence.Record | None, str]:
-        """Check a base that carries no evidence, or too little: :mod:`imagecache_lib.spawn.adopt`."""
+        """Check a base that carries no evidence, or too little: :mod:`imagecache_lib.ingest.adopt`."""
         if known is not None:
             return adopt.inspect_again(self._cache, opened, known, call)
         return adopt.adopt(self._cache, opened, call, use)

@@ -7,10 +7,10 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 
-from imagecache_lib import certificates, errors, model
-from imagecache_lib.backends import qemu_img
-from imagecache_lib.spawn import decode, digest, inspection, signing
-from imagecache_lib.spawn.call import Call
+from imagecache_lib import errors, model
+from imagecache_lib.formats import inspection, qemu_img
+from imagecache_lib.ingest import certificates, decode, digest, signing
+from imagecache_lib.ingest.call import Call
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import evidence
 from imagecache_lib.store import stage as stages

@@ -11,8 +11,8 @@ import dataclasses
 import importlib.util
 from typing import Any
 
-from imagecache_lib import certificates, errors, model
-from imagecache_lib.spawn import digest
+from imagecache_lib import errors, model
+from imagecache_lib.ingest import certificates, digest
 
 _PROPERTIES = (
     "img_signature",

@@ -19,13 +19,13 @@ from types import TracebackType
 from typing import BinaryIO
 
 from imagecache_lib import errors
-from imagecache_lib.qcow2 import header as header_module
-from imagecache_lib.qcow2 import inflate as inflate_module
-from imagecache_lib.qcow2 import tables
-from imagecache_lib.qcow2.output import Output
-from imagecache_lib.qcow2.pool import InflatePool, default_threads
-from imagecache_lib.qcow2.spill import Spill
-from imagecache_lib.qcow2.walk import MAP_BYTES, Unstreamable, Walk
+from imagecache_lib.formats.qcow2 import header as header_module
+from imagecache_lib.formats.qcow2 import inflate as inflate_module
+from imagecache_lib.formats.qcow2 import tables
+from imagecache_lib.formats.qcow2.output import Output
+from imagecache_lib.formats.qcow2.pool import InflatePool, default_threads
+from imagecache_lib.formats.qcow2.spill import Spill
+from imagecache_lib.formats.qcow2.walk import MAP_BYTES, Unstreamable, Walk
 from imagecache_lib.system.sparse import Sink
 
 __all__ = ["Decoded", "StreamDecoder", "Unstreamable", "check", "supports"]

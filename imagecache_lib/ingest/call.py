@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from imagecache_lib import config as config_module
 from imagecache_lib import errors, model
-from imagecache_lib.sources import base as source_base
+from imagecache_lib.sources import interface as source_base
 from imagecache_lib.sources import transfer
 from imagecache_lib.store import layout
 from imagecache_lib.system import host as host_module

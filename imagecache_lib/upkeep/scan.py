@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from imagecache_lib import model
-from imagecache_lib.qcow2 import header as qcow2_header
+from imagecache_lib.formats.qcow2 import header as qcow2_header
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import disk_roots as reach
 from imagecache_lib.store import layout

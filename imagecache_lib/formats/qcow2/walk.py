@@ -7,9 +7,9 @@ import heapq
 from array import array
 
 from imagecache_lib import errors
-from imagecache_lib.qcow2 import tables
-from imagecache_lib.qcow2.output import RUN_BYTES, Output
-from imagecache_lib.qcow2.spill import Spill
+from imagecache_lib.formats.qcow2 import tables
+from imagecache_lib.formats.qcow2.output import RUN_BYTES, Output
+from imagecache_lib.formats.qcow2.spill import Spill
 
 #: Memory for what is awaited: offsets of L2 tables, and maps. More is set aside like data.
 MAP_BYTES = 56 * 2**20

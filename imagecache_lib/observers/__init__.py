@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Observers of the cache's events: the log, metrics, notifications."""
