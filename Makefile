@@ -68,7 +68,7 @@ test-stestr: setup
 		$(BIN)/stestr list > $(RESULTS)/stestr.listed; exit $$rc
 
 test-pytest: setup
-	$(BIN)/pytest -q -n auto --junitxml=$(RESULTS)/pytest.xml tests/unit tests/contract tests/property
+	$(BIN)/pytest -q -n auto --junitxml=$(RESULTS)/pytest.xml tests/unit tests/flows tests/contract tests/property
 
 # One at a time: these race processes against each other and want the machine for themselves.
 test-process: setup

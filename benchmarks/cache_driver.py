@@ -68,7 +68,7 @@ class Driver:
     def _new_manager(self) -> None:
         ic, self._timeline = self._ic, Timeline()
         config = ic.CacheConfig(instances_path=self._options.instances)
-        host = ic.Host(trace=self._timeline)
+        host = ic.System(trace=self._timeline)
         self._manager = ic.ImageCacheManager(config, self._source, self._options.backend, host=host)
 
     def forget(self) -> dict[str, Any]:

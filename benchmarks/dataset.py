@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 from benchmarks import meter
-from tests.functional.lab import server
+from tests.lab import server
 
 #: Where real files come from, until there are enough.
 _SOURCES = ("/usr/lib", "/usr/bin", "/usr/share", "/opt", sys.prefix)

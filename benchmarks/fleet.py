@@ -25,9 +25,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
-from tests.functional.lab import glance as glance_lab
-from tests.functional.lab import rabbit as rabbit_lab
-from tests.functional.lab import server
+from tests.lab import glance as glance_lab
+from tests.lab import rabbit as rabbit_lab
+from tests.lab import server
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _ORIGIN = "10.77.0.254"
@@ -188,13 +188,20 @@ class _Fleet:
         with (
             _host_namespace(number) as inside,
             server.running(
-                [*inside, *_COMMAND, "--config-file", str(configuration), "agent",
-                 "--glance-endpoint", self._glance],
+                [
+                    *inside,
+                    *_COMMAND,
+                    "--config-file",
+                    str(configuration),
+                    "agent",
+                    "--glance-endpoint",
+                    self._glance,
+                ],
                 ready=lambda: b"is ready" in log.read_bytes(),
                 log=log,
                 environment=self._environment(self._url),
             ),
-        ):  # fmt: skip
+        ):
             yield
 
     def precache(self, names: Sequence[str], image: str, concurrency: int) -> float:
@@ -203,9 +210,12 @@ class _Fleet:
         began = time.monotonic()
         done = subprocess.run(
             [*_COMMAND, "precache", "start", image, *hosts, "--concurrency", str(concurrency), "-f", "json"],
-            env=self._environment(self._local_url), stdout=subprocess.PIPE, check=True, text=True,
+            env=self._environment(self._local_url),
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
             timeout=200,
-        )  # fmt: skip
+        )
         seconds = time.monotonic() - began
         results = [row["Result"] for row in json.loads(done.stdout)]
         if results != ["cached"] * len(names):

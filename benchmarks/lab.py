@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Iterator
 
 from benchmarks import dataset, figures, meter, serving
-from tests.functional.lab import environment
-from tests.functional.lab import glance as glance_lab
+from tests.lab import environment
+from tests.lab import glance as glance_lab
 
 HERE = pathlib.Path(__file__).parent
 
@@ -75,9 +75,12 @@ class Lab:
         return serving.Competitor(
             sys.executable,
             "benchmarks.floor_driver",
-            "--glance", self.glance.url, "--token", glance_lab.MEMBER,
+            "--glance",
+            self.glance.url,
+            "--token",
+            glance_lab.MEMBER,
             log=self.home / "floor.log",
-        )  # fmt: skip
+        )
 
     def _start(
         self,
@@ -93,10 +96,15 @@ class Lab:
         competitor = serving.Competitor(
             python,
             module,
-            "--instances", str(instances),
-            "--glance", self.glance.url, "--token", glance_lab.MEMBER, *options,
+            "--instances",
+            str(instances),
+            "--glance",
+            self.glance.url,
+            "--token",
+            glance_lab.MEMBER,
+            *options,
             log=self.home / f"{name}.log",
-        )  # fmt: skip
+        )
         competitor.ask("ready")
         return competitor
 

@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks import figures, lab, serving
 from benchmarks.cold import FLOOR, OURS
 from benchmarks.figures import Group, Row
-from tests.functional.lab import glance as glance_lab
-from tests.functional.lab import server
+from tests.lab import glance as glance_lab
+from tests.lab import server
 
 _RATE = "1gbit"
 
@@ -41,8 +41,12 @@ def measure(running: lab.Lab) -> tuple[Group, list[Row]]:
     }
     out = subprocess.run(
         [server.tool("unshare"), "--net", "--", sys.executable, "-m", __name__, json.dumps(order)],
-        check=True, cwd=serving.ROOT, stdout=subprocess.PIPE, text=True, timeout=300,
-    ).stdout  # fmt: skip
+        check=True,
+        cwd=serving.ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    ).stdout
     group.series = json.loads(out)
     for name in group.series:
         running.tell(f"{group.key} {name}: {figures.show_seconds(group.spread(name).median)}")
@@ -65,13 +69,17 @@ def _inside(order: dict[str, Any]) -> dict[str, list[figures.Sample]]:
         (home / "instances").mkdir()
         with (
             serving.Competitor(
-                sys.executable, "benchmarks.cache_driver", "--instances", str(home / "instances"), *arguments,
+                sys.executable,
+                "benchmarks.cache_driver",
+                "--instances",
+                str(home / "instances"),
+                *arguments,
                 log=home / "ours.log",
             ) as ours,
             serving.Competitor(
                 sys.executable, "benchmarks.floor_driver", *arguments, log=home / "floor.log"
             ) as floor,
-        ):  # fmt: skip
+        ):
 
             def cold() -> figures.Sample:
                 ours.ask("forget")

@@ -43,12 +43,16 @@ def describe(
         "load average before": f"{os.getloadavg()[0]:.2f}",
         "Python": platform.python_version(),
         "libraries": ", ".join(versions),
-        "Nova": _said(nova_python, "-c", "import importlib.metadata as m, platform;"
-                      "print(m.version('nova'), 'on Python', platform.python_version())"),
+        "Nova": _said(
+            nova_python,
+            "-c",
+            "import importlib.metadata as m, platform;"
+            "print(m.version('nova'), 'on Python', platform.python_version())",
+        ),
         "Glance": ", ".join(line.replace("==", " ") for line in glance),
         "qemu-img": _said("qemu-img", "--version").removeprefix("qemu-img version "),
         "cp": _said("cp", "--version"),
-    }  # fmt: skip
+    }
 
 
 def _said(*command: str | pathlib.Path) -> str:

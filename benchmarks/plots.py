@@ -42,9 +42,13 @@ def _cold(groups: Sequence[Group], directory: pathlib.Path) -> tuple[str, str]:
     cold = [group for group in groups if group.key.startswith("cold-")]
     heights = [len(group.series) for group in cold] or [1]
     figure, all_axes = plt.subplots(
-        len(cold) or 1, 1, figsize=(9, 0.42 * sum(heights) + 0.7 * len(heights)), squeeze=False,
-        gridspec_kw={"height_ratios": heights}, sharex=True,
-    )  # fmt: skip
+        len(cold) or 1,
+        1,
+        figsize=(9, 0.42 * sum(heights) + 0.7 * len(heights)),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+        sharex=True,
+    )
     for axes, group in zip(all_axes[:, 0], cold, strict=False):
         spreads = {name: group.spread(name) for name in group.series}
         medians = [spread.median for spread in spreads.values()]

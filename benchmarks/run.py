@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks import cold, crowd, imports, lab, link, machine, report, serving, upkeep, warm
 from benchmarks.figures import Group, Row
-from tests.functional.lab import environment, server
+from tests.lab import environment, server
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _DOCUMENTED = _ROOT / "doc/source/reference/benchmarks"
@@ -79,9 +79,7 @@ def _measure(scale: lab.Scale, names: Sequence[str]) -> report.Results:
         path = pathlib.Path(home)
         # Asked before anything runs: the load average is part of it.
         busy = os.getloadavg()[0] > _BUSY * len(os.sched_getaffinity(0))
-        facts = machine.describe(
-            path, lab.nova_environment(), _ROOT / "tests/functional/lab/glance-requirements.txt"
-        )
+        facts = machine.describe(path, lab.nova_environment(), _ROOT / "tests/lab/glance-requirements.txt")
         with lab.running(path, scale, tell) as running:
             for name in names:
                 if time.monotonic() - began > _LATEST_START:

@@ -60,7 +60,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="imagecache-bench-", dir=directory) as root:
         reported = build(root, instances, bases)
         config = ic.CacheConfig(instances_path=root)
-        manager = ic.ImageCacheManager(config, FakeSource({}), host=ic.Host(name="bench"), observers=())
+        manager = ic.ImageCacheManager(config, FakeSource({}), host=ic.System(name="bench"), observers=())
         seconds = []
         for _round in range(rounds):
             started = time.perf_counter()

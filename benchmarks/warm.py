@@ -14,7 +14,7 @@ from benchmarks.cold import NOVA, OURS
 from benchmarks.figures import Group, Row, Sample
 from benchmarks.lab import Lab, command, settle
 from imagecache_lib.store import layout
-from tests.functional.lab import filesystems
+from tests.lab import filesystems
 
 CP_REFLINK = "cp --reflink=always"
 CP_SPARSE = "cp --sparse=always"

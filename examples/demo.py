@@ -238,8 +238,10 @@ class Demo:
         self.console.claim("unused, and kept: it is too young", not report.evicted)
         self._make_old("rescue")
         dry = manager.verify_base_images(self._reported(), dry_run=True)
-        self.console.claim("two days later: a dry run would evict it, and does not",
-                           len(dry.evicted) == 1 and self._is_cached("rescue"))  # fmt: skip
+        self.console.claim(
+            "two days later: a dry run would evict it, and does not",
+            len(dry.evicted) == 1 and self._is_cached("rescue"),
+        )
         report = self._verify(manager)
         self.console.claim(
             f"evicted: {size(report.reclaimed)} came back; the other image stays",

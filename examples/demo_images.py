@@ -107,9 +107,7 @@ def nginx_command(home: pathlib.Path, root: pathlib.Path, port: int, log: pathli
     """Write nginx's configuration and return its command."""
     configuration = home / "nginx.conf"
     user = f"{home.owner()} {home.group()}"
-    configuration.write_text(
-        _NGINX.format(home=home, user=user, log=log, port=port, root=root, rate=RATE)
-    )
+    configuration.write_text(_NGINX.format(home=home, user=user, log=log, port=port, root=root, rate=RATE))
     return [nginx_program() or "nginx", "-e", str(home / "nginx.log"), "-c", str(configuration)]
 
 

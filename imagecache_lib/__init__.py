@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from imagecache_lib.sources.http import HttpImage, HttpSource
     from imagecache_lib.sources.interface import ImageSource
     from imagecache_lib.store.pins import Pin
-    from imagecache_lib.system.host import Host
+    from imagecache_lib.system.host import Host, System
     from imagecache_lib.upkeep.make_room import SpaceReport
     from imagecache_lib.upkeep.scrub import ScrubbedBase, ScrubReport, Verdict
     from imagecache_lib.upkeep.verify import BaseReport, Explanation, VerifyReport
@@ -116,6 +116,7 @@ _HOMES = {
     "SourceError": "errors",
     "SpaceReport": "upkeep.make_room",
     "StorageBackend": "backends.interface",
+    "System": "system.host",
     "Verdict": "upkeep.scrub",
     "VerifyReport": "upkeep.verify",
 }
@@ -168,6 +169,7 @@ __all__ = [
     "SourceError",
     "SpaceReport",
     "StorageBackend",
+    "System",
     "Verdict",
     "VerifyReport",
 ]

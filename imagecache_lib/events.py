@@ -186,5 +186,3 @@ class Observers:
                 observer(event)
             except Exception:
                 LOG.exception("An observer failed on %r", event)
-
-

@@ -18,24 +18,23 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 
-from imagecache_lib import config as config_module
 from imagecache_lib import errors, events, model
-from imagecache_lib.backends import interface as backend_base
 from imagecache_lib.backends import load_backend
+from imagecache_lib.backends.interface import Feature, StorageBackend
+from imagecache_lib.config import CacheConfig
 from imagecache_lib.diagnostics import audit, catalog, preflight
 from imagecache_lib.formats import qemu_img
 from imagecache_lib.ingest import certificates, generate
-from imagecache_lib.ingest import fetch as ingest
 from imagecache_lib.ingest.call import Call
+from imagecache_lib.ingest.fetch import Ingest
 from imagecache_lib.observers.log import LogObserver
-from imagecache_lib.sources import interface as source_base
+from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.spawn import backing, cloning, lease
-from imagecache_lib.store import directory as store
-from imagecache_lib.store import disk_roots as reach
-from imagecache_lib.store import layout, pins
+from imagecache_lib.store import disk_roots, layout, pins
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.evidence import Use
-from imagecache_lib.system import atomic_file as placing
-from imagecache_lib.system import host as host_module
+from imagecache_lib.system import atomic_file
+from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import inventory, verify
 from imagecache_lib.upkeep.make_room import SpaceReport
@@ -67,24 +66,24 @@ class ImageCacheManager:
 
     def __init__(
         self,
-        config: config_module.CacheConfig,
-        source: source_base.ImageSource,
-        backend: backend_base.StorageBackend | str | None = None,
+        config: CacheConfig,
+        source: ImageSource,
+        backend: StorageBackend | str | None = None,
         *,
-        host: host_module.Host | None = None,
+        host: System | None = None,
         certificate_store: certificates.CertificateStore | None = None,
         observers: Sequence[events.Observer] | None = None,
     ) -> None:
         self.config = config
-        self.host = host or host_module.Host()
+        self.host = host or System()
         self.source = source
-        if not isinstance(backend, backend_base.StorageBackend):
+        if not isinstance(backend, StorageBackend):
             backend = load_backend(backend or config.backend, config, self.host)
         self.backend = backend
         self._observers = events.Observers([LogObserver()] if observers is None else observers)
-        self._cache = store.CacheStore(config, self.host)
+        self._cache = CacheStore(config, self.host)
         self._upkeep = verify.Upkeep(self._cache, self._observers)
-        self._ingest = ingest.Ingest(
+        self._ingest = Ingest(
             self._cache,
             qemu_img.QemuImg(config, self.host),
             self._observers,
@@ -132,11 +131,16 @@ class ImageCacheManager:
         self.backend.check_target(target)
         if self.backend.exists(target):
             return self._reuse(call, target, size, if_exists)
-        if backend_base.Feature.CLONE in self.backend.features:
+        if Feature.CLONE in self.backend.features:
             disk = cloning.clone(
-                call, self.backend, target, size,
-                config=self.config, host=self.host, observers=self._observers,
-            )  # fmt: skip
+                call,
+                self.backend,
+                target,
+                size,
+                config=self.config,
+                host=self.host,
+                observers=self._observers,
+            )
             if disk is not None:
                 return disk
         return self._make(
@@ -215,7 +219,7 @@ class ImageCacheManager:
 
     @property
     def _shares(self) -> bool:
-        return backend_base.Feature.OVERLAY in self.backend.features
+        return Feature.OVERLAY in self.backend.features
 
     def _generate(self, wanted: generate.Generation, target: str) -> model.Disk:
         self._start()
@@ -235,13 +239,13 @@ class ImageCacheManager:
         """
         call = self._begin(image_id, request)
         with call.named():
-            placing.check_target(path)
-            placing.check_absent(path)
+            atomic_file.check_target(path)
+            atomic_file.check_absent(path)
         while True:
             with contextlib.suppress(lease.BaseVanished), self._leases.hold(call, Use.FILE) as held:
                 assert held.base.fd is not None  # a held base is open
-                with placing.placing(path, self.host, held.confirm) as unfinished:
-                    placing.copy_content(held.base.fd, unfinished.fd)
+                with atomic_file.placing(path, self.host, held.confirm) as unfinished:
+                    atomic_file.copy_content(held.base.fd, unfinished.fd)
                 return
 
     @contextlib.contextmanager
@@ -300,7 +304,7 @@ class ImageCacheManager:
         wanted = backing.wanted(disk_path, image_id, self._cache.layout)
         if wanted is None:
             return None
-        reach.check_seen(disk_path, self.config)
+        disk_roots.check_seen(disk_path, self.config)
         with self._hold_backing(wanted, disk_path, image_id, request) as held:
             if image_id is None and held.base.fd is not None:
                 backing.check_made_on(disk_path, held.base.fd)
@@ -358,7 +362,7 @@ class ImageCacheManager:
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: it is not cached.
         """
         call = self._begin(image_id, request)
-        if backend_base.Feature.CLONE in self.backend.features:
+        if Feature.CLONE in self.backend.features:
             return model.CacheResult.NOT_NEEDED
         pin, earlier = pins.Pin(_PRECACHE, pin_until), None
         if pin_until is not None:
@@ -486,9 +490,7 @@ class ImageCacheManager:
         name = catalog.name_of(self._cache, image_id)
         return next((base for base in self.list_bases() if base.name == name), None)
 
-    def explain(
-        self, image_id: str, instances: Sequence[model.Instance] | None
-    ) -> verify.Explanation | None:
+    def explain(self, image_id: str, instances: Sequence[model.Instance] | None) -> verify.Explanation | None:
         """Say what :meth:`verify_base_images` would do with a base now, and why. None: it is not there.
 
         :param image_id: an image's, or the name of a base.
@@ -577,7 +579,7 @@ class ImageCacheManager:
                 self._started = True
 
 
-def _certificates_of(config: config_module.CacheConfig) -> certificates.CertificateStore | None:
+def _certificates_of(config: CacheConfig) -> certificates.CertificateStore | None:
     if config.certificates_path is None:
         return None
     return certificates.DirectoryCertificates(config.certificates_path)

@@ -15,9 +15,9 @@ from typing import Any
 
 from oslo_config import cfg
 
-from imagecache_lib import config as config_module
-from imagecache_lib import errors
-from imagecache_lib.system import host as host_module
+from imagecache_lib import config, errors
+from imagecache_lib.config import CacheConfig
+from imagecache_lib.system.host import System
 
 #: ``images_type`` to the name of a backend; ``default`` depends on ``use_cow_images``.
 _BACKENDS = {"raw": "raw", "flat": "raw", "qcow2": "qcow2", "rbd": "rbd"}
@@ -25,27 +25,52 @@ _BACKENDS = {"raw": "raw", "flat": "raw", "qcow2": "qcow2", "rbd": "rbd"}
 #: Fields of CacheConfig that are options of their own name, by group.
 _FIELDS = {
     "DEFAULT": (
-        "instances_path", "force_raw_images", "preallocate_images", "default_ephemeral_format", "virt_mkfs",
+        "instances_path",
+        "force_raw_images",
+        "preallocate_images",
+        "default_ephemeral_format",
+        "virt_mkfs",
     ),
     "compute": ("max_concurrent_disk_ops", "vmdk_allowed_types"),
     "image_cache": (
-        "subdirectory_name", "manager_interval", "precache_concurrency", "remove_unused_base_images",
-        "remove_unused_original_minimum_age_seconds", "remove_unused_resized_minimum_age_seconds",
-        "disk_roots", "lock_path", "certificates_path", "max_cache_size", "free_space_low", "free_space_high",
-        "space_minimum_age_seconds", "scrub_rate", "max_virtual_size", "convert_cpu_time_limit",
-        "convert_address_space_limit", "lock_timeout", "stage_idle_seconds", "foreign_stage_idle_seconds",
+        "subdirectory_name",
+        "manager_interval",
+        "precache_concurrency",
+        "remove_unused_base_images",
+        "remove_unused_original_minimum_age_seconds",
+        "remove_unused_resized_minimum_age_seconds",
+        "disk_roots",
+        "lock_path",
+        "certificates_path",
+        "max_cache_size",
+        "free_space_low",
+        "free_space_high",
+        "space_minimum_age_seconds",
+        "scrub_rate",
+        "max_virtual_size",
+        "convert_cpu_time_limit",
+        "convert_address_space_limit",
+        "lock_timeout",
+        "stage_idle_seconds",
+        "foreign_stage_idle_seconds",
     ),
     "glance": (
-        "num_retries", "verify_glance_signatures", "enable_certificate_validation",
+        "num_retries",
+        "verify_glance_signatures",
+        "enable_certificate_validation",
         "default_trusted_certificate_ids",
     ),
     "libvirt": (
-        "images_cpu_time_limit", "images_rbd_pool", "images_rbd_ceph_conf", "rbd_user",
-        "images_rbd_glance_store_name", "images_rbd_glance_copy_poll_interval",
+        "images_cpu_time_limit",
+        "images_rbd_pool",
+        "images_rbd_ceph_conf",
+        "rbd_user",
+        "images_rbd_glance_store_name",
+        "images_rbd_glance_copy_poll_interval",
         "images_rbd_glance_copy_timeout",
     ),
     "workarounds": ("disable_deep_image_inspection", "never_download_image_if_on_rbd"),
-}  # fmt: skip
+}
 
 
 def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
@@ -74,7 +99,7 @@ def register_opts(conf: cfg.ConfigOpts) -> None:
                 continue
 
 
-def config_from(conf: cfg.ConfigOpts) -> config_module.CacheConfig:
+def config_from(conf: cfg.ConfigOpts) -> CacheConfig:
     """Return the configuration that ``conf`` holds, registering what it lacks.
 
     :raises ConfigError: a value cannot be read, or cannot work.
@@ -86,15 +111,15 @@ def config_from(conf: cfg.ConfigOpts) -> config_module.CacheConfig:
         }
         values["backend"] = _backend(conf)
         # Nova's unit is GiB.
-        values["images_address_space_limit"] = conf.libvirt.images_address_space_limit * config_module.GIB
+        values["images_address_space_limit"] = conf.libvirt.images_address_space_limit * config.GIB
     except (cfg.Error, ValueError) as error:
         raise errors.ConfigError(
             f"the configuration cannot be read: {error}", next_step="correct the configuration file"
         ) from error
-    return config_module.CacheConfig(**values)
+    return CacheConfig(**values)
 
 
-def host_from(conf: cfg.ConfigOpts) -> host_module.Host:
+def host_from(conf: cfg.ConfigOpts) -> System:
     """Return this machine under the name that the option ``host`` gives it.
 
     :raises ConfigError: the value cannot be read.
@@ -106,12 +131,10 @@ def host_from(conf: cfg.ConfigOpts) -> host_module.Host:
         raise errors.ConfigError(
             f"the option host cannot be read: {error}", next_step="correct the configuration file"
         ) from error
-    return dataclasses.replace(host_module.Host(), name=name)
+    return dataclasses.replace(System(), name=name)
 
 
-def from_files(
-    paths: Sequence[str] = (), *, instances_path: str | None = None
-) -> tuple[config_module.CacheConfig, host_module.Host]:
+def from_files(paths: Sequence[str] = (), *, instances_path: str | None = None) -> tuple[CacheConfig, System]:
     """Return the configuration and the host that files describe.
 
     :param paths: of oslo.config files; later ones win. None of them: ``imagecache.conf``, where oslo.config
@@ -188,38 +211,50 @@ def _default_opts() -> list[cfg.Opt]:
 
     return [
         cfg.StrOpt(
-            "state_path", default="/var/lib/nova",
+            "state_path",
+            default="/var/lib/nova",
             help="Directory of the service's state. Other options refer to it as $state_path. Inside Nova, "
             "Nova's own default applies.",
         ),
         cfg.StrOpt(
-            "my_ip", default=netutils.get_my_ipv4(), sample_default="<host_ipv4>",
+            "my_ip",
+            default=netutils.get_my_ipv4(),
+            sample_default="<host_ipv4>",
             help="Address of this host. Other options refer to it as $my_ip, so that hosts which share "
             "storage can each have a cache of their own: subdirectory_name = _base_$my_ip.",
         ),
         cfg.HostDomainOpt(
-            "host", default=socket.gethostname(), sample_default="<current_hostname>",
+            "host",
+            default=socket.gethostname(),
+            sample_default="<current_hostname>",
             help="Name of this host, as the driver names it in what it reports of its instances.",
         ),
         cfg.StrOpt(
-            "instances_path", default="$state_path/instances", sample_default="$state_path/instances",
+            "instances_path",
+            default="$state_path/instances",
+            sample_default="$state_path/instances",
             help="Absolute path of the directory that holds the instance directories and the cache. It must "
             "exist, and be writable for the service's user.",
         ),
         cfg.BoolOpt(
-            "force_raw_images", default=True,
+            "force_raw_images",
+            default=True,
             help="Convert images to raw when they are fetched. It decides at fetch time only: an image that "
             "is in the cache keeps the format it has there.",
         ),
         cfg.BoolOpt(
-            "use_cow_images", default=True,
+            "use_cow_images",
+            default=True,
             help="With images_type = default: make disks as qcow2 overlays of the cached image (true), or as "
             "copies of it (false).",
         ),
         cfg.StrOpt(
-            "preallocate_images", default="none",
-            choices=[("none", "Disks grow as the guest writes"),
-                     ("space", "The whole virtual size is allocated with fallocate(2) when a disk is made")],
+            "preallocate_images",
+            default="none",
+            choices=[
+                ("none", "Disks grow as the guest writes"),
+                ("space", "The whole virtual size is allocated with fallocate(2) when a disk is made"),
+            ],
             help="Whether a disk's space is allocated when it is made.",
         ),
         cfg.StrOpt(
@@ -228,61 +263,78 @@ def _default_opts() -> list[cfg.Opt]:
             "ntfs. Unset: ext4 for linux, ntfs for windows, vfat for any other type of guest.",
         ),
         cfg.MultiStrOpt(
-            "virt_mkfs", default=[],
+            "virt_mkfs",
+            default=[],
             help="Command line that makes the filesystem of ephemeral disks for a type of guest, as "
             "<os_type>=<command>; %(fs_label)s and %(target)s are filled in. The type default stands for all "
             "types without a command of their own. It is split at blanks and run without a shell. What it "
             "makes may differ each time, so such disks are made in place and never shared.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _image_cache_opts() -> list[cfg.Opt]:
     return [
         cfg.IntOpt(
-            "manager_interval", default=2400, min=-1,
-            deprecated_group="DEFAULT", deprecated_name="image_cache_manager_interval",
+            "manager_interval",
+            default=2400,
+            min=-1,
+            deprecated_group="DEFAULT",
+            deprecated_name="image_cache_manager_interval",
             help="Seconds between two periodic passes, for whoever runs them. 0: every 60 seconds. -1: "
             "never.",
         ),
         cfg.StrOpt(
-            "subdirectory_name", default="_base",
-            deprecated_group="DEFAULT", deprecated_name="image_cache_subdirectory_name",
+            "subdirectory_name",
+            default="_base",
+            deprecated_group="DEFAULT",
+            deprecated_name="image_cache_subdirectory_name",
             help="Name, not path, of the cache's directory under instances_path. Hosts that share storage "
             "and shall not share a cache include $my_ip.",
         ),
         cfg.BoolOpt(
-            "remove_unused_base_images", default=True, deprecated_group="DEFAULT",
+            "remove_unused_base_images",
+            default=True,
+            deprecated_group="DEFAULT",
             help="Remove cached images that no instance uses. If false, passes report and remove nothing.",
         ),
         cfg.IntOpt(
-            "remove_unused_original_minimum_age_seconds", default=86400, deprecated_group="DEFAULT",
+            "remove_unused_original_minimum_age_seconds",
+            default=86400,
+            deprecated_group="DEFAULT",
             help="A cached image that was used or fetched less than this many seconds ago stays, used or "
             "not.",
         ),
         cfg.IntOpt(
-            "remove_unused_resized_minimum_age_seconds", default=3600, deprecated_group="libvirt",
+            "remove_unused_resized_minimum_age_seconds",
+            default=3600,
+            deprecated_group="libvirt",
             help="The same for resized copies that old releases of Nova left. None are made any more.",
         ),
         cfg.IntOpt(
-            "precache_concurrency", default=1, min=1,
+            "precache_concurrency",
+            default=1,
+            min=1,
             help="How many hosts of an aggregate fetch images ahead of need at a time.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _compute_opts() -> list[cfg.Opt]:
     return [
         cfg.IntOpt(
-            "max_concurrent_disk_ops", default=0, min=0,
+            "max_concurrent_disk_ops",
+            default=0,
+            min=0,
             help="How many images are fetched and converted at a time on this host. 0: no limit.",
         ),
         cfg.ListOpt(
-            "vmdk_allowed_types", default=["streamOptimized", "monolithicSparse"],
+            "vmdk_allowed_types",
+            default=["streamOptimized", "monolithicSparse"],
             help="createType values of VMDK images that are accepted. Types that name other files as extents "
             "let an image's owner read files of this host.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _glance_opts() -> list[cfg.Opt]:
@@ -292,102 +344,123 @@ def _glance_opts() -> list[cfg.Opt]:
     )
     return [
         cfg.IntOpt(
-            "num_retries", default=3, min=0,
+            "num_retries",
+            default=3,
+            min=0,
             help="How often the image service is asked again after a failure that may pass. A transfer that "
             "breaks midway is resumed, and counts as one.",
         ),
         cfg.BoolOpt(
-            "verify_glance_signatures", default=False,
+            "verify_glance_signatures",
+            default=False,
             help="Accept only images whose signature verifies.",
         ),
         cfg.BoolOpt(
-            "enable_certificate_validation", default=False,
+            "enable_certificate_validation",
+            default=False,
             help="Accept only images whose signing certificate chains to a trusted one: one of those that "
             "the request names, else of default_trusted_certificate_ids. An image that was cached without is "
             "fetched again for a request that demands it.",
         ),
         cfg.ListOpt(
-            "default_trusted_certificate_ids", default=[],
+            "default_trusted_certificate_ids",
+            default=[],
             help="Ids of the certificates that are trusted where a request names none.",
         ),
         cfg.BoolOpt(
-            "enable_rbd_download", default=False,
+            "enable_rbd_download",
+            default=False,
             help="Nova: read image data from the Ceph cluster instead of the image service." + no_rbd,
         ),
         cfg.StrOpt("rbd_user", default="", help="Nova: Ceph user of enable_rbd_download." + no_rbd),
         cfg.IntOpt(
-            "rbd_connect_timeout", default=5,
+            "rbd_connect_timeout",
+            default=5,
             help="Nova: seconds to wait for the cluster in enable_rbd_download." + no_rbd,
         ),
         cfg.StrOpt("rbd_pool", default="", help="Nova: pool of enable_rbd_download." + no_rbd),
         cfg.StrOpt(
-            "rbd_ceph_conf", default="",
+            "rbd_ceph_conf",
+            default="",
             help="Nova: path of the cluster's configuration for enable_rbd_download." + no_rbd,
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _libvirt_opts() -> list[cfg.Opt]:
     return [
         cfg.StrOpt(
-            "images_type", default="default",
-            choices=[("raw", "Files with the image's content"), ("flat", "The same"),
-                     ("qcow2", "Overlays of the cached image"),
-                     ("lvm", "Not supported: refused when the configuration is read"),
-                     ("rbd", "Images in a Ceph cluster"),
-                     ("ploop", "Not supported: refused when the configuration is read"),
-                     ("default", "qcow2 or raw, as use_cow_images says")],
+            "images_type",
+            default="default",
+            choices=[
+                ("raw", "Files with the image's content"),
+                ("flat", "The same"),
+                ("qcow2", "Overlays of the cached image"),
+                ("lvm", "Not supported: refused when the configuration is read"),
+                ("rbd", "Images in a Ceph cluster"),
+                ("ploop", "Not supported: refused when the configuration is read"),
+                ("default", "qcow2 or raw, as use_cow_images says"),
+            ],
             help="What instance disks are made of.",
         ),
         cfg.IntOpt(
-            "images_cpu_time_limit", default=30,
+            "images_cpu_time_limit",
+            default=30,
             help="CPU seconds that a qemu-img may take which only looks at an image.",
         ),
         cfg.IntOpt(
-            "images_address_space_limit", default=2,
+            "images_address_space_limit",
+            default=2,
             help="Address space in GiB that a qemu-img may take which only looks at an image.",
         ),
         cfg.StrOpt("images_rbd_pool", default="rbd", help="Pool in which instance disks are made."),
         cfg.StrOpt(
-            "images_rbd_ceph_conf", default="",
+            "images_rbd_ceph_conf",
+            default="",
             help="Path of the Ceph cluster's configuration. Empty: librados's default.",
         ),
         cfg.StrOpt(
-            "images_rbd_glance_store_name", default="",
+            "images_rbd_glance_store_name",
+            default="",
             help="Name of the image service's store in the same cluster. Where it is set, the image service "
             "is asked to copy an image there that cannot be cloned from where it is.",
         ),
         cfg.IntOpt(
-            "images_rbd_glance_copy_poll_interval", default=15,
+            "images_rbd_glance_copy_poll_interval",
+            default=15,
             help="Seconds between two looks whether such a copy is done.",
         ),
         cfg.IntOpt(
-            "images_rbd_glance_copy_timeout", default=600,
+            "images_rbd_glance_copy_timeout",
+            default=600,
             help="Seconds after which such a copy is given up.",
         ),
         cfg.StrOpt("rbd_user", help="Ceph user, without client. in front. Unset: librados's default."),
-    ]  # fmt: skip
+    ]
 
 
 def _workarounds_opts() -> list[cfg.Opt]:
     return [
         cfg.BoolOpt(
-            "disable_deep_image_inspection", default=False,
+            "disable_deep_image_inspection",
+            default=False,
             help="Do not refuse images whose content is unsafe or not what it is said to be. Dangerous: such "
             "an image may make this host's files readable for its owner.",
         ),
         cfg.BoolOpt(
-            "never_download_image_if_on_rbd", default=False,
+            "never_download_image_if_on_rbd",
+            default=False,
             help="With images_type = rbd: refuse an image that cannot be cloned, instead of fetching it and "
             "importing it into the cluster.",
         ),
         cfg.BoolOpt(
-            "reserve_disk_resource_for_image_cache", default=False,
+            "reserve_disk_resource_for_image_cache",
+            default=False,
             help="For the driver, which reports disk space: count what the cache has allocated as reserved. "
             "It asks ImageCacheManager.get_disk_usage for it, and ImageCacheManager.get_space for what is "
             "promised to images in flight; the library itself does nothing with this option.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 # -- what Nova lacks -----------------------------------------------------------------------------------------
@@ -395,14 +468,15 @@ def _workarounds_opts() -> list[cfg.Opt]:
 
 def _new_opts() -> Sequence[cfg.Opt]:
     """Options whose defaults are those of :class:`CacheConfig`."""
-    default = {field.name: field.default for field in dataclasses.fields(config_module.CacheConfig)}
+    default = {field.name: field.default for field in dataclasses.fields(CacheConfig)}
 
     def integer(name: str, words: str) -> cfg.Opt:
         return cfg.IntOpt(name, default=default[name], min=0, help=words)
 
     return [
         cfg.ListOpt(
-            "disk_roots", default=[],
+            "disk_roots",
+            default=[],
             help="Absolute paths of all directories under which instance directories lie. Empty: only "
             "instances_path. Every one is read for references before an image is removed; while one is not "
             "mounted, nothing is removed.",
@@ -418,27 +492,49 @@ def _new_opts() -> Sequence[cfg.Opt]:
             "that signed them and those that are trusted. Unset: only what the driver provides, such as a "
             "key manager.",
         ),
-        integer("max_cache_size", "Bytes that the cache may allocate. Above, unused images go before their "
-                "age. 0: no limit."),
-        integer("free_space_low", "Bytes of the filesystem that shall stay free. Below, unused images go "
-                "before their age, and nothing is fetched that would not fit. 0: no limit."),
-        integer("free_space_high", "Bytes that shall be free again once images are removed for "
-                "free_space_low. 0: as many as free_space_low says."),
-        integer("space_minimum_age_seconds", "No lack of space removes an image that was used or fetched "
-                "less than this many seconds ago: its disk may be on its way from another host."),
-        integer("scrub_rate", "Bytes per second that a scrub reads of the cached images to find what the "
-                "disk damaged. It looks at 100 GiB in 53 minutes with the default. 0: no limit."),
+        integer(
+            "max_cache_size",
+            "Bytes that the cache may allocate. Above, unused images go before their age. 0: no limit.",
+        ),
+        integer(
+            "free_space_low",
+            "Bytes of the filesystem that shall stay free. Below, unused images go "
+            "before their age, and nothing is fetched that would not fit. 0: no limit.",
+        ),
+        integer(
+            "free_space_high",
+            "Bytes that shall be free again once images are removed for "
+            "free_space_low. 0: as many as free_space_low says.",
+        ),
+        integer(
+            "space_minimum_age_seconds",
+            "No lack of space removes an image that was used or fetched "
+            "less than this many seconds ago: its disk may be on its way from another host.",
+        ),
+        integer(
+            "scrub_rate",
+            "Bytes per second that a scrub reads of the cached images to find what the "
+            "disk damaged. It looks at 100 GiB in 53 minutes with the default. 0: no limit.",
+        ),
         integer("max_virtual_size", "Bytes above which an image's virtual size is refused."),
-        integer("convert_cpu_time_limit", "CPU seconds that a qemu-img or mkfs may take which makes "
-                "something."),
-        integer("convert_address_space_limit", "Address space in bytes that a qemu-img or mkfs may take "
-                "which makes something."),
+        integer(
+            "convert_cpu_time_limit", "CPU seconds that a qemu-img or mkfs may take which makes something."
+        ),
+        integer(
+            "convert_address_space_limit",
+            "Address space in bytes that a qemu-img or mkfs may take which makes something.",
+        ),
         cfg.FloatOpt(
-            "lock_timeout", default=default["lock_timeout"], min=0,
+            "lock_timeout",
+            default=default["lock_timeout"],
+            min=0,
             help="Seconds to wait for another process that fetches the same image and gets no further, "
             "before it is fetched a second time.",
         ),
-        integer("stage_idle_seconds", "Seconds without a write after which a file in flight that nobody owns "
-                "is removed as the leftover of a crash."),
+        integer(
+            "stage_idle_seconds",
+            "Seconds without a write after which a file in flight that nobody owns "
+            "is removed as the leftover of a crash.",
+        ),
         integer("foreign_stage_idle_seconds", "The same for .part and .converted files that Nova left."),
-    ]  # fmt: skip
+    ]

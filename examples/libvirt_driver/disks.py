@@ -11,8 +11,13 @@ import imagecache_lib as ic
 from .guest import Guest
 
 ROOT, SWAP, RESCUE, KERNEL, RAMDISK, CONSOLE = (
-    "disk", "disk.swap", "disk.rescue", "kernel", "ramdisk", "console.log",
-)  # fmt: skip
+    "disk",
+    "disk.swap",
+    "disk.rescue",
+    "kernel",
+    "ramdisk",
+    "console.log",
+)
 
 
 class InstanceDisks:

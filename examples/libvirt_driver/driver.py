@@ -57,7 +57,7 @@ class LibvirtDriver:
     ) -> None:
         self.connection = connection
         config = ic.CacheConfig(instances_path=instances_path, **options)
-        self.cache = ic.ImageCacheManager(config, source, backend="qcow2", host=ic.Host(name=host))
+        self.cache = ic.ImageCacheManager(config, source, backend="qcow2", host=ic.System(name=host))
 
     def disks(self, guest: Guest) -> disks.InstanceDisks:
         return disks.InstanceDisks(self.cache, guest)

@@ -65,8 +65,9 @@ def rebase(disk: ic.Disk, base_path: str) -> None:
     here = os.path.join(base_path, disk.base)
     described = subprocess.run(
         ["qemu-img", "info", "--force-share", "--output=json", "-f", disk.format, disk.target],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+    )
     found = json.loads(described.stdout)
     if found["backing-filename"] != here:
         backing_format = found["backing-filename-format"]

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from imagecache_lib import config as config_module
 from imagecache_lib import errors
 from imagecache_lib.backends.interface import StorageBackend
-from imagecache_lib.system import host as host_module
+from imagecache_lib.config import CacheConfig
+from imagecache_lib.system.host import System
 
 #: Entry point group in which backends register.
 GROUP = "imagecache_lib.backends"
 
 
-def load_backend(name: str, config: config_module.CacheConfig, host: host_module.Host) -> StorageBackend:
+def load_backend(name: str, config: CacheConfig, host: System) -> StorageBackend:
     """Make the backend of that name.
 
     :raises ConfigError: nobody registered one, or it cannot be loaded or configured.

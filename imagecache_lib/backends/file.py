@@ -9,41 +9,42 @@ import stat
 from collections.abc import Callable
 from typing import Self
 
-from imagecache_lib import config as config_module
 from imagecache_lib import errors, model
-from imagecache_lib.backends import interface as base_module
+from imagecache_lib.backends import interface
+from imagecache_lib.backends.interface import Feature, StorageBackend
+from imagecache_lib.config import CacheConfig
 from imagecache_lib.formats import qemu_img
 from imagecache_lib.formats.qcow2 import header as qcow2_header
+from imagecache_lib.formats.qcow2.header import HeaderError, Incompatible, NotQcow2
 from imagecache_lib.nova import disk_info
-from imagecache_lib.store import disk_roots as reach
-from imagecache_lib.store import layout
-from imagecache_lib.system import atomic_file as placing
-from imagecache_lib.system import host as host_module
+from imagecache_lib.store import disk_roots, layout
+from imagecache_lib.system import atomic_file
+from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 
 #: As much of a disk as a qcow2 header that any tool writes.
 _HEADER_BYTES = 65536
 
 
-class FileBackend(base_module.StorageBackend):
+class FileBackend(StorageBackend):
     """Disks that are files on the host. Targets are absolute paths in existing directories."""
 
-    def __init__(self, config: config_module.CacheConfig, host: host_module.Host) -> None:
+    def __init__(self, config: CacheConfig, host: System) -> None:
         self._config = config
         self._host = host
         self._formats = disk_info.DiskInfo(config, host)
         self._qemu_img = qemu_img.QemuImg(config, host)
 
     @classmethod
-    def from_config(cls, config: config_module.CacheConfig, host: host_module.Host) -> Self:
+    def from_config(cls, config: CacheConfig, host: System) -> Self:
         return cls(config, host)
 
     # -- targets -------------------------------------------------------------------------------------
 
     def check_target(self, target: str) -> None:
-        placing.check_target(target)
-        if base_module.Feature.OVERLAY in self.features:
-            reach.check_seen(target, self._config)
+        atomic_file.check_target(target)
+        if Feature.OVERLAY in self.features:
+            disk_roots.check_seen(target, self._config)
 
     def exists(self, target: str) -> bool:
         return os.path.lexists(target)
@@ -55,11 +56,11 @@ class FileBackend(base_module.StorageBackend):
     ) -> model.Disk:
         wanted = base.virtual_size if size is None else size
         if base.format != "raw":
-            wanted = base_module.whole_sectors(wanted)
+            wanted = interface.whole_sectors(wanted)
         assert base.fd is not None  # a held base is open
         pinned = self._formats.pinned(target, base.format)
-        with placing.placing(target, self._host, confirm, pinned=pinned) as unfinished:
-            placing.copy_content(base.fd, unfinished.fd)
+        with atomic_file.placing(target, self._host, confirm, pinned=pinned) as unfinished:
+            atomic_file.copy_content(base.fd, unfinished.fd)
             if base.format == "raw":
                 self._grow_raw(unfinished.fd, wanted)
             elif wanted > base.virtual_size:
@@ -70,7 +71,7 @@ class FileBackend(base_module.StorageBackend):
         before = os.fstat(fd).st_size
         if self._config.preallocate_images == "space":
             try:
-                placing.allocate(fd, size)
+                atomic_file.allocate(fd, size)
             except OSError:
                 os.ftruncate(fd, before)  # gives back what was allocated behind the end
                 raise
@@ -99,9 +100,9 @@ class FileBackend(base_module.StorageBackend):
             return model.Disk(target, format, int(found["virtual-size"])), None
         try:
             header = qcow2_header.parse(data)
-        except (qcow2_header.HeaderError, qcow2_header.NotQcow2) as error:
+        except (HeaderError, NotQcow2) as error:
             raise errors.BackendError(f"the disk is no qcow2: {error}", path=target) from error
-        if header.incompatible_features & qcow2_header.Incompatible.DATA_FILE:
+        if header.incompatible_features & Incompatible.DATA_FILE:
             # Nothing here makes such disks, and QEMU would open and write whatever file the header names.
             raise errors.BackendError(
                 "its header says that its data is in another file",
@@ -127,7 +128,7 @@ class FileBackend(base_module.StorageBackend):
     def resize(self, disk: model.Disk, size: int) -> model.Disk:
         current = self.inspect(disk.target)
         if current.format != "raw":
-            size = base_module.whole_sectors(size)
+            size = interface.whole_sectors(size)
         if size < current.virtual_size:
             raise errors.DiskTooSmallError(
                 f"the disk has {current.virtual_size} bytes and is never shrunk to {size}",

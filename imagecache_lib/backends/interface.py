@@ -12,9 +12,9 @@ import enum
 from collections.abc import Callable
 from typing import ClassVar
 
-from imagecache_lib import config as config_module
 from imagecache_lib import errors, model
-from imagecache_lib.system import host as host_module
+from imagecache_lib.config import CacheConfig
+from imagecache_lib.system.host import System
 
 
 class Feature(enum.Enum):
@@ -63,7 +63,7 @@ class StorageBackend(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_config(cls, config: config_module.CacheConfig, host: host_module.Host) -> StorageBackend:
+    def from_config(cls, config: CacheConfig, host: System) -> StorageBackend:
         """Make one from the configuration, without touching the storage yet.
 
         :raises ConfigError: the configuration lacks something it needs.

@@ -6,29 +6,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from imagecache_lib import model
-from imagecache_lib.backends import file
-from imagecache_lib.backends import interface as base_module
+from imagecache_lib.backends import file, interface
+from imagecache_lib.backends.interface import Feature
 from imagecache_lib.formats.qcow2 import overlay
-from imagecache_lib.system import atomic_file as placing
+from imagecache_lib.system import atomic_file
 
 
 class Qcow2Backend(file.FileBackend):
     """qcow2 overlays with an explicit backing file and an explicit backing format."""
 
     name = "qcow2"
-    features = frozenset(
-        {base_module.Feature.OVERLAY, base_module.Feature.RESIZE, base_module.Feature.FLATTEN}
-    )
+    features = frozenset({Feature.OVERLAY, Feature.RESIZE, Feature.FLATTEN})
 
     def create(
         self, base: model.BaseImage, target: str, size: int | None, *, confirm: Callable[[], None]
     ) -> model.Disk:
-        wanted = base_module.whole_sectors(base.virtual_size if size is None else size)
+        wanted = interface.whole_sectors(base.virtual_size if size is None else size)
         pinned = self._formats.pinned(target, "qcow2")
-        with placing.placing(target, self._host, confirm, pinned=pinned) as unfinished:
+        with atomic_file.placing(target, self._host, confirm, pinned=pinned) as unfinished:
             overlay.write_overlay(unfinished.fd, wanted, base.path, base.format)
             if self._config.preallocate_images == "space":
-                placing.allocate(unfinished.fd, wanted)
+                atomic_file.allocate(unfinished.fd, wanted)
         return model.Disk(target, "qcow2", wanted, base.name)
 
     def flatten(self, disk: model.Disk) -> model.Disk:

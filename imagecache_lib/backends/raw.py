@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from imagecache_lib.backends import file
-from imagecache_lib.backends import interface as base
+from imagecache_lib.backends.interface import Feature
 
 
 class RawBackend(file.FileBackend):
     """Files with the base's content. Raw, unless the base was kept in another format."""
 
     name = "raw"
-    features = frozenset({base.Feature.RESIZE})
+    features = frozenset({Feature.RESIZE})

@@ -15,12 +15,13 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Self
 
-from imagecache_lib import config as config_module
 from imagecache_lib import errors, model
-from imagecache_lib.backends import ceph
-from imagecache_lib.backends import interface as base_module
+from imagecache_lib.backends import ceph, interface
+from imagecache_lib.backends.interface import CannotClone, Feature, StorageBackend
+from imagecache_lib.config import CacheConfig
 from imagecache_lib.system import durable, sparse
-from imagecache_lib.system import host as host_module
+from imagecache_lib.system.host import System
+from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 
 #: rbd's own default object size: one write is one object.
@@ -39,7 +40,7 @@ def parse_location(url: str) -> tuple[str, ceph.RbdName] | None:
     return parts[0], ceph.RbdName(*parts[1:])
 
 
-class RbdBackend(base_module.StorageBackend):
+class RbdBackend(StorageBackend):
     """Images in the pool ``images_rbd_pool``. Targets are image names.
 
     A disk is made under a temporary name and renamed, never over another image.
@@ -48,20 +49,16 @@ class RbdBackend(base_module.StorageBackend):
     """
 
     name = "rbd"
-    features = frozenset(
-        {base_module.Feature.CLONE, base_module.Feature.RESIZE, base_module.Feature.FLATTEN}
-    )
+    features = frozenset({Feature.CLONE, Feature.RESIZE, Feature.FLATTEN})
     base_format = "raw"
 
-    def __init__(
-        self, config: config_module.CacheConfig, host: host_module.Host, cluster: ceph.CephCluster
-    ) -> None:
+    def __init__(self, config: CacheConfig, host: System, cluster: ceph.CephCluster) -> None:
         self._config = config
         self._host = host
         self._cluster = cluster
 
     @classmethod
-    def from_config(cls, config: config_module.CacheConfig, host: host_module.Host) -> Self:
+    def from_config(cls, config: CacheConfig, host: System) -> Self:
         return cls(config, host, ceph.LibrbdCluster(config.images_rbd_ceph_conf, config.rbd_user))
 
     # -- targets -------------------------------------------------------------------------------------
@@ -99,7 +96,7 @@ class RbdBackend(base_module.StorageBackend):
                 image=image.id,
                 next_step="choose a larger disk (flavor)",
             )
-        wanted = base_module.whole_sectors(parent.size if size is None else size)
+        wanted = interface.whole_sectors(parent.size if size is None else size)
         with self._placing(target, confirm=lambda: None) as unfinished:
             try:
                 self._cluster.clone(snapshot, unfinished)
@@ -129,15 +126,15 @@ class RbdBackend(base_module.StorageBackend):
             image, f"none of its locations is a snapshot in the disks' cluster {ours}", copy=True
         )
 
-    def _cannot(self, image: model.Image, cause: str, *, copy: bool = False) -> base_module.CannotClone:
+    def _cannot(self, image: model.Image, cause: str, *, copy: bool = False) -> CannotClone:
         store = self._config.images_rbd_glance_store_name
         wanted = store if copy and store and store not in image.stores else None
-        return base_module.CannotClone(cause, image=image.id, store=wanted)
+        return CannotClone(cause, image=image.id, store=wanted)
 
     def copy(
         self, base: model.BaseImage, target: str, size: int | None, *, confirm: Callable[[], None]
     ) -> model.Disk:
-        wanted = base_module.whole_sectors(base.virtual_size if size is None else size)
+        wanted = interface.whole_sectors(base.virtual_size if size is None else size)
         assert base.fd is not None  # a held base is open
         with self._placing(target, confirm=confirm) as unfinished:
             self._cluster.create(unfinished, wanted)
@@ -150,11 +147,11 @@ class RbdBackend(base_module.StorageBackend):
         unfinished = self._named(f"{target}.{durable.new_id()}.new")
         try:
             yield unfinished
-            self._host.trace("disk:made")
+            self._host.trace(TracePoint.DISK_MADE)
             confirm()
-            self._host.trace("disk:confirmed")
+            self._host.trace(TracePoint.DISK_CONFIRMED)
             self._cluster.rename(unfinished, target)
-            self._host.trace("disk:placed")
+            self._host.trace(TracePoint.DISK_PLACED)
         except BaseException:
             # What cannot be removed now is swept later; the error that led here matters more.
             with contextlib.suppress(errors.ImageCacheError):
@@ -180,7 +177,7 @@ class RbdBackend(base_module.StorageBackend):
         return model.Disk(target, "raw", self._cluster.stat(self._named(target)).size)
 
     def resize(self, disk: model.Disk, size: int) -> model.Disk:
-        current, size = self.inspect(disk.target), base_module.whole_sectors(size)
+        current, size = self.inspect(disk.target), interface.whole_sectors(size)
         if size < current.virtual_size:
             raise errors.DiskTooSmallError(
                 f"the disk has {current.virtual_size} bytes and is never shrunk to {size}",

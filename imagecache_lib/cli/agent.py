@@ -43,9 +43,12 @@ class Agent(base.Base):
             help=f"entry point of the group {PROVIDERS} that returns the instances, instead of a file",
         )
         parser.add_argument(
-            "--max-bytes", type=values.size, default=0, metavar="SIZE",
+            "--max-bytes",
+            type=values.size,
+            default=0,
+            metavar="SIZE",
             help="the most that one job may bring onto this host, such as 200G (default: no limit)",
-        )  # fmt: skip
+        )
         bus.add_topic(parser)
         sources.add_options(parser)
         peers.add_options(parser)
@@ -115,8 +118,10 @@ def run_passes(cache: manager.ImageCacheManager, provider: Provider, stop: threa
                 LOG.warning("%s", problem)
             LOG.info(
                 "Of %d base images %d were evicted, %d bytes",
-                len(report.bases), len(report.evicted), report.reclaimed,
-            )  # fmt: skip
+                len(report.bases),
+                len(report.evicted),
+                report.reclaimed,
+            )
         if stop.wait(interval or _EVERY_MINUTE):
             return
 

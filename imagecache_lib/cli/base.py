@@ -15,7 +15,7 @@ from imagecache_lib import errors, events, manager, model, opts
 from imagecache_lib.cli import progress
 from imagecache_lib.observers.log import LogObserver
 from imagecache_lib.sources import file
-from imagecache_lib.sources import interface as source_base
+from imagecache_lib.sources.interface import ImageSource
 
 LOG = logging.getLogger("imagecache")
 
@@ -68,7 +68,7 @@ class Base(command.Command):
 
     def manager(
         self,
-        source: source_base.ImageSource | None = None,
+        source: ImageSource | None = None,
         *,
         observers: Sequence[events.Observer] = (),
         progress_shown: bool = True,
@@ -102,11 +102,12 @@ class BaseShow(Base, show.ShowOne):
 def add_instances(parser: argparse._ActionsContainer) -> None:
     """Let a command take the driver's report."""
     parser.add_argument(
-        "--instances", metavar="FILE",
+        "--instances",
+        metavar="FILE",
         help="JSON list of all instances on this host (on shared storage: on all hosts), each an object with "
         "uuid, host, images, directories, swap_mb, ephemerals. Without it nothing can go. [] says that the "
         "disks under the disk roots are all there is.",
-    )  # fmt: skip
+    )
 
 
 def read_instances(path: str | None) -> tuple[model.Instance, ...] | None:

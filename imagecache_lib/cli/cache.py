@@ -20,9 +20,10 @@ class Verify(base.BaseLister):
         parser.add_argument("--evict", action="store_true", help="remove what can go (default: only say so)")
         base.add_instances(parser)
         parser.add_argument(
-            "--textfile", metavar="FILE",
+            "--textfile",
+            metavar="FILE",
             help="with --evict: write the figures of this pass for node_exporter's textfile collector",
-        )  # fmt: skip
+        )
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
@@ -77,13 +78,17 @@ class Scrub(base.BaseLister):
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         parser.add_argument(
-            "image_ids", nargs="*", metavar="IMAGE",
+            "image_ids",
+            nargs="*",
+            metavar="IMAGE",
             help="id of an image, or name of a base image (default: all, the longest unchecked first)",
-        )  # fmt: skip
+        )
         parser.add_argument(
-            "--rate", type=int, metavar="BYTES",
+            "--rate",
+            type=int,
+            metavar="BYTES",
             help="bytes to read per second, 0 for no limit (default: scrub_rate of the configuration)",
-        )  # fmt: skip
+        )
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:

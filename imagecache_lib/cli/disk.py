@@ -18,13 +18,16 @@ class Create(base.BaseShow):
         parser.add_argument("image", help="id of an image")
         parser.add_argument("target", help="path of the disk; for rbd the name of an image in the pool")
         parser.add_argument(
-            "--size", type=values.size, metavar="SIZE",
+            "--size",
+            type=values.size,
+            metavar="SIZE",
             help="virtual size, such as 20G (default: the image's)",
         )
         parser.add_argument(
-            "--reuse", action="store_true",
+            "--reuse",
+            action="store_true",
             help="keep a disk that is there, make sure of its base, and grow it",
-        )  # fmt: skip
+        )
         sources.add_options(parser)
         return parser
 

@@ -113,9 +113,11 @@ class Cache(base.BaseLister):
         parser = super().get_parser(prog_name)
         parser.add_argument("image", nargs="+", help="id of an image")
         parser.add_argument(
-            "--pin-for", type=values.duration, metavar="DURATION",
+            "--pin-for",
+            type=values.duration,
+            metavar="DURATION",
             help="keep it for 90s, 30m, 12h or 7d, used or not",
-        )  # fmt: skip
+        )
         sources.add_options(parser)
         return parser
 
@@ -169,9 +171,12 @@ class Pin(base.Base):
         parser.add_argument("image", help="id of an image")
         parser.add_argument("--owner", default=_OWNER, help="who wants it (default: %(default)s)")
         parser.add_argument(
-            "--for", dest="duration", type=values.duration, metavar="DURATION",
+            "--for",
+            dest="duration",
+            type=values.duration,
+            metavar="DURATION",
             help="90s, 30m, 12h or 7d (default: until it is unpinned)",
-        )  # fmt: skip
+        )
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:

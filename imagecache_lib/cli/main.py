@@ -65,10 +65,13 @@ class ImageCacheApp(app.App):
             description, version, {**(argparse_kwargs or {}), "allow_abbrev": False}
         )
         parser.add_argument(
-            "--config-file", action="append", default=[], metavar="PATH",
+            "--config-file",
+            action="append",
+            default=[],
+            metavar="PATH",
             help="oslo.config file, such as /etc/nova/nova.conf; may be given several times, later ones win. "
             "Default: imagecache.conf in ~/.imagecache, ~, /etc/imagecache or /etc, if there is one.",
-        )  # fmt: skip
+        )
         parser.add_argument(
             "--instances-path", metavar="PATH", help="instances directory, instead of the configuration's"
         )

@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--peer-token-file", metavar="PATH", help="file with the secret that all peers share")
     group.add_argument("--peer-cafile", metavar="PATH", help="CA certificates that vouch for peers")
     group.add_argument("--peer-cert", metavar="PATH", help="certificate to serve with, and its chain")
-    group.add_argument("--peer-key", metavar="PATH", help="the certificate's key")  # fmt: skip
+    group.add_argument("--peer-key", metavar="PATH", help="the certificate's key")
 
 
 def chosen(arguments: argparse.Namespace) -> tuple[PeerSource, ...]:

@@ -31,9 +31,11 @@ class _JobCommand(base.BaseLister):
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         parser.add_argument(
-            "--jobs", metavar="PATH", default=os.environ.get(_DATABASE, "~/.imagecache/jobs.sqlite"),
+            "--jobs",
+            metavar="PATH",
+            default=os.environ.get(_DATABASE, "~/.imagecache/jobs.sqlite"),
             help=f"file in which jobs are kept (default: ${_DATABASE}, else ~/.imagecache/jobs.sqlite)",
-        )  # fmt: skip
+        )
         return parser
 
     def database(self, arguments: argparse.Namespace) -> JobDatabase:
@@ -72,10 +74,13 @@ class _HostsCommand(_JobCommand):
         """Let the command name hosts and images."""
         parser.add_argument("image", nargs="+", help="id of an image")
         parser.add_argument(
-            "--host", action="append", default=[], metavar="NAME",
+            "--host",
+            action="append",
+            default=[],
+            metavar="NAME",
             help="a host, as its agent calls itself; may be given several times (default: this one alone, "
             "without a message bus)",
-        )  # fmt: skip
+        )
         parser.add_argument("--hosts-file", metavar="PATH", help="file with the name of a host on each line")
 
     def hosts(self, arguments: argparse.Namespace) -> list[str]:
@@ -188,9 +193,13 @@ class Plan(_HostsCommand):
         if wanted > survey.free:
             problems.append("there is not enough room")
         return (
-            name, len(survey.present), len(survey.missing), values.Bytes(wanted), values.Bytes(survey.free),
+            name,
+            len(survey.present),
+            len(survey.missing),
+            values.Bytes(wanted),
+            values.Bytes(survey.free),
             "; ".join(problems),
-        )  # fmt: skip
+        )
 
 
 class Start(_HostsCommand):
@@ -242,9 +251,12 @@ class Start(_HostsCommand):
             help="how often a host tries an image again after a failure that may pass (default: %(default)s)",
         )
         parser.add_argument(
-            "--jitter", type=values.duration, default=0, metavar="DURATION",
+            "--jitter",
+            type=values.duration,
+            default=0,
+            metavar="DURATION",
             help="let hosts begin within so long, at random",
-        )  # fmt: skip
+        )
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
@@ -324,11 +336,16 @@ class List(_JobCommand):
         ]
         return header, [
             (
-                work.id, work.aggregate, values.Date(work.created), len(work.hosts), len(work.image_ids),
-                _state(work), *work.count().values(),
+                work.id,
+                work.aggregate,
+                values.Date(work.created),
+                len(work.hosts),
+                len(work.image_ids),
+                _state(work),
+                *work.count().values(),
             )
             for work in self.database(parsed_args).all()
-        ]  # fmt: skip
+        ]
 
 
 def _state(work: job.Job) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import file, glance, http
-from imagecache_lib.sources import interface as base
+from imagecache_lib.sources.interface import ImageSource
 
 _DEFAULT_INTERFACE = "public"
 
@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--disk-format", metavar="FORMAT", help="what --http and --file are said to be")
 
 
-def chosen(arguments: argparse.Namespace, images: list[str]) -> base.ImageSource:
+def chosen(arguments: argparse.Namespace, images: list[str]) -> ImageSource:
     """Return the source that the command line names.
 
     :raises ConfigError: it names none, or one that cannot work.
@@ -60,7 +60,7 @@ def chosen(arguments: argparse.Namespace, images: list[str]) -> base.ImageSource
     return _from_environment(os.environ)
 
 
-def _from_environment(environment: Mapping[str, str]) -> base.ImageSource:
+def _from_environment(environment: Mapping[str, str]) -> ImageSource:
     if "OS_AUTH_URL" not in environment:
         raise errors.ConfigError(
             "there is no source for images",

@@ -11,10 +11,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from imagecache_lib import dates, errors, model
 from imagecache_lib.diagnostics.preflight import Severity
 from imagecache_lib.formats.qcow2 import header as qcow2_header
-from imagecache_lib.store import directory as store
+from imagecache_lib.formats.qcow2.header import HeaderError, NotQcow2
 from imagecache_lib.store import layout, pins
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.upkeep import headers, inventory, references
-from imagecache_lib.upkeep import scan as disks
+from imagecache_lib.upkeep.scan import Scan
 
 _HEAD = 2**20
 
@@ -48,10 +49,10 @@ class AuditReport:
     overlays: int
 
 
-class _Audit(disks.Scan):
+class _Audit(Scan):
     """The pass's reading of all disks, which here takes down every reference into the cache."""
 
-    def __init__(self, cache: store.CacheStore, names: Collection[str]) -> None:
+    def __init__(self, cache: CacheStore, names: Collection[str]) -> None:
         super().__init__(cache, names, references.Memory())
         self.overlays: dict[str, tuple[str, str | None]] = {}
         self.findings: list[AuditFinding] = []
@@ -62,7 +63,7 @@ class _Audit(disks.Scan):
         try:
             with open(path, "rb") as stream:
                 header = qcow2_header.parse(stream.read(_HEAD))
-        except (OSError, qcow2_header.NotQcow2, qcow2_header.HeaderError) as error:
+        except (OSError, NotQcow2, HeaderError) as error:
             self._add(Severity.WARNING, path, f"its header cannot be read: {error}", "check the disk")
             return
         name = self._name_in_cache(path, reference)
@@ -70,9 +71,11 @@ class _Audit(disks.Scan):
             return
         if pinned not in (None, "qcow2"):
             self._add(
-                Severity.WARNING, path, f"disk.info says {pinned}, and its header says qcow2",
+                Severity.WARNING,
+                path,
+                f"disk.info says {pinned}, and its header says qcow2",
                 "find out which is true; a guest may have written the header",
-            )  # fmt: skip
+            )
         if pinned != "raw":
             format = header.backing_format
             self.overlays[path] = (name, None if format is None else format.decode("ascii", "replace"))
@@ -95,7 +98,7 @@ class _Audit(disks.Scan):
         self.findings.append(AuditFinding(severity, subject, text, next_step))
 
 
-def examine(cache: store.CacheStore, instances: Sequence[model.Instance] | None) -> AuditReport:
+def examine(cache: CacheStore, instances: Sequence[model.Instance] | None) -> AuditReport:
     """Compare the disks with the cache.
 
     :param instances: as the driver reports them. None: the disks are all that is known.
@@ -112,10 +115,14 @@ def examine(cache: store.CacheStore, instances: Sequence[model.Instance] | None)
             findings.extend(_format(cache, path, name, format))
         else:
             image = f" of image {images[name]}" if name in images else ""
-            findings.append(AuditFinding(
-                Severity.ERROR, path, f"its base image {name}{image} is missing",
-                "fetch it again before the disk is started, with ensure_backing",
-            ))  # fmt: skip
+            findings.append(
+                AuditFinding(
+                    Severity.ERROR,
+                    path,
+                    f"its base image {name}{image} is missing",
+                    "fetch it again before the disk is started, with ensure_backing",
+                )
+            )
     used = {name for each in found.readings.values() for name in each}
     used.update(name for name, _user in references.reported(names, instances or (), []))
     now = cache.host.clock()
@@ -136,13 +143,15 @@ def _images(instances: Iterable[model.Instance]) -> Iterator[tuple[str, str]]:
                 yield layout.base_name(image_id), image_id
 
 
-def _format(cache: store.CacheStore, path: str, name: str, format: str | None) -> Iterator[AuditFinding]:
+def _format(cache: CacheStore, path: str, name: str, format: str | None) -> Iterator[AuditFinding]:
     """Yield what is wrong with the format that an overlay says its base has."""
     if format is None:
         yield AuditFinding(
-            Severity.WARNING, path, "its header does not say which format its base image has",
+            Severity.WARNING,
+            path,
+            "its header does not say which format its base image has",
             "write it into the header with qemu-img rebase -u -F while the disk is not in use",
-        )  # fmt: skip
+        )
         return
     try:
         opened = cache.open_base(name)
@@ -157,13 +166,15 @@ def _format(cache: store.CacheStore, path: str, name: str, format: str | None) -
     held = record.stored_format if record is not None else "qcow2" if is_qcow2 else "raw"
     if format != held and (record is not None or is_qcow2 or format == "qcow2"):
         yield AuditFinding(
-            Severity.ERROR, path, f"its header says that its base image {name} is {format}, and it is {held}",
+            Severity.ERROR,
+            path,
+            f"its header says that its base image {name} is {format}, and it is {held}",
             "do not start it; find out which base image it was made on",
-        )  # fmt: skip
+        )
 
 
 def _leftovers(
-    cache: store.CacheStore, there: inventory.Inventory, unfinished: Sequence[str], now: float
+    cache: CacheStore, there: inventory.Inventory, unfinished: Sequence[str], now: float
 ) -> Iterator[AuditFinding]:
     for each in there.foreign_stages:
         yield AuditFinding(Severity.INFO, each.name, f"unfinished, {_age(now - each.last_use)} old")
@@ -173,12 +184,14 @@ def _leftovers(
             yield AuditFinding(Severity.INFO, path, f"unfinished, {age} old")
     for name in there.odd:
         yield AuditFinding(
-            Severity.WARNING, name, "no base image, and nobody knows what it is",
+            Severity.WARNING,
+            name,
+            "no base image, and nobody knows what it is",
             "find out who put it there, and move it away",
-        )  # fmt: skip
+        )
 
 
-def _stages(cache: store.CacheStore) -> list[str]:
+def _stages(cache: CacheStore) -> list[str]:
     try:
         return sorted(cache.layout.stage(name) for name in os.listdir(cache.layout.stages))
     except FileNotFoundError:

@@ -8,8 +8,8 @@ import dataclasses
 import os
 
 from imagecache_lib import errors, model
-from imagecache_lib.store import directory as store
 from imagecache_lib.store import layout, pins, trash
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import Hosts
 from imagecache_lib.system import durable
 from imagecache_lib.upkeep import inventory
@@ -70,12 +70,12 @@ class RegisteredHost:
     blocks: int
 
 
-def listed(cache: store.CacheStore) -> tuple[CachedBase, ...]:
+def listed(cache: CacheStore) -> tuple[CachedBase, ...]:
     """Return every base, sorted by name."""
     return tuple(_described(cache, entry) for entry in inventory.take(cache).bases)
 
 
-def _described(cache: store.CacheStore, entry: inventory.Entry) -> CachedBase:
+def _described(cache: CacheStore, entry: inventory.Entry) -> CachedBase:
     record = None
     with contextlib.suppress(errors.CacheEntryError):  # QEMU's user may own it, and nobody else read it
         record = cache.evidence_of(entry.name)
@@ -106,7 +106,7 @@ def _described(cache: store.CacheStore, entry: inventory.Entry) -> CachedBase:
     )
 
 
-def registered(cache: store.CacheStore, hosts: Hosts) -> tuple[RegisteredHost, ...]:
+def registered(cache: CacheStore, hosts: Hosts) -> tuple[RegisteredHost, ...]:
     """Return every registered host, by name."""
     entries = {thrown.entry for thrown in trash.find(cache)}
     found = [
@@ -121,7 +121,7 @@ def registered(cache: store.CacheStore, hosts: Hosts) -> tuple[RegisteredHost, .
     return tuple(sorted(found, key=lambda host: (host.name or "", host.id)))
 
 
-def name_of(cache: store.CacheStore, reference: str) -> str:
+def name_of(cache: CacheStore, reference: str) -> str:
     """Return the name of the base that is meant: an image id's, unless it is the name of one that is there.
 
     :raises ImageRejected: neither is possible.

@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from oslo_concurrency import processutils
 
 from imagecache_lib import dates
-from imagecache_lib.backends import interface as base
+from imagecache_lib.backends.interface import StorageBackend
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import layout
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable, locks
-from imagecache_lib.system import host as host_module
+from imagecache_lib.system.host import System
 from imagecache_lib.upkeep import inventory
 
 #: The users that distributions run QEMU as.
@@ -67,12 +68,20 @@ class Finding:
     next_step: str = ""
 
 
-def examine(cache: store.CacheStore, backend: base.StorageBackend) -> list[Finding]:
+def examine(cache: CacheStore, backend: StorageBackend) -> list[Finding]:
     """Look at everything, the worst first."""
     found = [_warning(text, "") for text in backend.preflight()]
     for check in (
-        _instances, _directories, _layout, _roots, _programs, _readers, _space, _filesystem, _entries,
-    ):  # fmt: skip
+        _instances,
+        _directories,
+        _layout,
+        _roots,
+        _programs,
+        _readers,
+        _space,
+        _filesystem,
+        _entries,
+    ):
         try:
             found.extend(check(cache))
         except OSError as error:
@@ -95,7 +104,7 @@ def _warning(text: str, next_step: str) -> Finding:
 # -- directories -----------------------------------------------------------------------------------------
 
 
-def _instances(cache: store.CacheStore) -> Iterator[Finding]:
+def _instances(cache: CacheStore) -> Iterator[Finding]:
     path = cache.config.instances_path
     try:
         found = os.stat(path)
@@ -119,7 +128,7 @@ def _instances(cache: store.CacheStore) -> Iterator[Finding]:
         )
 
 
-def _directories(cache: store.CacheStore) -> Iterator[Finding]:
+def _directories(cache: CacheStore) -> Iterator[Finding]:
     config, where = cache.config, cache.layout
     for path in (where.base_path, where.private, where.locks_path):
         if os.path.lexists(path) and not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
@@ -132,7 +141,7 @@ def _directories(cache: store.CacheStore) -> Iterator[Finding]:
         )
 
 
-def _layout(cache: store.CacheStore) -> Iterator[Finding]:
+def _layout(cache: CacheStore) -> Iterator[Finding]:
     try:
         found = durable.read_file(cache.layout.version)
     except PermissionError:
@@ -145,7 +154,7 @@ def _layout(cache: store.CacheStore) -> Iterator[Finding]:
         )
 
 
-def _roots(cache: store.CacheStore) -> Iterator[Finding]:
+def _roots(cache: CacheStore) -> Iterator[Finding]:
     for root in cache.config.disk_roots:
         if not os.path.isdir(root):
             yield _error(
@@ -154,7 +163,7 @@ def _roots(cache: store.CacheStore) -> Iterator[Finding]:
             )
 
 
-def _entries(cache: store.CacheStore) -> Iterator[Finding]:
+def _entries(cache: CacheStore) -> Iterator[Finding]:
     for name in inventory.take(cache).odd:
         path = cache.layout.base(name)
         yield _warning(f"{path} is nothing that belongs into a cache, and is not touched.", "Move it away.")
@@ -163,7 +172,7 @@ def _entries(cache: store.CacheStore) -> Iterator[Finding]:
 # -- programs --------------------------------------------------------------------------------------------
 
 
-def _programs(cache: store.CacheStore) -> Iterator[Finding]:
+def _programs(cache: CacheStore) -> Iterator[Finding]:
     host = cache.host
     said = _version(host, "qemu-img")
     if said is None:
@@ -197,7 +206,7 @@ def _programs(cache: store.CacheStore) -> Iterator[Finding]:
             )
 
 
-def _version(host: host_module.Host, program: str) -> str | None:
+def _version(host: System, program: str) -> str | None:
     try:
         return host.execute(program, "--version")[0].strip()
     except (processutils.ProcessExecutionError, OSError):
@@ -207,7 +216,7 @@ def _version(host: host_module.Host, program: str) -> str | None:
 # -- who reads the bases ---------------------------------------------------------------------------------
 
 
-def _readers(cache: store.CacheStore) -> Iterator[Finding]:
+def _readers(cache: CacheStore) -> Iterator[Finding]:
     """QEMU runs as a user of its own, and opens bases by their path."""
     account = next(filter(None, map(_account, _QEMU_USERS)), None)
     if account is None or account.pw_uid == os.geteuid():
@@ -293,7 +302,7 @@ def _user(uid: int) -> str:
 # -- the filesystem --------------------------------------------------------------------------------------
 
 
-def _space(cache: store.CacheStore) -> Iterator[Finding]:
+def _space(cache: CacheStore) -> Iterator[Finding]:
     path = _there(cache)
     found = os.statvfs(path)
     free = found.f_bavail * found.f_frsize
@@ -315,7 +324,7 @@ def _space(cache: store.CacheStore) -> Iterator[Finding]:
         )
 
 
-def _filesystem(cache: store.CacheStore) -> Iterator[Finding]:
+def _filesystem(cache: CacheStore) -> Iterator[Finding]:
     """Try what is needed on two descriptors of a file that has no name any more."""
     directory = _there(cache)
     probe = os.path.join(directory, f"clock.{durable.new_id()}")  # a crash's is swept like the cache's own
@@ -365,10 +374,9 @@ def _excludes(first: int, second: int) -> bool:
     return False
 
 
-def _there(cache: store.CacheStore) -> str:
+def _there(cache: CacheStore) -> str:
     """Return the directory that is on the cache's filesystem, whether there is a cache yet or not."""
     for path in (cache.layout.private, cache.layout.base_path):
         if os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK, effective_ids=True):
             return path
     return cache.config.instances_path
-

@@ -17,9 +17,9 @@ from typing import Any
 
 from oslo_concurrency import processutils
 
-from imagecache_lib import config as config_module
 from imagecache_lib import errors
-from imagecache_lib.system import host as host_module
+from imagecache_lib.config import CacheConfig
+from imagecache_lib.system.host import System
 
 #: Seconds between two looks whether anybody still waits for a conversion.
 _LOOK_EVERY = 0.25
@@ -35,7 +35,7 @@ class StorageFailed(errors.BackendError):
 class QemuImg:
     """Runs qemu-img within the limits of the configuration."""
 
-    def __init__(self, config: config_module.CacheConfig, host: host_module.Host) -> None:
+    def __init__(self, config: CacheConfig, host: System) -> None:
         self._config = config
         self._host = host
 
@@ -45,9 +45,16 @@ class QemuImg:
         :raises BackendError: it cannot be read as that.
         """
         out = self._run(
-            path, "info", "--force-share", "--output=json", "-f", format, path,
-            cpu=self._config.images_cpu_time_limit, memory=self._config.images_address_space_limit,
-        )  # fmt: skip
+            path,
+            "info",
+            "--force-share",
+            "--output=json",
+            "-f",
+            format,
+            path,
+            cpu=self._config.images_cpu_time_limit,
+            memory=self._config.images_address_space_limit,
+        )
         found: dict[str, Any] = json.loads(out)
         return found
 
@@ -60,9 +67,17 @@ class QemuImg:
         # 64 KiB. The map would be exact, and has a line for each extent: a vmdk of two megabytes, whose grain
         # tables are all one, fills gigabytes with it.
         out = self._run(
-            path, "measure", "--output=json", "-f", format, "-O", "qcow2", path,
-            cpu=self._config.convert_cpu_time_limit, memory=self._config.convert_address_space_limit,
-        )  # fmt: skip
+            path,
+            "measure",
+            "--output=json",
+            "-f",
+            format,
+            "-O",
+            "qcow2",
+            path,
+            cpu=self._config.convert_cpu_time_limit,
+            memory=self._config.convert_address_space_limit,
+        )
         return int(json.loads(out)["required"])
 
     def convert_to_raw(
@@ -78,12 +93,23 @@ class QemuImg:
         try:
             with _watched(check) as watch:
                 self._run(
-                    source, "convert", "-n", "--target-is-zero", "-W", "-m", "8",
-                    "-f", source_format, "-O", "raw", source, target,
+                    source,
+                    "convert",
+                    "-n",
+                    "--target-is-zero",
+                    "-W",
+                    "-m",
+                    "8",
+                    "-f",
+                    source_format,
+                    "-O",
+                    "raw",
+                    source,
+                    target,
                     cpu=self._config.convert_cpu_time_limit,
                     memory=self._config.convert_address_space_limit,
                     on_execute=watch,
-                )  # fmt: skip
+                )
         except StorageFailed:
             raise
         except errors.BackendError as error:
@@ -110,9 +136,11 @@ class QemuImg:
 
     def _work(self, path: str, *arguments: str) -> None:
         self._run(
-            path, *arguments,
-            cpu=self._config.convert_cpu_time_limit, memory=self._config.convert_address_space_limit,
-        )  # fmt: skip
+            path,
+            *arguments,
+            cpu=self._config.convert_cpu_time_limit,
+            memory=self._config.convert_address_space_limit,
+        )
 
     def _run(
         self,

@@ -15,14 +15,14 @@ from imagecache_lib import errors, model
 from imagecache_lib.formats import inspection
 from imagecache_lib.ingest import digest
 from imagecache_lib.ingest.call import Call
-from imagecache_lib.store import directory as store
-from imagecache_lib.store import evidence
+from imagecache_lib.store import directory, evidence
+from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable
 from imagecache_lib.system.translate import translated
 
 
 def adopt(
-    cache: store.CacheStore, base: store.OpenBase, call: Call, use: evidence.Use
+    cache: CacheStore, base: OpenBase, call: Call, use: evidence.Use
 ) -> tuple[evidence.Record | None, str]:
     """Check a base that carries no evidence, and write down what was found.
 
@@ -44,7 +44,7 @@ def adopt(
 
 
 def inspect_again(
-    cache: store.CacheStore, base: store.OpenBase, record: evidence.Record, call: Call
+    cache: CacheStore, base: OpenBase, record: evidence.Record, call: Call
 ) -> tuple[evidence.Record | None, str]:
     """Inspect a base whose evidence lacks nothing else, and renew that in its record.
 
@@ -84,7 +84,7 @@ def _claims(record: evidence.Record, call: Call) -> tuple[str | None, ...]:
 
 
 def _inspect_stored(
-    cache: store.CacheStore, base: store.OpenBase, record: evidence.Record, claims: tuple[str | None, ...]
+    cache: CacheStore, base: OpenBase, record: evidence.Record, claims: tuple[str | None, ...]
 ) -> inspection.Finding:
     if record.converted:
         return _look_at_conversion(cache, base)
@@ -95,7 +95,7 @@ def _inspect_stored(
 
 
 def _bound(
-    base: store.OpenBase,
+    base: OpenBase,
     call: Call,
     image: model.Image | None,
     finding: inspection.Finding | None,
@@ -105,7 +105,7 @@ def _bound(
     record = evidence.Record(
         name=base.name,
         image_id=call.image_id,
-        base_id=store.mark(base.fd),
+        base_id=directory.mark(base.fd),
         inode=base.stat.st_ino,
         size=base.stat.st_size,
         origin=evidence.Origin.ADOPTED,
@@ -130,7 +130,7 @@ def _what_the_source_says(call: Call) -> model.Image | None:
     return image
 
 
-def _inspect(cache: store.CacheStore, base: store.OpenBase, image: model.Image | None) -> inspection.Finding:
+def _inspect(cache: CacheStore, base: OpenBase, image: model.Image | None) -> inspection.Finding:
     strict = not cache.config.disable_deep_image_inspection
     if image is None or image.size is None:
         return _look(cache, base, None, strict=strict)
@@ -140,7 +140,7 @@ def _inspect(cache: store.CacheStore, base: store.OpenBase, image: model.Image |
     return _look_at_conversion(cache, base)
 
 
-def _look_at_conversion(cache: store.CacheStore, base: store.OpenBase) -> inspection.Finding:
+def _look_at_conversion(cache: CacheStore, base: OpenBase) -> inspection.Finding:
     """Inspect what was converted to raw.
 
     A disk's own bytes need not pass the rules for images, such as that a boot sector has partitions, but must
@@ -152,9 +152,7 @@ def _look_at_conversion(cache: store.CacheStore, base: store.OpenBase) -> inspec
     return finding
 
 
-def _look(
-    cache: store.CacheStore, base: store.OpenBase, claimed: str | None, *, strict: bool
-) -> inspection.Finding:
+def _look(cache: CacheStore, base: OpenBase, claimed: str | None, *, strict: bool) -> inspection.Finding:
     return inspection.inspect_file(
         base.fd,
         claimed,
@@ -164,12 +162,12 @@ def _look(
     )
 
 
-def _unconverted(base: store.OpenBase, image: model.Image) -> bool:
+def _unconverted(base: OpenBase, image: model.Image) -> bool:
     return image.size is not None and base.stat.st_size == image.size
 
 
 def _compare(
-    base: store.OpenBase,
+    base: OpenBase,
     call: Call,
     image: model.Image | None,
     use: evidence.Use,
@@ -199,7 +197,7 @@ def _compare(
     return False
 
 
-def _compare_converted(base: store.OpenBase, image: model.Image) -> None:
+def _compare_converted(base: OpenBase, image: model.Image) -> None:
     if image.disk_format == "raw" and image.size is not None:
         raise errors.ImageRejected(
             f"it has {base.stat.st_size} bytes, and the raw image it was made from has {image.size}"
@@ -210,7 +208,7 @@ def _compare_converted(base: store.OpenBase, image: model.Image) -> None:
         )
 
 
-def _virtual_size(base: store.OpenBase, finding: inspection.Finding | None) -> int:
+def _virtual_size(base: OpenBase, finding: inspection.Finding | None) -> int:
     if finding is not None and finding.virtual_size is not None:
         return finding.virtual_size
     return -(-base.stat.st_size // 512) * 512
@@ -222,7 +220,7 @@ def _as_converted(record: evidence.Record, image: model.Image) -> evidence.Recor
     return dataclasses.replace(record, source_format=source_format)
 
 
-def _make_durable(base: store.OpenBase) -> None:
+def _make_durable(base: OpenBase) -> None:
     """Nobody knows whether its maker synced it, and overlays are about to depend on it."""
     os.fsync(base.fd)
     durable.sync_directory(os.path.dirname(base.path))

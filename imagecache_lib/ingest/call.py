@@ -6,12 +6,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from imagecache_lib import config as config_module
 from imagecache_lib import errors, model
-from imagecache_lib.sources import interface as source_base
+from imagecache_lib.config import CacheConfig
 from imagecache_lib.sources import transfer
+from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
-from imagecache_lib.system import host as host_module
+from imagecache_lib.system.host import System
 
 
 class Call:
@@ -30,9 +30,9 @@ class Call:
         image_id: str,
         request: model.Request,
         *,
-        source: source_base.ImageSource,
-        config: config_module.CacheConfig,
-        host: host_module.Host,
+        source: ImageSource,
+        config: CacheConfig,
+        host: System,
         stored_format: str | None = None,
         size: int | None = None,
     ) -> None:
@@ -44,7 +44,7 @@ class Call:
         self._source = request.source or source
         self._config = config
         self._host = host
-        self._described: tuple[source_base.ImageSource, model.Image] | None = None
+        self._described: tuple[ImageSource, model.Image] | None = None
 
     @property
     def trusted_certs(self) -> tuple[str, ...] | None:
@@ -97,7 +97,7 @@ class Call:
                 next_step="try again later, or allow more time",
             )
 
-    def describe(self) -> tuple[source_base.ImageSource, model.Image]:
+    def describe(self) -> tuple[ImageSource, model.Image]:
         """Return the source that has the image, and what it says of it.
 
         :raises: as :func:`imagecache_lib.sources.transfer.describe`.

@@ -10,9 +10,11 @@ from typing import Protocol
 
 from imagecache_lib import errors
 from imagecache_lib.formats import inspection, qemu_img
-from imagecache_lib.formats.qcow2 import decoder as qcow2_decoder
-from imagecache_lib.store import directory as store
+from imagecache_lib.formats.qcow2.decoder import StreamDecoder
 from imagecache_lib.store import stage as stages
+from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.stage import Stage, StageGone
+from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 
 #: A guest's disk is counted in sectors of this size, so a raw image ends on a whole one.
@@ -48,7 +50,7 @@ class Decoder(Protocol):
 class PassThrough:
     """Stores the bytes as they come, zeros as holes."""
 
-    def __init__(self, stage: stages.Stage, stored_format: str, virtual_size: int | None) -> None:
+    def __init__(self, stage: Stage, stored_format: str, virtual_size: int | None) -> None:
         self.stored_format = stored_format
         self._stage = stage
         self._virtual_size = virtual_size
@@ -79,15 +81,15 @@ class Qcow2Stream:
 
     def __init__(
         self,
-        stage: stages.Stage,
+        stage: Stage,
         *,
-        cache: store.CacheStore,
+        cache: CacheStore,
         file_size: int | None,
         reserve: Callable[[int], None],
     ) -> None:
         self._stage = stage
         self._reserve = reserve
-        self._decoder = qcow2_decoder.StreamDecoder(
+        self._decoder = StreamDecoder(
             stage.content,
             spill=lambda: stages.side_file(cache),
             file_size=file_size,
@@ -121,10 +123,10 @@ class SpoolAndConvert:
 
     def __init__(
         self,
-        stage: stages.Stage,
+        stage: Stage,
         finding: inspection.Finding,
         *,
-        cache: store.CacheStore,
+        cache: CacheStore,
         converter: qemu_img.QemuImg,
         reserve: Callable[[int], None],
         check: Callable[[], None],
@@ -136,13 +138,13 @@ class SpoolAndConvert:
         self._converter = converter
         self._reserve = reserve
         self._cache = cache
-        self._spool = stages.Stage(cache, stage.name)
+        self._spool = Stage(cache, stage.name)
         # What was reserved for the download is filled by the spool now; the stage needs its own later.
         self._spool.reserved, stage.reserved = stage.reserved, 0
         self._offset = 0
         try:
-            self._spool.note()
-            stage.note()
+            self._spool.write_info()
+            stage.write_info()
         except BaseException:
             self._spool.discard()
             raise
@@ -155,7 +157,7 @@ class SpoolAndConvert:
         with translated(self._stage.path):
             os.ftruncate(self._spool.fd, self._offset)
             os.ftruncate(self._stage.fd, self._virtual_size)
-        self._cache.host.trace("convert")
+        self._cache.host.trace(TracePoint.CONVERT)
         try:
             # What the spool has allocated is gone from the free space already.
             self._reserve(self._decoded_bytes())
@@ -166,7 +168,7 @@ class SpoolAndConvert:
         except errors.ImageRejected as error:
             if not self._spool.is_at_path() or not self._stage.is_at_path():
                 # No fault of the image: somebody swept away what qemu-img was to open.
-                raise stages.StageGone from error
+                raise StageGone from error
             raise
         return self._virtual_size
 
@@ -184,12 +186,12 @@ class SpoolAndConvert:
 
 def choose(
     finding: inspection.Finding | None,
-    stage: stages.Stage,
+    stage: Stage,
     *,
     to_raw: bool,
     whole: bool,
     file_size: int | None,
-    cache: store.CacheStore,
+    cache: CacheStore,
     converter: qemu_img.QemuImg,
     reserve: Callable[[int], None],
     check: Callable[[], None],

@@ -16,10 +16,9 @@ from imagecache_lib import errors, model
 from imagecache_lib.formats import inspection
 from imagecache_lib.ingest.call import Call
 from imagecache_lib.store import checksums, evidence, layout
-from imagecache_lib.store import directory as store
-from imagecache_lib.store import stage as stages
-from imagecache_lib.system import atomic_file as placing
-from imagecache_lib.system import durable, sparse
+from imagecache_lib.store.directory import CacheStore, OpenBase
+from imagecache_lib.store.stage import Stage
+from imagecache_lib.system import atomic_file, durable, sparse
 from imagecache_lib.system.translate import translated
 
 #: Digests that nobody can find a second content for.
@@ -37,7 +36,7 @@ class Twin:
     :param sums: checksums of its content, taken when it arrived.
     """
 
-    opened: store.OpenBase
+    opened: OpenBase
     record: evidence.Record
     sums: checksums.Checksums
 
@@ -47,7 +46,7 @@ class Twin:
         return self.opened.stat.st_blocks * 512
 
 
-def find(cache: store.CacheStore, call: Call, image: model.Image, use: evidence.Use) -> Twin | None:
+def find(cache: CacheStore, call: Call, image: model.Image, use: evidence.Use) -> Twin | None:
     """Look for a base that was made from the same bytes and is stored as this call needs it.
 
     :raises ImageRejected: there is one, and its content is not what this image claims to be.
@@ -63,7 +62,7 @@ def find(cache: store.CacheStore, call: Call, image: model.Image, use: evidence.
     return None
 
 
-def _names_with(digest: model.Digest, cache: store.CacheStore) -> list[str]:
+def _names_with(digest: model.Digest, cache: CacheStore) -> list[str]:
     needle = digest.value.lower().encode()
     found = []
     for entry in sorted(os.listdir(cache.layout.records)):
@@ -75,9 +74,7 @@ def _names_with(digest: model.Digest, cache: store.CacheStore) -> list[str]:
     return found
 
 
-def _open(
-    name: str, cache: store.CacheStore, call: Call, image: model.Image, use: evidence.Use
-) -> Twin | None:
+def _open(name: str, cache: CacheStore, call: Call, image: model.Image, use: evidence.Use) -> Twin | None:
     try:
         opened = cache.open_base(name)
     except errors.CacheEntryError:
@@ -102,7 +99,7 @@ def _open(
 
 
 def _serves(
-    record: evidence.Record, cache: store.CacheStore, call: Call, image: model.Image, use: evidence.Use
+    record: evidence.Record, cache: CacheStore, call: Call, image: model.Image, use: evidence.Use
 ) -> bool:
     """Whether fetching the image would make the same file."""
     config = cache.config
@@ -121,7 +118,7 @@ def _serves(
     return record.stored_format == "raw" if to_raw else not record.converted
 
 
-def _inspect(opened: store.OpenBase, cache: store.CacheStore, image: model.Image) -> None:
+def _inspect(opened: OpenBase, cache: CacheStore, image: model.Image) -> None:
     """Refuse an image that claims to be something else than its content."""
     config = cache.config
     inspection.inspect_file(
@@ -133,16 +130,16 @@ def _inspect(opened: store.OpenBase, cache: store.CacheStore, image: model.Image
     )
 
 
-def share(twin: Twin, stage: stages.Stage) -> bool:
+def share(twin: Twin, stage: Stage) -> bool:
     """Fill a stage with a twin's content by sharing its extents. False: the filesystem cannot."""
     with translated(stage.path):
-        if not placing.share_extents(twin.opened.fd, stage.fd):
+        if not atomic_file.share_extents(twin.opened.fd, stage.fd):
             return False
     stage.checksums.replace(twin.sums)
     return True
 
 
-def copy(twin: Twin, stage: stages.Stage, call: Call) -> bool:
+def copy(twin: Twin, stage: Stage, call: Call) -> bool:
     """Fill a stage with a copy of a twin's content. False: the disk has changed the twin."""
     with translated(stage.path):
         for start, end in sparse.data_extents(twin.opened.fd):

@@ -12,16 +12,16 @@ from collections.abc import Generator, Iterator
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.formats import qemu_img
-from imagecache_lib.formats.qcow2 import decoder as qcow2_decoder
-from imagecache_lib.ingest import adopt, certificates, signing
-from imagecache_lib.ingest import dedup as twin
-from imagecache_lib.ingest import pipeline as intake
+from imagecache_lib.formats.qcow2.decoder import Unstreamable
+from imagecache_lib.ingest import adopt, certificates, dedup, signing
 from imagecache_lib.ingest.call import Call
+from imagecache_lib.ingest.pipeline import Content, Intake
 from imagecache_lib.sources import transfer
-from imagecache_lib.store import directory as store
-from imagecache_lib.store import evidence
-from imagecache_lib.store import reservations as space
-from imagecache_lib.store import stage as stages
+from imagecache_lib.store import evidence, reservations
+from imagecache_lib.store.directory import CacheStore, OpenBase
+from imagecache_lib.store.reservations import MakeRoom
+from imagecache_lib.store.stage import SealedStage, Stage, StageGone
+from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 
 LOG = logging.getLogger(__name__)
@@ -45,11 +45,11 @@ class Ingest:
 
     def __init__(
         self,
-        cache: store.CacheStore,
+        cache: CacheStore,
         converter: qemu_img.QemuImg,
         observers: events.Observers,
         *,
-        make_room: space.MakeRoom = space.nothing_to_free,
+        make_room: MakeRoom = reservations.nothing_to_free,
         certificate_store: certificates.CertificateStore | None = None,
     ) -> None:
         self._cache = cache
@@ -80,7 +80,7 @@ class Ingest:
                 next_step="install imagecache-lib[signatures]",
             )
 
-    def run(self, call: Call, use: evidence.Use) -> stages.SealedStage:
+    def run(self, call: Call, use: evidence.Use) -> SealedStage:
         """Fetch an image into a stage file of its own, which is the caller's to publish or discard.
 
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: and nothing is left.
@@ -88,18 +88,18 @@ class Ingest:
         """
         self.refuse_impossible(call)
         while True:
-            with contextlib.suppress(stages.StageGone):
+            with contextlib.suppress(StageGone):
                 return self._run_once(call, use)
 
     def adopt(
-        self, opened: store.OpenBase, known: evidence.Record | None, call: Call, use: evidence.Use
+        self, opened: OpenBase, known: evidence.Record | None, call: Call, use: evidence.Use
     ) -> tuple[evidence.Record | None, str]:
         """Check a base that carries no evidence, or too little: :mod:`imagecache_lib.ingest.adopt`."""
         if known is not None:
             return adopt.inspect_again(self._cache, opened, known, call)
         return adopt.adopt(self._cache, opened, call, use)
 
-    def _run_once(self, call: Call, use: evidence.Use) -> stages.SealedStage:
+    def _run_once(self, call: Call, use: evidence.Use) -> SealedStage:
         _source, image = call.describe()
         if use is evidence.Use.FILE and image.converted_from is not None:
             raise errors.ImageNotFound(
@@ -108,14 +108,14 @@ class Ingest:
                 next_step="upload it anew",
             )
         started = self._cache.host.clock()
-        stage = stages.Stage(self._cache, call.name)
+        stage = Stage(self._cache, call.name)
         try:
-            stage.note()
+            stage.write_info()
             with self._turn(stage, call):
                 content = self._copy_twin(stage, call, image, use)
                 if content is None:
                     self._reserve(stage, call, image.size or 0)
-                    self._cache.host.trace("ingest:reserved")
+                    self._cache.host.trace(TracePoint.INGEST_RESERVED)
                     content = self._fill(stage, call, image, use)
                 record = self._seal(stage, call, image, content)
         except BaseException as error:
@@ -131,31 +131,29 @@ class Ingest:
                     seconds=self._cache.host.clock() - started,
                 )
             )
-        return stages.SealedStage(stage, record)
+        return SealedStage(stage, record)
 
-    def _copy_twin(
-        self, stage: stages.Stage, call: Call, image: model.Image, use: evidence.Use
-    ) -> intake.Content | None:
+    def _copy_twin(self, stage: Stage, call: Call, image: model.Image, use: evidence.Use) -> Content | None:
         """Make it from a base of the same content. None: there is none that is whole."""
         with translated(self._cache.layout.records):
-            found = twin.find(self._cache, call, image, use)
+            found = dedup.find(self._cache, call, image, use)
         if found is None:
             return None
         with contextlib.closing(found.opened):
-            shared = twin.share(found, stage)
+            shared = dedup.share(found, stage)
             if not shared:
                 self._reserve(stage, call, found.allocated)
-                if not twin.copy(found, stage, call):
+                if not dedup.copy(found, stage, call):
                     stage.clear()
                     return None
         self._observers(events.Copied(call.name, call.image_id, origin=found.record.name, shared=shared))
         record = found.record
-        return intake.Content(
+        return Content(
             record.source_format, record.stored_format, record.virtual_size, 0, inspected=record.inspected
         )
 
-    def _reserve(self, stage: stages.Stage, call: Call, needed: int) -> None:
-        space.reserve(
+    def _reserve(self, stage: Stage, call: Call, needed: int) -> None:
+        reservations.reserve(
             stage,
             needed,
             self._cache,
@@ -165,7 +163,7 @@ class Ingest:
         )
 
     @contextlib.contextmanager
-    def _turn(self, stage: stages.Stage, call: Call) -> Iterator[None]:
+    def _turn(self, stage: Stage, call: Call) -> Iterator[None]:
         """Wait until few enough others fetch. Whoever waits for this image sees that somebody is at it."""
         if self._turns is None:
             yield
@@ -178,17 +176,17 @@ class Ingest:
         finally:
             self._turns.release()
 
-    def _give_up(self, stage: stages.Stage, call: Call, error: BaseException) -> None:
+    def _give_up(self, stage: Stage, call: Call, error: BaseException) -> None:
         swept = not stage.is_at_path()
         stage.discard()
         if swept and isinstance(error, errors.BackendError):
-            raise stages.StageGone from error
+            raise StageGone from error
         if isinstance(error, errors.ImageRejected):
             if error.next_step is None:
                 error.next_step = "have its owner upload a good image under a new id"
             self._observers(events.Rejected(call.name, call.image_id, reason=error.cause))
 
-    def _fill(self, stage: stages.Stage, call: Call, image: model.Image, use: evidence.Use) -> intake.Content:
+    def _fill(self, stage: Stage, call: Call, image: model.Image, use: evidence.Use) -> Content:
         """Pass over the data until it is whole. A clean restart is granted where a resume may be to blame."""
         fetch = call.transfer()
         whole = False
@@ -196,11 +194,17 @@ class Ingest:
             stage.clear()
             try:
                 with contextlib.ExitStack() as stack:
-                    taken = intake.Intake(
-                        stage, call, image, use, self._cache, self._converter,
+                    taken = Intake(
+                        stage,
+                        call,
+                        image,
+                        use,
+                        self._cache,
+                        self._converter,
                         reserve=functools.partial(self._reserve, stage, call),
-                        certificate_store=self._certificates, whole=whole,
-                    )  # fmt: skip
+                        certificate_store=self._certificates,
+                        whole=whole,
+                    )
                     stack.callback(taken.close)
                     for chunk in stack.enter_context(
                         contextlib.closing(self._watched(fetch, stage, call, image))
@@ -209,7 +213,7 @@ class Ingest:
                     return taken.finish()
             except transfer.StartAgain:
                 continue
-            except qcow2_decoder.Unstreamable as error:
+            except Unstreamable as error:
                 LOG.info(
                     "Image %s is fetched once more, to be converted as a whole: %s",
                     call.image_id,
@@ -221,7 +225,7 @@ class Ingest:
                     raise
 
     def _watched(
-        self, fetch: transfer.Transfer, stage: stages.Stage, call: Call, image: model.Image
+        self, fetch: transfer.Transfer, stage: Stage, call: Call, image: model.Image
     ) -> Generator[bytes]:
         """Yield the chunks; reserve as they come if their number is unknown, and tell how far it is."""
         told = 0
@@ -236,9 +240,7 @@ class Ingest:
                         events.Progress(call.name, call.image_id, received=told, total=image.size)
                     )
 
-    def _seal(
-        self, stage: stages.Stage, call: Call, image: model.Image, content: intake.Content
-    ) -> evidence.Record:
+    def _seal(self, stage: Stage, call: Call, image: model.Image, content: Content) -> evidence.Record:
         """Make data and evidence durable, in this order, before anything can refer to them."""
         base_id = stage.seal()
         found = os.fstat(stage.fd)
@@ -260,6 +262,6 @@ class Ingest:
             certificates=content.vouching.chain,
             signed_by=content.vouching.signed_by,
         )
-        stage.note(record)
-        self._cache.host.trace("ingest:sealed")
+        stage.write_info(record)
+        self._cache.host.trace(TracePoint.INGEST_SEALED)
         return record

@@ -15,15 +15,17 @@ from collections.abc import Iterator, Mapping
 
 from oslo_concurrency import processutils
 
-from imagecache_lib import config as config_module
 from imagecache_lib import errors
-from imagecache_lib.formats import superblock as signature
-from imagecache_lib.store import directory as store
-from imagecache_lib.store import evidence, layout
-from imagecache_lib.store import reservations as space
-from imagecache_lib.store import stage as stages
+from imagecache_lib.config import CacheConfig
+from imagecache_lib.formats import superblock
+from imagecache_lib.formats.superblock import Signature
+from imagecache_lib.store import directory, evidence, layout, reservations
+from imagecache_lib.store.directory import CacheStore, OpenBase
+from imagecache_lib.store.reservations import MakeRoom
+from imagecache_lib.store.stage import SealedStage, Stage, StageGone
 from imagecache_lib.system import durable
-from imagecache_lib.system import host as host_module
+from imagecache_lib.system.host import System
+from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 
 #: The label of a guest's first ephemeral disk, as Nova calls it; the only one that is shared.
@@ -61,12 +63,46 @@ _MKFS: Mapping[str, tuple[str, ...]] = {
 }
 _SHARED: Mapping[str, tuple[str, ...]] = {
     "swap": ("mkswap", "-p", "4096", "-U", _UUID),
-    "ext3": ("mkfs.ext3", "-q", "-F", "-b", "4096", "-I", "256", "-i", "16384", "-O", _EXT3,
-             "-U", _UUID, "-E", f"{_EXT_OPTIONS},hash_seed={_UUID}", "-L", LABEL),
-    "ext4": ("mkfs.ext4", "-q", "-F", "-b", "4096", "-I", "256", "-i", "16384", "-O", _EXT4,
-             "-U", _UUID, "-E", f"{_EXT_OPTIONS},hash_seed={_UUID}", "-L", LABEL),
+    "ext3": (
+        "mkfs.ext3",
+        "-q",
+        "-F",
+        "-b",
+        "4096",
+        "-I",
+        "256",
+        "-i",
+        "16384",
+        "-O",
+        _EXT3,
+        "-U",
+        _UUID,
+        "-E",
+        f"{_EXT_OPTIONS},hash_seed={_UUID}",
+        "-L",
+        LABEL,
+    ),
+    "ext4": (
+        "mkfs.ext4",
+        "-q",
+        "-F",
+        "-b",
+        "4096",
+        "-I",
+        "256",
+        "-i",
+        "16384",
+        "-O",
+        _EXT4,
+        "-U",
+        _UUID,
+        "-E",
+        f"{_EXT_OPTIONS},hash_seed={_UUID}",
+        "-L",
+        LABEL,
+    ),
     "vfat": ("mkfs.vfat", "--invariant", "-F", "32", "-n", LABEL),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +146,7 @@ class Generation:
         """
         if self.command is not None:
             try:
-                return [
-                    word % {"fs_label": self.label, "target": target} for word in self.command.split()
-                ]
+                return [word % {"fs_label": self.label, "target": target} for word in self.command.split()]
             except (KeyError, ValueError, TypeError) as error:
                 raise errors.ConfigError(
                     f"virt_mkfs has the command {self.command!r}, which cannot be filled in: {error}",
@@ -125,7 +159,7 @@ class Generation:
             return ["mkswap", target]
         return [*_MKFS[self.kind], self.label or LABEL, target]
 
-    def fault(self, found: signature.Signature | None, size: int, *, empty: bool) -> str | None:
+    def fault(self, found: Signature | None, size: int, *, empty: bool) -> str | None:
         """Return what is wrong with what was made, as a clause. None: nothing.
 
         :param size: the file's, in bytes.
@@ -163,7 +197,7 @@ def ephemeral(
     os_type: str | None,
     fs: str | None,
     label: str | None,
-    config: config_module.CacheConfig,
+    config: CacheConfig,
     share: bool,
 ) -> Generation:
     """Return an empty filesystem of so many GiB.
@@ -190,9 +224,7 @@ def ephemeral(
         )
     # The name says the filesystem and nothing else, so only one label can have it.
     shared = share and kind == default and not command and label == LABEL and kind in _SHARED
-    return Generation(
-        layout.ephemeral_name(size_gb, kind), size_gb * GIB, kind, label, shared=shared
-    )
+    return Generation(layout.ephemeral_name(size_gb, kind), size_gb * GIB, kind, label, shared=shared)
 
 
 def for_overlay(name: str, base_format: str, *, disk_size: int, disk_path: str) -> Generation:
@@ -240,10 +272,10 @@ class Generator:
 
     def __init__(
         self,
-        cache: store.CacheStore,
-        host: host_module.Host,
+        cache: CacheStore,
+        host: System,
         *,
-        make_room: space.MakeRoom = space.nothing_to_free,
+        make_room: MakeRoom = reservations.nothing_to_free,
     ) -> None:
         self._cache = cache
         self._host = host
@@ -261,20 +293,20 @@ class Generator:
                 next_step="copy it from the host that the disk came from, or make the disk anew",
             )
 
-    def run(self, wanted: Generation, use: evidence.Use) -> stages.SealedStage:
+    def run(self, wanted: Generation, use: evidence.Use) -> SealedStage:
         """Make it in a stage file, which is the caller's to publish or discard.
 
         :raises NoSpaceError, BackendError, ConfigError: and nothing is left.
         """
         while True:
-            with contextlib.suppress(stages.StageGone):
+            with contextlib.suppress(StageGone):
                 return self._run_once(wanted)
 
-    def _run_once(self, wanted: Generation) -> stages.SealedStage:
-        stage = stages.Stage(self._cache, wanted.name)
+    def _run_once(self, wanted: Generation) -> SealedStage:
+        stage = Stage(self._cache, wanted.name)
         try:
-            stage.note()
-            space.reserve(
+            stage.write_info()
+            reservations.reserve(
                 stage, _room(wanted.size), self._cache, check=wanted.check, make_room=self._make_room
             )
             with translated(stage.path):
@@ -289,20 +321,20 @@ class Generator:
                     next_step="check that program, and virt_mkfs where it is configured",
                 )
             stage.read_back()
-            self._host.trace("generate:made")
+            self._host.trace(TracePoint.GENERATE_MADE)
             record = self._record(wanted, stage.fd, stage.seal(), evidence.Origin.GENERATED)
-            stage.note(record)
+            stage.write_info(record)
         except BaseException as error:
             swept = not stage.is_at_path()
             stage.discard()
             if swept and isinstance(error, errors.BackendError):
-                raise stages.StageGone from error
+                raise StageGone from error
             raise
-        return stages.SealedStage(stage, record)
+        return SealedStage(stage, record)
 
     def adopt(
         self,
-        opened: store.OpenBase,
+        opened: OpenBase,
         known: evidence.Record | None,
         wanted: Generation,
         use: evidence.Use,
@@ -316,14 +348,14 @@ class Generator:
         with translated(opened.path):
             os.fsync(opened.fd)
             durable.sync_directory(os.path.dirname(opened.path))
-            record = self._record(wanted, opened.fd, store.mark(opened.fd), evidence.Origin.ADOPTED)
+            record = self._record(wanted, opened.fd, directory.mark(opened.fd), evidence.Origin.ADOPTED)
             self._cache.write_record(record)
         return record, ""
 
     def _fault(self, wanted: Generation, fd: int) -> str | None:
         with translated(self._cache.layout.base(wanted.name)):
             size = os.fstat(fd).st_size
-            found = signature.read(os.pread(fd, signature.LENGTH, 0))
+            found = superblock.read(os.pread(fd, superblock.LENGTH, 0))
             try:
                 os.lseek(fd, 0, os.SEEK_DATA)
                 empty = False
@@ -331,9 +363,7 @@ class Generator:
                 empty = True
         return wanted.fault(found, size, empty=empty)
 
-    def _record(
-        self, wanted: Generation, fd: int, base_id: str, origin: evidence.Origin
-    ) -> evidence.Record:
+    def _record(self, wanted: Generation, fd: int, base_id: str, origin: evidence.Origin) -> evidence.Record:
         found = os.fstat(fd)
         return evidence.Record(
             name=wanted.name,

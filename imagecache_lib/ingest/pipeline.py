@@ -13,7 +13,7 @@ from imagecache_lib.ingest import certificates, decode, digest, signing
 from imagecache_lib.ingest.call import Call
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import evidence
-from imagecache_lib.store import stage as stages
+from imagecache_lib.store.stage import Stage
 
 _NOBODY = signing.Vouching()
 
@@ -48,7 +48,7 @@ class Intake:
 
     def __init__(
         self,
-        stage: stages.Stage,
+        stage: Stage,
         call: Call,
         image: model.Image,
         use: evidence.Use,
@@ -76,9 +76,7 @@ class Intake:
         self._closing.callback(self._digest.close)
         self._verification = self._new_verification(certificate_store)
 
-    def _new_verification(
-        self, store: certificates.CertificateStore | None
-    ) -> signing.Verification | None:
+    def _new_verification(self, store: certificates.CertificateStore | None) -> signing.Verification | None:
         if not self._call.demands_signature:
             return None
         assert store is not None  # else it was refused before anything was fetched

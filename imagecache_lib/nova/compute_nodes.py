@@ -12,7 +12,7 @@ import json
 import os
 import stat
 
-from imagecache_lib.store import directory as store
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable, locks
 
 NAME = "compute_nodes"
@@ -21,7 +21,7 @@ NAME = "compute_nodes"
 LOCK = "storage-registry-lock"
 
 
-def refresh(cache: store.CacheStore) -> None:
+def refresh(cache: CacheStore) -> None:
     """Write this host's entry anew, if there is a registry. A torn one is Nova's to repair.
 
     :raises OSError: it cannot be written.

@@ -14,11 +14,11 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 
-from imagecache_lib import config as config_module
 from imagecache_lib import errors
-from imagecache_lib.store import layout as layout_module
+from imagecache_lib.config import CacheConfig
+from imagecache_lib.store import layout
 from imagecache_lib.system import durable, locks
-from imagecache_lib.system import host as host_module
+from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 
 NAME = "disk.info"
@@ -59,7 +59,7 @@ def format_in(formats: Mapping[str, str], disk: str) -> str | None:
 class DiskInfo:
     """Reads and writes ``disk.info`` files."""
 
-    def __init__(self, config: config_module.CacheConfig, host: host_module.Host) -> None:
+    def __init__(self, config: CacheConfig, host: System) -> None:
         self._locks_path = config.locks_path
         self._patience = config.lock_timeout
         self._host = host
@@ -110,7 +110,7 @@ class DiskInfo:
 
     def _locked(self, path: str) -> contextlib.AbstractContextManager[bool]:
         number = zlib.crc32(os.fsencode(os.path.realpath(path))) % _LOCKS
-        lock = os.path.join(self._locks_path, layout_module.lock_name(f"imagecache-disk-info-{number:x}"))
+        lock = os.path.join(self._locks_path, layout.lock_name(f"imagecache-disk-info-{number:x}"))
         return locks.waiting(lock, shared=False, host=self._host, patience=self._patience)
 
 

@@ -46,8 +46,13 @@ class LogObserver:
                 rate = received / seconds / 2**20 if seconds else 0.0
                 LOG.info(
                     "Image %s fetched as %s: %d bytes in %.1f s (%.0f MiB/s), %d bytes on disk",
-                    event.image_id, event.name, received, seconds, rate, allocated,
-                )  # fmt: skip
+                    event.image_id,
+                    event.name,
+                    received,
+                    seconds,
+                    rate,
+                    allocated,
+                )
             case Copied(origin=origin):
                 LOG.info(
                     "Image %s made as %s from %s, which has its content", event.image_id, event.name, origin

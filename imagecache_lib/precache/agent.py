@@ -16,9 +16,9 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from imagecache_lib import errors, events, manager, model
-from imagecache_lib.backends import interface as backend_base
+from imagecache_lib.backends.interface import Feature
 from imagecache_lib.precache import client, job
-from imagecache_lib.sources import interface as source_base
+from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
 
 LOG = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class HostAgent:
         *,
         watch: Watch,
         max_bytes: int = 0,
-        fallbacks: Sequence[source_base.ImageSource] = (),
+        fallbacks: Sequence[ImageSource] = (),
         random: Callable[[], float] = random_module.random,
     ) -> None:
         self._cache = cache
@@ -151,7 +151,7 @@ class HostAgent:
 
         :raises HostUnsupported: the host's storage clones images.
         """
-        if backend_base.Feature.CLONE in self._cache.backend.features:
+        if Feature.CLONE in self._cache.backend.features:
             raise client.HostUnsupported("its storage clones images and needs no cache")
         request = model.Request(deadline=self._host.clock() + _SURVEY_PATIENCE, fallbacks=self._fallbacks)
         present, problems = [], {}

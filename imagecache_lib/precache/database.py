@@ -135,11 +135,16 @@ class JobDatabase:
                 [
                     (
                         cell.result.value if cell.result is not None else None,
-                        cell.reason, cell.received, cell.total, job_id, host, image_id,
+                        cell.reason,
+                        cell.received,
+                        cell.total,
+                        job_id,
+                        host,
+                        image_id,
                     )
                     for image_id, cell in cells.items()
                 ],
-            )  # fmt: skip
+            )
 
     def explain(self, job_id: str, host: str, reason: str, result: Result | None = None) -> None:
         """Say of all images without a result why that is so, or how they ended."""

@@ -18,7 +18,7 @@ from imagecache_lib import errors, model
 from imagecache_lib.precache import client, job
 from imagecache_lib.precache.database import JobDatabase
 from imagecache_lib.precache.run import JobRun
-from imagecache_lib.system import host as host_module
+from imagecache_lib.system.host import System
 
 LOG = logging.getLogger(__name__)
 
@@ -73,13 +73,13 @@ class AggregatePrecacher:
         database: JobDatabase,
         hosts: client.HostClient,
         *,
-        host: host_module.Host | None = None,
+        host: System | None = None,
         observers: Sequence[Callable[[JobEvent], None]] = (),
         random: Callable[[], float] = random_module.random,
     ) -> None:
         self._database = database
         self._hosts = hosts
-        self._host = host or host_module.Host()
+        self._host = host or System()
         self._observers = tuple(observers)
         self._random = random
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from imagecache_lib import errors, model
 from imagecache_lib.precache import client, job
 from imagecache_lib.precache.database import JobDatabase
-from imagecache_lib.system import host as host_module
+from imagecache_lib.system.host import System
 
 LOG = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class JobRun:
         database: JobDatabase,
         hosts: client.HostClient,
         *,
-        host: host_module.Host,
+        host: System,
         done: Callable[[str], None],
         leave: model.CancelToken,
         random: Callable[[], float] = random_module.random,

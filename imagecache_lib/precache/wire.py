@@ -24,11 +24,19 @@ LOG = logging.getLogger(__name__)
 _KINDS: dict[str, type[errors.ImageCacheError]] = {
     kind.__name__: kind
     for kind in (
-        client.UnknownTask, client.HostUnsupported, errors.ImageNotFound, errors.ImageRejected,
-        errors.SourceError, errors.NoSpaceError, errors.LockTimeoutError, errors.CancelledError,
-        errors.BackendError, errors.ConfigError, errors.CacheEntryError,
+        client.UnknownTask,
+        client.HostUnsupported,
+        errors.ImageNotFound,
+        errors.ImageRejected,
+        errors.SourceError,
+        errors.NoSpaceError,
+        errors.LockTimeoutError,
+        errors.CancelledError,
+        errors.BackendError,
+        errors.ConfigError,
+        errors.CacheEntryError,
     )
-}  # fmt: skip
+}
 
 _MOST_RETRIES = 100
 _LONGEST_ID = 128

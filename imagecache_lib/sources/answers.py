@@ -17,7 +17,7 @@ import urllib3.exceptions
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import exchange
-from imagecache_lib.sources import interface as base
+from imagecache_lib.sources.interface import CannotResume, NotPermitted, SourceBusy, SourceRefused
 
 #: Most bytes that one read takes. read1 returns what has arrived, so that a slow server does not keep a
 #: request's deadline from being looked at.
@@ -43,13 +43,13 @@ def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheErro
             f"no such image: {where}", image=image_id, next_step="check the id, and who may see it"
         )
     if status in (401, 407):
-        return base.SourceRefused(
+        return SourceRefused(
             f"the token or credentials are missing, expired or wrong: {where}",
             image=image_id,
             next_step="give the source a valid token",
         )
     if status in (403, 451):
-        return base.NotPermitted(
+        return NotPermitted(
             f"no permission to get the image: {where}",
             image=image_id,
             next_step="have its owner share it, or use credentials that may read it",
@@ -59,12 +59,10 @@ def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheErro
             f"the image has no data: {where}", image=image_id, next_step="upload its data"
         )
     if status in (408, 425, 429) or status >= 500:
-        return base.SourceBusy(
+        return SourceBusy(
             where, image=image_id, next_step="try again later", retry_after=_retry_after(response.headers)
         )
-    return base.SourceRefused(
-        f"an unexpected answer: {where}", image=image_id, next_step="check the source's URL"
-    )
+    return SourceRefused(f"an unexpected answer: {where}", image=image_id, next_step="check the source's URL")
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -137,7 +135,7 @@ def data(
             _check_started(response, image, validator)
         encoding = _encoding(response.headers)
         if encoding is not None:
-            raise base.SourceRefused(
+            raise SourceRefused(
                 f"{exchange.shown(url)} sends the data as {encoding[:40]!r} although it must not be encoded",
                 image=image.id,
                 next_step="turn compression off on the server or its proxy",
@@ -151,7 +149,7 @@ def _check_started(response: requests.Response, image: model.Image, validator: s
     tag = strong_etag(response.headers)
     if image.digest is None and None not in (tag, validator) and tag != validator:
         # With a digest the content speaks for itself: mirrors behind one name may differ in their tags.
-        raise base.SourceRefused(
+        raise SourceRefused(
             "the content changed after the image was described", image=image.id, next_step="ask again"
         )
 
@@ -161,24 +159,20 @@ def _check_resumed(
 ) -> None:
     status = response.status_code
     if status == 200:
-        raise base.CannotResume(
-            "the server ignores the range asked for, or the content changed", image=image.id
-        )
+        raise CannotResume("the server ignores the range asked for, or the content changed", image=image.id)
     if status in (412, 416):
-        raise base.CannotResume(f"the content is no longer what it was (HTTP {status})", image=image.id)
+        raise CannotResume(f"the content is no longer what it was (HTTP {status})", image=image.id)
     if status != 206:
         raise refusal(response, image.id)
     tag = strong_etag(response.headers)
     if None not in (tag, validator) and tag != validator:
-        raise base.CannotResume("the content changed: its entity tag is another", image=image.id)
+        raise CannotResume("the content changed: its entity tag is another", image=image.id)
     # No Content-Range is also what a multipart/byteranges answer has.
     part = parse_content_range(response.headers.get("Content-Range", ""))
     if part is None or part[0] != offset:
-        raise base.CannotResume("the server sends another range than was asked for", image=image.id)
+        raise CannotResume("the server sends another range than was asked for", image=image.id)
     if part[2] is not None and image.size is not None and part[2] != image.size:
-        raise base.CannotResume(
-            f"the content changed: it has {part[2]} bytes, not {image.size}", image=image.id
-        )
+        raise CannotResume(f"the content changed: it has {part[2]} bytes, not {image.size}", image=image.id)
 
 
 def body(response: requests.Response, image_id: str) -> Iterator[bytes]:

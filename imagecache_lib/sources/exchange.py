@@ -24,7 +24,7 @@ import requests.adapters
 import urllib3.exceptions
 
 from imagecache_lib import errors
-from imagecache_lib.sources import interface as base
+from imagecache_lib.sources.interface import SourceRefused
 
 #: Seconds to wait for the connection, and for each read.
 Timeout = tuple[float, float]
@@ -56,9 +56,7 @@ class SessionSend:
     :param verify: as in requests: True, False, or the path of a file with CA certificates.
     """
 
-    def __init__(
-        self, session: requests.Session | None, *, verify: bool | str, timeout: Timeout
-    ) -> None:
+    def __init__(self, session: requests.Session | None, *, verify: bool | str, timeout: Timeout) -> None:
         self._callers = session
         self._verify = verify
         self._timeout = timeout
@@ -164,7 +162,7 @@ def exchange(
         target = _redirect_target(url, location, image_id)
         if _origin(target) != _origin(url):
             if web.elsewhere is None:
-                raise base.SourceRefused(
+                raise SourceRefused(
                     f"{shown(url)} redirects to another origin, {shown(target)}, that must not see the token",
                     image=image_id,
                     next_step="configure the address it redirects to",
@@ -172,7 +170,7 @@ def exchange(
             # For good: a stranger that redirects back must not make us show our credentials again.
             send = web.elsewhere
         url = target
-    raise base.SourceRefused(
+    raise SourceRefused(
         f"more than {MOST_REDIRECTS} redirects, the last from {shown(url)}",
         image=image_id,
         next_step="correct the URL or the server",
@@ -199,13 +197,13 @@ def _redirect_target(url: str, location: str, image_id: str) -> str:
         target = urllib.parse.urljoin(url, location)
         check_url(target)
     except (ValueError, errors.ConfigError):
-        raise base.SourceRefused(
+        raise SourceRefused(
             f"{shown(url)} redirects to something that is not a web address",
             image=image_id,
             next_step="correct the URL or the server",
         ) from None
     if url.lower().startswith("https:") and not target.lower().startswith("https:"):
-        raise base.SourceRefused(
+        raise SourceRefused(
             f"{shown(url)} redirects from https to http ({shown(target)})",
             image=image_id,
             next_step="configure an address that stays on https",
@@ -247,19 +245,19 @@ def failure(error: BaseException, url: str, image_id: str) -> errors.SourceError
     where = shown(url)
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return base.SourceRefused(
+            return SourceRefused(
                 f"the certificate of {where} does not verify: {cause.verify_message}",
                 image=image_id,
                 next_step="give the source the file of the CA that signed it",
             )
         if getattr(cause, "http_status", None) in (401, 403):
-            return base.SourceRefused(
+            return SourceRefused(
                 f"the session could not get a token to ask {where} with",
                 image=image_id,
                 next_step="check the credentials of the session",
             )
     if isinstance(error, ValueError) and not isinstance(error, OSError | urllib3.exceptions.HTTPError):
-        return base.SourceRefused(
+        return SourceRefused(
             f"no request to {where} can be made ({type(error).__name__})",
             image=image_id,
             next_step="check the token and the URL for stray characters",

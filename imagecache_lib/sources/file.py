@@ -10,7 +10,8 @@ import stat
 from collections.abc import Iterator, Mapping
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import interface as base
+from imagecache_lib.sources import interface
+from imagecache_lib.sources.interface import CannotResume, ImageSource, NotPermitted
 
 _CHUNK = 2**20
 
@@ -29,7 +30,7 @@ class FileImage:
     digest: model.Digest | None = None
 
 
-class FileSource(base.ImageSource):
+class FileSource(ImageSource):
     """Images from files. An id is looked up in the table; it never is a path itself.
 
     :param images: by image id.
@@ -52,13 +53,11 @@ class FileSource(base.ImageSource):
         entry = self._entry(image.id)
         with _regular_file(image.id, entry) as fd:
             if offset > 0 and os.fstat(fd).st_size != image.size:
-                raise base.CannotResume(
-                    "the file changed its size", image=image.id, path=os.fspath(entry.path)
-                )
+                raise CannotResume("the file changed its size", image=image.id, path=os.fspath(entry.path))
             yield _read(fd, offset, image.id, entry)
 
     def _entry(self, image_id: str) -> FileImage:
-        return base.entry_of(self._images, image_id)
+        return interface.entry_of(self._images, image_id)
 
 
 @contextlib.contextmanager
@@ -72,7 +71,7 @@ def _regular_file(image_id: str, entry: FileImage) -> Iterator[int]:
             "the file is not there", image=image_id, path=path, next_step="restore the file"
         ) from None
     except PermissionError:
-        raise base.NotPermitted(
+        raise NotPermitted(
             "no permission to read the file", image=image_id, path=path, next_step="make the file readable"
         ) from None
     except (OSError, ValueError) as error:

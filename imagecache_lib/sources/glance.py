@@ -22,7 +22,7 @@ import requests
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import answers, exchange
-from imagecache_lib.sources import interface as base
+from imagecache_lib.sources.interface import CannotCopy, CannotResume, ImageSource, SourceRefused
 
 _T = TypeVar("_T")
 
@@ -50,7 +50,7 @@ _MAPPED = frozenset(
 )
 
 
-class GlanceSource(base.ImageSource):
+class GlanceSource(ImageSource):
     """Images in Glance.
 
     The token never reaches an origin other than the endpoints', a log, or a message.
@@ -155,7 +155,7 @@ class GlanceSource(base.ImageSource):
                     return
                 if answer.status_code not in (400, 403, 404, 405, 409, 413, 501):
                     raise answers.refusal(answer, image.id)
-                refusal = base.CannotCopy(
+                refusal = CannotCopy(
                     f"Glance does not copy it into the store {store}: {exchange.shown(url)} answers"
                     f" HTTP {answer.status_code}",
                     image=image.id,
@@ -209,7 +209,7 @@ class GlanceSource(base.ImageSource):
         except Exception as error:  # the caller's session
             raise exchange.failure(error, "the identity service", image_id) from None
         if not endpoint:
-            raise base.SourceRefused(
+            raise SourceRefused(
                 "the catalog has no such image service",
                 image=image_id,
                 next_step="check service type, interface and region",
@@ -245,9 +245,9 @@ class _KeystoneSend:
 
 def _hopelessness(error: errors.SourceError) -> int:
     """Rank what several endpoints said: what can be acted on counts most."""
-    if isinstance(error, base.CannotResume):
+    if isinstance(error, CannotResume):
         return 0
-    return 2 if isinstance(error, base.SourceRefused) else 1
+    return 2 if isinstance(error, SourceRefused) else 1
 
 
 def _root(endpoint: str) -> str:
@@ -349,7 +349,7 @@ def _digest(fields: _Fields) -> model.Digest | None:
         return None
     length = _hex_length(algorithm)
     if not length:
-        raise base.SourceRefused(
+        raise SourceRefused(
             f"its digest is a {algorithm[:40]!r}, which this host cannot compute",
             image=fields.image_id,
             next_step="set hashing_algorithm in Glance to one that all hosts have, such as sha512",

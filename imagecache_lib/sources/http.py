@@ -11,8 +11,8 @@ from types import MappingProxyType
 import requests
 
 from imagecache_lib import model
-from imagecache_lib.sources import answers, exchange
-from imagecache_lib.sources import interface as base
+from imagecache_lib.sources import answers, exchange, interface
+from imagecache_lib.sources.interface import ImageSource
 
 #: Key in :attr:`Image.properties` of the strong entity tag under which the image was described.
 ETAG = "etag"
@@ -39,7 +39,7 @@ class HttpImage:
     size: int | None = None
 
 
-class HttpSource(base.ImageSource):
+class HttpSource(ImageSource):
     """Images from web servers, over HTTP/1.1 with ranges (RFC 9110).
 
     Redirects are followed, except from https to http. Another origin is asked without any of the
@@ -99,12 +99,10 @@ class HttpSource(base.ImageSource):
         return super().can_resume(image) or image.properties.get(ETAG) is not None
 
     def _entry(self, image_id: str) -> HttpImage:
-        return base.entry_of(self._images, image_id)
+        return interface.entry_of(self._images, image_id)
 
 
-def _image(
-    image_id: str, entry: HttpImage, size: int | None, response: requests.Response
-) -> model.Image:
+def _image(image_id: str, entry: HttpImage, size: int | None, response: requests.Response) -> model.Image:
     tag = answers.strong_etag(response.headers)
     return model.Image(
         id=image_id,

@@ -66,9 +66,7 @@ class ImageSource(abc.ABC):
         """
 
     @abc.abstractmethod
-    def open(
-        self, image: model.Image, offset: int = 0
-    ) -> AbstractContextManager[Iterator[bytes]]:
+    def open(self, image: model.Image, offset: int = 0) -> AbstractContextManager[Iterator[bytes]]:
         """Open the image's data from a byte offset; the context yields an iterator of chunks.
 
         One attempt: no retries in here. Chunks have any size above 0 (about 1 MiB is best). The iterator

@@ -18,7 +18,7 @@ import requests
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import answers, exchange
-from imagecache_lib.sources import interface as base
+from imagecache_lib.sources.interface import ImageSource, SourceRefused
 
 _ETAG = "etag"
 _LONGEST_ANSWER = 64 * 1024
@@ -40,7 +40,7 @@ def path_of(image_id: str) -> str:
     return f"/v1/images/{named}"
 
 
-class PeerSource(base.ImageSource):
+class PeerSource(ImageSource):
     """The cache of one other host, over HTTP.
 
     What comes is inspected as from any source. A trusted peer's digest is believed: for an unconverted base
@@ -120,7 +120,7 @@ class PeerSource(base.ImageSource):
 
 
 def _unintelligible(image_id: str, url: str) -> errors.SourceError:
-    return base.SourceRefused(
+    return SourceRefused(
         "the peer's answer makes no sense",
         image=image_id,
         path=exchange.shown(url),

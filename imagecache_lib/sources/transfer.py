@@ -25,9 +25,16 @@ import random as random_module
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import interface as base
-from imagecache_lib.system import host as host_module
-from imagecache_lib.system import rate as pace
+from imagecache_lib.sources.interface import (
+    CannotResume,
+    ImageSource,
+    NotPermitted,
+    SourceBusy,
+    SourceRefused,
+)
+from imagecache_lib.system.host import System
+from imagecache_lib.system.rate import Pace
+from imagecache_lib.system.trace import TracePoint
 
 LOG = logging.getLogger(__name__)
 
@@ -63,7 +70,7 @@ class _Patience:
         self,
         image_id: str,
         *,
-        host: host_module.Host,
+        host: System,
         retries: int,
         deadline: float | None,
         cancel: model.CancelToken | None,
@@ -96,7 +103,7 @@ class _Patience:
     def bear(self, error: errors.SourceError) -> None:
         """Wait before the next attempt, or raise if there must be none."""
         self._failures += 1
-        if isinstance(error, (base.SourceRefused, DeadlinePassed)):
+        if isinstance(error, (SourceRefused, DeadlinePassed)):
             raise error
         if self._failures > self._retries:
             raise errors.SourceError(
@@ -113,7 +120,7 @@ class _Patience:
         # Full jitter: hosts that failed together must not come back together.
         ceiling = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(self._failures - 1, 16))
         delay = self._random() * ceiling
-        asked = error.retry_after if isinstance(error, base.SourceBusy) else None
+        asked = error.retry_after if isinstance(error, SourceBusy) else None
         if asked is None:
             return delay
         if asked > LONGEST_RETRY_AFTER:
@@ -134,16 +141,16 @@ class _Patience:
 
 
 def describe(
-    source: base.ImageSource,
+    source: ImageSource,
     image_id: str,
     *,
-    host: host_module.Host,
-    fallbacks: Sequence[base.ImageSource] = (),
+    host: System,
+    fallbacks: Sequence[ImageSource] = (),
     retries: int = 3,
     deadline: float | None = None,
     cancel: model.CancelToken | None = None,
     random: Callable[[], float] = random_module.random,
-) -> tuple[base.ImageSource, model.Image]:
+) -> tuple[ImageSource, model.Image]:
     """Return the first source that has the image, and what it says of it. The image is active.
 
     :param fallbacks: asked in turn when the image is gone from the source. Not when it is there and
@@ -156,7 +163,7 @@ def describe(
     :raises CancelledError: ``cancel`` was set.
     """
 
-    def ask(candidate: base.ImageSource) -> model.Image:
+    def ask(candidate: ImageSource) -> model.Image:
         patience = _Patience(
             image_id, host=host, retries=retries, deadline=deadline, cancel=cancel, random=random
         )
@@ -164,7 +171,7 @@ def describe(
 
     try:
         return source, ask(source)
-    except base.NotPermitted:
+    except NotPermitted:
         raise
     except errors.ImageNotFound as error:
         gone = error
@@ -181,7 +188,7 @@ def describe(
     raise gone
 
 
-def _describe(source: base.ImageSource, image_id: str, patience: _Patience) -> model.Image:
+def _describe(source: ImageSource, image_id: str, patience: _Patience) -> model.Image:
     while True:
         patience.check()
         try:
@@ -205,7 +212,7 @@ def _require_active(image: model.Image) -> None:
     if image.status in _GONE:
         raise errors.ImageNotFound(cause, image=image.id, next_step="choose another image")
     if image.status in _NOT_YET_ACTIVE:
-        raise base.SourceRefused(cause, image=image.id, next_step="try again when its upload is complete")
+        raise SourceRefused(cause, image=image.id, next_step="try again when its upload is complete")
     raise errors.ImageRejected(cause, image=image.id, next_step="have the image's owner see to it")
 
 
@@ -224,10 +231,10 @@ class Transfer:
 
     def __init__(
         self,
-        source: base.ImageSource,
+        source: ImageSource,
         image: model.Image,
         *,
-        host: host_module.Host,
+        host: System,
         retries: int = 3,
         deadline: float | None = None,
         cancel: model.CancelToken | None = None,
@@ -242,7 +249,7 @@ class Transfer:
         self._patience = _Patience(
             image.id, host=host, retries=retries, deadline=deadline, cancel=cancel, random=random
         )
-        self._pace = pace.Pace(rate, host=host, check=self._patience.check)
+        self._pace = Pace(rate, host=host, check=self._patience.check)
         self._may_resume = source.can_resume(image)
         self._furthest = 0
         self._resumed = False
@@ -304,7 +311,7 @@ class Transfer:
 
     def _attempt(self) -> Iterator[bytes]:
         self._patience.check()
-        self._host.trace("transfer.open")
+        self._host.trace(TracePoint.TRANSFER_OPEN)
         with self._source.open(self._image, self._offset) as stream:
             if self._offset > 0:
                 self._resumed = True
@@ -315,7 +322,7 @@ class Transfer:
                 self._offset += len(chunk)
                 yield chunk
                 self._pace.took(len(chunk))
-                self._host.trace("transfer.chunk")
+                self._host.trace(TracePoint.TRANSFER_CHUNK)
         if self._image.size is not None and self._offset < self._image.size:
             # A clean end of a connection proves nothing: HTTP/1.0 and many proxies end a broken one so.
             raise errors.SourceError(
@@ -326,7 +333,7 @@ class Transfer:
         """Return if the next attempt goes on at the offset; raise what the caller must know otherwise."""
         if isinstance(failure, StartAgain) or not isinstance(failure, errors.SourceError):
             raise failure
-        if isinstance(failure, base.CannotResume) and reached > 0:
+        if isinstance(failure, CannotResume) and reached > 0:
             # The break before it was counted and waited for already.
             self._may_resume = False
             raise StartAgain(failure.cause, image=self._image.id) from failure

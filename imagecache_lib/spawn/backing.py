@@ -10,8 +10,9 @@ import stat
 import struct
 
 from imagecache_lib import errors
-from imagecache_lib.formats import superblock as signature
+from imagecache_lib.formats import superblock
 from imagecache_lib.formats.qcow2 import header as qcow2_header
+from imagecache_lib.formats.qcow2.header import Header, HeaderError, NotQcow2
 from imagecache_lib.store import layout
 
 _HEADER_BYTES = 65536
@@ -49,9 +50,9 @@ def wanted(disk_path: str, image_id: str | None, where: layout.Layout) -> Backin
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file")
             header = qcow2_header.parse(file.read(_HEADER_BYTES))
-    except qcow2_header.NotQcow2:
+    except NotQcow2:
         return None
-    except (OSError, ValueError, qcow2_header.HeaderError) as error:
+    except (OSError, ValueError, HeaderError) as error:
         raise errors.BackendError(
             f"the disk cannot be read: {error}", image=image_id, path=disk_path, next_step="check the disk"
         ) from error
@@ -100,8 +101,8 @@ def check_made_on(disk_path: str, base_fd: int) -> None:
     try:
         with open(disk_path, "rb") as file:
             head = _first_cluster(file.fileno(), qcow2_header.parse(file.read(_HEADER_BYTES)))
-        made_on, here = signature.read(head), signature.read(os.pread(base_fd, signature.LENGTH, 0))
-    except (OSError, struct.error, qcow2_header.HeaderError) as error:
+        made_on, here = superblock.read(head), superblock.read(os.pread(base_fd, superblock.LENGTH, 0))
+    except (OSError, struct.error, HeaderError) as error:
         raise errors.BackendError(
             f"the disk cannot be read: {error}", path=disk_path, next_step="check the disk"
         ) from error
@@ -115,7 +116,7 @@ def check_made_on(disk_path: str, base_fd: int) -> None:
         )
 
 
-def _first_cluster(fd: int, header: qcow2_header.Header) -> bytes:
+def _first_cluster(fd: int, header: Header) -> bytes:
     """Return what an overlay itself has of its first cluster: nothing, if that is the base's."""
     at = header.l1_table_offset
     for _level in ("L1", "L2"):
@@ -123,7 +124,7 @@ def _first_cluster(fd: int, header: qcow2_header.Header) -> bytes:
         at = entry & _OFFSET
         if not at or entry & _COMPRESSED:
             return b""
-    return os.pread(fd, min(signature.LENGTH, header.cluster_size), at)
+    return os.pread(fd, min(superblock.LENGTH, header.cluster_size), at)
 
 
 def _same_place(one: str, other: str) -> bool:

@@ -7,23 +7,23 @@ the whole fleet, since later spawns find it.
 
 from __future__ import annotations
 
-from imagecache_lib import config as config_module
 from imagecache_lib import errors, events, model
-from imagecache_lib.backends import interface as backend_base
+from imagecache_lib.backends.interface import CannotClone, StorageBackend
+from imagecache_lib.config import CacheConfig
 from imagecache_lib.ingest.call import Call
-from imagecache_lib.sources import interface as source_base
 from imagecache_lib.sources import transfer
-from imagecache_lib.system import host as host_module
+from imagecache_lib.sources.interface import ImageSource
+from imagecache_lib.system.host import System
 
 
 def clone(
     call: Call,
-    backend: backend_base.StorageBackend,
+    backend: StorageBackend,
     target: str,
     size: int | None,
     *,
-    config: config_module.CacheConfig,
-    host: host_module.Host,
+    config: CacheConfig,
+    host: System,
     observers: events.Observers,
 ) -> model.Disk | None:
     """Clone a disk. None: that is not possible, and the image may be fetched instead.
@@ -38,7 +38,7 @@ def clone(
         if config.never_download_image_if_on_rbd:
             raise
         reason = error.cause
-    except backend_base.CannotClone as error:
+    except CannotClone as error:
         reason = error.cause
     if config.never_download_image_if_on_rbd:
         raise errors.BackendError(
@@ -53,18 +53,18 @@ def clone(
 
 def _clone(
     call: Call,
-    backend: backend_base.StorageBackend,
+    backend: StorageBackend,
     target: str,
     size: int | None,
-    config: config_module.CacheConfig,
-    host: host_module.Host,
+    config: CacheConfig,
+    host: System,
 ) -> model.Disk:
     if call.demands_signature:
-        raise backend_base.CannotClone("its signature is demanded, and nobody reads what is cloned")
+        raise CannotClone("its signature is demanded, and nobody reads what is cloned")
     source, image = call.describe()
     try:
         return backend.clone(image, target, size)
-    except backend_base.CannotClone as error:
+    except CannotClone as error:
         if error.store is None:
             raise
         copied = _copied(call, source, image, error, config, host)
@@ -73,11 +73,11 @@ def _clone(
 
 def _copied(
     call: Call,
-    source: source_base.ImageSource,
+    source: ImageSource,
     image: model.Image,
-    why: backend_base.CannotClone,
-    config: config_module.CacheConfig,
-    host: host_module.Host,
+    why: CannotClone,
+    config: CacheConfig,
+    host: System,
 ) -> model.Image:
     """Have the image copied into the store that makes it possible to clone it, and wait for that."""
     store = why.store
@@ -85,20 +85,24 @@ def _copied(
     try:
         source.copy_to_store(image, store)
     except errors.SourceError as error:
-        raise backend_base.CannotClone(f"{why.cause}; {error.cause}") from error
+        raise CannotClone(f"{why.cause}; {error.cause}") from error
     until = host.clock() + config.images_rbd_glance_copy_timeout
     while store not in image.stores:
         call.check()
         if store in str(image.properties.get("os_glance_failed_import", "")).split(","):
-            raise backend_base.CannotClone(f"{why.cause}; copying it into the store {store} failed")
+            raise CannotClone(f"{why.cause}; copying it into the store {store} failed")
         if host.clock() >= until:
-            raise backend_base.CannotClone(
+            raise CannotClone(
                 f"{why.cause}; it was not in the store {store} after"
                 f" {config.images_rbd_glance_copy_timeout} s"
             )
         host.sleep(config.images_rbd_glance_copy_poll_interval)
         _source, image = transfer.describe(
-            source, image.id, host=host, retries=config.num_retries, deadline=call.request.deadline,
+            source,
+            image.id,
+            host=host,
+            retries=config.num_retries,
+            deadline=call.request.deadline,
             cancel=call.request.cancel,
-        )  # fmt: skip
+        )
     return image

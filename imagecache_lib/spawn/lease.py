@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from imagecache_lib import errors, events, model
-from imagecache_lib.store import directory as store
-from imagecache_lib.store import evidence, publish, trash
-from imagecache_lib.store import stage as stages
+from imagecache_lib.store import evidence, publish, stage, trash
+from imagecache_lib.store.directory import CacheStore, OpenBase
+from imagecache_lib.store.stage import SealedStage, StageGone
 from imagecache_lib.system import locks
+from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 
 #: How often a base may vanish between its publication and its use before something must be wrong.
@@ -43,7 +44,7 @@ class Lease:
 class _Fit:
     """A base that is open and serves."""
 
-    opened: store.OpenBase
+    opened: OpenBase
     record: evidence.Record
 
 
@@ -101,11 +102,11 @@ class Bringer(Protocol[_W_contra]):
     def refuse_impossible(self, wanted: _W_contra, /) -> None:
         """Raise if :meth:`run` could only fail."""
 
-    def run(self, wanted: _W_contra, use: evidence.Use, /) -> stages.SealedStage:
+    def run(self, wanted: _W_contra, use: evidence.Use, /) -> SealedStage:
         """Bring it into a stage file, which is the caller's to publish or discard."""
 
     def adopt(
-        self, opened: store.OpenBase, known: evidence.Record | None, wanted: _W_contra, use: evidence.Use, /
+        self, opened: OpenBase, known: evidence.Record | None, wanted: _W_contra, use: evidence.Use, /
     ) -> tuple[evidence.Record | None, str]:
         """Check what is there. Returns its record, or None and the reason why it does not serve.
 
@@ -122,7 +123,7 @@ class Leases(Generic[W]):
 
     def __init__(
         self,
-        cache: store.CacheStore,
+        cache: CacheStore,
         bringer: Bringer[W],
         observers: events.Observers,
         *,
@@ -178,14 +179,14 @@ class Leases(Generic[W]):
             call.check()
             with contextlib.ExitStack() as locked:
                 locked.enter_context(self._locked(call, shared=True))
-                self._cache.host.trace("lease:shared")
+                self._cache.host.trace(TracePoint.LEASE_SHARED)
                 verdict = self._look(call, use)
                 if isinstance(verdict, _Fit):
                     locked.callback(verdict.opened.close)
                     stack.enter_context(locked.pop_all())
                     return self._lease(call, verdict, fetched)
             brought = self._bring(call, use, bypass=bypass)
-            if isinstance(brought, stages.SealedStage):
+            if isinstance(brought, SealedStage):
                 stack.callback(brought.stage.discard)
                 return _private(call, brought)
             fetched = fetched or brought
@@ -266,13 +267,13 @@ class Leases(Generic[W]):
 
     # -- the miss ------------------------------------------------------------------------------------
 
-    def _bring(self, call: W, use: evidence.Use, *, bypass: bool) -> stages.SealedStage | bool:
+    def _bring(self, call: W, use: evidence.Use, *, bypass: bool) -> SealedStage | bool:
         """Do what makes the next look a hit.
 
         :returns: whether it was fetched for that; or a private copy, where there cannot be a hit.
         """
         with self._locked(call, shared=False, moot=lambda: self._is_there(call, use)):
-            self._cache.host.trace("lease:exclusive")
+            self._cache.host.trace(TracePoint.LEASE_EXCLUSIVE)
             verdict = self._look(call, use)
             if isinstance(verdict, _Fit):
                 verdict.opened.close()
@@ -329,7 +330,7 @@ class Leases(Generic[W]):
                 if published:
                     self._observers(events.Published(call.name, call.image_id))
                 return published
-            except stages.StageGone:
+            except StageGone:
                 continue
 
     # -- locks ---------------------------------------------------------------------------------------
@@ -343,12 +344,12 @@ class Leases(Generic[W]):
             host=self._cache.host,
             patience=self._cache.config.lock_timeout,
             check=call.check,
-            progress=lambda: stages.progress(self._cache, call.name),
+            progress=lambda: stage.progress(self._cache, call.name),
             moot=moot,
         )
 
 
-def _private(call: Wanted, own: stages.SealedStage) -> Lease:
+def _private(call: Wanted, own: SealedStage) -> Lease:
     record = own.record
     base = model.BaseImage(
         image_id=call.image_id,

@@ -14,11 +14,11 @@ import os
 import stat
 import threading
 
-from imagecache_lib import config as config_module
 from imagecache_lib import errors
+from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import evidence, layout
 from imagecache_lib.system import durable
-from imagecache_lib.system import host as host_module
+from imagecache_lib.system.host import System
 
 LOG = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class OpenBase:
 class CacheStore:
     """The directories of one cache on one host. Touches nothing before :meth:`start`."""
 
-    def __init__(self, config: config_module.CacheConfig, host: host_module.Host) -> None:
+    def __init__(self, config: CacheConfig, host: System) -> None:
         self.config = config
         self.host = host
         self.layout = layout.Layout(config.base_path, config.locks_path)

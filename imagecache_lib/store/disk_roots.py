@@ -10,20 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from imagecache_lib import config as config_module
 from imagecache_lib import errors
+from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import layout
 
 _Identity = tuple[int, int]
 
 
-def own_directories(config: config_module.CacheConfig) -> set[_Identity]:
+def own_directories(config: CacheConfig) -> set[_Identity]:
     """Return ``(st_dev, st_ino)`` of the directories that hold no disks, however they are reached."""
     where = layout.Layout(config.base_path, config.locks_path)
     return _identities(where.base_path, where.private, where.locks_path)
 
 
-def check_seen(target: str, config: config_module.CacheConfig) -> None:
+def check_seen(target: str, config: CacheConfig) -> None:
     """Refuse a place where the pass would never see a disk, since its base would go while the disk needs it.
 
     :param target: absolute path of a disk in an existing directory.

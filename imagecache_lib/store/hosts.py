@@ -15,8 +15,8 @@ import os
 from collections.abc import Container, Iterable, Mapping
 
 from imagecache_lib import errors
-from imagecache_lib.store import directory as store
 from imagecache_lib.store import trash
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable
 
 
@@ -68,7 +68,7 @@ class HostRef:
 class Hosts:
     """This host's file, and a look at the others'."""
 
-    def __init__(self, cache: store.CacheStore) -> None:
+    def __init__(self, cache: CacheStore) -> None:
         self._cache = cache
         self.id = host_id(cache.host.name)
 

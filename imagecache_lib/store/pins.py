@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterator
 
 from imagecache_lib import dates
-from imagecache_lib.store import directory as store
 from imagecache_lib.store import layout
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable, locks
 from imagecache_lib.system.translate import translated
 
@@ -63,7 +63,7 @@ def parse(data: bytes) -> PinFile | None:
     return PinFile(image_id, found) if known else None
 
 
-def add(cache: store.CacheStore, name: str, image_id: str, pin: Pin) -> Pin | None:
+def add(cache: CacheStore, name: str, image_id: str, pin: Pin) -> Pin | None:
     """Pin a base, whether it is there or not. Returns the owner's earlier pin, whose place it takes."""
     with _changing(cache):
         before = _read(cache, name)
@@ -72,7 +72,7 @@ def add(cache: store.CacheStore, name: str, image_id: str, pin: Pin) -> Pin | No
         return next((each for each in before if each.owner == pin.owner), None)
 
 
-def take_back(cache: store.CacheStore, name: str, image_id: str, pin: Pin, earlier: Pin | None) -> None:
+def take_back(cache: CacheStore, name: str, image_id: str, pin: Pin, earlier: Pin | None) -> None:
     """Undo :func:`add`, unless the owner pinned the base anew since.
 
     :param earlier: as :func:`add` returned it.
@@ -84,7 +84,7 @@ def take_back(cache: store.CacheStore, name: str, image_id: str, pin: Pin, earli
             _write(cache, name, PinFile(image_id, others if earlier is None else (*others, earlier)))
 
 
-def remove(cache: store.CacheStore, name: str, image_id: str, owner: str) -> bool:
+def remove(cache: CacheStore, name: str, image_id: str, owner: str) -> bool:
     """Take an owner's pin away. True: there was one."""
     with _changing(cache):
         before = _read(cache, name)
@@ -93,7 +93,7 @@ def remove(cache: store.CacheStore, name: str, image_id: str, owner: str) -> boo
         return len(after) != len(before)
 
 
-def reason(cache: store.CacheStore, name: str, now: float) -> str | None:
+def reason(cache: CacheStore, name: str, now: float) -> str | None:
     """Return who pins a base and until when, as a clause. None: nobody does."""
     try:
         data = durable.read_file(cache.layout.pin(name))
@@ -113,7 +113,7 @@ def reason(cache: store.CacheStore, name: str, now: float) -> str | None:
     )
 
 
-def names(cache: store.CacheStore) -> list[str]:
+def names(cache: CacheStore) -> list[str]:
     """Return the names of all bases that have a pin file."""
     try:
         entries = os.listdir(cache.layout.pins)
@@ -128,17 +128,20 @@ def names(cache: store.CacheStore) -> list[str]:
 
 
 @contextlib.contextmanager
-def _changing(cache: store.CacheStore) -> Iterator[None]:
-    with locks.waiting(
-        cache.layout.lock(LOCK),
-        shared=False,
-        host=cache.host,
-        patience=cache.config.lock_timeout,
-    ), translated(cache.layout.pins):
+def _changing(cache: CacheStore) -> Iterator[None]:
+    with (
+        locks.waiting(
+            cache.layout.lock(LOCK),
+            shared=False,
+            host=cache.host,
+            patience=cache.config.lock_timeout,
+        ),
+        translated(cache.layout.pins),
+    ):
         yield
 
 
-def _read(cache: store.CacheStore, name: str) -> tuple[Pin, ...]:
+def _read(cache: CacheStore, name: str) -> tuple[Pin, ...]:
     data = durable.read_file(cache.layout.pin(name))
     if data is None:
         return ()
@@ -147,7 +150,7 @@ def _read(cache: store.CacheStore, name: str) -> tuple[Pin, ...]:
     return found.pins if found is not None else (Pin(UNREADABLE),)
 
 
-def _write(cache: store.CacheStore, name: str, pins: PinFile) -> None:
+def _write(cache: CacheStore, name: str, pins: PinFile) -> None:
     if pins.pins:
         durable.write_file(cache.layout.pin(name), pins.to_json())
         return

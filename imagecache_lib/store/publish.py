@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import os
 
-from imagecache_lib.store import checksums, evidence, trash
-from imagecache_lib.store import directory as store
+from imagecache_lib.store import checksums, directory, evidence, trash
 from imagecache_lib.store import stage as stages
+from imagecache_lib.store.directory import CacheStore, OpenBase
+from imagecache_lib.store.stage import SealedStage, Stage, StageGone
 from imagecache_lib.system import durable
+from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 
 
-def publish(sealed: stages.SealedStage, cache: store.CacheStore) -> bool:
+def publish(sealed: SealedStage, cache: CacheStore) -> bool:
     """Link a stage file to its base name. False: somebody else's base has the name, and stays.
 
     A name is never replaced: link(2) fails where rename(2) would overwrite.
@@ -26,19 +28,19 @@ def publish(sealed: stages.SealedStage, cache: store.CacheStore) -> bool:
     unrecorded = False
     try:
         with translated(base):
-            cache.host.trace("publish:begin")
+            cache.host.trace(TracePoint.PUBLISH_BEGIN)
             # Overlays may refer to what is being evicted: it gets its name back, and stays.
             trash.reclaim(cache, stage.name)
-            cache.host.trace("publish:link")
+            cache.host.trace(TracePoint.PUBLISH_LINK)
             if not _link(stage, base):
                 return False
             unrecorded = True
-            cache.host.trace("publish:linked")
+            cache.host.trace(TracePoint.PUBLISH_LINKED)
             durable.sync_directory(cache.layout.base_path)
-            cache.host.trace("publish:synced")
+            cache.host.trace(TracePoint.PUBLISH_SYNCED)
             _write_evidence(cache, stage.id, sealed.record)
             unrecorded = False
-            cache.host.trace("publish:recorded")
+            cache.host.trace(TracePoint.PUBLISH_RECORDED)
         return True
     finally:
         if unrecorded:
@@ -47,7 +49,7 @@ def publish(sealed: stages.SealedStage, cache: store.CacheStore) -> bool:
             stage.discard()
 
 
-def _link(stage: stages.Stage, base: str) -> bool:
+def _link(stage: Stage, base: str) -> bool:
     try:
         os.link(stage.path, base, follow_symlinks=False)
     except FileExistsError:
@@ -57,11 +59,11 @@ def _link(stage: stages.Stage, base: str) -> bool:
         except FileNotFoundError:
             return False  # evicted since: the caller looks again
     except FileNotFoundError as error:
-        raise stages.StageGone from error
+        raise StageGone from error
     return True
 
 
-def _write_evidence(cache: store.CacheStore, stage_id: str, record: evidence.Record) -> None:
+def _write_evidence(cache: CacheStore, stage_id: str, record: evidence.Record) -> None:
     """Put checksums and record in their places, the record last: it says that all is there."""
     sums = durable.read_file(cache.layout.stage_sums(stage_id), limit=checksums.LIMIT)
     if sums is not None:
@@ -69,16 +71,16 @@ def _write_evidence(cache: store.CacheStore, stage_id: str, record: evidence.Rec
     cache.write_record(record)
 
 
-def finish(cache: store.CacheStore, base: store.OpenBase) -> evidence.Record | None:
+def finish(cache: CacheStore, base: OpenBase) -> evidence.Record | None:
     """Write the record of a base whose publisher died between the link and the record.
 
     Safe beside a publisher that lives: both write the same. Returns it, or None if no stage is
     that of this very file.
     """
-    carried = store.read_id(base.fd)
+    carried = directory.read_id(base.fd)
     if not carried:
         return None
-    for stage_id, note in stages.notes(cache):
+    for stage_id, note in stages.iter_stages(cache):
         if note.record is not None and note.record.base_id == carried:
             durable.sync_directory(cache.layout.base_path)
             _write_evidence(cache, stage_id, note.record)

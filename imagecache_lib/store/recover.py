@@ -9,18 +9,16 @@ import re
 from collections.abc import Iterable
 
 from imagecache_lib import errors, events
-from imagecache_lib.store import directory as store
-from imagecache_lib.store import layout, publish, trash
-from imagecache_lib.store import stage as stages
-from imagecache_lib.system import atomic_file as placing
-from imagecache_lib.system import locks
+from imagecache_lib.store import layout, publish, stage, trash
+from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.system import atomic_file, locks
 
 _STAGE = re.compile(r"[0-9a-f]{32}")
 _OPEN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _LEFTOVER = re.compile(r"clock\.[0-9a-f]{32}|.+\.[0-9a-f]{32}\.new")
 
 
-def recover(cache: store.CacheStore, observers: events.Observers) -> None:
+def recover(cache: CacheStore, observers: events.Observers) -> None:
     """Repair what can be repaired without anybody's references. Harmless beside any number of others.
 
     What lies in the trash needs references, and is left to the next pass, and to whoever wants it.
@@ -33,8 +31,8 @@ def recover(cache: store.CacheStore, observers: events.Observers) -> None:
     trash.sweep(cache, now=now)
 
 
-def _finish_publications(cache: store.CacheStore, observers: events.Observers) -> None:
-    for _stage_id, note in list(stages.notes(cache)):
+def _finish_publications(cache: CacheStore, observers: events.Observers) -> None:
+    for _stage_id, note in list(stage.iter_stages(cache)):
         if note.record is None or layout.classify(note.name) is layout.Kind.UNKNOWN:
             continue
         # What cannot be finished now is finished by the base's next user, or next time.
@@ -48,7 +46,7 @@ def _finish_publications(cache: store.CacheStore, observers: events.Observers) -
                     observers(events.Recovered(note.name, image_id, what="its publication is finished"))
 
 
-def _sweep_stages(cache: store.CacheStore, observers: events.Observers, now: float) -> None:
+def _sweep_stages(cache: CacheStore, observers: events.Observers, now: float) -> None:
     for entry in os.listdir(cache.layout.stages):
         stage_id = entry.removesuffix(".json").removesuffix(".sums")
         if not _STAGE.fullmatch(stage_id):
@@ -65,7 +63,7 @@ def _sweep_stages(cache: store.CacheStore, observers: events.Observers, now: flo
             observers(events.Recovered(stage_id, what="removed, a leftover of an interrupted fetch"))
 
 
-def sweep_if_dead(path: str, cache: store.CacheStore, now: float) -> bool:
+def sweep_if_dead(path: str, cache: CacheStore, now: float) -> bool:
     """Unlink a file in flight whose owner is dead: its lock is free, and it was not touched for long.
 
     Both, since the owner may not have its lock yet, and since locks may not work at all. The lock is taken
@@ -104,7 +102,7 @@ def _is_free(fd: int) -> bool:
     return not locks.has_owner(fd)
 
 
-def _sweep_leftovers(cache: store.CacheStore, now: float) -> None:
+def _sweep_leftovers(cache: CacheStore, now: float) -> None:
     """Remove small files that were being written when their writer died."""
     where = cache.layout
     for directory in (where.private, where.records, where.stages, where.hosts, where.pins):
@@ -113,7 +111,7 @@ def _sweep_leftovers(cache: store.CacheStore, now: float) -> None:
                 _unlink_if_idle(os.path.join(directory, entry), cache, now)
 
 
-def _sweep_records(cache: store.CacheStore, now: float) -> None:
+def _sweep_records(cache: CacheStore, now: float) -> None:
     """Remove records and checksums of bases that are gone: an evictor died in between, or Nova evicted."""
     kept = {thrown.name for thrown in trash.find(cache)}
     for entry in os.listdir(cache.layout.records):
@@ -123,20 +121,20 @@ def _sweep_records(cache: store.CacheStore, now: float) -> None:
             _unlink_if_idle(os.path.join(cache.layout.records, entry), cache, now)
 
 
-def _unlink_if_idle(path: str, cache: store.CacheStore, now: float) -> None:
+def _unlink_if_idle(path: str, cache: CacheStore, now: float) -> None:
     with contextlib.suppress(OSError):
         if now - os.stat(path, follow_symlinks=False).st_mtime >= cache.config.stage_idle_seconds:
             os.unlink(path)
 
 
 def sweep_unfinished_disks(
-    cache: store.CacheStore, observers: events.Observers, paths: Iterable[str], *, now: float
+    cache: CacheStore, observers: events.Observers, paths: Iterable[str], *, now: float
 ) -> None:
     """Remove disks in the making whose maker is dead.
 
     :param paths: where such files were seen.
     """
     for path in paths:
-        made = placing.UNFINISHED.fullmatch(os.path.basename(path))
+        made = atomic_file.UNFINISHED.fullmatch(os.path.basename(path))
         if made is not None and sweep_if_dead(path, cache, now):
             observers(events.Recovered(made["target"], what="an unfinished disk is removed"))

@@ -11,9 +11,11 @@ import os
 from collections.abc import Callable
 
 from imagecache_lib import errors
-from imagecache_lib.store import directory as store
 from imagecache_lib.store import stage as stages
+from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.stage import Stage
 from imagecache_lib.system import locks
+from imagecache_lib.system.trace import TracePoint
 
 #: Lock under which the ledger is read and added to.
 LOCK = "imagecache-space"
@@ -36,18 +38,20 @@ def nothing_to_free(_wanted: int) -> int:
     return 0
 
 
-def outstanding(cache: store.CacheStore) -> int:
+def outstanding(cache: CacheStore) -> int:
     """Return the bytes that living owners have reserved and not yet allocated."""
     return sum(_living(cache))
 
 
-def _living(cache: store.CacheStore) -> list[int]:
+def _living(cache: CacheStore) -> list[int]:
     """Return what each living owner has reserved and not yet allocated."""
-    owed = (_owed(cache, stage_id, note.reserved) for stage_id, note in stages.notes(cache) if note.reserved)
+    owed = (
+        _owed(cache, stage_id, note.reserved) for stage_id, note in stages.iter_stages(cache) if note.reserved
+    )
     return [each for each in owed if each is not None]
 
 
-def _owed(cache: store.CacheStore, stage_id: str, reserved: int) -> int | None:
+def _owed(cache: CacheStore, stage_id: str, reserved: int) -> int | None:
     """Return what a stage has reserved and not yet allocated. None: its owner is dead."""
     try:
         fd = os.open(cache.layout.stage(stage_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -64,16 +68,16 @@ def _owed(cache: store.CacheStore, stage_id: str, reserved: int) -> int | None:
     return max(0, reserved - found.st_blocks * 512) if alive else None
 
 
-def free(cache: store.CacheStore) -> int:
+def free(cache: CacheStore) -> int:
     """Return the bytes of the cache's filesystem that an unprivileged process may still allocate."""
     found = os.statvfs(cache.layout.base_path)
     return found.f_bavail * found.f_frsize
 
 
 def reserve(
-    stage: stages.Stage,
+    stage: Stage,
     needed: int,
-    cache: store.CacheStore,
+    cache: CacheStore,
     *,
     check: Callable[[], None],
     make_room: MakeRoom = nothing_to_free,
@@ -93,7 +97,7 @@ def reserve(
         if deadline is None or now >= deadline or not refusal.others:
             raise refusal.error(cache)
         check()
-        cache.host.trace("space:waiting")
+        cache.host.trace(TracePoint.SPACE_WAITING)
         cache.host.sleep(min(_SLICE, deadline - now))
 
 
@@ -110,7 +114,7 @@ class _Refusal:
         self.short = wanted - room
         self.others = others
 
-    def error(self, cache: store.CacheStore) -> errors.NoSpaceError:
+    def error(self, cache: CacheStore) -> errors.NoSpaceError:
         return errors.NoSpaceError(
             f"it needs {self._wanted} bytes more and {self._room} are left",
             path=cache.layout.base_path,
@@ -119,9 +123,9 @@ class _Refusal:
 
 
 def _try_harder(
-    stage: stages.Stage,
+    stage: Stage,
     needed: int,
-    cache: store.CacheStore,
+    cache: CacheStore,
     check: Callable[[], None],
     make_room: MakeRoom,
 ) -> _Refusal | None:
@@ -140,9 +144,7 @@ def _try_harder(
                 return refusal
 
 
-def _try(
-    stage: stages.Stage, needed: int, cache: store.CacheStore, check: Callable[[], None]
-) -> _Refusal | None:
+def _try(stage: Stage, needed: int, cache: CacheStore, check: Callable[[], None]) -> _Refusal | None:
     with locks.waiting(
         cache.layout.lock(LOCK),
         shared=False,
@@ -159,5 +161,5 @@ def _try(
         if wanted > room:
             return _Refusal(wanted, room, others)
         stage.reserved = needed
-        stage.note()
+        stage.write_info()
         return None

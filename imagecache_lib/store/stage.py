@@ -15,9 +15,10 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from imagecache_lib.store import checksums, evidence, layout
-from imagecache_lib.store import directory as store
+from imagecache_lib.store import checksums, directory, evidence, layout
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable, locks, sparse
+from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 
 #: Start writing back once this much has arrived, so that the final fsync finds little to do.
@@ -29,7 +30,7 @@ class StageGone(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Note:
+class StageInfo:
     """What lies beside a stage file.
 
     :param name: the base that it will be.
@@ -46,7 +47,7 @@ class Note:
         return json.dumps({"name": self.name, "reserved": self.reserved, "record": record}).encode() + b"\n"
 
 
-def parse_note(data: bytes) -> Note | None:
+def parse_info(data: bytes) -> StageInfo | None:
     """Return the note in ``data``. None for anything torn or unknown."""
     try:
         fields = json.loads(data)
@@ -56,10 +57,10 @@ def parse_note(data: bytes) -> Note | None:
     if not isinstance(name, str) or type(reserved) is not int or reserved < 0:
         return None
     if record is None:
-        return Note(name, reserved)
+        return StageInfo(name, reserved)
     if not isinstance(record, str):
         return None
-    return Note(name, reserved, evidence.parse(record.encode()))
+    return StageInfo(name, reserved, evidence.parse(record.encode()))
 
 
 class Stage:
@@ -68,7 +69,7 @@ class Stage:
     :raises NoSpaceError: from anything that writes, when the filesystem is full.
     """
 
-    def __init__(self, cache: store.CacheStore, name: str) -> None:
+    def __init__(self, cache: CacheStore, name: str) -> None:
         self._cache = cache
         self.name = name
         self.id = durable.new_id()
@@ -92,9 +93,9 @@ class Stage:
         """Bytes that the file takes on disk now."""
         return os.fstat(self.fd).st_blocks * 512
 
-    def note(self, record: evidence.Record | None = None) -> None:
+    def write_info(self, record: evidence.Record | None = None) -> None:
         """Write down what this stage will be; durably, and after the checksums, if the record is there."""
-        data = Note(self.name, self.reserved, record).to_json()
+        data = StageInfo(self.name, self.reserved, record).to_json()
         with translated(self.path):
             if record is not None:
                 sums = self.checksums.to_bytes(record.base_id)
@@ -131,8 +132,8 @@ class Stage:
         base_id = durable.new_id()
         with translated(self.path):
             os.fchmod(self.fd, layout.BASE_MODE)
-            store.write_id(self.fd, base_id)
-            self._cache.host.trace("stage:sync")
+            directory.write_id(self.fd, base_id)
+            self._cache.host.trace(TracePoint.STAGE_SYNC)
             os.fsync(self.fd)
         return base_id
 
@@ -179,7 +180,7 @@ class SealedStage:
     record: evidence.Record
 
 
-def side_file(cache: store.CacheStore) -> BinaryIO:
+def side_file(cache: CacheStore) -> BinaryIO:
     """Return a file without a name on the cache's filesystem: it goes with its descriptor."""
     path = cache.layout.stage(f"side.{durable.new_id()}.new")
     with translated(path):
@@ -188,7 +189,7 @@ def side_file(cache: store.CacheStore) -> BinaryIO:
     return file
 
 
-def notes(cache: store.CacheStore) -> Iterator[tuple[str, Note]]:
+def iter_stages(cache: CacheStore) -> Iterator[tuple[str, StageInfo]]:
     """Yield the id and the note of every stage there is."""
     try:
         entries = os.listdir(cache.layout.stages)
@@ -197,15 +198,15 @@ def notes(cache: store.CacheStore) -> Iterator[tuple[str, Note]]:
     for entry in entries:
         if entry.endswith(".json"):
             data = durable.read_file(os.path.join(cache.layout.stages, entry))
-            note = parse_note(data) if data is not None else None
+            note = parse_info(data) if data is not None else None
             if note is not None:
                 yield entry.removesuffix(".json"), note
 
 
-def progress(cache: store.CacheStore, name: str) -> list[tuple[str, int, int]]:
+def progress(cache: CacheStore, name: str) -> list[tuple[str, int, int]]:
     """Return something that changes while anybody gets on with fetching a base."""
     found = []
-    for stage_id, note in notes(cache):
+    for stage_id, note in iter_stages(cache):
         if note.name == name:
             with contextlib.suppress(FileNotFoundError):
                 now = os.stat(cache.layout.stage(stage_id))

@@ -21,10 +21,10 @@ import dataclasses
 import errno
 import os
 
-from imagecache_lib.store import directory as store
-from imagecache_lib.store import evidence, layout
-from imagecache_lib.store import stage as stages
+from imagecache_lib.store import evidence, layout, stage
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable
+from imagecache_lib.system.trace import TracePoint
 
 _ID_LENGTH = 32
 
@@ -59,7 +59,7 @@ class Trashed:
         return self.directory if os.path.isfile(self.directory) else inner
 
 
-def throw(cache: store.CacheStore, name: str, *, mark: str = "") -> Trashed | None:
+def throw(cache: CacheStore, name: str, *, mark: str = "") -> Trashed | None:
     """Rename a base into the trash. None: it is gone already, or just being published.
 
     :param mark: hex digits that the entry's id shall begin with.
@@ -68,10 +68,10 @@ def throw(cache: store.CacheStore, name: str, *, mark: str = "") -> Trashed | No
     trash_id = (mark + durable.new_id())[:_ID_LENGTH]
     thrown = Trashed(name, cache.layout.trashed(name, trash_id))
     _announce(cache, thrown)
-    cache.host.trace("evict:announced")
+    cache.host.trace(TracePoint.EVICT_ANNOUNCED)
     try:
         if not _is_being_published(cache, name):
-            cache.host.trace("evict:rename")
+            cache.host.trace(TracePoint.EVICT_RENAME)
             os.rename(cache.layout.base(name), thrown.path)
             return thrown
     except FileNotFoundError:
@@ -83,7 +83,7 @@ def throw(cache: store.CacheStore, name: str, *, mark: str = "") -> Trashed | No
     return None
 
 
-def _announce(cache: store.CacheStore, thrown: Trashed) -> None:
+def _announce(cache: CacheStore, thrown: Trashed) -> None:
     try:
         os.mkdir(thrown.directory, layout.PRIVATE_DIR_MODE)
     except OSError as error:
@@ -96,7 +96,7 @@ def _announce(cache: store.CacheStore, thrown: Trashed) -> None:
             raise error from None
 
 
-def _spare(cache: store.CacheStore) -> str:
+def _spare(cache: CacheStore) -> str:
     return os.path.join(cache.layout.private, "spare")
 
 
@@ -105,11 +105,11 @@ def _withdraw(thrown: Trashed) -> None:
         os.rmdir(thrown.directory)
 
 
-def _is_being_published(cache: store.CacheStore, name: str) -> bool:
-    return any(note.name == name and note.record is not None for _stage_id, note in stages.notes(cache))
+def _is_being_published(cache: CacheStore, name: str) -> bool:
+    return any(note.name == name and note.record is not None for _stage_id, note in stage.iter_stages(cache))
 
 
-def _entries(cache: store.CacheStore, name: str | None) -> list[Trashed]:
+def _entries(cache: CacheStore, name: str | None) -> list[Trashed]:
     """What has a strange name is not ours to touch."""
     try:
         entries = os.listdir(cache.layout.trash)
@@ -124,12 +124,12 @@ def _entries(cache: store.CacheStore, name: str | None) -> list[Trashed]:
     return found
 
 
-def find(cache: store.CacheStore, name: str | None = None) -> list[Trashed]:
+def find(cache: CacheStore, name: str | None = None) -> list[Trashed]:
     """Return what lies in the trash, of one base or of all."""
     return [thrown for thrown in _entries(cache, name) if os.path.lexists(thrown.path)]
 
 
-def reclaim(cache: store.CacheStore, name: str) -> None:
+def reclaim(cache: CacheStore, name: str) -> None:
     """Stop every eviction of a base that is under way, and put back what was renamed already.
 
     To be called by a publisher whose stage is complete: no eviction of the name begins until that is gone.
@@ -147,7 +147,7 @@ def reclaim(cache: store.CacheStore, name: str) -> None:
             restore(cache, thrown)
 
 
-def restore(cache: store.CacheStore, thrown: Trashed) -> bool:
+def restore(cache: CacheStore, thrown: Trashed) -> bool:
     """Give a file its name back. False: the name is taken by another file, or the file is gone.
 
     The trash's own name goes afterwards; a crash in between leaves one file with two names, which
@@ -192,7 +192,7 @@ def _rename_back(path: str, base: str) -> bool:
     return True
 
 
-def is_restored(cache: store.CacheStore, thrown: Trashed) -> bool:
+def is_restored(cache: CacheStore, thrown: Trashed) -> bool:
     """Whether the file has its base name back, beside the one here.
 
     A network filesystem's client may still find the base's name for a second after another host renamed it
@@ -205,11 +205,11 @@ def is_restored(cache: store.CacheStore, thrown: Trashed) -> bool:
         return False
 
 
-def unlink(cache: store.CacheStore, thrown: Trashed) -> None:
+def unlink(cache: CacheStore, thrown: Trashed) -> None:
     """Remove a file for good, its record and its checksums unless the name has a base again."""
     found = os.stat(thrown.path, follow_symlinks=False)
     os.unlink(thrown.path)
-    cache.host.trace("evict:unlinked")
+    cache.host.trace(TracePoint.EVICT_UNLINKED)
     _withdraw(thrown)
     record = cache.layout.record(thrown.name)
     data = durable.read_file(record)
@@ -221,7 +221,7 @@ def unlink(cache: store.CacheStore, thrown: Trashed) -> None:
                 os.unlink(path)
 
 
-def sweep(cache: store.CacheStore, *, now: float) -> None:
+def sweep(cache: CacheStore, *, now: float) -> None:
     """Remove what evictors announced and never did, since they died. One that lives merely gives up.
 
     And have a directory in reserve, for the day on which the filesystem is full.

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 
 from imagecache_lib import errors
 from imagecache_lib.system import durable, locks, sparse
-from imagecache_lib.system import host as host_module
+from imagecache_lib.system.host import System
+from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 
 #: ioctl_ficlone(2): share the extents of another file.
@@ -72,7 +73,7 @@ def _exists(target: str) -> errors.DiskExistsError:
 @contextlib.contextmanager
 def placing(
     target: str,
-    host: host_module.Host,
+    host: System,
     confirm: Callable[[], None],
     *,
     pinned: contextlib.AbstractContextManager[None] | None = None,
@@ -93,12 +94,12 @@ def placing(
         with translated(target):
             yield unfinished
             os.fchmod(unfinished.fd, _MODE)
-        host.trace("disk:made")
+        host.trace(TracePoint.DISK_MADE)
         confirm()
-        host.trace("disk:confirmed")
+        host.trace(TracePoint.DISK_CONFIRMED)
         with pinned or contextlib.nullcontext(), translated(target):
             unfinished.place()
-        host.trace("disk:placed")
+        host.trace(TracePoint.DISK_PLACED)
     finally:
         unfinished.close()
 
@@ -106,7 +107,7 @@ def placing(
 class Unfinished:
     """A file in the making, under a name that says so."""
 
-    def __init__(self, target: str, host: host_module.Host) -> None:
+    def __init__(self, target: str, host: System) -> None:
         directory, name = os.path.split(target)
         self.target = target
         self.path = os.path.join(directory, f".{name}.{durable.new_id()}.new")

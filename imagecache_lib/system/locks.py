@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 import fasteners
 
 from imagecache_lib import errors
-from imagecache_lib.system import host as host_module
+from imagecache_lib.system.host import System
+from imagecache_lib.system.trace import TracePoint
 
 LOG = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
     Not reusable while held, and not by two threads: make one for each acquisition.
     """
 
-    def __init__(self, path: str, *, shared: bool, host: host_module.Host) -> None:
+    def __init__(self, path: str, *, shared: bool, host: System) -> None:
         super().__init__(path, sleep_func=host.sleep)
         self.file = path  # fasteners keeps it as bytes
         self._shared = shared
@@ -172,7 +173,7 @@ def waiting(
     path: str,
     *,
     shared: bool,
-    host: host_module.Host,
+    host: System,
     patience: float,
     check: Callable[[], None] = lambda: None,
     progress: Callable[[], object] = lambda: None,
@@ -197,14 +198,14 @@ def waiting(
 
 def _wait(
     lock: FileLock,
-    host: host_module.Host,
+    host: System,
     patience: float,
     check: Callable[[], None],
     progress: Callable[[], object],
     moot: Callable[[], bool],
 ) -> bool:
     seen, since = progress(), host.clock()
-    host.trace("lock:waiting")
+    host.trace(TracePoint.LOCK_WAITING)
     while host.clock() - since < patience:
         check()
         if lock.acquire(timeout=min(_SLICE, patience)):
@@ -218,7 +219,7 @@ def _wait(
 
 
 @contextlib.contextmanager
-def without_waiting(path: str, *, host: host_module.Host) -> Iterator[bool]:
+def without_waiting(path: str, *, host: System) -> Iterator[bool]:
     """Hold an exclusive lock if nobody else has one; the context says whether it was got."""
     lock = FileLock(path, shared=False, host=host)
     try:
@@ -227,7 +228,7 @@ def without_waiting(path: str, *, host: host_module.Host) -> Iterator[bool]:
         lock.let_go()
 
 
-def is_taken(path: str, *, host: host_module.Host) -> bool:
+def is_taken(path: str, *, host: System) -> bool:
     """Whether anybody holds a lock, shared or exclusive. Makes no lock file."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -247,7 +248,7 @@ _OWNER_BYTE = (0, 1)
 class OwnerLock:
     """The lock that marks a file in flight as owned, held on the file itself for the owner's life."""
 
-    def __init__(self, fd: int, host: host_module.Host) -> None:
+    def __init__(self, fd: int, host: System) -> None:
         """Take over ``fd``, a new file of our own, and lock it. A filesystem without locks is fine."""
         self._held = HeldDescriptor(fd)
         self._locking = host.locking

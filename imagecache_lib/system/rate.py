@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from imagecache_lib.system import host as host_module
+from imagecache_lib.system.host import System
 
 #: A rest is cut into pieces of this many seconds, so that a cancelled request ends soon.
 _PIECE = 0.5
@@ -21,7 +21,7 @@ class Pace:
     :param check: raises if the caller no longer waits.
     """
 
-    def __init__(self, rate: int | None, *, host: host_module.Host, check: Callable[[], None]) -> None:
+    def __init__(self, rate: int | None, *, host: System, check: Callable[[], None]) -> None:
         self._rate = rate
         self._host = host
         self._check = check

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every storage backend must do, as tests that any backend can run::
 
-    class TestMyBackend(BackendContract, unittest.TestCase):
-        def make_backend(self): ...
-        def make_target(self): ...
-        def read_disk(self, disk, offset, length): ...
-        def write_disk(self, disk, offset, data): ...
-        def everything(self): ...
+class TestMyBackend(BackendContract, unittest.TestCase):
+    def make_backend(self): ...
+    def make_target(self): ...
+    def read_disk(self, disk, offset, length): ...
+    def write_disk(self, disk, offset, data): ...
+    def everything(self): ...
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from imagecache_lib import errors, model
-from imagecache_lib.backends import interface as backend_base
+from imagecache_lib.backends.interface import CannotClone, Feature, StorageBackend
 from imagecache_lib.store import layout
 
 # For the type checker this is a test case; at run time it is a mixin, so that nothing runs it by itself.
@@ -66,7 +66,7 @@ class BackendContract(_Case):
     #: Virtual size in bytes of the base images that the tests make.
     size = 4 * MIB
 
-    def make_backend(self) -> backend_base.StorageBackend:
+    def make_backend(self) -> StorageBackend:
         """Return the backend to test."""
         raise AssertionError("a contract test case supplies make_backend")
 
@@ -334,12 +334,12 @@ class BackendContract(_Case):
         features = self.backend.features
         self.assertTrue(self.backend.name)
         disk = self.create()
-        self.assertEqual(backend_base.Feature.OVERLAY in features, disk.base is not None)
+        self.assertEqual(Feature.OVERLAY in features, disk.base is not None)
         if disk.base is not None:
             self.assertEqual(self.base.name, disk.base)
-            self.assertIn(backend_base.Feature.FLATTEN, features)
-        if backend_base.Feature.CLONE not in features:
-            with self.assertRaises(backend_base.CannotClone):
+            self.assertIn(Feature.FLATTEN, features)
+        if Feature.CLONE not in features:
+            with self.assertRaises(CannotClone):
                 self.backend.clone(model.Image("id", "raw"), self.make_target(), None)
 
     def test_a_good_set_up_has_no_findings(self) -> None:

@@ -35,9 +35,20 @@ def boot_command(disk: str, disk_format: str) -> list[str]:
     """
     drive = f"file={disk.replace(',', ',,')},format={disk_format},if=ide"
     return [
-        "qemu-system-x86_64", "-accel", "tcg", "-m", "64", "-display", "none", "-nodefaults",
-        "-no-reboot", "-serial", "stdio", "-drive", drive,
-    ]  # fmt: skip
+        "qemu-system-x86_64",
+        "-accel",
+        "tcg",
+        "-m",
+        "64",
+        "-display",
+        "none",
+        "-nodefaults",
+        "-no-reboot",
+        "-serial",
+        "stdio",
+        "-drive",
+        drive,
+    ]
 
 
 def write_boot_disk(path: str, size_mb: int = 4, *, greeting: str = "HELLO", stays: bool = False) -> None:
@@ -84,16 +95,20 @@ def _boot_sector(greeting: bytes, *, stays: bool) -> bytes:
 def _disk_access(function: int) -> bytes:
     """Int 13h on the second sector (cylinder 0, sector 2, head 0): function 2 reads, 3 writes."""
     return (
-        b"\xb8\x01" + bytes((function,))  # mov ax, function << 8 | 1 sector
-        + b"\xbb" + _COUNTER.to_bytes(2, "little")  # mov bx, buffer
+        b"\xb8\x01"
+        + bytes((function,))  # mov ax, function << 8 | 1 sector
+        + b"\xbb"
+        + _COUNTER.to_bytes(2, "little")  # mov bx, buffer
         + b"\xb9\x02\x00\xb6\x00\xcd\x13"  # mov cx, 2; mov dh, 0; int 13h
-    )  # fmt: skip
+    )
 
 
 def _print(address: int) -> bytes:
     """Send a zero-terminated text to the serial port."""
     return (
-        b"\xbe" + address.to_bytes(2, "little")  # mov si, text
-        + b"\xba" + _SERIAL_PORT.to_bytes(2, "little")  # mov dx, port
+        b"\xbe"
+        + address.to_bytes(2, "little")  # mov si, text
+        + b"\xba"
+        + _SERIAL_PORT.to_bytes(2, "little")  # mov dx, port
         + b"\xac\x84\xc0\x74\x03\xee\xeb\xf8"  # next: lodsb; test al, al; jz end; out dx, al; jmp next
-    )  # fmt: skip
+    )

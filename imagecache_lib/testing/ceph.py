@@ -183,9 +183,7 @@ class FakeCluster:
         if pool not in self._pools:
             raise _missing(what)
         if pool in self.forbidden:
-            raise ceph.Denied(
-                "the Ceph user has no permission", path=what, next_step="check the user's caps"
-            )
+            raise ceph.Denied("the Ceph user has no permission", path=what, next_step="check the user's caps")
         return self._pools[pool]
 
     def _image(self, name: RbdName) -> _Image:
@@ -215,9 +213,7 @@ class FakeCluster:
 
 
 def _missing(what: str) -> ceph.Missing:
-    return ceph.Missing(
-        "there is no such pool or image", path=what, next_step="check the name and the pool"
-    )
+    return ceph.Missing("there is no such pool or image", path=what, next_step="check the name and the pool")
 
 
 def _busy(name: RbdName) -> ceph.Busy:

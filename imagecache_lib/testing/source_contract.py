@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every image source must do, as tests that any source can run::
 
-    class TestMySource(SourceContract, unittest.TestCase):
-        def make_source(self, images):
-            ...put the images where the source finds them...
-            return MySource(...)
+class TestMySource(SourceContract, unittest.TestCase):
+    def make_source(self, images):
+        ...put the images where the source finds them...
+        return MySource(...)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import interface as base
+from imagecache_lib.sources.interface import CannotResume, ImageSource
 
 # For the type checker this is a test case; at run time it is a mixin, so that nothing runs it by itself.
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class SourceContract(_Case):
     #: Longer than any chunk or buffer on the way.
     data = _pattern(3 * 2**20 + 17, b"first")
 
-    def make_source(self, images: Mapping[str, bytes]) -> base.ImageSource:
+    def make_source(self, images: Mapping[str, bytes]) -> ImageSource:
         """Return a source that has exactly these images."""
         raise AssertionError("a contract test case supplies make_source")
 
@@ -115,7 +115,7 @@ class SourceContract(_Case):
             with self.subTest(offset=offset):
                 try:
                     rest = self.read(image, offset)
-                except base.CannotResume:
+                except CannotResume:
                     continue
                 self.assertEqual(self.data[offset:], rest)
 

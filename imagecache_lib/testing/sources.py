@@ -10,10 +10,10 @@ import threading
 from collections.abc import Iterator, Mapping
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import interface as base
+from imagecache_lib.sources.interface import CannotResume, ImageSource
 
 
-class FakeSource(base.ImageSource):
+class FakeSource(ImageSource):
     """An image source for tests, with scripted failures and counts of what was asked of it.
 
     :param images: data by image id.
@@ -106,7 +106,7 @@ class FakeSource(base.ImageSource):
             if image.id not in self._images:
                 raise _not_found(image.id)
             if offset > 0 and self.refuses_resume:
-                raise base.CannotResume("the source ignores ranges", image=image.id)
+                raise CannotResume("the source ignores ranges", image=image.id)
             data = self._images[image.id]
             broken_at = self._breaks.pop(0) if self._breaks else None
         yield self._chunks(image.id, data, offset, broken_at)
@@ -127,9 +127,7 @@ def _description(
     image_id: str, data: bytes, *, digests: bool, sizes: bool, disk_format: str | None
 ) -> model.Image:
     digest = model.Digest("sha512", hashlib.sha512(data).hexdigest()) if digests else None
-    return model.Image(
-        id=image_id, disk_format=disk_format, size=len(data) if sizes else None, digest=digest
-    )
+    return model.Image(id=image_id, disk_format=disk_format, size=len(data) if sizes else None, digest=digest)
 
 
 def _not_found(image_id: str) -> errors.ImageNotFound:

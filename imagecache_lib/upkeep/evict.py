@@ -15,10 +15,11 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from imagecache_lib import errors, events
-from imagecache_lib.store import directory as store
 from imagecache_lib.store import trash
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import HostRef, Hosts
 from imagecache_lib.system import locks
+from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.upkeep.policy import Decision
 from imagecache_lib.upkeep.references import References
 
@@ -55,7 +56,7 @@ class Outcome:
 def evict(
     victims: Iterable[Decision],
     read: Reading,
-    cache: store.CacheStore,
+    cache: CacheStore,
     hosts: Hosts,
     observers: events.Observers,
     *,
@@ -85,7 +86,7 @@ def evict(
             outcomes.append(Outcome(name, False, f"it cannot be locked: {error}"))
             continue
         if isinstance(thrown, trash.Trashed):
-            cache.host.trace("evict:renamed")
+            cache.host.trace(TracePoint.EVICT_RENAMED)
             reasons[thrown.entry] = victim.reason
         elif thrown is not None:
             outcomes.append(Outcome(name, False, thrown))
@@ -93,7 +94,7 @@ def evict(
     return outcomes + _empty(found, read, cache, hosts, observers, reasons, remove=remove)
 
 
-def _throw(name: str, cache: store.CacheStore, hosts: Hosts, *, locked: bool) -> trash.Trashed | str | None:
+def _throw(name: str, cache: CacheStore, hosts: Hosts, *, locked: bool) -> trash.Trashed | str | None:
     """Rename a base into the trash. Text: why it stays. None: it is gone already."""
     with contextlib.ExitStack() as stack:
         if not locked:
@@ -109,7 +110,7 @@ def _throw(name: str, cache: store.CacheStore, hosts: Hosts, *, locked: bool) ->
 def _empty(
     found: Sequence[trash.Trashed],
     read: Reading,
-    cache: store.CacheStore,
+    cache: CacheStore,
     hosts: Hosts,
     observers: events.Observers,
     reasons: Mapping[str, str],
@@ -120,7 +121,7 @@ def _empty(
     if not found:
         return []
     references = read({thrown.name for thrown in found})
-    cache.host.trace("evict:read")
+    cache.host.trace(TracePoint.EVICT_READ)
     stays = None if remove else "remove_unused_base_images is off"
     needed = {
         thrown.entry: reason
@@ -150,7 +151,7 @@ def _empty(
     return outcomes
 
 
-def who_needs(thrown: trash.Trashed, references: References, cache: store.CacheStore) -> str | None:
+def who_needs(thrown: trash.Trashed, references: References, cache: CacheStore) -> str | None:
     """Return who needs a file in the trash, as a clause. None: nobody does."""
     if trash.is_restored(cache, thrown):
         return "somebody who wanted it linked it back"
@@ -164,7 +165,7 @@ def who_needs(thrown: trash.Trashed, references: References, cache: store.CacheS
     return None
 
 
-def _put_back(thrown: trash.Trashed, reason: str, cache: store.CacheStore) -> Outcome:
+def _put_back(thrown: trash.Trashed, reason: str, cache: CacheStore) -> Outcome:
     if trash.restore(cache, thrown):
         return Outcome(thrown.name, False, f"put back: {reason}")
     return Outcome(
@@ -176,7 +177,7 @@ def _unlink(
     thrown: trash.Trashed,
     reasons: Mapping[str, str],
     waiting: Sequence[HostRef],
-    cache: store.CacheStore,
+    cache: CacheStore,
     observers: events.Observers,
 ) -> Outcome:
     allocated = os.stat(thrown.path, follow_symlinks=False).st_blocks * 512
@@ -187,14 +188,14 @@ def _unlink(
         return Outcome(
             thrown.name, False, f"in the trash until these hosts have looked too: {names}", allocated, silent
         )
-    cache.host.trace("evict:unlink")
+    cache.host.trace(TracePoint.EVICT_UNLINK)
     trash.unlink(cache, thrown)
     reason = reasons.get(thrown.entry, LEFT)
     observers(events.Evicted(thrown.name, reason=reason, allocated=allocated))
     return Outcome(thrown.name, True, reason, allocated)
 
 
-def put_back_own(cache: store.CacheStore, hosts: Hosts) -> list[str]:
+def put_back_own(cache: CacheStore, hosts: Hosts) -> list[str]:
     """Put back what this host renamed away and had not cleared when it was killed. Returns the names.
 
     A guest whose base lies in the trash cannot start. References are read again by the next pass.
@@ -210,7 +211,7 @@ def put_back_own(cache: store.CacheStore, hosts: Hosts) -> list[str]:
 
 
 def sweep_foreign_stages(
-    cache: store.CacheStore, observers: events.Observers, names: Iterable[str], *, now: float
+    cache: CacheStore, observers: events.Observers, names: Iterable[str], *, now: float
 ) -> None:
     """Remove what a crash of Nova left half-fetched: its lock is free, and nobody wrote for a day."""
     for name in names:

@@ -12,7 +12,8 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 
-from imagecache_lib.formats.qcow2 import header as qcow2_header
+from imagecache_lib.formats.qcow2 import header
+from imagecache_lib.formats.qcow2.header import HeaderError, Truncated
 from imagecache_lib.nova import disk_info
 from imagecache_lib.system import durable
 
@@ -31,14 +32,14 @@ _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 def backing(fd: int, head: bytes) -> bytes | None:
     """Return what may hold a cached name: the backing string, or of a broken header all that is near it."""
     try:
-        return qcow2_header.backing_reference(head)
-    except qcow2_header.Truncated as error:
+        return header.backing_reference(head)
+    except Truncated as error:
         more = os.pread(fd, min(error.needed, _DEEP), 0)
         try:
-            return qcow2_header.backing_reference(more)
-        except qcow2_header.HeaderError:
+            return header.backing_reference(more)
+        except HeaderError:
             return os.pread(fd, _DEEP, 0)
-    except qcow2_header.HeaderError:
+    except HeaderError:
         return os.pread(fd, _DEEP, 0)
 
 
@@ -53,7 +54,7 @@ def _backing_of(path: str) -> bytes | None:
         return None
     try:
         head = os.read(fd, HEAD)
-        return backing(fd, head) if head.startswith(qcow2_header.MAGIC) else None
+        return backing(fd, head) if head.startswith(header.MAGIC) else None
     except OSError:
         return None
     finally:

@@ -7,8 +7,8 @@ import dataclasses
 import os
 import stat
 
-from imagecache_lib.store import directory as store
 from imagecache_lib.store import evidence, layout
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable
 
 
@@ -46,7 +46,7 @@ class Inventory:
     odd: tuple[str, ...]
 
 
-def take(cache: store.CacheStore) -> Inventory:
+def take(cache: CacheStore) -> Inventory:
     """List the cache. An entry that vanishes meanwhile is left out."""
     bases: list[Entry] = []
     foreign: list[Entry] = []
@@ -76,7 +76,7 @@ def take(cache: store.CacheStore) -> Inventory:
     )
 
 
-def look(cache: store.CacheStore, name: str) -> Entry | None:
+def look(cache: CacheStore, name: str) -> Entry | None:
     """Return one base. None: it is not there, or is no regular file."""
     try:
         status = os.stat(cache.layout.base(name), follow_symlinks=False)
@@ -91,9 +91,7 @@ def look(cache: store.CacheStore, name: str) -> Entry | None:
     return _entry(cache, name, layout.classify(name), status, noted)
 
 
-def _entry(
-    cache: store.CacheStore, name: str, kind: layout.Kind, status: os.stat_result, noted: float
-) -> Entry:
+def _entry(cache: CacheStore, name: str, kind: layout.Kind, status: os.stat_result, noted: float) -> Entry:
     """Return what a look found.
 
     :param noted: mtime of the record of that name. It counts if the record is this file's.
@@ -123,7 +121,7 @@ def _is_of(record_path: str, status: os.stat_result) -> bool:
     return record is not None and (record.inode, record.size) == (status.st_ino, status.st_size)
 
 
-def _notes_of_use(cache: store.CacheStore) -> dict[str, float]:
+def _notes_of_use(cache: CacheStore) -> dict[str, float]:
     """Our own notes of last use: the mtimes of the records."""
     noted: dict[str, float] = {}
     try:
@@ -140,7 +138,7 @@ def _notes_of_use(cache: store.CacheStore) -> dict[str, float]:
     return noted
 
 
-def disk_usage(cache: store.CacheStore) -> int:
+def disk_usage(cache: CacheStore) -> int:
     """Return what the cache takes of the instances' filesystem: 0 if it has its own."""
     try:
         if os.stat(cache.layout.base_path).st_dev != os.stat(cache.config.instances_path).st_dev:
@@ -150,7 +148,7 @@ def disk_usage(cache: store.CacheStore) -> int:
     return allocated(cache)
 
 
-def allocated(cache: store.CacheStore) -> int:
+def allocated(cache: CacheStore) -> int:
     """Return the allocated bytes of everything under the cache's directory, each file counted once."""
     total = 0
     counted: set[int] = set()

@@ -6,8 +6,8 @@ from __future__ import annotations
 import dataclasses
 
 from imagecache_lib import events
-from imagecache_lib.store import directory as store
-from imagecache_lib.store import reservations as space
+from imagecache_lib.store import reservations
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import Hosts
 from imagecache_lib.upkeep import evict, inventory, policy
 
@@ -36,7 +36,7 @@ class SpaceReport:
 def make(
     wanted: int,
     read: evict.Reading,
-    cache: store.CacheStore,
+    cache: CacheStore,
     hosts: Hosts,
     observers: events.Observers,
     *,
@@ -55,7 +55,7 @@ def make(
     return freed
 
 
-def report(read: evict.Reading, cache: store.CacheStore, *, now: float) -> SpaceReport:
+def report(read: evict.Reading, cache: CacheStore, *, now: float) -> SpaceReport:
     """Look how full it is.
 
     :param read: reads all references.
@@ -63,14 +63,14 @@ def report(read: evict.Reading, cache: store.CacheStore, *, now: float) -> Space
     everything = _plan(2**63, read, cache, now)
     return SpaceReport(
         used=inventory.allocated(cache),
-        reserved=space.outstanding(cache),
-        free=space.free(cache),
+        reserved=reservations.outstanding(cache),
+        free=reservations.free(cache),
         reclaimable=sum(decision.entry.allocated for decision in everything.victims),
         limit=cache.config.max_cache_size,
     )
 
 
-def _plan(wanted: int, read: evict.Reading, cache: store.CacheStore, now: float) -> policy.EvictionPlan:
+def _plan(wanted: int, read: evict.Reading, cache: CacheStore, now: float) -> policy.EvictionPlan:
     bases = inventory.take(cache).bases
     references = read([entry.name for entry in bases])
     return policy.relieve(bases, references, policy.Limits.of(cache.config), now=now, wanted=wanted)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from imagecache_lib import config as config_module
 from imagecache_lib import dates
+from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import layout
 from imagecache_lib.upkeep.inventory import Entry
 from imagecache_lib.upkeep.references import References
@@ -36,7 +36,7 @@ class Limits:
     free_high: int = 0
 
     @classmethod
-    def of(cls, config: config_module.CacheConfig) -> Limits:
+    def of(cls, config: CacheConfig) -> Limits:
         return cls(
             remove=config.remove_unused_base_images,
             original_age=config.remove_unused_original_minimum_age_seconds,

@@ -13,10 +13,10 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from imagecache_lib import errors, model
-from imagecache_lib.store import directory as store
 from imagecache_lib.store import layout, pins, trash
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import locks
-from imagecache_lib.upkeep import scan as disks
+from imagecache_lib.upkeep.scan import Scan
 
 #: QEMU's lock bytes on its images: permissions and shared permissions, from its block/file-posix.c.
 _QEMU_BYTES = (100, 200)
@@ -55,7 +55,7 @@ class Memory:
 
 
 def collect(
-    cache: store.CacheStore,
+    cache: CacheStore,
     names: Collection[str],
     instances: Sequence[model.Instance] | None,
     memory: Memory,
@@ -69,7 +69,7 @@ def collect(
     :param now: epoch seconds of the filesystem's clock, for pins that expire.
     """
     users: dict[str, str] = {}
-    found = disks.Scan(cache, names, memory).run(instances or ())
+    found = Scan(cache, names, memory).run(instances or ())
     for path, referred in found.readings.items():
         for name in referred:
             users.setdefault(name, f"used by the disk {path}")
@@ -85,9 +85,7 @@ def collect(
     if instances is None:
         unknown = "the driver could not tell which instances there are"
         problems.insert(0, f"Nothing is evicted: {unknown}.")
-    return References(
-        users, unknown, tuple(problems), found.readings, found.roots, tuple(found.unfinished)
-    )
+    return References(users, unknown, tuple(problems), found.readings, found.roots, tuple(found.unfinished))
 
 
 def reported(
@@ -122,7 +120,7 @@ def reported(
                     yield name, user
 
 
-def _open_in_qemu(cache: store.CacheStore, names: Collection[str]) -> Iterable[str]:
+def _open_in_qemu(cache: CacheStore, names: Collection[str]) -> Iterable[str]:
     """Yield what a QEMU on this host has open, in the cache or in the trash."""
     paths = [(name, cache.layout.base(name)) for name in names]
     paths += [(thrown.name, thrown.path) for thrown in trash.find(cache) if thrown.name in names]

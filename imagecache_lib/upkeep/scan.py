@@ -18,12 +18,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from imagecache_lib import model
-from imagecache_lib.formats.qcow2 import header as qcow2_header
-from imagecache_lib.store import directory as store
-from imagecache_lib.store import disk_roots as reach
-from imagecache_lib.store import layout
+from imagecache_lib.formats.qcow2 import header
+from imagecache_lib.store import disk_roots, layout
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import host_id
-from imagecache_lib.system import atomic_file as placing
+from imagecache_lib.system import atomic_file
+from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.upkeep import headers
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Scan:
     and a root is listed until it held still.
     """
 
-    def __init__(self, cache: store.CacheStore, names: Collection[str], memory: Memory) -> None:
+    def __init__(self, cache: CacheStore, names: Collection[str], memory: Memory) -> None:
         self._host = cache.host
         self._roots = cache.config.roots
         self._names = frozenset(names)
@@ -81,17 +81,17 @@ class Scan:
         self._found_roots: dict[str, tuple[int, int]] = {}
         self._unfinished: list[str] = []
         # What is ours counts as visited: it holds no disks, however it is reached.
-        self._visited = reach.own_directories(cache.config)
+        self._visited = disk_roots.own_directories(cache.config)
 
     def run(self, instances: Sequence[model.Instance]) -> Found:
         """Read everything once: known instances by name first, then whatever else there is."""
         present = [root for root in self._roots if self._is_there(root, instances)]
         for instance in instances:
             self._read_instance(instance, present)
-        self._host.trace("references:known")
+        self._host.trace(TracePoint.REFERENCES_KNOWN)
         for root in present:
             self._read_root(root)
-        self._host.trace("references:scanned")
+        self._host.trace(TracePoint.REFERENCES_SCANNED)
         return Found(
             self._readings, self._unknown, self._problems, self._found_roots, sorted(set(self._unfinished))
         )
@@ -254,14 +254,14 @@ class Scan:
 
     def _read_file(self, directory: str, name: str, directory_fd: int, formats: headers.Formats) -> bool:
         """Read a file. True: it is gone. Most are no overlay, and cost an open, a read and a close."""
-        if name.endswith(".new") and placing.UNFINISHED.fullmatch(name):
+        if name.endswith(".new") and atomic_file.UNFINISHED.fullmatch(name):
             self._unfinished.append(os.path.join(directory, name))
-            self._host.trace("references:unfinished")
+            self._host.trace(TracePoint.REFERENCES_UNFINISHED)
         try:
             fd = os.open(name, _OPEN, dir_fd=directory_fd)
             try:
                 head = os.read(fd, headers.HEAD)
-                if not head.startswith(qcow2_header.MAGIC):
+                if not head.startswith(header.MAGIC):
                     return False
                 reference = headers.backing(fd, head)
             finally:

@@ -24,9 +24,9 @@ from collections.abc import Callable, Collection, Iterator
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.store import checksums, evidence
-from imagecache_lib.store import directory as store
+from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable, locks, sparse
-from imagecache_lib.system import rate as pace
+from imagecache_lib.system.rate import Pace
 from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import inventory
 
@@ -99,7 +99,7 @@ Evict = Callable[[str, str], str | None]
 
 
 def scrub(
-    cache: store.CacheStore,
+    cache: CacheStore,
     observers: events.Observers,
     evict: Evict,
     *,
@@ -114,7 +114,7 @@ def scrub(
     :param cancel: once set, what was found so far is returned; the next scrub goes on where this one ended.
     """
     cancelled = cancel or threading.Event()
-    limit = pace.Pace(rate, host=cache.host, check=lambda: _stop_if(cancelled))
+    limit = Pace(rate, host=cache.host, check=lambda: _stop_if(cancelled))
     found = []
     # A thread of its own: its priority is lowered, and nobody else's.
     reading = concurrent.futures.ThreadPoolExecutor(1, "imagecache-scrub", _be_modest)
@@ -134,7 +134,7 @@ def _stop_if(cancelled: model.CancelToken) -> None:
         raise _Cancelled
 
 
-def _in_order(cache: store.CacheStore, names: Collection[str] | None) -> list[str]:
+def _in_order(cache: CacheStore, names: Collection[str] | None) -> list[str]:
     """Return which to check. A file of checksums was touched when it last proved its base sound."""
 
     def checked(name: str) -> float:
@@ -149,11 +149,11 @@ def _in_order(cache: store.CacheStore, names: Collection[str] | None) -> list[st
 
 def _scrub_one(
     name: str,
-    cache: store.CacheStore,
+    cache: CacheStore,
     observers: events.Observers,
     evict: Evict,
     reader: concurrent.futures.Executor,
-    limit: pace.Pace,
+    limit: Pace,
 ) -> ScrubbedBase:
     try:
         opened = cache.open_base(name)
@@ -171,9 +171,7 @@ def _scrub_one(
         return found
 
 
-def _check(
-    opened: store.OpenBase, record: evidence.Record, cache: store.CacheStore, limit: pace.Pace
-) -> ScrubbedBase:
+def _check(opened: OpenBase, record: evidence.Record, cache: CacheStore, limit: Pace) -> ScrubbedBase:
     sums_path = cache.layout.sums(record.name)
     data = durable.read_file(sums_path, limit=checksums.LIMIT)
     sums = checksums.parse(data, record.base_id) if data is not None else None
@@ -201,7 +199,7 @@ class _Content:
     :ivar read: bytes that were read so far.
     """
 
-    def __init__(self, opened: store.OpenBase, limit: pace.Pace) -> None:
+    def __init__(self, opened: OpenBase, limit: Pace) -> None:
         self._limit = limit
         self._size = opened.stat.st_size
         self.read = 0
@@ -299,8 +297,8 @@ def _be_modest() -> None:
 
 def _condemn(
     found: ScrubbedBase,
-    opened: store.OpenBase,
-    cache: store.CacheStore,
+    opened: OpenBase,
+    cache: CacheStore,
     observers: events.Observers,
     evict: Evict,
 ) -> ScrubbedBase:
@@ -321,7 +319,7 @@ def _condemn(
     return dataclasses.replace(found, stays=stays)
 
 
-def _mark(record: evidence.Record, cache: store.CacheStore) -> None:
+def _mark(record: evidence.Record, cache: CacheStore) -> None:
     path = cache.layout.record(record.name)
     used = os.stat(path)
     cache.write_record(record)

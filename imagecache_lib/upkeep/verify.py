@@ -10,16 +10,18 @@ import os
 from collections.abc import Collection, Sequence
 
 from imagecache_lib import errors, events, model
-from imagecache_lib.nova import compute_nodes as registry
-from imagecache_lib.store import directory as store
+from imagecache_lib.nova import compute_nodes
 from imagecache_lib.store import recover, trash
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import HostRef, Hosts
 from imagecache_lib.system import durable, locks
+from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
-from imagecache_lib.upkeep import evict, inventory, policy, scrub
+from imagecache_lib.upkeep import evict, inventory, policy, scan, scrub
 from imagecache_lib.upkeep import make_room as room
 from imagecache_lib.upkeep import references as reference_module
-from imagecache_lib.upkeep import scan as disks
+from imagecache_lib.upkeep.make_room import SpaceReport
+from imagecache_lib.upkeep.references import Memory, References
 
 LOG = logging.getLogger(__name__)
 
@@ -98,7 +100,7 @@ class Explanation:
 class Upkeep:
     """Everything that is done to the cache as a whole. Safe to share between threads."""
 
-    def __init__(self, cache: store.CacheStore, observers: events.Observers) -> None:
+    def __init__(self, cache: CacheStore, observers: events.Observers) -> None:
         self._cache = cache
         self._observers = observers
         self._hosts = Hosts(cache)
@@ -131,7 +133,7 @@ class Upkeep:
             self._tidy(found, now)
         read = self._reader(instances, now)
         references = read({*(base.name for base in found.bases), *(each.name for each in thrown)})
-        self._cache.host.trace("verify:read")
+        self._cache.host.trace(TracePoint.VERIFY_READ)
         limits = policy.Limits.of(self._cache.config)
         plan = policy.plan(found.bases, references, limits, now=now, space=self._space(found))
         # Their records go with them.
@@ -153,7 +155,7 @@ class Upkeep:
         recover.recover(self._cache, self._observers)
         self._hosts.register()
         try:
-            registry.refresh(self._cache)
+            compute_nodes.refresh(self._cache)
         except OSError as error:
             LOG.warning("Nova's registry of hosts that share this storage cannot be written: %s", error)
         evict.sweep_foreign_stages(
@@ -182,7 +184,7 @@ class Upkeep:
                 return needed
             if now - entry.last_use < floor_age:
                 return "it was fetched or used a moment ago"
-            self._cache.host.trace("verify:read")
+            self._cache.host.trace(TracePoint.VERIFY_READ)
             victim = policy.Decision(entry, True, reason)
             outcomes = evict.evict(
                 [victim], read, self._cache, self._hosts, self._observers, locked=locked, only={name}
@@ -215,9 +217,7 @@ class Upkeep:
         def evict_locked(name: str, reason: str) -> str | None:
             return self.evict_one(name, reason, locked=True)
 
-        return scrub.scrub(
-            self._cache, self._observers, evict_locked, rate=rate, names=names, cancel=cancel
-        )
+        return scrub.scrub(self._cache, self._observers, evict_locked, rate=rate, names=names, cancel=cancel)
 
     def make_room(self, wanted: int) -> int:
         """Evict what a fetch needs the room of, as far as policy allows. Returns the bytes freed."""
@@ -225,7 +225,7 @@ class Upkeep:
         read = self._reader((), now)
         return room.make(wanted, read, self._cache, self._hosts, self._observers, now=now)
 
-    def space(self) -> room.SpaceReport:
+    def space(self) -> SpaceReport:
         """Look how full the cache's filesystem is."""
         now = self._cache.filesystem_now()
         return room.report(self._reader((), now), self._cache, now=now)
@@ -235,23 +235,23 @@ class Upkeep:
     def _reader(self, instances: Sequence[model.Instance] | None, now: float) -> evict.Reading:
         memory = self._recall()
 
-        def read(names: Collection[str]) -> reference_module.References:
+        def read(names: Collection[str]) -> References:
             return reference_module.collect(self._cache, names, instances, memory, now=now)
 
         return read
 
-    def _recall(self) -> reference_module.Memory:
+    def _recall(self) -> Memory:
         data = durable.read_file(self._cache.layout.readings(self._hosts.id), limit=2**30)
-        return reference_module.Memory(disks.load(data), self._hosts.own().roots)
+        return Memory(scan.load(data), self._hosts.own().roots)
 
-    def _remember(self, references: reference_module.References) -> None:
+    def _remember(self, references: References) -> None:
         """Keep what was read, for the day on which a disk cannot be read or a root is not mounted."""
         try:
             own = self._hosts.own()
             if dict(own.roots) != dict(references.roots):
                 self._hosts.write(dataclasses.replace(own, roots=dict(references.roots)))
             path = self._cache.layout.readings(self._hosts.id)
-            data = disks.dump(references.readings)
+            data = scan.dump(references.readings)
             if data != durable.read_file(path, limit=2**30):
                 durable.write_file(path, data)
         except OSError as error:
@@ -276,7 +276,7 @@ class Upkeep:
         self,
         plan: policy.EvictionPlan,
         thrown: Sequence[trash.Trashed],
-        references: reference_module.References,
+        references: References,
     ) -> list[evict.Outcome]:
         """Return what :func:`evict.evict` would do now."""
         outcomes = [
@@ -302,7 +302,7 @@ class Upkeep:
         self,
         plan: policy.EvictionPlan,
         outcomes: Sequence[evict.Outcome],
-        references: reference_module.References,
+        references: References,
         found: inventory.Inventory,
         image_ids: dict[str, str | None],
         *,

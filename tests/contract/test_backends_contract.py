@@ -7,12 +7,12 @@ import os
 import tempfile
 import unittest
 
-from imagecache_lib import CacheConfig, Host
+from imagecache_lib import CacheConfig, System
 from imagecache_lib.backends.file import FileBackend
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.backends.raw import RawBackend
 from imagecache_lib.testing.backend_contract import BackendContract
-from tests.disks import DiskFiles
+from tests.support.disks import DiskFiles
 
 _TMPFS = "/dev/shm"
 
@@ -34,7 +34,7 @@ class _OnDisk(DiskFiles, BackendContract):
     def make_backend(self) -> FileBackend:
         config = CacheConfig(instances_path=self.directory, preallocate_images=self.preallocate)
         os.mkdir(config.locks_path)
-        return self.kind.from_config(config, Host(name="here"))
+        return self.kind.from_config(config, System(name="here"))
 
 
 class TestRaw(_OnDisk, unittest.TestCase):

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
-from imagecache_lib import CacheConfig, Host, model
+from imagecache_lib import CacheConfig, System, model
 from imagecache_lib.backends.ceph import RbdName
 from imagecache_lib.backends.rbd import RbdBackend
 from imagecache_lib.testing.backend_contract import BackendContract
@@ -39,7 +39,7 @@ class TestRbdOnFakeCluster(BackendContract, unittest.TestCase):
     def make_backend(self) -> RbdBackend:
         self.cluster = FakeCluster()
         config = CacheConfig(instances_path="/instances", images_rbd_pool="vms")
-        return RbdBackend(config, Host(name="here"), self.cluster)
+        return RbdBackend(config, System(name="here"), self.cluster)
 
     def make_target(self) -> str:
         return f"{uuid.uuid4()}_disk"

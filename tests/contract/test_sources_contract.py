@@ -16,7 +16,7 @@ from imagecache_lib.sources.http import HttpImage, HttpSource
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.testing.source_contract import SourceContract
 from imagecache_lib.testing.sources import FakeSource
-from tests import servers
+from tests.support import servers
 
 
 def _digest(data: bytes) -> model.Digest:

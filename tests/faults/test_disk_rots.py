@@ -13,7 +13,7 @@ import pytest
 import imagecache_lib as ic
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
-from tests.functional.lab import filesystems
+from tests.lab import filesystems
 
 MIB = 2**20
 ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"

@@ -15,12 +15,11 @@ import pytest
 
 import imagecache_lib as ic
 from imagecache_lib import events
-from imagecache_lib.store import layout
-from imagecache_lib.store import reservations as space
-from imagecache_lib.system.host import Host
+from imagecache_lib.store import layout, reservations
+from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
-from tests.cache_case import Points, Running
-from tests.functional.lab import filesystems
+from tests.lab import filesystems
+from tests.support.cache_case import Points, Running
 
 MIB = 2**20
 IMAGE_SIZE = 10 * MIB
@@ -65,11 +64,14 @@ def make(
     instances: pathlib.Path, images: dict[str, bytes], points: Points, happened: list[events.Event]
 ) -> Callable[..., ic.ImageCacheManager]:
     def manager(
-        source: ic.ImageSource | None = None, *, host: Host | None = None, **options: object
+        source: ic.ImageSource | None = None, *, host: System | None = None, **options: object
     ) -> ic.ImageCacheManager:
         config = ic.CacheConfig(instances_path=str(instances), num_retries=0, **options)  # type: ignore[arg-type]
         return ic.ImageCacheManager(
-            config, source or FakeSource(images), host=host or Host(trace=points), observers=[happened.append]
+            config,
+            source or FakeSource(images),
+            host=host or System(trace=points),
+            observers=[happened.append],
         )
 
     return manager
@@ -97,7 +99,7 @@ def test_as_many_fetches_succeed_as_there_is_room_for_and_the_rest_fail_at_once(
 ) -> None:
     make().get_space()
     before = free(instances)
-    room_for = (before - len(IDS) * space.ALLOWANCE) // IMAGE_SIZE
+    room_for = (before - len(IDS) * reservations.ALLOWANCE) // IMAGE_SIZE
     assert 2 < room_for < len(IDS) - 2
     turn = threading.Condition()
     refused = []
@@ -113,7 +115,7 @@ def test_as_many_fetches_succeed_as_there_is_room_for_and_the_rest_fail_at_once(
 
     def fetch(number: int) -> object:
         try:
-            return make(host=Host(trace=wait_for_the_refused)).cache_image(IDS[number])
+            return make(host=System(trace=wait_for_the_refused)).cache_image(IDS[number])
         except ic.NoSpaceError as error:
             with turn:
                 refused.append(error)
@@ -130,7 +132,7 @@ def test_as_many_fetches_succeed_as_there_is_room_for_and_the_rest_fail_at_once(
     assert report.reserved == 0
     assert report.free == free(instances)
     assert report.used == allocated(instances / "_base")
-    assert abs((before - report.free) - room_for * IMAGE_SIZE) < room_for * space.ALLOWANCE
+    assert abs((before - report.free) - room_for * IMAGE_SIZE) < room_for * reservations.ALLOWANCE
     assert os.listdir(instances / "_base" / ".imagecache" / "stage") == []
 
 
@@ -294,7 +296,7 @@ def test_with_a_deadline_it_waits_for_those_in_flight(
     stop.wait()
     second_points = Points()
     second_points.at("space:waiting", stop.go_on)
-    host = Host(trace=second_points)
+    host = System(trace=second_points)
     request = ic.Request(deadline=host.clock() + 60)
     manager = make(host=host, free_space_low=low)
     assert manager.cache_image(IDS[1], request=request) is ic.CacheResult.CACHED
@@ -315,7 +317,7 @@ def test_once_the_deadline_passed_it_says_that_there_was_no_room(
     stop = points.stop_at("ingest:reserved")
     first = Running(lambda: make(free_space_low=low).cache_image(IDS[0]))
     stop.wait()
-    manager = make(host=Host(clock=lambda: now[0], sleep=sleep), free_space_low=low)
+    manager = make(host=System(clock=lambda: now[0], sleep=sleep), free_space_low=low)
     with pytest.raises(ic.NoSpaceError):
         manager.cache_image(IDS[1], request=ic.Request(deadline=1010.0))
     assert now[0] == 1010.0

@@ -19,8 +19,8 @@ from imagecache_lib import errors, events
 from imagecache_lib.sources.file import FileImage, FileSource
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
-from tests.cache_case import raw_image
-from tests.functional.lab import filesystems
+from tests.lab import filesystems
+from tests.support.cache_case import raw_image
 
 ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
 NAME = layout.base_name(ID)
@@ -229,9 +229,7 @@ def test_a_filesystem_that_fills_up_under_the_fetch_ends_cleanly(full_ext4):
                     pass
 
     config = ic.CacheConfig(instances_path=str(full_ext4), num_retries=0)
-    manager = ic.ImageCacheManager(
-        config, FakeSource({ID: data}), host=ic.Host(trace=trace), observers=()
-    )
+    manager = ic.ImageCacheManager(config, FakeSource({ID: data}), host=ic.System(trace=trace), observers=())
     target = full_ext4 / "instance" / "disk"
     with pytest.raises(errors.NoSpaceError, match=ID):
         manager.create_disk(ID, str(target))

@@ -41,7 +41,7 @@ class Cache:
     def manager(self, **options: object) -> ic.ImageCacheManager:
         config = ic.CacheConfig(instances_path=str(self.instances), **options)  # type: ignore[arg-type]
         return ic.ImageCacheManager(
-            config, FakeSource({ID: b"x" * 65536}), host=ic.Host(name="here"), observers=()
+            config, FakeSource({ID: b"x" * 65536}), host=ic.System(name="here"), observers=()
         )
 
     def fill(self, **options: object) -> None:
@@ -175,7 +175,7 @@ def test_a_base_that_libvirt_gave_to_qemu_can_be_put_back(cache: Cache) -> None:
         manager = ic.ImageCacheManager(
             ic.CacheConfig(instances_path=str(cache.instances)),
             FakeSource({}),
-            host=ic.Host(
+            host=ic.System(
                 name="here",
                 trace=lambda point: (
                     cache.overlay(cache.instances / "uuid" / "disk") if point == "evict:renamed" else None
@@ -247,7 +247,7 @@ def test_on_a_full_shared_filesystem_goes_what_the_other_host_has_cleared(tmp_pa
         source = FakeSource({"one": b"1" * 65536})
 
         def host(name: str) -> ic.ImageCacheManager:
-            return ic.ImageCacheManager(config, source, host=ic.Host(name=name), observers=())
+            return ic.ImageCacheManager(config, source, host=ic.System(name=name), observers=())
 
         host("there").verify_base_images([])
         host("here").cache_image("one")

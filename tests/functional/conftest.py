@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.functional.lab import bindings, filesystems
-from tests.functional.lab import ceph as ceph_lab
-from tests.functional.lab import glance as glance_lab
-from tests.functional.lab import libvirt as libvirt_lab
-from tests.functional.lab import nginx as nginx_lab
-from tests.functional.lab import relay as relay_lab
+from tests.lab import bindings, filesystems
+from tests.lab import ceph as ceph_lab
+from tests.lab import glance as glance_lab
+from tests.lab import libvirt as libvirt_lab
+from tests.lab import nginx as nginx_lab
+from tests.lab import relay as relay_lab
 
 MIB = 2**20
 

@@ -11,13 +11,13 @@ import tempfile
 import unittest
 from collections.abc import Iterator, Sequence
 
-from imagecache_lib import CacheConfig, Host, errors, model
+from imagecache_lib import CacheConfig, System, errors, model
 from imagecache_lib.backends.file import FileBackend
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.backends.raw import RawBackend
 from imagecache_lib.testing.backend_contract import BackendContract
-from tests.disks import DiskFiles
-from tests.functional.lab import filesystems
+from tests.lab import filesystems
+from tests.support.disks import DiskFiles
 
 MIB = 2**20
 
@@ -47,7 +47,7 @@ class _OnFilesystem(DiskFiles, BackendContract):
     def make_backend(self) -> FileBackend:
         config = CacheConfig(instances_path=self.directory, preallocate_images=self.preallocate)
         os.makedirs(config.locks_path, exist_ok=True)
-        return self.kind.from_config(config, Host(name="here"))
+        return self.kind.from_config(config, System(name="here"))
 
     def free(self) -> int:
         os.sync()

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.functional.lab import server
+from tests.lab import server
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from tests.functional.lab import glance as glance_lab
+from tests.lab import glance as glance_lab
 
 DATA = random.Random(1).randbytes(300_000)
 

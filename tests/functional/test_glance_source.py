@@ -12,14 +12,14 @@ from keystoneauth1 import token_endpoint
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import glance, transfer
-from imagecache_lib.sources import interface as base
+from imagecache_lib.sources.interface import CannotCopy, NotPermitted
 from imagecache_lib.system import host
-from tests.functional.lab import glance as glance_lab
-from tests.functional.lab import server
+from tests.lab import glance as glance_lab
+from tests.lab import server
 
 DATA = random.Random(2).randbytes(3 * 2**20)
 #: Retries at once: the waits between them are tested elsewhere.
-IMPATIENT = host.Host(sleep=lambda _seconds: None)
+IMPATIENT = host.System(sleep=lambda _seconds: None)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_a_deactivated_image_is_rejected_and_its_data_not_permitted(glance, sour
     glance.call("POST", path, token=glance_lab.ADMIN).raise_for_status()
     with pytest.raises(errors.ImageRejected, match="deactivated"):
         transfer.describe(source, image_id, host=IMPATIENT)
-    with pytest.raises(base.NotPermitted):
+    with pytest.raises(NotPermitted):
         read(source, image)
 
 
@@ -188,7 +188,7 @@ def test_an_image_is_copied_into_another_store(glance, source):
     image = source.describe(image_id)
     assert image.stores == ("disk",)
     # By default Glance's policy lets only administrators copy.
-    with pytest.raises(base.CannotCopy, match="copy_image"):
+    with pytest.raises(CannotCopy, match="copy_image"):
         source.copy_to_store(image, "second")
     glance_source(glance.url, token=glance_lab.ADMIN).copy_to_store(image, "second")
     await_copy(source, image_id)
@@ -197,7 +197,7 @@ def test_an_image_is_copied_into_another_store(glance, source):
 
 def test_a_store_that_glance_does_not_have_is_refused(glance, image_id):
     source = glance_source(glance.url, token=glance_lab.ADMIN)
-    with pytest.raises(base.CannotCopy, match="nowhere"):
+    with pytest.raises(CannotCopy, match="nowhere"):
         source.copy_to_store(source.describe(image_id), "nowhere")
 
 

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 from imagecache_lib.testing import bootdisk
-from tests.functional.lab import guest, server
+from tests.lab import guest, server
 
 FICLONE = 0x40049409
 MIB = 2**20

@@ -10,11 +10,11 @@ import pytest
 
 from imagecache_lib import errors
 from imagecache_lib.sources import http, transfer
-from imagecache_lib.sources import interface as base
+from imagecache_lib.sources.interface import CannotResume
 from imagecache_lib.system import host
 
 DATA = random.Random(3).randbytes(2 * 2**20)
-IMPATIENT = host.Host(sleep=lambda _seconds: None)
+IMPATIENT = host.System(sleep=lambda _seconds: None)
 
 
 def http_source(url, **kwargs):
@@ -51,7 +51,7 @@ def test_content_that_changed_is_not_gone_on_with(nginx):
     served.write_bytes(bytes(reversed(DATA)))
     # nginx's entity tag is made of size and whole seconds.
     os.utime(served, (0, 0))
-    with pytest.raises(base.CannotResume), source.open(image, 1000) as chunks:
+    with pytest.raises(CannotResume), source.open(image, 1000) as chunks:
         b"".join(chunks)
 
 
@@ -59,7 +59,7 @@ def test_a_server_that_ignores_ranges_cannot_resume(nginx):
     (nginx.root / "whole.img").write_bytes(DATA)
     source = http_source(f"{nginx.url}/no-range/whole.img")
     image = source.describe("an-image")
-    with pytest.raises(base.CannotResume), source.open(image, 1000) as chunks:
+    with pytest.raises(CannotResume), source.open(image, 1000) as chunks:
         b"".join(chunks)
     assert fetch(source) == DATA
 

@@ -14,10 +14,10 @@ import uuid
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib.formats import superblock as signature
+from imagecache_lib.formats import superblock
 from imagecache_lib.store import layout
 from imagecache_lib.testing import bootdisk
-from tests.functional.lab import bindings, kernel, server
+from tests.lab import bindings, kernel, server
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 MIB, GIB = 2**20, 2**30
@@ -194,7 +194,7 @@ def test_swap_and_ephemeral_disks_are_formatted_and_shared(compute):
         command = ["qemu-img", "convert", "-f", disk.format, "-O", "raw", disk.target, flat]
         subprocess.run(command, check=True)
         with flat.open("rb") as file:
-            read = signature.read(file.read(signature.LENGTH))
+            read = superblock.read(file.read(superblock.LENGTH))
         assert read is not None
         found.append((read.kind, read.label))
     assert found == [("swap", None), ("ext4", "ephemeral0"), ("ext4", "ephemeral1")]
@@ -282,8 +282,10 @@ def test_an_unshelved_guest_goes_on_from_its_snapshot_and_needs_it_no_longer(com
 def test_images_are_cached_before_anybody_asks(compute):
     driver = compute.host("here")
     assert driver.cache_images(["cirros", "nobody's", "other"]) == {
-        "cirros": "cached", "nobody's": "error", "other": "cached",
-    }  # fmt: skip
+        "cirros": "cached",
+        "nobody's": "error",
+        "other": "cached",
+    }
     assert driver.cache_images(["cirros"]) == {"cirros": "existing"}
     assert driver.periodic(None).evicted == ()
 
@@ -315,8 +317,13 @@ def test_a_service_user_runs_all_of_it_beside_libvirts_own(compute, example, lib
     os.chown(instances, NOVA, NOVA)
     finished = subprocess.run(
         [*AS_NOVA, python, "-m", "libvirt_driver", libvirt.uri, instances, compute.home / "cirros.raw"],
-        env=environment, cwd="/", capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        env=environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     lines = finished.stdout.splitlines()
     assert lines[-2:] == [
@@ -329,9 +336,16 @@ def test_a_service_user_runs_all_of_it_beside_libvirts_own(compute, example, lib
 #: Any user but root and QEMU's. libvirt wants its clients to have a name.
 NOVA = pwd.getpwnam("nobody").pw_uid
 AS_NOVA = [
-    "setpriv", f"--reuid={NOVA}", f"--regid={NOVA}", "--clear-groups", "--",
-    "sh", "-c", 'umask 077; exec "$@"', "sh",
-]  # fmt: skip
+    "setpriv",
+    f"--reuid={NOVA}",
+    f"--regid={NOVA}",
+    "--clear-groups",
+    "--",
+    "sh",
+    "-c",
+    'umask 077; exec "$@"',
+    "sh",
+]
 
 
 def service_python(home: pathlib.Path, bindings_at: pathlib.Path) -> tuple[str, dict[str, str]]:

@@ -8,7 +8,7 @@ import time
 import pytest
 import requests
 
-from tests.functional.lab import nginx as nginx_lab
+from tests.lab import nginx as nginx_lab
 
 DATA = bytes(range(256)) * 1024
 

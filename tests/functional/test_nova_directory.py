@@ -17,8 +17,8 @@ import pytest
 import imagecache_lib as ic
 from imagecache_lib import events
 from imagecache_lib.testing import bootdisk
-from tests.functional.lab import glance as glance_lab
-from tests.functional.lab import guest
+from tests.lab import glance as glance_lab
+from tests.lab import guest
 
 MIB = 2**20
 DAY = 86400
@@ -126,7 +126,7 @@ def manager_for(glance, nova, happened=None):
     return ic.ImageCacheManager(
         ic.CacheConfig(instances_path=str(nova.path)),
         ic.GlanceSource(glance.url, token=glance_lab.MEMBER),
-        host=ic.Host(name="here"),
+        host=ic.System(name="here"),
         observers=() if happened is None else (happened.append,),
     )
 

@@ -21,10 +21,10 @@ from oslo_config import cfg
 
 from imagecache_lib.precache import client, rpc
 from imagecache_lib.store import layout
-from tests.functional.lab import glance as glance_lab
-from tests.functional.lab import rabbit as rabbit_lab
-from tests.functional.lab import relay as relay_lab
-from tests.functional.lab import server
+from tests.lab import glance as glance_lab
+from tests.lab import rabbit as rabbit_lab
+from tests.lab import relay as relay_lab
+from tests.lab import server
 
 COMMAND = (sys.executable, "-W", "ignore", "-m", "imagecache_lib.cli.main")
 MIB = 2**20
@@ -79,9 +79,16 @@ class Fleet:
         running = self.agents[name] = contextlib.ExitStack()
         self.stack.callback(running.close)
         command = [
-            *COMMAND, "--config-file", str(configuration), "agent", "--topic", self.topic,
-            "--glance-endpoint", self.glance_url, *words,
-        ]  # fmt: skip
+            *COMMAND,
+            "--config-file",
+            str(configuration),
+            "agent",
+            "--topic",
+            self.topic,
+            "--glance-endpoint",
+            self.glance_url,
+            *words,
+        ]
         return running.enter_context(
             server.running(
                 command, ready=lambda: b"is ready" in log.read_bytes(), log=log, environment=self.environment
@@ -119,8 +126,11 @@ class Fleet:
     def job_id(self) -> str:
         listed = subprocess.run(
             [*COMMAND, "precache", "list", "-f", "json"],
-            check=True, capture_output=True, text=True, env=self.environment,
-        )  # fmt: skip
+            check=True,
+            capture_output=True,
+            text=True,
+            env=self.environment,
+        )
         return str(json.loads(listed.stdout)[-1]["Id"])
 
     def resume(self) -> subprocess.Popen[str]:
@@ -280,22 +290,53 @@ def test_an_image_that_is_gone_comes_from_a_peer(fleet: Fleet, glance: glance_la
     secret, key, certificate = (str(fleet.home / name) for name in ("secret", "key.pem", "cert.pem"))
     pathlib.Path(secret).write_text("a-secret-of-the-peers\n")
     subprocess.run(
-        [server.tool("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
-         "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1",
-         "-keyout", key, "-out", certificate],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            server.tool("openssl"),
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-keyout",
+            key,
+            "-out",
+            certificate,
+        ],
+        check=True,
+        capture_output=True,
+    )
     port = server.free_port()
     fleet.start_agent(
-        "beta", "--serve-peers", f"127.0.0.1:{port}", "--peer-token-file", secret,
-        "--peer-cert", certificate, "--peer-key", key,
-    )  # fmt: skip
+        "beta",
+        "--serve-peers",
+        f"127.0.0.1:{port}",
+        "--peer-token-file",
+        secret,
+        "--peer-cert",
+        certificate,
+        "--peer-key",
+        key,
+    )
     fleet.finish(fleet.start(["beta"], [image]))
     glance.delete(image)
     fleet.start_agent(
-        "alpha", "--peer", f"https://127.0.0.1:{port}", "--trust-peers", "--peer-token-file", secret,
-        "--peer-cafile", certificate,
-    )  # fmt: skip
+        "alpha",
+        "--peer",
+        f"https://127.0.0.1:{port}",
+        "--trust-peers",
+        "--peer-token-file",
+        secret,
+        "--peer-cafile",
+        certificate,
+    )
     fleet.start_agent("gamma")
     ended = fleet.finish(fleet.start(["alpha", "gamma"], [image]), code=10)
     assert [row["Result"] for row in ended.values()] == ["cached", "error"]

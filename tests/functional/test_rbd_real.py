@@ -15,15 +15,14 @@ from typing import Any
 
 import pytest
 
-from imagecache_lib import CacheConfig, CacheResult, Host, ImageCacheManager, errors, events, model
-from imagecache_lib.backends import ceph as ceph_backend
-from imagecache_lib.backends import interface as backend_base
-from imagecache_lib.backends.ceph import LibrbdCluster, RbdName
+from imagecache_lib import CacheConfig, CacheResult, ImageCacheManager, System, errors, events, model
+from imagecache_lib.backends.ceph import Busy, LibrbdCluster, RbdName
+from imagecache_lib.backends.interface import CannotClone
 from imagecache_lib.backends.rbd import RbdBackend
 from imagecache_lib.testing.backend_contract import BackendContract
 from imagecache_lib.testing.ceph_contract import CephContract
 from imagecache_lib.testing.sources import FakeSource
-from tests.functional.lab import ceph as ceph_lab
+from tests.lab import ceph as ceph_lab
 
 MIB = 2**20
 
@@ -99,7 +98,7 @@ class TestLibrbd(_WithCeph, CephContract, unittest.TestCase):
             try:
                 image.unprotect_snap(name.snapshot)
             except rbd.ImageBusy:
-                raise ceph_backend.Busy("it has clones", path=str(name)) from None
+                raise Busy("it has clones", path=str(name)) from None
             image.remove_snap(name.snapshot)
 
 
@@ -110,7 +109,7 @@ class TestRbd(_WithCeph, BackendContract, unittest.TestCase):
             images_rbd_pool="vms",
             images_rbd_ceph_conf=str(self.running.conf),
         )
-        return RbdBackend.from_config(config, Host(name="here"))
+        return RbdBackend.from_config(config, System(name="here"))
 
     def make_target(self) -> str:
         return f"{uuid.uuid4()}_disk"
@@ -194,9 +193,7 @@ def test_qemu_reads_the_disk(ceph, tmp_path):
     disk = manager_on(ceph, tmp_path, source).create_disk("image", new_target())
     (tmp_path / "data").write_bytes(DATA)
     url = f"rbd:vms/{disk.target}:conf={ceph.conf}"
-    subprocess.run(
-        ["qemu-img", "compare", "-f", "raw", "-F", "raw", str(tmp_path / "data"), url], check=True
-    )
+    subprocess.run(["qemu-img", "compare", "-f", "raw", "-F", "raw", str(tmp_path / "data"), url], check=True)
 
 
 def test_an_image_elsewhere_is_fetched_once_and_imported(ceph, tmp_path):
@@ -229,7 +226,7 @@ def test_a_missing_pool_is_a_finding(ceph, tmp_path):
     config = CacheConfig(
         instances_path=str(tmp_path), images_rbd_pool="nowhere", images_rbd_ceph_conf=str(ceph.conf)
     )
-    (finding,) = RbdBackend.from_config(config, Host()).preflight()
+    (finding,) = RbdBackend.from_config(config, System()).preflight()
     assert "nowhere" in finding
 
 
@@ -258,9 +255,9 @@ def test_what_a_crash_left_is_swept_when_nobody_has_it_open(ceph, tmp_path):
     finished = RbdName("vms", new_target())
     for name in (dead, alive, finished):
         cluster.create(name, MIB)
-    assert RbdBackend.from_config(config, Host()).sweep() == []
+    assert RbdBackend.from_config(config, System()).sweep() == []
     with opened(ceph, alive):
-        assert RbdBackend.from_config(config, Host(clock=lambda: later)).sweep() == [dead.image]
+        assert RbdBackend.from_config(config, System(clock=lambda: later)).sweep() == [dead.image]
     assert {alive.image, finished.image} <= set(cluster.names("vms"))
     cluster.remove(alive)
 
@@ -279,8 +276,8 @@ def test_a_rename_that_a_crash_cut_short_is_mended_and_swept(ceph, tmp_path):
         later = cluster.stat(each).touched + 2 * config.stage_idle_seconds
         with rados.Rados(conffile=str(ceph.conf)) as connected, connected.open_ioctx("vms") as ioctx:
             rbd.RBD().trash_move(ioctx, each.image, 0)
-    assert RbdBackend.from_config(config, Host()).sweep() == []
-    assert RbdBackend.from_config(config, Host(clock=lambda: later)).sweep() == [name.image]
+    assert RbdBackend.from_config(config, System()).sweep() == []
+    assert RbdBackend.from_config(config, System(clock=lambda: later)).sweep() == [name.image]
     with rados.Rados(conffile=str(ceph.conf)) as connected, connected.open_ioctx("vms") as ioctx:
         assert [entry["name"] for entry in rbd.RBD().trash_list(ioctx)] == [somebodys.image]
 
@@ -289,7 +286,7 @@ def test_cannot_clone_says_what_is_wrong(ceph, tmp_path):
     config = CacheConfig(
         instances_path=str(tmp_path), images_rbd_pool="vms", images_rbd_ceph_conf=str(ceph.conf)
     )
-    backend = RbdBackend.from_config(config, Host())
+    backend = RbdBackend.from_config(config, System())
     gone = location(ceph, RbdName("images", "gone", "snap"))
-    with pytest.raises(backend_base.CannotClone, match="images/gone@snap"):
+    with pytest.raises(CannotClone, match="images/gone@snap"):
         backend.clone(model.Image("image", "raw", locations=(gone,)), new_target(), None)

@@ -16,8 +16,8 @@ import imagecache_lib as ic
 from imagecache_lib import errors
 from imagecache_lib.store import layout
 from imagecache_lib.testing import bootdisk
-from tests.functional.lab import glance as glance_lab
-from tests.functional.lab import guest, server
+from tests.lab import glance as glance_lab
+from tests.lab import guest, server
 
 MIB = 2**20
 SIZE = 16 * MIB
@@ -92,9 +92,7 @@ def spawn(instances, url, image_id, number, start):
     manager.create_disk(image_id, disk, size=SIZE)
 
 
-def test_processes_and_threads_that_want_one_cold_image_at_once_download_it_once(
-    glance, instances, tmp_path
-):
+def test_processes_and_threads_that_want_one_cold_image_at_once_download_it_once(glance, instances, tmp_path):
     image_id = glance.upload(converted(tmp_path, "qcow2", "-c"), disk_format="qcow2")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

@@ -8,8 +8,8 @@ import pathlib
 
 import pytest
 
-from tests import stress
-from tests.functional.lab import gluster
+from tests.lab import gluster
+from tests.support import stress
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -18,9 +18,7 @@ def test_the_second_takes_no_space_and_its_checksums_are_there(xfs: pathlib.Path
     content = os.urandom(64 * MIB)
     source = FakeSource({"one": content, "other": content})
     happened: list[events.Event] = []
-    cache = ic.ImageCacheManager(
-        ic.CacheConfig(instances_path=str(xfs)), source, observers=[happened.append]
-    )
+    cache = ic.ImageCacheManager(ic.CacheConfig(instances_path=str(xfs)), source, observers=[happened.append])
     cache.cache_image("one")
     before = cache.get_space().free
     cache.cache_image("other")

@@ -143,11 +143,15 @@ def test_what_instances_use_stays_and_is_explained(cli: Cli, tmp_path: pathlib.P
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{}", "[1]", '[{"uuid": "u"}]', '[{"uuid": "u", "host": ""}]',
+        "",
+        "{}",
+        "[1]",
+        '[{"uuid": "u"}]',
+        '[{"uuid": "u", "host": ""}]',
         '[{"uuid": "u", "host": "h", "image": []}]',
         '[{"uuid": "u", "host": "h", "images": "one"}]',
     ],
-)  # fmt: skip
+)
 def test_a_report_that_is_none_is_refused(tmp_path: pathlib.Path, text: str) -> None:
     report = tmp_path / "instances.json"
     report.write_text(text)
@@ -265,8 +269,10 @@ def test_on_a_terminal_progress_is_one_line(cli: Cli) -> None:
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         cli.command("image", "cache", IMAGE, "--file", str(cli.data)),
-        stdout=subprocess.DEVNULL, stderr=theirs, env=cli.environment,
-    ) as running:  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        env=cli.environment,
+    ) as running:
         os.close(theirs)
         said = b""
         while True:

@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 
-from imagecache_lib import CacheConfig, Host, errors, model
+from imagecache_lib import CacheConfig, System, errors, model
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.backends.raw import RawBackend
 
@@ -25,7 +25,7 @@ def make_base(root):
 
 
 def create(root, kind, base_path, target):
-    backend = kind.from_config(CacheConfig(instances_path=str(root)), Host(name="here"))
+    backend = kind.from_config(CacheConfig(instances_path=str(root)), System(name="here"))
     fd = os.open(base_path, os.O_RDONLY)
     base = model.BaseImage("id", base_path.name, str(base_path), "raw", MIB, fd=fd)
     try:

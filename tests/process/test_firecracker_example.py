@@ -13,7 +13,7 @@ import sys
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib.formats import superblock as signature
+from imagecache_lib.formats import superblock
 from imagecache_lib.testing import bootdisk
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "firecracker_driver.py"
@@ -60,7 +60,7 @@ def test_vms_boot_from_the_base_itself_and_cannot_write_it(driver):
     assert len(set(own)) == 2
     for disk in own:
         with disk.open("rb") as file:
-            found = signature.read(file.read(signature.LENGTH))
+            found = superblock.read(file.read(superblock.LENGTH))
         assert found is not None
         assert found.kind == "ext4"
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib.formats import superblock as signature
+from imagecache_lib.formats import superblock
+from imagecache_lib.formats.superblock import Signature
 from imagecache_lib.ingest import generate
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
@@ -33,7 +34,7 @@ class Place:
         self.base = path / "_base"
 
     def manager(
-        self, backend: str = "qcow2", host: ic.Host | None = None, **options: Any
+        self, backend: str = "qcow2", host: ic.System | None = None, **options: Any
     ) -> ic.ImageCacheManager:
         config = ic.CacheConfig(instances_path=str(self.path), backend=backend, **options)
         return ic.ImageCacheManager(config, FakeSource({}), host=host)
@@ -72,16 +73,16 @@ def to_raw(disk: str) -> str:
     return raw
 
 
-def seen(path: str | pathlib.Path) -> signature.Signature | None:
+def seen(path: str | pathlib.Path) -> Signature | None:
     with open(path, "rb") as file:
-        return signature.read(file.read(signature.LENGTH))
+        return superblock.read(file.read(superblock.LENGTH))
 
 
 def test_a_swap_disk_is_an_overlay_of_a_shared_base(place: Place) -> None:
     manager = place.manager()
     disk = manager.create_swap(place.target("disk.swap"), size_mb=64)
     assert (disk.format, disk.virtual_size, disk.base) == ("qcow2", 64 * MIB, "swap_64")
-    assert seen(to_raw(disk.target)) == signature.Signature("swap", 64 * MIB)
+    assert seen(to_raw(disk.target)) == Signature("swap", 64 * MIB)
     assert "swap" in run("blkid", "-p", to_raw(disk.target))
     manager.create_swap(place.target("second"), size_mb=64)
     assert place.bases() == ["swap_64"]
@@ -110,11 +111,11 @@ def test_shared_bases_are_the_same_on_every_host(tmp_path: pathlib.Path, kind: s
 
         def execute(*command: str, environment: Any = environment, **options: Any) -> tuple[str, str]:
             options["env_variables"] = {**options["env_variables"], **environment}
-            return ic.Host().execute(*command, **options)
+            return ic.System().execute(*command, **options)
 
         place = Place(tmp_path / str(number))
         manager = place.manager(
-            host=ic.Host(execute=execute), default_ephemeral_format=None if kind == "swap" else kind
+            host=ic.System(execute=execute), default_ephemeral_format=None if kind == "swap" else kind
         )
         if kind == "swap":
             disk = manager.create_swap(place.target(), size_mb=64)
@@ -157,7 +158,7 @@ def test_two_disks_made_in_place_can_be_told_apart_by_their_guest(place: Place) 
 def test_raw_disks_share_nothing(place: Place) -> None:
     disk = place.manager("raw").create_swap(place.target(), size_mb=8)
     assert (disk.format, disk.base, place.bases()) == ("raw", None, [])
-    assert seen(disk.target) == signature.Signature("swap", 8 * MIB)
+    assert seen(disk.target) == Signature("swap", 8 * MIB)
 
 
 def test_the_operators_command_is_run_and_shared_with_nobody(place: Place) -> None:
@@ -186,15 +187,15 @@ def test_a_command_that_makes_nothing_leaves_nothing(place: Place, command: str)
     assert (os.listdir(place.path / "vm"), place.bases(), place.staged()) == ([], [], [])
 
 
-def failing(program: str, *, silent: bool) -> ic.Host:
+def failing(program: str, *, silent: bool) -> ic.System:
     """A host on which one program ends without having done anything."""
 
     def execute(*command: str, **options: Any) -> tuple[str, str]:
         if program in command:
             command = ("true",) if silent else ("false",)
-        return ic.Host().execute(*command, **options)
+        return ic.System().execute(*command, **options)
 
-    return ic.Host(execute=execute)
+    return ic.System(execute=execute)
 
 
 @pytest.mark.parametrize("silent", [True, False])
@@ -246,7 +247,7 @@ def test_a_base_that_a_crash_left_unformatted_is_made_anew(place: Place) -> None
     nova_made(place, "swap_32", 32 * MIB, days_old=2)
     disk = place.manager().create_swap(place.target(), size_mb=32)
     assert disk.base == "swap_32"
-    assert seen(place.base / "swap_32") == signature.Signature("swap", 32 * MIB)
+    assert seen(place.base / "swap_32") == Signature("swap", 32 * MIB)
 
 
 def test_an_unformatted_base_in_use_is_passed_by(place: Place) -> None:
@@ -255,7 +256,7 @@ def test_an_unformatted_base_in_use_is_passed_by(place: Place) -> None:
     before = content(path)
     disk = place.manager().create_swap(place.target(), size_mb=32)
     assert (disk.base, disk.format) == (None, "raw")
-    assert seen(disk.target) == signature.Signature("swap", 32 * MIB)
+    assert seen(disk.target) == Signature("swap", 32 * MIB)
     assert content(path) == before
 
 
@@ -344,9 +345,16 @@ def overlay(place: Place, backing: str, *, size: str = "1G", backing_format: str
 
 @pytest.mark.parametrize(
     ("name", "backing_format"),
-    [("swap_0", "raw"), ("swap_2048", "raw"), ("ephemeral_2_40d1d2c", "raw"), ("swap_64", "qcow2"),
-     ("../swap_64", "raw"), ("swap_64x", "raw"), (hashlib.sha1(b"image").hexdigest(), "raw")],
-)  # fmt: skip
+    [
+        ("swap_0", "raw"),
+        ("swap_2048", "raw"),
+        ("ephemeral_2_40d1d2c", "raw"),
+        ("swap_64", "qcow2"),
+        ("../swap_64", "raw"),
+        ("swap_64x", "raw"),
+        (hashlib.sha1(b"image").hexdigest(), "raw"),
+    ],
+)
 def test_nothing_is_made_for_a_header_that_this_library_would_not_write(
     place: Place, name: str, backing_format: str
 ) -> None:

@@ -74,7 +74,7 @@ class CountingSource(ImageSource):
 class NotingBackend(Qcow2Backend):
     """Notes what each disk was made from."""
 
-    def __init__(self, config: ic.CacheConfig, host: ic.Host) -> None:
+    def __init__(self, config: ic.CacheConfig, host: ic.System) -> None:
         super().__init__(config, host)
         self.made: dict[str, bytes] = {}
 
@@ -92,7 +92,9 @@ class Actor:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.host = ic.Host(name="one", trace=self._stop, sleep=lambda _seconds: self._stop("", waiting=True))
+        self.host = ic.System(
+            name="one", trace=self._stop, sleep=lambda _seconds: self._stop("", waiting=True)
+        )
         self.stopped = threading.Semaphore(0)
         self._go_on = threading.Semaphore(0)
         self._thread: threading.Thread | None = None

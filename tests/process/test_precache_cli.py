@@ -17,7 +17,7 @@ import pytest
 
 import imagecache_lib as ic
 from imagecache_lib import model
-from imagecache_lib.cli import agent as agent_command
+from imagecache_lib.cli import agent
 from imagecache_lib.cli.job_display import JobDisplay
 from imagecache_lib.precache import job
 from imagecache_lib.testing.sources import FakeSource
@@ -91,8 +91,11 @@ def test_hosts_come_from_a_file_too(cli: JobsCli, tmp_path: pathlib.Path) -> Non
 def test_a_job_that_is_left_goes_on_later(cli: JobsCli, number: signal.Signals) -> None:
     left = subprocess.Popen(
         cli.command(*cli.start("--rate", "256K"), "-f", "json"),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=cli.environment,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=cli.environment,
+    )
     assert left.stderr is not None
     for line in left.stderr:
         if ": 1 images on 1 hosts" in line:
@@ -113,8 +116,11 @@ def test_a_job_that_is_left_goes_on_later(cli: JobsCli, number: signal.Signals) 
 def test_cancelled_by_another_process(cli: JobsCli) -> None:
     running = subprocess.Popen(
         cli.command(*cli.start("--rate", "256K"), "-f", "json"),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=cli.environment,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=cli.environment,
+    )
     assert running.stderr is not None
     word = next(line for line in running.stderr if ": 1 images on 1 hosts" in line)
     cli.run("precache", "cancel", word.split()[2].rstrip(":"))
@@ -193,11 +199,11 @@ def test_passes_use_what_the_provider_says_and_keep_all_if_it_fails(tmp_path: pa
     for provider, asked in ((lambda: some, tuple(some)), (lambda: None, None), (fail, None)):
         stop = threading.Event()
         cache = _Cache(tmp_path, 0, stop)
-        agent_command.run_passes(cache, provider, stop)
+        agent.run_passes(cache, provider, stop)
         assert cache.asked == [asked]
 
 
 def test_an_interval_of_minus_one_means_never(tmp_path: pathlib.Path) -> None:
     cache = _Cache(tmp_path, -1, threading.Event())
-    agent_command.run_passes(cache, list, threading.Event())
+    agent.run_passes(cache, list, threading.Event())
     assert cache.asked == []

@@ -21,10 +21,10 @@ import imagecache_lib as ic
 from imagecache_lib import events
 from imagecache_lib.sources.http import HttpImage, HttpSource
 from imagecache_lib.store import layout
-from imagecache_lib.system.host import Host
+from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
-from tests import servers
-from tests.cache_case import raw_image
+from tests.support import servers
+from tests.support.cache_case import raw_image
 
 ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
 NAME = layout.base_name(ID)
@@ -35,7 +35,7 @@ MANY = 32
 _DRIVER = """
 import json, os, signal, sys, threading
 import imagecache_lib as ic
-from imagecache_lib.system.host import Host
+from imagecache_lib.system.host import System
 from imagecache_lib.sources.http import HttpImage, HttpSource
 
 options = json.loads(sys.argv[1])
@@ -214,7 +214,7 @@ def test_a_child_forked_while_fetching_keeps_no_lock_and_no_stage_alive(instance
             fetched.set()
 
     config = ic.CacheConfig(instances_path=str(instances), lock_timeout=5)
-    manager = ic.ImageCacheManager(config, FakeSource({ID: DATA}), host=Host(trace=trace))
+    manager = ic.ImageCacheManager(config, FakeSource({ID: DATA}), host=System(trace=trace))
     try:
         assert manager.cache_image(ID) is ic.CacheResult.CACHED
         assert fetched.is_set()

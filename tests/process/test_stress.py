@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pathlib
 
-from tests import stress
+from tests.support import stress
 
 
 def test_nothing_in_use_is_lost_and_nothing_leaks(tmp_path: pathlib.Path) -> None:

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import imagecache_lib as ic
 from imagecache_lib import errors
-from imagecache_lib.formats.qcow2 import header as qcow2_header
+from imagecache_lib.formats.qcow2 import header
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 
@@ -54,7 +54,7 @@ class TwoHosts(RuleBasedStateMachine):
 
     def start(self, name: str, *, locking: bool = True) -> ic.ImageCacheManager:
         config = ic.CacheConfig(instances_path=str(self.directory), num_retries=0)
-        host = ic.Host(name=name, trace=self.trace, locking=locking)
+        host = ic.System(name=name, trace=self.trace, locking=locking)
         manager = ic.ImageCacheManager(config, self.source, host=host, observers=())
         manager.unpin(next(iter(IMAGES)), owner="nobody")  # starts it
         return manager
@@ -123,7 +123,7 @@ class TwoHosts(RuleBasedStateMachine):
         found = self.directory / instance / "disk"
         arriving = self.directory / f"{instance}-copy"
         if found.exists() and not arriving.exists():
-            backing = qcow2_header.parse(found.read_bytes()[:65536]).backing_file or b""
+            backing = header.parse(found.read_bytes()[:65536]).backing_file or b""
             if os.path.basename(backing).decode() == layout.base_name(image):
                 arriving.mkdir()
                 shutil.copyfile(found, arriving / "disk")
@@ -157,9 +157,9 @@ class TwoHosts(RuleBasedStateMachine):
     def every_overlay_has_its_base(self) -> None:
         for path in self.directory.glob("uuid-*/*"):
             data = path.read_bytes()[:65536]
-            if not data.startswith(qcow2_header.MAGIC):
+            if not data.startswith(header.MAGIC):
                 continue
-            base = pathlib.Path(os.fsdecode(qcow2_header.parse(data).backing_file or b""))
+            base = pathlib.Path(os.fsdecode(header.parse(data).backing_file or b""))
             assert base.exists(), f"the base of {path} is gone"
             assert base.read_bytes() == CONTENT[base.name], f"the base of {path} is other bytes now"
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from imagecache_lib import errors
 from imagecache_lib.formats.qcow2 import decoder
-from tests import qcow2_images
-from tests.qcow2_images import Cluster
+from tests.support import qcow2_images
+from tests.support.qcow2_images import Cluster
 
 # Seeds instead of drawn choices: an image takes thousands of them.
 SEEDED = st.builds(random.Random, st.integers(0, 2**32))

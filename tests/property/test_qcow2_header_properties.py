@@ -18,9 +18,20 @@ def valid_header(backing: bytes, cluster_bits: int, extensions: list[tuple[int, 
     name_at = 112 + len(area) + 8
     l1_at, refcounts_at = 4 << cluster_bits, 1 << cluster_bits
     fields = header.V2_FIELDS.pack(
-        header.MAGIC, 3, name_at if backing else 0, len(backing), cluster_bits,
-        2**20, 0, 2**15, l1_at, refcounts_at, 1, 0, 0,
-    )  # fmt: skip
+        header.MAGIC,
+        3,
+        name_at if backing else 0,
+        len(backing),
+        cluster_bits,
+        2**20,
+        0,
+        2**15,
+        l1_at,
+        refcounts_at,
+        1,
+        0,
+        0,
+    )
     fields += header.V3_FIELDS.pack(0, 0, 0, 4, 112)
     return (fields.ljust(112, b"\0") + area + bytes(8) + backing).ljust(1 << cluster_bits, b"\0")
 

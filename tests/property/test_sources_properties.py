@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from imagecache_lib import errors
 from imagecache_lib.sources import answers, exchange, transfer
 from imagecache_lib.sources.glance import image_from_metadata
-from imagecache_lib.system.host import Host
+from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
 
 JSON = st.recursive(
@@ -40,7 +40,7 @@ class TestTransferProperties(unittest.TestCase):
         source = FakeSource({"x": data}, digests=digests, chunk_size=7919)
         source.break_at(*breaks)
         source.refuses_resume = refuses
-        host = Host(name="here", sleep=lambda seconds: None)
+        host = System(name="here", sleep=lambda seconds: None)
         fetching = transfer.Transfer(source, source.describe("x"), host=host, retries=retries)
         for _ in range(100):
             try:

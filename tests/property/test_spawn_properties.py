@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from imagecache_lib import errors, model
 from imagecache_lib.formats import inspection
-from imagecache_lib.store import evidence, layout, pins
-from imagecache_lib.store import stage as stages
+from imagecache_lib.store import evidence, layout, pins, stage
+from imagecache_lib.store.stage import StageInfo
 from imagecache_lib.system import sparse
 
 TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=200)
@@ -131,9 +131,7 @@ class TestEvidence(unittest.TestCase):
             )
         )
         self.assertIsNotNone(evidence.shortfall(full, use, stored_format="another"))
-        self.assertIsNotNone(
-            evidence.shortfall(dataclasses.replace(full, certificates=()), use, signed=True)
-        )
+        self.assertIsNotNone(evidence.shortfall(dataclasses.replace(full, certificates=()), use, signed=True))
 
 
 class TestSmallFiles(unittest.TestCase):
@@ -141,16 +139,16 @@ class TestSmallFiles(unittest.TestCase):
     def test_a_stages_note_survives_being_stored(
         self, name: str, reserved: int, record: evidence.Record | None
     ) -> None:
-        note = stages.Note(name, reserved, record)
-        self.assertEqual(note, stages.parse_note(note.to_json()))
+        note = StageInfo(name, reserved, record)
+        self.assertEqual(note, stage.parse_info(note.to_json()))
 
     @given(st.binary() | JSON.map(lambda value: json.dumps(value).encode()))
     def test_anything_else_is_no_note(self, data: bytes) -> None:
-        self.assertIsNone(stages.parse_note(data))
+        self.assertIsNone(stage.parse_info(data))
 
     @given(st.dictionaries(st.sampled_from(["name", "reserved", "record"]), JSON, min_size=3))
     def test_nor_is_a_note_of_the_wrong_types(self, fields: dict[str, object]) -> None:
-        note = stages.parse_note(json.dumps(fields).encode())
+        note = stage.parse_info(json.dumps(fields).encode())
         if note is not None:
             self.assertIsInstance(note.name, str)
             self.assertGreaterEqual(note.reserved, 0)

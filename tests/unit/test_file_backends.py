@@ -10,7 +10,7 @@ import tempfile
 import unittest
 from collections.abc import Callable
 
-from imagecache_lib import CacheConfig, Host, errors, model
+from imagecache_lib import CacheConfig, System, errors, model
 from imagecache_lib.backends.file import FileBackend
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.backends.raw import RawBackend
@@ -42,7 +42,7 @@ class FileBackendCase(unittest.TestCase):
     def backend(self, kind: type[FileBackend], **config: str) -> FileBackend:
         return kind.from_config(
             CacheConfig(instances_path=str(self.root), **config),  # type: ignore[arg-type]
-            Host(name="here"),
+            System(name="here"),
         )
 
     def create(
@@ -71,7 +71,7 @@ class TestFormats(FileBackendCase):
 
         for kind, format in ((RawBackend, "raw"), (Qcow2Backend, "qcow2")):
             target = f"{self.target}.{format}"
-            backend = kind.from_config(CacheConfig(instances_path=str(self.root)), Host(trace=trace))
+            backend = kind.from_config(CacheConfig(instances_path=str(self.root)), System(trace=trace))
             backend.create(self.base, target, None, confirm=lambda: None)
             self.assertEqual(format, seen[-1][target])
         # The file is the one Nova keeps, and readable by it.

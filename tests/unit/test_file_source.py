@@ -10,8 +10,8 @@ import tempfile
 import unittest
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import interface as base
 from imagecache_lib.sources.file import FileImage, FileSource
+from imagecache_lib.sources.interface import CannotResume
 
 
 class TestFileSource(unittest.TestCase):
@@ -58,7 +58,7 @@ class TestFileSource(unittest.TestCase):
         source = self.source(path)
         image = source.describe("x")
         path.write_bytes(b"123456")
-        with self.assertRaises(base.CannotResume), source.open(image, 2):
+        with self.assertRaises(CannotResume), source.open(image, 2):
             pass
 
     def test_closes_what_it_opens(self) -> None:

@@ -6,13 +6,16 @@ from __future__ import annotations
 import unittest
 
 from imagecache_lib import config, errors
-from imagecache_lib.formats import superblock as signature
+from imagecache_lib.formats import superblock
 from imagecache_lib.ingest import generate
 from imagecache_lib.store import layout
 
 
 def ephemeral(
-    os_type: str | None = "linux", fs: str | None = None, label: str | None = None, share: bool = True,
+    os_type: str | None = "linux",
+    fs: str | None = None,
+    label: str | None = None,
+    share: bool = True,
     **options: object,
 ) -> generate.Generation:
     where = config.CacheConfig(instances_path="/instances", **options)  # type: ignore[arg-type]
@@ -64,12 +67,12 @@ class SharingTest(unittest.TestCase):
 
 class SignatureTest(unittest.TestCase):
     def test_zeros_and_fragments_have_none(self) -> None:
-        for data in (b"", bytes(512), bytes(4096), bytes(signature.LENGTH), b"XFSB"):
-            self.assertIsNone(signature.read(data))
+        for data in (b"", bytes(512), bytes(4096), bytes(superblock.LENGTH), b"XFSB"):
+            self.assertIsNone(superblock.read(data))
 
     def test_a_boot_sector_alone_is_no_filesystem(self) -> None:
-        self.assertIsNone(signature.read((bytes(510) + b"\x55\xaa").ljust(4096, b"\0")))
+        self.assertIsNone(superblock.read((bytes(510) + b"\x55\xaa").ljust(4096, b"\0")))
 
     def test_any_bytes_are_read_without_harm(self) -> None:
         for lead in (b"XFSB", b"\xeb\x58\x90NTFS    "):
-            signature.read((lead.ljust(510, b"\xff") + b"\x55\xaa").ljust(signature.LENGTH, b"\xff"))
+            superblock.read((lead.ljust(510, b"\xff") + b"\x55\xaa").ljust(superblock.LENGTH, b"\xff"))

@@ -15,18 +15,18 @@ import keystoneauth1.session
 import keystoneauth1.token_endpoint
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import interface as base
 from imagecache_lib.sources import transfer
 from imagecache_lib.sources.glance import GlanceSource
-from imagecache_lib.system.host import Host
-from tests.servers import Answer, GlanceServer, Server
+from imagecache_lib.sources.interface import CannotCopy, SourceBusy, SourceRefused
+from imagecache_lib.system.host import System
+from tests.support.servers import Answer, GlanceServer, Server
 
 ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
 DATA = random.Random(4).randbytes(200_000)
 TOKEN = "gAAAA-s3same"
 #: A port that nothing listens on: loopback refuses it at once.
 DOWN = "http://127.0.0.1:1"
-QUIET = Host(name="here", sleep=lambda seconds: None)
+QUIET = System(name="here", sleep=lambda seconds: None)
 
 
 class GlanceCase(unittest.TestCase):
@@ -77,7 +77,7 @@ class TestMetadata(GlanceCase):
 
     def test_an_unknown_digest_alone_is_refused(self) -> None:
         self.server.add(ID, DATA, os_hash_algo="whirlpool9", os_hash_value="00", checksum=None)
-        with self.assertRaisesRegex(base.SourceRefused, "whirlpool9"):
+        with self.assertRaisesRegex(SourceRefused, "whirlpool9"):
             self.source().describe(ID)
 
     def test_a_queued_image_has_neither_size_nor_digest(self) -> None:
@@ -144,7 +144,7 @@ class TestIds(GlanceCase):
 
 class TestStatuses(GlanceCase):
     def test_a_wrong_token_is_a_source_error_that_says_so(self) -> None:
-        with self.assertRaisesRegex(base.SourceRefused, "token") as caught:
+        with self.assertRaisesRegex(SourceRefused, "token") as caught:
             self.source(token="wrong-token").describe(ID)
         self.assertNotIn("wrong-token", str(caught.exception))
 
@@ -191,7 +191,7 @@ class TestEndpoints(GlanceCase):
         for endpoints in ((refusing.url, DOWN), (DOWN, refusing.url)):
             with self.assertRaises(errors.SourceError) as caught:
                 self.source(*endpoints).describe(ID)
-            self.assertNotIsInstance(caught.exception, base.SourceRefused)
+            self.assertNotIsInstance(caught.exception, SourceRefused)
 
     def test_after_a_broken_transfer_another_one_is_asked(self) -> None:
         broken = self.enterContext(GlanceServer(token=TOKEN))
@@ -222,9 +222,9 @@ class TestSecrets(GlanceCase):
         for path in (f"/v2/images/{ID}", f"/v2/images/{ID}/file"):
             self.server.script(path, Answer(302, {"Location": f"{other.url}/steal"}))
         source = self.source()
-        with self.assertRaisesRegex(base.SourceRefused, "another origin"):
+        with self.assertRaisesRegex(SourceRefused, "another origin"):
             source.describe(ID)
-        with self.assertRaises(base.SourceRefused), source.open(model.Image(ID)):
+        with self.assertRaises(SourceRefused), source.open(model.Image(ID)):
             pass
         self.assertEqual([], other.requests())
 
@@ -237,7 +237,7 @@ class TestSecrets(GlanceCase):
     def test_a_callable_is_asked_for_every_request(self) -> None:
         tokens = iter(["old", TOKEN])
         source = self.source(token=lambda: next(tokens))
-        with self.assertRaises(base.SourceRefused):
+        with self.assertRaises(SourceRefused):
             source.describe(ID)
         self.assertEqual(ID, source.describe(ID).id)
 
@@ -280,7 +280,7 @@ class TestKeystoneSessions(GlanceCase):
     def test_failures_are_translated(self) -> None:
         with self.assertRaisesRegex(errors.SourceError, "refused"):
             GlanceSource(session=self.session(DOWN)).describe(ID)
-        with self.assertRaisesRegex(base.SourceRefused, "token"):
+        with self.assertRaisesRegex(SourceRefused, "token"):
             GlanceSource(session=self.session(self.server.url, "wrong")).describe(ID)
         with self.assertRaises(errors.SourceError):
             GlanceSource(session=keystoneauth1.session.Session()).describe(ID)
@@ -297,7 +297,7 @@ class TestKeystoneSessions(GlanceCase):
     def test_redirects_to_another_origin_are_refused(self) -> None:
         other = self.enterContext(Server())
         self.server.script(f"/v2/images/{ID}", Answer(302, {"Location": f"{other.url}/steal"}))
-        with self.assertRaisesRegex(base.SourceRefused, "another origin"):
+        with self.assertRaisesRegex(SourceRefused, "another origin"):
             GlanceSource(session=self.session(self.server.url)).describe(ID)
         self.assertEqual([], other.requests())
 
@@ -313,8 +313,9 @@ class TestCopyingToAStore(GlanceCase):
         self.copy(Answer(status=202))
         (seen,) = self.server.requests("POST")
         self.assertEqual({"method": {"name": "copy-image"}, "stores": ["ceph"]}, json.loads(seen.body))
-        self.assertEqual((TOKEN, "application/json"),
-                         (seen.headers["X-Auth-Token"], seen.headers["Content-Type"]))  # fmt: skip
+        self.assertEqual(
+            (TOKEN, "application/json"), (seen.headers["X-Auth-Token"], seen.headers["Content-Type"])
+        )
 
     def test_a_copy_that_another_host_asked_for_is_fine(self) -> None:
         self.server.add(ID, DATA, os_glance_import_task="9c0c1d1e")
@@ -324,13 +325,13 @@ class TestCopyingToAStore(GlanceCase):
 
     def test_a_refusal_says_what_to_check(self) -> None:
         for status in (400, 403, 404, 409):
-            with self.subTest(status), self.assertRaises(base.CannotCopy) as caught:
+            with self.subTest(status), self.assertRaises(CannotCopy) as caught:
                 self.copy(Answer(status=status))
             for part in (ID, str(status), "copy_image"):
                 self.assertIn(part, str(caught.exception))
 
     def test_a_server_in_trouble_is_no_refusal(self) -> None:
-        with self.assertRaises(base.SourceBusy):
+        with self.assertRaises(SourceBusy):
             self.copy(Answer(status=503))
 
     def test_a_session_sends_the_same(self) -> None:

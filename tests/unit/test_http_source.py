@@ -15,17 +15,17 @@ from typing import ClassVar
 import requests
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import interface as base
 from imagecache_lib.sources import transfer
 from imagecache_lib.sources.http import HttpImage, HttpSource
-from imagecache_lib.system.host import Host
-from tests.servers import Answer, Certificate, Script, Seen, Server, data_answer
+from imagecache_lib.sources.interface import CannotResume, NotPermitted, SourceBusy, SourceRefused
+from imagecache_lib.system.host import System
+from tests.support.servers import Answer, Certificate, Script, Seen, Server, data_answer
 
 DATA = random.Random(2).randbytes(500_000)
 DIGEST = model.Digest("sha256", hashlib.sha256(DATA).hexdigest())
 SECRET = "s3same"
 HALF = len(DATA) // 2
-QUIET = Host(name="here", sleep=lambda seconds: None)
+QUIET = System(name="here", sleep=lambda seconds: None)
 
 
 class HttpCase(unittest.TestCase):
@@ -150,7 +150,7 @@ class TestEntityTags(HttpCase):
         lying = Answer(206, {"ETag": '"two"', "Content-Range": "bytes 10-19/20"}, DATA[:10])
         source = self.source(tagged('"one"', DATA[:20]), lying)
         image = source.describe("x")
-        with self.assertRaises(base.CannotResume), source.open(image, 10):
+        with self.assertRaises(CannotResume), source.open(image, 10):
             pass
 
     def test_with_a_digest_mirrors_may_differ_in_their_tags(self) -> None:
@@ -188,7 +188,7 @@ class TestConnections(HttpCase):
     def test_retry_after_is_passed_on(self) -> None:
         for headers, seconds in (({"Retry-After": "7"}, 7.0), ({"Retry-After": "soon"}, None), ({}, None)):
             with self.subTest(headers=headers):
-                with self.assertRaises(base.SourceBusy) as caught:
+                with self.assertRaises(SourceBusy) as caught:
                     self.source(Answer(429, headers)).describe("x")
                 self.assertEqual(seconds, caught.exception.retry_after)
 
@@ -219,13 +219,13 @@ class TestDescribe(HttpCase):
 
     def test_each_status_has_its_error(self) -> None:
         expected: dict[int, tuple[type[errors.ImageCacheError], str]] = {
-            401: (base.SourceRefused, "token or credentials"),
-            403: (base.NotPermitted, "no permission"),
+            401: (SourceRefused, "token or credentials"),
+            403: (NotPermitted, "no permission"),
             404: (errors.ImageNotFound, "no such image"),
             410: (errors.ImageNotFound, "no such image"),
-            418: (base.SourceRefused, "418"),
-            429: (base.SourceBusy, "429"),
-            500: (base.SourceBusy, "500"),
+            418: (SourceRefused, "418"),
+            429: (SourceBusy, "429"),
+            500: (SourceBusy, "500"),
             204: (errors.ImageRejected, "no data"),
         }
         for status, (kind, text) in expected.items():
@@ -285,13 +285,13 @@ class TestRedirects(HttpCase):
         self.assertNotIn(SECRET, str([seen.headers for seen in back]))
 
     def test_loops_end(self) -> None:
-        with self.assertRaisesRegex(base.SourceRefused, "redirects"):
+        with self.assertRaisesRegex(SourceRefused, "redirects"):
             self.source(self.to("/x")).describe("x")
         self.assertEqual(6, len(self.server.requests()))
 
     def test_goes_nowhere_but_to_the_web(self) -> None:
         for url in ("file:///etc/passwd", "ftp://host/", "http://[", "http://host:x/"):
-            with self.subTest(url=url), self.assertRaises(base.SourceRefused):
+            with self.subTest(url=url), self.assertRaises(SourceRefused):
                 self.source(self.to(url)).describe("x")
 
 
@@ -304,7 +304,7 @@ class TestTls(unittest.TestCase):
         self.table = {"x": HttpImage(f"{self.server.url}/x")}
 
     def test_an_unknown_certificate_is_refused_at_once(self) -> None:
-        with self.assertRaisesRegex(base.SourceRefused, "certificate.*does not verify"):
+        with self.assertRaisesRegex(SourceRefused, "certificate.*does not verify"):
             HttpSource(self.table).describe("x")
         self.assertEqual([], self.server.requests())
 
@@ -321,6 +321,6 @@ class TestTls(unittest.TestCase):
         plain = self.enterContext(Server())
         plain.script("/x", serve)
         self.server.script("/x", Answer(302, {"Location": f"{plain.url}/x"}))
-        with self.assertRaisesRegex(base.SourceRefused, "from https to http"):
+        with self.assertRaisesRegex(SourceRefused, "from https to http"):
             HttpSource(self.table, verify=str(self.certificate.path)).describe("x")
         self.assertEqual([], plain.requests())

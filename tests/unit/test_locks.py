@@ -16,16 +16,16 @@ from collections.abc import Iterator
 
 from imagecache_lib import errors
 from imagecache_lib.system import locks
-from imagecache_lib.system.host import Host
+from imagecache_lib.system.host import System
 
 NAME = "a" * 40
 
 #: Another process that takes the lock and says so, until it is told to end.
 _OURS = """
 import sys
-from imagecache_lib.system.host import Host
+from imagecache_lib.system.host import System
 from imagecache_lib.system import locks
-with locks.without_waiting(sys.argv[1], host=Host(name="there")) as got:
+with locks.without_waiting(sys.argv[1], host=System(name="there")) as got:
     print("held" if got else "busy", flush=True)
     sys.stdin.read()
 """
@@ -47,14 +47,12 @@ class LockCase(unittest.TestCase):
         directory = tempfile.TemporaryDirectory(prefix="imagecache-")
         self.addCleanup(directory.cleanup)
         self.path = os.path.join(directory.name, "locks", f"nova-{NAME}")
-        self.host = Host(name="here")
+        self.host = System(name="here")
 
     def take(
-        self, *, shared: bool = False, patience: float = 0.0, host: Host | None = None, check=lambda: None
+        self, *, shared: bool = False, patience: float = 0.0, host: System | None = None, check=lambda: None
     ) -> contextlib.AbstractContextManager[bool]:
-        return locks.waiting(
-            self.path, shared=shared, host=host or self.host, patience=patience, check=check
-        )
+        return locks.waiting(self.path, shared=shared, host=host or self.host, patience=patience, check=check)
 
     def is_free(self, *, shared: bool = False) -> bool:
         """Whether another thread can have it."""
@@ -143,7 +141,7 @@ class TestExclusion(LockCase):
     def test_a_child_that_outlives_its_parent_keeps_nothing(self) -> None:
         program = """
 import os, sys, time
-from imagecache_lib.system.host import Host
+from imagecache_lib.system.host import System
 from imagecache_lib.system import locks
 lock = locks.waiting(sys.argv[1], shared=False, host=Host(), patience=0, check=lambda: None)
 assert lock.__enter__()
@@ -234,7 +232,7 @@ class TestWaiting(LockCase):
         self.assertTrue(self.is_free())
 
     def test_locks_may_all_be_no_ops(self) -> None:
-        broken = Host(name="here", locking=False)
+        broken = System(name="here", locking=False)
         with self.take(host=broken) as first, self.take(host=broken) as second:
             self.assertEqual((True, True), (first, second))
             self.assertTrue(self.is_free())

@@ -107,9 +107,7 @@ class TableTest(OptsCase):
     def test_the_sample_says_nothing_of_the_machine_it_was_made_on(self) -> None:
         options = dict(opts.list_opts())["DEFAULT"]
         samples = {option.name: option.sample_default for option in options}
-        self.assertEqual(
-            ("<host_ipv4>", "<current_hostname>"), (samples["my_ip"], samples["host"])
-        )
+        self.assertEqual(("<host_ipv4>", "<current_hostname>"), (samples["my_ip"], samples["host"]))
 
 
 class ConfigFromTest(OptsCase):
@@ -197,9 +195,10 @@ class ConfigFromTest(OptsCase):
             "remove_unused_base_images = false\nremove_unused_original_minimum_age_seconds = 6\n"
             "[libvirt]\nremove_unused_resized_minimum_age_seconds = 7\n"
         )
-        self.assertEqual((5, "_old", False), (
-            found.manager_interval, found.subdirectory_name, found.remove_unused_base_images
-        ))
+        self.assertEqual(
+            (5, "_old", False),
+            (found.manager_interval, found.subdirectory_name, found.remove_unused_base_images),
+        )
         self.assertEqual(6, found.remove_unused_original_minimum_age_seconds)
         self.assertEqual(7, found.remove_unused_resized_minimum_age_seconds)
 

@@ -117,13 +117,25 @@ class WireTest(unittest.TestCase):
     def test_tasks_that_make_no_sense_are_refused(self) -> None:
         good = wire.from_task(TASK)
         for name, value in (
-            ("job_id", ""), ("job_id", 5), ("job_id", "a\nb"), ("job_id", "a" * 1000),
-            ("image_ids", []), ("image_ids", "image-a"), ("image_ids", [1]), ("image_ids", ["a", "a"]),
+            ("job_id", ""),
+            ("job_id", 5),
+            ("job_id", "a\nb"),
+            ("job_id", "a" * 1000),
+            ("image_ids", []),
+            ("image_ids", "image-a"),
+            ("image_ids", [1]),
+            ("image_ids", ["a", "a"]),
             ("image_ids", [str(number) for number in range(1001)]),
-            ("rate", -1), ("rate", 1.5), ("rate", True), ("retries", 10**6), ("attempt", None),
-            ("deadline", "tomorrow"), ("deadline", float("nan")), ("deadline", float("inf")),
+            ("rate", -1),
+            ("rate", 1.5),
+            ("rate", True),
+            ("retries", 10**6),
+            ("attempt", None),
+            ("deadline", "tomorrow"),
+            ("deadline", float("nan")),
+            ("deadline", float("inf")),
             ("pin_until", -1),
-        ):  # fmt: skip
+        ):
             with self.subTest(name=name, value=value), self.assertRaises(wire.Malformed):
                 wire.to_task({**good, name: value})
         with self.assertRaises(errors.ImageRejected):
@@ -134,11 +146,18 @@ class WireTest(unittest.TestCase):
 
     def test_answers_that_make_no_sense_are_refused(self) -> None:
         parsers: tuple[tuple[Callable[[Any], Any], Sequence[Any]], ...] = (
-            (wire.to_survey, (None, {}, {"present": [], "missing": [], "free": 1, "problems": {}},
-                              {"present": [], "missing": {}, "free": "much", "problems": {}})),
+            (
+                wire.to_survey,
+                (
+                    None,
+                    {},
+                    {"present": [], "missing": [], "free": 1, "problems": {}},
+                    {"present": [], "missing": {}, "free": "much", "problems": {}},
+                ),
+            ),
             (wire.to_cells, (None, {"a": None}, {"a": {"result": "perhaps"}}, {"a": {"received": -5}})),
             (wire.result_of, (None, [], {"error": "text"})),
-        )  # fmt: skip
+        )
         for parse, wrong in parsers:
             for found in wrong:
                 with self.subTest(parse=parse.__name__, found=found), self.assertRaises(wire.Malformed):

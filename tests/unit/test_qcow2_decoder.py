@@ -12,8 +12,8 @@ from typing import Any
 from imagecache_lib import errors
 from imagecache_lib.formats.qcow2 import decoder, header, inflate
 from imagecache_lib.system import sparse
-from tests import qcow2_images
-from tests.qcow2_images import Cluster
+from tests.support import qcow2_images
+from tests.support.qcow2_images import Cluster
 
 KIB = 2**10
 MIB = 2**20

@@ -14,8 +14,8 @@ from typing import BinaryIO
 from imagecache_lib import errors
 from imagecache_lib.formats.qcow2 import decoder
 from imagecache_lib.system import sparse
-from tests import qcow2_images
-from tests.qcow2_images import Cluster
+from tests.support import qcow2_images
+from tests.support.qcow2_images import Cluster
 
 SIZE = 512
 

@@ -12,8 +12,8 @@ import zlib
 
 from imagecache_lib import errors
 from imagecache_lib.formats.qcow2 import decoder, header
-from tests import qcow2_images
-from tests.qcow2_images import Cluster
+from tests.support import qcow2_images
+from tests.support.qcow2_images import Cluster
 
 SIZE = 512
 COMPRESSED = 1 << 62
@@ -219,8 +219,8 @@ class WithoutTheOptionalLibraries(unittest.TestCase):
 import sys
 sys.modules["zstandard"] = sys.modules["deflate"] = None
 from imagecache_lib.formats.qcow2 import decoder, header
-from tests import qcow2_images
-from tests.qcow2_images import Cluster
+from tests.support import qcow2_images
+from tests.support.qcow2_images import Cluster
 packed = qcow2_images.build(512 * 64, {0: Cluster("compressed", b"a" * 512)})
 assert decoder.supports(header.parse(packed))
 assert qcow2_images.decode(packed)[0][:512] == b"a" * 512

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import interface as base
 from imagecache_lib.sources import transfer
-from imagecache_lib.system.host import Host
+from imagecache_lib.sources.interface import ImageSource, NotPermitted, SourceBusy, SourceRefused
+from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
 
 DATA = random.Random(1).randbytes(1_000_000)
@@ -28,7 +28,7 @@ class Time:
         self.now = 1000.0
         self.slept = 0.0
         self.on_sleep: Callable[[], None] = lambda: None
-        self.host = Host(name="here", clock=lambda: self.now, sleep=self.sleep)
+        self.host = System(name="here", clock=lambda: self.now, sleep=self.sleep)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -50,7 +50,7 @@ class TransferCase(unittest.TestCase):
         self.time = Time()
         self.source = FakeSource({ID: DATA})
 
-    def transfer(self, source: base.ImageSource | None = None, **options: object) -> transfer.Transfer:
+    def transfer(self, source: ImageSource | None = None, **options: object) -> transfer.Transfer:
         source = source or self.source
         arguments = {"host": self.time.host, "random": lambda: 1.0, **options}
         return transfer.Transfer(source, source.describe(ID), **arguments)  # type: ignore[arg-type]
@@ -179,21 +179,21 @@ class TestBudget(TransferCase):
         self.assertAlmostEqual(0.5 + 0.5 + 0.0 + 4.0, self.time.slept)
 
     def test_waits_as_long_as_the_server_asks(self) -> None:
-        self.source.fail_open(base.SourceBusy("HTTP 503", retry_after=7.0))
+        self.source.fail_open(SourceBusy("HTTP 503", retry_after=7.0))
         self.assertEqual(DATA, fetch(self.transfer(random=lambda: 0.0)))
         self.assertAlmostEqual(7.0, self.time.slept)
 
     def test_does_not_wait_an_hour(self) -> None:
-        self.source.fail_open(base.SourceBusy("HTTP 503", retry_after=3600.0))
+        self.source.fail_open(SourceBusy("HTTP 503", retry_after=3600.0))
         with self.assertRaisesRegex(errors.SourceError, "asks to wait 3600 s"):
             fetch(self.transfer())
         self.assertEqual(0.0, self.time.slept)
 
     def test_what_cannot_pass_is_not_retried(self) -> None:
         for failure in (
-            base.SourceRefused("token"),
+            SourceRefused("token"),
             errors.ImageNotFound("gone"),
-            base.NotPermitted("no"),
+            NotPermitted("no"),
             errors.ImageRejected("bad"),
         ):
             with self.subTest(failure=failure):
@@ -205,7 +205,7 @@ class TestBudget(TransferCase):
                 self.assertEqual(opens + 1, self.source.opens)
 
     def test_a_foreign_error_is_retried_and_does_not_escape(self) -> None:
-        class Careless(base.ImageSource):
+        class Careless(ImageSource):
             opens = 0
 
             def describe(self, image_id: str) -> model.Image:
@@ -250,7 +250,7 @@ class TestDeadlineAndCancel(TransferCase):
             next(chunks)
 
     def test_does_not_wait_past_the_deadline(self) -> None:
-        self.source.fail_open(base.SourceBusy("HTTP 503", retry_after=60.0))
+        self.source.fail_open(SourceBusy("HTTP 503", retry_after=60.0))
         with self.assertRaisesRegex(transfer.DeadlinePassed, "HTTP 503"):
             fetch(self.transfer(deadline=1030.0))
         self.assertEqual(0.0, self.time.slept)
@@ -266,21 +266,19 @@ class TestDeadlineAndCancel(TransferCase):
     def test_cancelling_ends_a_wait(self) -> None:
         cancel = threading.Event()
         self.time.on_sleep = cancel.set
-        self.source.fail_open(base.SourceBusy("HTTP 503", retry_after=60.0))
+        self.source.fail_open(SourceBusy("HTTP 503", retry_after=60.0))
         with self.assertRaises(errors.CancelledError):
             fetch(self.transfer(cancel=cancel))
         self.assertLessEqual(self.time.slept, 1.0)
 
 
 class TestDescribe(TransferCase):
-    def describe(
-        self, *fallbacks: base.ImageSource, **options: object
-    ) -> tuple[base.ImageSource, model.Image]:
+    def describe(self, *fallbacks: ImageSource, **options: object) -> tuple[ImageSource, model.Image]:
         arguments = {"host": self.time.host, "random": lambda: 1.0, "fallbacks": fallbacks, **options}
         return transfer.describe(self.source, ID, **arguments)  # type: ignore[arg-type]
 
     def test_retries_what_may_pass(self) -> None:
-        self.source.fail_describe(errors.SourceError("down"), base.SourceBusy("busy", retry_after=2.0))
+        self.source.fail_describe(errors.SourceError("down"), SourceBusy("busy", retry_after=2.0))
         source, image = self.describe()
         self.assertIs(self.source, source)
         self.assertEqual(hashlib.sha512(DATA).hexdigest(), image.digest.value if image.digest else None)
@@ -293,9 +291,9 @@ class TestDescribe(TransferCase):
         self.assertIs(peer, source)
 
     def test_no_fallback_gets_around_a_refusal(self) -> None:
-        self.source.fail_describe(base.NotPermitted("no"))
+        self.source.fail_describe(NotPermitted("no"))
         peer = FakeSource({ID: DATA})
-        with self.assertRaises(base.NotPermitted):
+        with self.assertRaises(NotPermitted):
             self.describe(peer)
         self.assertEqual(0, peer.describes)
 

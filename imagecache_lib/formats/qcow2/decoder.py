@@ -22,6 +22,8 @@ from imagecache_lib import errors
 from imagecache_lib.formats.qcow2 import header as header_module
 from imagecache_lib.formats.qcow2 import inflate as inflate_module
 from imagecache_lib.formats.qcow2 import tables
+from imagecache_lib.formats.qcow2.header import Compression, Header, Incompatible, NotQcow2, Truncated
+from imagecache_lib.formats.qcow2.inflate import Inflate
 from imagecache_lib.formats.qcow2.output import Output
 from imagecache_lib.formats.qcow2.pool import InflatePool, default_threads
 from imagecache_lib.formats.qcow2.spill import Spill
@@ -48,7 +50,7 @@ class Decoded:
     spilled_bytes: int
 
 
-def check(header: header_module.Header, max_virtual_size: int) -> None:
+def check(header: Header, max_virtual_size: int) -> None:
     """Refuse what must not be used as a base image, or cannot be decoded by any program here.
 
     :raises ImageRejected: encryption, an external data file, a backing file, an unknown incompatible feature
@@ -59,14 +61,14 @@ def check(header: header_module.Header, max_virtual_size: int) -> None:
         (header.crypt_method, "is encrypted"),
         (header_module.EXTENSION_ENCRYPTION in header.extensions, "is encrypted"),
         (header.backing_file_offset, "has a backing file"),
-        (features & header_module.Incompatible.DATA_FILE, "keeps its data in another file"),
-        (features & header_module.Incompatible.CORRUPT, "is marked corrupt"),
+        (features & Incompatible.DATA_FILE, "keeps its data in another file"),
+        (features & Incompatible.CORRUPT, "is marked corrupt"),
         (
             features & ~header_module.KNOWN_INCOMPATIBLE,
             f"needs unknown features (bit mask {features & ~header_module.KNOWN_INCOMPATIBLE:#x})",
         ),
         (
-            header.compression_type > max(header_module.Compression),
+            header.compression_type > max(Compression),
             f"uses unknown compression {header.compression_type}",
         ),
         (
@@ -79,9 +81,9 @@ def check(header: header_module.Header, max_virtual_size: int) -> None:
             raise errors.ImageRejected(f"the qcow2 image {cause}")
 
 
-def supports(header: header_module.Header) -> bool:
+def supports(header: Header) -> bool:
     """Whether what is installed can decode it. False: qemu-img has to, from the whole file."""
-    return header.compression_type == header_module.Compression.DEFLATE or inflate_module.zstd() is not None
+    return header.compression_type == Compression.DEFLATE or inflate_module.zstd() is not None
 
 
 class StreamDecoder:
@@ -104,7 +106,7 @@ class StreamDecoder:
         spill: Callable[[], BinaryIO],
         file_size: int | None,
         max_virtual_size: int,
-        inflate: inflate_module.Inflate | None = None,
+        inflate: Inflate | None = None,
         threads: int | None = None,
         map_bytes: int = MAP_BYTES,
     ) -> None:
@@ -115,7 +117,7 @@ class StreamDecoder:
         self._inflate = inflate
         self._map_bytes = map_bytes
         self._thread_count = threads or default_threads()
-        self._header: header_module.Header | None = None
+        self._header: Header | None = None
         self._walk: Walk | None = None
         self._start = bytearray()
         self._needed = header_module.V2_LENGTH
@@ -129,7 +131,7 @@ class StreamDecoder:
         self.close()
 
     @property
-    def header(self) -> header_module.Header | None:
+    def header(self) -> Header | None:
         """The header, as soon as it has arrived."""
         return self._header
 
@@ -192,9 +194,9 @@ class StreamDecoder:
     def _parse_header(self, *, final: bool) -> None:
         try:
             header = header_module.parse(bytes(self._start))
-        except header_module.NotQcow2 as error:
+        except NotQcow2 as error:
             raise errors.ImageRejected("the data is no qcow2 image") from error
-        except header_module.Truncated as error:
+        except Truncated as error:
             if final:
                 raise
             self._needed = error.needed
@@ -208,8 +210,8 @@ class StreamDecoder:
         start, self._start = self._start, bytearray()
         self._walk.feed(start)
 
-    def _choose_inflate(self, header: header_module.Header) -> inflate_module.Inflate:
-        if header.compression_type == header_module.Compression.DEFLATE:
+    def _choose_inflate(self, header: Header) -> Inflate:
+        if header.compression_type == Compression.DEFLATE:
             return self._inflate or inflate_module.fastest_deflate()
         zstd = inflate_module.zstd()
         if zstd is None:

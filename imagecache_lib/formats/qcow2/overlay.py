@@ -12,7 +12,7 @@ import os
 import struct
 
 from imagecache_lib import errors
-from imagecache_lib.formats.qcow2 import header as header_module
+from imagecache_lib.formats.qcow2 import header
 
 #: QEMU's default cluster size.
 DEFAULT_CLUSTER_BITS = 16
@@ -80,7 +80,7 @@ def write_overlay(
 
 
 def _plan(virtual_size: int, cluster_bits: int) -> _Layout:
-    if not header_module.MIN_CLUSTER_BITS <= cluster_bits <= header_module.MAX_CLUSTER_BITS:
+    if not header.MIN_CLUSTER_BITS <= cluster_bits <= header.MAX_CLUSTER_BITS:
         raise OverlayError(f"a qcow2 cluster cannot have 2**{cluster_bits} bytes")
     if virtual_size < 0 or virtual_size % 512:
         raise OverlayError(f"a qcow2 disk of {virtual_size} bytes is impossible, sizes are multiples of 512")
@@ -88,7 +88,7 @@ def _plan(virtual_size: int, cluster_bits: int) -> _Layout:
     mapped_per_entry = cluster_size // 8 * cluster_size
     # QEMU never makes an L1 table without entries.
     l1_entries = max(1, -(-virtual_size // mapped_per_entry))
-    if l1_entries * 8 > header_module.MAX_L1_BYTES:
+    if l1_entries * 8 > header.MAX_L1_BYTES:
         raise OverlayError(
             f"clusters of {cluster_size} bytes are too small for a qcow2 disk of {virtual_size} bytes",
             next_step="choose larger clusters",
@@ -106,14 +106,14 @@ def _plan(virtual_size: int, cluster_bits: int) -> _Layout:
 
 
 def _first_cluster(layout: _Layout, virtual_size: int, backing_file: bytes, backing_format: bytes) -> bytes:
-    if not 0 < len(backing_file) <= header_module.MAX_BACKING_NAME:
+    if not 0 < len(backing_file) <= header.MAX_BACKING_NAME:
         raise OverlayError(
             f"a backing file's path of {len(backing_file)} bytes does not fit a qcow2 header,"
             " which holds 1 to 1023",
             path=os.fsdecode(backing_file),
             next_step="keep the cache under a shorter path",
         )
-    extension = struct.pack(">II", header_module.EXTENSION_BACKING_FORMAT, len(backing_format))
+    extension = struct.pack(">II", header.EXTENSION_BACKING_FORMAT, len(backing_format))
     extension += backing_format.ljust(-(-len(backing_format) // 8) * 8, b"\0") + bytes(8)
     name_at = _HEADER_LENGTH + len(extension)
     if name_at + len(backing_file) > 1 << layout.cluster_bits:
@@ -123,8 +123,8 @@ def _first_cluster(layout: _Layout, virtual_size: int, backing_file: bytes, back
             path=os.fsdecode(backing_file),
             next_step="choose larger clusters",
         )
-    fields = header_module.V2_FIELDS.pack(
-        header_module.MAGIC,
+    fields = header.V2_FIELDS.pack(
+        header.MAGIC,
         3,
         name_at,
         len(backing_file),
@@ -138,7 +138,7 @@ def _first_cluster(layout: _Layout, virtual_size: int, backing_file: bytes, back
         0,
         0,
     )
-    fields += header_module.V3_FIELDS.pack(0, 0, 0, _REFCOUNT_ORDER, _HEADER_LENGTH)
+    fields += header.V3_FIELDS.pack(0, 0, 0, _REFCOUNT_ORDER, _HEADER_LENGTH)
     return fields.ljust(_HEADER_LENGTH, b"\0") + extension + backing_file
 
 

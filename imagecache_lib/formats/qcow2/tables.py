@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 
 from imagecache_lib import errors
-from imagecache_lib.formats.qcow2 import header as header_module
+from imagecache_lib.formats.qcow2.header import Header
 
 #: Bits 9 to 55 of an L1 entry or of a standard L2 entry: where the table or the cluster lies.
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
@@ -46,7 +46,7 @@ class Geometry:
     file_size: int
 
     @classmethod
-    def of(cls, header: header_module.Header, file_size: int | None) -> Geometry:
+    def of(cls, header: Header, file_size: int | None) -> Geometry:
         return cls(
             version=header.version,
             cluster_bits=header.cluster_bits,

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who gives way to an image that is fetched, and what a reservation does when there is no room."""
+
+from __future__ import annotations
+
+import unittest
+
+from imagecache_lib import config, errors
+from imagecache_lib.store import layout, reservations
+from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.stage import Stage
+from imagecache_lib.system.host import System
+from imagecache_lib.upkeep import policy
+from imagecache_lib.upkeep.inventory import Entry
+from imagecache_lib.upkeep.references import References
+from tests.support.cache_case import ID, CacheCase
+
+NOW = 1_000_000.0
+HUGE = 2**60
+
+
+def entry(name: str, *, age: float = 7200, allocated: int = 10, links: int = 1) -> Entry:
+    return Entry(name, layout.Kind.ORIGINAL, allocated, allocated, NOW - age, links)
+
+
+def relieved(
+    *entries: Entry, wanted: int, references: References | None = None, **limits: float
+) -> list[str]:
+    """Return who goes."""
+    options = policy.Limits(**limits)  # type: ignore[arg-type]
+    plan = policy.relieve(entries, references or References({}), options, now=NOW, wanted=wanted)
+    assert sorted(each.name for each in entries) == [each.entry.name for each in plan.decisions]
+    return [each.entry.name for each in plan.victims]
+
+
+class TestWhoGivesWay(unittest.TestCase):
+    def test_the_least_recently_used_go_first_and_no_more_than_needed(self) -> None:
+        bases = [entry("a", age=5000), entry("b", age=9000), entry("c", age=7000)]
+        self.assertEqual(["b"], relieved(*bases, wanted=10))
+        self.assertEqual(["b", "c"], relieved(*bases, wanted=11))
+        self.assertEqual([], relieved(*bases, wanted=0))
+
+    def test_old_ones_stay_too_while_nobody_needs_their_room(self) -> None:
+        self.assertEqual(["a"], relieved(entry("a", age=900_000), entry("b", age=800_000), wanted=1))
+
+    def test_young_used_linked_and_unknown_ones_stay(self) -> None:
+        self.assertEqual([], relieved(entry("a", age=3599), wanted=HUGE))
+        self.assertEqual(["a"], relieved(entry("a", age=3600), wanted=HUGE))
+        self.assertEqual([], relieved(entry("a"), wanted=HUGE, references=References({"a": "used"})))
+        self.assertEqual([], relieved(entry("a", links=2), wanted=HUGE))
+        self.assertEqual([], relieved(entry("a"), wanted=HUGE, references=References({}, unknown="why")))
+
+    def test_other_limits_do_not_count_here(self) -> None:
+        bases = [entry("a", age=5000), entry("b", age=9000)]
+        self.assertEqual(["b"], relieved(*bases, wanted=10, max_size=1, free_low=HUGE))
+        self.assertEqual([], relieved(*bases, wanted=10, remove=False))
+
+
+class TestReserving(CacheCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.cache = CacheStore(config.CacheConfig(instances_path=str(self.instances)), self.host())
+        self.cache.start()
+        self.stage = Stage(self.cache, self.base().name)
+        self.addCleanup(self.stage.discard)
+        self.stage.write_info()
+
+    def reserve(self, needed: int, **options: object) -> None:
+        reservations.reserve(self.stage, needed, self.cache, check=lambda: None, **options)  # type: ignore[arg-type]
+
+    def test_what_is_short_is_asked_for_until_nothing_more_is_freed(self) -> None:
+        asked: list[int] = []
+        frees = [1, 1, 0, 1]
+
+        def make_room(wanted: int) -> int:
+            asked.append(wanted)
+            return frees.pop(0)
+
+        with self.assertRaises(errors.NoSpaceError):
+            self.reserve(HUGE, make_room=make_room)
+        self.assertEqual(3, len(asked))
+        self.assertTrue(HUGE // 2 < asked[0] < HUGE)
+        self.assertEqual(0, reservations.outstanding(self.cache))
+
+    def test_room_that_is_there_is_not_asked_for(self) -> None:
+        def make_room(_wanted: int) -> int:
+            raise AssertionError("there is room")
+
+        self.reserve(4096, make_room=make_room)
+        self.assertEqual(4096, reservations.outstanding(self.cache))
+
+    def test_nobody_waits_for_room_that_nobody_will_give_back(self) -> None:
+        def sleep(_seconds: float) -> None:
+            raise AssertionError("there is nobody to wait for")
+
+        cache = CacheStore(self.cache.config, System(sleep=sleep))
+        with self.assertRaises(errors.NoSpaceError):
+            reservations.reserve(
+                self.stage, HUGE, cache, check=lambda: None, deadline=cache.host.clock() + 60
+            )
+
+
+class TestReport(CacheCase):
+    def test_it_tells_what_is_used_promised_and_in_the_way(self) -> None:
+        manager = self.manager(max_cache_size=5, space_minimum_age_seconds=0)
+        manager.cache_image(ID)
+        report = manager.get_space()
+        self.assertEqual(manager.get_disk_usage(), report.used)
+        self.assertEqual(self.base().stat().st_blocks * 512, report.reclaimable)
+        self.assertEqual((0, 5), (report.reserved, report.limit))
+        self.assertGreater(report.free, 0)
+        manager.pin(ID, owner="somebody")
+        self.assertEqual(0, manager.get_space().reclaimable)
+        self.assertTrue(self.base().exists())

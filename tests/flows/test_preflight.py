@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with a host's set-up is found before the first spawn, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import pwd
+import tempfile
+import time
+import unittest
+from typing import Any
+
+import imagecache_lib as ic
+from imagecache_lib.testing.sources import FakeSource
+
+
+class PreflightTest(unittest.TestCase):
+    def setUp(self) -> None:
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.instances = pathlib.Path(directory.name, "instances")
+        self.instances.mkdir(mode=0o755)
+
+    def findings(
+        self, *, programs: dict[str, str] | None = None, skew: float = 0, **options: Any
+    ) -> list[ic.Finding]:
+        """Examine a host on which the named programs say other things; an empty word: they are missing."""
+
+        def execute(*command: str, **execution: Any) -> tuple[str, str]:
+            said = (programs or {}).get(command[0])
+            if said is None:
+                return ic.System().execute(*command, **execution)
+            if not said:
+                raise FileNotFoundError(2, "No such file or directory", command[0])
+            return said, ""
+
+        host = ic.System(execute=execute, clock=lambda: time.time() + skew)
+        config = ic.CacheConfig(**{"instances_path": str(self.instances), **options})
+        before = self.tree()
+        found = ic.ImageCacheManager(config, FakeSource({}), host=host).preflight()
+        self.assertEqual(before, self.tree())
+        return found
+
+    def tree(self) -> list[str]:
+        return sorted(map(str, self.instances.rglob("*"))) if self.instances.is_dir() else []
+
+    def assert_finds(self, severity: ic.Severity, words: str, **options: Any) -> None:
+        found = self.findings(**options)
+        matching = [each for each in found if words in each.text]
+        self.assertEqual([severity], [each.severity for each in matching], found)
+        for each in matching:
+            self.assertTrue(each.next_step or severity is ic.Severity.INFO)
+
+    def test_a_good_host_has_no_errors(self) -> None:
+        self.assertEqual([], [each for each in self.findings() if each.severity is ic.Severity.ERROR])
+
+    def test_it_works_beside_a_cache_in_use(self) -> None:
+        config = ic.CacheConfig(instances_path=str(self.instances))
+        ic.ImageCacheManager(config, FakeSource({})).verify_base_images([])
+        self.assertEqual([], [each for each in self.findings() if each.severity is ic.Severity.ERROR])
+
+    def test_a_missing_instances_directory_is_the_only_thing_said(self) -> None:
+        self.instances.rmdir()
+        found = self.findings()
+        self.assertEqual([ic.Severity.ERROR], [each.severity for each in found])
+        self.assertIn("does not exist", found[0].text)
+
+    def test_a_file_in_its_place(self) -> None:
+        self.assert_finds(ic.Severity.ERROR, "no directory", instances_path="/dev/null")
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root can give files away")
+    def test_root_beside_the_service(self) -> None:
+        os.chown(self.instances, 65534, 65534)
+        self.assert_finds(ic.Severity.ERROR, "this is root")
+
+    def test_a_cache_of_a_newer_release(self) -> None:
+        private = self.instances / "_base/.imagecache"
+        private.mkdir(parents=True)
+        (private / "version").write_text("99\n")
+        self.assert_finds(ic.Severity.ERROR, "newer release")
+
+    def test_a_disk_root_that_is_not_mounted(self) -> None:
+        self.assert_finds(ic.Severity.ERROR, "nothing is ever evicted", disk_roots=("/no/such/root",))
+
+    def test_programs_that_are_missing_or_old(self) -> None:
+        self.assert_finds(ic.Severity.ERROR, "qemu-img cannot be run", programs={"qemu-img": ""})
+        self.assert_finds(ic.Severity.ERROR, "prlimit cannot be run", programs={"prlimit": ""})
+        self.assert_finds(
+            ic.Severity.ERROR, "qemu-img is 4.2", programs={"qemu-img": "qemu-img version 4.2.1 (Debian)"}
+        )
+        self.assert_finds(ic.Severity.WARNING, "does not say", programs={"qemu-img": "hello"})
+        for version in ("5.0.0", "10.1.2"):
+            found = self.findings(programs={"qemu-img": f"qemu-img version {version}"})
+            self.assertFalse([each for each in found if "qemu-img" in each.text])
+
+    def test_clocks_that_differ(self) -> None:
+        self.assert_finds(ic.Severity.WARNING, "2 min behind this host's", skew=119.5)
+        self.assert_finds(ic.Severity.WARNING, "ahead of this host's", skew=-100)
+        self.assertFalse([each for each in self.findings(skew=2) if "clock" in each.text])
+
+    def test_little_space(self) -> None:
+        self.assert_finds(ic.Severity.ERROR, "nothing is fetched", free_space_low=2**60)
+        self.assert_finds(ic.Severity.WARNING, "images may not fit", free_space_low=2**60)
+
+    def test_what_does_not_belong_into_the_cache(self) -> None:
+        (self.instances / "_base").mkdir()
+        (self.instances / "_base/notes.txt").write_text("?")
+        self.assert_finds(ic.Severity.WARNING, "notes.txt")
+
+    def test_a_cache_on_another_filesystem_is_worth_knowing(self) -> None:
+        if os.stat("/dev/shm").st_dev == os.stat(self.instances).st_dev:
+            self.skipTest("/dev/shm is no other filesystem")
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+            os.symlink(other, self.instances / "_base")
+            self.assert_finds(ic.Severity.INFO, "another filesystem")
+
+    def test_what_the_qemu_user_cannot_reach(self) -> None:
+        user = next((name for name in ("libvirt-qemu", "qemu") if _exists(name)), None)
+        if user is None or os.geteuid() != 0:
+            self.skipTest("no QEMU user here")
+        closed = self.instances.parent
+        closed.chmod(0o700)
+        self.assert_finds(ic.Severity.WARNING, f"{os.path.realpath(closed)} cannot be entered by {user}")
+        closed.chmod(0o711)
+        self.assertFalse(
+            [each for each in self.findings() if f"{os.path.realpath(closed)} cannot be entered" in each.text]
+        )
+        base = self.instances / "_base" / ("0" * 40)
+        base.parent.mkdir(mode=0o755)
+        base.write_bytes(b"x")
+        base.chmod(0o600)
+        self.assert_finds(ic.Severity.WARNING, "cannot be read")
+
+    def test_the_worst_comes_first(self) -> None:
+        found = self.findings(programs={"qemu-img": ""}, skew=100)
+        order = list(ic.Severity)
+        self.assertEqual(sorted(found, key=lambda each: order.index(each.severity)), found)
+        self.assertIs(ic.Severity.ERROR, found[0].severity)
+
+
+def _exists(user: str) -> bool:
+    try:
+        pwd.getpwnam(user)
+    except KeyError:
+        return False
+    return True

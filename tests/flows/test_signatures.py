@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signed images: real keys, real certificates, real signatures."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import datetime as dt
+import os
+import pathlib
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, padding, rsa
+
+import imagecache_lib as ic
+from imagecache_lib.store import evidence
+from imagecache_lib.testing.sources import FakeSource
+from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, disk_image, raw_image
+
+DATA = raw_image(1)
+NOW = dt.datetime.now(dt.UTC)
+
+# Made once: keys take long.
+ROOT_KEY = rsa.generate_private_key(65537, 2048)
+MIDDLE_KEY = ec.generate_private_key(ec.SECP384R1())
+RSA_KEY = rsa.generate_private_key(65537, 2048)
+DSA_KEY = dsa.generate_private_key(2048)
+
+
+def certificate(
+    name: str,
+    key: Any,
+    issuer: str = "root",
+    issuer_key: Any = ROOT_KEY,
+    *,
+    signs: bool = False,
+    days: int = 30,
+) -> bytes:
+    """Return a certificate, PEM encoded, valid from a day ago for so many days from now."""
+
+    def called(text: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
+
+    usage = x509.KeyUsage(
+        digital_signature=True,
+        key_cert_sign=signs,
+        crl_sign=False,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(called(name))
+        .issuer_name(called(issuer))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(NOW - dt.timedelta(days=100))
+        .not_valid_after(NOW + dt.timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=signs, path_length=None), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(issuer_key, hashes.SHA256())
+    )
+    return built.public_bytes(serialization.Encoding.PEM)
+
+
+def signed_with(key: Any, data: bytes) -> bytes:
+    if isinstance(key, rsa.RSAPrivateKey):
+        pss = padding.PSS(padding.MGF1(hashes.SHA256()), padding.PSS.MAX_LENGTH)
+        return key.sign(data, pss, hashes.SHA256())
+    if isinstance(key, dsa.DSAPrivateKey):
+        return key.sign(data, hashes.SHA256())
+    found: bytes = key.sign(data, ec.ECDSA(hashes.SHA256()))
+    return found
+
+
+def properties(
+    data: bytes = DATA, key: Any = RSA_KEY, key_type: str = "RSA-PSS", by: str = "leaf"
+) -> dict[str, str]:
+    return {
+        "img_signature": base64.b64encode(signed_with(key, data)).decode(),
+        "img_signature_hash_method": "SHA-256",
+        "img_signature_key_type": key_type,
+        "img_signature_certificate_uuid": by,
+    }
+
+
+class SignedSource(FakeSource):
+    def __init__(self, told: Mapping[str, str], images: Mapping[str, bytes] | None = None) -> None:
+        super().__init__(images or {ID: DATA})
+        self.told = told
+
+    def describe(self, image_id: str) -> ic.Image:
+        return dataclasses.replace(super().describe(image_id), properties=self.told)
+
+
+class SignatureCase(CacheCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.certificates = self.directory / "certificates"
+        self.certificates.mkdir()
+        self.put("root", certificate("root", ROOT_KEY, signs=True))
+        self.put("middle", certificate("middle", MIDDLE_KEY, signs=True))
+        self.put("leaf", certificate("leaf", RSA_KEY, "middle", MIDDLE_KEY))
+        self.signed = SignedSource(properties())
+
+    def put(self, name: str, pem: bytes) -> None:
+        (self.certificates / f"{name}.pem").write_bytes(pem)
+
+    def manager(self, source: Any = None, **options: Any) -> ic.ImageCacheManager:
+        return super().manager(
+            source or self.signed, **{"certificates_path": str(self.certificates), **options}
+        )
+
+    def record_of(self, path: pathlib.Path | None = None) -> evidence.Record:
+        record = evidence.parse((path or self.record()).read_bytes())
+        assert record is not None
+        return record
+
+    def cache(self, source: Any = None, *, trusted: tuple[str, ...] | None = None, **options: Any) -> None:
+        request = ic.Request(trusted_certs=trusted)
+        self.manager(source, **options).cache_image(ID, request=request)
+
+
+class TestSignatures(SignatureCase):
+    def test_a_good_one_of_every_kind_is_accepted(self) -> None:
+        self.put("dsa", certificate("dsa", DSA_KEY))
+        self.put("ecc", certificate("ecc", MIDDLE_KEY))
+        for key, kind, by in (
+            (RSA_KEY, "RSA-PSS", "leaf"),
+            (DSA_KEY, "DSA", "dsa"),
+            (MIDDLE_KEY, "ECC_SECP384R1", "ecc"),
+        ):
+            with self.subTest(kind):
+                source = SignedSource(properties(DATA, key, kind, by))
+                manager = self.manager(source, verify_glance_signatures=True)
+                manager.cache_image(ID)
+                self.assertEqual((by, ()), (self.record_of().signed_by, self.record_of().certificates))
+                manager.evict_image(ID)
+
+    def test_a_bad_one_is_refused_and_nothing_is_left(self) -> None:
+        good = properties()
+        for what, told in (
+            ("does not verify", properties(DATA + b"x")),
+            ("does not verify", properties(key=rsa.generate_private_key(65537, 2048))),
+            ("no img_signature", {}),
+            ("no img_signature_key_type", {k: v for k, v in good.items() if "key_type" not in k}),
+            ("key type", good | {"img_signature_key_type": "RSA-MAGIC"}),
+            ("no key of type", good | {"img_signature_key_type": "DSA"}),
+            ("hash method", good | {"img_signature_hash_method": "MD5"}),
+            ("base64", good | {"img_signature": "A"}),
+            ("no certificate", good | {"img_signature_certificate_uuid": "nobody's"}),
+            ("no certificate", good | {"img_signature_certificate_uuid": "../certificates/leaf"}),
+        ):
+            with self.subTest(what), self.assertRaises(ic.ImageRejected) as caught:
+                self.cache(SignedSource(told), verify_glance_signatures=True)
+            self.assertIn(what, str(caught.exception))
+            self.assertIn(ID, str(caught.exception))
+            self.assertFalse(self.base().exists())
+            self.assertEqual([], self.in_flight())
+
+    def test_without_the_demand_nobody_looks(self) -> None:
+        self.cache(SignedSource({}))
+        self.assertIsNone(self.record_of().signed_by)
+
+    def test_it_is_of_the_bytes_as_they_came_however_they_are_stored(self) -> None:
+        image = disk_image(self.directory, "qcow2")
+        source = SignedSource(properties(image), {ID: image})
+        source._described[ID] = dataclasses.replace(source._described[ID], disk_format="qcow2")
+        self.cache(source, verify_glance_signatures=True)
+        self.assertEqual("leaf", self.record_of().signed_by)
+
+    def test_where_there_are_no_certificates_the_demand_is_an_error_of_the_set_up(self) -> None:
+        with self.leaves_nothing_new(), self.assertRaises(ic.ConfigError) as caught:
+            self.cache(verify_glance_signatures=True, certificates_path=None)
+        self.assertIn("certificates_path", str(caught.exception))
+        self.assertEqual(0, self.signed.opens)
+
+    def leaves_nothing_new(self) -> Any:
+        self.manager().get_disk_usage()
+        self.manager().unpin(ID, owner="x")
+        return self.leaves_nothing()
+
+    def test_certificates_may_come_from_anywhere(self) -> None:
+        class Store:
+            def get(self, certificate_id: str) -> bytes:
+                return {"leaf": certificate("leaf", RSA_KEY)}[certificate_id]
+
+        config = ic.CacheConfig(instances_path=str(self.instances), verify_glance_signatures=True)
+        ic.ImageCacheManager(config, self.signed, certificate_store=Store()).cache_image(ID)
+        self.assertEqual("leaf", self.record_of().signed_by)
+
+    def test_a_certificate_that_is_none_is_refused(self) -> None:
+        self.put("leaf", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+        with self.assertRaisesRegex(ic.ImageRejected, "leaf cannot be read"):
+            self.cache(verify_glance_signatures=True)
+
+
+class TestTrust(SignatureCase):
+    def test_a_chain_of_trusted_ones_up_to_a_root_is_accepted_and_written_down(self) -> None:
+        self.put("other", certificate("other", DSA_KEY, "other", DSA_KEY, signs=True))
+        self.cache(trusted=("other", "root", "middle", "missing"))
+        self.assertEqual(("middle", "root"), self.record_of().certificates)
+        self.assertEqual("leaf", self.record_of().signed_by)
+
+    def test_without_one_it_is_refused(self) -> None:
+        self.put("other", certificate("other", DSA_KEY, "other", DSA_KEY, signs=True))
+        for trusted in ((), ("root",), ("middle",), ("other",), ("missing",)):
+            with self.subTest(trusted=trusted), self.assertRaises(ic.ImageRejected):
+                self.cache(trusted=trusted)
+            self.assertFalse(self.base().exists())
+
+    def test_one_that_is_over_or_must_not_sign_is_no_link(self) -> None:
+        for middle in (
+            certificate("middle", MIDDLE_KEY, signs=False),
+            certificate("middle", MIDDLE_KEY, signs=True, days=-1),
+        ):
+            self.put("middle", middle)
+            with self.assertRaises(ic.ImageRejected):
+                self.cache(trusted=("root", "middle"))
+
+    def test_the_configuration_trusts_where_the_request_does_not_say(self) -> None:
+        trusted = ("root", "middle")
+        options = {"enable_certificate_validation": True, "default_trusted_certificate_ids": trusted}
+        self.manager(**options).cache_image(ID)
+        self.assertEqual(("middle", "root"), self.record_of().certificates)
+        with self.assertRaises(ic.BackendError):
+            # Young: it is not evicted for a request that trusts others, and cannot be bypassed here.
+            self.cache(trusted=("root",), **options)
+
+
+class TestLaterRequests(SignatureCase):
+    def test_what_was_verified_serves_all_who_trust_the_whole_chain(self) -> None:
+        self.cache(trusted=("root", "middle"))
+        for trusted in (("middle", "root"), ("x", "middle", "root"), None):
+            self.cache(trusted=trusted, verify_glance_signatures=True)
+        self.assertEqual(1, self.signed.opens)
+        for trusted in (("root",), ("middle",), ("x",)):
+            with self.subTest(trusted=trusted), self.assertRaises(ic.BackendError):
+                self.cache(trusted=trusted)
+
+    def test_what_was_not_is_fetched_again_if_nobody_uses_it(self) -> None:
+        self.cache()
+        self.age()
+        self.cache(trusted=("root", "middle"))
+        self.assertEqual(2, self.signed.opens)
+        self.assertEqual(("middle", "root"), self.record_of().certificates)
+
+    def test_and_bypassed_if_somebody_does(self) -> None:
+        manager = self.manager()
+        manager.create_disk(ID, self.target())
+        self.age()
+        request = ic.Request(trusted_certs=("root", "middle"))
+        disk = manager.create_disk(ID, self.target(instance="instance-2"), request=request)
+        self.assertIsNone(disk.base)
+        self.assertEqual(2, self.signed.opens)
+        self.assertEqual((), self.record_of().certificates)
+
+    def test_a_signature_alone_is_no_trust(self) -> None:
+        self.cache(verify_glance_signatures=True)
+        self.age()
+        with self.assertRaises(ic.ImageRejected):
+            self.cache(trusted=("leaf",))
+
+    def test_another_image_with_the_same_content_is_not_vouched_for(self) -> None:
+        source = SignedSource(properties(), {ID: DATA, OTHER_ID: DATA})
+        manager = self.manager(source)
+        manager.cache_image(ID, request=ic.Request(trusted_certs=("root", "middle")))
+        source.told = {}
+        with self.assertRaises(ic.ImageRejected):
+            manager.cache_image(OTHER_ID, request=ic.Request(trusted_certs=("root", "middle")))
+        manager.cache_image(OTHER_ID)
+        record = self.record_of(self.record(OTHER_ID))
+        self.assertEqual(((), None), (record.certificates, record.signed_by))
+
+    def age(self) -> None:
+        for path in (self.base(), self.record()):
+            then = path.stat().st_mtime - 2 * 86400
+            os.utime(path, (then, then))
+
+
+class TestCost(SignatureCase):
+    def test_no_thread_is_left_whatever_happens(self) -> None:
+        before = threading.active_count()
+        self.signed.break_at(MIB)
+        with self.assertRaises(ic.SourceError):
+            self.cache(verify_glance_signatures=True)
+        self.assertEqual(before, threading.active_count())

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real Glance behind uWSGI: sqlite, images in files, tenants by token, no Keystone.
+
+uWSGI's ``--http-socket`` closes a connection after its answer without saying so; a client that keeps it alive
+finds it reset. That is how Glance runs in production too, so the tests meet it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import subprocess
+import uuid
+from collections.abc import Iterator
+from typing import IO, Any
+
+import requests
+
+from tests.lab import environment, server
+
+HERE = pathlib.Path(__file__).parent
+ADMIN = "admin:admin-project:admin"
+#: An ordinary user; the images that tests make belong to this project unless they say otherwise.
+MEMBER = "user:project:member"
+#: A user of another project.
+STRANGER = "stranger:elsewhere:member"
+
+_TIMEOUT = 60
+
+_CONFIGURATION = """
+[DEFAULT]
+log_file = {home}/glance-api.log
+use_stderr = false
+worker_self_reference_url = {url}
+enabled_backends = disk:file,second:file
+hashing_algorithm = sha512
+[database]
+connection = sqlite:///{home}/glance.sqlite
+[glance_store]
+default_backend = disk
+[disk]
+filesystem_store_datadir = {home}/images
+filesystem_store_chunk_size = 1048576
+[second]
+filesystem_store_datadir = {home}/second
+[os_glance_staging_store]
+filesystem_store_datadir = {home}/staging
+[os_glance_tasks_store]
+filesystem_store_datadir = {home}/tasks
+[oslo_concurrency]
+lock_path = {home}/lock
+[oslo_policy]
+enforce_new_defaults = false
+enforce_scope = false
+[paste_deploy]
+config_file = {home}/paste.ini
+"""
+
+_PIPELINE = """
+[composite:glance-api]
+paste.composite_factory = glance.api:root_app_factory
+/: api
+/healthcheck: healthcheck
+[pipeline:api]
+pipeline = versionnegotiation lab-auth rootapp
+[composite:rootapp]
+paste.composite_factory = glance.api:root_app_factory
+/: apiversions
+/v2: apiv2app
+[app:apiversions]
+paste.app_factory = glance.api.versions:create_resource
+[app:apiv2app]
+paste.app_factory = glance.api.v2.router:API.factory
+[app:healthcheck]
+paste.app_factory = oslo_middleware:Healthcheck.app_factory
+[filter:versionnegotiation]
+paste.filter_factory = glance.api.middleware.version_negotiation:VersionNegotiationFilter.factory
+[filter:lab-auth]
+paste.filter_factory = lab_auth:LabAuth.factory
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggedRequest:
+    """One request as Glance received it.
+
+    :param range: the Range header.
+    :param token: the X-Auth-Token header.
+    """
+
+    method: str
+    path: str
+    range: str | None
+    token: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Glance:
+    """A running Glance.
+
+    :param url: its endpoint, without ``/v2``.
+    :param home: its directory.
+    """
+
+    url: str
+    home: pathlib.Path
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        token: str = MEMBER,
+        body: bytes | IO[bytes] | None = None,
+        json_body: object = None,
+        headers: dict[str, str] | None = None,
+    ) -> requests.Response:
+        """Make one request of the v2 API, over a connection of its own, and read the answer whole."""
+        return requests.request(
+            method,
+            f"{self.url}/v2{path}",
+            data=body,
+            json=json_body,
+            headers={"X-Auth-Token": token, "Connection": "close", **(headers or {})},
+            timeout=_TIMEOUT,
+        )
+
+    def create(
+        self, *, disk_format: str = "raw", token: str = MEMBER, visibility: str = "private", **properties: Any
+    ) -> str:
+        """Create an image without data (status ``queued``) and return its id."""
+        answer = self.call(
+            "POST",
+            "/images",
+            token=token,
+            json_body={
+                "name": f"image-{uuid.uuid4().hex[:8]}",
+                "disk_format": disk_format,
+                "container_format": "bare",
+                "visibility": visibility,
+                **properties,
+            },
+        )
+        answer.raise_for_status()
+        return str(answer.json()["id"])
+
+    def upload(
+        self,
+        data: bytes | pathlib.Path,
+        *,
+        disk_format: str = "raw",
+        token: str = MEMBER,
+        visibility: str = "private",
+        **properties: Any,
+    ) -> str:
+        """Create an image with this data and return its id; it is ``active`` then.
+
+        :param data: the bytes, or the file that has them.
+        """
+        image_id = self.create(disk_format=disk_format, token=token, visibility=visibility, **properties)
+        with contextlib.ExitStack() as stack:
+            body = data if isinstance(data, bytes) else stack.enter_context(data.open("rb"))
+            answer = self.call(
+                "PUT",
+                f"/images/{image_id}/file",
+                token=token,
+                body=body,
+                headers={"Content-Type": "application/octet-stream"},
+            )
+        answer.raise_for_status()
+        status = self.metadata(image_id, token=token)["status"]
+        if status != "active":
+            raise AssertionError(f"image {image_id} is {status} after its upload")
+        return image_id
+
+    def metadata(self, image_id: str, *, token: str = MEMBER) -> dict[str, Any]:
+        answer = self.call("GET", f"/images/{image_id}", token=token)
+        answer.raise_for_status()
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def delete(self, image_id: str, *, token: str = MEMBER) -> None:
+        self.call("DELETE", f"/images/{image_id}", token=token).raise_for_status()
+
+    def stored_file(self, image_id: str) -> pathlib.Path:
+        """Return the file in which Glance keeps the data, for tests that damage it."""
+        return self.home / "images" / image_id
+
+    def requests(self) -> list[LoggedRequest]:
+        """Return every request since the start, in the order of arrival."""
+        lines = (self.home / "requests.log").read_text().splitlines()
+        return [LoggedRequest(**json.loads(line)) for line in lines]
+
+    def downloads(self, image_id: str) -> list[LoggedRequest]:
+        """Return the requests for the image's data."""
+        path = f"/v2/images/{image_id}/file"
+        return [request for request in self.requests() if request.method == "GET" and request.path == path]
+
+
+@contextlib.contextmanager
+def running_glance(home: pathlib.Path) -> Iterator[Glance]:
+    """Run a Glance for the length of the context.
+
+    :param home: an existing, empty directory for all it writes.
+    """
+    programs = environment.environment("glance", HERE / "glance-requirements.txt") / "bin"
+    port = server.free_port()
+    url = f"http://127.0.0.1:{port}"
+    for name in ("images", "second", "staging", "tasks", "lock"):
+        (home / name).mkdir()
+    (home / "requests.log").touch()
+    configuration = home / "glance-api.conf"
+    configuration.write_text(_CONFIGURATION.format(home=home, url=url))
+    (home / "paste.ini").write_text(_PIPELINE)
+    with (home / "db_sync.log").open("wb") as log:
+        subprocess.run(
+            [programs / "glance-manage", "--config-file", configuration, "db_sync"],
+            check=True,
+            stdout=log,
+            stderr=log,
+        )
+
+    def healthy() -> bool:
+        with contextlib.suppress(requests.ConnectionError):
+            return requests.get(f"{url}/healthcheck", timeout=_TIMEOUT).status_code == 200
+        return False
+
+    command = [
+        str(programs / "uwsgi"),
+        "--http-socket",
+        f"127.0.0.1:{port}",
+        "--module",
+        "glance.wsgi.api:application",
+        "--lazy-apps",
+        "--enable-threads",
+        "--master",
+        "--processes",
+        "1",
+        "--threads",
+        "8",
+        "--die-on-term",
+        "--http-chunked-input",
+        "--buffer-size",
+        "65535",
+        "--wsgi-env-behavior",
+        "holy",
+    ]
+    with server.running(
+        command,
+        ready=healthy,
+        log=home / "uwsgi.log",
+        directory=home,
+        environment={
+            "OS_GLANCE_CONFIG_DIR": str(home),
+            "PYTHONPATH": str(HERE / "glance_plugin"),
+            "LAB_REQUEST_LOG": str(home / "requests.log"),
+        },
+    ):
+        yield Glance(url, home)
