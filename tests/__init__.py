@@ -9,7 +9,7 @@ import unittest
 HERE = pathlib.Path(__file__).parent
 
 #: Directories whose tests need nothing but the machine. The others are pytest's alone.
-UNITTEST_SUITES = ("unit", "contract", "property")
+UNITTEST_SUITES = ("unit", "flows", "contract", "property")
 
 
 def load_tests(

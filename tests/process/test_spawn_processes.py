@@ -50,7 +50,7 @@ def trace(point):
 image = HttpImage(options["url"], "raw", ic.Digest("sha512", options["sha512"]))
 config = ic.CacheConfig(instances_path=options["instances"], num_retries=0)
 manager = ic.ImageCacheManager(
-    config, HttpSource({options["image"]: image}), backend=options["backend"], host=Host(trace=trace)
+    config, HttpSource({options["image"]: image}), backend=options["backend"], host=System(trace=trace)
 )
 def spawn(number):
     directory = os.path.join(options["instances"], f"{options['name']}-{number}")

@@ -143,7 +143,7 @@ class TestExclusion(LockCase):
 import os, sys, time
 from imagecache_lib.system.host import System
 from imagecache_lib.system import locks
-lock = locks.waiting(sys.argv[1], shared=False, host=Host(), patience=0, check=lambda: None)
+lock = locks.waiting(sys.argv[1], shared=False, host=System(), patience=0, check=lambda: None)
 assert lock.__enter__()
 reader, writer = os.pipe()
 if os.fork():
