@@ -14,9 +14,9 @@ import imagecache_lib as ic
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from tests.lab import filesystems
+from tests.support.cache_case import ID
 
 MIB = 2**20
-ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
 CONTENT = os.urandom(5 * MIB)
 
 

@@ -19,6 +19,7 @@ from imagecache_lib.store import layout, reservations
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
 from tests.lab import filesystems
+from tests.support import files
 from tests.support.cache_case import Points, Running
 
 MIB = 2**20
@@ -86,12 +87,10 @@ def base(instances: pathlib.Path, image_id: str) -> pathlib.Path:
     return instances / "_base" / layout.base_name(image_id)
 
 
-def age(instances: pathlib.Path, image_id: str, seconds: float) -> None:
+def age_base(instances: pathlib.Path, image_id: str, seconds: float) -> None:
     """Let a base look as if it was last used so long ago."""
     record = instances / "_base" / ".imagecache" / "records" / f"{layout.base_name(image_id)}.json"
-    for path in (base(instances, image_id), record):
-        then = os.stat(path).st_mtime - seconds
-        os.utime(path, (then, then))
+    files.age(base(instances, image_id), record, seconds=seconds)
 
 
 def test_as_many_fetches_succeed_as_there_is_room_for_and_the_rest_fail_at_once(
@@ -154,7 +153,7 @@ def test_the_least_recently_used_makes_room_and_only_as_much_as_is_needed(
 ) -> None:
     fill(make, 4)
     for number, image_id in enumerate(IDS[:4]):
-        age(instances, image_id, AGED - number)
+        age_base(instances, image_id, AGED - number)
     assert make().get_space().reclaimable >= 4 * IMAGE_SIZE
     make().pin(IDS[0], owner="roll-out")
     assert make().get_space().reclaimable < 4 * IMAGE_SIZE
@@ -169,7 +168,7 @@ def test_a_base_a_minute_old_stays_and_the_fetch_is_refused(
     instances: pathlib.Path, make: Callable[..., ic.ImageCacheManager]
 ) -> None:
     fill(make, 4)
-    age(instances, IDS[0], 60)
+    age_base(instances, IDS[0], 60)
     now = free(instances)
     with pytest.raises(ic.NoSpaceError) as caught:
         make(free_space_low=now).cache_image(IDS[4])
@@ -183,7 +182,7 @@ def test_nothing_is_evicted_where_the_operator_forbids_it(
     instances: pathlib.Path, make: Callable[..., ic.ImageCacheManager]
 ) -> None:
     fill(make, 4)
-    age(instances, IDS[0], AGED)
+    age_base(instances, IDS[0], AGED)
     with pytest.raises(ic.NoSpaceError):
         make(remove_unused_base_images=False, free_space_low=free(instances)).cache_image(IDS[4])
     assert base(instances, IDS[0]).exists()
@@ -196,7 +195,7 @@ def test_a_used_base_is_never_evicted_for_room(
     (instances / "instance").mkdir()
     make().create_disk(IDS[0], str(instances / "instance" / "disk"))
     for image_id in IDS[:3]:
-        age(instances, image_id, AGED)
+        age_base(instances, image_id, AGED)
     low = free(instances)
     make(free_space_low=low).cache_image(IDS[3])
     assert base(instances, IDS[0]).exists()

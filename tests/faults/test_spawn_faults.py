@@ -9,7 +9,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -20,9 +19,9 @@ from imagecache_lib.sources.file import FileImage, FileSource
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from tests.lab import filesystems
-from tests.support.cache_case import raw_image
+from tests.support import files
+from tests.support.cache_case import ID, raw_image
 
-ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
 NAME = layout.base_name(ID)
 MIB = 2**20
 DATA = raw_image(1)
@@ -97,13 +96,6 @@ def content_of(disk):
     return data
 
 
-def age(path, seconds=2 * 3600):
-    then = time.time() - seconds
-    for parent, _directories, names in os.walk(path):
-        for name in names:
-            os.utime(os.path.join(parent, name), (then, then), follow_symlinks=False)
-
-
 def test_each_fsync_that_fails_is_an_error_and_nothing_unproven_is_published(instances, image):
     driver(instances, image, target="")
     before = files_in(instances)
@@ -171,7 +163,7 @@ def test_sigkill_at_every_call_that_changes_something(instances, image, call, le
         assert content_of(disk) == DATA, number
         assert source.opens == (0 if published else 1)
         assert not [event for event in happened if isinstance(event, events.Adopted)]
-        age(instances)
+        files.age_tree(instances, seconds=2 * 3600)
         manager.verify_base_images([ic.Instance("instance", "here", images=(ID,))])
         private = instances / "_base" / ".imagecache"
         left = {path for path in map(pathlib.Path, files_in(instances)) if path.parent.name != "hosts"}

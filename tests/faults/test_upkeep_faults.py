@@ -12,7 +12,6 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -21,10 +20,11 @@ import imagecache_lib as ic
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep.verify import VerifyReport
+from tests.support import files
+from tests.support.cache_case import ID
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
-ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
 NAME = layout.base_name(ID)
 NOBODY = 65534
 OLD = 2 * 86400
@@ -49,17 +49,14 @@ class Cache:
         self.grow_old()
 
     def grow_old(self) -> None:
-        then = time.time() - OLD
-        for path in (self.base, self.base.parent / ".imagecache" / "records" / f"{NAME}.json"):
-            os.utime(path, (then, then))
+        record = self.base.parent / ".imagecache" / "records" / f"{NAME}.json"
+        files.age(self.base, record, seconds=OLD)
 
     def verify(self, **options: object) -> VerifyReport:
         return self.manager(**options).verify_base_images([])
 
     def overlay(self, path: pathlib.Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", self.base, "-F", "raw", path, "1M"]
-        subprocess.run(command, check=True)
+        files.overlay(path, self.base)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ class TestReach(CacheCase):
         for said in (ID, str(self.outside / "vm" / "disk"), str(self.instances), "disk_roots"):
             self.assertIn(said, str(error))
 
-    def test_nor_is_swap_made_there(self) -> None:
+    def test_no_swap_is_made_outside_every_root(self) -> None:
         with self.assertRaises(errors.BackendError):
             self.manager().create_swap(str(self.outside / "swap"), size_mb=1)
         self.assertEqual([], os.listdir(self.outside))
@@ -79,7 +79,7 @@ class TestReach(CacheCase):
         (self.instances / "vm").symlink_to(self.outside / "vm")
         self.assert_protects(self.instances / "vm" / "snapshots")
 
-    def test_but_beside_what_such_a_link_leads_to_nothing_is_seen(self) -> None:
+    def test_a_disk_beside_what_such_a_link_leads_to_is_refused(self) -> None:
         for name in ("vm", "other"):
             (self.outside / name).mkdir()
         (self.instances / "vm").symlink_to(self.outside / "vm")
@@ -92,7 +92,7 @@ class TestReach(CacheCase):
             with self.subTest(directory):
                 self.assertIn("cache's own", str(self.assert_refused(directory)))
 
-    def test_not_even_through_a_link(self) -> None:
+    def test_no_disk_is_made_among_the_cache_s_own_files_through_a_link(self) -> None:
         self.manager().unpin(ID, owner="nobody")
         (self.instances / "vm").symlink_to(self.base().parent / ".imagecache")
         self.assert_refused(self.instances / "vm")

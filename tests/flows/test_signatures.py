@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import datetime as dt
-import os
 import pathlib
 import threading
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, padding, rsa
 import imagecache_lib as ic
 from imagecache_lib.store import evidence
 from imagecache_lib.testing.sources import FakeSource
+from tests.support import files
 from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, disk_image, raw_image
 
 DATA = raw_image(1)
@@ -246,17 +246,17 @@ class TestLaterRequests(SignatureCase):
             with self.subTest(trusted=trusted), self.assertRaises(ic.BackendError):
                 self.cache(trusted=trusted)
 
-    def test_what_was_not_is_fetched_again_if_nobody_uses_it(self) -> None:
+    def test_an_unverified_base_that_nothing_uses_is_fetched_again(self) -> None:
         self.cache()
-        self.age()
+        self.grow_old()
         self.cache(trusted=("root", "middle"))
         self.assertEqual(2, self.signed.opens)
         self.assertEqual(("middle", "root"), self.record_of().certificates)
 
-    def test_and_bypassed_if_somebody_does(self) -> None:
+    def test_an_unverified_base_in_use_is_bypassed(self) -> None:
         manager = self.manager()
         manager.create_disk(ID, self.target())
-        self.age()
+        self.grow_old()
         request = ic.Request(trusted_certs=("root", "middle"))
         disk = manager.create_disk(ID, self.target(instance="instance-2"), request=request)
         self.assertIsNone(disk.base)
@@ -265,7 +265,7 @@ class TestLaterRequests(SignatureCase):
 
     def test_a_signature_alone_is_no_trust(self) -> None:
         self.cache(verify_glance_signatures=True)
-        self.age()
+        self.grow_old()
         with self.assertRaises(ic.ImageRejected):
             self.cache(trusted=("leaf",))
 
@@ -280,10 +280,8 @@ class TestLaterRequests(SignatureCase):
         record = self.record_of(self.record(OTHER_ID))
         self.assertEqual(((), None), (record.certificates, record.signed_by))
 
-    def age(self) -> None:
-        for path in (self.base(), self.record()):
-            then = path.stat().st_mtime - 2 * 86400
-            os.utime(path, (then, then))
+    def grow_old(self) -> None:
+        files.age(self.base(), self.record(), seconds=2 * 86400)
 
 
 class TestCost(SignatureCase):

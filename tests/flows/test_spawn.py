@@ -107,7 +107,7 @@ class TestFormats(CacheCase):
                 self.assertEqual(DATA, self.base(format).read_bytes()[: len(DATA)])
                 self.assertEqual([], self.in_flight())
 
-    def test_or_stored_as_it_came(self) -> None:
+    def test_without_force_raw_what_is_fetched_is_stored_as_it_came(self) -> None:
         self.source = FakeSource({ID: self.qcow2}, disk_format="qcow2")
         for backend in ("qcow2", "raw"):
             with self.subTest(backend=backend):
@@ -141,7 +141,7 @@ class TestFormats(CacheCase):
                 # The same image fits another disk.
                 self.assertEqual(DATA, self.spawn(manager, image_id, size=3 * MIB))
 
-    def test_and_so_it_is_for_a_base_that_is_there(self) -> None:
+    def test_a_size_below_a_cached_base_s_is_refused(self) -> None:
         manager = self.manager()
         manager.cache_image(ID)
         target = self.target()
@@ -187,7 +187,7 @@ class TestTargets(CacheCase):
         self.assertEqual((inode, 8 * MIB), (os.stat(disk.target).st_ino, again.virtual_size))
         self.assertEqual(DATA + bytes(5 * MIB), content_of(disk.target, "qcow2"))
 
-    def test_and_gets_its_base_back(self) -> None:
+    def test_a_disk_used_again_gets_its_lost_base_back(self) -> None:
         manager = self.manager()
         disk = manager.create_disk(ID, self.target())
         self.base().unlink()
@@ -282,7 +282,7 @@ class TestVanishingBases(CacheCase):
                 self.assertEqual(data, self.spawn(self.manager(source), point))
                 self.assertEqual((2, []), (source.opens, self.in_flight()))
 
-    def test_so_is_what_qemu_img_was_to_convert(self) -> None:
+    def test_an_image_whose_stage_is_swept_before_qemu_img_converts_it_is_fetched_again(self) -> None:
         stages = self.base().parent / ".imagecache" / "stage"
         self.points.at("convert", lambda: [path.unlink() for path in stages.iterdir()])
         data = disk_image(self.directory, "vdi")
@@ -383,7 +383,7 @@ class TestWaiting(CacheCase):
         stop.go_on()
         self.assertEqual(DATA, first.result())
 
-    def test_and_so_they_are_by_those_who_waited_for_its_download(self) -> None:
+    def test_disks_of_one_image_are_made_at_the_same_time_by_those_who_waited_for_its_download(self) -> None:
         looking = self.points.stop_at("lease:shared")
         first = self.running(lambda: self.spawn(self.manager()))
         looking.wait()

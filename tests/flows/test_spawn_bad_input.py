@@ -14,7 +14,7 @@ from imagecache_lib import errors, events, model
 from imagecache_lib.sources.file import FileImage, FileSource
 from imagecache_lib.sources.http import HttpImage, HttpSource
 from imagecache_lib.testing.sources import FakeSource
-from tests.support import servers
+from tests.support import files, servers
 from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, content_of, disk_image, raw_image
 
 DATA = raw_image(1)
@@ -326,8 +326,7 @@ class TestBackingHeaders(CacheCase):
 
     def overlay(self, backing: str, backing_format: str = "raw") -> str:
         path = self.target()
-        command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", backing_format, "-b", backing, path]
-        subprocess.run([*command, "3M"], check=True)
+        files.overlay(path, backing, backing_format=backing_format, size="3M")
         return path
 
     def test_exactly_the_name_and_the_format_that_the_header_says_are_made(self) -> None:

@@ -12,6 +12,7 @@ from imagecache_lib import errors, events, model
 from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.testing.sources import FakeSource
+from tests.support import files
 from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, content_of, disk_image, raw_image
 
 DATA = raw_image(1)
@@ -132,7 +133,7 @@ class AdoptCase(CacheCase):
         path = self.base(image_id)
         path.write_bytes(data)
         if age:
-            os.utime(path, (path.stat().st_mtime - age,) * 2)
+            files.age(path, seconds=age)
         return path.stat().st_ino
 
     def adopted(self, use_file: bool = False, **config: object) -> bool:
@@ -257,7 +258,7 @@ class TestEvidenceIsBoundToTheFile(AdoptCase):
         """What Nova does: the same name, another file."""
         new = self.base().with_suffix(".converted")
         new.write_bytes(data)
-        os.utime(new, (new.stat().st_mtime - 7200,) * 2)
+        files.age(new, seconds=7200)
         os.rename(new, self.base())
 
     def test_a_base_replaced_behind_our_back_is_adopted_and_never_verified(self) -> None:
@@ -271,7 +272,7 @@ class TestEvidenceIsBoundToTheFile(AdoptCase):
         self.assertEqual((1, 1), (self.happened(events.Adopted), self.source.opens))
         self.assertRaises(errors.ConfigError, self.spawn, self.manager(), request=request)
 
-    def test_and_bad_bytes_are_not_served_for_the_old_ones(self) -> None:
+    def test_bad_bytes_put_under_a_cached_name_are_not_served(self) -> None:
         self.manager().cache_image(ID)
         self.replace(raw_image(3))
         self.assertEqual(DATA, self.spawn(self.manager()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 import threading
 import unittest
 
@@ -17,6 +16,7 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.stage import Stage
 from imagecache_lib.system import durable
 from imagecache_lib.system.host import System
+from tests.support import files
 from tests.support.cache_case import MIB, CacheCase, disk_image, raw_image
 
 
@@ -125,8 +125,7 @@ class TestInspection(CacheCase):
 
     def test_without_strictness_only_the_content_counts(self) -> None:
         path = self.directory / "overlay"
-        command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", "/x", path, "1M"]
-        subprocess.run(command, check=True)
+        files.overlay(path, "/x")
         self.assertEqual("qcow2", self.inspect(path.read_bytes(), "raw", strict=False).format)
         with self.assertRaises(errors.ImageRejected):
             self.inspect(path.read_bytes(), "qcow2")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import subprocess
 import time
 from collections.abc import Sequence
 
@@ -14,25 +13,12 @@ import imagecache_lib as ic
 from imagecache_lib import errors
 from imagecache_lib.store import layout
 from imagecache_lib.upkeep import verify
+from tests.support import files
 from tests.support.cache_case import ID, OTHER_ID, CacheCase, Points, raw_image
 
 NAME = layout.base_name(ID)
 DAY = 86400
 OLD = 2 * DAY
-
-
-def age(path: pathlib.Path, seconds: float = OLD) -> None:
-    """Let a file look as if it had not been touched for so long."""
-    then = time.time() - seconds
-    os.utime(path, (then, then))
-
-
-def overlay(path: pathlib.Path, backing: str, format: str = "raw") -> None:
-    """Make an overlay of a backing file, which need not exist."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", format, path, "1M"], check=True
-    )
 
 
 class UpkeepCase(CacheCase):
@@ -47,8 +33,7 @@ class UpkeepCase(CacheCase):
         return self.unused(image_id, seconds=seconds)
 
     def unused(self, image_id: str = ID, *, seconds: float = OLD) -> pathlib.Path:
-        for path in (self.base(image_id), self.record(image_id)):
-            age(path, seconds)
+        files.age(self.base(image_id), self.record(image_id), seconds=seconds)
         return self.base(image_id)
 
     def foreign(self, name: str, content: bytes = b"x" * 4096, *, seconds: float = OLD) -> pathlib.Path:
@@ -56,7 +41,7 @@ class UpkeepCase(CacheCase):
         self.cache_dir.mkdir(exist_ok=True)
         path = self.cache_dir / name
         path.write_bytes(content)
-        age(path, seconds)
+        files.age(path, seconds=seconds)
         return path
 
     def verify(
@@ -98,7 +83,7 @@ class TestWhatIsRead(UpkeepCase):
         ):
             with self.subTest(where):
                 path = self.instances / where
-                overlay(path, str(base))
+                files.overlay(path, str(base))
                 self.unused()
                 self.assertKept(base, self.verify(), str(path))
                 path.unlink()
@@ -113,7 +98,7 @@ class TestWhatIsRead(UpkeepCase):
             "json:" + json.dumps(as_json),
         ):
             with self.subTest(backing):
-                overlay(self.instances / "uuid" / "disk", backing)
+                files.overlay(self.instances / "uuid" / "disk", backing)
                 self.unused()
                 self.assertKept(base, self.verify(), "uuid/disk")
 
@@ -121,25 +106,25 @@ class TestWhatIsRead(UpkeepCase):
         for name in ("swap_512", "ephemeral_10_40d1d2c", f"{NAME}_20", f"{NAME}_sm"):
             with self.subTest(name):
                 base = self.foreign(name)
-                overlay(self.instances / "uuid" / "disk.eph1", str(base))
+                files.overlay(self.instances / "uuid" / "disk.eph1", str(base))
                 self.assertKept(base, self.verify(), "disk.eph1")
                 (self.instances / "uuid" / "disk.eph1").unlink()
-                age(base)
+                files.age(base, seconds=OLD)
                 self.verify()
                 self.assertFalse(base.exists())
 
     def test_a_chain_through_files_elsewhere_is_followed(self) -> None:
         base = self.cached()
         outside = self.directory / "snapshots"
-        overlay(outside / "one", str(base))
-        overlay(outside / "two", "json:" + json.dumps({"file": {"filename": str(outside / "one")}}))
-        overlay(self.instances / "uuid" / "disk", "../../snapshots/two", "qcow2")
+        files.overlay(outside / "one", str(base))
+        files.overlay(outside / "two", "json:" + json.dumps({"file": {"filename": str(outside / "one")}}))
+        files.overlay(self.instances / "uuid" / "disk", "../../snapshots/two", backing_format="qcow2")
         self.assertKept(base, self.verify(), "uuid/disk")
 
     def test_symbolic_links_are_followed_and_loops_end(self) -> None:
         base = self.cached()
         elsewhere = self.directory / "elsewhere"
-        overlay(elsewhere / "uuid" / "disk", str(base))
+        files.overlay(elsewhere / "uuid" / "disk", str(base))
         (self.instances / "uuid").symlink_to(elsewhere / "uuid")
         (elsewhere / "uuid" / "again").symlink_to(self.instances)
         (self.instances / "loop").symlink_to("loop")
@@ -151,7 +136,7 @@ class TestWhatIsRead(UpkeepCase):
     def test_what_lay_behind_a_link_that_leads_nowhere_now_stays(self) -> None:
         base = self.cached()
         elsewhere = self.directory / "elsewhere"
-        overlay(elsewhere / "uuid" / "disk", str(base))
+        files.overlay(elsewhere / "uuid" / "disk", str(base))
         (self.instances / "uuid").symlink_to(elsewhere / "uuid")
         self.verify()
         elsewhere.rename(self.directory / "unmounted")
@@ -178,9 +163,9 @@ class TestWhatIsRead(UpkeepCase):
     def test_a_disk_in_the_making_counts_and_is_removed_when_its_maker_is_dead(self) -> None:
         base = self.cached()
         path = self.instances / "uuid" / f".disk.{'0' * 32}.new"
-        overlay(path, str(base))
+        files.overlay(path, str(base))
         self.assertKept(base, self.verify(), path.name)
-        age(path)
+        files.age(path, seconds=OLD)
         self.verify()
         self.assertFalse(path.exists())
         self.unused()
@@ -206,7 +191,7 @@ class TestWhatIsRead(UpkeepCase):
     def test_a_raw_disk_refers_to_nothing_whatever_its_guest_wrote(self) -> None:
         base = self.cached()
         disk = self.instances / "uuid" / "disk"
-        overlay(disk, str(base))
+        files.overlay(disk, str(base))
         (disk.parent / "disk.info").write_text(json.dumps({str(disk): "raw"}))
         self.verify()
         self.assertFalse(base.exists())
@@ -214,14 +199,14 @@ class TestWhatIsRead(UpkeepCase):
     def test_a_torn_disk_info_pins_nothing(self) -> None:
         base = self.cached()
         disk = self.instances / "uuid" / "disk"
-        overlay(disk, str(base))
+        files.overlay(disk, str(base))
         (disk.parent / "disk.info").write_text(json.dumps({str(disk): "raw"})[:-3])
         self.assertKept(base, self.verify(), "uuid/disk")
 
     def test_a_disk_that_vanishes_or_a_pipe_in_its_place_stops_nothing(self) -> None:
         base = self.cached()
         directory = self.instances / "uuid"
-        overlay(directory / "disk", "/elsewhere")
+        files.overlay(directory / "disk", "/elsewhere")
         os.mkfifo(directory / "console.pipe")
         self.points.at("references:known", (directory / "disk").unlink)
         self.verify()
@@ -236,7 +221,7 @@ class TestWhatIsRead(UpkeepCase):
                 listed = [entry.name for entry in os.scandir(self.instances) if len(entry.name) == 3]
                 first, last = self.instances / listed[0], self.instances / listed[-1]
                 (first / f".x.{'0' * 32}.new").write_bytes(b"")
-                overlay(last / "disk", str(base))
+                files.overlay(last / "disk", str(base))
                 # The last one gets another name when the first is read, and the listing has the old one; and
                 # in the second reading, if there is one, again.
                 self.points = Points()
@@ -311,7 +296,7 @@ class TestWhatCannotBeTold(UpkeepCase):
     def test_a_torn_record_counts_as_none(self) -> None:
         base = self.cached()
         self.record().write_text("{")
-        age(self.record())
+        files.age(self.record(), seconds=OLD)
         self.verify()
         self.assertFalse(base.exists())
         self.assertFalse(self.record().exists())
@@ -346,10 +331,10 @@ class TestWhatCannotBeTold(UpkeepCase):
 class TestWhatGoes(UpkeepCase):
     def test_last_use_is_the_later_of_the_base_and_its_record(self) -> None:
         base = self.cached()
-        age(self.record(), DAY - 100)
+        files.age(self.record(), seconds=DAY - 100)
         self.assertKept(base, self.verify(), "too young by 1 min")
-        age(self.record())
-        age(base, DAY - 100)
+        files.age(self.record(), seconds=OLD)
+        files.age(base, seconds=DAY - 100)
         self.assertKept(base, self.verify(), "too young by 1 min")
 
     def test_legacy_resized_bases_go_sooner(self) -> None:
@@ -379,7 +364,7 @@ class TestWhatGoes(UpkeepCase):
             with self.subTest(used=used):
                 base = self.cached()
                 if used:
-                    overlay(self.instances / "uuid" / "disk", str(base))
+                    files.overlay(self.instances / "uuid" / "disk", str(base))
                 directory = self.private / "trash" / f"{NAME}.{'1' * 32}"
                 directory.mkdir()
                 base.rename(directory / "base")
@@ -435,7 +420,7 @@ class TestWhatGoes(UpkeepCase):
         base = self.cached()
         directory = self.private / "trash" / f"{NAME}.{'1' * 32}"
         directory.mkdir()
-        age(directory)
+        files.age(directory, seconds=OLD)
         self.verify()
         self.assertFalse(directory.exists())
         self.assertFalse(base.exists())
@@ -444,7 +429,7 @@ class TestWhatGoes(UpkeepCase):
         self.cached()
         self.cached(OTHER_ID)
         self.foreign("swap_64")
-        overlay(self.instances / "uuid" / "disk", str(self.base(OTHER_ID)))
+        files.overlay(self.instances / "uuid" / "disk", str(self.base(OTHER_ID)))
         self.verify(None)
         self.unused()
         self.unused(OTHER_ID)
@@ -482,7 +467,7 @@ class TestWhatGoes(UpkeepCase):
 
     def test_evict_by_hand_heeds_references_but_not_ages(self) -> None:
         base = self.cached(seconds=0)
-        overlay(self.instances / "uuid" / "disk", str(base))
+        files.overlay(self.instances / "uuid" / "disk", str(base))
         with self.assertRaisesRegex(errors.BackendError, "uuid/disk"):
             self.manager().evict_image(ID)
         (self.instances / "uuid" / "disk").unlink()
@@ -514,7 +499,7 @@ class TestWhatGoes(UpkeepCase):
         report = self.verify(dry_run=True)
         self.assertIn("too young", self.reason(report))
         new = self.foreign(f"{NAME}.converted", raw_image(3), seconds=0)
-        age(new)
+        files.age(new, seconds=OLD)
         os.rename(new, self.base())  # as Nova does
         os.utime(self.record())
         report = self.verify(dry_run=True)
@@ -549,7 +534,7 @@ class TestSharedStorage(UpkeepCase):
     def test_another_hosts_disk_puts_it_back(self) -> None:
         base = self.cached()
         roots = self.directory / "theirs"
-        overlay(roots / "uuid" / "disk", str(base))
+        files.overlay(roots / "uuid" / "disk", str(base))
         there = self.on("there", disk_roots=(str(roots),))
         there.verify_base_images(None)
         self.unused()

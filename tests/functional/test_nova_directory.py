@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import random
 import subprocess
@@ -19,6 +18,7 @@ from imagecache_lib import events
 from imagecache_lib.testing import bootdisk
 from tests.lab import glance as glance_lab
 from tests.lab import guest
+from tests.support import files
 
 MIB = 2**20
 DAY = 86400
@@ -70,12 +70,6 @@ class NovaDirectory:
         }
 
 
-def overlay(path, base, size="8M"):
-    path.parent.mkdir(exist_ok=True)
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"backing_file={base},backing_fmt=raw"]
-    subprocess.run([*command, path, size], check=True)
-
-
 @pytest.fixture
 def nova(glance, tmp_path):
     path = tmp_path / "instances"
@@ -109,16 +103,16 @@ def nova(glance, tmp_path):
     )
     (path / "locks" / "nova-swap_512").touch()
     (path / "compute_nodes").write_text(json.dumps({"here": time.time()}))
-    overlay(found.disk, found.base(found.booted))
-    overlay(path / UUID / "disk.swap", found.bases / "swap_512", "512M")
-    overlay(path / UUID / "disk.eph0", found.bases / "ephemeral_1_40d1d2c", "1G")
+    files.overlay(found.disk, found.base(found.booted), size="8M")
+    files.overlay(path / UUID / "disk.swap", found.bases / "swap_512", size="512M")
+    files.overlay(path / UUID / "disk.eph0", found.bases / "ephemeral_1_40d1d2c", size="1G")
     pinned = {str(path / UUID / disk): "qcow2" for disk in ("disk", "disk.swap", "disk.eph0")}
     (path / UUID / "disk.info").write_text(json.dumps(pinned))
     (path / UUID / "kernel").write_bytes(content["kernel"])
     (path / UUID / "console.log").write_text("login:")
     for base in found.bases.iterdir():
         age = 3600 if base.name == name_of(found.recent) else 2 * DAY
-        os.utime(base, (time.time() - age,) * 2)
+        files.age(base, seconds=age)
     return found
 
 
@@ -190,7 +184,7 @@ def test_when_its_instance_is_gone_its_bases_go_a_day_later(glance, nova):
     subprocess.run(["rm", "-r", nova.path / UUID], check=True)
     assert manager.verify_base_images([]).evicted == ()
     for base in nova.bases.iterdir():
-        os.utime(base, (time.time() - 2 * DAY,) * 2)
+        files.age(base, seconds=2 * DAY)
     records = nova.bases / ".imagecache" / "records"
     assert list(records.iterdir()) == []  # nothing was adopted, as nothing was used
     assert len(manager.verify_base_images([]).evicted) == 5
@@ -207,7 +201,7 @@ def test_a_truncated_kernel_and_a_damaged_image_are_not_used(glance, nova):
     for image_id in (nova.kernel, nova.unused):
         with nova.base(image_id).open("r+b") as file:
             file.truncate(MIB // 2)
-        os.utime(nova.base(image_id), (time.time() - DAY,) * 2)
+        files.age(nova.base(image_id), seconds=DAY)
     (nova.path / OTHER_UUID).mkdir()
     kernel = nova.path / OTHER_UUID / "kernel"
     manager.fetch_file(nova.kernel, str(kernel))

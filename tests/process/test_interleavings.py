@@ -26,8 +26,8 @@ from imagecache_lib import errors, model
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
+from tests.support.cache_case import ID
 
-ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
 NAME = layout.base_name(ID)
 SIZE = 4096
 

@@ -23,10 +23,9 @@ from imagecache_lib.sources.http import HttpImage, HttpSource
 from imagecache_lib.store import layout
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
-from tests.support import servers
-from tests.support.cache_case import raw_image
+from tests.support import files, servers
+from tests.support.cache_case import ID, raw_image
 
-ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
 NAME = layout.base_name(ID)
 DATA = raw_image(1, 8 * 2**20)
 MANY = 32
@@ -130,14 +129,6 @@ def downloads(server):
 
 def stages_in(instances):
     return sorted(os.listdir(instances / "_base" / ".imagecache" / "stage"))
-
-
-def age(instances, seconds=2 * 3600):
-    """Let everything look as old as if the crash had been so long ago."""
-    then = time.time() - seconds
-    for parent, _directories, names in os.walk(instances):
-        for name in names:
-            os.utime(os.path.join(parent, name), (then, then), follow_symlinks=False)
 
 
 def spawn(instances, url, number, start):
@@ -270,7 +261,7 @@ def test_a_driver_killed_anywhere_leaves_what_the_next_one_repairs(instances, se
     assert not [event for event in happened if isinstance(event, events.Adopted)]
 
     # And no space is lost, once what is left is old enough that it cannot be somebody's.
-    age(instances)
+    files.age_tree(instances, seconds=2 * 3600)
     instance = ic.Instance("killed-0", "here", images=(ID,))
     report = manager.verify_base_images([instance])
     assert [entry.name for entry in report.bases if not entry.evicted] == [NAME]

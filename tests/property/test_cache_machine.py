@@ -11,7 +11,6 @@ import os
 import pathlib
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 
 from hypothesis import HealthCheck, settings
@@ -23,6 +22,7 @@ from imagecache_lib import errors
 from imagecache_lib.formats.qcow2 import header
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
+from tests.support import files
 
 IMAGES = {
     f"{number}1111111-aaaa-4bbb-8ccc-0123456789ab": bytes([number]) * 8192 + bytes(4096) for number in (1, 2)
@@ -136,10 +136,7 @@ class TwoHosts(RuleBasedStateMachine):
 
     @rule(hours=st.sampled_from([2, 48, -1000]))
     def let_time_pass(self, hours: int) -> None:
-        then = time.time() - hours * 3600
-        for parent, _directories, names in os.walk(self.directory / "_base"):
-            for name in (".", *names):
-                os.utime(os.path.join(parent, name), (then, then))
+        files.age_tree(self.directory / "_base", seconds=hours * 3600, directories=True)
 
     @rule(host=hosts, locking=st.booleans())
     def restart(self, host: str, locking: bool) -> None:

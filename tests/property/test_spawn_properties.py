@@ -147,7 +147,7 @@ class TestSmallFiles(unittest.TestCase):
         self.assertIsNone(stage.parse_info(data))
 
     @given(st.dictionaries(st.sampled_from(["name", "reserved", "record"]), JSON, min_size=3))
-    def test_nor_is_a_note_of_the_wrong_types(self, fields: dict[str, object]) -> None:
+    def test_a_note_of_the_wrong_types_is_no_note(self, fields: dict[str, object]) -> None:
         note = stage.parse_info(json.dumps(fields).encode())
         if note is not None:
             self.assertIsInstance(note.name, str)
@@ -163,7 +163,7 @@ class TestSmallFiles(unittest.TestCase):
         self.assertIsNone(pins.parse(data))
 
     @given(st.fixed_dictionaries({"image_id": JSON, "pins": JSON | st.just([{"owner": "o"}])}))
-    def test_nor_are_pins_of_the_wrong_types(self, fields: dict[str, object]) -> None:
+    def test_pins_of_the_wrong_types_are_no_pins(self, fields: dict[str, object]) -> None:
         found = pins.parse(json.dumps(fields).encode())
         if found is not None:
             self.assertIsInstance(found.image_id, str)

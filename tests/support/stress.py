@@ -23,6 +23,7 @@ from imagecache_lib import errors
 from imagecache_lib.formats.qcow2 import header
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
+from tests.support import files
 
 IMAGES = {f"image-{number}": random.Random(number).randbytes(20000) + bytes(480) for number in range(6)}
 CONTENT = {layout.base_name(image_id): data for image_id, data in IMAGES.items()}
@@ -131,19 +132,14 @@ def _act(manager: ic.ImageCacheManager, mount: pathlib.Path, name: str, chance: 
 
 def _age_bases(bases: pathlib.Path) -> None:
     """Let the bases look unused for long, and nothing that is being written."""
-    then = time.time() - 48 * _HOUR
     for name in CONTENT:
         for path in (bases / name, bases / ".imagecache" / "records" / f"{name}.json"):
             with contextlib.suppress(FileNotFoundError):
-                os.utime(path, (then, then))
+                files.age(path, seconds=48 * _HOUR)
 
 
 def _age_everything(mount: pathlib.Path) -> None:
-    then = time.time() - 48 * _HOUR
-    for parent, _directories, names in os.walk(mount):
-        for name in (".", *names):
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(os.path.join(parent, name), (then, then))
+    files.age_tree(mount, seconds=48 * _HOUR, directories=True)
 
 
 def _recover(mounts: Sequence[pathlib.Path]) -> None:

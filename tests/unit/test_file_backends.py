@@ -85,14 +85,14 @@ class TestFormats(FileBackendCase):
             disk = self.backend(kind).inspect(self.target)
             self.assertEqual(("raw", None), (disk.format, disk.base))
 
-    def test_nor_when_the_directory_was_renamed(self) -> None:
+    def test_a_guest_cannot_change_its_disks_format_after_its_directory_was_renamed(self) -> None:
         self.create(RawBackend)
         self.forge_header(self.target)
         moved = self.root / "instance_resize"
         self.instance.rename(moved)
         self.assertEqual("raw", self.backend(Qcow2Backend).inspect(str(moved / "disk")).format)
 
-    def test_nor_when_the_pins_are_damaged(self) -> None:
+    def test_a_guest_cannot_change_its_disks_format_when_the_pins_are_damaged(self) -> None:
         self.create(RawBackend)
         for damage in ("", '{"/instances/disk": "ra', "[]", '{"/instances/disk": 7}'):
             with self.subTest(damage):

@@ -19,9 +19,9 @@ from imagecache_lib.sources import transfer
 from imagecache_lib.sources.glance import GlanceSource
 from imagecache_lib.sources.interface import CannotCopy, SourceBusy, SourceRefused
 from imagecache_lib.system.host import System
+from tests.support.cache_case import ID
 from tests.support.servers import Answer, GlanceServer, Server
 
-ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
 DATA = random.Random(4).randbytes(200_000)
 TOKEN = "gAAAA-s3same"
 #: A port that nothing listens on: loopback refuses it at once.
