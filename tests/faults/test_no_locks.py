@@ -50,7 +50,7 @@ print(json.dumps([[base.image_id for base in report.evicted], os.path.exists(lef
 
 def test_spawn_and_upkeep_need_no_locks(tmp_path: pathlib.Path) -> None:
     shim = tmp_path / "no_locks.so"
-    command = ["cc", "-shared", "-fPIC", "-xc", "-", "-o", shim, "-ldl"]
+    command = ["cc", "-shared", "-fPIC", "-xc", "-", "-o", str(shim), "-ldl"]
     subprocess.run(command, input=SHIM, text=True, check=True)
     instances = tmp_path / "instances"
     (instances / "uuid").mkdir(parents=True)

@@ -195,7 +195,7 @@ def test_what_a_killed_publisher_left_goes_though_libvirt_gave_the_base_to_qemu(
 
 
 def test_a_base_that_a_qemu_has_open_stays(cache: Cache) -> None:
-    command = ["qemu-io", "-r", "-f", "raw", cache.base]
+    command = ["qemu-io", "-r", "-f", "raw", str(cache.base)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as qemu:
         assert qemu.stdin is not None and qemu.stdout is not None
         qemu.stdin.write(b"read 0 512\n")

@@ -189,7 +189,7 @@ class ServerTest(PeerCase):
                 odd.say(told)
 
 
-class PeerContractTest(SourceContract, CacheCase):
+class PeerContractTest(SourceContract, CacheCase):  # type: ignore[misc]  # both have a "source"; its setter is ours
     """A peer's cache is a source like any other."""
 
     def make_source(self, images: Mapping[str, bytes]) -> PeerSource:

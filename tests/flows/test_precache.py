@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import tempfile
@@ -22,6 +23,10 @@ from tests.support.cache_case import ID, OTHER_ID, CacheCase, raw_image
 
 CACHED, EXISTING = job.Result.CACHED, job.Result.EXISTING
 ERROR, SKIPPED, UNSUPPORTED = job.Result.ERROR, job.Result.SKIPPED, job.Result.UNSUPPORTED
+
+
+def _note(calls: list[str], name: str, _call: str) -> None:
+    calls.append(name)
 
 
 class Time:
@@ -142,7 +147,7 @@ class RequestTest(unittest.TestCase):
     def test_terms_that_make_no_sense_are_refused(self) -> None:
         for wrong in ({"concurrency": 0}, {"host_rate": -1}, {"retries": -1}, {"jitter": -0.1}):
             with self.subTest(**wrong), self.assertRaises(errors.ConfigError):
-                job.Terms(**wrong)  # type: ignore[arg-type]
+                job.Terms(**wrong)
 
 
 class JobCase(unittest.TestCase):
@@ -235,7 +240,7 @@ class RunTest(JobCase):
     def test_no_more_hosts_work_at_a_time_than_asked_for(self) -> None:
         calls: list[str] = []
         for name, fake in self.hosts.hosts.items():
-            fake.before = lambda _call, name=name: calls.append(name)
+            fake.before = functools.partial(_note, calls, name)
         self.run_job(concurrency=1)
         changes = sum(before != after for before, after in itertools.pairwise(calls))
         self.assertEqual(2, changes, calls)
@@ -459,7 +464,10 @@ class EndTest(JobCase):
         begun: dict[str, float] = {}
 
         def note(name: str) -> Callable[[str], None]:
-            return lambda _call: begun.setdefault(name, self.time.now) and None
+            def begin(_call: str) -> None:
+                begun.setdefault(name, self.time.now)
+
+            return begin
 
         for name, fake in self.hosts.hosts.items():
             fake.before = note(name)

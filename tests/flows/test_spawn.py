@@ -242,6 +242,7 @@ class TestVanishingBases(CacheCase):
         # The descriptor that the lease holds keeps the inode number from being given to the new file.
         def replace() -> None:
             self.base().unlink()
+            path = self.base()
             for number in range(50):
                 path = self.base().with_name(f"try-{number}")
                 path.write_bytes(b"another's")
@@ -284,7 +285,12 @@ class TestVanishingBases(CacheCase):
 
     def test_an_image_whose_stage_is_swept_before_qemu_img_converts_it_is_fetched_again(self) -> None:
         stages = self.base().parent / ".imagecache" / "stage"
-        self.points.at("convert", lambda: [path.unlink() for path in stages.iterdir()])
+
+        def sweep() -> None:
+            for path in stages.iterdir():
+                path.unlink()
+
+        self.points.at("convert", sweep)
         data = disk_image(self.directory, "vdi")
         source = FakeSource({ID: data}, disk_format="vdi")
         self.assertEqual(DATA, self.spawn(self.manager(source)))

@@ -9,6 +9,8 @@ import pathlib
 import struct
 import subprocess
 import time
+from collections.abc import Callable
+from typing import Any
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.sources.file import FileImage, FileSource
@@ -35,28 +37,32 @@ class BadInputCase(CacheCase):
         *words: str,
         image_id: str = BAD,
         request: model.Request | None = None,
-        **config: object,
+        **config: Any,
     ) -> errors.ImageCacheError:
         """Check how an image is refused, by each way in, and that nothing came of it."""
         manager = self.manager(source, **config)
-        for attempt in (
+        attempts: tuple[Callable[[], object], ...] = (
             lambda: manager.create_disk(image_id, self.disk, request=request),
             lambda: manager.cache_image(image_id, request=request),
-        ):
+        )
+        refusals = []
+        for attempt in attempts:
             with self.leaves_nothing(), self.assertRaises(errors.ImageCacheError) as caught:
                 attempt()
-            self.assertIsInstance(caught.exception, kind)
-            self.assertEqual(image_id, caught.exception.image)
-            self.assertTrue(caught.exception.next_step, caught.exception)
+            refusal = caught.exception
+            refusals.append(refusal)
+            self.assertIsInstance(refusal, kind)
+            self.assertEqual(image_id, refusal.image)
+            self.assertTrue(refusal.next_step, refusal)
             for word in (image_id, *words):
-                self.assertIn(word, str(caught.exception))
+                self.assertIn(word, str(refusal))
         published = [event.image_id for event in self.events if isinstance(event, events.Published)]
         self.assertNotIn(image_id, published)
         # The next good request, by the same manager.
         good = model.Request(source=FakeSource({f"good for {image_id}": DATA}))
         self.assertEqual(DATA, self.spawn(manager, f"good for {image_id}", request=good))
         manager.evict_image(f"good for {image_id}")
-        return caught.exception
+        return refusals[-1]
 
 
 class TestSources(BadInputCase):
@@ -158,12 +164,12 @@ class TestContent(BadInputCase):
     def image(self, format: str, options: str = "") -> bytes:
         return disk_image(self.directory, format, options=options)
 
-    def rejected(self, data: bytes, claimed: str | None, *words: str, **config: object) -> None:
+    def rejected(self, data: bytes, claimed: str | None, *words: str, **config: Any) -> None:
         source = FakeSource({BAD: data}, disk_format=claimed)
         self.refused(errors.ImageRejected, source, *words, **config)
         self.sent = source.bytes_sent // 2
 
-    def rejected_at_once(self, data: bytes, claimed: str | None, *words: str, **config: object) -> None:
+    def rejected_at_once(self, data: bytes, claimed: str | None, *words: str, **config: Any) -> None:
         """It is refused by its first bytes: the rest is never asked for."""
         self.rejected(data + bytes(4 * MIB), claimed, *words, **config)
         self.assertLessEqual(self.sent, 2 * MIB)

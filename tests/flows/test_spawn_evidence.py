@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import errors, events, model
@@ -136,7 +137,7 @@ class AdoptCase(CacheCase):
             files.age(path, seconds=age)
         return path.stat().st_ino
 
-    def adopted(self, use_file: bool = False, **config: object) -> bool:
+    def adopted(self, use_file: bool = False, **config: Any) -> bool:
         """Ask for the image; whether what was there served, and came out right."""
         manager = self.manager(**config)
         inode = self.base().stat().st_ino

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import events
@@ -35,7 +36,7 @@ class TestTwins(CacheCase):
         assert record is not None
         return record
 
-    def cache_both(self, source: FakeSource | None = None, **options: object) -> int:
+    def cache_both(self, source: FakeSource | None = None, **options: Any) -> int:
         """Cache one, then the other. Returns how often anything was downloaded."""
         source = source or self.same
         manager = self.manager(source, **options)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import imagecache_lib as ic
 from imagecache_lib import errors
 from imagecache_lib.store import layout
-from imagecache_lib.upkeep import verify
+from imagecache_lib.upkeep.verify import VerifyReport
 from tests.support import files
 from tests.support.cache_case import ID, OTHER_ID, CacheCase, Points, raw_image
 
@@ -46,13 +46,13 @@ class UpkeepCase(CacheCase):
 
     def verify(
         self, instances: Sequence[ic.Instance] | None = (), *, dry_run: bool = False, **options: object
-    ) -> verify.VerifyReport:
+    ) -> VerifyReport:
         return self.manager(**options).verify_base_images(instances, dry_run=dry_run)  # type: ignore[arg-type]
 
-    def reason(self, report: verify.VerifyReport, name: str = NAME) -> str:
+    def reason(self, report: VerifyReport, name: str = NAME) -> str:
         return next(base.reason for base in report.bases if base.name == name)
 
-    def assertKept(self, path: pathlib.Path, report: verify.VerifyReport, because: str) -> None:
+    def assertKept(self, path: pathlib.Path, report: VerifyReport, because: str) -> None:
         self.assertTrue(path.exists(), report)
         self.assertIn(because, self.reason(report, path.name))
 

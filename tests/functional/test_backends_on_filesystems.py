@@ -90,6 +90,7 @@ class TestRawOnXfs(_Xfs, unittest.TestCase):
         disk = self.backend.create(base, self.make_target(), 64 * MIB, confirm=lambda: None)
         self.assertLess(before - self.free(), 2 * MIB)
         self.write_disk(disk, 0, b"g" * 4096)
+        assert base.fd is not None
         self.assertEqual(b"d" * 4096, os.pread(base.fd, 4096, 0))
 
     def test_allocated_ahead_its_blocks_are_its_own(self) -> None:

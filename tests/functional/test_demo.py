@@ -14,7 +14,7 @@ from tests.lab import server
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
-def run_demo(*arguments):
+def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, EXAMPLES / "demo.py", *arguments],
         capture_output=True,
@@ -25,7 +25,7 @@ def run_demo(*arguments):
 
 
 @pytest.mark.parametrize("web_server", ["nginx", "range_server"])
-def test_the_demonstration_holds_what_it_claims(web_server):
+def test_the_demonstration_holds_what_it_claims(web_server: str) -> None:
     for program in ("qemu-img", "qemu-system-x86_64", *(["nginx"] if web_server == "nginx" else [])):
         server.tool(program)
     finished = run_demo("--server", web_server)

@@ -174,7 +174,7 @@ TwoHosts.TestCase.settings = settings(
 )
 
 
-class TestTwoHosts(TwoHosts.TestCase):  # type: ignore[misc,name-defined]
+class TestTwoHosts(TwoHosts.TestCase):  # type: ignore[misc,valid-type]
     """Run by unittest and pytest alike."""
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -49,6 +50,9 @@ class FileBackendCase(unittest.TestCase):
         self, kind: type[FileBackend], target: str | None = None, confirm: Callable[[], None] = lambda: None
     ) -> model.Disk:
         return self.backend(kind).create(self.base, target or self.target, None, confirm=confirm)
+
+    def taken(self, kind: type[FileBackend], target: str) -> None:
+        self.create(kind, target)
 
     def pinned(self) -> dict[str, str]:
         found: dict[str, str] = json.loads(self.info.read_text())
@@ -120,14 +124,18 @@ class TestFormats(FileBackendCase):
         for late, first in ((RawBackend, Qcow2Backend), (Qcow2Backend, RawBackend)):
             target = f"{self.target}.{late.name}"
             with self.assertRaises(errors.DiskExistsError):
-                self.create(late, target, confirm=lambda t=target, f=first: self.create(f, t))  # type: ignore[misc]
+                self.create(late, target, confirm=functools.partial(self.taken, first, target))
             self.assertEqual(first.name, self.pinned()[target])
             self.assertEqual(first.name, self.backend(late).inspect(target).format)
 
     def test_a_file_that_nobody_pinned_is_not_pinned_by_who_may_not_have_its_name(self) -> None:
         path = pathlib.Path(self.target)
         with self.assertRaises(errors.DiskExistsError):
-            self.create(Qcow2Backend, confirm=lambda: path.write_bytes(b"somebody's") and None)
+
+            def take() -> None:
+                path.write_bytes(b"somebody's")
+
+            self.create(Qcow2Backend, confirm=take)
         self.assertEqual(b"somebody's", path.read_bytes())
         self.assertEqual(["disk"], os.listdir(self.instance))
 

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from imagecache_lib import errors
 from imagecache_lib.system import locks
@@ -50,7 +50,12 @@ class LockCase(unittest.TestCase):
         self.host = System(name="here")
 
     def take(
-        self, *, shared: bool = False, patience: float = 0.0, host: System | None = None, check=lambda: None
+        self,
+        *,
+        shared: bool = False,
+        patience: float = 0.0,
+        host: System | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> contextlib.AbstractContextManager[bool]:
         return locks.waiting(self.path, shared=shared, host=host or self.host, patience=patience, check=check)
 

@@ -53,7 +53,7 @@ NOVAS = {
     ("workarounds", "reserve_disk_resource_for_image_cache"): False,
 }
 OF_THE_MACHINE = {("DEFAULT", "state_path"), ("DEFAULT", "my_ip"), ("DEFAULT", "host")}
-NEW = {
+NEW: dict[tuple[str, str], object] = {
     ("image_cache", "disk_roots"): [],
     ("image_cache", "lock_path"): None,
     ("image_cache", "max_cache_size"): 0,

@@ -140,7 +140,8 @@ class WireTest(unittest.TestCase):
                 wire.to_task({**good, name: value})
         with self.assertRaises(errors.ImageRejected):
             wire.to_task({**good, "image_ids": ["a\0"]})
-        for found in (None, [], "task", {}):
+        other: tuple[object, ...] = (None, [], "task", {})
+        for found in other:
             with self.subTest(found=found), self.assertRaises(wire.Malformed):
                 wire.to_task(found)
 
@@ -194,7 +195,7 @@ class NotificationTest(unittest.TestCase):
             [f"aggregate.cache_images.{kind}" for kind in ("start", "progress", "end")],
             [event_type for event_type, _payload in sent.sent],
         )
-        common = {"id": None, "uuid": None, "name": "racks", "job_id": "j1"}
+        common: dict[str, object] = {"id": None, "uuid": None, "name": "racks", "job_id": "j1"}
         whole = {**common, "hosts": ["one", "two"], "metadata": {}, "image_ids": ["a", "b", "c"]}
         self.assertEqual(whole, sent.sent[0][1])
         self.assertEqual(whole, sent.sent[2][1])
