@@ -28,12 +28,12 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Hit(Event):
-    """A base was wanted and there."""
+    """A base image was asked for, and the one in the cache serves."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Miss(Event):
-    """A base was wanted and not there, or not fit.
+    """A base image was asked for, and the cache has none that serves.
 
     :param reason: why, as a clause.
     """
@@ -43,7 +43,7 @@ class Miss(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Progress(Event):
-    """More of an image arrived.
+    """More data of an image arrived.
 
     :param received: bytes so far.
     :param total: bytes in all, if that is known.
@@ -81,12 +81,12 @@ class Copied(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Published(Event):
-    """A base got its name."""
+    """A base image was given its name in the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Adopted(Event):
-    """A base that somebody else had made passed its check before its first use here."""
+    """A base image that another program had made passed its check before its first use here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Rejected(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Evicted(Event):
-    """A base was removed.
+    """A base image was removed from the cache.
 
     :param reason: why, as a clause.
     :param allocated: bytes that it took on disk.
@@ -133,7 +133,7 @@ class Evicted(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Recovered(Event):
-    """Something that a crash left behind was put right.
+    """The cache repaired what a crash had left.
 
     :param what: what was done, as a clause.
     """
@@ -143,10 +143,11 @@ class Recovered(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Damaged(Event):
-    """A scrub found that the disk changed a base. Nobody else is served from it.
+    """A scrub found that a base's content on disk is not what was written. No new disk is made from it.
 
     :param detail: where, as a clause.
-    :param stays: why it was not evicted, as a clause: who may be reading wrong bytes. None: it was.
+    :param stays: why the base was not evicted, as a clause: which disks may read wrong bytes. None if it was
+        evicted.
     """
 
     detail: str = ""
@@ -155,12 +156,12 @@ class Damaged(Event):
 
 @dataclasses.dataclass(frozen=True)
 class PassFinished(Event):
-    """A pass over the whole cache ended. Its name is empty.
+    """A pass over the whole cache ended. Its ``name`` is empty.
 
-    :param kept: how many bases are there.
-    :param allocated: bytes that they take on disk.
-    :param evicted: how many went.
-    :param reclaimed: bytes that these took on disk.
+    :param kept: number of base images that stayed.
+    :param allocated: bytes that these take on disk.
+    :param evicted: number of base images that were evicted.
+    :param reclaimed: bytes that those took on disk.
     :param problems: what needs an operator, a sentence each, the worst first.
     """
 

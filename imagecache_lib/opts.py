@@ -86,10 +86,11 @@ def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
 
 
 def register_opts(conf: cfg.ConfigOpts) -> None:
-    """Register what ``conf`` does not have yet.
+    """Register each option that ``conf`` does not have yet.
 
-    An option that somebody registered before, Nova above all, stays as it is, and its value is used. Nova
-    registers its own when ``nova.conf`` is imported, and refuses to do so after others, so that comes first.
+    An option that is registered already, such as one of Nova's, is left as it is, and its value is used. Nova
+    registers its options when the module ``nova.conf`` is imported, and fails if an option exists by then:
+    import ``nova.conf`` before this function is called.
     """
     for group, options in list_opts():
         for option in options:
@@ -137,9 +138,9 @@ def host_from(conf: cfg.ConfigOpts) -> System:
 def from_files(paths: Sequence[str] = (), *, instances_path: str | None = None) -> tuple[CacheConfig, System]:
     """Return the configuration and the host that files describe.
 
-    :param paths: of oslo.config files; later ones win. None of them: ``imagecache.conf``, where oslo.config
-        looks for the files of a project of that name, if there is one.
-    :param instances_path: instead of the files'.
+    :param paths: paths of oslo.config files; values in later files win. Without any path, ``imagecache.conf``
+        is read where oslo.config looks for the files of a project of that name, if there is one.
+    :param instances_path: an instances directory to use instead of the one in the files.
     :raises ConfigError: a file cannot be read, or a value cannot work.
     """
     conf = cfg.ConfigOpts()
@@ -533,7 +534,7 @@ def _new_opts() -> Sequence[cfg.Opt]:
         ),
         integer(
             "stage_idle_seconds",
-            "Seconds without a write after which a file in flight that nobody owns "
+            "Seconds without a write after which a file in flight whose lock is free "
             "is removed as the leftover of a crash.",
         ),
         integer("foreign_stage_idle_seconds", "The same for .part and .converted files that Nova left."),

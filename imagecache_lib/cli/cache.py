@@ -30,7 +30,9 @@ class Verify(base.BaseLister):
         instances = base.read_instances(parsed_args.instances)
         report = self._verify(instances, parsed_args)
         if instances is None:
-            self.note("without --instances FILE nothing can go: an instance may not have its disk yet")
+            self.note(
+                "without --instances FILE no base image is evicted: an instance may not have its disk yet"
+            )
         for problem in report.problems:
             self.note(problem)
         gone = "evicted" if parsed_args.evict else "would be evicted"

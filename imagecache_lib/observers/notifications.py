@@ -76,7 +76,7 @@ def notifier(
 
     :param transport: from :func:`oslo_messaging.get_notification_transport`. Its configuration says to which
         topics.
-    :param driver: oslo.messaging's name of one, such as ``messagingv2``. None: the configuration's.
+    :param driver: name of an oslo.messaging driver, such as ``messagingv2``, or None for the configuration's.
     """
     # Without a retry: observers run in the thread that spawns.
     return oslo_messaging.Notifier(transport, publisher_id=f"imagecache.{host}", driver=driver, retry=0)

@@ -37,7 +37,7 @@ class Origin(enum.Enum):
 
     #: We fetched, checked and published it.
     FETCHED = "fetched"
-    #: It was there; nobody witnessed how it was made.
+    #: Another program made it, or its record was lost: how it was made is unknown.
     ADOPTED = "adopted"
     #: We made it: swap, ephemeral.
     GENERATED = "generated"
@@ -57,9 +57,10 @@ class Record:
     :param stored_format: qemu's name of what lies in the cache.
     :param virtual_size: in bytes.
     :param digest: of the source's data. It was checked if ``digest_checked``.
-    :param inspected: version of the inspection rules its content passed. None: not inspected as a disk.
+    :param inspected: version of the inspection rules that its content passed, or None if it was not inspected
+        as a disk.
     :param certificates: ids of the trusted certificates that lead from the signing one to a root.
-    :param signed_by: id of the certificate with which its signature was verified. None: it was not.
+    :param signed_by: id of the certificate with which its signature was verified, or None if it was not.
     :param damaged: a scrub found that the disk changed its content.
     """
 
@@ -101,7 +102,7 @@ class Record:
 
 
 def parse(data: bytes) -> Record | None:
-    """Return the record in ``data``. None for anything torn, unknown or of a later schema."""
+    """Return the record in ``data``, or None if ``data`` is torn, unknown or of a later schema."""
     try:
         fields: dict[str, Any] = json.loads(data)
         if fields.pop("schema") != _SCHEMA:
@@ -141,11 +142,12 @@ def shortfall(
     trusted_certs: tuple[str, ...] | None = None,
     inspect: bool = True,
 ) -> str | None:
-    """Return why the base does not serve a use, as a clause; None if it does.
+    """Return why the base does not serve a use, as a clause, or None if it serves.
 
-    :param stored_format: the format that it must have. None: any.
+    :param stored_format: the format that the base must be stored in, or None if any will do.
     :param signed: whether its signature must have been verified.
-    :param trusted_certs: certificates that must have vouched for it, the whole chain. None: not demanded.
+    :param trusted_certs: ids of the trusted certificates, which must include the whole chain that was
+        verified; or None if no certificate is demanded.
     :param inspect: False if the operator turned deep inspection off.
     """
     if record.damaged:
@@ -162,7 +164,7 @@ def shortfall(
     vouched = bool(record.certificates) and set(record.certificates) <= set(trusted_certs or ())
     if trusted_certs is not None and not vouched:
         if record.origin is Origin.ADOPTED:
-            return "nobody witnessed how it was made, so no certificate vouches for it"
+            return "another program made it, so no certificate vouches for it"
         return "it was cached without the certificates that this request demands"
     if signed and record.signed_by is None and not record.certificates:
         return "its signature was never verified"

@@ -19,7 +19,7 @@ readable by Nova::
         stage/<id>.sums         its checksums, once the data is complete
         trash/<name>.<id>/base  renamed away, not yet proven unreferenced
         spare/                  empty: what a base is evicted into when the filesystem is full
-        hosts/<id>.json         each host that shares the storage writes its own, nobody else's
+        hosts/<id>.json         each host that shares the storage writes its own and no other
         hosts/<id>.readings     what that host's last pass read in its instance directories
         pins/<name>.json        why and until when a base must stay
     <instances_path>/locks/nova-<name>                   lock files: Nova's names, never unlinked by us
@@ -116,7 +116,7 @@ class Kind(enum.Enum):
 
 
 def classify(name: str) -> Kind:
-    """Return what a name in ``_base`` stands for. What is UNKNOWN is not ours to touch."""
+    """Return what a name in ``_base`` stands for. The cache never changes an entry that is UNKNOWN."""
     if _ORIGINAL.fullmatch(name):
         return Kind.ORIGINAL
     if _RESIZED.fullmatch(name):

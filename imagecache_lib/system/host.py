@@ -33,8 +33,7 @@ class System:
     :param sleep: takes seconds.
     :param execute: runs a command: :func:`oslo_concurrency.processutils.execute` or what behaves like it.
     :param trace: called with a :class:`~imagecache_lib.system.trace.TracePoint` as execution reaches it.
-        Tests
-        stop there to make an interleaving happen; in production it does nothing.
+        Tests stop there to make an interleaving happen; in production it does nothing.
     :param locking: False makes every file lock a no-op. Only for tests of the third promise: locks save
         work, they do not carry safety.
     """
