@@ -14,7 +14,7 @@ DEV_EXTRAS := $(RUN_EXTRAS),lint,messaging,test
 
 .DEFAULT_GOAL := help
 .PHONY: help demo bench test test-stestr test-pytest test-process functional faults \
-	lint ruff mypy reno-lint docs releasenotes check-install setup clean
+	cover house lint ruff mypy reno-lint docs drawings releasenotes check-install setup clean
 
 help:
 	@echo "make demo          show the cache at work"
@@ -23,7 +23,10 @@ help:
 	@echo "make faults        tests that kill, cut and fail"
 	@echo "make bench         measure"
 	@echo "make lint          ruff, mypy --strict, release notes"
+	@echo "make cover         how much of the library the tests run; fails below the floor"
+	@echo "make house         the figures of the code's shape"
 	@echo "make docs          HTML in doc/build/html"
+	@echo "make drawings      the drawings in the documentation, after a change of their text"
 	@echo "make check-install the sdist and a git archive install and import"
 	@echo "make clean         remove what these made"
 
@@ -74,6 +77,10 @@ test-pytest: setup
 test-process: setup
 	$(BIN)/pytest -q --junitxml=$(RESULTS)/process.xml tests/process
 
+cover: setup
+	$(BIN)/coverage run -m pytest -q tests/unit tests/flows tests/contract tests/property
+	$(BIN)/coverage report --skip-covered
+
 functional: setup $(STAMPS)/system-functional
 	$(BIN)/pytest -q --junitxml=$(RESULTS)/functional.xml tests/functional
 
@@ -93,6 +100,13 @@ reno-lint: $(STAMPS)/dev
 
 docs: $(STAMPS)/dev
 	$(BIN)/sphinx-build -q -W --keep-going -b html doc/source doc/build/html
+
+# The drawings are kept beside their text, so that building the documentation takes no Graphviz.
+drawings: $(STAMPS)/system-drawings
+	tools/draw doc/source/images/*.dot
+
+house: $(STAMPS)/dev
+	$(BIN)/python tools/house.py
 
 releasenotes: $(STAMPS)/dev
 	$(BIN)/sphinx-build -q -W --keep-going -b html releasenotes/source releasenotes/build/html
