@@ -10,7 +10,7 @@ its bytes flow once from the source through digest and inspection into a stage f
 (:mod:`imagecache_lib.store.publish`). A storage backend (:mod:`imagecache_lib.backends`) makes the disk.
 
 *Upkeep.* :meth:`ImageCacheManager.verify_base_images` lists the cache, reads who refers to what, plans, and
-evicts what nobody needs (:mod:`imagecache_lib.upkeep`).
+evicts what nothing needs (:mod:`imagecache_lib.upkeep`).
 
 What lies on disk, and who may do what to it, is the docstring of :mod:`imagecache_lib.store.layout`.
 """

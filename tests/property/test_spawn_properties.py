@@ -23,6 +23,8 @@ from imagecache_lib.system import sparse
 TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=200)
 NUMBER = st.integers(0, 2**63)
 DIGEST = st.builds(model.Digest, st.sampled_from(["md5", "sha512"]), TEXT)
+#: Ids of certificates, few, so that chains and what is trusted overlap in every way.
+CHAIN = st.lists(st.sampled_from(["root", "middle", "leaf", "another"]), unique=True, max_size=3).map(tuple)
 RECORD = st.builds(
     evidence.Record,
     name=TEXT,
@@ -37,7 +39,7 @@ RECORD = st.builds(
     digest=st.none() | DIGEST,
     digest_checked=st.booleans(),
     inspected=st.none() | st.integers(0, evidence.INSPECTION_RULES + 1),
-    certificates=st.lists(TEXT, max_size=3).map(tuple),
+    certificates=CHAIN,
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
@@ -104,7 +106,7 @@ class TestEvidence(unittest.TestCase):
         whole = record.to_json().rstrip()
         self.assertIsNone(evidence.parse(whole[: data.draw(st.integers(0, len(whole) - 1))]))
 
-    @given(RECORD, st.sampled_from(evidence.Use), st.none() | st.lists(TEXT, max_size=3).map(tuple))
+    @given(RECORD, st.sampled_from(evidence.Use), st.none() | CHAIN)
     def test_no_base_serves_without_the_evidence_that_its_use_demands(
         self, record: evidence.Record, use: evidence.Use, certificates: tuple[str, ...] | None
     ) -> None:
@@ -115,7 +117,9 @@ class TestEvidence(unittest.TestCase):
         else:
             self.assertEqual(record.source_format, record.stored_format)
         if certificates is not None:
-            self.assertTrue(set(certificates) & set(record.certificates))
+            # The whole chain is trusted, and there is one.
+            self.assertTrue(record.certificates)
+            self.assertEqual(set(), set(record.certificates) - set(certificates))
 
     @given(RECORD, st.sampled_from(evidence.Use))
     def test_full_evidence_serves(self, record: evidence.Record, use: evidence.Use) -> None:
@@ -123,11 +127,15 @@ class TestEvidence(unittest.TestCase):
             record,
             source_format=record.stored_format,
             inspected=evidence.INSPECTION_RULES,
-            certificates=("cert",),
+            certificates=("middle", "root"),
         )
         self.assertIsNone(
             evidence.shortfall(
-                full, use, stored_format=full.stored_format, signed=True, trusted_certs=("cert", "other")
+                full,
+                use,
+                stored_format=full.stored_format,
+                signed=True,
+                trusted_certs=("root", "another", "middle"),
             )
         )
         self.assertIsNotNone(evidence.shortfall(full, use, stored_format="another"))
