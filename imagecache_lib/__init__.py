@@ -21,7 +21,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imagecache_lib.backends.interface import Feature, StorageBackend
+    from imagecache_lib.backends.interface import Feature, PendingDisk, StorageBackend
     from imagecache_lib.config import CacheConfig
     from imagecache_lib.diagnostics.audit import AuditFinding, AuditReport
     from imagecache_lib.diagnostics.catalog import CachedBase, RegisteredHost
@@ -107,6 +107,7 @@ _HOMES = {
     "LeaseLostError": "errors",
     "LockTimeoutError": "errors",
     "NoSpaceError": "errors",
+    "PendingDisk": "backends.interface",
     "Pin": "store.pins",
     "RegisteredHost": "diagnostics.catalog",
     "Request": "model",
@@ -160,6 +161,7 @@ __all__ = [
     "LeaseLostError",
     "LockTimeoutError",
     "NoSpaceError",
+    "PendingDisk",
     "Pin",
     "RegisteredHost",
     "Request",

@@ -157,10 +157,12 @@ class ImageCacheManager:
     ) -> model.Disk:
         """Make a disk from a base that is held, over again should the base leave the cache meanwhile."""
         for _turn in range(_MOST_TURNS):
-            with contextlib.suppress(lease.BaseVanished), hold() as held:
+            with hold() as held:
                 require_fit(held.base.virtual_size)
-                make = self.backend.copy if held.private else self.backend.create
-                return make(held.base, target, size, confirm=held.confirm)
+                prepare = self.backend.prepare_standalone if held.private else self.backend.prepare
+                with prepare(held.base, target, size) as pending:
+                    if held.is_current():
+                        return pending.commit()
         raise errors.BackendError(
             "its base image left the cache each time a disk was made from it",
             path=self._cache.layout.base_path,
@@ -174,6 +176,13 @@ class ImageCacheManager:
                 image=call.image_id,
                 path=target,
                 next_step='remove it, or ask with if_exists="reuse"',
+            )
+        if not self.backend.ensure_durable(target):
+            raise errors.BackendError(
+                "the host restarted soon after the disk was made, and its content was not synced before",
+                image=call.image_id,
+                path=target,
+                next_step="remove the disk and make it anew; with sync_copied_disks this cannot happen",
             )
         disk = self.backend.inspect(target)
         if disk.format == "qcow2":
@@ -242,11 +251,14 @@ class ImageCacheManager:
             atomic_file.check_target(path)
             atomic_file.check_absent(path)
         while True:
-            with contextlib.suppress(lease.BaseVanished), self._leases.hold(call, Use.FILE) as held:
+            with self._leases.hold(call, Use.FILE) as held, atomic_file.unfinished(path, self.host) as file:
                 assert held.base.fd is not None  # a held base is open
-                with atomic_file.placing(path, self.host, held.confirm) as unfinished:
-                    atomic_file.copy_content(held.base.fd, unfinished.fd)
-                return
+                with translated(path):
+                    atomic_file.copy_content(held.base.fd, file.fd)
+                file.seal()
+                if held.is_current():
+                    file.commit()
+                    return
 
     @contextlib.contextmanager
     def fetch_or_reuse(
@@ -264,15 +276,13 @@ class ImageCacheManager:
         # A private copy would be gone afterwards, and the driver may make an overlay.
         with self._leases.hold(call, Use.DISK, bypass=False) as held:
             yield held.base
-            try:
-                held.confirm()
-            except lease.BaseVanished:
+            if not held.is_current():
                 raise errors.LeaseLostError(
                     "its base image left the cache while it was leased",
                     image=image_id,
                     path=held.base.path,
                     next_step="throw away what was made from it and start over",
-                ) from None
+                )
 
     @contextlib.contextmanager
     def lease_cached(self, image_id: str) -> Iterator[model.BaseImage]:

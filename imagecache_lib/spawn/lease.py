@@ -20,10 +20,6 @@ from imagecache_lib.system.translate import translated
 _MOST_TURNS = 20
 
 
-class BaseVanished(Exception):
-    """The base left the cache while something was made from it: throw that away and begin again."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Lease:
     """A base image that is held.
@@ -31,13 +27,23 @@ class Lease:
     :param base: what is held, its descriptor included.
     :param private: it is this request's own copy, outside the cache: nothing may come to refer to it.
     :param fetched: it was brought for this request.
-    :param confirm: raises :class:`BaseVanished` if the name no longer means this file.
+    :param opened: the file in the cache. None: it is private.
     """
 
     base: model.BaseImage
     private: bool
     fetched: bool
-    confirm: Callable[[], None]
+    opened: OpenBase | None = None
+
+    def is_current(self) -> bool:
+        """Whether the base's name still means this very file: what was made from it may be used.
+
+        :raises NoSpaceError, BackendError: the filesystem failed.
+        """
+        if self.opened is None:
+            return True  # nothing refers to it by a name
+        with translated(self.opened.path):
+            return self.opened.is_current()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,12 +253,6 @@ class Leases(Generic[W]):
         if not fetched:
             self._observers(events.Hit(call.name, call.image_id))
 
-        def confirm() -> None:
-            with translated(opened.path):
-                current = opened.is_current()
-            if not current:
-                raise BaseVanished(opened.path)
-
         base = model.BaseImage(
             image_id=call.image_id,
             name=opened.name,
@@ -263,7 +263,7 @@ class Leases(Generic[W]):
             source_format=record.source_format,
             fd=opened.fd,
         )
-        return Lease(base, private=False, fetched=fetched, confirm=confirm)
+        return Lease(base, private=False, fetched=fetched, opened=opened)
 
     # -- the miss ------------------------------------------------------------------------------------
 
@@ -361,4 +361,4 @@ def _private(call: Wanted, own: SealedStage) -> Lease:
         source_format=record.source_format,
         fd=own.stage.fd,
     )
-    return Lease(base, private=True, fetched=True, confirm=lambda: None)
+    return Lease(base, private=True, fetched=True)

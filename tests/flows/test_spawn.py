@@ -187,6 +187,18 @@ class TestTargets(CacheCase):
         self.assertEqual((inode, 8 * MIB), (os.stat(disk.target).st_ino, again.virtual_size))
         self.assertEqual(DATA + bytes(5 * MIB), content_of(disk.target, "qcow2"))
 
+    def test_a_disk_whose_content_a_power_cut_may_have_taken_is_not_used_again(self) -> None:
+        manager = self.manager(backend="raw", sync_copied_disks=False)
+        disk = manager.create_disk(ID, self.target())
+        manager.create_disk(ID, self.target("other"))
+        restarted = self.manager(backend="raw", host=self.host(boot_id="another"))
+        with self.assertRaisesRegex(errors.BackendError, "remove the disk and make it anew") as caught:
+            restarted.create_disk(ID, disk.target, if_exists="reuse")
+        self.assertEqual((ID, disk.target), (caught.exception.image, caught.exception.path))
+        # On the host that made it, in the same run of its kernel, nothing can have been lost.
+        manager.create_disk(ID, self.target("other"), if_exists="reuse")
+        restarted.create_disk(ID, self.target("other"), if_exists="reuse")
+
     def test_a_disk_used_again_gets_its_lost_base_back(self) -> None:
         manager = self.manager()
         disk = manager.create_disk(ID, self.target())

@@ -10,6 +10,7 @@ import os
 from imagecache_lib import CacheConfig, System, errors, model
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.backends.raw import RawBackend
+from imagecache_lib.testing.backend_contract import commit
 
 MIB = 2**20
 PROCESSES = 8
@@ -29,7 +30,7 @@ def create(root, kind, base_path, target):
     fd = os.open(base_path, os.O_RDONLY)
     base = model.BaseImage("id", base_path.name, str(base_path), "raw", MIB, fd=fd)
     try:
-        backend.create(base, target, None, confirm=lambda: None)
+        commit(backend.prepare(base, target, None))
     finally:
         os.close(fd)
 
