@@ -1,23 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holding a base image while something is made from it: the hit, and the miss that becomes one."""
+"""Holding a base image while something is made from it: the hit, and the miss that becomes one.
+
+:meth:`Leases.acquire` looks under the shared lock. What it finds and may use, it leases. Otherwise it takes
+the exclusive lock, looks again, makes what is missing, and goes back to the look.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Generic, Protocol, TypeVar
 
 from imagecache_lib import errors, events, model
+from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.store import evidence, publish, stage, trash
 from imagecache_lib.store.directory import CacheStore, OpenBase
+from imagecache_lib.store.evictor import Evictor
+from imagecache_lib.store.evidence import Unmet
 from imagecache_lib.store.stage import SealedStage, StageGone
 from imagecache_lib.system import locks
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 
-#: How often a base may vanish between its publication and its use before something must be wrong.
-_MOST_TURNS = 20
+
+@dataclasses.dataclass(frozen=True)
+class Production:
+    """What was done so that there is a base image to lease.
+
+    :param received: bytes that came over the wire.
+    :param allocated: bytes that the new base image takes on disk. One that shares its extents takes none.
+    """
+
+    received: int = 0
+    allocated: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,23 +40,26 @@ class Lease:
     """A base image that is held.
 
     :param base: what is held, its descriptor included.
-    :param private: it is this request's own copy, outside the cache: nothing may come to refer to it.
-    :param fetched: it was brought for this request.
-    :param opened: the file in the cache. None: it is private.
+    :param opened: the file in the cache. None: the base is this request's own copy outside the cache.
+    :param production: how it was made for this request. None: it was there.
     """
 
     base: model.BaseImage
-    private: bool
-    fetched: bool
-    opened: OpenBase | None = None
+    opened: OpenBase | None
+    production: Production | None
+
+    @property
+    def private(self) -> bool:
+        """Whether it is this request's own copy, to which no disk may come to refer."""
+        return self.opened is None
 
     def is_current(self) -> bool:
-        """Whether the base's name still means this very file: what was made from it may be used.
+        """Whether the base's name still means this very file, so that a disk that refers to it is safe.
 
         :raises NoSpaceError, BackendError: the filesystem failed.
         """
         if self.opened is None:
-            return True  # nothing refers to it by a name
+            return True
         with translated(self.opened.path):
             return self.opened.is_current()
 
@@ -54,168 +72,105 @@ class _Fit:
     record: evidence.Record
 
 
-@dataclasses.dataclass(frozen=True)
-class _Unfit:
-    """A base that is there and does not serve.
+_UNWITNESSED = Unmet("nobody witnessed how it was made", can_recheck=True)
 
-    :param checkable: nothing speaks against it but that nobody checked it, or not under today's rules.
+
+class Leases:
+    """Gets base images for requests. Safe to share between threads.
+
+    :param evictor: removes what is in the way of a base that serves.
     """
 
-    reason: str
-    checkable: bool
-
-
-_UNWITNESSED = "nobody witnessed how it was made"
-
-
-class Wanted(Protocol):
-    """What a lease has to know of what is wanted: a call's image, or what is generated."""
-
-    @property
-    def name(self) -> str:
-        """The base's name in the cache."""
-
-    @property
-    def image_id(self) -> str:
-        """What messages call it."""
-
-    @property
-    def stored_format(self) -> str | None:
-        """The format that the base must have. None: any."""
-
-    @property
-    def trusted_certs(self) -> tuple[str, ...] | None:
-        """Certificates of which one must have verified it. None: not demanded."""
-
-    @property
-    def demands_signature(self) -> bool:
-        """Whether its signature must have been verified."""
-
-    def check(self) -> None:
-        """Raise if the caller no longer waits."""
-
-    def named(self) -> contextlib.AbstractContextManager[None]:
-        """Let every error of the body say what it is about."""
-
-
-W = TypeVar("W", bound=Wanted)
-_W_contra = TypeVar("_W_contra", bound=Wanted, contravariant=True)
-
-
-class Bringer(Protocol[_W_contra]):
-    """Brings what a lease misses."""
-
-    def refuse_impossible(self, wanted: _W_contra, /) -> None:
-        """Raise if :meth:`run` could only fail."""
-
-    def run(self, wanted: _W_contra, use: evidence.Use, /) -> SealedStage:
-        """Bring it into a stage file, which is the caller's to publish or discard."""
-
-    def adopt(
-        self, opened: OpenBase, known: evidence.Record | None, wanted: _W_contra, use: evidence.Use, /
-    ) -> tuple[evidence.Record | None, str]:
-        """Check what is there. Returns its record, or None and the reason why it does not serve.
-
-        :param known: its record, which lacks an inspection under today's rules. None: somebody else made it.
-        """
-
-
-class Leases(Generic[W]):
-    """Gets base images for calls. Safe to share between threads.
-
-    :param evict_unfit: removes a base of that name the ordinary way if nothing refers to it; True if it is
-        gone.
-    """
-
-    def __init__(
-        self,
-        cache: CacheStore,
-        bringer: Bringer[W],
-        observers: events.Observers,
-        *,
-        evict_unfit: Callable[[str, str], bool],
-    ) -> None:
+    def __init__(self, cache: CacheStore, evictor: Evictor) -> None:
         self._cache = cache
-        self._bringer = bringer
-        self._observers = observers
-        self._evict_unfit = evict_unfit
+        self._evictor = evictor
 
     @contextlib.contextmanager
-    def hold_cached(self, call: W, use: evidence.Use) -> Iterator[Lease]:
-        """Hold the call's base image for the body if it is there and serves. Nothing is brought, or evicted.
+    def acquire(self, request: BaseRequest, *, bypass: bool = True) -> Iterator[Lease]:
+        """Lease a base image for the body, making it first if need be.
 
-        :raises ImageNotFound: it is not.
+        :param bypass: whether a private copy will do where the base in the cache does not serve and cannot
+            be replaced.
+        :raises BackendError: it would not do, and this is the case.
+        :raises: whatever the request's producer raises.
         """
-        with call.named(), contextlib.ExitStack() as stack:
-            stack.enter_context(self._locked(call, shared=True))
-            verdict = self._look(call, use)
-            if not isinstance(verdict, _Fit):
-                reason = verdict.reason if verdict is not None else "it is not in the cache"
-                raise errors.ImageNotFound(reason, image=call.image_id, next_step="cache it first")
-            stack.callback(verdict.opened.close)
-            yield self._lease(call, verdict, fetched=False)
+        with request.named(), contextlib.ExitStack() as stack:
+            yield self._acquire(stack, request, bypass=bypass)
 
     @contextlib.contextmanager
-    def hold(self, call: W, use: evidence.Use, *, bypass: bool = True) -> Iterator[Lease]:
-        """Hold the call's base image for the body, fetching it first if need be.
+    def acquire_cached(self, request: BaseRequest) -> Iterator[Lease]:
+        """Lease a base image for the body if it is there and serves. Nothing is made, or evicted.
 
-        :param bypass: whether a private copy will do where the base in the cache does not fit and is in use.
-        :raises BackendError: it would not, and this is the case.
-        :raises: whatever the ingest raises.
+        :raises ImageNotFound: it is not there, or does not serve.
         """
-        with call.named(), contextlib.ExitStack() as stack:
-            yield self._get(stack, call, use, bypass=bypass)
+        with request.named(), contextlib.ExitStack() as stack:
+            stack.enter_context(self._locked(request, shared=True))
+            found = self._look(request)
+            if not isinstance(found, _Fit):
+                reason = found.reason if found is not None else "it is not in the cache"
+                raise errors.ImageNotFound(reason, image=request.image_id, next_step="cache it first")
+            stack.callback(found.opened.close)
+            yield self._lease(request, found, None)
 
     @contextlib.contextmanager
-    def private(self, call: W, use: evidence.Use) -> Iterator[Lease]:
-        """Bring a copy for the body alone, past the cache.
+    def acquire_private_copy(self, request: BaseRequest) -> Iterator[Lease]:
+        """Make a copy for the body alone, past the cache.
 
-        :raises: whatever bringing it raises.
+        :raises: whatever the request's producer raises.
         """
-        brought = self._bringer.run(call, use)
-        try:
-            yield _private(call, brought)
-        finally:
-            brought.stage.discard()
+        with request.named(), contextlib.ExitStack() as stack:
+            yield self._private(stack, request, self._produce(request))
 
-    def _get(self, stack: contextlib.ExitStack, call: W, use: evidence.Use, *, bypass: bool) -> Lease:
-        """Return a lease that lasts until the stack is closed."""
-        fetched = False
-        for _turn in range(_MOST_TURNS):
-            call.check()
-            with contextlib.ExitStack() as locked:
-                locked.enter_context(self._locked(call, shared=True))
-                self._cache.host.trace(TracePoint.LEASE_SHARED)
-                verdict = self._look(call, use)
-                if isinstance(verdict, _Fit):
-                    locked.callback(verdict.opened.close)
-                    stack.enter_context(locked.pop_all())
-                    return self._lease(call, verdict, fetched)
-            brought = self._bring(call, use, bypass=bypass)
-            if isinstance(brought, SealedStage):
-                stack.callback(brought.stage.discard)
-                return _private(call, brought)
-            fetched = fetched or brought
-        raise errors.BackendError(
-            "its base image vanished again and again while it was wanted",
-            image=call.image_id,
-            path=self._cache.layout.base(call.name),
-            next_step="find out what removes files from the cache",
-        )
+    def _produce(self, request: BaseRequest) -> SealedStage:
+        """Make a base image in a stage file, over again should that be swept away."""
+        while True:
+            request.waiter.check()
+            try:
+                return request.producer.produce()
+            except StageGone:
+                request.retries.spend(
+                    errors.BackendError(
+                        "its file in flight was removed again and again",
+                        image=request.label,
+                        next_step="find out what removes files from the cache's stage directory",
+                    )
+                )
 
-    def has(self, call: W, use: evidence.Use) -> bool:
-        """Whether a base is there that serves, or that nothing speaks against but that nobody checked it."""
-        verdict = self._look(call, use)
-        if isinstance(verdict, _Fit):
-            verdict.opened.close()
+    def serves(self, request: BaseRequest) -> bool:
+        """Whether a base is there that serves, or would once it is checked."""
+        found = self._look(request)
+        if isinstance(found, _Fit):
+            found.opened.close()
             return True
-        return verdict is not None and verdict.checkable
+        return found is not None and found.can_recheck
+
+    def _acquire(self, stack: contextlib.ExitStack, request: BaseRequest, *, bypass: bool) -> Lease:
+        """Return a lease that lasts until the stack is closed."""
+        production: Production | None = None
+        filled = False
+        while True:
+            request.waiter.check()
+            with contextlib.ExitStack() as locked:
+                locked.enter_context(self._locked(request, shared=True))
+                self._cache.host.trace(TracePoint.LEASE_SHARED)
+                found = self._look(request)
+                if isinstance(found, _Fit):
+                    locked.callback(found.opened.close)
+                    stack.enter_context(locked.pop_all())
+                    return self._lease(request, found, production)
+            if filled:
+                request.retries.spend(self._vanished(request))
+            made = self._fill(request, bypass=bypass)
+            if isinstance(made, SealedStage):
+                return self._private(stack, request, made)
+            production = made or production
+            filled = True
 
     # -- the hit -------------------------------------------------------------------------------------
 
-    def _look(self, call: W, use: evidence.Use) -> _Fit | _Unfit | None:
-        """Return what is in the cache for this call. None: nothing."""
-        opened = self._cache.open_base(call.name)
+    def _look(self, request: BaseRequest) -> _Fit | Unmet | None:
+        """Return what is in the cache for a request. None: nothing."""
+        opened = self._cache.open_base(request.name)
         if opened is None:
             return None
         with contextlib.ExitStack() as stack:
@@ -223,142 +178,147 @@ class Leases(Generic[W]):
             with translated(opened.path):
                 record = self._cache.record_of(opened) or publish.finish(self._cache, opened)
             if record is None:
-                return _Unfit(_UNWITNESSED, checkable=True)
-            reason = self._shortfall(record, call, use)
-            if reason is not None:
-                renewed = dataclasses.replace(record, inspected=evidence.INSPECTION_RULES)
-                curable = record.inspectable and self._shortfall(renewed, call, use) is None
-                return _Unfit(reason, checkable=curable)
+                return _UNWITNESSED
+            unmet = evidence.unmet(record, request.requirements)
+            if unmet is not None:
+                return unmet
             stack.pop_all()  # it stays open
             return _Fit(opened, record)
 
-    def _is_there(self, call: W, use: evidence.Use) -> bool:
-        """Whether somebody else brought what this call waits to bring. Cheap, and repairs nothing."""
-        record = self._cache.evidence_of(call.name)
-        return record is not None and self._shortfall(record, call, use) is None
+    def _is_there(self, request: BaseRequest) -> bool:
+        """Whether somebody else made what this request waits to make. Cheap, and repairs nothing."""
+        with translated(self._cache.layout.base(request.name)):
+            record = self._cache.evidence_of(request.name)
+        return record is not None and evidence.unmet(record, request.requirements) is None
 
-    def _shortfall(self, record: evidence.Record, call: W, use: evidence.Use) -> str | None:
-        return evidence.shortfall(
-            record,
-            use,
-            stored_format=call.stored_format,
-            signed=call.demands_signature,
-            trusted_certs=call.trusted_certs,
-            inspect=not self._cache.config.disable_deep_image_inspection,
-        )
-
-    def _lease(self, call: W, fit: _Fit, fetched: bool) -> Lease:
-        opened, record = fit.opened, fit.record
-        self._cache.note_use(opened)
-        if not fetched:
-            self._observers(events.Hit(call.name, call.image_id))
-
-        base = model.BaseImage(
-            image_id=call.image_id,
-            name=opened.name,
-            path=opened.path,
-            format=record.stored_format,
-            virtual_size=record.virtual_size,
-            digest=record.digest if record.digest_checked else None,
-            source_format=record.source_format,
-            fd=opened.fd,
-        )
-        return Lease(base, private=False, fetched=fetched, opened=opened)
+    def _lease(self, request: BaseRequest, fit: _Fit, production: Production | None) -> Lease:
+        self._cache.note_use(fit.opened)
+        if production is None:
+            self._cache.observers(events.Hit(request.name, request.label))
+        record = fit.record
+        base = _base_image(request, record, fit.opened.path, fit.opened.fd)
+        if not record.digest_checked:
+            base = dataclasses.replace(base, digest=None)
+        return Lease(base, fit.opened, production)
 
     # -- the miss ------------------------------------------------------------------------------------
 
-    def _bring(self, call: W, use: evidence.Use, *, bypass: bool) -> SealedStage | bool:
+    def _fill(self, request: BaseRequest, *, bypass: bool) -> SealedStage | Production | None:
         """Do what makes the next look a hit.
 
-        :returns: whether it was fetched for that; or a private copy, where there cannot be a hit.
+        Returns what was made for that, None if nothing had to be made; or a private copy, where there cannot
+        be a hit.
         """
-        with self._locked(call, shared=False, moot=lambda: self._is_there(call, use)):
+        with self._locked(request, shared=False, stop_waiting_if=lambda: self._is_there(request)) as locked:
             self._cache.host.trace(TracePoint.LEASE_EXCLUSIVE)
-            verdict = self._look(call, use)
-            if isinstance(verdict, _Fit):
-                verdict.opened.close()
-                return False
-            if verdict is None and self._restore(call):
-                return False
-            reason = verdict.reason if verdict is not None else "it is not in the cache"
-            if verdict is not None and verdict.checkable:
-                unfit = self._adopt(call, use)
-                if unfit is None:
-                    return False
-                reason = unfit
+            found = self._look(request)
+            if isinstance(found, _Fit):
+                found.opened.close()
+                return None
+            if found is None and self._restore(request):
+                return None
+            reason = found.reason if found is not None else "it is not in the cache"
+            if found is not None and found.can_recheck:
+                unmet = self._adopt(request)
+                if unmet is None:
+                    return None
+                reason = unmet.reason
             # Before anything is evicted to make way for it.
-            self._bringer.refuse_impossible(call)
-            self._observers(events.Miss(call.name, call.image_id, reason=reason))
-            if verdict is not None and not self._evict_unfit(call.name, reason):
-                if not bypass:
-                    raise errors.BackendError(
-                        f"its base image does not serve and cannot be replaced while it is in use: {reason}",
-                        image=call.image_id,
-                        path=self._cache.layout.base(call.name),
-                        next_step="wait until nothing refers to it",
-                    )
-                self._observers(events.Bypassed(call.name, call.image_id, reason=reason))
-                return self._bringer.run(call, use)
-            return self._fetch(call, use)
+            request.producer.refuse_impossible()
+            self._cache.observers(events.Miss(request.name, request.label, reason=reason))
+            if found is None or self._evict(request, reason, locked=locked):
+                return self._publish(request)
+            if not bypass:
+                raise errors.BackendError(
+                    f"its base image does not serve and cannot be replaced while it is in use: {reason}",
+                    image=request.label,
+                    path=self._cache.layout.base(request.name),
+                    next_step="wait until nothing refers to it",
+                )
+            self._cache.observers(events.Bypassed(request.name, request.label, reason=reason))
+            return self._produce(request)
 
-    def _restore(self, call: W) -> bool:
+    def _restore(self, request: BaseRequest) -> bool:
         """Link back what lies in the trash: it is the same image, and overlays may refer to it."""
-        with translated(self._cache.layout.base(call.name)):
-            return any(trash.restore(self._cache, thrown) for thrown in trash.find(self._cache, call.name))
+        with translated(self._cache.layout.base(request.name)):
+            return any(trash.restore(self._cache, thrown) for thrown in trash.find(self._cache, request.name))
 
-    def _adopt(self, call: W, use: evidence.Use) -> str | None:
-        """Check what nobody witnessed. None: it serves, or it is gone; otherwise why it does not."""
-        opened = self._cache.open_base(call.name)
+    def _adopt(self, request: BaseRequest) -> Unmet | None:
+        """Check what nobody witnessed. Returns why it does not serve; None if it serves, or is gone."""
+        opened = self._cache.open_base(request.name)
         if opened is None:
             return None
         with contextlib.closing(opened):
             with translated(opened.path):
                 known = self._cache.record_of(opened)
-            record, reason = self._bringer.adopt(opened, known, call, use)
-        if record is None:
-            return reason
+            record = request.producer.adopt(opened, known)
+        if isinstance(record, Unmet):
+            return record
         if known is None:
-            self._observers(events.Adopted(call.name, call.image_id))
-        return self._shortfall(record, call, use)
+            self._cache.observers(events.Adopted(request.name, request.label))
+        return evidence.unmet(record, request.requirements)
 
-    def _fetch(self, call: W, use: evidence.Use) -> bool:
-        """Fetch and publish. False: somebody else published first."""
+    def _evict(self, request: BaseRequest, reason: str, *, locked: bool) -> bool:
+        """Evict what does not serve. Who waited for the lock in vain leaves it: a base is leased then."""
+        return locked and self._evictor.evict_unfit(request.name, reason)
+
+    def _publish(self, request: BaseRequest) -> Production | None:
+        """Make a base image and give it its name. Returns None if somebody else's has the name."""
         while True:
-            ingested = self._bringer.run(call, use)
+            sealed = self._produce(request)
             try:
-                published = publish.publish(ingested, self._cache)
-                if published:
-                    self._observers(events.Published(call.name, call.image_id))
-                return published
+                if not publish.publish(sealed, self._cache):
+                    return None
             except StageGone:
+                request.retries.spend(self._vanished(request))
                 continue
+            self._cache.observers(events.Published(request.name, request.label))
+            return Production(sealed.received, sealed.allocated)
+
+    def _private(self, stack: contextlib.ExitStack, request: BaseRequest, sealed: SealedStage) -> Lease:
+        """Return a lease on a copy of the request's own, which goes with the stack."""
+        stack.callback(sealed.stage.discard)
+        base = _base_image(request, sealed.record, sealed.stage.path, sealed.stage.fd)
+        return Lease(base, None, Production(sealed.received, sealed.allocated))
 
     # -- locks ---------------------------------------------------------------------------------------
 
     def _locked(
-        self, call: W, *, shared: bool, moot: Callable[[], bool] = lambda: False
+        self, request: BaseRequest, *, shared: bool, stop_waiting_if: Callable[[], bool] = lambda: False
     ) -> contextlib.AbstractContextManager[bool]:
         return locks.waiting(
-            self._cache.layout.lock(call.name),
+            self._cache.layout.lock(request.name),
             shared=shared,
             host=self._cache.host,
-            patience=self._cache.config.lock_timeout,
-            check=call.check,
-            progress=lambda: stage.progress(self._cache, call.name),
-            moot=moot,
+            stall_timeout=self._cache.config.lock_timeout,
+            waiter=request.waiter,
+            progress=lambda: self._progress(request),
+            stop_waiting_if=stop_waiting_if,
+        )
+
+    def _progress(self, request: BaseRequest) -> object:
+        """Return something that changes while anybody gets on with making the base."""
+        with contextlib.suppress(OSError):
+            return stage.progress(self._cache, request.name)
+        return None
+
+    def _vanished(self, request: BaseRequest) -> errors.BackendError:
+        return errors.BackendError(
+            "its base image vanished again and again while it was wanted",
+            image=request.label,
+            path=self._cache.layout.base(request.name),
+            next_step="find out what removes files from the cache",
         )
 
 
-def _private(call: Wanted, own: SealedStage) -> Lease:
-    record = own.record
-    base = model.BaseImage(
-        image_id=call.image_id,
-        name=call.name,
-        path=own.stage.path,
+def _base_image(request: BaseRequest, record: evidence.Record, path: str, fd: int) -> model.BaseImage:
+    return model.BaseImage(
+        image_id=request.label,
+        name=request.name,
+        path=path,
         format=record.stored_format,
         virtual_size=record.virtual_size,
         digest=record.digest,
         source_format=record.source_format,
-        fd=own.stage.fd,
+        fd=fd,
     )
-    return Lease(base, private=True, fetched=True)
