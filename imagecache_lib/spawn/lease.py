@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holding a base image while something is made from it: the hit, and the miss that becomes one.
+"""Holding a base image while something is made from it.
 
 :meth:`Leases.acquire` looks under the shared lock. What it finds and may use, it leases. Otherwise it takes
-the exclusive lock, looks again, makes what is missing, and goes back to the look.
+the exclusive lock, has the base made (:mod:`imagecache_lib.spawn.fill`), and goes back to the look.
 """
 
 from __future__ import annotations
@@ -13,26 +13,16 @@ from collections.abc import Callable, Iterator
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.ingest.producer import BaseRequest
-from imagecache_lib.store import evidence, publish, stage, trash
+from imagecache_lib.spawn import lookup
+from imagecache_lib.spawn.fill import Filler, Production
+from imagecache_lib.spawn.lookup import Fit
+from imagecache_lib.store import evidence, stage
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.store.evictor import Evictor
-from imagecache_lib.store.evidence import Unmet
-from imagecache_lib.store.stage import SealedStage, StageGone
+from imagecache_lib.store.stage import SealedStage
 from imagecache_lib.system import locks
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
-
-
-@dataclasses.dataclass(frozen=True)
-class Production:
-    """What was done so that there is a base image to lease.
-
-    :param received: bytes that came over the wire.
-    :param allocated: bytes that the new base image takes on disk. One that shares its extents takes none.
-    """
-
-    received: int = 0
-    allocated: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +54,6 @@ class Lease:
             return self.opened.is_current()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Fit:
-    """A base that is open and serves."""
-
-    opened: OpenBase
-    record: evidence.Record
-
-
-_UNWITNESSED = Unmet("nobody witnessed how it was made", can_recheck=True)
-
-
 class Leases:
     """Gets base images for requests. Safe to share between threads.
 
@@ -83,7 +62,7 @@ class Leases:
 
     def __init__(self, cache: CacheStore, evictor: Evictor) -> None:
         self._cache = cache
-        self._evictor = evictor
+        self._filler = Filler(cache, evictor)
 
     @contextlib.contextmanager
     def acquire(self, request: BaseRequest, *, bypass: bool = True) -> Iterator[Lease]:
@@ -104,12 +83,10 @@ class Leases:
         :raises ImageNotFound: it is not there, or does not serve.
         """
         with request.named(), contextlib.ExitStack() as stack:
-            stack.enter_context(self._locked(request, shared=True))
-            found = self._look(request)
-            if not isinstance(found, _Fit):
+            found = self._hold(stack, request)
+            if not isinstance(found, Fit):
                 reason = found.reason if found is not None else "it is not in the cache"
                 raise errors.ImageNotFound(reason, image=request.image_id, next_step="cache it first")
-            stack.callback(found.opened.close)
             yield self._lease(request, found, None)
 
     @contextlib.contextmanager
@@ -119,27 +96,12 @@ class Leases:
         :raises: whatever the request's producer raises.
         """
         with request.named(), contextlib.ExitStack() as stack:
-            yield self._private(stack, request, self._produce(request))
-
-    def _produce(self, request: BaseRequest) -> SealedStage:
-        """Make a base image in a stage file, over again should that be swept away."""
-        while True:
-            request.waiter.check()
-            try:
-                return request.producer.produce()
-            except StageGone:
-                request.retries.spend(
-                    errors.BackendError(
-                        "its file in flight was removed again and again",
-                        image=request.label,
-                        next_step="find out what removes files from the cache's stage directory",
-                    )
-                )
+            yield self._private(stack, request, self._filler.produce(request))
 
     def serves(self, request: BaseRequest) -> bool:
         """Whether a base is there that serves, or would once it is checked."""
-        found = self._look(request)
-        if isinstance(found, _Fit):
+        found = lookup.look(self._cache, request)
+        if isinstance(found, Fit):
             found.opened.close()
             return True
         return found is not None and found.can_recheck
@@ -150,13 +112,10 @@ class Leases:
         filled = False
         while True:
             request.waiter.check()
-            with contextlib.ExitStack() as locked:
-                locked.enter_context(self._locked(request, shared=True))
-                self._cache.host.trace(TracePoint.LEASE_SHARED)
-                found = self._look(request)
-                if isinstance(found, _Fit):
-                    locked.callback(found.opened.close)
-                    stack.enter_context(locked.pop_all())
+            with contextlib.ExitStack() as held:
+                found = self._hold(held, request)
+                if isinstance(found, Fit):
+                    stack.enter_context(held.pop_all())
                     return self._lease(request, found, production)
             if filled:
                 request.retries.spend(self._vanished(request))
@@ -166,118 +125,41 @@ class Leases:
             production = made or production
             filled = True
 
-    # -- the hit -------------------------------------------------------------------------------------
+    def _hold(self, stack: contextlib.ExitStack, request: BaseRequest) -> Fit | evidence.Unmet | None:
+        """Look under the shared lock, and keep the lock and what serves until the stack is closed."""
+        stack.enter_context(self._locked(request, shared=True))
+        self._cache.host.trace(TracePoint.LEASE_SHARED)
+        found = lookup.look(self._cache, request)
+        if isinstance(found, Fit):
+            stack.callback(found.opened.close)
+        return found
 
-    def _look(self, request: BaseRequest) -> _Fit | Unmet | None:
-        """Return what is in the cache for a request. None: nothing."""
-        opened = self._cache.open_base(request.name)
-        if opened is None:
-            return None
-        with contextlib.ExitStack() as stack:
-            stack.callback(opened.close)
-            with translated(opened.path):
-                record = self._cache.record_of(opened) or publish.finish(self._cache, opened)
-            if record is None:
-                return _UNWITNESSED
-            unmet = evidence.unmet(record, request.requirements)
-            if unmet is not None:
-                return unmet
-            stack.pop_all()  # it stays open
-            return _Fit(opened, record)
+    def _fill(self, request: BaseRequest, *, bypass: bool) -> SealedStage | Production | None:
+        """Do under the exclusive lock what makes the next look a hit, or make a private copy."""
 
-    def _is_there(self, request: BaseRequest) -> bool:
-        """Whether somebody else made what this request waits to make. Cheap, and repairs nothing."""
-        with translated(self._cache.layout.base(request.name)):
-            record = self._cache.evidence_of(request.name)
-        return record is not None and evidence.unmet(record, request.requirements) is None
+        def is_there() -> bool:
+            return lookup.is_there(self._cache, request)
 
-    def _lease(self, request: BaseRequest, fit: _Fit, production: Production | None) -> Lease:
+        with self._locked(request, shared=False, stop_waiting_if=is_there) as locked:
+            self._cache.host.trace(TracePoint.LEASE_EXCLUSIVE)
+            return self._filler.fill(request, bypass=bypass, locked=locked)
+
+    def _lease(self, request: BaseRequest, fit: Fit, production: Production | None) -> Lease:
+        """Return the lease on a base image in the cache."""
         self._cache.note_use(fit.opened)
         if production is None:
             self._cache.observers(events.Hit(request.name, request.label))
-        record = fit.record
-        base = _base_image(request, record, fit.opened.path, fit.opened.fd)
-        if not record.digest_checked:
+        base = _base_image(request, fit.record, fit.opened.path, fit.opened.fd)
+        if not fit.record.digest_checked:
             base = dataclasses.replace(base, digest=None)
         return Lease(base, fit.opened, production)
-
-    # -- the miss ------------------------------------------------------------------------------------
-
-    def _fill(self, request: BaseRequest, *, bypass: bool) -> SealedStage | Production | None:
-        """Do what makes the next look a hit.
-
-        Returns what was made for that, None if nothing had to be made; or a private copy, where there cannot
-        be a hit.
-        """
-        with self._locked(request, shared=False, stop_waiting_if=lambda: self._is_there(request)) as locked:
-            self._cache.host.trace(TracePoint.LEASE_EXCLUSIVE)
-            found = self._look(request)
-            if isinstance(found, _Fit):
-                found.opened.close()
-                return None
-            if found is None and self._restore(request):
-                return None
-            reason = found.reason if found is not None else "it is not in the cache"
-            if found is not None and found.can_recheck:
-                unmet = self._adopt(request)
-                if unmet is None:
-                    return None
-                reason = unmet.reason
-            # Before anything is evicted to make way for it.
-            request.producer.refuse_impossible()
-            self._cache.observers(events.Miss(request.name, request.label, reason=reason))
-            if found is None or self._evict(request, reason, locked=locked):
-                return self._publish(request)
-            if not bypass:
-                raise errors.BackendError(
-                    f"its base image does not serve and cannot be replaced while it is in use: {reason}",
-                    image=request.label,
-                    path=self._cache.layout.base(request.name),
-                    next_step="wait until nothing refers to it",
-                )
-            self._cache.observers(events.Bypassed(request.name, request.label, reason=reason))
-            return self._produce(request)
-
-    def _restore(self, request: BaseRequest) -> bool:
-        """Link back what lies in the trash: it is the same image, and overlays may refer to it."""
-        with translated(self._cache.layout.base(request.name)):
-            return any(trash.restore(self._cache, thrown) for thrown in trash.find(self._cache, request.name))
-
-    def _adopt(self, request: BaseRequest) -> Unmet | None:
-        """Check what nobody witnessed. Returns why it does not serve; None if it serves, or is gone."""
-        opened = self._cache.open_base(request.name)
-        if opened is None:
-            return None
-        with contextlib.closing(opened):
-            with translated(opened.path):
-                known = self._cache.record_of(opened)
-            record = request.producer.adopt(opened, known)
-        if isinstance(record, Unmet):
-            return record
-        if known is None:
-            self._cache.observers(events.Adopted(request.name, request.label))
-        return evidence.unmet(record, request.requirements)
-
-    def _evict(self, request: BaseRequest, reason: str, *, locked: bool) -> bool:
-        """Evict what does not serve. Who waited for the lock in vain leaves it: a base is leased then."""
-        return locked and self._evictor.evict_unfit(request.name, reason)
-
-    def _publish(self, request: BaseRequest) -> Production | None:
-        """Make a base image and give it its name. Returns None if somebody else's has the name."""
-        while True:
-            sealed = self._produce(request)
-            try:
-                if not publish.publish(sealed, self._cache):
-                    return None
-            except StageGone:
-                request.retries.spend(self._vanished(request))
-                continue
-            self._cache.observers(events.Published(request.name, request.label))
-            return Production(sealed.received, sealed.allocated)
 
     def _private(self, stack: contextlib.ExitStack, request: BaseRequest, sealed: SealedStage) -> Lease:
         """Return a lease on a copy of the request's own, which goes with the stack."""
         stack.callback(sealed.stage.discard)
+        # It will never be published: evictors must not wait for that.
+        with contextlib.suppress(errors.ImageCacheError):
+            sealed.stage.write_info()
         base = _base_image(request, sealed.record, sealed.stage.path, sealed.stage.fd)
         return Lease(base, None, Production(sealed.received, sealed.allocated))
 
