@@ -66,7 +66,11 @@ class CacheConfig:
     # -- disks ---------------------------------------------------------------------------------------
     #: ``none`` or ``space``: allocate a disk's whole virtual size when it is made.
     preallocate_images: str = "none"
-    #: Filesystem of ephemeral disks where the caller names none, or None to choose it by the guest's type.
+    #: Sync the content of a copied disk before the disk gets its name. False: a power cut soon after may
+    #: take the content and leave the name; ``if_exists="reuse"`` refuses such a disk. Overlays, swap and
+    #: kernels are synced always, and so is everything on filesystems without extended attributes.
+    sync_copied_disks: bool = True
+    #: Filesystem of ephemeral disks where the caller names none. None: by the guest's type.
     default_ephemeral_format: str | None = None
     #: Command lines to make filesystems with, by guest type: ``<os_type>=<command>``.
     virt_mkfs: tuple[str, ...] = ()

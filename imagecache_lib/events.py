@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 LOG = logging.getLogger(__name__)
 
@@ -22,6 +23,11 @@ class Event:
     :param image_id: the image's id, where it is known.
     """
 
+    #: How much it matters, as one of logging's levels. From INFO on, it is told in notifications.
+    level: ClassVar[int] = logging.DEBUG
+    #: Name and description of the metric that counts it. None: no metric does.
+    counter: ClassVar[tuple[str, str] | None] = None
+
     name: str
     image_id: str | None = None
 
@@ -30,6 +36,8 @@ class Event:
 class Hit(Event):
     """A base image was asked for, and the one in the cache serves."""
 
+    counter = ("hits", "Times that a base image was wanted and there")
+
 
 @dataclasses.dataclass(frozen=True)
 class Miss(Event):
@@ -37,6 +45,8 @@ class Miss(Event):
 
     :param reason: why, as a clause.
     """
+
+    counter = ("misses", "Times that a base image was wanted and not there, or not fit")
 
     reason: str = "it is not in the cache"
 
@@ -62,6 +72,8 @@ class Fetched(Event):
     :param seconds: from the first request to the last byte on disk.
     """
 
+    level = logging.INFO
+
     received: int = 0
     allocated: int = 0
     seconds: float = 0.0
@@ -75,6 +87,9 @@ class Copied(Event):
     :param shared: they share their extents, and the copy takes no space.
     """
 
+    level = logging.INFO
+    counter = ("copied", "Base images made from another one that has the same content")
+
     origin: str = ""
     shared: bool = False
 
@@ -83,10 +98,16 @@ class Copied(Event):
 class Published(Event):
     """A base image was given its name in the cache."""
 
+    level = logging.INFO
+    counter = ("published", "Base images that got their name")
+
 
 @dataclasses.dataclass(frozen=True)
 class Adopted(Event):
     """A base image that another program had made passed its check before its first use here."""
+
+    level = logging.INFO
+    counter = ("adopted", "Base images of somebody else that passed their check")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +116,9 @@ class Bypassed(Event):
 
     :param reason: why it does not fit, as a clause.
     """
+
+    level = logging.WARNING
+    counter = ("bypassed", "Requests served around the cache")
 
     reason: str = ""
 
@@ -106,6 +130,9 @@ class NotCloned(Event):
     :param reason: why, as a clause.
     """
 
+    level = logging.WARNING
+    counter = ("not_cloned", "Images that the storage could not clone")
+
     reason: str = ""
 
 
@@ -115,6 +142,9 @@ class Rejected(Event):
 
     :param reason: why, as a clause.
     """
+
+    level = logging.WARNING
+    counter = ("rejected", "Images refused for good")
 
     reason: str = ""
 
@@ -127,6 +157,9 @@ class Evicted(Event):
     :param allocated: bytes that it took on disk.
     """
 
+    level = logging.INFO
+    counter = ("evicted", "Base images removed")
+
     reason: str = ""
     allocated: int = 0
 
@@ -137,6 +170,9 @@ class Recovered(Event):
 
     :param what: what was done, as a clause.
     """
+
+    level = logging.INFO
+    counter = ("recovered", "Leftovers of crashes put right")
 
     what: str = ""
 
@@ -149,6 +185,9 @@ class Damaged(Event):
     :param stays: why the base was not evicted, as a clause: which disks may read wrong bytes. None if it was
         evicted.
     """
+
+    level = logging.ERROR
+    counter = ("damaged", "Base images that the disk changed")
 
     detail: str = ""
     stays: str | None = None
@@ -165,12 +204,32 @@ class PassFinished(Event):
     :param problems: what needs an operator, a sentence each, the worst first.
     """
 
+    level = logging.INFO
+
     kept: int = 0
     allocated: int = 0
     evicted: int = 0
     reclaimed: int = 0
     problems: tuple[str, ...] = ()
 
+
+#: Every kind of event.
+KINDS: tuple[type[Event], ...] = (
+    Hit,
+    Miss,
+    Progress,
+    Fetched,
+    Copied,
+    Published,
+    Adopted,
+    Bypassed,
+    NotCloned,
+    Rejected,
+    Evicted,
+    Recovered,
+    Damaged,
+    PassFinished,
+)
 
 Observer = Callable[[Event], None]
 

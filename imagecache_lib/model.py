@@ -116,6 +116,19 @@ class CacheResult(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class CacheReport:
+    """What :meth:`ImageCacheManager.precache_image` did.
+
+    :param received: bytes that came over the wire for it.
+    :param allocated: bytes that its base image takes on disk. 0 where it shares those of another one.
+    """
+
+    result: CacheResult
+    received: int = 0
+    allocated: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Ephemeral:
     """An ephemeral disk of an instance, as :meth:`ImageCacheManager.create_ephemeral` was asked for it."""
 

@@ -42,6 +42,7 @@ _FIELDS = {
         "disk_roots",
         "lock_path",
         "certificates_path",
+        "sync_copied_disks",
         "max_cache_size",
         "free_space_low",
         "free_space_high",
@@ -516,6 +517,13 @@ def _new_opts() -> Sequence[cfg.Opt]:
             "scrub_rate",
             "Bytes per second that a scrub reads of the cached images to find what the "
             "disk damaged. It looks at 100 GiB in 53 minutes with the default. 0: no limit.",
+        ),
+        cfg.BoolOpt(
+            "sync_copied_disks",
+            default=default["sync_copied_disks"],
+            help="Sync the content of a raw disk that is a copy of an image before the disk gets its name. "
+            "Without, making a disk does not wait for the storage; if the host loses power soon after, the "
+            "disk may be there without its content, and is refused where it would be reused.",
         ),
         integer("max_virtual_size", "Bytes above which an image's virtual size is refused."),
         integer(

@@ -6,24 +6,36 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Self
 
 from imagecache_lib import errors, model
 from imagecache_lib.backends import interface
-from imagecache_lib.backends.interface import Feature, StorageBackend
+from imagecache_lib.backends.interface import Feature, PendingDisk, StorageBackend
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.formats import qemu_img
 from imagecache_lib.formats.qcow2 import header as qcow2_header
 from imagecache_lib.formats.qcow2.header import HeaderError, Incompatible, NotQcow2
 from imagecache_lib.nova import disk_info
 from imagecache_lib.store import disk_roots, layout
-from imagecache_lib.system import atomic_file
+from imagecache_lib.system import atomic_file, attributes
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 
 #: As much of a disk as a qcow2 header that any tool writes.
 _HEADER_BYTES = 65536
+
+
+#: Extended attribute of a disk: its format, by QEMU's name, which a guest that owns the disk cannot change.
+FORMAT_MARK = "user.imagecache.format"
+
+#: Extended attribute of a disk whose content was not synced before it got its name: the boot id of the host
+#: that made it, and when it was made, in epoch seconds of its filesystem.
+UNSYNCED_MARK = "user.imagecache.unsynced"
+
+#: A disk that was written to so many seconds after it was made has had its first content on the disk long
+#: since: Linux writes back what is older than 30 seconds (vm.dirty_expire_centisecs).
+_WRITTEN_BACK = 3600
 
 
 class FileBackend(StorageBackend):
@@ -51,21 +63,38 @@ class FileBackend(StorageBackend):
 
     # -- making --------------------------------------------------------------------------------------
 
-    def copy(
-        self, base: model.BaseImage, target: str, size: int | None, *, confirm: Callable[[], None]
-    ) -> model.Disk:
+    @contextlib.contextmanager
+    def prepare_standalone(
+        self, base: model.BaseImage, target: str, size: int | None
+    ) -> Iterator[PendingDisk]:
         wanted = base.virtual_size if size is None else size
         if base.format != "raw":
             wanted = interface.whole_sectors(wanted)
         assert base.fd is not None  # a held base is open
-        pinned = self._formats.pinned(target, base.format)
-        with atomic_file.placing(target, self._host, confirm, pinned=pinned) as unfinished:
-            atomic_file.copy_content(base.fd, unfinished.fd)
-            if base.format == "raw":
-                self._grow_raw(unfinished.fd, wanted)
-            elif wanted > base.virtual_size:
-                self._qemu_img.resize(unfinished.path, base.format, wanted)
-        return model.Disk(target, base.format, wanted)
+        with atomic_file.unfinished(target, self._host) as file:
+            with translated(target):
+                atomic_file.copy_content(base.fd, file.fd)
+                if base.format == "raw":
+                    self._grow_raw(file.fd, wanted)
+                elif wanted > base.virtual_size:
+                    self._qemu_img.resize(file.path, base.format, wanted)
+            # An empty swap area or filesystem is a few blocks, and nobody could tell that they were lost.
+            optional = layout.classify(base.name) in (layout.Kind.ORIGINAL, layout.Kind.RESIZED)
+            sync = self._config.sync_copied_disks or not optional
+            yield self._sealed(file, model.Disk(target, base.format, wanted), sync=sync)
+
+    def _sealed(
+        self, file: atomic_file.UnfinishedFile, disk: model.Disk, *, sync: bool = True
+    ) -> PendingDisk:
+        """Mark a complete disk with its format and make it durable, so that it can get its name.
+
+        :param sync: False leaves writing the content to the kernel, if the file can be marked as such.
+        """
+        with translated(disk.target):
+            attributes.write(file.fd, FORMAT_MARK, disk.format)
+            sync = sync or not _mark_unsynced(file.fd, self._host)
+        file.seal(sync=sync)
+        return _PendingFile(file, disk, self._formats)
 
     def _grow_raw(self, fd: int, size: int) -> None:
         before = os.fstat(fd).st_size
@@ -90,9 +119,11 @@ class FileBackend(StorageBackend):
             try:
                 size = os.fstat(fd).st_size
                 data = os.pread(fd, _HEADER_BYTES, 0)
+                marked = attributes.read(fd, FORMAT_MARK)
             finally:
                 os.close(fd)
-        format = self._format(target, data)
+        # The file's own mark cannot be lost apart from it, nor be another disk's.
+        format = marked or self._format(target, data)
         if format == "raw":
             return model.Disk(target, "raw", size), None
         if format != "qcow2":
@@ -125,6 +156,22 @@ class FileBackend(StorageBackend):
         # Nobody pinned it: a qcow2 is one by its header; this is how the disks of old are found too.
         return pinned or ("qcow2" if looks_like_qcow2 else "raw")
 
+    def ensure_durable(self, target: str) -> bool:
+        with translated(target):
+            fd = _open_disk(target)
+            try:
+                mark = attributes.read(fd, UNSYNCED_MARK)
+                if mark is None:
+                    return True
+                boot, _, made = mark.partition(" ")
+                if boot == self._host.boot_id:
+                    os.fsync(fd)
+                    attributes.remove(fd, UNSYNCED_MARK)
+                    return True
+                return made.isdecimal() and os.fstat(fd).st_mtime - int(made) >= _WRITTEN_BACK
+            finally:
+                os.close(fd)
+
     def resize(self, disk: model.Disk, size: int) -> model.Disk:
         current = self.inspect(disk.target)
         if current.format != "raw":
@@ -156,6 +203,27 @@ class FileBackend(StorageBackend):
 
     def preflight(self) -> list[str]:
         return []
+
+
+def _mark_unsynced(fd: int, host: System) -> bool:
+    """Mark a file whose content will be written back later. False if it cannot be marked."""
+    made = int(os.fstat(fd).st_mtime)
+    return bool(host.boot_id) and attributes.write(fd, UNSYNCED_MARK, f"{host.boot_id} {made}")
+
+
+class _PendingFile(PendingDisk):
+    """A disk that is complete in a file without its name."""
+
+    def __init__(
+        self, file: atomic_file.UnfinishedFile, disk: model.Disk, formats: disk_info.DiskInfo
+    ) -> None:
+        self._file = file
+        self._disk = disk
+        self._formats = formats
+
+    def commit(self) -> model.Disk:
+        self._file.commit(self._formats.pinned(self._disk.target, self._disk.format))
+        return self._disk
 
 
 def _open_disk(path: str, flags: int = os.O_RDONLY) -> int:

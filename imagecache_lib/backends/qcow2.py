@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 
 from imagecache_lib import model
 from imagecache_lib.backends import file, interface
-from imagecache_lib.backends.interface import Feature
+from imagecache_lib.backends.interface import Feature, PendingDisk
 from imagecache_lib.formats.qcow2 import overlay
 from imagecache_lib.system import atomic_file
+from imagecache_lib.system.translate import translated
 
 
 class Qcow2Backend(file.FileBackend):
@@ -18,16 +20,15 @@ class Qcow2Backend(file.FileBackend):
     name = "qcow2"
     features = frozenset({Feature.OVERLAY, Feature.RESIZE, Feature.FLATTEN})
 
-    def create(
-        self, base: model.BaseImage, target: str, size: int | None, *, confirm: Callable[[], None]
-    ) -> model.Disk:
+    @contextlib.contextmanager
+    def prepare(self, base: model.BaseImage, target: str, size: int | None) -> Iterator[PendingDisk]:
         wanted = interface.whole_sectors(base.virtual_size if size is None else size)
-        pinned = self._formats.pinned(target, "qcow2")
-        with atomic_file.placing(target, self._host, confirm, pinned=pinned) as unfinished:
-            overlay.write_overlay(unfinished.fd, wanted, base.path, base.format)
-            if self._config.preallocate_images == "space":
-                atomic_file.allocate(unfinished.fd, wanted)
-        return model.Disk(target, "qcow2", wanted, base.name)
+        with atomic_file.unfinished(target, self._host) as file:
+            with translated(target):
+                overlay.write_overlay(file.fd, wanted, base.path, base.format)
+                if self._config.preallocate_images == "space":
+                    atomic_file.allocate(file.fd, wanted)
+            yield self._sealed(file, model.Disk(target, "qcow2", wanted, base.name))
 
     def flatten(self, disk: model.Disk) -> model.Disk:
         current, backing_file = self._read(disk.target)

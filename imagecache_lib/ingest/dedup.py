@@ -106,8 +106,7 @@ def _serves(
     same = record.digest == image.digest and record.digest_checked
     if not same or record.origin is not evidence.Origin.FETCHED:
         return False
-    inspect = not config.disable_deep_image_inspection
-    if evidence.shortfall(record, use, stored_format=call.stored_format, inspect=inspect) is not None:
+    if evidence.unmet(record, call.requirements(use)) is not None:
         return False
     if use is evidence.Use.FILE:
         return True

@@ -19,14 +19,17 @@ from imagecache_lib import errors
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.formats import superblock
 from imagecache_lib.formats.superblock import Signature
-from imagecache_lib.store import directory, evidence, layout, reservations
+from imagecache_lib.ingest.producer import BaseRequest
+from imagecache_lib.store import directory, evidence, layout
 from imagecache_lib.store.directory import CacheStore, OpenBase
-from imagecache_lib.store.reservations import MakeRoom
+from imagecache_lib.store.evictor import Evictor
+from imagecache_lib.store.evidence import Unmet
+from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import SealedStage, Stage, StageGone
 from imagecache_lib.system import durable
-from imagecache_lib.system.host import System
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 
 #: The label of a guest's first ephemeral disk, as Nova calls it; the only one that is shared.
 LABEL = "ephemeral0"
@@ -124,21 +127,6 @@ class Generation:
     command: str | None = None
     shared: bool = False
 
-    # What a lease asks of everything that is wanted. A base without an image goes by its name.
-    stored_format = None
-    trusted_certs = None
-    demands_signature = False
-
-    @property
-    def image_id(self) -> str:
-        return self.name
-
-    def check(self) -> None:
-        """There is no deadline."""
-
-    def named(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
     def words(self, target: str) -> list[str]:
         """Return the command that makes it in an existing file of zeros.
 
@@ -159,26 +147,32 @@ class Generation:
             return ["mkswap", target]
         return [*_MKFS[self.kind], self.label or LABEL, target]
 
-    def fault(self, found: Signature | None, size: int, *, empty: bool) -> str | None:
-        """Return what is wrong with what was made, as a clause. None: nothing.
+    def unmet(self, found: Signature | None, size: int, *, empty: bool) -> Unmet | None:
+        """Return what is wrong with a file that should be this. None if nothing is.
 
+        :param found: the signature in the file.
         :param size: the file's, in bytes.
         :param empty: the file has no data.
         """
+        return next((Unmet(fault) for fault in self._faults(found, size, empty)), None)
+
+    def _faults(self, found: Signature | None, size: int, empty: bool) -> Iterator[str]:
         if size != self.size:
-            return f"it has {size} bytes instead of {self.size}"
+            yield f"it has {size} bytes instead of {self.size}"
         if self.kind is None:
-            return "nothing was written into it" if empty else None
+            if empty:
+                yield "nothing was written into it"
+            return
         if found is None:
-            return f"it has no signature of {self.kind}"
+            yield f"it has no signature of {self.kind}"
+            return
         if found.kind != self.kind:
-            return f"it is {found.kind} and not {self.kind}"
+            yield f"it is {found.kind} and not {self.kind}"
         if self.shared and self.label is not None and found.label != self.label:
-            return f"its label is {found.label!r} and not {self.label!r}"
+            yield f"its label is {found.label!r} and not {self.label!r}"
         # A filesystem ends on a whole cluster or block group.
         if not self.size * 0.9 <= found.size <= self.size:
-            return f"its {found.kind} spans {found.size} bytes of {self.size}"
-        return None
+            yield f"its {found.kind} spans {found.size} bytes of {self.size}"
 
 
 def swap(size_mb: int, *, share: bool) -> Generation:
@@ -265,95 +259,103 @@ def _require_size(size: int, unit: str) -> None:
 
 
 class Generator:
-    """Makes what a lease misses. Safe to share between threads.
+    """Makes swap areas and empty filesystems. Safe to share between threads.
 
-    :param make_room: evicts so many bytes if policy allows, and returns how many it freed.
+    :param evictor: asked for room.
     """
 
-    def __init__(
-        self,
-        cache: CacheStore,
-        host: System,
-        *,
-        make_room: MakeRoom = reservations.nothing_to_free,
-    ) -> None:
+    def __init__(self, cache: CacheStore, evictor: Evictor) -> None:
         self._cache = cache
-        self._host = host
-        self._make_room = make_room
+        self._evictor = evictor
 
-    def refuse_impossible(self, wanted: Generation) -> None:
+    def request(self, wanted: Generation) -> BaseRequest:
+        """Return what is asked of a lease for a generation. There is no deadline."""
+        # Its bytes are wanted as they are: there is nothing to inspect in what is made here.
+        requirements = evidence.Requirements(evidence.Use.FILE)
+        waiter = Waiter(self._cache.host)
+        producer = GenerationProducer(wanted, self._cache, self._evictor, waiter)
+        return BaseRequest(wanted.name, requirements, producer, waiter)
+
+
+class GenerationProducer:
+    """Makes one of them: a :class:`~imagecache_lib.ingest.producer.Producer`."""
+
+    def __init__(self, wanted: Generation, cache: CacheStore, evictor: Evictor, waiter: Waiter) -> None:
+        self._wanted = wanted
+        self._cache = cache
+        self._evictor = evictor
+        self._waiter = waiter
+
+    def refuse_impossible(self) -> None:
         """Refuse what only its name is known of.
 
         :raises BackendError: nobody knows how it was made.
         """
-        if wanted.kind is None and wanted.command is None:
+        if self._wanted.kind is None and self._wanted.command is None:
             raise errors.BackendError(
                 "its name does not say how it was made, and made otherwise it would not fit the disk",
-                image=wanted.name,
+                image=self._wanted.name,
                 next_step="copy it from the host that the disk came from, or make the disk anew",
             )
 
-    def run(self, wanted: Generation, use: evidence.Use) -> SealedStage:
+    def produce(self) -> SealedStage:
         """Make it in a stage file, which is the caller's to publish or discard.
 
         :raises NoSpaceError, BackendError, ConfigError: and nothing is left.
+        :raises StageGone: the stage file was swept away.
         """
-        while True:
-            with contextlib.suppress(StageGone):
-                return self._run_once(wanted)
-
-    def _run_once(self, wanted: Generation) -> SealedStage:
-        stage = Stage(self._cache, wanted.name)
+        stage = Stage(self._cache, self._wanted.name)
         try:
-            stage.write_info()
-            reservations.reserve(
-                stage, _room(wanted.size), self._cache, check=wanted.check, make_room=self._make_room
-            )
-            with translated(stage.path):
-                os.ftruncate(stage.fd, wanted.size)
-            # Only these programs take a lock of their own, or may: nobody knows what an operator's does.
-            with stage.lent() if wanted.kind in (None, "ntfs") else contextlib.nullcontext():
-                self._make(wanted, stage.path)
-            if (fault := self._fault(wanted, stage.fd)) is not None:
-                raise errors.BackendError(
-                    f"{wanted.words(stage.path)[0]} did not make what it should: {fault}",
-                    image=wanted.name,
-                    next_step="check that program, and virt_mkfs where it is configured",
-                )
-            stage.read_back()
-            self._host.trace(TracePoint.GENERATE_MADE)
-            record = self._record(wanted, stage.fd, stage.seal(), evidence.Origin.GENERATED)
-            stage.write_info(record)
+            return self._produce_in(stage)
         except BaseException as error:
-            swept = not stage.is_at_path()
-            stage.discard()
+            swept = False
+            try:
+                with contextlib.suppress(OSError):
+                    swept = not stage.is_at_path()
+            finally:
+                stage.discard()
             if swept and isinstance(error, errors.BackendError):
                 raise StageGone from error
             raise
-        return SealedStage(stage, record)
 
-    def adopt(
-        self,
-        opened: OpenBase,
-        known: evidence.Record | None,
-        wanted: Generation,
-        use: evidence.Use,
-    ) -> tuple[evidence.Record | None, str]:
-        """Check what somebody else made, and write down that it was. As :func:`adopt.adopt`.
+    def _produce_in(self, stage: Stage) -> SealedStage:
+        wanted = self._wanted
+        stage.write_info()
+        Reservation(stage, self._cache, self._evictor, self._waiter).raise_to(_room(wanted.size))
+        with translated(stage.path):
+            os.ftruncate(stage.fd, wanted.size)
+        # Only these programs take a lock of their own, or may: nobody knows what an operator's does.
+        with stage.lent() if wanted.kind in (None, "ntfs") else contextlib.nullcontext():
+            self._make(wanted, stage.path)
+        if (unmet := self._unmet(stage.fd)) is not None:
+            raise errors.BackendError(
+                f"{wanted.words(stage.path)[0]} did not make what it should: {unmet.reason}",
+                image=wanted.name,
+                next_step="check that program, and virt_mkfs where it is configured",
+            )
+        stage.read_back()
+        self._cache.host.trace(TracePoint.GENERATE_MADE)
+        record = self._record(wanted, stage.fd, stage.seal(), evidence.Origin.GENERATED)
+        stage.write_info(record)
+        return SealedStage(stage, record, allocated=stage.allocated)
+
+    def adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
+        """Check what somebody else made, and write down that it was.
 
         ``known`` is None: what is generated is never wanted as an image, so no inspection can be lacking.
         """
-        if (fault := self._fault(wanted, opened.fd)) is not None:
-            return None, fault
+        if (unmet := self._unmet(opened.fd)) is not None:
+            return unmet
         with translated(opened.path):
             os.fsync(opened.fd)
             durable.sync_directory(os.path.dirname(opened.path))
-            record = self._record(wanted, opened.fd, directory.mark(opened.fd), evidence.Origin.ADOPTED)
+            base_id = directory.mark(opened.fd)
+            record = self._record(self._wanted, opened.fd, base_id, evidence.Origin.ADOPTED)
             self._cache.write_record(record)
-        return record, ""
+        return record
 
-    def _fault(self, wanted: Generation, fd: int) -> str | None:
-        with translated(self._cache.layout.base(wanted.name)):
+    def _unmet(self, fd: int) -> Unmet | None:
+        with translated(self._cache.layout.base(self._wanted.name)):
             size = os.fstat(fd).st_size
             found = superblock.read(os.pread(fd, superblock.LENGTH, 0))
             try:
@@ -361,10 +363,11 @@ class Generator:
                 empty = False
             except OSError:
                 empty = True
-        return wanted.fault(found, size, empty=empty)
+        return self._wanted.unmet(found, size, empty=empty)
 
     def _record(self, wanted: Generation, fd: int, base_id: str, origin: evidence.Origin) -> evidence.Record:
-        found = os.fstat(fd)
+        with translated(self._cache.layout.base(wanted.name)):
+            found = os.fstat(fd)
         return evidence.Record(
             name=wanted.name,
             image_id=None,
@@ -387,7 +390,7 @@ class Generator:
         limits = (f"--cpu={config.convert_cpu_time_limit}", f"--as={config.convert_address_space_limit}")
         words = wanted.words(path)
         with _translated(words[0], wanted.name):
-            self._host.execute("prlimit", *limits, "--", *words, env_variables=environment)
+            self._cache.host.execute("prlimit", *limits, "--", *words, env_variables=environment)
 
 
 def _room(size: int) -> int:

@@ -61,7 +61,7 @@ class DiskInfo:
 
     def __init__(self, config: CacheConfig, host: System) -> None:
         self._locks_path = config.locks_path
-        self._patience = config.lock_timeout
+        self._stall_timeout = config.lock_timeout
         self._host = host
 
     def format_of(self, disk: str) -> str | None:
@@ -111,7 +111,7 @@ class DiskInfo:
     def _locked(self, path: str) -> contextlib.AbstractContextManager[bool]:
         number = zlib.crc32(os.fsencode(os.path.realpath(path))) % _LOCKS
         lock = os.path.join(self._locks_path, layout.lock_name(f"imagecache-disk-info-{number:x}"))
-        return locks.waiting(lock, shared=False, host=self._host, patience=self._patience)
+        return locks.waiting(lock, shared=False, host=self._host, stall_timeout=self._stall_timeout)
 
 
 def _read(path: str) -> dict[str, str]:

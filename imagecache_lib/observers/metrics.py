@@ -20,19 +20,6 @@ _PREFIX = "imagecache"
 #: An image takes from a moment to an hour.
 _FETCH_BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 
-_COUNTED: dict[type[events.Event], tuple[str, str]] = {
-    events.Hit: ("hits", "Times that a base image was asked for and was in the cache"),
-    events.Miss: ("misses", "Times that a base image was asked for and the cache had none that serves"),
-    events.Published: ("published", "Base images that were given their name in the cache"),
-    events.Adopted: ("adopted", "Base images that another program made and that passed their check"),
-    events.Bypassed: ("bypassed", "Requests served around the cache"),
-    events.NotCloned: ("not_cloned", "Images that the storage could not clone"),
-    events.Rejected: ("rejected", "Images refused for good"),
-    events.Evicted: ("evicted", "Base images removed"),
-    events.Damaged: ("damaged", "Base images that the disk changed"),
-    events.Recovered: ("recovered", "Leftovers of crashes put right"),
-}
-
 
 class MetricsObserver:
     """Counts events. Safe to share between threads; all managers of a process may share one.
@@ -51,8 +38,7 @@ class MetricsObserver:
         self.registry = registry or prometheus_client.REGISTRY
         self._clock = clock
         self._counters = {
-            kind: prometheus_client.Counter(f"{_PREFIX}_{name}", text, registry=self.registry)
-            for kind, (name, text) in _COUNTED.items()
+            kind: self._counter(*kind.counter) for kind in events.KINDS if kind.counter is not None
         }
         self._received = self._counter("fetched_bytes", "Bytes that came over the wire")
         self._reclaimed = self._counter("evicted_bytes", "Bytes on disk that eviction gave back")

@@ -47,7 +47,6 @@ class Watch:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seen: collections.OrderedDict[str, tuple[int, int | None]] = collections.OrderedDict()
-        self._allocated: dict[str, int] = {}
 
     def __call__(self, event: events.Event) -> None:
         if event.image_id is None:
@@ -55,33 +54,25 @@ class Watch:
         match event:
             case events.Progress(received=received, total=total):
                 self._keep(event.image_id, received, total)
-            case events.Fetched(received=received, allocated=allocated):
-                self._keep(event.image_id, received, received, allocated)
+            case events.Fetched(received=received):
+                self._keep(event.image_id, received, received)
 
-    def _keep(self, image_id: str, received: int, total: int | None, allocated: int = 0) -> None:
+    def _keep(self, image_id: str, received: int, total: int | None) -> None:
         with self._lock:
             self._seen[image_id] = (received, total)
             self._seen.move_to_end(image_id)
-            self._allocated[image_id] = allocated
             while len(self._seen) > self._MOST:
-                oldest, _far = self._seen.popitem(last=False)
-                del self._allocated[oldest]
+                self._seen.popitem(last=False)
 
     def forget(self, image_id: str) -> None:
         """Begin anew with an image."""
         with self._lock:
             self._seen.pop(image_id, None)
-            self._allocated.pop(image_id, None)
 
     def far(self, image_id: str) -> tuple[int, int | None]:
         """Return the bytes of an image that came, and those it has in all."""
         with self._lock:
             return self._seen.get(image_id, (0, None))
-
-    def allocated(self, image_id: str) -> int:
-        """Return the bytes that an image took on disk when it was complete."""
-        with self._lock:
-            return self._allocated.get(image_id, 0)
 
 
 class _Task:
@@ -276,12 +267,12 @@ class HostAgent:
             deadline=asked.deadline, cancel=cancelled, rate=asked.rate or None, fallbacks=self._fallbacks
         )
         self._require_budget(task, image_id, request)
-        result = self._cache.cache_image(image_id, pin_until=asked.pin_until, request=request)
-        if result is model.CacheResult.NOT_NEEDED:
+        report = self._cache.precache_image(image_id, pin_until=asked.pin_until, request=request)
+        if report.result is model.CacheResult.NOT_NEEDED:
             return job.Cell(job.Result.UNSUPPORTED, "its storage clones images and needs no cache")
-        task.spent += self._watch.allocated(image_id)
+        task.spent += report.allocated
         received, total = self._watch.far(image_id)
-        return job.Cell(job.Result(result.value), "", received, total)
+        return job.Cell(job.Result(report.result.value), "", max(received, report.received), total)
 
     def _require_budget(self, task: _Task, image_id: str, request: model.Request) -> None:
         if not self._max_bytes or self._cache.is_cached(image_id):

@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 
-from imagecache_lib import errors
+from imagecache_lib import errors, events
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import evidence, layout
 from imagecache_lib.system import durable
@@ -53,11 +53,20 @@ class OpenBase:
 
 
 class CacheStore:
-    """The directories of one cache on one host. Touches nothing before :meth:`start`."""
+    """The directories of one cache on one host, and what everything that works on them needs to know.
 
-    def __init__(self, config: CacheConfig, host: System) -> None:
+    Touches nothing before :meth:`start`.
+
+    :ivar config: how to cache.
+    :ivar host: the machine.
+    :ivar observers: told what happens.
+    :ivar layout: where everything lies.
+    """
+
+    def __init__(self, config: CacheConfig, host: System, observers: events.Observers | None = None) -> None:
         self.config = config
         self.host = host
+        self.observers = observers or events.Observers(())
         self.layout = layout.Layout(config.base_path, config.locks_path)
         self._started = False
         self._starting = threading.Lock()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from imagecache_lib import model
@@ -133,39 +134,67 @@ def _is_typed(record: Record) -> bool:
     )
 
 
-def shortfall(
-    record: Record,
-    use: Use,
-    *,
-    stored_format: str | None = None,
-    signed: bool = False,
-    trusted_certs: tuple[str, ...] | None = None,
-    inspect: bool = True,
-) -> str | None:
-    """Return why the base does not serve a use, as a clause, or None if it serves.
+@dataclasses.dataclass(frozen=True)
+class Requirements:
+    """What a request demands of a base image.
 
-    :param stored_format: the format that the base must be stored in, or None if any will do.
+    :param use: what it is wanted for.
+    :param stored_format: the format that it must have. None: any.
     :param signed: whether its signature must have been verified.
-    :param trusted_certs: ids of the trusted certificates, which must include the whole chain that was
-        verified; or None if no certificate is demanded.
-    :param inspect: False if the operator turned deep inspection off.
+    :param trusted_certs: certificates that are trusted. Every one of the chain that vouches for the base must
+        be among them. None: no chain is demanded.
+    :param inspected: False if the operator turned deep inspection off.
     """
+
+    use: Use
+    stored_format: str | None = None
+    signed: bool = False
+    trusted_certs: tuple[str, ...] | None = None
+    inspected: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmet:
+    """Why a base image does not serve.
+
+    :param reason: as a clause.
+    :param can_recheck: nothing speaks against it but that it was not inspected under today's rules, and
+        inspecting the file can make up for that.
+    """
+
+    reason: str
+    can_recheck: bool = False
+
+
+def unmet(record: Record, requirements: Requirements) -> Unmet | None:
+    """Return what a base image lacks. None if it serves."""
+    lacks = list(_lacks(record, requirements))
+    if not lacks:
+        return None
+    inspected = dataclasses.replace(record, inspected=INSPECTION_RULES)
+    return Unmet(lacks[0], record.inspectable and not any(_lacks(inspected, requirements)))
+
+
+def _lacks(record: Record, requirements: Requirements) -> Iterator[str]:
+    """Yield what the base lacks, a clause each, the most telling first."""
     if record.damaged:
-        return "it is damaged on disk"
-    if stored_format not in (None, record.stored_format):
-        return f"it is stored as {record.stored_format}, and {stored_format} is needed"
-    if use is Use.FILE:
+        yield "it is damaged on disk"
+    needed = requirements.stored_format
+    if needed not in (None, record.stored_format):
+        yield f"it is stored as {record.stored_format}, and {needed} is needed"
+    if requirements.use is Use.FILE:
         if record.converted:
-            return f"it was converted from {record.source_format} to {record.stored_format}"
-    elif inspect and record.inspected is None:
-        return "it was fetched as a plain file and never inspected as a disk"
-    elif inspect and record.inspected != INSPECTION_RULES:
-        return "it was inspected under other rules"
-    vouched = bool(record.certificates) and set(record.certificates) <= set(trusted_certs or ())
-    if trusted_certs is not None and not vouched:
+            yield f"it was converted from {record.source_format} to {record.stored_format}"
+    elif requirements.inspected and record.inspected is None:
+        yield "it was fetched as a plain file and never inspected as a disk"
+    elif requirements.inspected and record.inspected != INSPECTION_RULES:
+        yield "it was inspected under other rules"
+    trusted = requirements.trusted_certs
+    vouched = bool(record.certificates) and set(record.certificates) <= set(trusted or ())
+    if trusted is not None and not vouched:
         if record.origin is Origin.ADOPTED:
-            return "another program made it, so no certificate vouches for it"
-        return "it was cached without the certificates that this request demands"
-    if signed and record.signed_by is None and not record.certificates:
-        return "its signature was never verified"
-    return None
+            yield "nobody witnessed how it was made, so no certificate vouches for it"
+        else:
+            yield "it was cached without the certificates that this request demands"
+    if requirements.signed and record.signed_by is None and not record.certificates:
+        yield "its signature was never verified"

@@ -134,7 +134,7 @@ def _changing(cache: CacheStore) -> Iterator[None]:
             cache.layout.lock(LOCK),
             shared=False,
             host=cache.host,
-            patience=cache.config.lock_timeout,
+            stall_timeout=cache.config.lock_timeout,
         ),
         translated(cache.layout.pins),
     ):

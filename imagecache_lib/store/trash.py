@@ -22,7 +22,7 @@ import errno
 import os
 
 from imagecache_lib.store import evidence, layout, stage
-from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable
 from imagecache_lib.system.trace import TracePoint
 
@@ -127,6 +127,23 @@ def _entries(cache: CacheStore, name: str | None) -> list[Trashed]:
 def find(cache: CacheStore, name: str | None = None) -> list[Trashed]:
     """Return what lies in the trash, of one base or of all."""
     return [thrown for thrown in _entries(cache, name) if os.path.lexists(thrown.path)]
+
+
+def open_entry(thrown: Trashed) -> OpenBase | None:
+    """Open a file in the trash. None: it is gone.
+
+    :raises OSError: as open(2).
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(thrown.path, flags)
+    except FileNotFoundError:
+        return None
+    try:
+        return OpenBase(thrown.name, thrown.path, fd, os.fstat(fd))
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def reclaim(cache: CacheStore, name: str) -> None:

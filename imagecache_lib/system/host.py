@@ -24,12 +24,23 @@ def _execute(*command: str, **options: Any) -> tuple[str, str]:
     return str(out), str(err)
 
 
+def _boot_id() -> str:
+    """Return the kernel's random id of its current run, from /proc/sys/kernel/random/boot_id (random(4))."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 @dataclasses.dataclass(frozen=True)
 class System:
-    """Clock, sleep, name, subprocess runner and trace points of the host.
+    """Clocks, sleep, name, subprocess runner and trace points of the host.
 
     :param name: the host's name as the driver reports it in :class:`~imagecache_lib.Instance`.
-    :param clock: epoch seconds. Ages are measured against the filesystem's clock instead.
+    :param boot_id: random id of the kernel's current run; empty if it cannot be told.
+    :param clock: epoch seconds, for deadlines. Ages are measured against the filesystem's clock instead.
+    :param monotonic: seconds since any moment, for durations: nobody can set this clock.
     :param sleep: takes seconds.
     :param execute: runs a command: :func:`oslo_concurrency.processutils.execute` or what behaves like it.
     :param trace: called with a :class:`~imagecache_lib.system.trace.TracePoint` as execution reaches it.
@@ -39,7 +50,9 @@ class System:
     """
 
     name: str = dataclasses.field(default_factory=socket.gethostname)
+    boot_id: str = dataclasses.field(default_factory=_boot_id)
     clock: Callable[[], float] = time.time
+    monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     execute: Callable[..., tuple[str, str]] = _execute
     trace: Callable[[TracePoint], None] = _no_trace

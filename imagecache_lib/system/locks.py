@@ -22,6 +22,7 @@ import fasteners
 from imagecache_lib import errors
 from imagecache_lib.system.host import System
 from imagecache_lib.system.trace import TracePoint
+from imagecache_lib.system.waiter import Waiter
 
 LOG = logging.getLogger(__name__)
 
@@ -164,9 +165,9 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
 
     def _is_at_path(self) -> bool:
         assert self._descriptor is not None
-        ours = os.fstat(self._descriptor.fd)
         try:
-            theirs = os.stat(self.file)
+            # Even fstat(2) fails, with ESTALE, where another host unlinked the file.
+            ours, theirs = os.fstat(self._descriptor.fd), os.stat(self.file)
         except OSError:
             return False
         return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
@@ -178,48 +179,47 @@ def waiting(
     *,
     shared: bool,
     host: System,
-    patience: float,
-    check: Callable[[], None] = lambda: None,
+    stall_timeout: float,
+    waiter: Waiter | None = None,
     progress: Callable[[], object] = lambda: None,
-    moot: Callable[[], bool] = lambda: False,
+    stop_waiting_if: Callable[[], bool] = lambda: False,
 ) -> Iterator[bool]:
-    """Hold a lock for the body. Yields whether it was got.
+    """Hold a lock for the body; yields whether it was got.
 
-    After ``patience`` seconds without any progress of its holder the wait ends, and the body runs without the
-    lock: that costs work and nothing else.
+    The body runs without the lock once ``stall_timeout`` seconds went by without any progress: that costs
+    work and nothing else, as long as the body evicts nothing that the lock's holder may be using.
 
-    :param check: raises if the caller should stop waiting altogether.
+    :param waiter: who waits. None: somebody who waits as long as it takes.
     :param progress: any value that changes while the holder gets on.
-    :param moot: whether another process has meanwhile done what the lock is wanted for, which ends the wait.
+    :param stop_waiting_if: whether another did meanwhile what the lock is wanted for, which ends the wait.
+    :raises CancelledError, LockTimeoutError: the waiter no longer waits.
     :raises BackendError: the lock file cannot be opened.
     """
     lock = FileLock(path, shared=shared, host=host)
     try:
-        yield lock.acquire(blocking=False) or _wait(lock, host, patience, check, progress, moot)
+        got = lock.acquire(blocking=False)
+        if not got:
+            host.trace(TracePoint.LOCK_WAITING)
+            # Not by the clock of the day: one that is set back must not make anybody wait for the past.
+            seen, since = progress(), host.monotonic()
+            while not got and host.monotonic() - since < stall_timeout:
+                if waiter is not None:
+                    waiter.check()
+                got = lock.acquire(timeout=min(_SLICE, stall_timeout))
+                if not got and stop_waiting_if():
+                    break
+                if (now_seen := progress()) != seen:
+                    seen, since = now_seen, host.monotonic()
+            else:
+                if not got:
+                    _warn_of_stall(path, stall_timeout)
+        yield got
     finally:
         lock.let_go()
 
 
-def _wait(
-    lock: FileLock,
-    host: System,
-    patience: float,
-    check: Callable[[], None],
-    progress: Callable[[], object],
-    moot: Callable[[], bool],
-) -> bool:
-    seen, since = progress(), host.clock()
-    host.trace(TracePoint.LOCK_WAITING)
-    while host.clock() - since < patience:
-        check()
-        if lock.acquire(timeout=min(_SLICE, patience)):
-            return True
-        if moot():
-            return False
-        if (now_seen := progress()) != seen:
-            seen, since = now_seen, host.clock()
-    LOG.warning("The lock file %s was held for %g s without progress; going on without", lock.file, patience)
-    return False
+def _warn_of_stall(path: str, stall_timeout: float) -> None:
+    LOG.warning("The lock file %s was held for %g s without progress; going on without", path, stall_timeout)
 
 
 @contextlib.contextmanager

@@ -98,11 +98,14 @@ class Explanation:
 
 
 class Upkeep:
-    """Everything that is done to the cache as a whole. Safe to share between threads."""
+    """Everything that is done to the cache as a whole. Safe to share between threads.
 
-    def __init__(self, cache: CacheStore, observers: events.Observers) -> None:
+    It is the :class:`~imagecache_lib.store.evictor.Evictor` of those who need room, or a name.
+    """
+
+    def __init__(self, cache: CacheStore) -> None:
         self._cache = cache
-        self._observers = observers
+        self._observers = cache.observers
         self._hosts = Hosts(cache)
 
     @property
@@ -221,9 +224,10 @@ class Upkeep:
 
     def make_room(self, wanted: int) -> int:
         """Evict what a fetch needs the room of, as far as policy allows. Returns the bytes freed."""
-        now = self._cache.filesystem_now()
-        read = self._reader((), now)
-        return room.make(wanted, read, self._cache, self._hosts, self._observers, now=now)
+        with translated(self._cache.layout.base_path):
+            now = self._cache.filesystem_now()
+            read = self._reader((), now)
+            return room.make(wanted, read, self._cache, self._hosts, self._observers, now=now)
 
     def space(self) -> SpaceReport:
         """Look how full the cache's filesystem is."""

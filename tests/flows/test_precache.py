@@ -610,6 +610,18 @@ class AgentTest(AgentCase):
         cells = self.finish(agent, client.HostTask("next", (ID,)))
         self.assertEqual(EXISTING, cells[ID].result)
 
+    def test_copies_of_what_is_here_are_charged_too(self) -> None:
+        ids = ("one", "two", "three")
+        self.source = FakeSource(dict.fromkeys(ids, raw_image()))
+        size, allocated = len(raw_image()), self.manager().precache_image("one").allocated
+        if self.manager().precache_image("two").allocated == 0:
+            self.skipTest("copies share their extents here, and take no space")
+        for image_id in ids[:2]:
+            self.manager().evict_image(image_id)
+        agent = self.agent(max_bytes=size + allocated + 1000)
+        cells = self.finish(agent, client.HostTask("job", ids))
+        self.assertEqual([CACHED, CACHED, ERROR], [cell.result for cell in cells.values()])
+
     def test_nothing_is_begun_after_the_deadline(self) -> None:
         cells = self.finish(self.agent(), client.HostTask("job", (ID,), deadline=1.0))
         self.assertEqual(SKIPPED, cells[ID].result)

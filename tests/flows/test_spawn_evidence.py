@@ -74,6 +74,40 @@ class TestKernelsAndDisks(CacheCase):
         with self.leaves_nothing(), self.assertRaises(errors.BackendError), manager.fetch_or_reuse(ID):
             self.fail("this lease would have been a private copy")
 
+    def test_a_leased_base_is_not_evicted_by_who_waited_for_its_lock_in_vain(self) -> None:
+        manager = self.manager(lock_timeout=0.1)
+        path = self.target("kernel")
+        with manager.fetch_or_reuse(ID) as base:
+            manager.fetch_file(ID, path)
+            self.assertTrue(os.path.samestat(os.stat(base.path), os.fstat(base.fd or -1)))
+        self.assertEqual(self.qcow2, pathlib.Path(path).read_bytes())
+
+    def test_private_copies_do_not_keep_a_base_that_nobody_uses(self) -> None:
+        manager = self.manager(space_minimum_age_seconds=0)
+        disk = manager.create_disk(ID, self.target())
+        stop = self.points.stop_at("disk:made")
+        private = self.running(lambda: self.manager().fetch_file(ID, self.target("kernel")))
+        stop.wait()
+        manager.remove_disk(disk)
+        manager.fetch_file(ID, self.target("other"))
+        stop.go_on()
+        private.result()
+        self.assertEqual(1, self.happened(events.Bypassed))
+
+    def test_what_does_not_serve_is_not_put_back_from_the_trash(self) -> None:
+        manager = self.manager()
+        manager.cache_image(ID)
+        trash = self.base().parent / ".imagecache" / "trash"
+        entry = trash / f"{self.base().name}.{'0' * 32}"
+        entry.mkdir()
+        self.base().rename(entry / "base")
+        manager.fetch_file(ID, self.target("kernel"))
+        self.assertEqual([entry.name], os.listdir(trash))
+        self.assertFalse(self.base().exists())
+        # It is the disk's base still: what it serves gets it back.
+        manager.create_disk(ID, self.target())
+        self.assertEqual([], os.listdir(trash))
+
     def test_without_conversion_a_disks_base_serves_as_a_file_too(self) -> None:
         manager = self.manager(force_raw_images=False)
         self.spawn(manager)

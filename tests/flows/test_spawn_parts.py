@@ -13,9 +13,12 @@ from imagecache_lib.formats import inspection
 from imagecache_lib.ingest import digest
 from imagecache_lib.store import layout, reservations
 from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.evictor import NoEvictor
+from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import Stage
 from imagecache_lib.system import durable
 from imagecache_lib.system.host import System
+from imagecache_lib.system.waiter import Waiter
 from tests.support import files
 from tests.support.cache_case import MIB, CacheCase, disk_image, raw_image
 
@@ -174,7 +177,7 @@ class TestSpace(CacheCase):
         return stage
 
     def reserve(self, stage: Stage, needed: int) -> None:
-        reservations.reserve(stage, needed, self.cache, check=lambda: None)
+        Reservation(stage, self.cache, NoEvictor(), Waiter(self.cache.host)).raise_to(needed)
 
     def test_what_is_reserved_counts_until_it_is_allocated_and_never_twice(self) -> None:
         stage = self.stage()
@@ -214,7 +217,7 @@ class TestSpace(CacheCase):
         options = config.CacheConfig(instances_path=str(self.instances))
         unlocked = CacheStore(options, System(locking=False))
         stage = self.stage(unlocked)
-        reservations.reserve(stage, 8 * MIB, unlocked, check=lambda: None)
+        Reservation(stage, unlocked, NoEvictor(), Waiter(unlocked.host)).raise_to(8 * MIB)
         self.assertEqual(8 * MIB, reservations.outstanding(unlocked))
         os.utime(stage.path, (1, 1))
         self.assertEqual(0, reservations.outstanding(unlocked))

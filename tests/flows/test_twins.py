@@ -58,6 +58,14 @@ class TestTwins(CacheCase):
         self.assertEqual((self.base(OTHER_ID).name, one.name), (copied.name, copied.origin))
         self.assertEqual(1, self.happened(events.Fetched))
 
+    def test_a_copy_is_charged_for_what_it_takes(self) -> None:
+        manager = self.manager(self.same)
+        manager.cache_image(ID)
+        report = manager.precache_image(OTHER_ID)
+        (copied,) = (event for event in self.events if isinstance(event, events.Copied))
+        allocated = 0 if copied.shared else self.base(OTHER_ID).stat().st_blocks * 512
+        self.assertEqual(ic.CacheReport(ic.CacheResult.CACHED, 0, allocated), report)
+
     def test_it_outlives_the_first_and_is_scrubbed_like_it(self) -> None:
         self.cache_both()
         manager = self.manager(self.same)

@@ -20,7 +20,7 @@ from imagecache_lib import CacheConfig, CacheResult, ImageCacheManager, System, 
 from imagecache_lib.backends.ceph import Busy, LibrbdCluster, RbdName
 from imagecache_lib.backends.interface import CannotClone
 from imagecache_lib.backends.rbd import RbdBackend
-from imagecache_lib.testing.backend_contract import BackendContract
+from imagecache_lib.testing.backend_contract import BackendContract, commit
 from imagecache_lib.testing.ceph_contract import CephContract
 from imagecache_lib.testing.sources import FakeSource
 from tests.lab import ceph as ceph_lab
@@ -127,7 +127,7 @@ class TestRbd(_WithCeph, BackendContract, unittest.TestCase):
 
     def test_holes_of_the_base_take_no_objects(self) -> None:
         base = self.make_base("sparse", 64 * MIB)
-        disk = self.backend.copy(base, self.make_target(), None, confirm=lambda: None)
+        disk = commit(self.backend.prepare_standalone(base, self.make_target(), None))
         used: list[int] = []
         with opened(self.running, RbdName("vms", disk.target), read_only=True) as image:
             image.diff_iterate(0, image.size(), None, lambda _offset, length, _there: used.append(length))

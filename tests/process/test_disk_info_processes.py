@@ -14,6 +14,7 @@ from imagecache_lib import CacheConfig, System, errors, model
 from imagecache_lib.backends.file import FileBackend
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.backends.raw import RawBackend
+from imagecache_lib.testing.backend_contract import commit
 
 MIB = 2**20
 PROCESSES = 8
@@ -33,7 +34,7 @@ def create(root: pathlib.Path, kind: type[FileBackend], base_path: pathlib.Path,
     fd = os.open(base_path, os.O_RDONLY)
     base = model.BaseImage("id", base_path.name, str(base_path), "raw", MIB, fd=fd)
     try:
-        backend.create(base, target, None, confirm=lambda: None)
+        commit(backend.prepare(base, target, None))
     finally:
         os.close(fd)
 

@@ -24,6 +24,7 @@ import pytest
 
 import imagecache_lib as ic
 from imagecache_lib import errors, model
+from imagecache_lib.backends.interface import PendingDisk
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
@@ -79,13 +80,13 @@ class NotingBackend(Qcow2Backend):
         super().__init__(config, host)
         self.made: dict[str, bytes] = {}
 
-    def create(
-        self, base: model.BaseImage, target: str, size: int | None, *, confirm: Callable[[], None]
-    ) -> model.Disk:
+    def prepare(
+        self, base: model.BaseImage, target: str, size: int | None
+    ) -> contextlib.AbstractContextManager[PendingDisk]:
         assert base.fd is not None
         self.made[target] = os.pread(base.fd, SIZE, 0)
-        self._host.trace("disk:begin")  # type: ignore[arg-type]  # a point of this test alone
-        return super().create(base, target, size, confirm=confirm)
+        self._host.trace("disk:begin")
+        return super().prepare(base, target, size)
 
 
 class Actor:

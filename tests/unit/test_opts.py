@@ -62,6 +62,7 @@ NEW: dict[tuple[str, str], object] = {
     ("image_cache", "space_minimum_age_seconds"): 3600,
     ("image_cache", "scrub_rate"): 32 * 2**20,
     ("image_cache", "certificates_path"): None,
+    ("image_cache", "sync_copied_disks"): True,
     ("image_cache", "max_virtual_size"): 16 * 2**40,
     ("image_cache", "convert_cpu_time_limit"): 3600,
     ("image_cache", "convert_address_space_limit"): 8 * GIB,
@@ -160,6 +161,7 @@ class ConfigFromTest(OptsCase):
             space_minimum_age_seconds = 7
             scrub_rate = 8
             certificates_path = /etc/nova/image-certificates
+            sync_copied_disks = false
             max_virtual_size = 8
             convert_cpu_time_limit = 9
             convert_address_space_limit = 10

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks that exist: inspecting, growing, flattening and removing them, and the base images that they need."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from imagecache_lib import events, model
+from imagecache_lib.admin import CacheAdmin
+from imagecache_lib.backends.interface import StorageBackend
+from imagecache_lib.config import CacheConfig
+from imagecache_lib.ingest import certificates, generate
+from imagecache_lib.ingest.call import Call
+from imagecache_lib.ingest.fetch import Ingest
+from imagecache_lib.ingest.producer import BaseRequest
+from imagecache_lib.sources.interface import ImageSource
+from imagecache_lib.spawn import backing
+from imagecache_lib.spawn.backing import Backing
+from imagecache_lib.spawn.lease import Leases
+from imagecache_lib.store import disk_roots
+from imagecache_lib.store.evidence import Use
+from imagecache_lib.system.host import System
+
+
+class DiskAdmin(CacheAdmin):
+    """The image cache of one host with a source of images, and the disks that were made from it.
+
+    :param config: how to cache.
+    :param source: where images come from, unless a request says otherwise.
+    :param backend: a storage backend, or the name of one. None: the configuration's.
+    :param host: clock, sleep, host name and the like; the default is this machine's.
+    :param certificate_store: knows the certificates of signed images. None: those in ``certificates_path``.
+    :param observers: called with what happens. None: a
+        :class:`~imagecache_lib.observers.log.LogObserver` alone.
+    :raises ConfigError: the backend is unknown or its configuration cannot work.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        source: ImageSource,
+        backend: StorageBackend | str | None = None,
+        *,
+        host: System | None = None,
+        certificate_store: certificates.CertificateStore | None = None,
+        observers: Sequence[events.Observer] | None = None,
+    ) -> None:
+        super().__init__(config, backend, host=host, observers=observers)
+        self.source = source
+        self._ingest = Ingest(self._cache, self._upkeep, certificate_store=certificate_store)
+        self._generator = generate.Generator(self._cache, self._upkeep)
+        self._leases = Leases(self._cache, self._upkeep)
+
+    def inspect_disk(self, target: str) -> model.Disk:
+        """Return what an existing disk is: its format, its size, and the base it needs.
+
+        :param target: absolute path, or for rbd an image name.
+        :raises BackendError: there is none, or it cannot be read.
+        """
+        return self.backend.inspect(target)
+
+    def resize_disk(self, disk: model.Disk, size: int) -> model.Disk:
+        """Grow a disk to ``size`` bytes. It is never shrunk.
+
+        :raises DiskTooSmallError, NoSpaceError, BackendError: the disk is as it was.
+        """
+        return self.backend.resize(disk, size)
+
+    def flatten_disk(self, disk: model.Disk) -> model.Disk:
+        """Cut a disk loose from its base image.
+
+        :raises NoSpaceError, BackendError: the disk still needs its base.
+        """
+        return self.backend.flatten(disk)
+
+    def remove_disk(self, disk: model.Disk) -> None:
+        """Remove a disk. One that is gone is fine.
+
+        :raises BackendError: the storage failed.
+        """
+        self.backend.remove(disk)
+
+    def ensure_backing(
+        self, disk_path: str, *, image_id: str | None = None, request: model.Request | None = None
+    ) -> model.BaseImage | None:
+        """Make sure of the base of an overlay that came from another host, before it is started.
+
+        Makes exactly the name and the format that the overlay's header embeds, if that is this image's
+        base in this cache; a header that says anything else is refused, since a guest may have written it.
+
+        :param image_id: the image that the disk was made from. None: :meth:`create_swap` or
+            :meth:`create_ephemeral` made it, and its base is made anew, byte for byte.
+        :returns: the base, or None if the disk stands alone.
+        :raises BackendError: the header names something else; or the base that is here has another format, or
+            another filesystem than the disk was made on; or nobody knows how an ephemeral base was made; or
+            the disk is outside every disk root, where no pass would see that it needs its base.
+        """
+        if self.inspect_disk(disk_path).format != "qcow2":
+            return None  # whatever header its guest wrote into it
+        needed = backing.wanted(disk_path, image_id, self._cache.layout)
+        if needed is None:
+            return None
+        disk_roots.check_seen(disk_path, self.config)
+        with self._leases.acquire(
+            self._backing_request(needed, disk_path, image_id, request), bypass=False
+        ) as lease:
+            if image_id is None and lease.base.fd is not None:
+                backing.check_made_on(disk_path, lease.base.fd)
+            return dataclasses.replace(lease.base, fd=None)
+
+    def _backing_request(
+        self, needed: Backing, disk_path: str, image_id: str | None, request: model.Request | None
+    ) -> BaseRequest:
+        if image_id is not None:
+            call = self._call(image_id, request, stored_format=needed.format)
+            return self._ingest.request(call, Use.DISK)
+        self._start()
+        wanted = generate.for_overlay(
+            needed.name, needed.format, disk_size=needed.disk_size, disk_path=disk_path
+        )
+        return self._generator.request(wanted)
+
+    def _call(
+        self,
+        image_id: str,
+        request: model.Request | None,
+        *,
+        stored_format: str | None = None,
+        size: int | None = None,
+    ) -> Call:
+        call = Call(
+            image_id,
+            request or model.Request(),
+            source=self.source,
+            config=self.config,
+            host=self.host,
+            stored_format=stored_format,
+            size=size,
+        )
+        self._start()
+        return call
