@@ -70,7 +70,7 @@ class CacheConfig:
     #: take the content and leave the name; ``if_exists="reuse"`` refuses such a disk. Overlays, swap and
     #: kernels are synced always, and so is everything on filesystems without extended attributes.
     sync_copied_disks: bool = True
-    #: Filesystem of ephemeral disks where the caller names none. None: by the guest's type.
+    #: Filesystem of ephemeral disks where the caller names none, or None to choose it by the guest's type.
     default_ephemeral_format: str | None = None
     #: Command lines to make filesystems with, by guest type: ``<os_type>=<command>``.
     virt_mkfs: tuple[str, ...] = ()

@@ -193,7 +193,7 @@ def _lacks(record: Record, requirements: Requirements) -> Iterator[str]:
     vouched = bool(record.certificates) and set(record.certificates) <= set(trusted or ())
     if trusted is not None and not vouched:
         if record.origin is Origin.ADOPTED:
-            yield "nobody witnessed how it was made, so no certificate vouches for it"
+            yield "another program made it, so no certificate vouches for it"
         else:
             yield "it was cached without the certificates that this request demands"
     if requirements.signed and record.signed_by is None and not record.certificates:

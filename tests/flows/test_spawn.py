@@ -260,8 +260,13 @@ class TestVanishingBases(CacheCase):
 
     def test_a_stage_that_is_always_swept_away_ends_with_an_error(self) -> None:
         stages = self.base().parent / ".imagecache" / "stage"
+
+        def sweep() -> None:
+            for path in stages.iterdir():
+                path.unlink()
+
         for _ in range(100):
-            self.points.at("stage:sync", lambda: [path.unlink() for path in stages.iterdir()])
+            self.points.at("stage:sync", sweep)
         with self.assertRaisesRegex(errors.BackendError, "stage directory") as caught:
             self.manager().create_disk(ID, self.target())
         self.assertEqual((ID, []), (caught.exception.image, self.in_flight()))
