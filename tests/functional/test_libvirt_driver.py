@@ -18,6 +18,7 @@ from imagecache_lib.formats import superblock
 from imagecache_lib.store import layout
 from imagecache_lib.testing import bootdisk
 from tests.lab import bindings, kernel, server
+from tests.support import needs
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 MIB, GIB = 2**20, 2**30
@@ -365,4 +366,4 @@ def service_python(home: pathlib.Path, bindings_at: pathlib.Path) -> tuple[str, 
         command = [*AS_NOVA, python, "-c", "import imagecache_lib, libvirt"]
         if not subprocess.run(command, env=environment, cwd="/", capture_output=True, check=False).returncode:
             return python, environment
-    server.lack("no Python is there that another user can run")
+    needs.lack("no Python is there that another user can run")
