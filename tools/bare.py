@@ -30,7 +30,13 @@ import machine_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 USER = "newcomer"
+HOMES = {"root": "/root", USER: f"/home/{USER}"}
 SHELL = ("bash", "-euo", "pipefail", "-c")
+#: Ends all that runs in it, and unmounts all that it mounted, with the program that started it.
+NAMESPACES = (
+    *("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--propagation", "private"),
+    *("--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--"),
+)
 #: A tree that was not used for so long is removed, in seconds.
 UNUSED = 7 * 86400
 #: What `make demo` may take when all is set up, beside the demonstration itself, in seconds.
@@ -46,9 +52,13 @@ INPUTS = (
 )
 
 
-def kept_tree(suite: str) -> pathlib.Path:
-    """Return the directory with the packed root filesystem and the downloads, making them if need be."""
-    sources, options = machine_config.apt_sources(suite), machine_config.apt_options()
+@contextlib.contextmanager
+def kept_tree(suite: str) -> Iterator[pathlib.Path]:
+    """Yield the directory with the packed root filesystem and the downloads, making it if need be.
+
+    Nobody else uses it meanwhile: apt would not share its downloads.
+    """
+    sources = machine_config.apt_sources(suite)
     inputs = [(ROOT / name).read_bytes() for name in INPUTS]
     key = hashlib.sha256(b"\0".join([*inputs, "\n".join(sources).encode()])).hexdigest()[:12]
     trees = (
@@ -62,16 +72,14 @@ def kept_tree(suite: str) -> pathlib.Path:
         if time.time() - other.stat().st_mtime > UNUSED:
             shutil.rmtree(other)
     with (tree / "lock").open("w") as lock:
-        # Of two runs on one machine the second waits, and finds it made.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (tree / "root.tar").exists():
             print(f"{suite}: making a root filesystem, kept in {tree}", flush=True)
-            (tree / "options").write_text(options)
-            command = ["mmdebstrap", "--quiet", "--variant=minbase", "--include=git,make,sudo"]
-            command += [f"--aptopt={tree / 'options'}", suite, tree / "new.tar", *sources]
-            run(*command)
+            (tree / "options").write_text(machine_config.apt_options())
+            options = ["--variant=minbase", "--include=git,make,sudo", f"--aptopt={tree / 'options'}"]
+            run("mmdebstrap", "--quiet", *options, suite, tree / "new.tar", *sources)
             (tree / "new.tar").rename(tree / "root.tar")
-    return tree
+        yield tree
 
 
 def run(*command: str | os.PathLike[str]) -> None:
@@ -90,14 +98,14 @@ class Tree:
         run("tar", "--extract", "--file", kept / "root.tar", "--directory", root, "--numeric-owner")
         for directory in machine_config.lend(root, suite):
             self._bind(directory, directory, "--read-only")
-        for directory in ("dev", "sys"):
-            run("mount", "--rbind", f"/{directory}", root / directory)
+        for name in ("dev", "sys"):
+            run("mount", "--rbind", f"/{name}", root / name)
         run("mount", "-t", "proc", "proc", root / "proc")
         run("mount", "-t", "tmpfs", "tmpfs", root / "dev/shm")
         (kept / "archives/partial").mkdir(parents=True, exist_ok=True)
         self._bind(kept / "archives", pathlib.Path("/var/cache/apt/archives"))
         run("chroot", root, "useradd", "--create-home", "--shell", "/bin/bash", USER)
-        for user, home in (("root", "/root"), (USER, f"/home/{USER}")):
+        for user, home in HOMES.items():
             cache = kept / f"pip-{user}"
             cache.mkdir(exist_ok=True)
             (root / home[1:] / ".cache").mkdir()
@@ -111,23 +119,20 @@ class Tree:
 
     def execute(self, user: str, script: str) -> tuple[int, str]:
         """Run a shell script in the user's home, and show what it says. Returns its exit code and output."""
-        home = "/root" if user == "root" else f"/home/{user}"
         environment = {
             "CI": "true",
-            "HOME": home,
+            "HOME": HOMES[user],
             "LANG": "C.UTF-8",
             "LOGNAME": user,
             "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "USER": user,
             **machine_config.proxies(),
         }
-        command = ["chroot", f"--userspec={user}:", "--groups=", self.root]
-        if user == "root":
-            command = ["chroot", self.root]
+        chroot = ["chroot", f"--userspec={user}:", "--groups=", str(self.root)]
         words = [f"{name}={value}" for name, value in environment.items()]
         said = []
         with subprocess.Popen(
-            [*command, "env", "--ignore-environment", *words, *SHELL, f"cd; {script}"],
+            [*chroot, "env", "--ignore-environment", *words, *SHELL, f"cd; {script}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -186,15 +191,19 @@ class Checks:
 
     def as_user(self, tree: Tree) -> None:
         """The demonstration, by somebody who may become root with sudo."""
-        (tree.root / "etc/sudoers.d/newcomer").write_text(f"{USER} ALL=(ALL) NOPASSWD: ALL\n")
         self.clone(tree, USER)
-        self.check(tree, USER, "make demo", "cd imagecache-lib && make demo")
+        demo = "cd imagecache-lib && make demo"
+        self.refusal(tree, USER, "make demo without rights", demo, "only root can install")
+        (tree.root / "etc/sudoers.d/newcomer").write_text(f"{USER} ALL=(ALL) NOPASSWD: ALL\n")
+        self.check(tree, USER, "make demo", demo)
         self.demo_again(tree, USER)
 
     def as_root(self, tree: Tree) -> None:
         """Both commands, and the packages where no compiler is. Root has no sudo here, and needs none."""
         run("chroot", tree.root, "env", "SUDO_FORCE_REMOVE=yes", "dpkg", "--purge", "sudo")
         self.clone(tree, "root")
+        alone = "cd imagecache-lib && unshare --net make demo"
+        self.refusal(tree, "root", "make demo without a network", alone, "is there a network?")
         self.check(tree, "root", "make demo", "cd imagecache-lib && make demo")
         self.demo_again(tree, "root")
         self.check(tree, "root", "make test", "cd imagecache-lib && make --keep-going test")
@@ -205,6 +214,14 @@ class Checks:
         found = tree.root / "root/imagecache-lib/build/results/here"
         if found.is_dir():
             shutil.copytree(found, self.results, dirs_exist_ok=True)
+
+    def refusal(self, tree: Tree, user: str, name: str, script: str, reason: str) -> None:
+        """Run a script that has to fail, with one line at its end that says why; make adds one of its own."""
+        title = f"{self.suite}, {user}: {name}"
+        print(f"-- {title}", flush=True)
+        code, said = tree.execute(user, script)
+        if not code or reason not in "".join(said.splitlines()[-2:-1]):
+            self.failed.append(f"{title}: does not end with {reason!r}")
 
     def demo_again(self, tree: Tree, user: str) -> None:
         """All is set up: what comes before the demonstration takes no time."""
@@ -232,24 +249,25 @@ def outside(suite: str, results: pathlib.Path) -> int:
     """Make what is missing, and go on in namespaces that end with this process."""
     if os.geteuid() != 0:
         raise SystemExit("bare.py: only root can make a root filesystem")
-    kept = kept_tree(suite)
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(prefix="imagecache-commit-") as scratch:
+    with (
+        kept_tree(suite) as kept,
+        tempfile.TemporaryDirectory(prefix="imagecache-commit-") as scratch,
+    ):
         commit = pathlib.Path(scratch, "commit.bundle")
         run("git", "-C", ROOT, "bundle", "create", "--quiet", commit, "HEAD")
-        namespaces = [
-            "unshare",
-            "--mount",
-            "--propagation",
-            "private",
-            "--pid",
-            "--fork",
-            "--kill-child=KILL",
+        again = [
+            sys.executable,
+            __file__,
+            suite,
+            "--results",
+            str(results),
+            "--inside",
+            str(kept),
+            str(commit),
         ]
-        again = [sys.executable, __file__, suite, "--results", results, "--inside", kept, commit]
-        command = ["setpriv", "--pdeathsig", "KILL", *namespaces, "--mount-proc", "--", *again]
-        return subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+        return subprocess.run([*NAMESPACES, *again], stdin=subprocess.DEVNULL, check=False).returncode
 
 
 def main() -> int:
@@ -262,7 +280,8 @@ def main() -> int:
     chosen = parser.parse_args()
     try:
         if chosen.inside:
-            return inside(chosen.suite, *chosen.inside, chosen.results)
+            kept, commit = chosen.inside
+            return inside(chosen.suite, kept, commit, chosen.results)
         return outside(chosen.suite, chosen.results.resolve())
     except (machine_config.ConfigurationError, subprocess.CalledProcessError) as error:
         raise SystemExit(f"bare.py: {error}") from None

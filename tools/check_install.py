@@ -35,6 +35,8 @@ BROUGHT = {
 #: Even where there is a compiler.
 NO_COMPILER = {"CC": "false", "CXX": "false"}
 
+Command = list[str | os.PathLike[str]]
+
 # Runs inside the new virtualenv, where nothing but what was installed can be imported.
 PROBE = """
 import importlib, importlib.metadata, importlib.util, pathlib, sys
@@ -111,7 +113,15 @@ class Workshop:
         (sdist,) = (self.scratch / "dist").glob("*.tar.gz")
         (wheel,) = (self.scratch / "dist").glob("*.whl")
         everything = f"{wheel}[{','.join(users_extras())}]"
-        fetch = ["wheel", "--quiet", "--wheel-dir", self.house, everything, "pbr>=6.1.1", "setuptools>=77"]
+        fetch: Command = [
+            "wheel",
+            "--quiet",
+            "--wheel-dir",
+            self.house,
+            everything,
+            "pbr>=6.1.1",
+            "setuptools>=77",
+        ]
         run(sys.executable, "-m", "pip", *fetch, environment=NO_COMPILER)
         # Else it would be taken for the sdist.
         (self.house / wheel.name).unlink()
@@ -124,9 +134,9 @@ class Workshop:
         """Install into a new virtualenv and return it."""
         home = pathlib.Path(tempfile.mkdtemp(prefix="venv-", dir=self.scratch))
         run(sys.executable, "-m", "venv", "--without-pip", home)
-        pip = [sys.executable, "-m", "pip", "--python", home / "bin/python"]
+        pip: Command = [sys.executable, "-m", "pip", "--python", home / "bin/python"]
         wanted = f"{what}[{extras}]" if extras else what
-        offline = ["install", "--quiet", "--no-index", "--find-links", self.house, wanted]
+        offline: Command = ["install", "--quiet", "--no-index", "--find-links", self.house, wanted]
         run(*pip, *offline, environment=NO_COMPILER | environment)
         return home
 
@@ -137,8 +147,8 @@ class Workshop:
         home = self.install(what, extras, {} if version is None else {"PBR_VERSION": version})
         modules = [BROUGHT[extra] for extra in extras.split(",") if extra]
         # What dependencies announce of their own future is no matter here.
-        python = [home / "bin/python", "-I", "-W", "ignore"]
-        probe = [*python, "-c", PROBE, self.scratch / "image.qcow2", home / "instances"]
+        python: Command = [home / "bin/python", "-I", "-W", "ignore"]
+        probe: Command = [*python, "-c", PROBE, self.scratch / "image.qcow2", home / "instances"]
         lines = run(*probe, *modules, cwd=home).splitlines()
         said = lines[0].removeprefix("version ")
         found = {line for line in lines if line.startswith("file ")}
@@ -151,7 +161,16 @@ class Workshop:
         return f"version {said}, {len(found)} files, {entries} entry points", problems
 
     def _compare_disk(self, disk: pathlib.Path) -> list[str]:
-        command = ["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", self.scratch / "image.qcow2", disk]
+        command: Command = [
+            "qemu-img",
+            "compare",
+            "-f",
+            "qcow2",
+            "-F",
+            "qcow2",
+            self.scratch / "image.qcow2",
+            disk,
+        ]
         same = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
         return [] if same else ["the disk that was spawned differs from its image"]
 

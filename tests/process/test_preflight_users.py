@@ -38,7 +38,7 @@ def findings(instances: pathlib.Path, user: str) -> list[list[str]]:
     needs.root()
     accounts = instances.parent / "passwd"
     accounts.write_text(f"root:x:0:0::/:/bin/sh\n{user}:x:64055:64055::/:/usr/sbin/nologin\n")
-    command = [
+    command: list[str | pathlib.Path] = [
         needs.program("unshare"), "--mount", "--propagation", "private", "--",
         "sh", "-c", 'mount --bind "$1" /etc/passwd && shift && exec "$@"', "sh", accounts,
         sys.executable, "-c", PROGRAM, instances,
