@@ -21,7 +21,7 @@ from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from tests.lab import filesystems
-from tests.support import files
+from tests.support import files, needs
 from tests.support.cache_case import ID, raw_image
 
 NAME = layout.base_name(ID)
@@ -71,7 +71,7 @@ def driver(
     instances: pathlib.Path, image: pathlib.Path, *, injected: Sequence[str] = (), target: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a spawn in a process of its own, with faults injected into its system calls."""
-    trace = [] if not injected else ["strace", "-f", "-qq", "-o", os.devnull, *injected]
+    trace = [] if not injected else [needs.program("strace"), "-f", "-qq", "-o", os.devnull, *injected]
     target = str(instances / "instance" / "disk") if target is None else target
     command = [*trace, sys.executable, "-c", _DRIVER, str(instances), str(image), target, ID]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

@@ -20,10 +20,8 @@ import imagecache_lib as ic
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep.verify import VerifyReport
-from tests.support import files
+from tests.support import files, needs
 from tests.support.cache_case import ID
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 NAME = layout.base_name(ID)
 NOBODY = 65534
@@ -57,6 +55,11 @@ class Cache:
 
     def overlay(self, path: pathlib.Path) -> None:
         files.overlay(path, self.base)
+
+
+@pytest.fixture(autouse=True)
+def as_root() -> None:
+    needs.root()
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from imagecache_lib.testing import bootdisk
 from imagecache_lib.upkeep.verify import VerifyReport
 from tests.lab import bindings, kernel, server
 from tests.lab import libvirt as libvirt_lab
+from tests.support import needs
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 MIB, GIB = 2**20, 2**30
@@ -376,4 +377,4 @@ def service_python(home: pathlib.Path, bindings_at: pathlib.Path) -> tuple[str, 
         command = [*AS_NOVA, python, "-c", "import imagecache_lib, libvirt"]
         if not subprocess.run(command, env=environment, cwd="/", capture_output=True, check=False).returncode:
             return python, environment
-    server.lack("no Python is there that another user can run")
+    needs.lack("no Python is there that another user can run")

@@ -25,6 +25,7 @@ from tests.lab import glance as glance_lab
 from tests.lab import rabbit as rabbit_lab
 from tests.lab import relay as relay_lab
 from tests.lab import server
+from tests.support import needs
 
 COMMAND = (sys.executable, "-W", "ignore", "-m", "imagecache_lib.cli.main")
 MIB = 2**20
@@ -291,7 +292,7 @@ def test_an_image_that_is_gone_comes_from_a_peer(fleet: Fleet, glance: glance_la
     pathlib.Path(secret).write_text("a-secret-of-the-peers\n")
     subprocess.run(
         [
-            server.tool("openssl"),
+            needs.program("openssl"),
             "req",
             "-x509",
             "-newkey",

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Iterator, Mapping
 
 from tests.lab import server
+from tests.support import needs
 
 _PROGRAM = "/usr/lib/rabbitmq/bin/rabbitmq-server"
 
@@ -67,8 +68,8 @@ def running_rabbit(home: pathlib.Path) -> Iterator[Rabbit]:
     :param home: an existing, empty directory for all it writes.
     """
     if not os.access(_PROGRAM, os.X_OK):
-        server.lack("rabbitmq-server is not installed")
-    epmd, port, mapper, peers = server.tool("epmd"), *(server.free_port() for _ in range(3))
+        needs.lack("rabbitmq-server is not installed")
+    epmd, port, mapper, peers = needs.program("epmd"), *(server.free_port() for _ in range(3))
     (home / "plugins").write_text("[].\n")
     (home / "rabbitmq.conf").write_text(_CONFIGURATION.format(port=port))
     environment = {

@@ -19,6 +19,7 @@ from imagecache_lib.formats.superblock import Signature
 from imagecache_lib.ingest import generate
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
+from tests.support import needs
 
 MIB, GIB = 2**20, 2**30
 EXT4 = f"ephemeral_1_{hashlib.md5(b'ext4', usedforsecurity=False).hexdigest()[:7]}"
@@ -134,8 +135,7 @@ def test_shared_bases_are_the_same_on_every_host(tmp_path: pathlib.Path, kind: s
 )
 def test_what_has_no_name_of_its_own_is_made_in_place(place: Place, asked: dict[str, str]) -> None:
     fs = asked.get("fs", "ext4")
-    if shutil.which(f"mkfs.{fs}", path=SBIN) is None:
-        pytest.skip(f"mkfs.{fs} is not installed")
+    needs.program(f"mkfs.{fs}")
     disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux", **asked)
     assert (disk.format, disk.base) == ("raw", None)
     found = seen(disk.target)
@@ -230,7 +230,7 @@ def nova_made(place: Place, name: str, size: int, *command: str, days_old: int =
     with open(path, "wb") as file:
         file.truncate(size)
     if command:
-        run(*command, str(path))
+        run(needs.program(command[0]), *command[1:], str(path))
     when = os.stat(path).st_mtime - days_old * 86400
     os.utime(path, (when, when))
     return path

@@ -28,6 +28,7 @@ from imagecache_lib.backends.interface import PendingDisk
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
+from tests.support import campaign
 from tests.support.cache_case import ID
 
 NAME = layout.base_name(ID)
@@ -255,25 +256,27 @@ def directory() -> Iterator[pathlib.Path]:
         yield pathlib.Path(path)
 
 
-#: Walk all schedules of two actors without locks too, and two preemptions of the others: 126,000, 15 minutes.
-FULL = bool(os.environ.get("IMAGECACHE_FULL_WALK"))
+# A campaign walks all schedules of two actors without locks too, and two preemptions of the others: 126,000.
+THREE = campaign.pick(sample=3, whole=None)
+ONE = campaign.pick(sample=1, whole=2)
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(
     ("names", "cached", "locking", "preemptions"),
     [
         (["spawn-1", "evict"], True, True, None),
         (["spawn-1", "evict"], False, True, None),
         (["spawn-1", "cache"], False, True, None),
-        (["spawn-1", "evict"], True, False, None if FULL else 3),
-        (["spawn-1", "evict"], False, False, None if FULL else 3),
-        (["spawn-1", "cache"], False, False, None if FULL else 3),
-        (["spawn-1", "spawn-2", "evict"], True, True, 2 if FULL else 1),
-        (["spawn-1", "spawn-2", "evict"], True, False, 2 if FULL else 1),
-        (["spawn-1", "cache", "evict"], False, True, 2 if FULL else 1),
+        (["spawn-1", "evict"], True, False, THREE),
+        (["spawn-1", "evict"], False, False, THREE),
+        (["spawn-1", "cache"], False, False, THREE),
+        (["spawn-1", "spawn-2", "evict"], True, True, ONE),
+        (["spawn-1", "spawn-2", "evict"], True, False, ONE),
+        (["spawn-1", "cache", "evict"], False, True, ONE),
         (["spawn-1", "cache", "evict"], False, False, 2),
-        (["spawn-1", "spawn-2", "evict", "cache"], False, True, 2 if FULL else 0),
-        (["spawn-1", "spawn-2", "evict", "cache"], False, False, 2 if FULL else 1),
+        (["spawn-1", "spawn-2", "evict", "cache"], False, True, campaign.pick(sample=0, whole=2)),
+        (["spawn-1", "spawn-2", "evict", "cache"], False, False, ONE),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else str(value),
 )

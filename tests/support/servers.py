@@ -13,13 +13,11 @@ import ipaddress
 import json
 import os
 import pathlib
-import shutil
 import socket
 import ssl
 import struct
 import subprocess
 import threading
-import unittest
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 
@@ -27,6 +25,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from tests.support import needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,11 +262,9 @@ class GlanceServer(Server):
 def nginx(root: pathlib.Path, work: pathlib.Path) -> Iterator[str]:
     """Serve a directory with nginx as a child process; yields its URL.
 
-    :raises unittest.SkipTest: nginx is not installed.
+    Where nginx is lacking, the test ends: :mod:`tests.support.needs`.
     """
-    command = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-    if command is None:
-        raise unittest.SkipTest("nginx is not installed")
+    command = needs.program("nginx")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         user = "user root;" if os.geteuid() == 0 else ""

@@ -159,11 +159,13 @@ from imagecache_lib.system.waiter import Waiter
 from imagecache_lib.system import locks
 lock = locks.waiting(sys.argv[1], shared=False, host=System(), stall_timeout=0)
 assert lock.__enter__()
-reader, writer = os.pipe()
+parent = os.getpid()
 if os.fork():
     os._exit(0)
-os.close(writer)
-os.read(reader, 1)  # until the parent is gone, and its descriptors with it
+# A process that ends hands its children over after all its files are released. A pipe's end may come
+# before: the kernel releases the files in no order that one could rely on.
+while os.getppid() == parent:
+    time.sleep(0.001)
 print("alive", flush=True)
 sys.stdin.read()
 """
