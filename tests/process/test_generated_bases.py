@@ -155,8 +155,8 @@ def test_what_has_no_name_of_its_own_is_made_in_place(place: Place, asked: dict[
     if shutil.which(f"mkfs.{fs}", path=SBIN) is None:
         pytest.skip(f"mkfs.{fs} is not installed")
     disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux", **asked)
-    assert (disk.format, disk.base) == ("raw", None)
-    found = seen(disk.target)
+    assert (disk.format, disk.base) == ("qcow2", None)
+    found = seen_in(disk)
     assert found is not None
     assert found.kind == fs
     if fs != "ntfs":
@@ -183,8 +183,8 @@ def test_the_operators_command_is_run_and_shared_with_nobody(place: Place) -> No
     command = "linux=mkfs.ext4 -q -F -m 0 -L %(fs_label)s %(target)s"
     manager = place.manager(virt_mkfs=(command,))
     disk = manager.create_ephemeral(place.target(), size_gb=1, os_type="linux", label="mine")
-    assert (disk.base, place.bases()) == (None, [])
-    found = seen(disk.target)
+    assert (disk.base, disk.format, place.bases()) == (None, "qcow2", [])
+    found = seen_in(disk)
     assert found is not None
     assert (found.kind, found.label) == ("ext4", "mine")
 
@@ -273,8 +273,8 @@ def test_an_unformatted_base_in_use_is_passed_by(place: Place) -> None:
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", str(path), "-F", "raw", place.target("old"))
     before = content(path)
     disk = place.manager().create_swap(place.target(), size_mb=32)
-    assert (disk.base, disk.format) == (None, "raw")
-    assert seen(disk.target) == Signature("swap", 32 * MIB)
+    assert (disk.base, disk.format) == (None, "qcow2")
+    assert seen_in(disk) == Signature("swap", 32 * MIB)
     assert content(path) == before
 
 
@@ -310,7 +310,7 @@ def test_a_base_with_another_filesystem_stays_and_the_disk_gets_its_own(
         overlay(place, str(base), name="user")
     before = content(base)
     disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux")
-    assert disk.base is None
+    assert (disk.base, disk.format) == (None, "qcow2")
     assert seen_in(disk) == Signature("ext4", GIB, "ephemeral0")
     assert (content(base), place.staged()) == (before, [])
 
