@@ -10,13 +10,13 @@ from imagecache_lib import events, model
 from imagecache_lib.admin import CacheAdmin
 from imagecache_lib.backends.interface import StorageBackend
 from imagecache_lib.config import CacheConfig
-from imagecache_lib.ingest import certificates, generate
+from imagecache_lib.ingest import certificates, generate, resized
 from imagecache_lib.ingest.call import Call
 from imagecache_lib.ingest.fetch import Ingest
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.spawn import backing
 from imagecache_lib.spawn.lease import Leases
-from imagecache_lib.store import disk_roots
+from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.system.host import System
 
@@ -100,7 +100,8 @@ class DiskAdmin(CacheAdmin):
             base does not tell which filesystem it has. None: not told; then the disk itself may show it.
         :param fs: likewise.
         :param label: likewise.
-        :returns: the base, or None if the disk stands alone.
+        :returns: the base, or None if the disk stands alone. It may be a legacy resized one of the image
+            (``<sha1>_<GiB>``), which is served while it is there, and never made.
         :raises BackendError: the header names something else; or the base that is here has another format, or
             another filesystem than the disk was made on; or it is not here, and nothing tells which
             filesystem it had, or no other host can make it; or the disk is outside every disk root, where no
@@ -114,7 +115,10 @@ class DiskAdmin(CacheAdmin):
         disk_roots.check_seen(disk_path, self.config)
         if image_id is not None:
             call = self._call(image_id, request, stored_format=needed.format)
-            base = self._ingest.request(call, Use.DISK)
+            if layout.classify(needed.name) is layout.Kind.RESIZED:
+                base = resized.request(self._cache, needed.name, call, disk_path)
+            else:
+                base = self._ingest.request(call, Use.DISK)
         else:
             self._start()
             base = self._generator.request(

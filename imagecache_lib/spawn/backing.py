@@ -193,7 +193,10 @@ def _cached(named: str, disk_path: str, image_id: str | None, where: layout.Layo
     name = os.path.basename(named)
     if image_id is not None:
         expected = f"this image's base image {where.base(layout.base_name(image_id))!r}"
-        right = name == layout.base_name(image_id)
+        original, _, resized = name.partition("_")
+        right = original == layout.base_name(image_id) and (
+            not resized or layout.classify(name) is layout.Kind.RESIZED
+        )
     else:
         expected = f"a swap or ephemeral base in {where.base_path!r}"
         right = layout.classify(name) in (layout.Kind.SWAP, layout.Kind.EPHEMERAL)
