@@ -10,15 +10,13 @@ from imagecache_lib import events, model
 from imagecache_lib.admin import CacheAdmin
 from imagecache_lib.backends.interface import StorageBackend
 from imagecache_lib.config import CacheConfig
-from imagecache_lib.ingest import certificates, generate
+from imagecache_lib.ingest import certificates, generate, resized
 from imagecache_lib.ingest.call import Call
 from imagecache_lib.ingest.fetch import Ingest
-from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.spawn import backing
-from imagecache_lib.spawn.backing import Backing
 from imagecache_lib.spawn.lease import Leases
-from imagecache_lib.store import disk_roots
+from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.system.host import System
 
@@ -82,7 +80,14 @@ class DiskAdmin(CacheAdmin):
         self.backend.remove(disk)
 
     def ensure_backing(
-        self, disk_path: str, *, image_id: str | None = None, request: model.Request | None = None
+        self,
+        disk_path: str,
+        *,
+        image_id: str | None = None,
+        os_type: str | None = None,
+        fs: str | None = None,
+        label: str | None = None,
+        request: model.Request | None = None,
     ) -> model.BaseImage | None:
         """Make sure of the base of an overlay that came from another host, before it is started.
 
@@ -91,10 +96,16 @@ class DiskAdmin(CacheAdmin):
 
         :param image_id: the image that the disk was made from. None: :meth:`create_swap` or
             :meth:`create_ephemeral` made it, and its base is made anew, byte for byte.
-        :returns: the base, or None if the disk stands alone.
+        :param os_type: of an ephemeral disk, as :meth:`create_ephemeral` was asked for it. The name of its
+            base does not tell which filesystem it has. None: not told; then the disk itself may show it.
+        :param fs: likewise.
+        :param label: likewise.
+        :returns: the base, or None if the disk stands alone. It may be a legacy resized one of the image
+            (``<sha1>_<GiB>``), which is served while it is there, and never made.
         :raises BackendError: the header names something else; or the base that is here has another format, or
-            another filesystem than the disk was made on; or nobody knows how an ephemeral base was made; or
-            the disk is outside every disk root, where no pass would see that it needs its base.
+            another filesystem than the disk was made on; or it is not here, and nothing tells which
+            filesystem it had, or no other host can make it; or the disk is outside every disk root, where no
+            pass would see that it needs its base.
         """
         if self.inspect_disk(disk_path).format != "qcow2":
             return None  # whatever header its guest wrote into it
@@ -102,24 +113,22 @@ class DiskAdmin(CacheAdmin):
         if needed is None:
             return None
         disk_roots.check_seen(disk_path, self.config)
-        with self._leases.acquire(
-            self._backing_request(needed, disk_path, image_id, request), bypass=False
-        ) as lease:
-            if image_id is None and lease.base.fd is not None:
-                backing.check_made_on(disk_path, lease.base.fd)
-            return dataclasses.replace(lease.base, fd=None)
-
-    def _backing_request(
-        self, needed: Backing, disk_path: str, image_id: str | None, request: model.Request | None
-    ) -> BaseRequest:
         if image_id is not None:
             call = self._call(image_id, request, stored_format=needed.format)
-            return self._ingest.request(call, Use.DISK)
-        self._start()
-        wanted = generate.for_overlay(
-            needed.name, needed.format, disk_size=needed.disk_size, disk_path=disk_path
-        )
-        return self._generator.request(wanted)
+            if layout.classify(needed.name) is layout.Kind.RESIZED:
+                base = resized.request(self._cache, needed.name, call, disk_path)
+            else:
+                base = self._ingest.request(call, Use.DISK)
+        else:
+            self._start()
+            base = self._generator.request(
+                backing.generation(needed, disk_path, os_type=os_type, fs=fs, label=label, config=self.config)
+            )
+        with self._leases.acquire(base, bypass=False) as lease:
+            assert lease.base.fd is not None  # a leased base is open
+            if image_id is None:
+                backing.check_made_on(disk_path, lease.base.fd)
+            return dataclasses.replace(lease.base, fd=None)
 
     def _call(
         self,

@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from imagecache_lib import model
 from imagecache_lib.backends import file, interface
 from imagecache_lib.backends.interface import Feature, PendingDisk
-from imagecache_lib.formats.qcow2 import overlay
+from imagecache_lib.formats.qcow2 import overlay, standalone
 from imagecache_lib.system import atomic_file
 from imagecache_lib.system.translate import translated
 
 
 class Qcow2Backend(file.FileBackend):
-    """qcow2 overlays with an explicit backing file and an explicit backing format."""
+    """qcow2 overlays with an explicit backing file and an explicit backing format.
+
+    Disks that stand alone are qcow2 as well: Nova's image type of that name takes every disk for qcow2, and a
+    guest whose raw disk is taken for qcow2 chooses which file of the host it reads.
+    """
 
     name = "qcow2"
     features = frozenset({Feature.OVERLAY, Feature.RESIZE, Feature.FLATTEN})
@@ -29,6 +33,33 @@ class Qcow2Backend(file.FileBackend):
                 if self._config.preallocate_images == "space":
                     atomic_file.allocate(file.fd, wanted)
             yield self._sealed(file, model.Disk(target, "qcow2", wanted, base.name))
+
+    @contextlib.contextmanager
+    def prepare_standalone(
+        self, base: model.BaseImage, target: str, size: int | None
+    ) -> Iterator[PendingDisk]:
+        wanted = interface.whole_sectors(base.virtual_size if size is None else size)
+        assert base.fd is not None  # a held base is open
+        with atomic_file.unfinished(target, self._host) as file:
+            with translated(target):
+                if base.format == "raw":
+                    standalone.write_standalone(base.fd, file.fd, wanted)
+                else:
+                    self._convert(base, base.fd, file, wanted)
+                if self._config.preallocate_images == "space":
+                    atomic_file.allocate(file.fd, wanted)
+            # Without its tables a qcow2 is no disk at all, so that its content is always synced.
+            yield self._sealed(file, model.Disk(target, "qcow2", wanted))
+
+    def _convert(
+        self, base: model.BaseImage, base_fd: int, file: atomic_file.UnfinishedFile, size: int
+    ) -> None:
+        if base.format == "qcow2":
+            atomic_file.copy_content(base_fd, file.fd)
+        else:
+            self._qemu_img.convert(base.path, base.format, file.path, "qcow2")
+        if size > base.virtual_size:
+            self._qemu_img.resize(file.path, "qcow2", size)
 
     def flatten(self, disk: model.Disk) -> model.Disk:
         current, backing_file = self._read(disk.target)

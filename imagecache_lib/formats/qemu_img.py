@@ -118,6 +118,16 @@ class QemuImg:
                 next_step="have its owner upload a good image under a new id",
             ) from error
 
+    def convert(self, source: str, source_format: str, target: str, target_format: str) -> None:
+        """Convert a disk without a backing file into an existing, empty file; zeros stay holes.
+
+        :raises BackendError: qemu-img failed.
+        :raises NoSpaceError: the filesystem is full.
+        """
+        self._work(
+            target, "convert", "-W", "-m", "8", "-f", source_format, "-O", target_format, source, target
+        )
+
     def resize(self, path: str, format: str, size: int) -> None:
         """Grow a disk to ``size`` bytes.
 

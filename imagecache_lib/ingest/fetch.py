@@ -110,6 +110,10 @@ class ImageProducer:
         self._call = call
         self._use = use
 
+    def unmet(self, opened: OpenBase) -> Unmet | None:
+        """Return None: a record says all that is known of a fetched image."""
+        return None
+
     def refuse_impossible(self) -> None:
         """Refuse what no fetch could satisfy, before one is begun.
 

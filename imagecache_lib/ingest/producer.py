@@ -27,6 +27,12 @@ class Producer(Protocol):
     def refuse_impossible(self) -> None:
         """Raise if :meth:`produce` could only fail."""
 
+    def unmet(self, opened: OpenBase) -> Unmet | None:
+        """Return why a base image does not serve, whatever its record says. None if the record says it all.
+
+        :raises BackendError: it cannot be read.
+        """
+
     def produce(self) -> SealedStage:
         """Make the base image in a stage file, which is the caller's to publish or to discard.
 
@@ -56,6 +62,7 @@ class BaseRequest:
     :param waiter: the caller.
     :param image_id: the image that it is made from. None: it is made from none (swap, ephemeral).
     :param retries: what is left of the call's retries.
+    :param publishable: whether what the producer makes may be published. False: it is for the call alone.
     """
 
     name: str
@@ -64,6 +71,7 @@ class BaseRequest:
     waiter: Waiter
     image_id: str | None = None
     retries: RetryBudget = dataclasses.field(default_factory=_retries)
+    publishable: bool = True
 
     @property
     def label(self) -> str:

@@ -88,6 +88,26 @@ class Filler:
         self._tell(events.Bypassed(request.name, request.label, reason=reason))
         return self.produce(request)
 
+    def go_around(self, request: BaseRequest, unmet: Unmet | None, *, bypass: bool) -> SealedStage:
+        """Make a private copy, where a sound base of the name serves others, or nothing may have the name.
+
+        :param unmet: why the base does not serve. None: there is none.
+        :param bypass: whether a private copy will do.
+        :raises BackendError: it will not do.
+        :raises: whatever the request's producer raises.
+        """
+        if unmet is not None and not bypass:
+            raise errors.BackendError(
+                f"the base of that name does not serve, and serves others: {unmet.reason}",
+                image=request.label,
+                path=self._cache.layout.base(request.name),
+                next_step="flatten the disk where it was made, and move it again",
+            )
+        request.producer.refuse_impossible()
+        if unmet is not None:
+            self._tell(events.Bypassed(request.name, request.label, reason=unmet.reason))
+        return self.produce(request)
+
     def produce(self, request: BaseRequest) -> SealedStage:
         """Make a base image in a stage file, over again should that be swept away.
 

@@ -117,12 +117,15 @@ class Leases:
                 if isinstance(found, Fit):
                     stack.enter_context(held.pop_all())
                     return self._lease(request, found, production)
+            if _stands_aside(found, request):
+                made = self._filler.go_around(request, found, bypass=bypass)
+                return self._private(stack, request, made)
             if filled:
                 request.retries.spend(self._vanished(request))
-            made = self._fill(request, bypass=bypass)
-            if isinstance(made, SealedStage):
-                return self._private(stack, request, made)
-            production = made or production
+            filling = self._fill(request, bypass=bypass)
+            if isinstance(filling, SealedStage):
+                return self._private(stack, request, filling)
+            production = filling or production
             filled = True
 
     def _hold(self, stack: contextlib.ExitStack, request: BaseRequest) -> Fit | evidence.Unmet | None:
@@ -191,6 +194,11 @@ class Leases:
             path=self._cache.layout.base(request.name),
             next_step="find out what removes files from the cache",
         )
+
+
+def _stands_aside(found: evidence.Unmet | None, request: BaseRequest) -> bool:
+    """Whether a request gets a copy of its own, without evicting or publishing anything."""
+    return found.sound if found is not None else not request.publishable
 
 
 def _base_image(request: BaseRequest, record: evidence.Record, path: str, fd: int) -> model.BaseImage:

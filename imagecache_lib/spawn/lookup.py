@@ -42,6 +42,8 @@ def judge(cache: CacheStore, opened: OpenBase | None, request: BaseRequest) -> F
         return None
     with contextlib.ExitStack() as stack:
         stack.callback(opened.close)
+        if (unmet := request.producer.unmet(opened)) is not None:
+            return unmet
         with translated(opened.path):
             record = cache.record_of(opened) or publish.finish(cache, opened)
         unmet = _UNWITNESSED if record is None else evidence.unmet(record, request.requirements)

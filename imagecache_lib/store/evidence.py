@@ -160,10 +160,12 @@ class Unmet:
     :param reason: as a clause.
     :param can_recheck: nothing speaks against it but that it was not inspected under today's rules, and
         inspecting the file can make up for that.
+    :param sound: the base is whole, and serves requests for what it is: it stays, used or not.
     """
 
     reason: str
     can_recheck: bool = False
+    sound: bool = False
 
 
 def unmet(record: Record, requirements: Requirements) -> Unmet | None:

@@ -27,6 +27,12 @@ readable by Nova::
 Who may do what
 ---------------
 
+*The name of an ephemeral base does not tell its filesystem*: the superblock is read. Earlier releases took
+the name at its word. They named an ext4 base ``ephemeral_<GiB>_40d1d2c`` whatever the configuration; overlays
+on it go on being served. Beside this release on one directory they take ``ephemeral_<GiB>_0706d66`` for vfat:
+no base is lost by that, but a new disk may get the other filesystem. Update all hosts before the next such
+disk is made or moved.
+
 *Base names are never replaced.* A base appears by ``link(stage/<id>, <name>)`` of a finished, fsynced
 file, and disappears by ``rename(<name>, trash/<name>.<id>/base)``. While the name exists its bytes do not
 change. Nothing is ever written through it.
@@ -169,8 +175,12 @@ def swap_name(size_mb: int) -> str:
 def ephemeral_name(size_gb: int, mkfs: str) -> str:
     """Return the name of the shared ephemeral base of a size in GiB.
 
-    :param mkfs: the filesystem's name, or the operator's mkfs command line where one is configured. Its md5
-        is part of the name, as Nova's is (ext4: ``40d1d2c``, vfat: ``0706d66``).
+    The name does not tell which filesystem the base has: Nova makes what the guest's type or its disk's
+    ``guest_format`` says, under a name that leaves both out. Nothing is inferred from it.
+
+    :param mkfs: the operator's mkfs command line where one is configured, else ``default_ephemeral_format``,
+        else ``vfat``, as Nova's ``get_file_extension_for_os_type`` in nova/privsep/fs.py has it. Its md5 is
+        part of the name (vfat: ``0706d66``, ext4: ``40d1d2c``).
     """
     return f"ephemeral_{size_gb}_{hashlib.md5(mkfs.encode(), usedforsecurity=False).hexdigest()[:7]}"
 

@@ -149,6 +149,16 @@ class BackendContract(_Case):
                 self.assertIsNone(disk.base)
         self.assertEqual(before, self.content(self.base))
 
+    def test_every_disk_has_the_format_that_its_backend_is_named_after(self) -> None:
+        """A driver may state the format once for all disks of a backend, as Nova does for qcow2."""
+        found = set()
+        for _name, prepare in self.both():
+            for size in (None, self.size + MIB):
+                found.add(commit(prepare(self.base, self.make_target(), size)).format)
+        self.assertEqual(1, len(found))
+        if self.backend.name in ("raw", "qcow2"):
+            self.assertEqual({self.backend.name}, found)
+
     def test_a_disk_is_grown_to_the_size_asked_for(self) -> None:
         for _name, prepare in self.both():
             disk = commit(prepare(self.base, self.make_target(), self.size + 3 * MIB))

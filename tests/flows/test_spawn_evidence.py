@@ -56,14 +56,28 @@ class TestKernelsAndDisks(CacheCase):
         self.assertEqual(DATA, content_of(disk.target, "qcow2"))
         self.assertEqual((1, []), (self.happened(events.Bypassed), self.in_flight()))
 
-    def test_a_disk_that_goes_around_the_cache_stands_alone(self) -> None:
+    def test_a_disk_that_goes_around_the_cache_stands_alone_in_its_backends_format(self) -> None:
         manager = self.manager()
         self.fetch_file(manager, "kernel")
         disk = manager.create_disk(ID, self.target(), size=4 * MIB)
-        self.assertIsNone(disk.base)
+        self.assertEqual(("qcow2", None), (disk.format, disk.base))
+        self.assertEqual(disk, manager.inspect_disk(disk.target))
         self.assertEqual((1, self.qcow2), (self.happened(events.Bypassed), self.base().read_bytes()))
         self.base().unlink()
         self.assertEqual(DATA + bytes(MIB), content_of(disk.target, disk.format))
+
+    def test_without_conversion_a_disk_that_goes_around_the_cache_has_its_backends_format(self) -> None:
+        for format in ("qcow2", "vmdk", "vdi"):
+            with self.subTest(format):
+                image = disk_image(self.directory, format)
+                source = FakeSource({format: image}, disk_format=format)
+                manager = self.manager(source, force_raw_images=False)
+                manager.fetch_file(format, self.target(f"kernel-{format}"))
+                os.truncate(self.base(format), 4096)  # it does not serve, and is too young to go
+                disk = manager.create_disk(format, self.target(format), size=8 * MIB)
+                self.assertEqual(("qcow2", None, 8 * MIB), (disk.format, disk.base, disk.virtual_size))
+                self.assertEqual(DATA + bytes(5 * MIB), content_of(disk.target, "qcow2"))
+                self.assertEqual([], self.in_flight())
 
     def test_a_lease_for_drivers_and_caching_ahead_never_go_around_the_cache(self) -> None:
         manager = self.manager()

@@ -196,7 +196,7 @@ def test_swap_and_ephemeral_disks_are_formatted_and_shared(compute: Compute) -> 
     driver.spawn(two)
     says(driver, two, "CIRROS BOOT 0")
     _root, swap, first, second = driver.disks(one).present()
-    assert (swap.base, first.base, second.base) == ("swap_8", "ephemeral_1_40d1d2c", None)
+    assert (swap.base, first.base, second.base) == ("swap_8", "ephemeral_1_0706d66", None)
     driver.power_off(one)
     found = []
     for disk in (swap, first, second):
@@ -242,7 +242,7 @@ def test_a_guest_migrates_with_its_disks_and_without_its_bases(compute: Compute)
     migration.migrate_disk_and_power_off(here, guest, there.cache.config.instances_path)
     arrived = migration.finish_migration(there, guest)
     says(there, arrived, "CIRROS BOOT 1")
-    assert bases(there) == {"cirros", "swap_8", "ephemeral_1_40d1d2c"}
+    assert bases(there) == {"cirros", "swap_8", "ephemeral_1_0706d66"}
     # Until it is confirmed the source may have to take the guest back.
     assert here.periodic([]).evicted == ()
     migration.confirm_migration(here, guest)
@@ -340,7 +340,7 @@ def test_a_service_user_runs_all_of_it_beside_libvirts_own(
     lines = finished.stdout.splitlines()
     assert lines[-2:] == [
         "resized: 2048 MiB",
-        "evicted: " + " ".join(sorted([layout.base_name("image"), "ephemeral_1_40d1d2c", "swap_64"])),
+        "evicted: " + " ".join(sorted([layout.base_name("image"), "ephemeral_1_0706d66", "swap_64"])),
     ]
     assert lines[-3] == "evicted:"
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import subprocess
 import tempfile
 import unittest
 from typing import Any
@@ -156,6 +157,43 @@ class TestFormats(FileBackendCase):
         one, two = self.create(RawBackend), self.create(Qcow2Backend, f"{self.target}.two")
         self.backend(RawBackend).remove(one)
         self.assertEqual({two.target: "qcow2"}, self.pinned())
+
+    def test_a_disk_that_stands_alone_is_qcow2_whatever_its_base_is(self) -> None:
+        for format in ("raw", "qcow2", "vmdk", "vdi", "vpc"):
+            with self.subTest(format):
+                path = self.root / "_base" / f"{format}-base"
+                command = ["qemu-img", "convert", "-f", "raw", "-O", format, self.base.path, str(path)]
+                subprocess.run(command, check=True)
+                self.assert_stands_alone(path, format)
+
+    def assert_stands_alone(self, base_path: pathlib.Path, format: str) -> None:
+        info = subprocess.run(
+            ["qemu-img", "info", "--output=json", "-f", format, str(base_path)],
+            capture_output=True,
+            check=True,
+        )
+        size = json.loads(info.stdout)["virtual-size"]  # vpc rounds up to its geometry
+        fd = os.open(base_path, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        base = model.BaseImage("id", NAME, str(base_path), format, size, fd=fd)
+        target = f"{self.target}.{format}"
+        backend = self.backend(Qcow2Backend)
+        disk = commit(backend.prepare_standalone(base, target, 4 * MIB))
+        self.assertEqual(model.Disk(target, "qcow2", 4 * MIB), disk)
+        self.assertEqual(disk, backend.inspect(target))
+        self.assertEqual("qcow2", self.pinned()[target])
+        compare = ["qemu-img", "compare", "-f", "raw", "-F", "qcow2", self.base.path, target]
+        subprocess.run(compare, check=True, capture_output=True)
+        subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", target], check=True)
+
+    def test_a_raw_disk_of_an_earlier_release_goes_on_as_raw(self) -> None:
+        disk = self.create(RawBackend)
+        os.removexattr(disk.target, FORMAT_MARK)
+        backend = self.backend(Qcow2Backend)
+        found = backend.inspect(disk.target)
+        self.assertEqual(("raw", None, MIB), (found.format, found.base, found.virtual_size))
+        self.assertEqual(("raw", 2 * MIB), (backend.resize(found, 2 * MIB).format, 2 * MIB))
+        self.assertEqual(2 * MIB, os.stat(disk.target).st_size)
 
 
 class TestSizes(FileBackendCase):
