@@ -100,7 +100,20 @@ class TestLegacyBases(CacheCase):
         base.unlink()
         files.overlay(str(base), "/etc/passwd", backing_format="raw", size="1G")
         disk = self.target()
-        command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", base, disk, "1G"]
+        command = [
+            "qemu-img",
+            "create",
+            "-q",
+            "-u",
+            "-f",
+            "qcow2",
+            "-F",
+            "qcow2",
+            "-b",
+            str(base),
+            str(disk),
+            "1G",
+        ]
         subprocess.run(command, check=True)
         with self.assertRaises(errors.BackendError):
             self.manager().ensure_backing(disk, image_id=ID)

@@ -151,7 +151,7 @@ def test_shared_bases_are_the_same_on_every_host(tmp_path: pathlib.Path, kind: s
 @pytest.mark.parametrize(
     "asked", [{"fs": "ext3"}, {"label": "ephemeral1"}, {"fs": "xfs"}, {"fs": "ntfs"}, {"fs": "ext2"}]
 )
-def test_what_has_no_name_of_its_own_is_made_in_place(place: Place, asked: dict[str, str]) -> None:
+def test_what_has_no_name_of_its_own_is_made_in_place(place: Place, asked: dict[str, Any]) -> None:
     fs = asked.get("fs", "ext4")
     needs.program(f"mkfs.{fs}")
     disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux", **asked)
@@ -325,7 +325,7 @@ def test_a_base_with_another_filesystem_stays_and_the_disk_gets_its_own(
     ],
 )
 def test_a_base_that_is_there_serves_whoever_wants_its_filesystem(
-    place: Place, there: tuple[str, ...], asked: dict[str, str]
+    place: Place, there: tuple[str, ...], asked: dict[str, Any]
 ) -> None:
     base = nova_made(place, NAME, GIB, *there)
     before = content(base)
@@ -405,7 +405,7 @@ def arrive(disk: ic.Disk, here: Place, there: Place) -> str:
     ],
 )
 def test_the_base_of_an_overlay_that_arrives_is_made_as_it_was(
-    place: Place, kind: str, told: dict[str, str]
+    place: Place, kind: str, told: dict[str, Any]
 ) -> None:
     first = place.manager()
     if kind == "swap":
@@ -480,7 +480,7 @@ def test_what_only_its_maker_can_make_is_checked_and_never_made(place: Place) ->
     ],
 )
 def test_what_cannot_be_told_or_made_is_refused_with_what_to_do(
-    place: Place, told: dict[str, str], cause: str
+    place: Place, told: dict[str, Any], cause: str
 ) -> None:
     disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux")
     moved = arrive(disk, place, place)
@@ -500,7 +500,7 @@ def test_an_operators_command_is_not_taken_to_make_the_same_again(place: Place) 
 
 @pytest.mark.parametrize("told", [{}, {"os_type": "linux"}])
 def test_the_filesystem_that_nova_made_is_not_made_anew_under_its_guests_writes(
-    place: Place, told: dict[str, str]
+    place: Place, told: dict[str, Any]
 ) -> None:
     base = nova_made(place, NAME, GIB, "mkfs.ext4", "-q", "-F", "-L", "ephemeral0")
     disk = overlay(place, str(base))
