@@ -530,7 +530,8 @@ def test_an_overlay_is_not_put_on_another_filesystem_of_its_bases_name(place: Pl
     (place.base / NAME).unlink()
     nova_made(place, NAME, GIB, "mkfs.vfat", "-F", "32", "-n", "ephemeral0", days_old=2)
     before = content(place.base / NAME)
-    for told in ({}, {"os_type": "linux"}, {"fs": "ext4"}):
+    tries: tuple[dict[str, Any], ...] = ({}, {"os_type": "linux"}, {"fs": "ext4"})
+    for told in tries:
         with pytest.raises(ic.BackendError, match="it is vfat and not ext4") as caught:
             place.manager().ensure_backing(copy, **told)
         assert caught.value.next_step
@@ -543,7 +544,8 @@ def test_nothing_is_made_under_an_overlay_that_shows_another_filesystem(place: P
     disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux")
     mounted(disk.target, place.base / NAME)
     moved = arrive(disk, place, place)
-    for told in ({"os_type": "solaris"}, {"fs": "vfat"}):
+    tries: tuple[dict[str, Any], ...] = ({"os_type": "solaris"}, {"fs": "vfat"})
+    for told in tries:
         with pytest.raises(ic.BackendError, match="it holds ext4 with the label 'ephemeral0'"):
             place.manager().ensure_backing(moved, **told)
     assert place.bases() == []
