@@ -36,8 +36,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "sources backends",
         "ingest",
         "spawn upkeep",
-        "disks diagnostics observers opts",
-        "admin manager",
+        "diagnostics observers opts",
+        "admin",
+        "disks",
+        "manager",
         "precache cli testing __init__",
     )
 )

@@ -131,7 +131,7 @@ class TestEvidence(unittest.TestCase):
             certificates=("middle", "root"),
         )
         requirements = evidence.Requirements(
-            use, stored_format=full.stored_format, signed=True, trusted_certs=("cert", "other")
+            use, stored_format=full.stored_format, signed=True, trusted_certs=("root", "another", "middle")
         )
         self.assertIsNone(evidence.unmet(full, requirements))
         other_format = evidence.Requirements(use, stored_format="another")
