@@ -101,14 +101,15 @@ class Fleet:
 
     def conductor(self, *words: str) -> subprocess.Popen[str]:
         """Begin a command."""
-        process = subprocess.Popen(
-            [*COMMAND, "precache", *words],
-            stdout=subprocess.PIPE,
-            stderr=(self.home / "conductor.log").open("ab"),
-            text=True,
-            env=self.environment,
-        )
-        self.stack.callback(process.wait)
+        with (self.home / "conductor.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*COMMAND, "precache", *words],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=self.environment,
+            )
+        self.stack.enter_context(process)  # waits, and closes the pipe
         self.stack.callback(process.kill)
         return process
 
