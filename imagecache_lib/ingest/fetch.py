@@ -231,6 +231,8 @@ class ImageProducer:
         whole = False
         while True:  # every pass draws on the transfer's one retry budget
             stage.clear()
+            image = fetch.image  # the answer with the data may have told another length
+            self._reserve(stage, call, image.size or 0)
             try:
                 with contextlib.ExitStack() as stack:
                     taken = Intake(

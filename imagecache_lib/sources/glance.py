@@ -22,7 +22,13 @@ import requests
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import answers, exchange
-from imagecache_lib.sources.interface import CannotCopy, CannotResume, ImageSource, SourceRefused
+from imagecache_lib.sources.interface import (
+    CannotCopy,
+    CannotResume,
+    ImageSource,
+    SourceRefused,
+    Unauthorized,
+)
 
 _T = TypeVar("_T")
 
@@ -57,8 +63,8 @@ class GlanceSource(ImageSource):
 
     :param endpoints: URL or URLs of one image service, with or without ``/v2``. They are tried in turn.
         Without any, the session's catalog is asked.
-    :param token: sent as X-Auth-Token; a callable is asked before every request, from any thread. None: no
-        authentication, or the session's.
+    :param token: sent as X-Auth-Token; a callable is asked before every request, from any thread, and once
+        more after a 401. None: no authentication, or the session's.
     :param session: a keystoneauth1 session or adapter, which brings token, catalog and its own rules for TLS.
     :param service_type: and ``service_name``, ``interface``, ``region_name``: which entry of the session's
         catalog, as keystoneauth1 takes them.
@@ -116,8 +122,8 @@ class GlanceSource(ImageSource):
         return f"GlanceSource({where})"
 
     def describe(self, image_id: str) -> model.Image:
-        def ask(root: str) -> model.Image:
-            url, headers = _image_url(root, image_id), self._headers(image_id)
+        def ask(root: str, headers: Mapping[str, str]) -> model.Image:
+            url = _image_url(root, image_id)
             with exchange.exchange(self._web, "GET", url, headers, image_id=image_id) as answer:
                 if answer.status_code != 200:
                     raise answers.refusal(answer, image_id)
@@ -126,14 +132,12 @@ class GlanceSource(ImageSource):
         return self._in_turn(image_id, ask)
 
     @contextlib.contextmanager
-    def open(self, image: model.Image, offset: int = 0) -> Iterator[Iterator[bytes]]:
+    def open(self, image: model.Image, offset: int = 0) -> Iterator[answers.Body]:
         with contextlib.ExitStack() as stack:
 
-            def ask(root: str) -> Iterator[bytes]:
+            def ask(root: str, headers: Mapping[str, str]) -> answers.Body:
                 url = f"{_image_url(root, image.id)}/file"
-                return stack.enter_context(
-                    answers.data(self._web, url, self._headers(image.id), image, offset)
-                )
+                return stack.enter_context(answers.data(self._web, url, headers, image, offset))
 
             stream = self._in_turn(image.id, ask)
             try:
@@ -147,9 +151,9 @@ class GlanceSource(ImageSource):
         # The interoperable import's method "copy-image", which Glance has since Victoria.
         body = json.dumps({"method": {"name": "copy-image"}, "stores": [store]}).encode()
 
-        def ask(root: str) -> None:
+        def ask(root: str, headers: Mapping[str, str]) -> None:
             url = f"{_image_url(root, image.id)}/import"
-            headers = self._headers(image.id) | {"Content-Type": "application/json"}
+            headers = {**headers, "Content-Type": "application/json"}
             with exchange.exchange(self._web, "POST", url, headers, image_id=image.id, body=body) as answer:
                 if answer.status_code in (200, 201, 202):
                     return
@@ -188,20 +192,31 @@ class GlanceSource(ImageSource):
             headers["X-Auth-Token"] = token
         return headers
 
-    def _in_turn(self, image_id: str, ask: Callable[[str], _T]) -> _T:
+    def _in_turn(self, image_id: str, ask: Callable[[str, Mapping[str, str]], _T]) -> _T:
         """Ask one endpoint after the other until one answers; that there is no such image is an answer."""
         roots = self._endpoints or [self._root_from_catalog(image_id)]
         failures: list[errors.SourceError] = []
         first = self._first
         for turn in range(first, first + len(roots)):
             try:
-                answer = ask(roots[turn % len(roots)])
+                answer = self._authorized(image_id, roots[turn % len(roots)], ask)
             except errors.SourceError as error:
                 failures.append(error)
             else:
                 self._first = turn % len(roots)
                 return answer
         raise min(failures, key=_hopelessness)
+
+    def _authorized(self, image_id: str, root: str, ask: Callable[[str, Mapping[str, str]], _T]) -> _T:
+        """Ask one endpoint; once more if it refuses the token and the caller's function has another."""
+        headers = self._headers(image_id)
+        try:
+            return ask(root, headers)
+        except Unauthorized:
+            renewed = self._headers(image_id) if callable(self._token) else headers
+            if renewed == headers:
+                raise
+        return ask(root, renewed)
 
     def _root_from_catalog(self, image_id: str) -> str:
         try:

@@ -33,6 +33,10 @@ class SourceRefused(errors.SourceError):
     """
 
 
+class Unauthorized(SourceRefused):
+    """The source does not accept the token or the credentials: it answers 401 or 407."""
+
+
 class SourceBusy(errors.SourceError):
     """The source asks to be left alone for a while.
 
@@ -70,9 +74,24 @@ class ImageSource(abc.ABC):
         """Open the image's data from a byte offset; the context yields an iterator of chunks.
 
         One attempt: no retries in here. Chunks have any size above 0 (about 1 MiB is best). The iterator
-        ends where the data ends; a source that can tell that the data broke off raises instead.
+        ends where the data ends; a source that can tell that the data broke off raises instead. A chunk is
+        :class:`bytes`. Another object with the buffer protocol is copied when it is taken, so that a source
+        may yield one buffer again and again; text, numbers and lists are refused.
 
-        :param image: as :meth:`describe` returned it.
+        The iterator may have two attributes:
+
+        ``image``
+            An :class:`Image`, read at offset 0: the description as the answer with the data corrects it, such
+            as by its length or its validator. :meth:`open` is given it when the transfer resumes.
+        ``doubt``
+            A :class:`SourceError` or None, read when the data turns out not to be the image's: the error to
+            raise instead of blaming the image. An iterator without it is doubted if the image's ``size`` is
+            None, since what it gave may have been cut off.
+
+        An :class:`OSError` counts as a :class:`SourceError`. Every other exception that is not one of
+        :mod:`imagecache_lib.errors` is taken for a defect of the source, and the call is not retried.
+
+        :param image: as :meth:`describe` returned it, or as an earlier open corrected it.
         :param offset: first byte wanted.
         :raises ImageNotFound: the image or its data is gone.
         :raises CannotResume: only for ``offset > 0``.

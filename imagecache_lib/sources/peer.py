@@ -20,7 +20,6 @@ from imagecache_lib import errors, model
 from imagecache_lib.sources import answers, exchange
 from imagecache_lib.sources.interface import ImageSource, SourceRefused
 
-_ETAG = "etag"
 _LONGEST_ANSWER = 64 * 1024
 _DIGEST = re.compile(r"[0-9a-f]{64,128}")
 _ALGORITHMS = frozenset({"sha256", "sha384", "sha512"})
@@ -105,18 +104,17 @@ class PeerSource(ImageSource):
             digest=digest if self._trusted else None,
             virtual_size=virtual_size,
             converted_from=source if source != stored else None,
-            properties=MappingProxyType({} if tag is None else {_ETAG: tag}),
+            properties=MappingProxyType({} if tag is None else {answers.ETAG: tag}),
         )
 
     @contextlib.contextmanager
-    def open(self, image: model.Image, offset: int = 0) -> Iterator[Iterator[bytes]]:
+    def open(self, image: model.Image, offset: int = 0) -> Iterator[answers.Body]:
         url = f"{self._url}{path_of(image.id)}/data"
-        tag = image.properties.get(_ETAG)
-        with answers.data(self._web, url, self._headers, image, offset, validator=tag) as stream:
+        with answers.data(self._web, url, self._headers, image, offset) as stream:
             yield stream
 
     def can_resume(self, image: model.Image) -> bool:
-        return super().can_resume(image) or image.properties.get(_ETAG) is not None
+        return super().can_resume(image) or image.properties.get(answers.ETAG) is not None
 
 
 def _unintelligible(image_id: str, url: str) -> errors.SourceError:

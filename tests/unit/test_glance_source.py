@@ -235,11 +235,32 @@ class TestSecrets(GlanceCase):
         self.assertEqual([TOKEN, TOKEN], [seen.headers["X-Auth-Token"] for seen in self.server.requests()])
 
     def test_a_callable_is_asked_for_every_request(self) -> None:
-        tokens = iter(["old", TOKEN])
+        tokens = iter([TOKEN, "expired", "expired", TOKEN])
         source = self.source(token=lambda: next(tokens))
+        self.assertEqual(ID, source.describe(ID).id)
         with self.assertRaises(SourceRefused):
             source.describe(ID)
         self.assertEqual(ID, source.describe(ID).id)
+
+    def test_a_callable_is_asked_once_more_after_a_401(self) -> None:
+        for renewed, requests in ((TOKEN, 2), ("expired too", 2), ("expired", 1)):
+            tokens = iter(["expired", renewed])
+            self.server.seen.clear()
+            source = self.source(token=lambda tokens=tokens: next(tokens))
+            with self.subTest(renewed=renewed):
+                if renewed == TOKEN:
+                    self.assertEqual(ID, source.describe(ID).id)
+                else:
+                    self.assertRaises(SourceRefused, source.describe, ID)
+                self.assertEqual(requests, len(self.server.requests()))
+
+    def test_a_token_that_expires_during_a_transfer_is_renewed(self) -> None:
+        cut = Answer(body=DATA[:70_000], length=len(DATA), after="reset")
+        rest = Answer(206, {"Content-Range": f"bytes 70000-199999/{len(DATA)}"}, DATA[70_000:])
+        self.server.script(f"/v2/images/{ID}/file", cut, Answer(401), rest)
+        tokens = iter([TOKEN, TOKEN, "expired", TOKEN])
+        found, image = transfer.describe(self.source(token=lambda: next(tokens)), ID, host=QUIET)
+        self.assertEqual(DATA, b"".join(transfer.Transfer(found, image, host=QUIET).chunks()))
 
     def test_is_in_no_message_log_or_repr(self) -> None:
         def fail() -> str:

@@ -143,8 +143,7 @@ class TestEntityTags(HttpCase):
         # The same length, so that only the tag tells.
         new = random.Random(3).randbytes(len(DATA))
         source = self.source(tagged('"one"'), self.cut, tagged('"two"', new), digest=None)
-        with self.assertRaisesRegex(errors.SourceError, "changed"):
-            self.fetch(source)
+        self.assertEqual(new, self.fetch(source))
 
     def test_a_part_with_another_tag_is_refused(self) -> None:
         lying = Answer(206, {"ETag": '"two"', "Content-Range": "bytes 10-19/20"}, DATA[:10])
@@ -170,7 +169,7 @@ class TestConnections(HttpCase):
     def test_a_server_that_drops_every_request_is_a_source_error(self) -> None:
         with self.assertRaises(errors.SourceError):
             self.source(Answer(after="drop")).describe("x")
-        self.assertEqual(4, len(self.server.requests()))
+        self.assertEqual(["HEAD"] * 4 + ["GET"] * 4, [seen.method for seen in self.server.requests()])
 
     def test_a_silent_server_is_asked_once_per_attempt(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -194,7 +193,7 @@ class TestConnections(HttpCase):
 
     def test_identity_is_asked_for_and_insisted_on(self) -> None:
         packed = Answer(headers={"Content-Encoding": "gzip"}, body=gzip.compress(DATA))
-        source = self.source(packed)
+        source = self.source(packed, digest=None)
         image = source.describe("x")
         self.assertIsNone(image.size)
         with self.assertRaisesRegex(errors.SourceError, "gzip"):
