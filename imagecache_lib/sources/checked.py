@@ -101,11 +101,11 @@ class Opened:
 
     @property
     def doubt(self) -> errors.SourceError | None:
-        """What to blame rather than the image if the data is not the image's: see :meth:`ImageSource.open`."""
+        """What to blame instead of the image for data that is not its: see :meth:`ImageSource.open`."""
         doubt = getattr(self._stream, "doubt", _UNTOLD)
         if doubt is None or isinstance(doubt, errors.SourceError):
             return doubt
-        if self._ended and self.image.size is None:
+        if self._ended and self.image.size is None and self.image.digest is not None:
             return errors.SourceError(
                 "the data is not the image's, and may have been cut off: its length is not told",
                 image=self._image.id,
@@ -212,8 +212,8 @@ def _is_the_sources(error: BaseException) -> bool:
         return False
     from asyncio import CancelledError  # heavy, and rarely needed
 
-    # GeneratorExit would end the caller's loop as if the caller had asked for that. A cancelled task is one of
-    # the source's own event loop: no other can be running in this thread.
+    # GeneratorExit would end the caller's loop as if the caller had asked for that. A cancelled task is one
+    # of the source's own event loop: no other can be running in this thread.
     return isinstance(error, GeneratorExit | CancelledError)
 
 

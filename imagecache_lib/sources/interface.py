@@ -85,8 +85,8 @@ class ImageSource(abc.ABC):
             as by its length or its validator. :meth:`open` is given it when the transfer resumes.
         ``doubt``
             A :class:`SourceError` or None, read when the data turns out not to be the image's: the error to
-            raise instead of blaming the image. An iterator without it is doubted if the image's ``size`` is
-            None, since what it gave may have been cut off.
+            raise instead of blaming the image. An iterator without it is doubted if the image has a digest
+            and no size, since what it gave may have been cut off.
 
         An :class:`OSError` counts as a :class:`SourceError`. Every other exception that is not one of
         :mod:`imagecache_lib.errors` is taken for a defect of the source, and the call is not retried.

@@ -25,8 +25,9 @@ from imagecache_lib.sources.http import HttpImage, HttpSource
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
 from imagecache_lib.system.host import System
+from imagecache_lib.testing.bad_server import BadServer
 from imagecache_lib.testing.sources import FakeSource
-from tests.support import files, servers
+from tests.support import files
 from tests.support.cache_case import ID, raw_image
 
 NAME = layout.base_name(ID)
@@ -75,9 +76,9 @@ def instances(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.fixture
-def server() -> Iterator[servers.Server]:
-    with servers.Server() as running:
-        running.script("/image", lambda seen: servers.data_answer(DATA, seen))
+def server() -> Iterator[BadServer]:
+    with BadServer() as running:
+        running.put("/image", DATA)
         yield running
 
 

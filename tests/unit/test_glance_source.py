@@ -19,8 +19,9 @@ from imagecache_lib.sources import transfer
 from imagecache_lib.sources.glance import GlanceSource
 from imagecache_lib.sources.interface import CannotCopy, SourceBusy, SourceRefused
 from imagecache_lib.system.host import System
+from imagecache_lib.testing.bad_server import Answer, BadServer
 from tests.support.cache_case import ID
-from tests.support.servers import Answer, GlanceServer, Server
+from tests.support.servers import GlanceServer
 
 DATA = random.Random(4).randbytes(200_000)
 TOKEN = "gAAAA-s3same"
@@ -218,7 +219,7 @@ class TestEndpoints(GlanceCase):
 
 class TestSecrets(GlanceCase):
     def test_the_token_never_follows_a_redirect_to_another_origin(self) -> None:
-        other = self.enterContext(Server())
+        other = self.enterContext(BadServer())
         for path in (f"/v2/images/{ID}", f"/v2/images/{ID}/file"):
             self.server.script(path, Answer(302, {"Location": f"{other.url}/steal"}))
         source = self.source()
@@ -316,7 +317,7 @@ class TestKeystoneSessions(GlanceCase):
         self.assertEqual(ID, source.describe(ID).id)
 
     def test_redirects_to_another_origin_are_refused(self) -> None:
-        other = self.enterContext(Server())
+        other = self.enterContext(BadServer())
         self.server.script(f"/v2/images/{ID}", Answer(302, {"Location": f"{other.url}/steal"}))
         with self.assertRaisesRegex(SourceRefused, "another origin"):
             GlanceSource(session=self.session(self.server.url)).describe(ID)
