@@ -43,9 +43,12 @@ class FileSource(ImageSource):
     """Images from files. An id is looked up in the table; it never is a path itself.
 
     :param images: by image id.
+    :raises ConfigError: a compression is unknown.
     """
 
     def __init__(self, images: Mapping[str, FileImage]) -> None:
+        for image in images.values():
+            interface.check_compression(image.compression)
         self._images = dict(images)
 
     def __repr__(self) -> str:

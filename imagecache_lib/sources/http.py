@@ -55,7 +55,7 @@ class HttpSource(ImageSource):
     :param timeout: seconds for the connection, and for each read.
     :param verify: as in requests: True, or the path of a file with CA certificates. False turns
         verification off.
-    :raises ConfigError: a URL is not absolute http or https.
+    :raises ConfigError: a URL is not absolute http or https, or a compression is unknown.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class HttpSource(ImageSource):
     ) -> None:
         for image in images.values():
             exchange.check_url(image.url)
+            interface.check_compression(image.compression)
         self._images = dict(images)
         send = exchange.SessionSend(session, verify=verify, timeout=timeout)
         self._web = exchange.Web(send, send.stranger())

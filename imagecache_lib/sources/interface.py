@@ -120,6 +120,18 @@ class ImageSource(abc.ABC):
         return image.digest is not None
 
 
+def check_compression(compression: str | None) -> None:
+    """Refuse a compression that is not one of :data:`imagecache_lib.model.COMPRESSIONS`.
+
+    :raises ConfigError: it is not.
+    """
+    if compression is not None and compression not in model.COMPRESSIONS:
+        raise errors.ConfigError(
+            f"an image's compression is {compression!r}, which is not known here",
+            next_step=f"use one of {', '.join(model.COMPRESSIONS)}",
+        )
+
+
 def entry_of(table: Mapping[str, T], image_id: str) -> T:
     """Return what a source's table of images has under an id.
 
