@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import interface
+from imagecache_lib.sources import interface, tables
 from imagecache_lib.sources.interface import CannotResume, ImageSource, NotPermitted
 from imagecache_lib.system import sparse
 
@@ -50,6 +50,12 @@ class FileSource(ImageSource):
         for image in images.values():
             interface.check_compression(image.compression)
         self._images = dict(images)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> ImageSource:
+        """Make one from ``table``, the path of a table: :mod:`imagecache_lib.sources.tables`."""
+        interface.require_options("file", options, "table", needed="table")
+        return cls(tables.read(options["table"], FileImage))
 
     def __repr__(self) -> str:
         return f"FileSource({len(self._images)} images)"

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import requests
 
 from imagecache_lib import model
-from imagecache_lib.sources import answers, exchange, interface
+from imagecache_lib.sources import answers, exchange, interface, tables
 from imagecache_lib.sources.interface import ImageSource
 
 _NONE: Mapping[str, str] = MappingProxyType({})
@@ -72,6 +72,13 @@ class HttpSource(ImageSource):
         self._images = dict(images)
         send = exchange.SessionSend(session, verify=verify, timeout=timeout)
         self._web = exchange.Web(send, send.stranger())
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> ImageSource:
+        """Make one from ``table``, the path of a table of images, and ``cafile``."""
+        interface.require_options("http", options, "table", "cafile", needed="table")
+        table = tables.read(options["table"], HttpImage)
+        return cls(table, verify=options.get("cafile") or True)
 
     def __repr__(self) -> str:
         return f"HttpSource({len(self._images)} images)"

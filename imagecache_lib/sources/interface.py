@@ -59,6 +59,22 @@ class NotPermitted(errors.ImageNotFound):
 class ImageSource(abc.ABC):
     """A place that has images. Safe to share between threads."""
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> ImageSource:
+        """Make one from options as a command line or a configuration file has them.
+
+        The default calls the class with them as keyword arguments. A source whose arguments are no text
+        overrides it.
+
+        :raises ConfigError: an option is missing, unknown or wrong.
+        """
+        try:
+            return cls(**options)
+        except TypeError as error:
+            raise errors.ConfigError(
+                f"a {cls.__name__} cannot be made of these options: {error}", next_step="correct the options"
+            ) from error
+
     @abc.abstractmethod
     def describe(self, image_id: str) -> model.Image:
         """Return what the source knows of the image, without its data.
@@ -129,6 +145,24 @@ def check_compression(compression: str | None) -> None:
         raise errors.ConfigError(
             f"an image's compression is {compression!r}, which is not known here",
             next_step=f"use one of {', '.join(model.COMPRESSIONS)}",
+        )
+
+
+def require_options(name: str, options: Mapping[str, str], *known: str, needed: str) -> None:
+    """Refuse options that a source does not have.
+
+    :param name: the source's, for the message.
+    :param needed: the option that it cannot do without.
+    :raises ConfigError: one is unknown, or the needed one is missing.
+    """
+    for option in options:
+        if option not in known:
+            raise errors.ConfigError(
+                f"the source {name} has no option {option!r}", next_step=f"use {', '.join(known)}"
+            )
+    if needed not in options:
+        raise errors.ConfigError(
+            f"the source {name} lacks the option {needed!r}", next_step=f"give it as {needed}=VALUE"
         )
 
 

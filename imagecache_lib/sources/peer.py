@@ -10,7 +10,7 @@ import base64
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +18,7 @@ import requests
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import answers, exchange
-from imagecache_lib.sources.interface import ImageSource, SourceRefused
+from imagecache_lib.sources.interface import ImageSource, SourceRefused, require_options
 
 _LONGEST_ANSWER = 64 * 1024
 _DIGEST = re.compile(r"[0-9a-f]{64,128}")
@@ -70,6 +70,17 @@ class PeerSource(ImageSource):
         self._headers = {"Authorization": f"Bearer {token}", "Accept-Encoding": "identity"}
         # No other origin: a peer that redirects is none.
         self._web = exchange.Web(exchange.SessionSend(None, verify=verify, timeout=timeout))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> ImageSource:
+        """Make one from ``url``, ``token``, ``cafile`` and ``trusted`` (``yes`` or ``no``)."""
+        require_options("peer", options, "url", "token", "cafile", "trusted", needed="url")
+        return cls(
+            options["url"],
+            token=options.get("token", ""),
+            trusted=options.get("trusted", "no") == "yes",
+            verify=options.get("cafile") or True,
+        )
 
     def __repr__(self) -> str:
         return f"PeerSource({exchange.shown(self._url)!r})"

@@ -11,6 +11,7 @@ import random
 import unittest
 from typing import Any
 
+import keystoneauth1.adapter
 import keystoneauth1.session
 import keystoneauth1.token_endpoint
 
@@ -294,6 +295,48 @@ class TestKeystoneSessions(GlanceCase):
         image = source.describe(ID)
         with source.open(image, 100) as stream:
             self.assertEqual(DATA[100:], b"".join(stream))
+
+    def test_an_adapter_keeps_its_catalog_entry_and_its_endpoint_override(self) -> None:
+        asked: list[dict[str, Any]] = []
+        url = self.server.url
+
+        class Auth(keystoneauth1.token_endpoint.Token):
+            def get_endpoint(self, session: Any, **kwargs: Any) -> str:
+                asked.append(kwargs)
+                return url
+
+        wanted: dict[str, Any] = {"interface": ["internal", "public"], "region_name": "RegionTwo"}
+        session = keystoneauth1.session.Session(auth=Auth("http://unused", TOKEN))
+        for name in ("adapter", "session"):
+            asked.clear()
+            adapter = keystoneauth1.adapter.Adapter(session, service_type="image", **wanted)
+            self.assertEqual(ID, GlanceSource(**{name: adapter}).describe(ID).id)
+            self.assertEqual(wanted, {key: asked[0][key] for key in wanted})
+            overriding = keystoneauth1.adapter.Adapter(
+                keystoneauth1.session.Session(auth=Auth("http://unused", TOKEN)),
+                endpoint_override=url + "/v2",
+            )
+            asked.clear()
+            image = GlanceSource(**{name: overriding}).describe(ID)
+            self.assertEqual((ID, []), (image.id, asked))
+
+    def test_an_adapter_sends_its_own_authentication_and_request_id(self) -> None:
+        class WithServiceToken(keystoneauth1.token_endpoint.Token):
+            def get_headers(self, session: Any) -> dict[str, str]:
+                return {**super().get_headers(session), "X-Service-Token": "the service's"}
+
+        adapter = keystoneauth1.adapter.Adapter(
+            keystoneauth1.session.Session(),
+            auth=WithServiceToken(self.server.url, TOKEN),
+            global_request_id="req-0123",
+        )
+        source = GlanceSource(adapter=adapter)
+        with source.open(source.describe(ID)) as stream:
+            self.assertEqual(DATA, b"".join(stream))
+        for seen in self.server.requests():
+            headers = {name.lower(): value for name, value in seen.headers.items()}
+            self.assertEqual("the service's", headers["x-service-token"])
+            self.assertEqual("req-0123", headers["x-openstack-request-id"])
 
     def test_may_be_given_endpoints(self) -> None:
         source = GlanceSource([DOWN, self.server.url], session=self.session("http://unused"))
