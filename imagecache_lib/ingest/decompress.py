@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from imagecache_lib import errors, model
 from imagecache_lib.config import CacheConfig
+from imagecache_lib.ingest.call import Call
 from imagecache_lib.store import evidence
 from imagecache_lib.system import sparse
 
@@ -97,24 +98,6 @@ def compression_of(image: model.Image, use: evidence.Use, config: CacheConfig) -
             next_step="upload the image unpacked, or set decompress_images",
         )
     return ANY
-
-
-def unpacking(
-    image: model.Image,
-    use: evidence.Use,
-    config: CacheConfig,
-    *,
-    reserve: Callable[[int], None],
-    check: Callable[[], None],
-) -> Unpacking | None:
-    """Return what unpacks an image's data, or None for one that is to be taken as it comes.
-
-    :raises ImageRejected: as :func:`compression_of`.
-    """
-    compression = compression_of(image, use, config)
-    if compression is None:
-        return None
-    return Unpacking(compression, most=config.max_virtual_size, reserve=reserve, check=check)
 
 
 class _Member(Protocol):
@@ -195,24 +178,24 @@ class Unpacking:
     """Turns the bytes of one compressed image into the image's own, as they come.
 
     :param compression: one of :data:`model.COMPRESSIONS`, or :data:`ANY`.
+    :param call: asked with each piece whether anybody still waits for it.
     :param most: most bytes to produce.
     :param reserve: raises the stage's reservation to so many bytes, or raises NoSpaceError.
-    :param check: raises once nobody waits any more; called with each piece.
     :raises ConfigError: what unpacks Zstandard is not installed.
     """
 
     def __init__(
         self,
         compression: str,
+        call: Call,
         *,
         most: int,
         reserve: Callable[[int], None],
-        check: Callable[[], None],
     ) -> None:
         self._compression = compression
+        self._call = call
         self._most = most
         self._reserve = reserve
-        self._check = check
         self._zstandard = _zstandard() if compression == "zstd" else None
         self._member: _Member | None = None
         self._members = 0
@@ -316,7 +299,7 @@ class Unpacking:
                 yield piece
 
     def _account(self, piece: bytes) -> None:
-        self._check()
+        self._call.check()
         self._produced += len(piece)
         if self._produced > self._most:
             raise self._bad(f"it unpacks to more than {self._most} bytes")

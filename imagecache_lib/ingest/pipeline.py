@@ -69,7 +69,12 @@ class Intake:
         self._whole = whole
         self._closing = contextlib.ExitStack()
         self._inspection = self._new_inspection() if use is evidence.Use.DISK else None
-        self._unpacking = decompress.unpacking(image, use, cache.config, reserve=reserve, check=call.check)
+        compression = decompress.compression_of(image, use, cache.config)
+        self._unpacking = (
+            decompress.Unpacking(compression, call, most=cache.config.max_virtual_size, reserve=reserve)
+            if compression is not None
+            else None
+        )
         # Of the content, which is what is inspected and decoded.
         self._content_size = image.size if self._unpacking is None else None
         self._finding: inspection.Finding | None = None

@@ -14,13 +14,11 @@ a thread from outside pass through unchanged.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources.interface import ImageSource, SourceRefused
-
-T = TypeVar("T")
 
 #: Chunks without a byte that are borne in a row. More are a source that never gets on.
 MOST_EMPTY_CHUNKS = 10_000
@@ -49,7 +47,9 @@ def describe(source: ImageSource, image_id: str) -> model.Image:
     :raises SourceRefused: the source failed in a way of its own, or what it returned is no description of
         this image.
     """
-    return checked_image(_guarded(image_id, lambda: source.describe(image_id)), image_id)
+    with _Guard(image_id):
+        image = source.describe(image_id)
+    return checked_image(image, image_id)
 
 
 def can_resume(source: ImageSource, image: model.Image) -> bool:
@@ -57,7 +57,8 @@ def can_resume(source: ImageSource, image: model.Image) -> bool:
 
     :raises SourceRefused: the source failed in a way of its own.
     """
-    return bool(_guarded(image.id, lambda: source.can_resume(image)))
+    with _Guard(image.id):
+        return bool(source.can_resume(image))
 
 
 class Opened:
@@ -79,7 +80,7 @@ class Opened:
         self._ended = False
 
     def __enter__(self) -> Opened:
-        def enter() -> Iterator[object]:
+        with _Guard(self._image.id):
             context = self._source.open(self._image, self._offset)
             if not isinstance(context, contextlib.AbstractContextManager):
                 raise _defect(
@@ -88,12 +89,10 @@ class Opened:
             self._context = context
             entered = context.__enter__()
             try:
-                return iter(entered)
+                self._stream = iter(entered)
             except BaseException as error:
                 context.__exit__(type(error), error, error.__traceback__)
                 raise
-
-        self._stream = _guarded(self._image.id, enter)
         corrected = getattr(self._stream, "image", None)
         if isinstance(corrected, model.Image):
             self.image = checked_image(corrected, self._image.id)
@@ -115,7 +114,8 @@ class Opened:
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         # What the body raised is the caller's; a source may neither swallow nor replace it.
         if error is None:
-            _guarded(self._image.id, lambda: self._context.__exit__(None, None, None))
+            with _Guard(self._image.id):
+                self._context.__exit__(None, None, None)
             return
         with contextlib.suppress(Exception, GeneratorExit):
             self._context.__exit__(kind, error, traceback)
@@ -128,7 +128,8 @@ class Opened:
         """
         empty = 0
         while True:
-            chunk = _guarded(self._image.id, self._next)
+            with _Guard(self._image.id):
+                chunk = self._next()
             if chunk is None:
                 self._ended = True
                 return
@@ -188,20 +189,26 @@ def checked_image(image: object, image_id: str) -> model.Image:
     return image
 
 
-def _guarded(image_id: str, act: Callable[[], T]) -> T:
-    """Call into a source, and let only this library's errors out, each of which names the image."""
-    try:
-        return act()
-    except errors.ImageCacheError as error:
-        if error.image is None:
-            error.image = image_id
-        raise
-    except (OSError, MemoryError) as error:
-        raise errors.SourceError(_failed(error), image=image_id, next_step="try again later") from error
-    except BaseException as error:
-        if not _is_the_sources(error):
-            raise
-        raise SourceRefused(_failed(error), image=image_id, next_step=_REPORT) from error
+class _Guard:
+    """Around a call into a source: lets only this library's errors out, each of which names the image."""
+
+    def __init__(self, image_id: str) -> None:
+        self._image_id = image_id
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            return
+        if isinstance(error, errors.ImageCacheError):
+            error.image = error.image or self._image_id
+        elif isinstance(error, (OSError, MemoryError)):
+            raise errors.SourceError(
+                _failed(error), image=self._image_id, next_step="try again later"
+            ) from error
+        elif _is_the_sources(error):
+            raise SourceRefused(_failed(error), image=self._image_id, next_step=_REPORT) from error
 
 
 def _is_the_sources(error: BaseException) -> bool:

@@ -192,24 +192,21 @@ class GlanceSource(ImageSource):
         first = self._first
         for turn in range(first, first + len(roots)):
             try:
-                answer = self._authorized(image_id, roots[turn % len(roots)], ask)
+                root, headers = roots[turn % len(roots)], self._headers(image_id)
+                try:
+                    answer = ask(root, headers)
+                except Unauthorized:
+                    # The token may have expired since: the caller's function is asked once more.
+                    renewed = self._headers(image_id) if callable(self._token) else headers
+                    if renewed == headers:
+                        raise
+                    answer = ask(root, renewed)
             except errors.SourceError as error:
                 failures.append(error)
             else:
                 self._first = turn % len(roots)
                 return answer
         raise min(failures, key=_hopelessness)
-
-    def _authorized(self, image_id: str, root: str, ask: Callable[[str, Mapping[str, str]], _T]) -> _T:
-        """Ask one endpoint; once more if it refuses the token and the caller's function has another."""
-        headers = self._headers(image_id)
-        try:
-            return ask(root, headers)
-        except Unauthorized:
-            renewed = self._headers(image_id) if callable(self._token) else headers
-            if renewed == headers:
-                raise
-        return ask(root, renewed)
 
     def _root_from_catalog(self, image_id: str) -> str:
         try:

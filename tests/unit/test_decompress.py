@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import bz2
+import dataclasses
 import gzip
 import lzma
 import random
 import struct
 import subprocess
+import threading
 import tracemalloc
 import unittest
 import zlib
@@ -20,9 +22,13 @@ import zstandard
 from imagecache_lib import errors, model
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.ingest import decompress
+from imagecache_lib.ingest.call import Call
 from imagecache_lib.store import evidence
+from imagecache_lib.system.host import System
+from imagecache_lib.testing.sources import FakeSource
 
 MIB = 2**20
+CONFIG = CacheConfig(instances_path="/instances")
 #: Data, a hole, data: neither packs to nothing nor not at all.
 DATA = random.Random(9).randbytes(20_000) + bytes(300_000) + bytes(range(256)) * 100
 
@@ -43,8 +49,9 @@ class UnpackingCase(unittest.TestCase):
         self.reserved: list[int] = []
 
     def unpacking(self, compression: str, *, most: int = 2**40, **options: Any) -> decompress.Unpacking:
-        arguments: dict[str, Any] = {"reserve": self.reserved.append, "check": lambda: None, **options}
-        return decompress.Unpacking(compression, most=most, **arguments)
+        request = model.Request(**options)
+        call = Call("x", request, source=FakeSource({}), config=CONFIG, host=System(name="here"))
+        return decompress.Unpacking(compression, call, most=most, reserve=self.reserved.append)
 
     def unpack(
         self, packed: bytes, compression: str = decompress.ANY, *, step: int = MIB, **options: Any
@@ -212,12 +219,11 @@ class TestHostileData(UnpackingCase):
         self.refused(zlib.compress(DATA), "gzip", "does not begin")
 
     def test_a_caller_may_cancel_between_any_two_pieces(self) -> None:
-        def check() -> None:
-            raise errors.CancelledError("cancelled")
-
+        cancel = threading.Event()
+        cancel.set()
         for name, pack in PACK.items():
             with self.subTest(name=name), self.assertRaises(errors.CancelledError):
-                self.unpack(pack(bytes(4 * MIB)), name, check=check)
+                self.unpack(pack(bytes(4 * MIB)), name, cancel=cancel)
 
     def test_many_members_without_content_end(self) -> None:
         for name, pack in PACK.items():
@@ -228,7 +234,7 @@ class TestWhatIsUnpacked(unittest.TestCase):
     def compression(
         self, use: evidence.Use = evidence.Use.DISK, *, allowed: bool = False, **fields: Any
     ) -> str | None:
-        config = CacheConfig(instances_path="/instances", decompress_images=allowed)
+        config = dataclasses.replace(CONFIG, decompress_images=allowed)
         return decompress.compression_of(model.Image("x", **fields), use, config)
 
     def test_plain_containers_are_taken_as_they_come(self) -> None:
