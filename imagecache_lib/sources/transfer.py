@@ -104,24 +104,25 @@ def _describe(source: ImageSource, image_id: str, budget: RetryBudget) -> model.
         except errors.SourceError as error:
             budget.spend(error)
         else:
-            _require_active(image)
+            if image.status != "active":
+                raise _inactive(image)
             return image
 
 
-def _require_active(image: model.Image) -> None:
-    if image.status == "active":
-        return
+def _inactive(image: model.Image) -> errors.ImageCacheError:
     cause = f"the image is not active but {image.status}"
     if image.status in _GONE:
-        raise errors.ImageNotFound(cause, image=image.id, next_step="choose another image")
+        return errors.ImageNotFound(cause, image=image.id, next_step="choose another image")
     if image.status in _NOT_YET_ACTIVE:
-        raise SourceRefused(cause, image=image.id, next_step="try again when its upload is complete")
-    raise errors.ImageRejected(cause, image=image.id, next_step="have the image's owner see to it")
+        return SourceRefused(cause, image=image.id, next_step="try again when its upload is complete")
+    return errors.ImageRejected(cause, image=image.id, next_step="have the image's owner see to it")
 
 
 class Transfer:
     """The fetching of one image, however often it breaks.
 
+    :ivar image: the description, as the answer with the data corrected it. It may be another after
+        :class:`StartAgain`.
     :param source: where :func:`describe` found it.
     :param image: what :func:`describe` returned.
     :param retries: how many attempts in a row may fail without progress. All passes share the budget.
@@ -146,9 +147,10 @@ class Transfer:
         random: Callable[[], float] = random_module.random,
     ) -> None:
         self._source = source
-        self._image = image
+        self.image = image
         self._host = host
         self._max_size = max_size
+        self._limit = max_size if image.size is None else image.size
         self._budget = RetryBudget(
             image.id, host=host, retries=retries, deadline=deadline, cancel=cancel, random=random
         )
@@ -160,11 +162,6 @@ class Transfer:
         self._corrected = False
         self._stream: checked.Opened | None = None
         self._offset = 0
-
-    @property
-    def image(self) -> model.Image:
-        """The description as the answers with the data corrected it: may differ after :class:`StartAgain`."""
-        return self._image
 
     @property
     def resumed(self) -> bool:
@@ -192,7 +189,7 @@ class Transfer:
             self._stop_resuming()
             self._furthest = 0
             self._budget.reset()
-            LOG.warning("image %s: wrong after a resumed transfer; fetching it once more", self._image.id)
+            LOG.warning("image %s: wrong after a resumed transfer; fetching it once more", self.image.id)
             return True
         doubt = self._stream.doubt if self._stream is not None else None
         if doubt is None:
@@ -229,23 +226,24 @@ class Transfer:
     def _attempt(self) -> Generator[bytes]:
         self._budget.check()
         self._host.trace(TracePoint.TRANSFER_OPEN)
-        with checked.Opened(self._source, self._image, self._offset) as stream:
+        with checked.Opened(self._source, self.image, self._offset) as stream:
             self._stream = stream
             if self._offset > 0:
                 self._resumed = True
-            else:
+            elif stream.image is not self.image:
                 self._take_correction(stream.image)
             for chunk in stream:
                 self._budget.check()
-                self._bound(self._offset + len(chunk))
+                if self._limit is not None and self._offset + len(chunk) > self._limit:
+                    raise self._too_long()
                 self._offset += len(chunk)
                 yield chunk
                 self._pace.took(len(chunk))
                 self._host.trace(TracePoint.TRANSFER_CHUNK)
-        if self._image.size is not None and self._offset < self._image.size:
+        if self.image.size is not None and self._offset < self.image.size:
             # A clean end of a connection proves nothing: HTTP/1.0 and many proxies end a broken one so.
             raise errors.SourceError(
-                f"the data ended after {self._offset} of {self._image.size} bytes", image=self._image.id
+                f"the data ended after {self._offset} of {self.image.size} bytes", image=self.image.id
             )
 
     def _take_correction(self, image: model.Image) -> None:
@@ -254,16 +252,15 @@ class Transfer:
         :raises StartAgain: the length is another, so that what the caller prepared is wrong.
         :raises SourceError: it is another for the second time.
         """
-        if image.size != self._image.size:
-            cause = (
-                f"it has {image.size} bytes by the answer with its data, and had {self._image.size} before"
-            )
+        if image.size != self.image.size:
+            cause = f"it has {image.size} bytes by the answer with its data, and had {self.image.size} before"
             if self._corrected:
                 raise errors.SourceError(cause, image=image.id)
             self._corrected = True
-            self._image = image
+            self.image = image
+            self._limit = self._max_size if image.size is None else image.size
             raise StartAgain(cause, image=image.id)
-        self._image = image
+        self.image = image
         self._may_resume = not self._resume_refused and checked.can_resume(self._source, image)
 
     def _stop_resuming(self) -> None:
@@ -277,36 +274,32 @@ class Transfer:
         if isinstance(failure, CannotResume) and reached > 0:
             # The break before it was counted and waited for already.
             self._stop_resuming()
-            raise StartAgain(failure.cause, image=self._image.id) from failure
+            raise StartAgain(failure.cause, image=self.image.id) from failure
         self._reset_if_progress()
         self._budget.spend(failure)
         if self._offset > 0 and not self._may_resume:
-            raise StartAgain(failure.cause, image=self._image.id) from failure
+            raise StartAgain(failure.cause, image=self.image.id) from failure
 
     def _reset_if_progress(self) -> None:
         # Measured from the furthest byte of any pass: starting again is no progress.
-        step = max(_PROGRESS_BYTES, (self._image.size or self._furthest) // _PROGRESS_PART)
+        step = max(_PROGRESS_BYTES, (self.image.size or self._furthest) // _PROGRESS_PART)
         if self._offset >= self._furthest + step:
             self._furthest = self._offset
             self._budget.reset()
 
-    def _bound(self, length: int) -> None:
-        """Refuse more bytes than the image has."""
-        size = self._image.size
-        limit = self._max_size if size is None else size
-        if limit is None or length <= limit:
-            return
+    def _too_long(self) -> errors.ImageCacheError:
+        size = self.image.size
         if self._resumed and self.grant_clean_pass():
-            raise StartAgain("the resumed transfer brought too many bytes", image=self._image.id)
-        if size is not None and self._image.digest is None:
+            return StartAgain("the resumed transfer brought too many bytes", image=self.image.id)
+        if size is not None and self.image.digest is None:
             # Nothing but the source itself says how long the image is, and it contradicts itself. Going on
             # at the offset would only bring the rest of what is too much.
             self._may_resume = False
-            raise errors.SourceError(
-                f"the source sends more than the {size} bytes that it told", image=self._image.id
+            return errors.SourceError(
+                f"the source sends more than the {size} bytes that it told", image=self.image.id
             )
-        raise errors.ImageRejected(
-            f"the source sends more than the {limit} bytes the image may have",
-            image=self._image.id,
+        return errors.ImageRejected(
+            f"the source sends more than the {self._limit} bytes the image may have",
+            image=self.image.id,
             next_step="have the image uploaded anew",
         )
