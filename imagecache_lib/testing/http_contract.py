@@ -78,6 +78,7 @@ class HttpSourceContract(SourceContract):
         for fault in (
             faults.truncated(_BREAK),
             faults.reset(_BREAK),
+            faults.stalled(_BREAK),
             faults.cut_without_length(_BREAK),
             faults.both(faults.chunked(), faults.truncated(_BREAK)),
             faults.dropped(),
