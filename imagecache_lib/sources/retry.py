@@ -13,6 +13,7 @@ from collections.abc import Callable
 from imagecache_lib import errors, model
 from imagecache_lib.sources.interface import SourceBusy, SourceRefused
 from imagecache_lib.system.host import System
+from imagecache_lib.system.retries import RetryBudget
 
 LOG = logging.getLogger(__name__)
 
@@ -29,13 +30,13 @@ class DeadlinePassed(errors.SourceError):
     """The request's deadline passed while the source was asked."""
 
 
-class RetryBudget:
-    """How many more failures a caller accepts in a row.
+class SourceBudget(RetryBudget):
+    """The retries of one transfer or question, with the waiting between them.
 
     :param image_id: the image that errors are about.
     :param host: whose clock and sleep are used.
     :param retries: failures in a row after which another attempt is made.
-    :param deadline: epoch seconds. None: no limit.
+    :param deadline: epoch seconds, or None for no limit.
     :param cancel: ends the waiting once it is set.
     :param random: uniform in [0, 1), for the jitter.
     """
@@ -50,15 +51,14 @@ class RetryBudget:
         cancel: model.CancelToken | None,
         random: Callable[[], float],
     ) -> None:
+        super().__init__(retries)
         self._image_id = image_id
         self._host = host
-        self._retries = retries
         self._deadline = deadline
         self._cancel = cancel
         self._random = random
-        self._failures = 0
 
-    def check(self, cause: errors.SourceError | None = None, ahead: float = 0.0) -> None:
+    def check(self, cause: errors.ImageCacheError | None = None, ahead: float = 0.0) -> None:
         """Raise if the request is cancelled, or its deadline is less than ``ahead`` seconds away.
 
         :param cause: the last failure, for the message.
@@ -75,50 +75,46 @@ class RetryBudget:
                 next_step="try again later, or allow more time",
             ) from cause
 
-    def reset(self) -> None:
-        """Count from zero again: there was progress."""
-        self._failures = 0
-
-    def spend(self, error: errors.SourceError) -> None:
+    def spend(self, failure: errors.ImageCacheError) -> None:
         """Count a failure and wait before the next attempt.
 
         :raises SourceError: there must be no other attempt: the budget is spent, or the failure is one that
             another attempt at once would only repeat.
         :raises CancelledError: the request was cancelled meanwhile.
         """
-        self._failures += 1
-        if isinstance(error, (SourceRefused, DeadlinePassed)):
-            raise error
-        if self._failures > self._retries:
-            raise errors.SourceError(
-                f"{error.cause}; gave up after {self._failures} attempts",
-                image=self._image_id,
-                path=error.path,
-                next_step=error.next_step or "try again later",
-            ) from error
-        delay = self._delay(error)
-        LOG.warning("%s; next attempt in %.1f s (%d of %d)", error, delay, self._failures, self._retries)
-        self._wait(delay, error)
+        if isinstance(failure, (SourceRefused, DeadlinePassed)):
+            raise failure
+        final = errors.SourceError(
+            f"{failure.cause}; gave up after {self._spent + 1} attempts",
+            image=self._image_id,
+            path=failure.path,
+            next_step=failure.next_step or "try again later",
+        )
+        final.__cause__ = failure
+        super().spend(final)
+        delay = self._delay(failure)
+        LOG.warning("%s; next attempt in %.1f s (%d of %d)", failure, delay, self._spent, self._retries)
+        self._wait(delay, failure)
 
-    def _delay(self, error: errors.SourceError) -> float:
+    def _delay(self, failure: errors.ImageCacheError) -> float:
         # Full jitter: hosts that failed together must not come back together.
-        ceiling = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(self._failures - 1, 16))
+        ceiling = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(self._spent - 1, 16))
         delay = self._random() * ceiling
-        asked = error.retry_after if isinstance(error, SourceBusy) else None
+        asked = failure.retry_after if isinstance(failure, SourceBusy) else None
         if asked is None:
             return delay
         if asked > LONGEST_RETRY_AFTER:
             raise errors.SourceError(
-                f"{error.cause}, and asks to wait {asked:.0f} s",
+                f"{failure.cause}, and asks to wait {asked:.0f} s",
                 image=self._image_id,
                 next_step="try again then",
-            ) from error
+            ) from failure
         return asked + delay
 
-    def _wait(self, seconds: float, error: errors.SourceError) -> None:
-        self.check(error, ahead=seconds)
+    def _wait(self, seconds: float, failure: errors.ImageCacheError) -> None:
+        self.check(failure, ahead=seconds)
         while seconds > 0:
             piece = min(seconds, _PIECE)
             self._host.sleep(piece)
             seconds -= piece
-            self.check(error)
+            self.check(failure)

@@ -27,7 +27,7 @@ from collections.abc import Callable, Generator, Sequence
 from imagecache_lib import errors, model
 from imagecache_lib.sources import checked
 from imagecache_lib.sources.interface import CannotResume, ImageSource, NotPermitted, SourceRefused
-from imagecache_lib.sources.retry import DeadlinePassed, RetryBudget
+from imagecache_lib.sources.retry import DeadlinePassed, SourceBudget
 from imagecache_lib.system.host import System
 from imagecache_lib.system.rate import Pace
 from imagecache_lib.system.trace import TracePoint
@@ -72,7 +72,7 @@ def describe(
     """
 
     def ask(candidate: ImageSource) -> model.Image:
-        budget = RetryBudget(
+        budget = SourceBudget(
             image_id, host=host, retries=retries, deadline=deadline, cancel=cancel, random=random
         )
         return _describe(candidate, image_id, budget)
@@ -96,7 +96,7 @@ def describe(
     raise gone
 
 
-def _describe(source: ImageSource, image_id: str, budget: RetryBudget) -> model.Image:
+def _describe(source: ImageSource, image_id: str, budget: SourceBudget) -> model.Image:
     while True:
         budget.check()
         try:
@@ -151,7 +151,7 @@ class Transfer:
         self._host = host
         self._max_size = max_size
         self._limit = max_size if image.size is None else image.size
-        self._budget = RetryBudget(
+        self._budget = SourceBudget(
             image.id, host=host, retries=retries, deadline=deadline, cancel=cancel, random=random
         )
         self._pace = Pace(rate, host=host, check=self._budget.check)

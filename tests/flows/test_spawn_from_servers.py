@@ -9,6 +9,7 @@ import hashlib
 import lzma
 import os
 import random
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import zstandard
@@ -80,7 +81,7 @@ class TestSparseFiles(CacheCase):
                     self.assertEqual(b"\0" + data, stored.read(MIB + 1))
 
 
-PACK = {
+PACK: Mapping[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "xz": lzma.compress,
     "zstd": zstandard.ZstdCompressor().compress,

@@ -55,7 +55,7 @@ def fetch(url: str, digest: model.Digest | None = None) -> bytes:
             continue
 
 
-def test_credentials_of_a_url_follow_an_absolute_redirect_within_the_origin(nginx):
+def test_credentials_of_a_url_follow_an_absolute_redirect_within_the_origin(nginx: nginx_lab.Nginx) -> None:
     with_user = nginx.url.replace("//", "//user:pa%40ss@")
     assert fetch(f"{with_user}/old/a.img") == DATA
     assert fetch(f"{with_user}/private/a.img") == DATA
@@ -63,21 +63,21 @@ def test_credentials_of_a_url_follow_an_absolute_redirect_within_the_origin(ngin
         fetch(f"{nginx.url}/old/a.img")
 
 
-def test_a_page_is_no_image_unless_a_digest_says_so(nginx):
+def test_a_page_is_no_image_unless_a_digest_says_so(nginx: nginx_lab.Nginx) -> None:
     with pytest.raises(SourceRefused, match="text/html"):
         fetch(f"{nginx.url}/pages/a.img")
     assert fetch(f"{nginx.url}/pages/a.img", DIGEST) == DATA
     assert fetch(f"{nginx.url}/unknown/a.img") == DATA
 
 
-def test_codings_matter_only_where_they_change_bytes_and_no_digest_decides(nginx):
+def test_codings_matter_only_where_they_change_bytes_and_no_digest_decides(nginx: nginx_lab.Nginx) -> None:
     assert fetch(f"{nginx.url}/stored/a.img") == DATA
     assert fetch(f"{nginx.url}/packed/a.img", DIGEST) == DATA
     with pytest.raises(errors.SourceError, match="gzip"):
         fetch(f"{nginx.url}/packed/a.img")
 
 
-def test_where_head_is_refused_get_decides(nginx):
+def test_where_head_is_refused_get_decides(nginx: nginx_lab.Nginx) -> None:
     assert fetch(f"{nginx.url}/get-only/a.img") == DATA
     with pytest.raises(errors.ImageNotFound):
         fetch(f"{nginx.url}/get-only/missing.img")

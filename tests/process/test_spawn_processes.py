@@ -25,7 +25,7 @@ from imagecache_lib.sources.http import HttpImage, HttpSource
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
 from imagecache_lib.system.host import System
-from imagecache_lib.testing.bad_server import BadServer
+from imagecache_lib.testing.bad_server import BadServer, Seen
 from imagecache_lib.testing.sources import FakeSource
 from tests.support import files
 from tests.support.cache_case import ID, raw_image
@@ -84,7 +84,7 @@ def server() -> Iterator[BadServer]:
 
 def driver(
     instances: pathlib.Path,
-    server: servers.Server,
+    server: BadServer,
     name: str,
     *,
     threads: int = 1,
@@ -141,7 +141,7 @@ def check_disks(disks: Sequence[pathlib.Path]) -> None:
     reference.unlink()
 
 
-def downloads(server: servers.Server) -> list[servers.Seen]:
+def downloads(server: BadServer) -> list[Seen]:
     return [seen for seen in server.requests("GET") if seen.path == "/image"]
 
 
@@ -161,7 +161,7 @@ def spawn(instances: pathlib.Path, url: str, number: int, start: Barrier) -> Non
 
 
 def test_processes_that_want_one_cold_image_at_once_download_it_once(
-    instances: pathlib.Path, server: servers.Server
+    instances: pathlib.Path, server: BadServer
 ) -> None:
     # Each is forked from a server that has imported everything and opened nothing: 32 start in a second.
     context = multiprocessing.get_context("forkserver")
@@ -184,7 +184,7 @@ def test_processes_that_want_one_cold_image_at_once_download_it_once(
 
 
 def test_threads_that_want_one_cold_image_at_once_download_it_once(
-    instances: pathlib.Path, server: servers.Server
+    instances: pathlib.Path, server: BadServer
 ) -> None:
     finish(driver(instances, server, "thread", threads=MANY))
     assert len(downloads(server)) == 1
@@ -194,7 +194,7 @@ def test_threads_that_want_one_cold_image_at_once_download_it_once(
 
 
 def test_a_stopped_holder_of_the_lock_does_not_stop_the_others(
-    instances: pathlib.Path, server: servers.Server
+    instances: pathlib.Path, server: BadServer
 ) -> None:
     holder = driver(instances, server, "stopped", stop_at="ingest:reserved")
     try:
@@ -265,7 +265,7 @@ KILLS = [*((point, "qcow2") for point in POINTS), ("disk:made", "raw"), ("disk:p
 
 @pytest.mark.parametrize(("point", "backend"), KILLS)
 def test_a_driver_killed_anywhere_leaves_what_the_next_one_repairs(
-    instances: pathlib.Path, server: servers.Server, point: str, backend: str
+    instances: pathlib.Path, server: BadServer, point: str, backend: str
 ) -> None:
     child = driver(instances, server, "killed", kill_at=point, backend=backend)
     child.communicate(timeout=60)

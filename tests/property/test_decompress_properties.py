@@ -8,6 +8,7 @@ import gzip
 import itertools
 import lzma
 import unittest
+from collections.abc import Callable, Mapping
 
 import zstandard
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from imagecache_lib.ingest.call import Call
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
 
-PACK = {
+PACK: Mapping[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "xz": lzma.compress,
     "zstd": zstandard.ZstdCompressor(write_checksum=True).compress,

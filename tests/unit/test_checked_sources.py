@@ -56,20 +56,26 @@ def reused(size: int) -> Iterator[bytearray]:
         yield buffer
 
 
+def yielding(*chunks: object) -> Careless:
+    return Careless(lambda: iter(chunks))
+
+
 class TestChunks(unittest.TestCase):
     def test_a_buffer_that_is_used_again_is_copied(self) -> None:
-        for view in (lambda chunk: chunk, memoryview):
-            source = Careless(lambda view=view: (view(chunk) for chunk in reused(4096)))
+        for source in (
+            Careless(lambda: reused(4096)),
+            Careless(lambda: (memoryview(chunk) for chunk in reused(4096))),
+        ):
             self.assertEqual(DATA, b"".join(fetch(source)))
 
     def test_any_buffer_is_its_bytes(self) -> None:
-        for make in (
-            bytearray,
-            memoryview,
-            lambda data: memoryview(data).cast("I"),
-            lambda d: array.array("Q", d),
+        for chunk in (
+            bytearray(DATA),
+            memoryview(DATA),
+            memoryview(DATA).cast("I"),
+            array.array("Q", DATA),
         ):
-            self.assertEqual([DATA], fetch(Careless(lambda make=make: iter([make(DATA)]))))
+            self.assertEqual([DATA], fetch(yielding(chunk)))
 
     def test_bytes_are_not_copied(self) -> None:
         self.assertIs(DATA, fetch(Careless(lambda: iter([DATA])))[0])
@@ -77,7 +83,7 @@ class TestChunks(unittest.TestCase):
     def test_what_is_no_buffer_is_the_sources_fault_and_not_retried(self) -> None:
         for wrong in ("text", 5, None, [1, 2], 1.5, object()):
             with self.subTest(wrong=wrong):
-                source = Careless(lambda wrong=wrong: iter([DATA[:10], wrong]))
+                source = yielding(DATA[:10], wrong)
                 with self.assertRaisesRegex(SourceRefused, type(wrong).__name__):
                     fetch(source)
                 self.assertEqual(1, source.opens)
@@ -163,7 +169,7 @@ class TestExceptions(unittest.TestCase):
                 yield iter([DATA])
 
         source = Careless(lambda: iter([]))
-        source.open = swallowing  # type: ignore[method-assign,assignment]
+        source.open = swallowing  # type: ignore[method-assign]
         with self.assertRaises(LookupError), checked.Opened(source, GOOD, 0):
             raise LookupError
 
@@ -178,7 +184,7 @@ class TestExceptions(unittest.TestCase):
                 left.append(True)
 
         source = Careless(lambda: iter([]))
-        source.open = opened  # type: ignore[method-assign,assignment]
+        source.open = opened  # type: ignore[method-assign]
         self.assertRaises(SourceRefused, fetch, source)
         self.assertEqual([True], left)
 

@@ -9,6 +9,7 @@ import logging
 import pickle
 import random
 import unittest
+from collections.abc import Callable
 from typing import Any
 
 import keystoneauth1.adapter
@@ -307,23 +308,27 @@ class TestKeystoneSessions(GlanceCase):
 
         wanted: dict[str, Any] = {"interface": ["internal", "public"], "region_name": "RegionTwo"}
         session = keystoneauth1.session.Session(auth=Auth("http://unused", TOKEN))
-        for name in ("adapter", "session"):
+        ways: tuple[Callable[[Any], GlanceSource], ...] = (
+            lambda adapter: GlanceSource(adapter=adapter),
+            lambda adapter: GlanceSource(session=adapter),
+        )
+        for make in ways:
             asked.clear()
             adapter = keystoneauth1.adapter.Adapter(session, service_type="image", **wanted)
-            self.assertEqual(ID, GlanceSource(**{name: adapter}).describe(ID).id)
+            self.assertEqual(ID, make(adapter).describe(ID).id)
             self.assertEqual(wanted, {key: asked[0][key] for key in wanted})
             overriding = keystoneauth1.adapter.Adapter(
                 keystoneauth1.session.Session(auth=Auth("http://unused", TOKEN)),
                 endpoint_override=url + "/v2",
             )
             asked.clear()
-            image = GlanceSource(**{name: overriding}).describe(ID)
+            image = make(overriding).describe(ID)
             self.assertEqual((ID, []), (image.id, asked))
 
     def test_an_adapter_sends_its_own_authentication_and_request_id(self) -> None:
         class WithServiceToken(keystoneauth1.token_endpoint.Token):
             def get_headers(self, session: Any) -> dict[str, str]:
-                return {**super().get_headers(session), "X-Service-Token": "the service's"}
+                return {"X-Auth-Token": TOKEN, "X-Service-Token": "the service's"}
 
         adapter = keystoneauth1.adapter.Adapter(
             keystoneauth1.session.Session(),
