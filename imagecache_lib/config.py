@@ -35,6 +35,8 @@ class CacheConfig:
     # -- fetching ------------------------------------------------------------------------------------
     #: Convert what is fetched to raw. Decides at fetch time only; a base keeps the format it has.
     force_raw_images: bool = True
+    #: Unpack images whose container format is ``compressed`` while they arrive, instead of refusing them.
+    decompress_images: bool = False
     #: How often a source is asked again after a failure that may pass, per endpoint round.
     num_retries: int = 3
     #: How many images one manager fetches at a time. 0: no limit.

@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
+#: How an image's data may be compressed as a whole.
+COMPRESSIONS = ("gzip", "xz", "zstd", "bzip2")
+
 
 @dataclasses.dataclass(frozen=True)
 class Digest:
@@ -45,6 +48,9 @@ class Image:
     :param stores: names of the image service's stores that hold it.
     :param converted_from: the data is a conversion of an image of this format, as other caches have it.
         With None the data is the image's own.
+    :param compression: how the data is compressed: one of :data:`COMPRESSIONS`. It is decompressed while it
+        arrives; ``size`` and ``digest`` are of the compressed data. With None it is not, as far as the source
+        knows.
     :param properties: everything else the source said, such as ``img_signature``.
     """
 
@@ -58,6 +64,7 @@ class Image:
     locations: tuple[str, ...] = ()
     stores: tuple[str, ...] = ()
     converted_from: str | None = None
+    compression: str | None = None
     properties: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
 
 

@@ -49,6 +49,7 @@ _FIELDS = {
         "space_minimum_age_seconds",
         "scrub_rate",
         "max_virtual_size",
+        "decompress_images",
         "convert_cpu_time_limit",
         "convert_address_space_limit",
         "lock_timeout",
@@ -526,6 +527,12 @@ def _new_opts() -> Sequence[cfg.Opt]:
             "disk may be there without its content, and is refused where it would be reused.",
         ),
         integer("max_virtual_size", "Bytes above which an image's virtual size is refused."),
+        cfg.BoolOpt(
+            "decompress_images",
+            default=default["decompress_images"],
+            help="Unpack images whose container_format is compressed (gzip, xz, zstd or bzip2 of one disk) "
+            "while they arrive. If false, they are refused.",
+        ),
         integer(
             "convert_cpu_time_limit", "CPU seconds that a qemu-img or mkfs may take which makes something."
         ),

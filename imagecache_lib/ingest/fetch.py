@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator
 from imagecache_lib import errors, events, model
 from imagecache_lib.formats import qemu_img
 from imagecache_lib.formats.qcow2.decoder import Unstreamable
-from imagecache_lib.ingest import adopt, certificates, dedup, signing
+from imagecache_lib.ingest import adopt, certificates, decompress, dedup, signing
 from imagecache_lib.ingest.call import Call
 from imagecache_lib.ingest.pipeline import Content, Intake
 from imagecache_lib.ingest.producer import BaseRequest
@@ -144,6 +144,7 @@ class ImageProducer:
                 image=self._call.image_id,
                 next_step="upload it anew",
             )
+        decompress.compression_of(image, self._use, self._cache.config)  # refuses what is no disk
         stage = Stage(self._cache, self._call.name)
         try:
             return self._produce_in(stage, image)
@@ -168,7 +169,7 @@ class ImageProducer:
             if twin is None:
                 reservation.raise_to(image.size or 0)
                 self._cache.host.trace(TracePoint.INGEST_RESERVED)
-                content = self._fill(stage, image, reservation)
+                content = self._fill(stage, reservation)
             else:
                 content = twin.content
             record = self._seal(stage, image, content)
@@ -222,12 +223,14 @@ class ImageProducer:
                 error.next_step = "have its owner upload a good image under a new id"
             self._cache.observers(events.Rejected(self._call.name, self._call.image_id, reason=error.cause))
 
-    def _fill(self, stage: Stage, image: model.Image, reservation: Reservation) -> Content:
+    def _fill(self, stage: Stage, reservation: Reservation) -> Content:
         """Pass over the data until it is whole. A clean restart is granted where a resume may be to blame."""
         fetch = self._call.transfer()
         whole = False
         while True:  # every pass draws on the transfer's one retry budget
             stage.clear()
+            image = fetch.image  # the answer with the data may have told another length
+            reservation.raise_to(image.size or 0)
             try:
                 with contextlib.ExitStack() as stack:
                     taken = Intake(

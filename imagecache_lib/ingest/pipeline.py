@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from imagecache_lib import errors, model
 from imagecache_lib.formats import inspection, qemu_img
-from imagecache_lib.ingest import certificates, decode, digest, signing
+from imagecache_lib.ingest import certificates, decode, decompress, digest, signing
 from imagecache_lib.ingest.call import Call
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import evidence
@@ -22,7 +22,8 @@ _NOBODY = signing.Vouching()
 class Content:
     """What a pass found.
 
-    :param source_format: what the source's content is (``gpt`` counts as raw).
+    :param source_format: what the source's content is (``gpt`` counts as raw); ``raw+gzip`` if it came
+        compressed.
     :param stored_format: qemu's name of what the stage file holds.
     :param virtual_size: in bytes.
     :param received: bytes of the source. 0: they were in the cache already.
@@ -68,6 +69,14 @@ class Intake:
         self._whole = whole
         self._closing = contextlib.ExitStack()
         self._inspection = self._new_inspection() if use is evidence.Use.DISK else None
+        compression = decompress.compression_of(image, use, cache.config)
+        self._unpacking = (
+            decompress.Unpacking(compression, call, most=cache.config.max_virtual_size, reserve=reserve)
+            if compression is not None
+            else None
+        )
+        # Of the content, which is what is inspected and decoded.
+        self._content_size = image.size if self._unpacking is None else None
         self._finding: inspection.Finding | None = None
         self._decoder: decode.Decoder | None = None
         self._held: list[bytes] = []
@@ -109,6 +118,15 @@ class Intake:
         self._digest.feed(chunk)
         if self._verification is not None:
             self._verification.feed(chunk)
+        if self._unpacking is None:
+            self._take_content(chunk)
+            return
+        for piece in self._unpacking.feed(chunk):
+            self._take_content(piece)
+            if self._finding is not None and self._finding.format == "raw":
+                self._call.require_fit(self._unpacking.produced)
+
+    def _take_content(self, chunk: bytes) -> None:
         if self._inspection is not None:
             self._finding = self._inspection.feed(chunk)
         if self._decoder is not None:
@@ -122,6 +140,8 @@ class Intake:
         """Check the whole and complete the stage file. Raises as :meth:`take`."""
         if self._received == 0:
             raise errors.ImageRejected("it has no data", next_step="have its owner upload its data")
+        if self._unpacking is not None:
+            self._unpacking.finish()
         if self._inspection is not None:
             self._finding = self._inspection.finish()
         # Before the decoder completes, which for some formats is the expensive part.
@@ -132,8 +152,11 @@ class Intake:
         vouching = self._verification.finish() if self._verification is not None else _NOBODY
         decoder = self._decoder or self._begin_decoding()
         strict = self._finding is not None and not self._cache.config.disable_deep_image_inspection
+        source_format = self._finding.format if self._finding is not None else decoder.stored_format
+        if self._unpacking is not None:
+            source_format = f"{source_format}+{self._unpacking.compression}"
         return Content(
-            self._finding.format if self._finding is not None else decoder.stored_format,
+            source_format,
             decoder.stored_format,
             decoder.finish(),
             self._received,
@@ -152,7 +175,7 @@ class Intake:
             self._stage,
             to_raw=self._to_raw(),
             whole=self._whole,
-            file_size=self._image.size,
+            file_size=self._content_size,
             cache=self._cache,
             converter=self._converter,
             reserve=self._reserve,
@@ -170,7 +193,7 @@ class Intake:
             return
         virtual_size = self._finding.virtual_size
         if virtual_size is None:
-            virtual_size = self._image.size  # raw bytes of a disk are as many as the guest sees
+            virtual_size = self._content_size  # raw bytes of a disk are as many as the guest sees
         if virtual_size is not None:
             self._call.require_fit(virtual_size)
 

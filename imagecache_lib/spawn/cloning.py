@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.backends.interface import CannotClone, StorageBackend
+from imagecache_lib.ingest import decompress
 from imagecache_lib.ingest.call import Call
 from imagecache_lib.sources import transfer
 from imagecache_lib.sources.interface import ImageSource
+from imagecache_lib.store import evidence
 from imagecache_lib.store.directory import CacheStore
 
 
@@ -57,6 +59,8 @@ def _clone(
     if call.demands_signature:
         raise CannotClone("its signature is demanded, and nobody reads what is cloned")
     source, image = call.describe()
+    if decompress.compression_of(image, evidence.Use.DISK, cache.config) is not None:
+        raise CannotClone("it is compressed")
     try:
         return backend.clone(image, target, size)
     except CannotClone as error:

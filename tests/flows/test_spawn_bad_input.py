@@ -15,8 +15,9 @@ from typing import Any
 from imagecache_lib import errors, events, model
 from imagecache_lib.sources.file import FileImage, FileSource
 from imagecache_lib.sources.http import HttpImage, HttpSource
+from imagecache_lib.testing.bad_server import Answer, BadServer
 from imagecache_lib.testing.sources import FakeSource
-from tests.support import files, servers
+from tests.support import files
 from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, content_of, disk_image, raw_image
 
 DATA = raw_image(1)
@@ -108,9 +109,14 @@ class TestSources(BadInputCase):
                 self.refused(errors.ImageRejected, FileSource({BAD: image}))
 
     def test_too_few_and_too_many_bytes(self) -> None:
-        for data, kind in ((DATA[:-1], errors.SourceError), (DATA + b"x", errors.ImageRejected)):
-            with self.subTest(kind=kind):
-                source = FakeSource({BAD: DATA}, digests=False)
+        cases = (
+            (DATA[:-1], False, errors.SourceError),
+            (DATA + b"x", False, errors.SourceError),
+            (DATA + b"x", True, errors.ImageRejected),
+        )
+        for data, digests, kind in cases:
+            with self.subTest(kind=kind, digests=digests):
+                source = FakeSource({BAD: DATA}, digests=digests)
                 source.change_data(BAD, data)
                 self.refused(kind, source)
 
@@ -139,24 +145,24 @@ class TestSources(BadInputCase):
 class TestHttp(BadInputCase):
     def setUp(self) -> None:
         super().setUp()
-        self.server = self.enterContext(servers.Server())
+        self.server = self.enterContext(BadServer())
         self.http = HttpSource({BAD: HttpImage(f"{self.server.url}/image")}, timeout=(5.0, 0.5))
 
     def test_a_transfer_that_is_cut_stalls_or_is_reset(self) -> None:
         for after in ("close", "reset", "stall", "drop"):
             with self.subTest(after=after):
-                answer = servers.Answer(body=DATA[:MIB], length=len(DATA), after=after)
+                answer = Answer(body=DATA[:MIB], length=len(DATA), after=after)
                 self.server.script("/image", answer)
                 self.refused(errors.SourceError, self.http)
 
     def test_a_server_that_never_ends(self) -> None:
-        self.server.script("/image", servers.Answer(body=DATA, length=-1, after="endless"))
+        self.server.script("/image", Answer(body=DATA, length=-1, after="endless"))
         self.refused(errors.ImageRejected, self.http, max_virtual_size=8 * MIB)
 
     def test_no_permission(self) -> None:
         for status, kind in ((403, errors.ImageNotFound), (404, errors.ImageNotFound)):
             with self.subTest(status=status):
-                self.server.script("/image", servers.Answer(status=status))
+                self.server.script("/image", Answer(status=status))
                 self.refused(kind, self.http)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from imagecache_lib import errors
-from imagecache_lib.sources import http, transfer
+from imagecache_lib.sources import answers, http, transfer
 from imagecache_lib.sources.interface import CannotResume
 from imagecache_lib.system import host
 from tests.lab import nginx as nginx_lab
@@ -34,7 +34,7 @@ def test_describe_tells_size_and_entity_tag(nginx: nginx_lab.Nginx) -> None:
     (nginx.root / "described.img").write_bytes(DATA)
     image = http_source(f"{nginx.url}/described.img").describe("an-image")
     assert (image.size, image.disk_format) == (len(DATA), "raw")
-    assert image.properties[http.ETAG].startswith('"')
+    assert image.properties[answers.ETAG].startswith('"')
 
 
 def test_a_broken_transfer_goes_on_where_it_broke_by_the_entity_tag(

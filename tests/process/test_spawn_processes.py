@@ -25,8 +25,9 @@ from imagecache_lib.sources.http import HttpImage, HttpSource
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
 from imagecache_lib.system.host import System
+from imagecache_lib.testing.bad_server import BadServer, Seen
 from imagecache_lib.testing.sources import FakeSource
-from tests.support import files, servers
+from tests.support import files
 from tests.support.cache_case import ID, raw_image
 
 NAME = layout.base_name(ID)
@@ -75,15 +76,15 @@ def instances(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.fixture
-def server() -> Iterator[servers.Server]:
-    with servers.Server() as running:
-        running.script("/image", lambda seen: servers.data_answer(DATA, seen))
+def server() -> Iterator[BadServer]:
+    with BadServer() as running:
+        running.put("/image", DATA)
         yield running
 
 
 def driver(
     instances: pathlib.Path,
-    server: servers.Server,
+    server: BadServer,
     name: str,
     *,
     threads: int = 1,
@@ -140,7 +141,7 @@ def check_disks(disks: Sequence[pathlib.Path]) -> None:
     reference.unlink()
 
 
-def downloads(server: servers.Server) -> list[servers.Seen]:
+def downloads(server: BadServer) -> list[Seen]:
     return [seen for seen in server.requests("GET") if seen.path == "/image"]
 
 
@@ -160,7 +161,7 @@ def spawn(instances: pathlib.Path, url: str, number: int, start: Barrier) -> Non
 
 
 def test_processes_that_want_one_cold_image_at_once_download_it_once(
-    instances: pathlib.Path, server: servers.Server
+    instances: pathlib.Path, server: BadServer
 ) -> None:
     # Each is forked from a server that has imported everything and opened nothing: 32 start in a second.
     context = multiprocessing.get_context("forkserver")
@@ -183,7 +184,7 @@ def test_processes_that_want_one_cold_image_at_once_download_it_once(
 
 
 def test_threads_that_want_one_cold_image_at_once_download_it_once(
-    instances: pathlib.Path, server: servers.Server
+    instances: pathlib.Path, server: BadServer
 ) -> None:
     finish(driver(instances, server, "thread", threads=MANY))
     assert len(downloads(server)) == 1
@@ -193,7 +194,7 @@ def test_threads_that_want_one_cold_image_at_once_download_it_once(
 
 
 def test_a_stopped_holder_of_the_lock_does_not_stop_the_others(
-    instances: pathlib.Path, server: servers.Server
+    instances: pathlib.Path, server: BadServer
 ) -> None:
     holder = driver(instances, server, "stopped", stop_at="ingest:reserved")
     try:
@@ -264,7 +265,7 @@ KILLS = [*((point, "qcow2") for point in POINTS), ("disk:made", "raw"), ("disk:p
 
 @pytest.mark.parametrize(("point", "backend"), KILLS)
 def test_a_driver_killed_anywhere_leaves_what_the_next_one_repairs(
-    instances: pathlib.Path, server: servers.Server, point: str, backend: str
+    instances: pathlib.Path, server: BadServer, point: str, backend: str
 ) -> None:
     child = driver(instances, server, "killed", kill_at=point, backend=backend)
     child.communicate(timeout=60)
