@@ -12,12 +12,13 @@ from oslo_config import cfg
 
 from imagecache_lib import errors
 from imagecache_lib.precache import client, job, notifications, rpc, wire
-from imagecache_lib.precache.precacher import JobEvent
+from imagecache_lib.precache.job_events import JobEvent
 
 TASK = client.HostTask(
     "a1", ("image-a", "image-b"), attempt=2, rate=5, deadline=7.5, pin_until=9.0, retries=4
 )
 CELLS = {"image-a": job.Cell(job.Result.CACHED, "", 5, 5), "image-b": job.Cell(None, "soon", 1, None)}
+WHO = client.AgentInfo("an-instance", 5.0)
 SURVEY = client.Survey(("image-a",), {"image-b": 7, "image-c": None}, 99, {"image-d": "it is gone"})
 
 
@@ -32,6 +33,9 @@ class ScriptedAgent:
         self.asked.append(what)
         if self.raises is not None:
             raise self.raises
+
+    def info(self) -> client.AgentInfo:
+        return WHO
 
     def survey(self, image_ids: Sequence[str]) -> client.Survey:
         self._note(image_ids)
@@ -64,8 +68,9 @@ class RpcTest(unittest.TestCase):
 
     def test_what_is_said_arrives(self) -> None:
         self.assertEqual(SURVEY, self.client.survey("one", ["image-a"]))
-        self.client.begin("one", TASK)
-        self.assertEqual(CELLS, self.client.poll("one", "a1"))
+        self.assertEqual(WHO, self.client.begin("one", TASK))
+        report = self.client.poll("one", "a1")
+        self.assertEqual((CELLS, WHO), (report.cells, report.agent))
         self.client.cancel("one", "a1")
         self.assertEqual([("image-a",), TASK, "a1", "a1"], self.agent.asked)
 
