@@ -17,8 +17,7 @@ from imagecache_lib import errors
 from imagecache_lib.precache import client, job, lease, schema
 from imagecache_lib.precache.database import Change, JobDatabase
 from imagecache_lib.precache.precacher import AggregatePrecacher
-from imagecache_lib.system.host import System
-from tests.lab.mariadb import MariaDb, running_galera, running_mariadb
+from tests.lab.mariadb import MariaDb, running_mariadb
 from tests.lab.postgresql import PostgreSql, running_postgresql
 from tests.support.cache_case import Running, Stop
 
@@ -182,15 +181,3 @@ def test_a_later_release_changed_the_tables(server: Server) -> None:
         JobDatabase(server.url)
     with pytest.raises(errors.ConfigError, match="upgrade"):
         database.keep(work.id, "runner", [])
-
-
-def test_two_nodes_of_a_galera_cluster(tmp_path: pathlib.Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="galera-", dir="/var/tmp") as home:
-        with running_galera(pathlib.Path(home)) as (one, other):
-            database, agents = JobDatabase(one.url), Agents()
-            work = start(database)
-            ended = AggregatePrecacher(
-                JobDatabase(other.url), agents, host=System(name="the-other-machine")
-            ).run(work.id)
-            assert ended.count()[job.Result.CACHED] == 10
-            assert database.get(work.id).count()[job.Result.CACHED] == 10

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real MariaDB on the loopback interface, alone or as one node of a Galera cluster."""
+"""A real MariaDB on the loopback interface."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import dataclasses
 import os
 import pathlib
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from tests.lab import server
-
-_GALERA = pathlib.Path("/usr/lib/galera/libgalera_smm.so")
 
 
 @dataclasses.dataclass
@@ -21,12 +19,10 @@ class MariaDb:
 
     :param home: for all it writes.
     :param port: that it listens on.
-    :param words: options beyond those that every server of these tests gets.
     """
 
     home: pathlib.Path
     port: int
-    words: Sequence[str] = ()
     _running: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
     @property
@@ -55,8 +51,7 @@ class MariaDb:
             capture_output=True,
         )
 
-    def start(self, *words: str) -> None:
-        """Start it, with more options for this once."""
+    def start(self) -> None:
         command = [
             server.tool("mariadbd"),
             "--no-defaults",
@@ -70,8 +65,6 @@ class MariaDb:
             "--skip-name-resolve",
             "--innodb-buffer-pool-size=32M",
             "--innodb-log-file-size=16M",
-            *self.words,
-            *words,
         ]
         self._running.enter_context(
             server.running(
@@ -99,40 +92,6 @@ def running_mariadb(home: pathlib.Path) -> Iterator[MariaDb]:
         yield found
     finally:
         found.stop()
-
-
-@contextlib.contextmanager
-def running_galera(home: pathlib.Path) -> Iterator[tuple[MariaDb, MariaDb]]:
-    """Run a Galera cluster of two nodes for the length of the context.
-
-    :param home: an existing, empty directory for all they write.
-    """
-    if not _GALERA.exists():
-        server.lack("Galera is not installed")
-    groups = [server.free_port() for _node in range(2)]
-    nodes = []
-    for number, group in enumerate(groups):
-        (home / str(number)).mkdir()
-        words = (
-            "--binlog-format=ROW",
-            "--innodb-autoinc-lock-mode=2",
-            "--wsrep-on=ON",
-            f"--wsrep-provider={_GALERA}",
-            f"--wsrep-node-name=node-{number}",
-            "--wsrep-node-address=127.0.0.1",
-            f"--wsrep-cluster-address=gcomm://{','.join(f'127.0.0.1:{each}' for each in groups)}",
-            f"--wsrep-provider-options=gmcast.listen_addr=tcp://127.0.0.1:{group};"
-            f"ist.recv_addr=127.0.0.1:{server.free_port()};gcache.size=16M;pc.ignore_sb=true",
-            f"--wsrep-sst-receive-address=127.0.0.1:{server.free_port()}",
-            "--wsrep-sst-method=rsync",
-        )
-        nodes.append(MariaDb(home / str(number), server.free_port(), words))
-    with contextlib.ExitStack() as stack:
-        for number, node in enumerate(nodes):
-            node.install()
-            node.start(*(() if number else ("--wsrep-new-cluster",)))
-            stack.callback(node.stop)
-        yield nodes[0], nodes[1]
 
 
 def _user() -> str:
