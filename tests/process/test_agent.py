@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``imagecache agent`` as a service: it starts, says that it is ready, and ends, with and without a message bus."""
+"""``imagecache agent`` as a service: it is ready, and ends, with and without a message bus."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Service:
         self.report.write_text(json.dumps([]))
         self.configuration = home / "imagecache.conf"
         self.configuration.write_text(
-            f"[DEFAULT]\nhost = here\ninstances_path = {self.instances}\n[image_cache]\nmanager_interval = 0\n"
+            f"[DEFAULT]\nhost = here\ninstances_path = {self.instances}\n"
+            "[image_cache]\nmanager_interval = 0\n"
         )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
