@@ -3,8 +3,8 @@
 
     python -m benchmarks.conductor [--hosts 1000 10000] [--images 10] [--concurrency 100]
 
-Each size runs in a process of its own. A call takes five milliseconds, of waiting; hosts do no work, so all that
-is left is the conductor's own: its threads, its memory, its database.
+Each size runs in a process of its own. A call takes five milliseconds, of waiting; hosts do no work, so all
+that is left is the conductor's own: its threads, its memory, its database.
 """
 
 from __future__ import annotations

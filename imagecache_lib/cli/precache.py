@@ -127,7 +127,7 @@ class _HostsCommand(_JobCommand):
     ) -> Iterator[AggregatePrecacher]:
         """Yield what reaches the agents: over the message bus, else this very host's own.
 
-        :param images: that will be fetched. None: nothing will be.
+        :param images: that will be fetched; None if nothing will be.
         """
         from imagecache_lib.precache.precacher import AggregatePrecacher
 

@@ -177,8 +177,11 @@ def _is_the_agents(error: Exception) -> bool:
     with exceptions of its own.
     """
     kind = type(error)
-    return kind.__name__.endswith(_REMOTE) or (
-        kind.__module__ == "builtins" and not isinstance(error, OSError)
+    name = kind.__name__
+    return (
+        name.endswith(_REMOTE)
+        or name in _OTHER_VERSION
+        or (kind.__module__ == "builtins" and not isinstance(error, OSError))
     )
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What conductor and agents say to each other, as plain values. Nothing that arrives is trusted.
 
-A request names images and limits; any other field is refused, so that nobody who may send messages chooses
+A request names images and limits; any other field is refused, so that no sender of messages chooses
 where a host fetches from or what it writes. An answer is ``{"result": ...}`` or ``{"error": ...}``: an error
 travels as the kind that says who must act, with its text, and without a traceback. Beside either, an agent
 that speaks version 1.1 says who it is: ``"agent": {"instance": ..., "clock": ...}``. Version 1.0 knows
