@@ -10,7 +10,7 @@ STAMPS := $(VENV)/stamps
 # What ran here; a run elsewhere has a directory of its own beside it. .ci/summary.py counts them all.
 RESULTS := build/results/here
 
-RUN_EXTRAS := cli,fast,glance,prometheus,signatures,zstd
+RUN_EXTRAS := cli,fast,glance,jobs,prometheus,signatures,zstd
 DEV_EXTRAS := $(RUN_EXTRAS),lint,messaging,test
 
 # The suites of `make test` are the testpaths of pyproject.toml, which share the machine, and those that want it

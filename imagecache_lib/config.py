@@ -111,6 +111,8 @@ class CacheConfig:
     # -- pre-caching ---------------------------------------------------------------------------------
     #: How many hosts of an aggregate are asked at a time.
     precache_concurrency: int = 1
+    #: Pre-cache jobs that are over are forgotten when they were started longer ago. 0: never.
+    precache_job_age_seconds: int = 0
 
     # -- rbd -----------------------------------------------------------------------------------------
     #: Pool that instance disks are made in.

@@ -36,6 +36,7 @@ _FIELDS = {
         "subdirectory_name",
         "manager_interval",
         "precache_concurrency",
+        "precache_job_age_seconds",
         "remove_unused_base_images",
         "remove_unused_original_minimum_age_seconds",
         "remove_unused_resized_minimum_age_seconds",
@@ -551,6 +552,11 @@ def _new_opts() -> Sequence[cfg.Opt]:
             "stage_idle_seconds",
             "Seconds without a write after which a file in flight whose lock is free "
             "is removed as the leftover of a crash.",
+        ),
+        integer(
+            "precache_job_age_seconds",
+            "When a pre-cache job is started, jobs that are over and were started more than this many "
+            "seconds ago are forgotten. 0: never.",
         ),
         integer("foreign_stage_idle_seconds", "The same for .part and .converted files that Nova left."),
     ]

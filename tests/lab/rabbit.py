@@ -8,12 +8,14 @@ import dataclasses
 import os
 import pathlib
 import signal
+import subprocess
 from collections.abc import Iterator, Mapping
 
 from tests.lab import server
 from tests.support import needs
 
 _PROGRAM = "/usr/lib/rabbitmq/bin/rabbitmq-server"
+_CONTROL = "/usr/lib/rabbitmq/bin/rabbitmqctl"
 
 _CONFIGURATION = """
 listeners.tcp.default = 127.0.0.1:{port}
@@ -51,6 +53,26 @@ class Rabbit:
                 directory=self.home,
             )
         )
+
+    @contextlib.contextmanager
+    def alarm(self) -> Iterator[None]:
+        """Have the broker believe that it has no memory left: it takes no messages meanwhile."""
+        self.control("set_vm_memory_high_watermark", "0.00001")
+        try:
+            yield
+        finally:
+            self.control("set_vm_memory_high_watermark", "0.4")
+
+    def control(self, *words: str) -> str:
+        """Run rabbitmqctl on it, and return what that prints."""
+        done = subprocess.run(
+            [_CONTROL, "-n", self.environment["RABBITMQ_NODENAME"], *words],
+            env={**os.environ, **self.environment},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return done.stdout
 
     def stop(self) -> None:
         # The Erlang machine is a child of the shell script, which does not pass a SIGTERM on.

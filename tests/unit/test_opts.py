@@ -57,6 +57,7 @@ NEW: dict[tuple[str, str], object] = {
     ("image_cache", "disk_roots"): [],
     ("image_cache", "lock_path"): None,
     ("image_cache", "max_cache_size"): 0,
+    ("image_cache", "precache_job_age_seconds"): 0,
     ("image_cache", "free_space_low"): 0,
     ("image_cache", "free_space_high"): 0,
     ("image_cache", "space_minimum_age_seconds"): 3600,
@@ -154,6 +155,7 @@ class ConfigFromTest(OptsCase):
             remove_unused_original_minimum_age_seconds = 1
             remove_unused_resized_minimum_age_seconds = 2
             precache_concurrency = 3
+            precache_job_age_seconds = 86400
             disk_roots = /srv/instances,/mnt/more
             lock_path = /run/lock/images
             max_cache_size = 4
