@@ -48,6 +48,10 @@ class FileSource(ImageSource):
             size = os.fstat(fd).st_size
         return model.Image(id=image_id, disk_format=entry.disk_format, size=size, digest=entry.digest)
 
+    def known_digest(self, image_id: str) -> model.Digest | None:
+        entry = self._images.get(image_id)
+        return None if entry is None else entry.digest
+
     @contextlib.contextmanager
     def open(self, image: model.Image, offset: int = 0) -> Iterator[Iterator[bytes]]:
         entry = self._entry(image.id)

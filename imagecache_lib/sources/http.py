@@ -89,6 +89,10 @@ class HttpSource(ImageSource):
                 return _image(image_id, entry, answers.content_length(response.headers), response)
             raise answers.refusal(response, image_id)
 
+    def known_digest(self, image_id: str) -> model.Digest | None:
+        entry = self._images.get(image_id)
+        return None if entry is None else entry.digest
+
     @contextlib.contextmanager
     def open(self, image: model.Image, offset: int = 0) -> Iterator[Iterator[bytes]]:
         url = self._entry(image.id).url
