@@ -9,6 +9,7 @@ Each run has limits, ends when the caller no longer waits, and its result is loo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -58,8 +59,7 @@ class QemuImg:
         :raises BackendError: the host is at fault.
         """
         found = self._json(disk, self._looking, check, "info", "--force-share", "--output=json")
-        if disk.backing is None:
-            _require_alone(found, disk.path)
+        _require_alone(found, disk.path)
         return _number(found, "virtual-size", disk.path)
 
     def mapped_bytes(self, disk: DiskFile, *, check: Callable[[], None]) -> int:
@@ -112,10 +112,14 @@ class QemuImg:
         :raises NoSpaceError: the filesystem is full.
         """
         self._run(disk, ("resize", "-q"), self._working, _always, writes=True, behind=(str(size),))
-        found = self.virtual_size(disk)
-        if found != size:
+        alone = dataclasses.replace(disk, backing=None)  # qemu-img info opens no backing file
+        words = ("info", "--force-share", "--output=json")
+        now = _number(
+            self._json(alone, self._looking, _always, *words, overlay=True), "virtual-size", disk.path
+        )
+        if now != size:
             raise errors.BackendError(
-                f"the disk has {found} bytes after it was resized to {size}", path=disk.path
+                f"the disk has {now} bytes after it was resized to {size}", path=disk.path
             )
 
     def flatten(self, disk: DiskFile) -> None:
@@ -128,8 +132,15 @@ class QemuImg:
         with translated(disk.path), contextlib.closing(OpenFile.at(disk.path)) as file:
             contained.require(file, disk.format, path=disk.path)
 
-    def _json(self, disk: DiskFile, limits: Limits, check: Callable[[], None], *words: str) -> dict[str, Any]:
-        out = self._run(disk, words, limits, check)
+    def _json(
+        self,
+        disk: DiskFile,
+        limits: Limits,
+        check: Callable[[], None],
+        *words: str,
+        overlay: bool = False,
+    ) -> dict[str, Any]:
+        out = self._run(disk, words, limits, check, overlay=overlay)
         try:
             found: dict[str, Any] = json.loads(out)
         except (ValueError, RecursionError):
@@ -145,12 +156,18 @@ class QemuImg:
         out: DiskFile | None = None,
         *,
         writes: bool = False,
+        overlay: bool = False,
         behind: tuple[str, ...] = (),
     ) -> str:
-        """Run one subcommand on a disk, and into another if ``out`` says so."""
+        """Run one subcommand on a disk, and into another if ``out`` says so.
+
+        :param overlay: the disk may name a backing file, though none is opened.
+        :param behind: arguments to put behind the files.
+        """
         for each in disk.files():
+            stated = overlay or each.backing is not None
             with translated(each.path), contextlib.closing(OpenFile.at(each.path)) as file:
-                contained.require(file, each.format, overlay=each.backing is not None, path=each.path)
+                contained.require(file, each.format, overlay=stated, path=each.path)
         others = () if out is None else (out,)
         shown = (disk, *others)
         written = tuple(each.path for each in others) + ((disk.path,) if writes else ())

@@ -34,7 +34,7 @@ _ASSIGNMENT = re.compile(rb"([a-z0-9_.]+)[ \t]*=[ \t]*(.*)", re.IGNORECASE | re.
 _EXTENT = re.compile(rb"(?:rw|rdonly|noaccess)\s+\d+\s+(\S+)", re.IGNORECASE)
 
 _CONVERT = "have its owner export it as one streamOptimized or monolithicSparse file, or convert it to qcow2"
-_OTHER_FILES = "another file belongs to the vmdk image"
+_OTHER_FILES = "another file belongs to the vmdk image, or may belong to it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,10 @@ def read(image: Reader) -> Vmdk:
     :raises ImageRejected: it is broken, or is not known to be self-contained.
     :raises NeedMore: it is told by what has not arrived yet.
     """
-    header = _Header.parse(image.read(0, _HEADER.size))
+    start = image.read(0, _HEADER.size)
+    if b"disk descriptorfile" in start.lower():
+        raise errors.ImageRejected(_OTHER_FILES, next_step=_CONVERT)  # a descriptor without its extents
+    header = _Header.parse(start)
     found = _descriptor(image, header)
     size = image.size
     if header.directory == _GD_AT_END and size is not None:
@@ -99,6 +102,8 @@ def _descriptor(image: Reader, header: _Header) -> str:
         if not line or line.startswith(b"#"):
             continue
         if extent := _EXTENT.match(line):
+            if b"/" in line:
+                raise errors.ImageRejected(_OTHER_FILES, next_step=_CONVERT)
             kinds.append(extent[1].upper())
         elif assignment := _ASSIGNMENT.fullmatch(line):
             key, value = assignment[1].lower(), assignment[2].strip().strip(b'"')

@@ -69,7 +69,7 @@ class PassThrough:
             self.source_format = "vpc"
         elif self._ending is Ending.DEMANDED:
             raise errors.ImageRejected(
-                "it is claimed to be a VHD, and has a VHD's footer neither at its beginning nor at its end",
+                "its content is raw, claimed to be vhd: no VHD's footer is at its start or its end",
                 next_step="have its owner state the format that it has",
             )
         else:
