@@ -47,7 +47,8 @@ class Sandbox:
             return ()
         files = [word for path in reads for word in ("--ro-bind", path, path)]
         files += [word for path in writes for word in ("--bind", path, path)]
-        return (*self._walls(), *files, "--")
+        # The root that all of this is mounted on is memory, and nothing for a program to fill.
+        return (*self._walls(), *files, "--remount-ro", "/", "--")
 
     def _try(self) -> str:
         if shutil.which("bwrap") is None:
