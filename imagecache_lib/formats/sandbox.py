@@ -10,14 +10,17 @@ from __future__ import annotations
 import os
 import shutil
 
-from oslo_concurrency import processutils
-
+from imagecache_lib import errors
+from imagecache_lib.formats import program
+from imagecache_lib.formats.program import Limits
 from imagecache_lib.system.host import System
 
 #: What programs and their libraries lie in. Read-only, and whatever of it exists.
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 
 _ISOLATED = ("--unshare-net", "--unshare-ipc", "--unshare-pid", "--unshare-uts", "--die-with-parent")
+
+_TRIAL = Limits(cpu=10, memory=2**32, wall=30)
 
 
 class Sandbox:
@@ -54,12 +57,17 @@ class Sandbox:
         if shutil.which("bwrap") is None:
             return "bubblewrap (bwrap) is not installed"
         try:
-            self._host.execute(*self._walls(), "--", self._program, "--version")
-        except processutils.ProcessExecutionError as error:
-            said = str(error.stderr or error.stdout or "").strip().splitlines()
-            return f"bubblewrap fails here: {said[0] if said else error.exit_code}"
-        except OSError as error:
-            return f"bubblewrap cannot be run: {error}"
+            # Run like any other program: bwrap never ends where SIGCHLD is ignored.
+            program.run(
+                (*self._walls(), "--", self._program, "--version"),
+                host=self._host,
+                limits=_TRIAL,
+                check=lambda: None,
+                program="bwrap",
+                subject=self._program,
+            )
+        except errors.ImageCacheError as error:
+            return f"bubblewrap does not work here: {error.cause}"
         return ""
 
     def _walls(self) -> tuple[str, ...]:
