@@ -85,6 +85,8 @@ def mutants(image: bytes, chance: random.Random) -> Iterator[bytes]:
     while True:
         data = bytearray(image)
         for _edit in range(chance.choice((1, 1, 1, 2, 3, 8))):
+            if not data:
+                break
             low, high = chance.choice(_HOT)
             if low >= len(data):
                 low, high = 0, len(data)
@@ -202,8 +204,9 @@ def main() -> int:
     ):
         began = time.monotonic()
         for outcome, number in sorted(run(count, chance, made).items()) if count else ():
-            print(f"{name}: {outcome}: {number}", flush=True)
-        print(f"{name}: {time.monotonic() - began:.0f} s")
+            sys.stdout.write(f"{name}: {outcome}: {number}\n")
+        sys.stdout.write(f"{name}: {time.monotonic() - began:.0f} s\n")
+        sys.stdout.flush()
     return 0
 
 
