@@ -84,7 +84,8 @@ class TestSelfContained(CacheCase):
     def test_a_vmdk_descriptor_without_its_extents(self) -> None:
         for subformat in ("monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"):
             path = self.directory / f"{subformat}.vmdk"
-            command = ["qemu-img", "create", "-q", "-f", "vmdk", "-o", f"subformat={subformat}", path, "1M"]
+            options = f"subformat={subformat}"
+            command = ["qemu-img", "create", "-q", "-f", "vmdk", "-o", options, str(path), "1M"]
             subprocess.run(command, check=True)
             with self.subTest(subformat=subformat):
                 self.refused(path.read_bytes(), "vmdk")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import threading
@@ -65,12 +64,10 @@ _PROTECTIVE = b"\0\0\2\0\xee\xff\xff\xff\1\0\0\0\xff\xff\xff\xff" + bytes(48)
 
 
 class TestInspection(CacheCase):
-    def inspect(self, data: bytes, claimed: str | None, **options: object) -> inspection.Finding:
+    def inspect(self, data: bytes, claimed: str | None, strict: bool = True) -> inspection.Finding:
         path = self.directory / "image"
         path.write_bytes(data)
-        rules = dataclasses.replace(
-            inspection.Rules.of(config.CacheConfig(instances_path="/unused")), **options
-        )  # type: ignore[arg-type]
+        rules = inspection.Rules.of(config.CacheConfig(instances_path="/unused"), strict=strict)
         with path.open("rb") as file:
             return inspection.inspect_file(file.fileno(), claimed, rules)
 
