@@ -43,13 +43,14 @@ class CacheConfig:
     max_concurrent_disk_ops: int = 0
     #: vmdk ``createType`` values that are accepted.
     vmdk_allowed_types: tuple[str, ...] = ("streamOptimized", "monolithicSparse")
-    #: Accept images without inspecting their content. Dangerous: a guest may read the host's files.
+    #: Accept images whatever their owner claims them to be. Images to which other files belong stay refused.
     disable_deep_image_inspection: bool = False
-    #: CPU seconds that a qemu-img which only looks may take.
+    #: CPU seconds that a qemu-img which only looks may take. By the clock it may take ten times as many.
     images_cpu_time_limit: int = 30
     #: Address space that a qemu-img which only looks may take, in bytes.
     images_address_space_limit: int = 2 * GIB
-    #: CPU seconds that a qemu-img which converts, or a mkfs, may take.
+    #: CPU seconds that a qemu-img which converts, or a mkfs, may take. By the clock, a qemu-img may take ten
+    #: times as many.
     convert_cpu_time_limit: int = 3600
     #: Address space that a qemu-img which converts, or a mkfs, may take, in bytes.
     convert_address_space_limit: int = 8 * GIB

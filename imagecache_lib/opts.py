@@ -448,8 +448,8 @@ def _workarounds_opts() -> list[cfg.Opt]:
         cfg.BoolOpt(
             "disable_deep_image_inspection",
             default=False,
-            help="Do not refuse images whose content is unsafe or not what it is said to be. Dangerous: such "
-            "an image may make this host's files readable for its owner.",
+            help="Do not refuse images whose content is not what it is said to be. Images to which other "
+            "files belong are refused all the same.",
         ),
         cfg.BoolOpt(
             "never_download_image_if_on_rbd",

@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from typing import Self
 
 from imagecache_lib import errors, model
-from imagecache_lib.backends import interface
+from imagecache_lib.backends import chain, interface
 from imagecache_lib.backends.interface import Feature, PendingDisk, StorageBackend
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.formats import qemu_img
 from imagecache_lib.formats.qcow2 import header as qcow2_header
-from imagecache_lib.formats.qcow2.header import HeaderError, Incompatible, NotQcow2
+from imagecache_lib.formats.qcow2.header import Header, HeaderError, Incompatible, NotQcow2
+from imagecache_lib.formats.qemu_img import DiskFile
 from imagecache_lib.nova import disk_info
 from imagecache_lib.store import disk_roots, layout
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import atomic_file, attributes
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
@@ -46,6 +48,7 @@ class FileBackend(StorageBackend):
         self._host = host
         self._formats = disk_info.DiskInfo(config, host)
         self._qemu_img = qemu_img.QemuImg(config, host)
+        self._cache = CacheStore(config, host)
 
     @classmethod
     def from_config(cls, config: CacheConfig, host: System) -> Self:
@@ -77,7 +80,7 @@ class FileBackend(StorageBackend):
                 if base.format == "raw":
                     self._grow_raw(file.fd, wanted)
                 elif wanted > base.virtual_size:
-                    self._qemu_img.resize(file.path, base.format, wanted)
+                    self._qemu_img.resize(DiskFile(file.path, base.format), wanted)
             # An empty swap area or filesystem is a few blocks, and nobody could tell that they were lost.
             optional = layout.classify(base.name) in (layout.Kind.ORIGINAL, layout.Kind.RESIZED)
             sync = self._config.sync_copied_disks or not optional
@@ -112,8 +115,8 @@ class FileBackend(StorageBackend):
     def inspect(self, target: str) -> model.Disk:
         return self._read(target)[0]
 
-    def _read(self, target: str) -> tuple[model.Disk, bytes | None]:
-        """Return what a disk is, and the backing file that its header names."""
+    def _read(self, target: str) -> tuple[model.Disk, Header | None]:
+        """Return what a disk is, and its header if it is qcow2."""
         with translated(target):
             fd = _open_disk(target)
             try:
@@ -127,8 +130,7 @@ class FileBackend(StorageBackend):
         if format == "raw":
             return model.Disk(target, "raw", size), None
         if format != "qcow2":
-            found = self._qemu_img.info(target, format)
-            return model.Disk(target, format, int(found["virtual-size"])), None
+            return model.Disk(target, format, self._qemu_img.virtual_size(DiskFile(target, format))), None
         try:
             header = qcow2_header.parse(data)
         except (HeaderError, NotQcow2) as error:
@@ -140,8 +142,11 @@ class FileBackend(StorageBackend):
                 path=target,
                 next_step="find out where the disk came from; convert it if it is trusted",
             )
-        named = header.backing_file
-        return model.Disk(target, "qcow2", header.virtual_size, _cached_name(named)), named
+        return model.Disk(target, "qcow2", header.virtual_size, _cached_name(header.backing_file)), header
+
+    def _chain(self, target: str, format: str, header: Header | None) -> DiskFile:
+        """Return a disk as qemu-img is to open it, with the base under it."""
+        return DiskFile(target, format) if header is None else chain.stated(target, header, self._cache)
 
     def _format(self, target: str, data: bytes) -> str:
         looks_like_qcow2 = data.startswith(qcow2_header.MAGIC)
@@ -173,7 +178,7 @@ class FileBackend(StorageBackend):
                 os.close(fd)
 
     def resize(self, disk: model.Disk, size: int) -> model.Disk:
-        current = self.inspect(disk.target)
+        current, header = self._read(disk.target)
         if current.format != "raw":
             size = interface.whole_sectors(size)
         if size < current.virtual_size:
@@ -191,7 +196,7 @@ class FileBackend(StorageBackend):
                     finally:
                         os.close(fd)
             else:
-                self._qemu_img.resize(disk.target, current.format, size)
+                self._qemu_img.resize(self._chain(disk.target, current.format, header), size)
         return model.Disk(disk.target, current.format, max(size, current.virtual_size), current.base)
 
     def remove(self, disk: model.Disk) -> None:

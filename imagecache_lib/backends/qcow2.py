@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 from imagecache_lib import model
 from imagecache_lib.backends import file, interface
 from imagecache_lib.backends.interface import Feature, PendingDisk
 from imagecache_lib.formats.qcow2 import overlay, standalone
+from imagecache_lib.formats.qemu_img import DiskFile
 from imagecache_lib.system import atomic_file
 from imagecache_lib.system.translate import translated
 
@@ -57,12 +59,22 @@ class Qcow2Backend(file.FileBackend):
         if base.format == "qcow2":
             atomic_file.copy_content(base_fd, file.fd)
         else:
-            self._qemu_img.convert(base.path, base.format, file.path, "qcow2")
+            self._convert_to_qcow2(base, file)
         if size > base.virtual_size:
-            self._qemu_img.resize(file.path, "qcow2", size)
+            self._qemu_img.resize(DiskFile(file.path, "qcow2"), size)
+
+    def _convert_to_qcow2(self, base: model.BaseImage, file: atomic_file.UnfinishedFile) -> None:
+        # Into a disk of zeros that is there: then nothing but what is stated is opened or made.
+        zeros = os.memfd_create("imagecache-zeros", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(zeros, base.virtual_size)
+            standalone.write_standalone(zeros, file.fd, base.virtual_size)
+        finally:
+            os.close(zeros)
+        self._qemu_img.convert(DiskFile(base.path, base.format), DiskFile(file.path, "qcow2"))
 
     def flatten(self, disk: model.Disk) -> model.Disk:
-        current, backing_file = self._read(disk.target)
-        if backing_file is not None:
-            self._qemu_img.flatten(disk.target, current.format)
+        current, header = self._read(disk.target)
+        if header is not None and header.backing_file is not None:
+            self._qemu_img.flatten(self._chain(disk.target, current.format, header))
         return model.Disk(disk.target, current.format, current.virtual_size)

@@ -71,6 +71,11 @@ class Call:
         return None
 
     @property
+    def known_digest(self) -> model.Digest | None:
+        """The digest that the image's data must have, if its source knows it without asking anybody."""
+        return self._source.known_digest(self.image_id)
+
+    @property
     def demands_signature(self) -> bool:
         """Whether only an image whose signature was verified will do."""
         return self._config.verify_glance_signatures or self.trusted_certs is not None
@@ -83,6 +88,7 @@ class Call:
             signed=self.demands_signature,
             trusted_certs=self.trusted_certs,
             inspected=not self._config.disable_deep_image_inspection,
+            digest=self.known_digest,
         )
 
     def require_fit(self, virtual_size: int) -> None:

@@ -18,6 +18,7 @@ from imagecache_lib.ingest.call import Call
 from imagecache_lib.ingest.pipeline import Content, Intake
 from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.sources import transfer
+from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.store.evictor import Evictor
@@ -137,7 +138,7 @@ class ImageProducer:
         :raises StageGone: the stage file was swept away.
         """
         self.refuse_impossible()
-        _source, image = self._call.describe()
+        source, image = self._call.describe()
         if self._use is evidence.Use.FILE and image.converted_from is not None:
             raise errors.ImageNotFound(
                 f"all that is left of it is a conversion of its {image.converted_from} content",
@@ -147,7 +148,7 @@ class ImageProducer:
         decompress.compression_of(image, self._use, self._cache.config)  # refuses what is no disk
         stage = Stage(self._cache, self._call.name)
         try:
-            return self._produce_in(stage, image)
+            return self._produce_in(stage, source, image)
         except BaseException as error:
             self._give_up(stage, error)
             raise
@@ -155,17 +156,19 @@ class ImageProducer:
     def adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
         """Check a base that carries no evidence, or too little: :mod:`imagecache_lib.ingest.adopt`."""
         if known is not None:
-            record, reason = adopt.inspect_again(self._cache, opened, known, self._call)
+            record, reason = adopt.inspect_again(
+                self._cache, opened, known, self._call, self._ingest.converter
+            )
         else:
-            record, reason = adopt.adopt(self._cache, opened, self._call, self._use)
+            record, reason = adopt.adopt(self._cache, opened, self._call, self._use, self._ingest.converter)
         return record if record is not None else Unmet(reason)
 
-    def _produce_in(self, stage: Stage, image: model.Image) -> SealedStage:
+    def _produce_in(self, stage: Stage, source: ImageSource, image: model.Image) -> SealedStage:
         started = self._cache.host.monotonic()
         reservation = Reservation(stage, self._cache, self._ingest.evictor, self._call.waiter)
         stage.write_info()
         with self._ingest.slot(stage, self._call.waiter):
-            twin = self._copy_twin(stage, image, reservation)
+            twin = self._copy_twin(stage, source, image, reservation)
             if twin is None:
                 reservation.raise_to(image.size or 0)
                 self._cache.host.trace(TracePoint.INGEST_RESERVED)
@@ -186,19 +189,24 @@ class ImageProducer:
             )
         return SealedStage(stage, record, content.received, allocated)
 
-    def _copy_twin(self, stage: Stage, image: model.Image, reservation: Reservation) -> _Copy | None:
+    def _copy_twin(
+        self, stage: Stage, source: ImageSource, image: model.Image, reservation: Reservation
+    ) -> _Copy | None:
         """Make it from a base of the same content. None: there is none that is whole."""
         with translated(self._cache.layout.records):
-            found = dedup.find(self._cache, self._call, image, self._use)
+            found = dedup.find(self._cache, self._call, source, image, self._use)
         if found is None:
             return None
         with contextlib.closing(found.opened):
             shared = dedup.share(found, stage)
-            if not shared:
+            if shared:
+                whole = dedup.is_whole(found, stage)
+            else:
                 reservation.raise_to(found.allocated)
-                if not dedup.copy(found, stage, self._call):
-                    stage.clear()
-                    return None
+                whole = dedup.copy(found, stage, self._call)
+            if not whole:
+                stage.clear()
+                return None
         record = found.record
         self._cache.observers(
             events.Copied(self._call.name, self._call.image_id, origin=record.name, shared=shared)

@@ -110,13 +110,8 @@ class ResizedProducer:
         """
         config = self._cache.config
         raw = self._call.stored_format == "raw"
-        finding = inspection.inspect_file(
-            opened.fd,
-            None,
-            vmdk_allowed_types=config.vmdk_allowed_types,
-            max_virtual_size=config.max_virtual_size,
-            strict=not raw and not config.disable_deep_image_inspection,
-        )
+        strict = not raw and not config.disable_deep_image_inspection
+        finding = inspection.inspect_file(opened.fd, None, inspection.Rules.of(config, strict=strict))
         if finding.format != self._call.stored_format:
             raise errors.ImageRejected(f"it is {finding.format} and not {self._call.stored_format}")
         return finding

@@ -73,6 +73,10 @@ class FileSource(ImageSource):
             compression=entry.compression,
         )
 
+    def known_digest(self, image_id: str) -> model.Digest | None:
+        entry = self._images.get(image_id)
+        return None if entry is None else entry.digest
+
     @contextlib.contextmanager
     def open(self, image: model.Image, offset: int = 0) -> Iterator[Iterator[bytes]]:
         entry = self._entry(image.id)

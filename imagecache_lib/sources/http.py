@@ -109,6 +109,10 @@ class HttpSource(ImageSource):
         asked = {**headers, "Accept-Encoding": "identity"}
         return exchange.exchange(self._web, method, entry.url, asked, image_id=image_id)
 
+    def known_digest(self, image_id: str) -> model.Digest | None:
+        entry = self._images.get(image_id)
+        return None if entry is None else entry.digest
+
     @contextlib.contextmanager
     def open(self, image: model.Image, offset: int = 0) -> Iterator[answers.Body]:
         entry = self._entry(image.id)

@@ -114,6 +114,22 @@ class ImageSource(abc.ABC):
         :raises SourceError: the source failed; raised while iterating too.
         """
 
+    def known_digest(self, image_id: str) -> model.Digest | None:
+        """Return the digest that the image's data must have, if the source knows it without asking anybody.
+
+        A base in the cache that was made from other data then does not serve. It is called for each request,
+        a hit included. The default is right for sources that would have to ask a server.
+        """
+        return None
+
+    def vouches_for_digest(self, image: model.Image) -> bool:
+        """Whether nobody but the source itself can have set the digest in the image's description.
+
+        Only then may a base of another image that has this digest serve without a transfer: else whoever
+        states the digest of an image would be given it. The default is to transfer it.
+        """
+        return False
+
     def copy_to_store(self, image: model.Image, store: str) -> None:
         """Ask the image service to copy the image into another of its stores, and do not wait for it.
 

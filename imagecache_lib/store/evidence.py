@@ -18,7 +18,11 @@ from imagecache_lib import model
 #: The version of the inspection rules in :mod:`imagecache_lib.formats.inspection`. Raise it when they
 #: become stricter: bases that were inspected under older rules are inspected again, where they lie, before
 #: their next use.
-INSPECTION_RULES = 1
+INSPECTION_RULES = 2
+
+#: Source formats of which other programs may have made something else than the disk, under rules before these
+#: (version 2): what such a conversion holds does not show it.
+_CONVERTED_ANEW = {"vmdk": 2, "vpc": 2}
 
 #: The version of this file format.
 _SCHEMA = 1
@@ -92,7 +96,9 @@ class Record:
 
         A conversion has already done what a bad image asks for: it may hold a file of the host.
         """
-        return self.inspected is not None or not self.converted
+        if not self.converted:
+            return True
+        return self.inspected is not None and self.inspected >= _CONVERTED_ANEW.get(self.source_format, 0)
 
     def to_json(self) -> bytes:
         """Return the record as it is stored."""
@@ -144,6 +150,7 @@ class Requirements:
     :param trusted_certs: certificates that are trusted. Every one of the chain that vouches for the base must
         be among them. None: no chain is demanded.
     :param inspected: False if the operator turned deep inspection off.
+    :param digest: what the data that it is made from must have, as far as that is known without asking.
     """
 
     use: Use
@@ -151,6 +158,7 @@ class Requirements:
     signed: bool = False
     trusted_certs: tuple[str, ...] | None = None
     inspected: bool = True
+    digest: model.Digest | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +199,8 @@ def _lacks(record: Record, requirements: Requirements) -> Iterator[str]:
         yield "it was fetched as a plain file and never inspected as a disk"
     elif requirements.inspected and record.inspected != INSPECTION_RULES:
         yield "it was inspected under other rules"
+    if requirements.digest is not None:
+        yield from _other_content(record, requirements.digest)
     trusted = requirements.trusted_certs
     vouched = bool(record.certificates) and set(record.certificates) <= set(trusted or ())
     if trusted is not None and not vouched:
@@ -200,3 +210,18 @@ def _lacks(record: Record, requirements: Requirements) -> Iterator[str]:
             yield "it was cached without the certificates that this request demands"
     if requirements.signed and record.signed_by is None and not record.certificates:
         yield "its signature was never verified"
+
+
+def _other_content(record: Record, digest: model.Digest) -> Iterator[str]:
+    """Yield why a base is not made from the data that has a digest, if it is not.
+
+    An adopted base is compared when it is adopted, as far as it can be: a conversion has another digest.
+    """
+    demanded = f"{digest.algorithm} {digest.value} is demanded"
+    if record.digest is None or not record.digest_checked:
+        if record.origin is not Origin.ADOPTED:
+            yield f"it was fetched without a digest, and {demanded}"
+    elif record.digest.algorithm != digest.algorithm:
+        yield f"its {record.digest.algorithm} was checked, and {demanded}"
+    elif record.digest.value.lower() != digest.value.lower():
+        yield f"its {digest.algorithm} is {record.digest.value}, and {demanded}"

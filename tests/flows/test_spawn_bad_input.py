@@ -218,20 +218,20 @@ class TestContent(BadInputCase):
         subprocess.run(
             ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", secret, overlay], check=True
         )
-        self.rejected_at_once(overlay.read_bytes(), "qcow2", "backing_file")
-        self.rejected_at_once(overlay.read_bytes(), None, "backing_file")
+        self.rejected_at_once(overlay.read_bytes(), "qcow2", "backing file")
+        self.rejected_at_once(overlay.read_bytes(), None, "backing file")
 
     def test_a_qcow2_with_a_data_file(self) -> None:
         image, data = self.directory / "image", self.directory / "data"
         subprocess.run(
             ["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={data}", image, "1M"], check=True
         )
-        self.rejected_at_once(image.read_bytes(), "qcow2", "data_file")
+        self.rejected_at_once(image.read_bytes(), "qcow2", "another file")
 
     def test_a_qcow2_with_features_that_nobody_knows(self) -> None:
         image = bytearray(self.image("qcow2"))
         image[72:80] = struct.pack(">Q", 1 << 40)
-        self.rejected_at_once(bytes(image), "qcow2", "unknown_features")
+        self.rejected_at_once(bytes(image), "qcow2", "unknown features")
 
     def test_a_qcow2_that_is_truncated_or_garbage_behind_its_header(self) -> None:
         image = self.image("qcow2")

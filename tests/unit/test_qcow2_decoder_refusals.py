@@ -121,11 +121,6 @@ class WhatIsRefused(unittest.TestCase):
         at = entry(image, 0)
         self.check(put(image, at, int.from_bytes(image[at : at + 8], "big") + 512), "not aligned")
 
-    def test_a_map_beyond_the_virtual_size(self) -> None:
-        image = simple_image()
-        put(image, 24, SIZE)
-        self.check(bytes(image), "beyond the virtual size")
-
     def test_a_version_3_zero_cluster_in_version_2(self) -> None:
         clusters = {0: Cluster("data", b"\1" * SIZE), 3: Cluster("zero")}
         self.check(qcow2_images.build(64 * SIZE, clusters, version=2), "version 2")
