@@ -197,7 +197,7 @@ class CacheAdmin:
             return
         with self._starting:
             if not self._started:
-                self._cache.start()
                 with translated(self.config.base_path):
+                    self._cache.start()
                     self._upkeep.begin()
                 self._started = True

@@ -228,10 +228,13 @@ class _PendingFile(PendingDisk):
 
 def _open_disk(path: str, flags: int = os.O_RDONLY) -> int:
     fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
+    try:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
         raise errors.BackendError("the disk is no regular file", path=path)
-    return fd
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def _cached_name(backing_file: bytes | None) -> str | None:

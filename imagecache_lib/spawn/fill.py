@@ -140,7 +140,8 @@ class Filler:
 
     def _adopt(self, request: BaseRequest) -> Unmet | None:
         """Check what nobody witnessed. Returns why it does not serve; None if it serves, or is gone."""
-        opened = self._cache.open_base(request.name)
+        with translated(self._cache.layout.base(request.name)):
+            opened = self._cache.open_base(request.name)
         if opened is None:
             return None
         with contextlib.closing(opened):

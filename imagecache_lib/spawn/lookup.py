@@ -33,7 +33,9 @@ def look(cache: CacheStore, request: BaseRequest) -> Fit | Unmet | None:
     :raises NoSpaceError, BackendError: the filesystem failed.
     :raises CacheEntryError: something that is no regular file has the base's name.
     """
-    return judge(cache, cache.open_base(request.name), request)
+    with translated(cache.layout.base(request.name)):
+        opened = cache.open_base(request.name)
+    return judge(cache, opened, request)
 
 
 def judge(cache: CacheStore, opened: OpenBase | None, request: BaseRequest) -> Fit | Unmet | None:

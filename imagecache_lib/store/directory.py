@@ -162,7 +162,11 @@ class CacheStore:
                 path=path,
                 next_step="check its owner and mode",
             ) from error
-        found = os.fstat(fd)
+        try:
+            found = os.fstat(fd)
+        except BaseException:
+            os.close(fd)
+            raise
         if not stat.S_ISREG(found.st_mode):
             os.close(fd)
             raise _odd_entry(path, "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file")
