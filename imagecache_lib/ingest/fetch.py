@@ -67,13 +67,8 @@ class Ingest:
 
     def request(self, call: Call, use: evidence.Use) -> BaseRequest:
         """Return what a call asks of a lease."""
-        return BaseRequest(
-            call.name,
-            call.requirements(use),
-            ImageProducer(self, call, use),
-            call.waiter,
-            image_id=call.image_id,
-        )
+        producer = ImageProducer(self, call, use)
+        return BaseRequest(call.name, call.requirements(use), producer, call.waiter, image_id=call.image_id)
 
     @contextlib.contextmanager
     def slot(self, stage: Stage, waiter: Waiter) -> Iterator[None]:
@@ -179,7 +174,7 @@ class ImageProducer:
             record = self._seal(stage, image, content)
         allocated = 0 if twin is not None and twin.shared else stage.allocated
         if twin is None:
-            self._tell(
+            self._cache.observers(
                 events.Fetched(
                     self._call.name,
                     self._call.image_id,
@@ -204,7 +199,9 @@ class ImageProducer:
                     stage.clear()
                     return None
         record = found.record
-        self._tell(events.Copied(self._call.name, self._call.image_id, origin=record.name, shared=shared))
+        self._cache.observers(
+            events.Copied(self._call.name, self._call.image_id, origin=record.name, shared=shared)
+        )
         content = Content(
             record.source_format, record.stored_format, record.virtual_size, 0, inspected=record.inspected
         )
@@ -223,7 +220,7 @@ class ImageProducer:
         if isinstance(error, errors.ImageRejected):
             if error.next_step is None:
                 error.next_step = "have its owner upload a good image under a new id"
-            self._tell(events.Rejected(self._call.name, self._call.image_id, reason=error.cause))
+            self._cache.observers(events.Rejected(self._call.name, self._call.image_id, reason=error.cause))
 
     def _fill(self, stage: Stage, image: model.Image, reservation: Reservation) -> Content:
         """Pass over the data until it is whole. A clean restart is granted where a resume may be to blame."""
@@ -274,7 +271,7 @@ class ImageProducer:
                 yield chunk
                 if fetch.offset - told >= _TELL_EVERY or fetch.offset == image.size:
                     told = fetch.offset
-                    self._tell(
+                    self._cache.observers(
                         events.Progress(self._call.name, self._call.image_id, received=told, total=image.size)
                     )
 
@@ -304,6 +301,3 @@ class ImageProducer:
         stage.write_info(record)
         self._cache.host.trace(TracePoint.INGEST_SEALED)
         return record
-
-    def _tell(self, event: events.Event) -> None:
-        self._cache.observers(event)

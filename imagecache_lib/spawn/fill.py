@@ -75,7 +75,7 @@ class Filler:
         # Before anything is evicted to make way for it.
         request.producer.refuse_impossible()
         reason = unmet.reason if unmet is not None else "it is not in the cache"
-        self._tell(events.Miss(request.name, request.label, reason=reason))
+        self._cache.observers(events.Miss(request.name, request.label, reason=reason))
         if unmet is None or (evictable and self._evictor.evict_unfit(request.name, reason)):
             return self._publish(request)
         if not bypass:
@@ -85,7 +85,7 @@ class Filler:
                 path=self._cache.layout.base(request.name),
                 next_step="wait until nothing refers to it",
             )
-        self._tell(events.Bypassed(request.name, request.label, reason=reason))
+        self._cache.observers(events.Bypassed(request.name, request.label, reason=reason))
         return self.produce(request)
 
     def go_around(self, request: BaseRequest, unmet: Unmet | None, *, bypass: bool) -> SealedStage:
@@ -105,7 +105,7 @@ class Filler:
             )
         request.producer.refuse_impossible()
         if unmet is not None:
-            self._tell(events.Bypassed(request.name, request.label, reason=unmet.reason))
+            self._cache.observers(events.Bypassed(request.name, request.label, reason=unmet.reason))
         return self.produce(request)
 
     def produce(self, request: BaseRequest) -> SealedStage:
@@ -151,7 +151,7 @@ class Filler:
         if isinstance(record, Unmet):
             return record
         if known is None:
-            self._tell(events.Adopted(request.name, request.label))
+            self._cache.observers(events.Adopted(request.name, request.label))
         return evidence.unmet(record, request.requirements)
 
     def _publish(self, request: BaseRequest) -> Production | None:
@@ -164,11 +164,8 @@ class Filler:
             except StageGone:
                 request.retries.spend(_swept(request))
                 continue
-            self._tell(events.Published(request.name, request.label))
+            self._cache.observers(events.Published(request.name, request.label))
             return Production(sealed.received, sealed.allocated)
-
-    def _tell(self, event: events.Event) -> None:
-        self._cache.observers(event)
 
 
 def _swept(request: BaseRequest) -> errors.BackendError:
