@@ -114,7 +114,7 @@ class DiskAdmin(CacheAdmin):
             return None
         disk_roots.check_seen(disk_path, self.config)
         if image_id is not None:
-            call = self._call(image_id, request, stored_format=needed.format)
+            call = self._call(image_id, request, stored_format=needed.format, made=True)
             if layout.classify(needed.name) is layout.Kind.RESIZED:
                 base = resized.request(self._cache, needed.name, call, disk_path)
             else:
@@ -137,6 +137,7 @@ class DiskAdmin(CacheAdmin):
         *,
         stored_format: str | None = None,
         size: int | None = None,
+        made: bool = False,
     ) -> Call:
         call = Call(
             image_id,
@@ -146,6 +147,7 @@ class DiskAdmin(CacheAdmin):
             host=self.host,
             stored_format=stored_format,
             size=size,
+            made=made,
         )
         self._start()
         return call

@@ -99,7 +99,7 @@ def run(
     token = secrets.token_hex(16)
     command = (
         *("prlimit", f"--cpu={limits.cpu}", f"--as={limits.memory}", "--"),
-        *("timeout", f"--kill-after={_GRACE}", str(limits.wall)),
+        *("timeout", "-k", str(_GRACE), str(limits.wall)),
         *("sh", "-c", _SCRIPT, "sh", token, *words),
     )
     # Messages are matched, so they must not be translated.

@@ -36,6 +36,8 @@ class Call:
     :ivar stored_format: qemu's name of the format the base must have. None: any will do.
     :ivar waiter: the caller, which may cancel the call or have a deadline.
     :param size: virtual size of the disk that is wanted, in bytes. None: whatever the image has.
+    :param made: a disk was made from the image before. It needs the base that it was made on, whichever digest
+        the source states today.
     :raises ImageRejected: the id cannot be an image's.
     """
 
@@ -49,6 +51,7 @@ class Call:
         host: System,
         stored_format: str | None = None,
         size: int | None = None,
+        made: bool = False,
     ) -> None:
         self.image_id = image_id
         self.name = layout.base_name(image_id)
@@ -56,6 +59,7 @@ class Call:
         self.stored_format = stored_format
         self.waiter = Waiter(host, image_id, request.deadline, request.cancel)
         self._size = size
+        self._made = made
         self._source = request.source or source
         self._config = config
         self._host = host
@@ -73,7 +77,7 @@ class Call:
     @property
     def known_digest(self) -> model.Digest | None:
         """The digest that the image's data must have, if its source knows it without asking anybody."""
-        return self._source.known_digest(self.image_id)
+        return None if self._made else self._source.known_digest(self.image_id)
 
     @property
     def demands_signature(self) -> bool:

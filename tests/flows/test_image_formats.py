@@ -328,6 +328,14 @@ class TestDigests(FormatCase):
         self.assertEqual(raw_image(2), self.spawn(newer))
         self.assertEqual(raw_image(1), content_of(disk.target, disk.format))
 
+    def test_a_disk_keeps_the_base_that_it_was_made_on(self) -> None:
+        older = self.manager(self.table(1, digest=self.digest_of(1)))
+        disk = older.create_disk(ID, self.target())
+        newer = self.manager(self.table(2, digest=self.digest_of(2)))
+        self.assertIsNotNone(newer.ensure_backing(disk.target, image_id=ID))
+        newer.create_disk(ID, disk.target, if_exists="reuse")
+        self.assertEqual(raw_image(1), content_of(disk.target, disk.format))
+
     def test_the_same_digest_is_a_hit(self) -> None:
         self.manager(self.table(1, digest=self.digest_of(1))).cache_image(ID)
         self.assertIs(

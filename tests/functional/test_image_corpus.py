@@ -19,9 +19,9 @@ import pytest
 
 import imagecache_lib as ic
 from imagecache_lib.testing.sources import FakeSource
+from tests.support import campaign
 
 MIB = 2**20
-_WHOLE = os.environ.get("IMAGECACHE_CAMPAIGN") == "1"
 
 #: Options for each format, as lists of alternatives; the whole is their product, the sample one of each.
 _OPTIONS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -50,7 +50,7 @@ _CLAIMS = {"vpc": ("vhd", "vpc"), "raw": ("raw",)}
 def _options(format: str) -> list[str]:
     alternatives = _OPTIONS[format]
     every = [",".join(filter(None, chosen)) for chosen in itertools.product(*alternatives)]
-    if _WHOLE:
+    if campaign.WHOLE:
         return every
     first = [options[0] for options in alternatives]
     sample = []
@@ -62,7 +62,7 @@ def _options(format: str) -> list[str]:
 
 
 def _cases() -> Iterator[tuple[str, str, int]]:
-    sizes = (3 * MIB, 3 * MIB + 512, 68 * MIB) if _WHOLE else (3 * MIB + 512,)
+    sizes = campaign.pick(sample=(3 * MIB + 512,), whole=(3 * MIB, 3 * MIB + 512, 68 * MIB))
     for format in _OPTIONS:
         for options in _options(format):
             for size in sizes:
@@ -121,6 +121,7 @@ def _disk(directory: pathlib.Path, image: bytes, claimed: str | None, force_raw:
         shutil.rmtree(instances)
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize(("format", "options", "size"), list(_cases()))
 def test_a_guest_sees_what_qemu_img_converts(
     tmp_path: pathlib.Path, format: str, options: str, size: int
