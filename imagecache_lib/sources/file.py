@@ -27,9 +27,9 @@ class FileImage:
     :param disk_format: Glance's name of its format. None: the content decides.
     :param digest: of its content. None: whatever the file holds is taken.
     :param converted_from: the file is a conversion of an image of this format (``unknown`` will do), and not
-        the image's own bytes: it serves as a disk, and never as a plain file. None: it is the image's own.
+        the image's own bytes: it serves as a disk and not as a plain file. With None it is the image's own.
     :param compression: how it is compressed: ``gzip``, ``xz``, ``zstd`` or ``bzip2``; ``disk_format`` is that
-        of what is in it. None: not at all.
+        of what is in it. With None it is not compressed.
     """
 
     path: str | os.PathLike[str]

@@ -43,7 +43,7 @@ class GlanceSource(ImageSource):
     :param endpoints: URL or URLs of one image service, with or without ``/v2``. They are tried in turn.
         Without any, the session's catalog is asked.
     :param token: sent as X-Auth-Token; a callable is asked before every request, from any thread, and once
-        more after a 401. None: no authentication, or the session's.
+        more after a 401. With None there is no authentication, or the session's.
     :param session: a keystoneauth1 session, which brings token, catalog and its own rules for TLS.
     :param adapter: a keystoneauth1 adapter instead, which also brings the catalog's entry: its interface,
         region and endpoint override hold, and so do its authentication (a service token) and request id.

@@ -29,7 +29,8 @@ class HttpImage:
         document or compressed is refused.
     :param size: bytes. None: as the server says.
     :param compression: how the data is compressed: ``gzip``, ``xz``, ``zstd`` or ``bzip2``; ``disk_format``
-        is that of what is in it, digest and size are of the data as the server has it. None: not at all.
+        is that of what is in it, digest and size are of the data as the server has it. With None it is not
+        compressed.
     """
 
     url: str = dataclasses.field(repr=False)

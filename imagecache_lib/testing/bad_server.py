@@ -39,7 +39,8 @@ class Answer:
 
     :param headers: beside Content-Length.
     :param body: what is sent after the headers. Of a HEAD only its length is.
-    :param length: Content-Length. None: that of the body. -1: none, the end of the connection is the end.
+    :param length: Content-Length; None for that of the body, -1 for none: the end of the connection is the
+        end.
     :param after: what follows the body: ``keep`` the connection, ``close`` it, ``reset`` it, ``stall`` until
         the server ends, or go on ``endless``\\ ly. ``drop`` resets it before anything is sent.
     :param chunked: send the body with Transfer-Encoding: chunked and no length. ``close`` and ``reset`` leave
@@ -111,7 +112,7 @@ class BadServer:
 
     A context manager; it serves within. Safe to use from any thread.
 
-    :param tls: the path of a PEM file with certificate and key. None: plain HTTP.
+    :param tls: the path of a PEM file with certificate and key, or None for plain HTTP.
     """
 
     def __init__(self, *, tls: str | None = None) -> None:
@@ -167,7 +168,7 @@ class BadServer:
     def fail(self, path: str, *faults: Fault, method: str | None = "GET") -> None:
         """Spoil the next answers for a path, one with each fault.
 
-        :param method: of the requests that count. None: any.
+        :param method: of the requests that count, or None for any.
         """
         with self._lock:
             planned = [_Planned(fault, method, for_ever=False) for fault in faults]

@@ -72,7 +72,7 @@ def slow(pause: float) -> Fault:
 
 
 def length_told(length: int | None) -> Fault:
-    """Content-Length is a lie; the body is whole. None: no length is told but the connection's end."""
+    """Content-Length is a lie; the body is whole. With None only the connection's end tells it."""
     return lambda _seen, answer: dataclasses.replace(
         answer, length=-1 if length is None else length, after=bad_server.CLOSE
     )
