@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import unittest
 from collections.abc import Iterator, Sequence
 from unittest import TestCase
 
@@ -24,6 +23,7 @@ from imagecache_lib.precache.precacher import AggregatePrecacher
 from imagecache_lib.precache.reader import EmbeddedJobs
 from imagecache_lib.system import mounts
 from imagecache_lib.system.host import System
+from tests.support import needs
 
 CACHED = job.Cell(job.Result.CACHED, "", 5, 5)
 
@@ -220,12 +220,12 @@ class ReadingTest(DatabaseCase):
         )
         subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, stdout=subprocess.DEVNULL)
 
-    @unittest.skipIf(os.geteuid() != 0, "only root can mount")
     def test_a_filesystem_that_is_full_or_read_only_can_be_looked_at(self) -> None:
+        needs.root()
         small = self.directory / "small"
         small.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], check=True)
-        self.addCleanup(subprocess.run, ["umount", "-l", small], check=True)
+        self.addCleanup(lambda: subprocess.run(["umount", "-l", small], check=True))
         self.path = str(small / "jobs.sqlite")
         database = self.database()
         work = self.start(database)

@@ -155,7 +155,7 @@ class RequestTest(unittest.TestCase):
 
 
 class JobCase(unittest.TestCase):
-    IMAGES = ("image-a", "image-b")
+    IMAGES: tuple[str, ...] = ("image-a", "image-b")
 
     def setUp(self) -> None:
         directory = tempfile.TemporaryDirectory()

@@ -39,7 +39,7 @@ class RestartTest(JobCase):
 
     def test_restarts_between_which_images_are_finished_are_no_loop(self) -> None:
         fake = self.hosts.hosts["one"]
-        self.IMAGES = tuple(f"image-{number}" for number in range(2 * run.MOST_RESTARTS))  # type: ignore[misc]
+        self.IMAGES = tuple(f"image-{number}" for number in range(2 * run.MOST_RESTARTS))
         polls = [0]
 
         def before(call: str) -> None:

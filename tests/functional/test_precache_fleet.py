@@ -302,7 +302,7 @@ class FirstRelease:
 
     target = oslo_messaging.Target(version="1.0")
 
-    @oslo_messaging.expose
+    @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def begin(self, _context: Any, task: Any) -> Any:
         unknown = {"deadline_in", "pin_for"} & task.keys()
         return (
@@ -311,7 +311,7 @@ class FirstRelease:
             else {"result": None}
         )
 
-    @oslo_messaging.expose
+    @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def poll(self, _context: Any, job_id: Any) -> Any:
         return {"result": {"an-image": {"result": "cached", "reason": "", "received": 5, "total": 5}}}
 

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 
 from tests.lab import server
+from tests.support import needs
 
 
 @dataclasses.dataclass
@@ -40,7 +41,7 @@ class MariaDb:
         )
         subprocess.run(
             [
-                server.tool("mariadb-install-db"),
+                needs.program("mariadb-install-db"),
                 "--no-defaults",
                 f"--datadir={self.home / 'data'}",
                 f"--user={_user()}",
@@ -53,7 +54,7 @@ class MariaDb:
 
     def start(self) -> None:
         command = [
-            server.tool("mariadbd"),
+            needs.program("mariadbd"),
             "--no-defaults",
             f"--user={_user()}",
             f"--datadir={self.home / 'data'}",

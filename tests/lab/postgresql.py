@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 
 from tests.lab import server
+from tests.support import needs
 
 _USER = "postgres"
 
@@ -75,7 +76,7 @@ class PostgreSql:
         if os.geteuid() != 0:
             return command
         return [
-            server.tool("setpriv"),
+            needs.program("setpriv"),
             f"--reuid={_USER}",
             f"--regid={_USER}",
             "--clear-groups",
@@ -91,7 +92,7 @@ def running_postgresql(home: pathlib.Path) -> Iterator[PostgreSql]:
     :param home: an existing, empty directory for all it writes, which its user may enter.
     """
     found = sorted(pathlib.Path("/usr/lib/postgresql").glob("*/bin/postgres"))
-    programs = found[-1].parent if found else pathlib.Path(server.tool("postgres")).parent
+    programs = found[-1].parent if found else pathlib.Path(needs.program("postgres")).parent
     running = PostgreSql(home, server.free_port(), programs)
     running.install()
     running.start()

@@ -62,12 +62,12 @@ class FirstRelease:
     def __init__(self) -> None:
         self.tasks: list[Any] = []
 
-    @oslo_messaging.expose
+    @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def begin(self, _context: Any, task: Any) -> Any:
         self.tasks.append(task)
         return {"result": None}
 
-    @oslo_messaging.expose
+    @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def poll(self, _context: Any, job_id: Any) -> Any:
         return {"result": wire.from_cells(CELLS)}
 
