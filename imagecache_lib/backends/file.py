@@ -17,6 +17,7 @@ from imagecache_lib.formats import qemu_img
 from imagecache_lib.formats.qcow2 import header as qcow2_header
 from imagecache_lib.formats.qcow2.header import HeaderError, Incompatible, NotQcow2
 from imagecache_lib.nova import disk_info
+from imagecache_lib.nova.disk_info import FORMAT_MARK
 from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.system import atomic_file, attributes
 from imagecache_lib.system.host import System
@@ -25,9 +26,6 @@ from imagecache_lib.system.translate import translated
 #: As much of a disk as a qcow2 header that any tool writes.
 _HEADER_BYTES = 65536
 
-
-#: Extended attribute of a disk: its format, by QEMU's name, which a guest that owns the disk cannot change.
-FORMAT_MARK = "user.imagecache.format"
 
 #: Extended attribute of a disk whose content was not synced before it got its name: the boot id of the host
 #: that made it, and when it was made, in epoch seconds of its filesystem.
