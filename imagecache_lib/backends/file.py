@@ -179,6 +179,8 @@ class FileBackend(StorageBackend):
                 f"the disk has {current.virtual_size} bytes and is never shrunk to {size}",
                 path=disk.target,
                 next_step="ask for at least its size",
+                size=size,
+                virtual_size=current.virtual_size,
             )
         if size > current.virtual_size:
             if current.format == "raw":
