@@ -110,9 +110,8 @@ class DiskInfo:
         :raises NoSpaceError, BackendError: the file cannot be written.
         """
         path = _beside(disk)
-        with self._locked(path):
-            with contextlib.suppress(Damaged):
-                _put_back(path, disk, None)
+        with self._locked(path), contextlib.suppress(Damaged):
+            _put_back(path, disk, None)
 
     def _locked(self, path: str) -> contextlib.AbstractContextManager[bool]:
         number = zlib.crc32(os.fsencode(os.path.realpath(path))) % _LOCKS
