@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -50,34 +51,61 @@ class DiskAdmin(CacheAdmin):
         self._generator = generate.Generator(self._cache, self._upkeep)
         self._leases = Leases(self._cache, self._upkeep)
 
-    def inspect_disk(self, target: str) -> model.Disk:
+    def inspect_disk(self, target: str, *, backend: StorageBackend | str | None = None) -> model.Disk:
         """Return what an existing disk is: its format, its size, and the base it needs.
 
         :param target: absolute path, or for rbd an image name.
+        :param backend: of this disk. None: the manager's.
         :raises BackendError: there is none, or it cannot be read.
         """
-        return self.backend.inspect(target)
+        return self._backend_of(backend).inspect(target)
 
-    def resize_disk(self, disk: model.Disk, size: int) -> model.Disk:
+    def resize_disk(
+        self, disk: model.Disk, size: int, *, backend: StorageBackend | str | None = None
+    ) -> model.Disk:
         """Grow a disk to ``size`` bytes. It is never shrunk.
 
+        :param backend: of this disk. None: the manager's.
         :raises DiskTooSmallError, NoSpaceError, BackendError: the disk is as it was.
         """
-        return self.backend.resize(disk, size)
+        return self._backend_of(backend).resize(disk, size)
 
-    def flatten_disk(self, disk: model.Disk) -> model.Disk:
+    def flatten_disk(self, disk: model.Disk, *, backend: StorageBackend | str | None = None) -> model.Disk:
         """Cut a disk loose from its base image.
 
+        :param backend: of this disk. None: the manager's.
         :raises NoSpaceError, BackendError: the disk still needs its base.
         """
-        return self.backend.flatten(disk)
+        return self._backend_of(backend).flatten(disk)
 
-    def remove_disk(self, disk: model.Disk) -> None:
+    def remove_disk(self, disk: model.Disk, *, backend: StorageBackend | str | None = None) -> None:
         """Remove a disk. One that is gone is fine.
 
+        :param backend: of this disk. None: the manager's.
         :raises BackendError: the storage failed.
         """
-        self.backend.remove(disk)
+        self._backend_of(backend).remove(disk)
+
+    def note_use(self, disk: model.Disk, *, backend: StorageBackend | str | None = None) -> bool:
+        """Note that a disk which was always here is used now, so that the age of its base counts from now.
+
+        Cheap, and judges nothing: for a guest that starts anew where it was. For a disk that came from
+        another host there is :meth:`ensure_backing`.
+
+        :param backend: of this disk. None: the manager's.
+        :returns: whether its base is here. True for a disk that has none.
+        :raises BackendError: the disk cannot be read.
+        """
+        base = self._backend_of(backend).inspect(disk.target).base
+        if base is None:
+            return True
+        self._start()
+        opened = self._cache.open_base(base)
+        if opened is None:
+            return False
+        with contextlib.closing(opened):
+            self._cache.note_use(opened)
+        return True
 
     def ensure_backing(
         self,
@@ -87,6 +115,7 @@ class DiskAdmin(CacheAdmin):
         os_type: str | None = None,
         fs: str | None = None,
         label: str | None = None,
+        backend: StorageBackend | str | None = None,
         request: model.Request | None = None,
     ) -> model.BaseImage | None:
         """Make sure of the base of an overlay that came from another host, before it is started.
@@ -100,6 +129,7 @@ class DiskAdmin(CacheAdmin):
             base does not tell which filesystem it has. None: not told; then the disk itself may show it.
         :param fs: likewise.
         :param label: likewise.
+        :param backend: of this disk. None: the manager's.
         :returns: the base, or None if the disk stands alone. It may be a legacy resized one of the image
             (``<sha1>_<GiB>``), which is served while it is there, and never made.
         :raises BackendError: the header names something else; or the base that is here has another format, or
@@ -107,7 +137,7 @@ class DiskAdmin(CacheAdmin):
             filesystem it had, or no other host can make it; or the disk is outside every disk root, where no
             pass would see that it needs its base.
         """
-        if self.inspect_disk(disk_path).format != "qcow2":
+        if self.inspect_disk(disk_path, backend=backend).format != "qcow2":
             return None  # whatever header its guest wrote into it
         needed = backing.wanted(disk_path, image_id, self._cache.layout)
         if needed is None:

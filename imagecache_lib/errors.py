@@ -89,7 +89,25 @@ class NoSpaceError(ImageCacheError):
 
 
 class DiskTooSmallError(ImageCacheError):
-    """The disk asked for is smaller than the image's virtual size."""
+    """The disk asked for is smaller than the image's virtual size, or than the disk that it is to be.
+
+    :param size: bytes that were asked for.
+    :param virtual_size: bytes that the image or the disk has.
+
+    Both are attributes too. None: not known.
+    """
+
+    def __init__(
+        self,
+        cause: str,
+        *,
+        size: int | None = None,
+        virtual_size: int | None = None,
+        **known: str | None,
+    ) -> None:
+        super().__init__(cause, **known)
+        self.size = size
+        self.virtual_size = virtual_size
 
 
 class DiskExistsError(ImageCacheError):

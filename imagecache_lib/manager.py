@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 
 from imagecache_lib import errors, events, model
-from imagecache_lib.backends.interface import Feature
+from imagecache_lib.backends.interface import Feature, StorageBackend
 from imagecache_lib.disks import DiskAdmin
 from imagecache_lib.ingest import generate
-from imagecache_lib.ingest.call import Call, require_fit
+from imagecache_lib.ingest.call import require_fit
 from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.spawn import cloning
+from imagecache_lib.spawn.reuse import check_file, require_reuse, reuse_disk
 from imagecache_lib.store import pins
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.system import atomic_file
@@ -52,6 +54,7 @@ class ImageCacheManager(DiskAdmin):
         *,
         size: int | None = None,
         if_exists: str = "error",
+        backend: StorageBackend | str | None = None,
         request: model.Request | None = None,
     ) -> model.Disk:
         """Make an instance disk from an image.
@@ -60,24 +63,38 @@ class ImageCacheManager(DiskAdmin):
         :param size: virtual size in bytes. None: the image's.
         :param if_exists: ``"error"``, or ``"reuse"``: make sure of the existing disk's base, grow it, and
             change nothing else (evacuate, rebuild, retry).
+        :param backend: of this disk: one instance may have several. None: the manager's.
         :raises DiskExistsError: the target exists.
         :raises DiskTooSmallError: the image's virtual size is larger; nothing was written.
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: nothing is left behind.
         """
-        call = self._call(image_id, request, stored_format=self.backend.base_format, size=size)
+        storage = self._backend_of(backend)
+        call = self._call(image_id, request, stored_format=storage.base_format, size=size)
         base = self._ingest.request(call, Use.DISK)
         with base.named():
-            self.backend.check_target(target)
-            if self.backend.exists(target):
-                return self._reuse(call, target, size, if_exists)
-            if Feature.CLONE in self.backend.features:
-                disk = cloning.clone(call, self.backend, target, size, self._cache)
+            storage.check_target(target)
+            if storage.exists(target):
+                require_reuse(target, if_exists)
+                return reuse_disk(
+                    storage,
+                    target,
+                    size,
+                    lambda: self.ensure_backing(target, image_id=image_id, backend=storage, request=request),
+                )
+            if Feature.CLONE in storage.features:
+                disk = cloning.clone(call, storage, target, size, self._cache)
                 if disk is not None:
                     return disk
-            return self._make(base, target, size)
+            return self._make(storage, base, target, size)
 
     def _make(
-        self, base: BaseRequest, target: str, size: int | None = None, *, shared: bool = True
+        self,
+        storage: StorageBackend,
+        base: BaseRequest,
+        target: str,
+        size: int | None = None,
+        *,
+        shared: bool = True,
     ) -> model.Disk:
         """Make a disk from a base image, over again should the base leave the cache meanwhile.
 
@@ -87,41 +104,33 @@ class ImageCacheManager(DiskAdmin):
         while True:
             with acquire(base) as lease:
                 require_fit(base.label, lease.base.virtual_size, size)
-                prepare = self.backend.prepare_standalone if lease.private else self.backend.prepare
+                prepare = storage.prepare_standalone if lease.private else storage.prepare
                 with prepare(lease.base, target, size) as pending:
                     if lease.is_current():
                         return pending.commit()
             base.retries.spend(self._vanished())
 
-    def _reuse(self, call: Call, target: str, size: int | None, if_exists: str) -> model.Disk:
-        if if_exists != "reuse":
-            raise errors.DiskExistsError(
-                "the target exists already",
-                path=target,
-                next_step='remove it, or ask with if_exists="reuse"',
-            )
-        if not self.backend.ensure_durable(target):
-            raise errors.BackendError(
-                "the host restarted soon after the disk was made, and its content was not synced before",
-                path=target,
-                next_step="remove the disk and make it anew; with sync_copied_disks this cannot happen",
-            )
-        disk = self.backend.inspect(target)
-        if disk.format == "qcow2":
-            # Whatever its header names: a guest may have written one into a disk whose format nobody pinned.
-            self.ensure_backing(target, image_id=call.image_id, request=call.request)
-        if size is not None and size > disk.virtual_size:
-            return self.backend.resize(disk, size)
-        return disk
-
-    def create_swap(self, target: str, *, size_mb: int) -> model.Disk:
+    def create_swap(
+        self,
+        target: str,
+        *,
+        size_mb: int,
+        if_exists: str = "error",
+        backend: StorageBackend | str | None = None,
+    ) -> model.Disk:
         """Make a swap disk of so many MiB, formatted.
 
         :param target: absolute path, or for rbd an image name.
+        :param if_exists: ``"error"``, or ``"reuse"``: make sure of the existing disk's base.
+        :param backend: of this disk. None: the manager's.
         :raises DiskExistsError: the target exists.
         :raises NoSpaceError, BackendError, ConfigError: nothing is left behind.
         """
-        return self._generate(generate.swap(size_mb, share=self._shares), target)
+        storage = self._backend_of(backend)
+        wanted = generate.swap(size_mb, share=Feature.OVERLAY in storage.features)
+        return self._generate(
+            storage, wanted, target, if_exists, lambda: self.ensure_backing(target, backend=storage)
+        )
 
     def create_ephemeral(
         self,
@@ -131,6 +140,8 @@ class ImageCacheManager(DiskAdmin):
         os_type: str | None = None,
         fs: str | None = None,
         label: str | None = None,
+        if_exists: str = "error",
+        backend: StorageBackend | str | None = None,
     ) -> model.Disk:
         """Make an ephemeral disk of so many GiB, with an empty filesystem.
 
@@ -140,36 +151,67 @@ class ImageCacheManager(DiskAdmin):
             and vfat for others.
         :param fs: ext2, ext3, ext4, vfat, xfs or ntfs.
         :param label: the filesystem's label. None: ``ephemeral0``. Give each disk of a guest its own.
+        :param if_exists: as for :meth:`create_disk`: an existing disk is grown, its filesystem is not.
+        :param backend: of this disk. None: the manager's.
         :raises DiskExistsError: the target exists.
         :raises NoSpaceError, BackendError, ConfigError: nothing is left behind.
         """
+        storage = self._backend_of(backend)
         wanted = generate.ephemeral(
-            size_gb, os_type=os_type, fs=fs, label=label, config=self.config, share=self._shares
+            size_gb,
+            os_type=os_type,
+            fs=fs,
+            label=label,
+            config=self.config,
+            share=Feature.OVERLAY in storage.features,
         )
-        return self._generate(wanted, target)
+        return self._generate(
+            storage,
+            wanted,
+            target,
+            if_exists,
+            lambda: self.ensure_backing(target, os_type=os_type, fs=fs, label=label, backend=storage),
+            grow=True,
+        )
 
-    @property
-    def _shares(self) -> bool:
-        return Feature.OVERLAY in self.backend.features
-
-    def _generate(self, wanted: generate.Generation, target: str) -> model.Disk:
+    def _generate(
+        self,
+        storage: StorageBackend,
+        wanted: generate.Generation,
+        target: str,
+        if_exists: str,
+        ensure_backing: Callable[[], object],
+        *,
+        grow: bool = False,
+    ) -> model.Disk:
         self._start()
-        self.backend.check_target(target)
-        if self.backend.exists(target):
-            raise errors.DiskExistsError("the target exists already", path=target, next_step="remove it")
-        return self._make(self._generator.request(wanted), target, shared=wanted.shared)
+        storage.check_target(target)
+        if storage.exists(target):
+            require_reuse(target, if_exists)
+            return reuse_disk(storage, target, wanted.size if grow else None, ensure_backing)
+        return self._make(storage, self._generator.request(wanted), target, shared=wanted.shared)
 
-    def fetch_file(self, image_id: str, path: str, *, request: model.Request | None = None) -> None:
+    def fetch_file(
+        self,
+        image_id: str,
+        path: str,
+        *,
+        if_exists: str = "error",
+        request: model.Request | None = None,
+    ) -> None:
         """Put an image's bytes, as they came, into a new file: a kernel, a ramdisk.
 
         :param path: absolute, in an existing directory.
+        :param if_exists: ``"error"``, or ``"reuse"``: leave the existing file as it is.
         :raises DiskExistsError: the file exists.
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: nothing is left behind.
         """
         base = self._ingest.request(self._call(image_id, request), Use.FILE)
         with base.named():
             atomic_file.check_target(path)
-            atomic_file.check_absent(path)
+            if os.path.lexists(path):
+                require_reuse(path, if_exists)
+                return check_file(path)
             while True:
                 with self._leases.acquire(base) as lease, atomic_file.unfinished(path, self.host) as file:
                     assert lease.base.fd is not None  # a leased base is open

@@ -18,6 +18,7 @@ from imagecache_lib.formats.qcow2 import header as qcow2_header
 from imagecache_lib.formats.qcow2.header import Header, HeaderError, Incompatible, NotQcow2
 from imagecache_lib.formats.qemu_img import DiskFile
 from imagecache_lib.nova import disk_info
+from imagecache_lib.nova.disk_info import FORMAT_MARK
 from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import atomic_file, attributes
@@ -27,9 +28,6 @@ from imagecache_lib.system.translate import translated
 #: As much of a disk as a qcow2 header that any tool writes.
 _HEADER_BYTES = 65536
 
-
-#: Extended attribute of a disk: its format, by QEMU's name, which a guest that owns the disk cannot change.
-FORMAT_MARK = "user.imagecache.format"
 
 #: Extended attribute of a disk whose content was not synced before it got its name: the boot id of the host
 #: that made it, and when it was made, in epoch seconds of its filesystem.
@@ -186,6 +184,8 @@ class FileBackend(StorageBackend):
                 f"the disk has {current.virtual_size} bytes and is never shrunk to {size}",
                 path=disk.target,
                 next_step="ask for at least its size",
+                size=size,
+                virtual_size=current.virtual_size,
             )
         if size > current.virtual_size:
             if current.format == "raw":

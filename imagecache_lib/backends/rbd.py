@@ -95,6 +95,8 @@ class RbdBackend(StorageBackend):
                 f"its virtual size is {parent.size} bytes and the disk shall have {size}",
                 image=image.id,
                 next_step="choose a larger disk (flavor)",
+                size=size,
+                virtual_size=parent.size,
             )
         wanted = interface.whole_sectors(parent.size if size is None else size)
         with self._pending(model.Disk(target, "raw", wanted)) as pending:
@@ -183,6 +185,8 @@ class RbdBackend(StorageBackend):
                 f"the disk has {current.virtual_size} bytes and is never shrunk to {size}",
                 path=disk.target,
                 next_step="ask for at least its size",
+                size=size,
+                virtual_size=current.virtual_size,
             )
         if size > current.virtual_size:
             self._cluster.resize(self._named(disk.target), size)

@@ -24,6 +24,8 @@ def require_fit(label: str, virtual_size: int, size: int | None) -> None:
             f"its virtual size is {virtual_size} bytes and the disk shall have {size}",
             image=label,
             next_step="choose a larger disk (flavor)",
+            size=size,
+            virtual_size=virtual_size,
         )
 
 

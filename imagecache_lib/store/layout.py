@@ -21,7 +21,8 @@ readable by Nova::
         spare/                  empty: what a base is evicted into when the filesystem is full
         hosts/<id>.json         each host that shares the storage writes its own and no other
         hosts/<id>.readings     what that host's last pass read in its instance directories
-        pins/<name>.json        why and until when a base must stay
+        pins/<name>/<sha1 of the owner>.json    that, and until when, an owner wants a base to stay
+        pins/<name>.json        the same of all owners, as earlier releases keep it
     <instances_path>/locks/nova-<name>                   lock files: Nova's names, never unlinked by us
 
 Who may do what
@@ -36,6 +37,14 @@ disk is made or moved.
 *Base names are never replaced.* A base appears by ``link(stage/<id>, <name>)`` of a finished, fsynced
 file, and disappears by ``rename(<name>, trash/<name>.<id>/base)``. While the name exists its bytes do not
 change. Nothing is ever written through it.
+
+*A pin* is one owner's file, and needs no lock. Earlier releases keep all pins of a base in
+``pins/<name>.json``, which they read, change and write under the lock ``nova-imagecache-pins``, and know of
+nothing else. So their pins are read there, and count unless the owner has a file. And as long as the
+directory ``pins/<name>`` exists, that file holds one pin more, of the owner ``a later release`` and without
+an end, which makes them keep the base; it is not read as a pin here. It is written under that lock, and
+seldom. Where no locks work, an earlier release can lose it, as it loses its own pins; no pin in the
+directory is lost.
 
 *Locks* are OFD byte-range locks on the whole of ``locks/nova-<name>``: shared to use a base, exclusive to
 fetch or to evict it. They save work; every step below is safe if all of them fail.
@@ -260,5 +269,16 @@ class Layout:
     def readings(self, host_id: str) -> str:
         return os.path.join(self.hosts, f"{host_id}.readings")
 
-    def pin(self, name: str) -> str:
+    def pins_of(self, name: str) -> str:
+        """The directory of a base's pins."""
+        return os.path.join(self.pins, name)
+
+    def pin(self, name: str, owner: str) -> str:
+        # sha1 names a file here, it protects nothing. An owner may be any text, lone surrogates included.
+        encoded = owner.encode("utf-8", "surrogatepass")
+        owner_id = hashlib.sha1(encoded, usedforsecurity=False).hexdigest()
+        return os.path.join(self.pins_of(name), f"{owner_id}.json")
+
+    def former_pins(self, name: str) -> str:
+        """The file in which earlier releases keep all pins of a base."""
         return os.path.join(self.pins, f"{name}.json")

@@ -53,15 +53,6 @@ def check_target(target: str) -> None:
         )
 
 
-def check_absent(target: str) -> None:
-    """Refuse a target that exists.
-
-    :raises DiskExistsError: it does, if only as a dangling link.
-    """
-    if os.path.lexists(target):
-        raise _exists(target)
-
-
 def _exists(target: str) -> errors.DiskExistsError:
     return errors.DiskExistsError(
         "the target exists already",

@@ -33,6 +33,22 @@ def _boot_id() -> str:
         return ""
 
 
+# Looked up when they are called and not when this module is imported: a program may patch them in between, as
+# eventlet does, and a sleep of before would hold up all of its threads.
+
+
+def _clock() -> float:
+    return time.time()
+
+
+def _monotonic() -> float:
+    return time.monotonic()
+
+
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
 @dataclasses.dataclass(frozen=True)
 class System:
     """Clocks, sleep, name, subprocess runner and trace points of the host.
@@ -51,9 +67,9 @@ class System:
 
     name: str = dataclasses.field(default_factory=socket.gethostname)
     boot_id: str = dataclasses.field(default_factory=_boot_id)
-    clock: Callable[[], float] = time.time
-    monotonic: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = _clock
+    monotonic: Callable[[], float] = _monotonic
+    sleep: Callable[[float], None] = _sleep
     execute: Callable[..., tuple[str, str]] = _execute
     trace: Callable[[TracePoint], None] = _no_trace
     locking: bool = True

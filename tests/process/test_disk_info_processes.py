@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from imagecache_lib.testing.backend_contract import commit
 MIB = 2**20
 PROCESSES = 8
 DISKS = 5
+MANY = 200
 
 
 def make_base(root: pathlib.Path) -> pathlib.Path:
@@ -29,8 +31,15 @@ def make_base(root: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def create(root: pathlib.Path, kind: type[FileBackend], base_path: pathlib.Path, target: str) -> None:
-    backend = kind.from_config(CacheConfig(instances_path=str(root)), System(name="here"))
+def create(
+    root: pathlib.Path,
+    kind: type[FileBackend],
+    base_path: pathlib.Path,
+    target: str,
+    *,
+    locking: bool = True,
+) -> None:
+    backend = kind.from_config(CacheConfig(instances_path=str(root)), System(name="here", locking=locking))
     fd = os.open(base_path, os.O_RDONLY)
     base = model.BaseImage("id", base_path.name, str(base_path), "raw", MIB, fd=fd)
     try:
@@ -44,6 +53,13 @@ def make_several(root: pathlib.Path, base_path: pathlib.Path, start: Barrier, nu
     start.wait()
     for disk in range(DISKS):
         create(root, kind, base_path, str(root / "instance" / f"{kind.name}-{number}-{disk}"))
+
+
+def make_many_without_locks(root: pathlib.Path, base_path: pathlib.Path, start: Barrier, number: int) -> None:
+    kind = (RawBackend, Qcow2Backend)[number % 2]
+    start.wait()
+    for disk in range(MANY // PROCESSES):
+        create(root, kind, base_path, str(root / "instance" / f"{kind.name}-{number}-{disk}"), locking=False)
 
 
 def make_the_same(root: pathlib.Path, base_path: pathlib.Path, start: Barrier, number: int) -> None:
@@ -77,6 +93,26 @@ def test_no_disks_format_is_lost(tmp_path: pathlib.Path) -> None:
     made = {str(path) for path in (tmp_path / "instance").iterdir() if path.name != "disk.info"}
     assert len(made) == PROCESSES * DISKS
     assert pinned == {path: os.path.basename(path).partition("-")[0] for path in made}
+
+
+def test_without_locks_no_disks_format_is_lost(tmp_path: pathlib.Path) -> None:
+    pinned = run(make_many_without_locks, tmp_path)
+    made = {str(path) for path in (tmp_path / "instance").iterdir() if path.name != "disk.info"}
+    assert len(made) == MANY
+    assert pinned == {path: os.path.basename(path).partition("-")[0] for path in made}
+    backend = Qcow2Backend.from_config(CacheConfig(instances_path=str(tmp_path)), System(name="here"))
+    assert {path: backend.inspect(path).format for path in made} == pinned
+
+
+def test_without_locks_a_disk_that_lost_its_name_to_another_takes_no_format_away(
+    tmp_path: pathlib.Path,
+) -> None:
+    base_path = make_base(tmp_path)
+    target = str(tmp_path / "instance" / "disk")
+    create(tmp_path, Qcow2Backend, base_path, target, locking=False)
+    with contextlib.suppress(errors.DiskExistsError):
+        create(tmp_path, RawBackend, base_path, target, locking=False)
+    assert json.loads((tmp_path / "instance" / "disk.info").read_text()) == {target: "qcow2"}
 
 
 def test_who_wins_a_name_has_its_format_pinned(tmp_path: pathlib.Path) -> None:

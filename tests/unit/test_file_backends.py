@@ -12,11 +12,12 @@ import unittest
 from typing import Any
 
 from imagecache_lib import CacheConfig, System, errors, model
-from imagecache_lib.backends.file import FORMAT_MARK, UNSYNCED_MARK, FileBackend
+from imagecache_lib.backends.file import UNSYNCED_MARK, FileBackend
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.backends.raw import RawBackend
 from imagecache_lib.formats.qcow2 import overlay
 from imagecache_lib.nova import disk_info
+from imagecache_lib.nova.disk_info import FORMAT_MARK
 from imagecache_lib.system import atomic_file
 from imagecache_lib.testing.backend_contract import commit
 from tests.support.page_cache import dirty_pages
