@@ -282,7 +282,7 @@ class TestWhatCannotBeTold(UpkeepCase):
         manager = self.manager()
         manager.pin(ID, owner="me")
         manager.unpin(ID, owner="me")
-        self.assertKept(base, self.verify(), "unreadable pin file")
+        self.assertKept(base, self.verify(), "pins are unreadable")
 
     def test_pins_keep_until_they_expire(self) -> None:
         base = self.cached()
