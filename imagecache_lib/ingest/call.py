@@ -39,8 +39,7 @@ class Call:
     :ivar waiter: the caller, which may cancel the call or have a deadline.
     :param size: virtual size of the disk that is wanted, in bytes. None: whatever the image has.
     :param made: a disk was made from the image before. It needs the base that it was made on, whichever
-        digest
-        the source states today.
+        digest the source states today.
     :raises ImageRejected: the id cannot be an image's.
     """
 
