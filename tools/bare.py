@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the README's two commands where nothing is: ``bare.py SUITE --results DIRECTORY``, as root.
+"""Run the README's two commands where nothing is: ``bare.py SUITE TARGET... --results DIR``, as root.
 
 SUITE is a Debian release's code name. A root filesystem that holds its essential packages, git, make and
 nothing else is made once and kept outside of the checkout, with the packages that were downloaded, under a
 hash of all that decides what is needed. Each run unpacks it afresh, clones the commit that is checked out
-here, and installs everything as a new user would: with sudo as a user, and as root.
+here, and installs everything as a new user would: with sudo as a user, and as root, who then makes the
+targets, such as ``test``.
 
 It happens in a mount and a process namespace, on a filesystem in a file that has no name any more: the kernel
 clears up, however this ends.
@@ -41,6 +42,8 @@ NAMESPACES = (
 UNUSED = 7 * 86400
 #: What `make demo` may take when all is set up, beside the demonstration itself, in seconds.
 SET_UP_AGAIN = 2.0
+#: What a root filesystem holds; sudo is for the user, and removed for root.
+CONTENT = ("--variant=minbase", "--include=git,make,sudo")
 #: Decide what is installed, and so what a kept tree is worth.
 INPUTS = (
     "bindep.txt",
@@ -48,7 +51,6 @@ INPUTS = (
     "test-requirements.txt",
     "doc/requirements.txt",
     "setup.cfg",
-    "tools/bare.py",
 )
 
 
@@ -59,8 +61,9 @@ def kept_tree(suite: str) -> Iterator[pathlib.Path]:
     Nobody else uses it meanwhile: apt would not share its downloads.
     """
     sources = machine_config.apt_sources(suite)
-    inputs = [(ROOT / name).read_bytes() for name in INPUTS]
-    key = hashlib.sha256(b"\0".join([*inputs, "\n".join(sources).encode()])).hexdigest()[:12]
+    inputs = [(ROOT / name).read_text() for name in INPUTS]
+    decided = "\0".join([*inputs, *sources, *CONTENT, machine_config.apt_options()])
+    key = hashlib.sha256(decided.encode()).hexdigest()[:12]
     trees = (
         pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         / "imagecache-lib/bare"
@@ -76,8 +79,15 @@ def kept_tree(suite: str) -> Iterator[pathlib.Path]:
         if not (tree / "root.tar").exists():
             print(f"{suite}: making a root filesystem, kept in {tree}", flush=True)
             (tree / "options").write_text(machine_config.apt_options())
-            options = ["--variant=minbase", "--include=git,make,sudo", f"--aptopt={tree / 'options'}"]
-            run("mmdebstrap", "--quiet", *options, suite, tree / "new.tar", *sources)
+            run(
+                "mmdebstrap",
+                "--quiet",
+                *CONTENT,
+                f"--aptopt={tree / 'options'}",
+                suite,
+                tree / "new.tar",
+                *sources,
+            )
             (tree / "new.tar").rename(tree / "root.tar")
         yield tree
 
@@ -167,66 +177,63 @@ def unpacked(kept: pathlib.Path, suite: str) -> Iterator[Tree]:
 class Checks:
     """What is tried in one release's trees."""
 
-    def __init__(self, suite: str, kept: pathlib.Path, commit: pathlib.Path, results: pathlib.Path) -> None:
+    def __init__(self, suite: str, targets: list[str], commit: pathlib.Path, results: pathlib.Path) -> None:
         self.suite = suite
-        self.kept = kept
+        self.targets = targets
         self.commit = commit
         self.results = results
         self.failed: list[str] = []
 
-    def check(self, tree: Tree, user: str, name: str, script: str) -> str:
-        """Run a script, show how long it took, and remember whether it failed. Returns what it said."""
-        title = f"{self.suite}, {user}: {name}"
+    def check(self, tree: Tree, user: str, script: str) -> str:
+        """Run a script in the clone, and remember whether it failed. Returns what it said."""
+        title = f"{self.suite}, {user}: {script}"
         print(f"-- {title}", flush=True)
         began = time.monotonic()
-        code, said = tree.execute(user, script)
+        code, said = tree.execute(user, f"cd imagecache-lib; {script}")
         print(f"-- {title}: {'failed' if code else 'ok'}, {time.monotonic() - began:.1f} s", flush=True)
         if code:
             self.failed.append(title)
         return said
 
+    def refusal(self, tree: Tree, user: str, script: str, reason: str) -> None:
+        """Run a script that has to fail, with one line at its end that says why; make adds one of its own."""
+        title = f"{self.suite}, {user}: {script}"
+        print(f"-- {title}, which cannot work", flush=True)
+        code, said = tree.execute(user, f"cd imagecache-lib; {script}")
+        if not code or reason not in "".join(said.splitlines()[-2:-1]):
+            self.failed.append(f"{title}: does not end with {reason!r}")
+
     def clone(self, tree: Tree, user: str) -> None:
         shutil.copyfile(self.commit, tree.root / "commit.bundle")
-        self.check(tree, user, "git clone", "git clone --quiet /commit.bundle imagecache-lib 2>/dev/null")
+        code, said = tree.execute(user, "git clone --quiet /commit.bundle imagecache-lib 2>&1")
+        if code:
+            self.failed.append(f"{self.suite}, {user}: git clone: {said}")
 
     def as_user(self, tree: Tree) -> None:
-        """The demonstration, by somebody who may become root with sudo."""
+        """The demonstration, without rights, and by somebody who may become root with sudo."""
         self.clone(tree, USER)
-        demo = "cd imagecache-lib && make demo"
-        self.refusal(tree, USER, "make demo without rights", demo, "only root can install")
+        self.refusal(tree, USER, "make demo", "only root can install")
         (tree.root / "etc/sudoers.d/newcomer").write_text(f"{USER} ALL=(ALL) NOPASSWD: ALL\n")
-        self.check(tree, USER, "make demo", demo)
-        self.demo_again(tree, USER)
+        self.check(tree, USER, "make demo")
 
     def as_root(self, tree: Tree) -> None:
-        """Both commands, and the packages where no compiler is. Root has no sudo here, and needs none."""
+        """The demonstration and the targets. Root has no sudo here, and needs none."""
         run("chroot", tree.root, "env", "SUDO_FORCE_REMOVE=yes", "dpkg", "--purge", "sudo")
         self.clone(tree, "root")
-        alone = "cd imagecache-lib && unshare --net make demo"
-        self.refusal(tree, "root", "make demo without a network", alone, "is there a network?")
-        self.check(tree, "root", "make demo", "cd imagecache-lib && make demo")
+        self.refusal(tree, "root", "unshare --net make demo", "is there a network?")
+        self.check(tree, "root", "make demo")
         self.demo_again(tree, "root")
-        self.check(tree, "root", "make test", "cd imagecache-lib && make --keep-going test")
-        no_compiler = "! type cc gcc g++ clang >/dev/null 2>&1"
-        self.check(
-            tree, "root", "make check-install", f"{no_compiler}; cd imagecache-lib && make check-install"
-        )
+        for target in self.targets:
+            self.check(tree, "root", f"make --keep-going {target}")
+        self.check(tree, "root", "for each in cc gcc g++ clang; do ! type $each || exit; done 2>/dev/null")
         found = tree.root / "root/imagecache-lib/build/results/here"
         if found.is_dir():
             shutil.copytree(found, self.results, dirs_exist_ok=True)
 
-    def refusal(self, tree: Tree, user: str, name: str, script: str, reason: str) -> None:
-        """Run a script that has to fail, with one line at its end that says why; make adds one of its own."""
-        title = f"{self.suite}, {user}: {name}"
-        print(f"-- {title}", flush=True)
-        code, said = tree.execute(user, script)
-        if not code or reason not in "".join(said.splitlines()[-2:-1]):
-            self.failed.append(f"{title}: does not end with {reason!r}")
-
     def demo_again(self, tree: Tree, user: str) -> None:
         """All is set up: what comes before the demonstration takes no time."""
         began = time.monotonic()
-        said = self.check(tree, user, "make demo, again", "cd imagecache-lib && make demo | tail -n 1")
+        said = self.check(tree, user, "make demo | tail -n 1")
         took = time.monotonic() - began
         shown = re.search(r"Everything was as claimed, in ([0-9.]+) s", said)
         if shown is None or took - float(shown[1]) > SET_UP_AGAIN:
@@ -235,54 +242,46 @@ class Checks:
             print(f"   {took - float(shown[1]):.1f} s beside the demonstration itself", flush=True)
 
 
-def inside(suite: str, kept: pathlib.Path, commit: pathlib.Path, results: pathlib.Path) -> int:
-    checks = Checks(suite, kept, commit, results)
+def inside(chosen: argparse.Namespace) -> int:
+    kept, commit = chosen.inside
+    checks = Checks(chosen.suite, chosen.targets, commit, chosen.results)
     for attempt in (checks.as_user, checks.as_root):
-        with unpacked(kept, suite) as tree:
+        with unpacked(kept, chosen.suite) as tree:
             attempt(tree)
     for failure in checks.failed:
         print(f"failed: {failure}")
     return 1 if checks.failed else 0
 
 
-def outside(suite: str, results: pathlib.Path) -> int:
+def outside(chosen: argparse.Namespace) -> int:
     """Make what is missing, and go on in namespaces that end with this process."""
     if os.geteuid() != 0:
         raise SystemExit("bare.py: only root can make a root filesystem")
+    results = chosen.results.resolve()
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
     with (
-        kept_tree(suite) as kept,
+        kept_tree(chosen.suite) as kept,
         tempfile.TemporaryDirectory(prefix="imagecache-commit-") as scratch,
     ):
         commit = pathlib.Path(scratch, "commit.bundle")
         run("git", "-C", ROOT, "bundle", "create", "--quiet", commit, "HEAD")
-        again = [
-            sys.executable,
-            __file__,
-            suite,
-            "--results",
-            str(results),
-            "--inside",
-            str(kept),
-            str(commit),
-        ]
+        again = [sys.executable, __file__, chosen.suite, *chosen.targets, "--results", str(results)]
+        again += ["--inside", str(kept), str(commit)]
         return subprocess.run([*NAMESPACES, *again], stdin=subprocess.DEVNULL, check=False).returncode
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("suite")
+    parser.add_argument("targets", nargs="*")
     parser.add_argument("--results", type=pathlib.Path, required=True)
     parser.add_argument(
         "--inside", nargs=2, type=pathlib.Path, metavar=("KEPT", "COMMIT"), help=argparse.SUPPRESS
     )
     chosen = parser.parse_args()
     try:
-        if chosen.inside:
-            kept, commit = chosen.inside
-            return inside(chosen.suite, kept, commit, chosen.results)
-        return outside(chosen.suite, chosen.results.resolve())
+        return inside(chosen) if chosen.inside else outside(chosen)
     except (machine_config.ConfigurationError, subprocess.CalledProcessError) as error:
         raise SystemExit(f"bare.py: {error}") from None
 
