@@ -28,7 +28,7 @@ def _qemu() -> str:
         return "no QEMU"
     said = subprocess.run(["qemu-img", "--version"], capture_output=True, text=True, check=False).stdout
     version = re.search(r"version (\d+(?:\.\d+)+)", said)
-    return f"QEMU {version[1] if version else said!r}"
+    return f"QEMU {version[1]}" if version else "QEMU of no version"
 
 
 def _system() -> str:
