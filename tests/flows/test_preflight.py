@@ -85,7 +85,7 @@ class PreflightTest(unittest.TestCase):
 
     def test_programs_that_are_missing_or_old(self) -> None:
         self.assert_finds(ic.Severity.ERROR, "qemu-img cannot be run", programs={"qemu-img": ""})
-        self.assert_finds(ic.Severity.ERROR, "prlimit cannot be run", programs={"prlimit": ""})
+        self.assert_finds(ic.Severity.ERROR, "prlimit cannot be run, without which", programs={"prlimit": ""})
         self.assert_finds(
             ic.Severity.ERROR, "qemu-img is 4.2", programs={"qemu-img": "qemu-img version 4.2.1 (Debian)"}
         )
