@@ -215,7 +215,7 @@ def test_errors_are_one_line_and_have_a_code(cli: Cli, tmp_path: pathlib.Path) -
         (("image", "cache", "a", "b", "--file", str(cli.data)), 7, "one image"),
         (("image", "show", IMAGE), 3, "not in the cache"),
         (("disk", "create", IMAGE, str(tmp_path / "no/such/disk"), "--file", str(cli.data)), 11, "directory"),
-        (("image", "pin", IMAGE, "--for", "soon"), 2, "no duration"),
+        (("image", "pin", IMAGE, "--for", "soon"), 2, "not a duration"),
     )
     for words, code, said in cases:
         stderr = cli.run(*words, code=code).stderr
