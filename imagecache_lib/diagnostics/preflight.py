@@ -190,7 +190,8 @@ def _programs(cache: CacheStore) -> Iterator[Finding]:
                 "converted.",
                 "Install a newer QEMU.",
             )
-    if _version(host, "prlimit") is None:
+    limited = _version(host, "prlimit") is not None
+    if not limited:
         yield _error(
             "prlimit cannot be run, without which nothing limits what an image makes qemu-img do.",
             "Install util-linux.",
@@ -198,9 +199,9 @@ def _programs(cache: CacheStore) -> Iterator[Finding]:
     for program in ("timeout", "sh"):
         if shutil.which(program) is None:
             yield _error(f"{program} is not installed, which qemu-img is run with.", "Install coreutils.")
-    if said is not None and (problem := Sandbox("qemu-img", host).problem()):
+    if said is not None and limited and (problem := Sandbox("qemu-img", host).problem()):
         yield _warning(
-            f"qemu-img is not shut in: {problem}.",
+            f"What converts images is not shut in: {problem}.",
             "Install bubblewrap, and let this user make namespaces; images are checked all the same.",
         )
     path = f"{os.environ.get('PATH', os.defpath)}:{_ADMINISTRATORS}"

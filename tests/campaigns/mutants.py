@@ -41,7 +41,7 @@ SEEDS: tuple[tuple[str, str], ...] = (
     ("vpc", "subformat=dynamic"),
     ("vpc", "subformat=dynamic,force_size=on"),
     ("vhdx", "log_size=1M"),
-    ("vhdx", "subformat=fixed"),
+    ("vhdx", "subformat=fixed,log_size=1M"),
     ("vdi", ""),
     ("vdi", "static=on"),
 )
@@ -118,7 +118,7 @@ def run_parsers(count: int, chance: random.Random, made: list[tuple[str, bytes]]
     rules = Rules(frozenset(("monolithicsparse", "streamoptimized")), 2**44)
     for format in sorted({format for format, _image in made}):
         # What is parsed lies at the beginning; copying the rest would be all that the time goes to.
-        parsed = 2 * MIB + 64 * 1024 if format == "vhdx" else 16 * 1024
+        parsed = 2 * MIB + 192 * 1024 if format == "vhdx" else 16 * 1024
         streams = [mutants(image[:parsed], chance) for each, image in made if each == format]
         for number in range(count):
             data = next(streams[number % len(streams)])

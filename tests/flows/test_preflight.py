@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import tempfile
 import time
 import unittest
@@ -93,6 +94,19 @@ class PreflightTest(unittest.TestCase):
         for version in ("5.0.0", "10.1.2"):
             found = self.findings(programs={"qemu-img": f"qemu-img version {version}"})
             self.assertFalse([each for each in found if "qemu-img" in each.text])
+
+    def test_a_host_that_cannot_shut_programs_in(self) -> None:
+        programs = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        for name in ("prlimit", "timeout", "sh", "qemu-img"):
+            found = shutil.which(name)
+            assert found is not None
+            (programs / name).symlink_to(found)
+        before = os.environ["PATH"]
+        os.environ["PATH"] = str(programs)
+        try:
+            self.assert_finds(ic.Severity.WARNING, "not shut in: bubblewrap (bwrap) is not installed")
+        finally:
+            os.environ["PATH"] = before
 
     def test_clocks_that_differ(self) -> None:
         self.assert_finds(ic.Severity.WARNING, "2 min behind this host's", skew=119.5)
