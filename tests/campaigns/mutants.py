@@ -61,7 +61,7 @@ _WORDS = (
 )
 
 #: Where the formats keep what is parsed; the rest is the guest's data.
-_HOT = ((0, 512), (0, 4096), (512, 10752), (192 * 1024, 192 * 1024 + 256), (2 * MIB, 2 * MIB + 64 * 1024))
+_HOT = ((0, 512), (0, 4096), (512, 10752), (192 * 1024, 192 * 1024 + 256), (3 * MIB, 3 * MIB + 128 * 1024))
 
 
 def seeds(directory: pathlib.Path) -> list[tuple[str, bytes]]:
@@ -118,7 +118,7 @@ def run_parsers(count: int, chance: random.Random, made: list[tuple[str, bytes]]
     rules = Rules(frozenset(("monolithicsparse", "streamoptimized")), 2**44)
     for format in sorted({format for format, _image in made}):
         # What is parsed lies at the beginning; copying the rest would be all that the time goes to.
-        parsed = 2 * MIB + 192 * 1024 if format == "vhdx" else 16 * 1024
+        parsed = 3 * MIB + 192 * 1024 if format == "vhdx" else 16 * 1024
         streams = [mutants(image[:parsed], chance) for each, image in made if each == format]
         for number in range(count):
             data = next(streams[number % len(streams)])
