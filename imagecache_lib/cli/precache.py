@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import logging
 import os
 import signal
 import threading
@@ -63,6 +64,8 @@ class _JobCommand(base.BaseLister):
         # Loaded here: looking at jobs does without SQLAlchemy, which takes longer to load than to use.
         from imagecache_lib.precache.database import JobDatabase
 
+        # Which plug-ins it loads to make tables is no operator's concern.
+        logging.getLogger("alembic").setLevel(logging.WARNING)
         return JobDatabase(where)
 
     def reader(self, arguments: argparse.Namespace) -> job_rows.JobsReader:

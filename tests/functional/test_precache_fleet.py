@@ -361,7 +361,7 @@ def test_a_plan_ends_although_the_broker_takes_no_messages(
 
 
 def test_a_job_is_cancelled_after_its_conductor_was_killed(fleet: Fleet, glance: glance_lab.Glance) -> None:
-    images = make_images(glance, MIB, 12 * MIB)
+    images = make_images(glance, MIB, 90 * MIB)
     fleet.start_agent("alpha")
     running = fleet.start(["alpha"], images, "--rate", "1M")
     fleet.wait_for(lambda: fleet.has("alpha", images[0]))
@@ -378,7 +378,7 @@ def test_a_job_is_cancelled_after_its_conductor_was_killed(fleet: Fleet, glance:
 
 
 def test_left_resumed_and_cancelled_it_stops(fleet: Fleet, glance: glance_lab.Glance) -> None:
-    images = make_images(glance, 12 * MIB)
+    images = make_images(glance, 90 * MIB)
     fleet.start_agent("alpha")
     stage = fleet.instances("alpha") / "_base" / ".imagecache" / "stage"
     left = fleet.start(["alpha"], images, "--rate", "1M")
