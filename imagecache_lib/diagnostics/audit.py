@@ -182,7 +182,7 @@ def _leftovers(
         with contextlib.suppress(FileNotFoundError):
             age = _age(now - os.stat(path, follow_symlinks=False).st_mtime)
             yield AuditFinding(Severity.INFO, path, f"unfinished, {age} old")
-    for name in there.odd:
+    for name in there.unknown:
         yield AuditFinding(
             Severity.WARNING,
             name,

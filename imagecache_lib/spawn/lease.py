@@ -221,8 +221,8 @@ class Leases(Generic[W]):
             reason = self._shortfall(record, call, use)
             if reason is not None:
                 renewed = dataclasses.replace(record, inspected=evidence.INSPECTION_RULES)
-                curable = record.inspectable and self._shortfall(renewed, call, use) is None
-                return _Unfit(reason, checkable=curable)
+                can_recheck = record.inspectable and self._shortfall(renewed, call, use) is None
+                return _Unfit(reason, checkable=can_recheck)
             stack.pop_all()  # it stays open
             return _Fit(opened, record)
 
@@ -243,7 +243,7 @@ class Leases(Generic[W]):
 
     def _lease(self, call: W, fit: _Fit, fetched: bool) -> Lease:
         opened, record = fit.opened, fit.record
-        self._cache.note_use(opened)
+        self._cache.touch(opened)
         if not fetched:
             self._observers(events.Hit(call.name, call.image_id))
 
@@ -304,7 +304,7 @@ class Leases(Generic[W]):
     def _restore(self, call: W) -> bool:
         """Link back what lies in the trash: it is the same image, and overlays may refer to it."""
         with translated(self._cache.layout.base(call.name)):
-            return any(trash.restore(self._cache, thrown) for thrown in trash.find(self._cache, call.name))
+            return any(trash.restore(self._cache, entry) for entry in trash.find(self._cache, call.name))
 
     def _adopt(self, call: W, use: evidence.Use) -> str | None:
         """Check what nobody witnessed. None: it serves, or it is gone; otherwise why it does not."""

@@ -198,7 +198,7 @@ class CacheStore:
         """Put a record in its place, durably."""
         durable.write_file(self.layout.record(record.name), record.to_json())
 
-    def note_use(self, base: OpenBase) -> None:
+    def touch(self, base: OpenBase) -> None:
         """Note that the base is used now.
 
         The base's own mtime is what Nova looks at; where it may not be changed, since libvirt gave the file

@@ -114,23 +114,21 @@ class Hosts:
                 f"no host with the id {host_id} is registered", next_step="list the hosts to see the ids"
             ) from None
 
-    def clear(
-        self, entries: Iterable[str], *, withdrawn: Container[str], among: Iterable[trash.Trashed]
+    def acknowledge(
+        self, entries: Iterable[str], *, revoked: Container[str], among: Iterable[trash.TrashEntry]
     ) -> None:
         """Say that nothing here refers to these entries, which were in the trash before the reading.
 
-        :param withdrawn: entries for which that is no longer so.
+        :param revoked: entries for which that is no longer so.
         :param among: everything that is in the trash; what is not is forgotten.
         """
         own = self.own()
         cleared = {*entries, *own.cleared}
-        there = frozenset(
-            each.entry for each in among if each.entry in cleared and each.entry not in withdrawn
-        )
+        there = frozenset(each.id for each in among if each.id in cleared and each.id not in revoked)
         if there != own.cleared and len(self.all()) > 1:
             self.write(dataclasses.replace(own, cleared=there))
 
-    def not_cleared_by(self, entry: str, hosts: Mapping[str, HostFile | None]) -> list[HostRef]:
+    def pending_acks(self, entry: str, hosts: Mapping[str, HostFile | None]) -> list[HostRef]:
         """Return the other hosts that have not cleared an entry of the trash.
 
         :param hosts: as :meth:`all` returned it.

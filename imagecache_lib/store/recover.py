@@ -113,7 +113,7 @@ def _sweep_leftovers(cache: CacheStore, now: float) -> None:
 
 def _sweep_records(cache: CacheStore, now: float) -> None:
     """Remove records and checksums of bases that are gone: an evictor died in between, or Nova evicted."""
-    kept = {thrown.name for thrown in trash.find(cache)}
+    kept = {entry.name for entry in trash.find(cache)}
     for entry in os.listdir(cache.layout.records):
         name, _, kind = entry.rpartition(".")
         known = kind in ("json", "sums") and layout.classify(name) is not layout.Kind.UNKNOWN

@@ -78,37 +78,37 @@ def evict(
     for victim in victims:
         name = victim.entry.name
         try:
-            thrown = _throw(name, cache, hosts, locked=locked)
+            entry = _move_in(name, cache, hosts, locked=locked)
         except OSError as error:
             outcomes.append(Outcome(name, False, f"it cannot be removed: {error.strerror}"))
             continue
         except errors.BackendError as error:
             outcomes.append(Outcome(name, False, f"it cannot be locked: {error}"))
             continue
-        if isinstance(thrown, trash.Trashed):
+        if isinstance(entry, trash.TrashEntry):
             cache.host.trace(TracePoint.EVICT_RENAMED)
-            reasons[thrown.entry] = victim.reason
-        elif thrown is not None:
-            outcomes.append(Outcome(name, False, thrown))
+            reasons[entry.id] = victim.reason
+        elif entry is not None:
+            outcomes.append(Outcome(name, False, entry))
     found = [each for each in trash.find(cache) if only is None or each.name in only]
     return outcomes + _empty(found, read, cache, hosts, observers, reasons, remove=remove)
 
 
-def _throw(name: str, cache: CacheStore, hosts: Hosts, *, locked: bool) -> trash.Trashed | str | None:
+def _move_in(name: str, cache: CacheStore, hosts: Hosts, *, locked: bool) -> trash.TrashEntry | str | None:
     """Rename a base into the trash. Text: why it stays. None: it is gone already."""
     with contextlib.ExitStack() as stack:
         if not locked:
             lock = locks.without_waiting(cache.layout.lock(name), host=cache.host)
             if not stack.enter_context(lock):
                 return LEASED
-        thrown = trash.throw(cache, name, mark=hosts.mark)
-    if thrown is None and os.path.lexists(cache.layout.base(name)):
+        entry = trash.move_in(cache, name, mark=hosts.mark)
+    if entry is None and os.path.lexists(cache.layout.base(name)):
         return "leased: it is being published now"
-    return thrown
+    return entry
 
 
 def _empty(
-    found: Sequence[trash.Trashed],
+    found: Sequence[trash.TrashEntry],
     read: Reading,
     cache: CacheStore,
     hosts: Hosts,
@@ -120,79 +120,77 @@ def _empty(
     """Put back or unlink what lies in the trash, by references that are read now."""
     if not found:
         return []
-    references = read({thrown.name for thrown in found})
+    references = read({entry.name for entry in found})
     cache.host.trace(TracePoint.EVICT_READ)
     stays = None if remove else "remove_unused_base_images is off"
     needed = {
-        thrown.entry: reason
-        for thrown in found
-        if (reason := who_needs(thrown, references, cache) or stays) is not None
+        entry.id: reason
+        for entry in found
+        if (reason := who_needs(entry, references, cache) or stays) is not None
     }
-    unneeded = [thrown.entry for thrown in found if thrown.entry not in needed]
+    unneeded = [entry.id for entry in found if entry.id not in needed]
     try:
-        hosts.clear(unneeded, withdrawn=needed, among=trash.find(cache))
+        hosts.acknowledge(unneeded, revoked=needed, among=trash.find(cache))
     except OSError as error:
         # On a full filesystem nothing can be written, and what all cleared before is what can go.
         LOG.warning("The other hosts cannot be told what is not needed here: %s", error)
     others = hosts.all()
     outcomes = []
-    for thrown in found:
+    for entry in found:
         try:
-            if thrown.entry in needed:
-                outcomes.append(_put_back(thrown, needed[thrown.entry], cache))
+            if entry.id in needed:
+                outcomes.append(_put_back(entry, needed[entry.id], cache))
             else:
-                waiting = hosts.not_cleared_by(thrown.entry, others)
-                outcomes.append(_unlink(thrown, reasons, waiting, cache, observers))
+                waiting = hosts.pending_acks(entry.id, others)
+                outcomes.append(_unlink(entry, reasons, waiting, cache, observers))
         except FileNotFoundError:
             continue  # somebody else put it back, or unlinked it
         except OSError as error:
             why = f"in the trash, and cannot be moved: {error.strerror}"
-            outcomes.append(Outcome(thrown.name, False, why))
+            outcomes.append(Outcome(entry.name, False, why))
     return outcomes
 
 
-def who_needs(thrown: trash.Trashed, references: References, cache: CacheStore) -> str | None:
+def who_needs(entry: trash.TrashEntry, references: References, cache: CacheStore) -> str | None:
     """Return who needs a file in the trash, as a clause. None: nobody does."""
-    if trash.is_restored(cache, thrown):
+    if trash.is_restored(cache, entry):
         return "somebody who wanted it linked it back"
-    if (user := references.users.get(thrown.name)) is not None:
+    if (user := references.users.get(entry.name)) is not None:
         return user
     if references.unknown is not None:
         return references.unknown
     with contextlib.suppress(FileNotFoundError):
-        if os.stat(thrown.path, follow_symlinks=False).st_nlink > 1:
+        if os.stat(entry.path, follow_symlinks=False).st_nlink > 1:
             return "another hard link refers to it"
     return None
 
 
-def _put_back(thrown: trash.Trashed, reason: str, cache: CacheStore) -> Outcome:
-    if trash.restore(cache, thrown):
-        return Outcome(thrown.name, False, f"put back: {reason}")
-    return Outcome(
-        thrown.name, False, f"kept in the trash, since its name is taken by another file: {reason}"
-    )
+def _put_back(entry: trash.TrashEntry, reason: str, cache: CacheStore) -> Outcome:
+    if trash.restore(cache, entry):
+        return Outcome(entry.name, False, f"put back: {reason}")
+    return Outcome(entry.name, False, f"kept in the trash, since its name is taken by another file: {reason}")
 
 
 def _unlink(
-    thrown: trash.Trashed,
+    entry: trash.TrashEntry,
     reasons: Mapping[str, str],
     waiting: Sequence[HostRef],
     cache: CacheStore,
     observers: events.Observers,
 ) -> Outcome:
-    allocated = os.stat(thrown.path, follow_symlinks=False).st_blocks * 512
+    allocated = os.stat(entry.path, follow_symlinks=False).st_blocks * 512
     if waiting:
         names = ", ".join(host.name for host in waiting)
         # A host that had a whole pass to look and did not may be lost.
-        silent = () if thrown.entry in reasons else tuple(waiting)
+        silent = () if entry.id in reasons else tuple(waiting)
         return Outcome(
-            thrown.name, False, f"in the trash until these hosts have looked too: {names}", allocated, silent
+            entry.name, False, f"in the trash until these hosts have looked too: {names}", allocated, silent
         )
     cache.host.trace(TracePoint.EVICT_UNLINK)
-    trash.unlink(cache, thrown)
-    reason = reasons.get(thrown.entry, LEFT)
-    observers(events.Evicted(thrown.name, reason=reason, allocated=allocated))
-    return Outcome(thrown.name, True, reason, allocated)
+    trash.unlink(cache, entry)
+    reason = reasons.get(entry.id, LEFT)
+    observers(events.Evicted(entry.name, reason=reason, allocated=allocated))
+    return Outcome(entry.name, True, reason, allocated)
 
 
 def put_back_own(cache: CacheStore, hosts: Hosts) -> list[str]:
@@ -202,11 +200,11 @@ def put_back_own(cache: CacheStore, hosts: Hosts) -> list[str]:
     """
     cleared = hosts.own().cleared
     return [
-        thrown.name
-        for thrown in trash.find(cache)
-        if thrown.entry.rpartition(".")[2].startswith(hosts.mark)
-        and thrown.entry not in cleared
-        and trash.restore(cache, thrown)
+        entry.name
+        for entry in trash.find(cache)
+        if entry.id.rpartition(".")[2].startswith(hosts.mark)
+        and entry.id not in cleared
+        and trash.restore(cache, entry)
     ]
 
 

@@ -38,19 +38,19 @@ class Inventory:
 
     :param bases: the base images.
     :param foreign_stages: what Nova has or had in flight.
-    :param odd: names that are something else than they should be, or that nobody knows. Not touched.
+    :param unknown: names that are something else than they should be, or that nobody knows. Not touched.
     """
 
     bases: tuple[Entry, ...]
     foreign_stages: tuple[Entry, ...]
-    odd: tuple[str, ...]
+    unknown: tuple[str, ...]
 
 
 def take(cache: CacheStore) -> Inventory:
     """List the cache. An entry that vanishes meanwhile is left out."""
     bases: list[Entry] = []
     foreign: list[Entry] = []
-    odd: list[str] = []
+    unknown: list[str] = []
     noted = _notes_of_use(cache)
     try:
         entries = os.scandir(cache.layout.base_path)
@@ -66,13 +66,13 @@ def take(cache: CacheStore) -> Inventory:
             except FileNotFoundError:
                 continue
             if kind is layout.Kind.UNKNOWN or not stat.S_ISREG(status.st_mode):
-                odd.append(found.name)
+                unknown.append(found.name)
                 continue
             entry = _entry(cache, found.name, kind, status, noted.get(found.name, 0.0))
             (foreign if kind is layout.Kind.FOREIGN_STAGE else bases).append(entry)
     by_name = lambda entry: entry.name  # noqa: E731
     return Inventory(
-        tuple(sorted(bases, key=by_name)), tuple(sorted(foreign, key=by_name)), tuple(sorted(odd))
+        tuple(sorted(bases, key=by_name)), tuple(sorted(foreign, key=by_name)), tuple(sorted(unknown))
     )
 
 

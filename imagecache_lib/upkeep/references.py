@@ -123,7 +123,7 @@ def reported(
 def _open_in_qemu(cache: CacheStore, names: Collection[str]) -> Iterable[str]:
     """Yield what a QEMU on this host has open, in the cache or in the trash."""
     paths = [(name, cache.layout.base(name)) for name in names]
-    paths += [(thrown.name, thrown.path) for thrown in trash.find(cache) if thrown.name in names]
+    paths += [(entry.name, entry.path) for entry in trash.find(cache) if entry.name in names]
     return (name for name, path in paths if _has_qemu_locks(path))
 
 

@@ -167,7 +167,7 @@ def _scrub_one(
             return ScrubbedBase(name, Verdict.UNVERIFIABLE, "nobody witnessed how it was made")
         found = reader.submit(_check, opened, record, cache, limit).result()
         if found.verdict is Verdict.DAMAGED:
-            return _condemn(found, opened, cache, observers, evict)
+            return _quarantine(found, opened, cache, observers, evict)
         return found
 
 
@@ -295,7 +295,7 @@ def _be_modest() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
-def _condemn(
+def _quarantine(
     found: ScrubbedBase,
     opened: OpenBase,
     cache: CacheStore,

@@ -128,19 +128,19 @@ class Upkeep:
     def _verify(self, instances: Sequence[model.Instance] | None, *, dry_run: bool) -> VerifyReport:
         now = self._cache.filesystem_now()
         found = inventory.take(self._cache)
-        thrown = trash.find(self._cache)
+        trashed = trash.find(self._cache)
         if not dry_run:
             self._tidy(found, now)
         read = self._reader(instances, now)
-        references = read({*(base.name for base in found.bases), *(each.name for each in thrown)})
+        references = read({*(base.name for base in found.bases), *(each.name for each in trashed)})
         self._cache.host.trace(TracePoint.VERIFY_READ)
         limits = policy.Limits.of(self._cache.config)
         plan = policy.plan(found.bases, references, limits, now=now, space=self._space(found))
         # Their records go with them.
-        going = {*(victim.entry.name for victim in plan.victims), *(each.name for each in thrown)}
+        going = {*(victim.entry.name for victim in plan.victims), *(each.name for each in trashed)}
         image_ids = {name: self.image_id(name) for name in going}
         if dry_run:
-            outcomes = self._foresee(plan, thrown, references)
+            outcomes = self._foresee(plan, trashed, references)
         else:
             recover.sweep_unfinished_disks(self._cache, self._observers, references.unfinished, now=now)
             self._remember(references)
@@ -270,12 +270,12 @@ class Upkeep:
                 opened = self._cache.open_base(decision.entry.name)
                 if opened is not None:
                     with contextlib.closing(opened):
-                        self._cache.note_use(opened)
+                        self._cache.touch(opened)
 
     def _foresee(
         self,
         plan: policy.EvictionPlan,
-        thrown: Sequence[trash.Trashed],
+        trashed: Sequence[trash.TrashEntry],
         references: References,
     ) -> list[evict.Outcome]:
         """Return what :func:`evict.evict` would do now."""
@@ -284,7 +284,7 @@ class Upkeep:
             for victim in plan.victims
             if locks.is_taken(self._cache.layout.lock(victim.entry.name), host=self._cache.host)
         ]
-        for each in thrown:
+        for each in trashed:
             if (reason := evict.who_needs(each, references, self._cache)) is not None:
                 outcomes.append(evict.Outcome(each.name, False, f"put back: {reason}"))
             elif self._cache.config.remove_unused_base_images:
@@ -320,11 +320,11 @@ class Upkeep:
         for outcome in became.values():
             image_id = image_ids.get(outcome.name)
             bases.append(BaseReport(outcome.name, outcome.gone, outcome.reason, outcome.allocated, image_id))
-        odd = [
+        unknown = [
             f"{self._cache.layout.base(name)} is nothing that belongs into the cache. Move it away."
-            for name in found.odd
+            for name in found.unknown
         ]
-        problems = (*references.problems, *self._silent(outcomes), *odd)
+        problems = (*references.problems, *self._silent(outcomes), *unknown)
         return VerifyReport(tuple(sorted(bases, key=lambda base: base.name)), problems, dry_run)
 
     def _silent(self, outcomes: Sequence[evict.Outcome]) -> list[str]:
