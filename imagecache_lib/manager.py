@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from imagecache_lib import errors, events, model
@@ -38,6 +38,7 @@ from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import inventory, verify
 from imagecache_lib.upkeep.make_room import SpaceReport
+from imagecache_lib.upkeep.outcomes import Kept
 from imagecache_lib.upkeep.scrub import ScrubReport
 
 LOG = logging.getLogger(__name__)
@@ -393,7 +394,7 @@ class ImageCacheManager:
         return self._begin(image_id, request).describe()[1]
 
     def verify_base_images(
-        self, instances: Sequence[model.Instance] | None, *, dry_run: bool = False
+        self, instances: Iterable[model.Instance] | None, *, dry_run: bool = False
     ) -> verify.VerifyReport:
         """Remove base images that no instance uses and that are old enough. Call it periodically.
 
@@ -469,9 +470,9 @@ class ImageCacheManager:
         name = catalog.name_of(self._cache, image_id)
         self._start()
         stays = self._upkeep.evict_one(name, "asked for")
-        if stays is not None:
+        if isinstance(stays, Kept):
             raise errors.BackendError(
-                f"its base image stays: {stays}",
+                f"its base image stays: {stays.reason}",
                 image=image_id,
                 path=self._cache.layout.base(name),
                 next_step="ask again when nobody needs it",
@@ -490,7 +491,7 @@ class ImageCacheManager:
         name = catalog.name_of(self._cache, image_id)
         return next((base for base in self.list_bases() if base.name == name), None)
 
-    def explain(self, image_id: str, instances: Sequence[model.Instance] | None) -> verify.Explanation | None:
+    def explain(self, image_id: str, instances: Iterable[model.Instance] | None) -> verify.Explanation | None:
         """Say what :meth:`verify_base_images` would do with a base now, and why. None: it is not there.
 
         :param image_id: an image's, or the name of a base.
@@ -519,14 +520,14 @@ class ImageCacheManager:
         """Look for what is wrong with this host's set-up, the worst first. Changes nothing."""
         return preflight.examine(self._cache, self.backend)
 
-    def audit(self, instances: Sequence[model.Instance] | None = None) -> audit.AuditReport:
+    def audit(self, instances: Iterable[model.Instance] | None = None) -> audit.AuditReport:
         """Look for what does not fit together in disks and base images. Changes nothing, and makes nothing.
 
         :param instances: as for :meth:`verify_base_images`. None: only the disks are known.
         :raises ConfigError, BackendError: the cache itself cannot be read.
         """
         with translated(self.config.base_path):
-            return audit.examine(self._cache, instances)
+            return audit.examine(self._cache, None if instances is None else tuple(instances))
 
     def get_disk_usage(self) -> int:
         """Return the bytes the cache has allocated on the instances filesystem, stage and trash included.

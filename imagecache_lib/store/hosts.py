@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 
 from imagecache_lib import errors
 from imagecache_lib.store import trash
@@ -113,6 +113,13 @@ class Hosts:
             raise errors.ConfigError(
                 f"no host with the id {host_id} is registered", next_step="list the hosts to see the ids"
             ) from None
+
+    def forget_roots(self, kept: Collection[str]) -> None:
+        """Forget what each disk root was, but for these."""
+        own = self.own()
+        roots = {path: root for path, root in own.roots.items() if path in kept}
+        if roots != dict(own.roots):
+            self.write(dataclasses.replace(own, roots=roots))
 
     def acknowledge(
         self, entries: Iterable[str], *, revoked: Container[str], among: Iterable[trash.TrashEntry]

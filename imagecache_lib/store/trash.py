@@ -106,7 +106,12 @@ def _drop_intent(entry: TrashEntry) -> None:
 
 
 def _is_being_published(cache: CacheStore, name: str) -> bool:
-    return any(note.name == name and note.record is not None for _stage_id, note in stage.iter_stages(cache))
+    return name in being_published(cache) or stage.has_unreadable(cache)
+
+
+def being_published(cache: CacheStore) -> set[str]:
+    """Return the names of the bases whose publishers have a complete stage."""
+    return {info.name for _stage_id, info in stage.iter_stages(cache) if info.record is not None}
 
 
 def _entries(cache: CacheStore, name: str | None) -> list[TrashEntry]:

@@ -29,6 +29,7 @@ from imagecache_lib.system import durable, locks, sparse
 from imagecache_lib.system.rate import Pace
 from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import inventory
+from imagecache_lib.upkeep.outcomes import Evicted, Kept
 
 #: Read so much at once: a whole number of granules, and of every device's blocks.
 _PIECE = 2**20
@@ -94,8 +95,8 @@ class ScrubReport:
         return sum(base.read for base in self.bases)
 
 
-#: Evicts a base whose lock is held if nobody needs it. None: it is gone; otherwise why it stays.
-Evict = Callable[[str, str], str | None]
+#: Evicts a base whose lock is held if nobody needs it.
+Evict = Callable[[str, str], Evicted | Kept]
 
 
 def scrub(
@@ -314,7 +315,8 @@ def _quarantine(
         record = cache.record_of(opened)
         if record is not None and not record.damaged:
             _mark(dataclasses.replace(record, damaged=True), cache)
-        stays = evict(found.name, f"damaged on disk: {found.detail}")
+        went = evict(found.name, f"damaged on disk: {found.detail}")
+        stays = went.reason if isinstance(went, Kept) else None
     observers(events.Damaged(found.name, found.image_id, detail=found.detail, stays=stays))
     return dataclasses.replace(found, stays=stays)
 

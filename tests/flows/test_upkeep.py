@@ -188,13 +188,17 @@ class TestWhatIsRead(UpkeepCase):
         (self.instances / "uuid" / "disk").write_bytes(b"QFI\xfb" + b"\xff" * 9000 + os.fsencode(base))
         self.assertKept(base, self.verify(), "uuid/disk")
 
-    def test_a_raw_disk_refers_to_nothing_whatever_its_guest_wrote(self) -> None:
-        base = self.cached()
-        disk = self.instances / "uuid" / "disk"
-        files.overlay(disk, str(base))
-        (disk.parent / "disk.info").write_text(json.dumps({str(disk): "raw"}))
-        self.verify()
-        self.assertFalse(base.exists())
+    def test_a_disk_that_is_pinned_raw_counts_by_the_names_in_it_and_no_more(self) -> None:
+        base, other = self.cached(), self.cached(OTHER_ID)
+        between = self.directory / "elsewhere" / "between"
+        overlay(between, other)
+        for disk, backing in ((self.instances / "a" / "disk", base), (self.instances / "b" / "disk", between)):
+            overlay(disk, str(backing))
+            (disk.parent / "disk.info").write_text(json.dumps({str(disk): "raw"}))
+        report = self.verify()
+        self.assertKept(base, report, "a/disk")
+        self.assertFalse(other.exists(), "a path that its guest may have written was followed")
+        self.assertEqual((), report.problems)
 
     def test_a_torn_disk_info_pins_nothing(self) -> None:
         base = self.cached()
@@ -242,13 +246,14 @@ class TestWhatCannotBeTold(UpkeepCase):
         base = self.cached()
         self.assertKept(base, self.verify(None), "the driver could not tell")
 
-    def test_a_reported_instance_without_a_directory_keeps_everything(self) -> None:
-        base = self.cached()
-        report = self.verify([ic.Instance("gone", "here")])
-        self.assertKept(base, report, "instance gone is on this host")
+    def test_a_reported_instance_without_a_directory_keeps_its_images_and_no_others(self) -> None:
+        base, other = self.cached(), self.cached(OTHER_ID)
+        report = self.verify([ic.Instance("gone", "here", images=(ID,))])
+        self.assertKept(base, report, "used by instance gone on here")
+        self.assertIn("Instance gone is on this host and has no directory", report.problems[0])
         self.assertIn("disk_roots", report.problems[0])
-        self.verify([ic.Instance("gone", "elsewhere")])
-        self.assertFalse(base.exists())
+        self.assertFalse(other.exists())
+        self.assertEqual((), self.verify([ic.Instance("gone", "elsewhere")]).problems)
 
     def test_a_missing_disk_root_keeps_everything_and_stays_remembered(self) -> None:
         base = self.cached()
@@ -324,8 +329,8 @@ class TestWhatCannotBeTold(UpkeepCase):
                 # As the only name there is, it would make up a directory for an instance without one.
                 instance = ic.Instance(bad, "here")  # type: ignore[arg-type]
                 report = self.verify([instance], dry_run=True)
-                self.assertIn("has no directory", report.problems[0])
-                self.assertEqual((), report.evicted)
+                self.assertIn("has no directory", " ".join(report.problems))
+                self.assertEqual([NAME], [each.name for each in report.evicted])
 
 
 class TestWhatGoes(UpkeepCase):
@@ -386,16 +391,15 @@ class TestWhatGoes(UpkeepCase):
         self.assertTrue(base.exists())
 
     def test_an_eviction_that_was_killed_is_undone_at_the_next_start(self) -> None:
-        class Killed(BaseException):
-            pass
-
-        def kill() -> None:
-            raise Killed
-
         base = self.cached()
-        self.points.at("evict:renamed", kill)
-        with self.assertRaises(Killed):
-            self.verify()
+        child = os.fork()
+        if child == 0:
+            self.points.at("evict:renamed", lambda: os._exit(9))
+            try:
+                self.verify()
+            finally:
+                os._exit(1)
+        self.assertEqual(9, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         self.assertFalse(base.exists())
         self.manager().get_disk_usage()
         self.manager().pin(OTHER_ID, owner="start")
