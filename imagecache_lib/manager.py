@@ -508,13 +508,27 @@ class ImageCacheManager:
             return catalog.registered(self._cache, self._upkeep.hosts)
 
     def forget_host(self, host_id: str) -> None:
-        """Stop waiting for a host that is gone for good. One that lives registers anew.
+        """Stop waiting for a host that is gone for good. One that lives registers anew, and this one stays.
 
         :raises ConfigError: there is no such host.
         """
         self._start()
         with translated(self.config.base_path):
             self._upkeep.hosts.forget(host_id)
+
+    def forget_disks(self, path: str) -> int:
+        """Say that what the passes of this host saw at a path and below it is gone for good.
+
+        A disk that was seen and is not to be seen any more keeps its base image until that it was removed is
+        proved. This is the operator's word for it. What is there is seen again by the next pass.
+
+        :param path: of a disk, a directory or a disk root.
+        :returns: how many disks are forgotten.
+        :raises NoSpaceError, BackendError: that cannot be written down.
+        """
+        self._start()
+        with translated(self.config.base_path):
+            return self._upkeep.forget_disks(path)
 
     def preflight(self) -> list[preflight.Finding]:
         """Look for what is wrong with this host's set-up, the worst first. Changes nothing."""
@@ -534,7 +548,8 @@ class ImageCacheManager:
 
         0 if the cache is on another filesystem than the instances.
         """
-        return inventory.disk_usage(self._cache)
+        with translated(self.config.base_path):
+            return inventory.disk_usage(self._cache)
 
     def get_space(self) -> SpaceReport:
         """Return how full the cache's filesystem is, what is promised, and what would give way.

@@ -75,7 +75,7 @@ Checksums go where their record goes, a step before it. Whoever finds none, or t
 a base was damaged on disk, and says so.
 
 A torn or unknown record is treated as absent; a torn or unknown pin or host file as *keep*. Modes do not
-depend on the umask: bases 0644, ``_base`` 0755, ``.imagecache`` 0700.
+depend on the umask: bases 0644, ``_base`` and ``locks`` 0755, ``.imagecache`` 0700.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ ID_ATTRIBUTE = "user.imagecache.id"
 
 BASE_MODE = 0o644
 BASE_DIR_MODE = 0o755
+LOCKS_DIR_MODE = 0o755
 PRIVATE_DIR_MODE = 0o700
 
 #: Nova's names for files in flight.

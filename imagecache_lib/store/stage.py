@@ -199,12 +199,13 @@ def iter_stages(cache: CacheStore) -> Iterator[tuple[str, StageInfo]]:
             yield stage_id, info
 
 
-def has_unreadable(cache: CacheStore) -> bool:
-    """Whether there is a stage whose note cannot be read, so that it may be any base's."""
-    return any(
-        info is _UNREADABLE and os.path.lexists(cache.layout.stage(stage_id))
+def unreadable(cache: CacheStore) -> list[str]:
+    """Return the paths of notes that cannot be read, of stages that are there: they may be any base's."""
+    return [
+        cache.layout.stage_record(stage_id)
         for stage_id, info in _infos(cache)
-    )
+        if info is _UNREADABLE and os.path.lexists(cache.layout.stage(stage_id))
+    ]
 
 
 class _Unreadable:
@@ -226,7 +227,7 @@ def _infos(cache: CacheStore) -> Iterator[tuple[str, StageInfo | _Unreadable | N
             try:
                 data = durable.read_file(path)
             except OSError as error:
-                LOG.warning("The note of an image in flight, %s, cannot be read: %s", path, error.strerror)
+                LOG.debug("The note of an image in flight, %s, cannot be read: %s", path, error.strerror)
                 yield stage_id, _UNREADABLE
                 continue
             yield stage_id, parse_info(data) if data is not None else None

@@ -106,7 +106,7 @@ def _drop_intent(entry: TrashEntry) -> None:
 
 
 def _is_being_published(cache: CacheStore, name: str) -> bool:
-    return name in being_published(cache) or stage.has_unreadable(cache)
+    return name in being_published(cache) or bool(stage.unreadable(cache))
 
 
 def being_published(cache: CacheStore) -> set[str]:

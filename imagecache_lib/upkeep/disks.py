@@ -171,6 +171,7 @@ class Disks:
     def _follow(self, overlay: Overlay, targets: Mapping[tuple[int, int], str], names: set[str]) -> bool:
         """Add the names that a chain leads to outside of the roots. Returns False if it cannot be read."""
         seen: set[str] = set()
+        complete = True
         pending = [each for text in overlay.references for each in headers.named_files(overlay.path, text)]
         while pending:
             path = os.path.normpath(pending.pop())
@@ -180,16 +181,15 @@ class Disks:
                 return False
             seen.add(path)
             looked = self._look(path)
-            if isinstance(looked, CannotTell):
-                return False
-            if looked is None:
+            if looked is None or isinstance(looked, CannotTell):
+                complete = complete and looked is None
                 continue
             if (name := targets.get(looked.target)) is not None:
                 names.add(name)
                 continue
             names |= self._names.find(looked.references)
             pending.extend(each for text in looked.references for each in headers.named_files(path, text))
-        return True
+        return complete
 
     def _look(self, path: str) -> Looked | CannotTell | None:
         if path not in self._looked:

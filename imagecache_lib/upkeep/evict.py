@@ -17,10 +17,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from imagecache_lib import errors, events
 from imagecache_lib.store import trash
 from imagecache_lib.store.directory import CacheStore
-from imagecache_lib.store.hosts import HostFile, HostRef, Hosts
+from imagecache_lib.store.hosts import HostRef, Hosts
+from imagecache_lib.store.membership import HostFile
 from imagecache_lib.system import locks
 from imagecache_lib.system.trace import TracePoint
-from imagecache_lib.upkeep import policy
+from imagecache_lib.upkeep import members, policy
 from imagecache_lib.upkeep.outcomes import Evicted, Kept
 from imagecache_lib.upkeep.policy import Decided, Decision, Fate, InTrash, TrashDecision
 from imagecache_lib.upkeep.references import References
@@ -191,7 +192,7 @@ def _empty(
         # On a full filesystem nothing can be written, and what all acknowledged before is what can go.
         LOG.warning("The other hosts cannot be told what is not needed here: %s", error)
     outcomes = []
-    for entry, described in describe(found, cache, hosts.all(), hosts):
+    for entry, described in describe(found, cache, members.of(cache, hosts), hosts):
         decision = judged.get(entry.id)
         if decision is None:
             continue
@@ -210,7 +211,7 @@ def describe(
 ) -> Iterator[tuple[trash.TrashEntry, InTrash]]:
     """Yield what has to be known of entries of the trash to decide about them. One that is gone is left out.
 
-    :param registered: the hosts that have to look, as :meth:`Hosts.all` returned them.
+    :param registered: the hosts that have to look, as :func:`members.of` returned them.
     """
     for entry in found:
         try:

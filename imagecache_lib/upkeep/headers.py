@@ -42,6 +42,14 @@ _FEATURES_AT = 79
 
 _ESCAPE = re.compile(rb"\\u([0-9a-fA-F]{4})|\\(.)", re.DOTALL)
 
+_QUOTED = re.compile(r"""(["'])((?:(?!\1)[^\\]|\\.)*)\1""")
+
+#: QEMU takes what stands before a colon for a protocol: what is meant is no file on this host.
+_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+#: A backing file's name has at most 1,023 bytes, and what is longer is a broken header.
+_LONGEST_REFERENCE = 4095
+
 #: An escape may be escaped again, when a name in JSON holds JSON.
 _MOST_LAYERS = 4
 
@@ -135,34 +143,42 @@ def _unescaped(match: re.Match[bytes]) -> bytes:
 
 
 def named_files(path: str, reference: bytes) -> list[str]:
-    """Return the paths of the files that a backing reference in the file ``path`` may mean."""
-    if reference.startswith(b"json:"):
-        try:
-            named = list(_texts(json.loads(reference.removeprefix(b"json:"))))
-        except (ValueError, RecursionError):
-            return []
-    else:
-        named = [os.fsdecode(reference)]
+    """Return the paths of the files on this host that a reference in the file ``path`` may mean."""
+    if len(reference) > _LONGEST_REFERENCE or b"\0" in reference:
+        return []
+    named = list(_filenames(os.fsdecode(reference)))
     directory = os.path.dirname(path)
-    found = [os.path.join(directory, each.removeprefix("file:")) for each in named]
-    return [each for each in found if "\0" not in each]
+    return [os.path.join(directory, each) for each in named if each and "\0" not in each]
 
 
-def _texts(value: object) -> Iterator[str]:
-    """Yield every text in a JSON value: QEMU nests a file's name in many ways."""
+def _filenames(text: str) -> Iterator[str]:
+    if text.startswith("json:"):
+        try:
+            yield from _texts(json.loads(text.removeprefix("json:")), "")
+        except (ValueError, RecursionError):
+            # QEMU's own parser takes more for JSON, such as single quotes.
+            for match in _QUOTED.finditer(text):
+                quoted = re.sub(r"\\(.)", r"\1", match.group(2))
+                if "/" in quoted:
+                    yield from _filenames(quoted)
+    elif text.startswith("file:"):
+        yield text.removeprefix("file:")
+    elif not _PROTOCOL.match(text):
+        yield text
+
+
+def _texts(value: object, key: str) -> Iterator[str]:
+    """Yield every file name in a JSON value: QEMU nests them in many ways."""
     if isinstance(value, str):
-        yield value
-        if value.startswith("json:"):
-            try:
-                yield from _texts(json.loads(value.removeprefix("json:")))
-            except (ValueError, RecursionError):
-                return
+        # What else there is are names of drivers and of options.
+        if key.rpartition(".")[2] == "filename" or "/" in value:
+            yield from _filenames(value)
     elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _texts(inner)
+        for inner_key, inner in value.items():
+            yield from _texts(inner, str(inner_key))
     elif isinstance(value, list):
         for inner in value:
-            yield from _texts(inner)
+            yield from _texts(inner, key)
 
 
 class Formats:

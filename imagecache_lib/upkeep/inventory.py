@@ -149,23 +149,26 @@ def disk_usage(cache: CacheStore) -> int:
 
 
 def allocated(cache: CacheStore) -> int:
-    """Return the allocated bytes of everything under the cache's directory, each file counted once."""
+    """Return the allocated bytes of everything under the cache's directory, each file counted once.
+
+    What lies in a directory that may not be read is not counted: nothing of the cache is there.
+    """
     total = 0
     counted: set[int] = set()
     pending = [cache.layout.base_path]
     while pending:
         try:
             entries = os.scandir(pending.pop())
-        except FileNotFoundError:
-            continue
+        except (FileNotFoundError, PermissionError):
+            continue  # lost+found of a filesystem of its own is root's
         with entries:
             for found in entries:
-                if found.is_dir(follow_symlinks=False):
-                    pending.append(found.path)
-                    continue
                 try:
+                    if found.is_dir(follow_symlinks=False):
+                        pending.append(found.path)
+                        continue
                     status = found.stat(follow_symlinks=False)
-                except FileNotFoundError:
+                except (FileNotFoundError, PermissionError):
                     continue
                 if status.st_ino not in counted:
                     counted.add(status.st_ino)

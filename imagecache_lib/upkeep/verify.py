@@ -18,7 +18,7 @@ from imagecache_lib.store.last_scan import LastScan
 from imagecache_lib.system import locks
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
-from imagecache_lib.upkeep import evict, inventory, policy, scrub
+from imagecache_lib.upkeep import evict, inventory, members, policy, scrub
 from imagecache_lib.upkeep import make_room as room
 from imagecache_lib.upkeep import references as references_module
 from imagecache_lib.upkeep.follow import Follower
@@ -272,7 +272,7 @@ class Upkeep:
         trashed = trash.find(self._cache)
         references = read({*(base.name for base in found.bases), *(each.name for each in trashed)})
         self._cache.host.trace(TracePoint.VERIFY_READ)
-        registered = self._hosts.all()
+        registered = members.of(self._cache, self._hosts)
         situation = policy.Situation(
             bases=found.bases,
             trash=tuple(
@@ -388,7 +388,12 @@ def _silent(outcomes: Sequence[evict.Outcome]) -> list[str]:
             held.setdefault(host, []).append(outcome.allocated)
     return [
         f"Host {host.name} has not looked at {len(sizes)} evicted base images, which hold"
-        f" {sum(sizes)} bytes. Let its periodic pass run; if it will not come back, run:"
-        f" imagecache host forget {host.id}"
+        f" {sum(sizes)} bytes. Let its periodic pass run; if it will not come back, " + _how_to_forget(host)
         for host, sizes in sorted(held.items())
     ]
+
+
+def _how_to_forget(host: HostRef) -> str:
+    if host.id.startswith(members.BY_NOVA):
+        return f"take it out of {compute_nodes.NAME}, where Nova last named it within a day"
+    return f"run: imagecache host forget {host.id}"
