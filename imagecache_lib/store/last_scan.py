@@ -309,6 +309,12 @@ def parse_readings(data: bytes) -> dict[str, tuple[str, ...]] | None:
         return None
 
 
+def load_readings(where: layout.Layout, host_id: str) -> dict[str, tuple[str, ...]]:
+    """Return the names by path of disk that a host's last pass saw. What cannot be read says nothing."""
+    readings, _problem = _read(where.readings(host_id), parse_readings)
+    return readings or {}
+
+
 def readings_to_json(last: LastScan) -> bytes:
     """Return the names by path of disk in an older release's form."""
     return json.dumps({path: sorted(disk.names) for path, disk in sorted(last.disks.items())}).encode()

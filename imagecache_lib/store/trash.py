@@ -20,6 +20,7 @@ import ctypes
 import dataclasses
 import errno
 import os
+import stat
 
 from imagecache_lib.store import evidence, layout, stage
 from imagecache_lib.store.directory import CacheStore
@@ -131,7 +132,15 @@ def _entries(cache: CacheStore, name: str | None) -> list[TrashEntry]:
 
 def find(cache: CacheStore, name: str | None = None) -> list[TrashEntry]:
     """Return what lies in the trash, of one base or of all."""
-    return [entry for entry in _entries(cache, name) if os.path.lexists(entry.path)]
+    return [entry for entry in _entries(cache, name) if _is_regular(entry.path)]
+
+
+def _is_regular(path: str) -> bool:
+    """Whether a path is a file. Nothing else was ever moved in, and nothing else may get a base's name."""
+    try:
+        return stat.S_ISREG(os.stat(path, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def cancel_evictions(cache: CacheStore, name: str) -> None:

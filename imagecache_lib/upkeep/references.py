@@ -14,7 +14,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from imagecache_lib import errors, model
-from imagecache_lib.store import layout, pins, trash
+from imagecache_lib.store import last_scan, layout, pins, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.last_scan import LastScan
 from imagecache_lib.system import locks
@@ -75,6 +75,8 @@ def collect(
     problems = list(disks.problems)
     for name, user in reported(names, report, problems):
         users.setdefault(name, user)
+    for name, user in _of_other_hosts(cache, names):
+        users.setdefault(name, user)
     for name in set(pins.names(cache)).intersection(names):
         if (pinned := pins.reason(cache, name, now)) is not None:
             users.setdefault(name, pinned)
@@ -129,6 +131,26 @@ def reported(
             for name in by_original.get("ephemeral", ()):
                 if name.startswith(f"ephemeral_{ephemeral.size_gb}_"):
                     yield name, user
+
+
+def _of_other_hosts(cache: CacheStore, names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield what the last passes of the other hosts saw in use.
+
+    Nothing is unlinked before those hosts have looked again. But while a base lies in the trash, a guest on
+    it cannot be started, and QEMU does not know that it could be put back.
+    """
+    try:
+        members = os.listdir(cache.layout.hosts)
+    except FileNotFoundError:
+        return
+    for entry in members:
+        host_id = entry.removesuffix(".json")
+        if host_id in (entry, cache.host_id):
+            continue
+        for path, referred in last_scan.load_readings(cache.layout, host_id).items():
+            for name in referred:
+                if name in names:
+                    yield name, f"used by the disk {path} of another host, as its last pass saw it"
 
 
 def _open_in_qemu(cache: CacheStore, names: Collection[str]) -> Iterable[str]:

@@ -47,7 +47,8 @@ class UpkeepCase(CacheCase):
     def verify(
         self, instances: Sequence[ic.Instance] | None = (), *, dry_run: bool = False, **options: object
     ) -> verify.VerifyReport:
-        return self.manager(**options).verify_base_images(instances, dry_run=dry_run)  # type: ignore[arg-type]
+        return self.manager(**options).verify_base_images(instances, dry_run=dry_run)  # type:
+        ignore[arg - type]
 
     def reason(self, report: verify.VerifyReport, name: str = NAME) -> str:
         return next(base.reason for base in report.bases if base.name == name)
@@ -191,9 +192,10 @@ class TestWhatIsRead(UpkeepCase):
     def test_a_disk_that_is_pinned_raw_counts_by_the_names_in_it_and_no_more(self) -> None:
         base, other = self.cached(), self.cached(OTHER_ID)
         between = self.directory / "elsewhere" / "between"
-        overlay(between, other)
-        for disk, backing in ((self.instances / "a" / "disk", base), (self.instances / "b" / "disk", between)):
-            overlay(disk, str(backing))
+        files.overlay(between, other)
+        for instance, backing in (("a", base), ("b", between)):
+            disk = self.instances / instance / "disk"
+            files.overlay(disk, backing)
             (disk.parent / "disk.info").write_text(json.dumps({str(disk): "raw"}))
         report = self.verify()
         self.assertKept(base, report, "a/disk")
@@ -538,9 +540,10 @@ class TestSharedStorage(UpkeepCase):
     def test_another_hosts_disk_puts_it_back(self) -> None:
         base = self.cached()
         roots = self.directory / "theirs"
-        files.overlay(roots / "uuid" / "disk", str(base))
+        roots.mkdir()
         there = self.on("there", disk_roots=(str(roots),))
         there.verify_base_images(None)
+        files.overlay(roots / "uuid" / "disk", str(base))
         self.unused()
         self.verify()
         self.assertFalse(base.exists())
