@@ -170,6 +170,8 @@ def restore(cache: CacheStore, entry: TrashEntry) -> bool:
     :raises OSError: as link(2).
     """
     base = cache.layout.base(entry.name)
+    if not _is_regular(entry.path):
+        return False
     try:
         os.link(entry.path, base, follow_symlinks=False)
     except FileExistsError:

@@ -8,6 +8,7 @@ import os
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import errors
@@ -45,10 +46,9 @@ class UpkeepCase(CacheCase):
         return path
 
     def verify(
-        self, instances: Sequence[ic.Instance] | None = (), *, dry_run: bool = False, **options: object
+        self, instances: Sequence[ic.Instance] | None = (), *, dry_run: bool = False, **options: Any
     ) -> verify.VerifyReport:
-        return self.manager(**options).verify_base_images(instances, dry_run=dry_run)  # type:
-        ignore[arg - type]
+        return self.manager(**options).verify_base_images(instances, dry_run=dry_run)
 
     def reason(self, report: verify.VerifyReport, name: str = NAME) -> str:
         return next(base.reason for base in report.bases if base.name == name)
