@@ -107,7 +107,7 @@ class Hosts:
         own = self.own()
         cleared = {*entries, *own.cleared}
         there = frozenset(each.id for each in among if each.id in cleared and each.id not in revoked)
-        if there != own.cleared and len(self.all()) > 1:
+        if there != own.cleared:
             self.write(dataclasses.replace(own, cleared=there))
 
     def pending_acks(self, entry: str, hosts: Mapping[str, HostFile | None]) -> list[HostRef]:

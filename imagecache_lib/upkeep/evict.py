@@ -187,7 +187,8 @@ def _empty(
     }
     needed = {id for id, decision in judged.items() if decision.fate is Fate.PUT_BACK}
     try:
-        hosts.acknowledge(judged.keys() - needed, revoked=needed, among=trash.find(cache))
+        if len(members.of(cache, hosts)) > 1:
+            hosts.acknowledge(judged.keys() - needed, revoked=needed, among=trash.find(cache))
     except OSError as error:
         # On a full filesystem nothing can be written, and what all acknowledged before is what can go.
         LOG.warning("The other hosts cannot be told what is not needed here: %s", error)
