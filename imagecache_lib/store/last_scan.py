@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
-from imagecache_lib import errors, model
+from imagecache_lib import model
 from imagecache_lib.store import layout
 from imagecache_lib.system import durable
+
+_T = TypeVar("_T")
 
 _VERSION = 1
 
@@ -100,14 +103,20 @@ class LastScan:
     :param report: what the driver last reported. None: nothing yet.
     :param unreadable: why what was seen cannot be told, as a clause that names the file. None: it can.
     :param report_unknown: why the last report cannot be told, likewise.
+    :param data: what it was parsed from.
+    :param fields: the same, as JSON's values.
+    :param is_whole: the older release's form beside it says the same.
     """
 
     disks: Mapping[str, SeenDisk] = dataclasses.field(default_factory=dict)
     roots: Mapping[str, Identity] = dataclasses.field(default_factory=dict)
     lost: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    report: tuple[model.Instance, ...] | None = None
+    report: Sequence[model.Instance] | None = None
     unreadable: str | None = None
     report_unknown: str | None = None
+    data: bytes | None = dataclasses.field(default=None, compare=False, repr=False)
+    fields: Any = dataclasses.field(default=None, compare=False, repr=False)
+    is_whole: bool = dataclasses.field(default=False, compare=False, repr=False)
 
     def without(self, path: str) -> LastScan:
         """Return it without what was seen at a path and below it."""
@@ -134,6 +143,9 @@ def load_last_scan(where: layout.Layout, host_id: str, roots: Mapping[str, tuple
         release saw.
     """
     known, problem = _read(where.last_scan(host_id), parse)
+    mark = _mark(where.readings(host_id))
+    if known is not None and mark is not None and known.fields.get("readings") == mark:
+        return dataclasses.replace(known, is_whole=True)
     readings, old_problem = _read(where.readings(host_id), parse_readings)
     if problem is not None and readings is None:
         return LastScan(unreadable=problem)
@@ -144,10 +156,11 @@ def load_last_scan(where: layout.Layout, host_id: str, roots: Mapping[str, tuple
     old_disks = {
         path: SeenDisk(path, names, SeenDirectory(os.path.dirname(path), None))
         for path, names in (readings or {}).items()
+        if path not in last.disks
     }
     return dataclasses.replace(
         last,
-        disks={**old_disks, **last.disks},
+        disks={**old_disks, **last.disks} if old_disks else last.disks,
         roots={**old_roots, **last.roots},
         report_unknown=problem,
     )
@@ -162,8 +175,13 @@ def save_last_scan(where: layout.Layout, host_id: str, before: LastScan, last: L
     :param before: what :func:`load_last_scan` returned when the pass began.
     :raises OSError: it cannot be written.
     """
-    path = where.last_scan(host_id)
-    now, _problem = _read(path, parse)
+    data, _problem = _data(where.last_scan(host_id))
+    if data is not None and data == before.data:
+        if before.is_whole and _fields(last, before.fields["readings"]) == before.fields:
+            return  # nothing has changed
+        now = None
+    else:
+        now = parse(data) if data is not None else None
     if now is not None:
         foreign = {disk: seen for disk, seen in now.disks.items() if disk not in before.disks}
         new_roots = {root: identity for root, identity in now.roots.items() if root not in before.roots}
@@ -181,88 +199,178 @@ def replace(where: layout.Layout, host_id: str, last: LastScan) -> None:
 
     :raises OSError: it cannot be written.
     """
-    _replace(where.last_scan(host_id), to_json(last))
-    _replace(where.readings(host_id), readings_to_json(last))
+    readings = where.readings(host_id)
+    durable.write_file(readings, readings_to_json(last))
+    durable.write_file(where.last_scan(host_id), to_json(last, _mark(readings)))
 
 
-def _replace(path: str, data: bytes) -> None:
+def _mark(path: str) -> list[int] | None:
+    """Return which file a path is: each that is written in its place has another inode or time."""
     try:
-        if durable.read_file(path, limit=_LIMIT) == data:
-            return
+        found = os.stat(path, follow_symlinks=False)
     except OSError:
-        pass  # it cannot be read, and is written anew
-    durable.write_file(path, data)
+        return None
+    return [found.st_ino, found.st_mtime_ns, found.st_size]
 
 
-def _read(path: str, parsed: Any) -> tuple[Any, str | None]:
-    """Return a file's content, and why it cannot be told, as a clause."""
+def _data(path: str) -> tuple[bytes | None, str | None]:
+    """Return a file's bytes, and why it cannot be read, as a clause."""
     try:
         if not os.path.lexists(path):
             return None, None
         data = durable.read_file(path, limit=_LIMIT)
     except OSError as error:
         return None, f"what the last pass saw cannot be read: {path}: {error.strerror}"
-    found = parsed(data) if data is not None else None
+    return data, None if data is not None else f"what the last pass saw cannot be read: {path} is no file"
+
+
+def _read(path: str, parsed: Callable[[bytes], _T | None]) -> tuple[_T | None, str | None]:
+    """Return a file's content, and why it cannot be told, as a clause."""
+    data, problem = _data(path)
+    if data is None:
+        return None, problem
+    found = parsed(data)
     return found, None if found is not None else f"what the last pass saw cannot be read: {path} is damaged"
 
 
 # -- the forms on disk -------------------------------------------------------------------------------
 
 
-def to_json(last: LastScan) -> bytes:
-    """Return it as it is kept in ``hosts/<id>.scan``."""
-    directories: list[list[Any]] = []
-    index: dict[int, int] = {}
+def to_json(last: LastScan, mark: list[int] | None = None) -> bytes:
+    """Return it as it is kept in ``hosts/<id>.scan``.
 
-    def place(directory: SeenDirectory) -> int:
-        found = index.get(id(directory))
-        if found is None:
-            above = None if directory.above is None else place(directory.above)
-            found = index[id(directory)] = len(directories)
-            directories.append([directory.path, _pack(directory.identity), above, {}])
+    :param mark: which file ``hosts/<id>.readings`` is that says the same.
+    """
+    # What a driver reports that can be no id or name stands there as text, and is no image's.
+    return json.dumps(_fields(last, mark), default=str).encode() + b"\n"
+
+
+def _fields(last: LastScan, mark: list[int] | None) -> dict[str, Any]:
+    directories: list[list[Any]] = []
+    index: dict[int, list[Any]] = {}
+    numbers: dict[int, int] = {}
+
+    def place(directory: SeenDirectory) -> list[Any]:
+        above = None
+        if directory.above is not None:
+            if id(directory.above) not in index:
+                place(directory.above)
+            above = numbers[id(directory.above)]
+        numbers[id(directory)] = len(directories)
+        found = index[id(directory)] = [directory.path, _pack(directory.identity), above, {}]
+        directories.append(found)
         return found
 
     for path, disk in sorted(last.disks.items()):
-        entry = [disk.inode, disk.born, disk.instance, sorted(disk.names)]
-        directories[place(disk.directory)][3][os.path.basename(path)] = entry
-    fields = {
+        found = index.get(id(disk.directory)) or place(disk.directory)
+        found[3][path.rpartition("/")[2]] = [disk.inode, disk.born, disk.instance, list(disk.names)]
+    report = last.report.packed if isinstance(last.report, _Report) else _pack_report(last.report)
+    return {
         "version": _VERSION,
         "roots": {path: _pack(identity) for path, identity in sorted(last.roots.items())},
         "lost": dict(sorted(last.lost.items())),
         "directories": directories,
-        "report": None if last.report is None else [_pack_instance(each) for each in last.report],
+        "report": report,
+        "readings": mark,
     }
-    return json.dumps(fields).encode() + b"\n"
 
 
 def parse(data: bytes) -> LastScan | None:
     """Return the last scan in ``data``. Returns None for anything torn or unknown."""
     try:
         fields = json.loads(data)
-        directories: list[SeenDirectory] = []
-        disks: dict[str, SeenDisk] = {}
-        for path, identity, above, entries in fields["directories"]:
-            if above is not None and not 0 <= above < len(directories):
-                return None
-            higher = None if above is None else directories[above]
-            directory = SeenDirectory(str(path), _unpack(identity), higher)
-            directories.append(directory)
-            for name, (inode, born, instance, names) in entries.items():
-                disk = os.path.join(directory.path, name)
-                owner = None if instance is None else str(instance)
-                disks[disk] = SeenDisk(
-                    disk, tuple(str(each) for each in names), directory, int(inode), int(born), owner
-                )
+        directories, report = fields["directories"], fields["report"]
         roots = {path: _unpack(identity) for path, identity in fields["roots"].items()}
         lost = {path: int(changed) for path, changed in fields["lost"].items()}
-        reported = fields["report"]
-        report = None if reported is None else tuple(_unpack_instance(each) for each in reported)
+        if not all(_is_directory(number, each) for number, each in enumerate(directories)):
+            return None
+        if report is not None and not all(_is_instance(each) for each in report):
+            return None
     except (ValueError, OverflowError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return None
-    except errors.ImageCacheError:
-        return None
     known = {path: identity for path, identity in roots.items() if identity is not None}
-    return LastScan(disks, known, lost, report)
+    return LastScan(
+        _Disks(directories),
+        known,
+        lost,
+        None if report is None else _Report(report),
+        data=data,
+        fields=fields,
+    )
+
+
+def _is_directory(number: int, packed: Sequence[Any]) -> bool:
+    path, identity, above, disks = packed
+    return (
+        type(path) is str
+        and (identity is None or (len(identity) == 4 and _unpack(identity) is not None))
+        and (above is None or (type(above) is int and 0 <= above < number))
+        and all(
+            type(inode) is int
+            and type(born) is int
+            and (instance is None or type(instance) is str)
+            and type(names) is list
+            and all(type(name) is str for name in names)
+            for inode, born, instance, names in disks.values()
+        )
+    )
+
+
+def _is_instance(packed: Sequence[Any]) -> bool:
+    _uuid, _host, images, directories, swap_mb, ephemerals = packed
+    return type(images) is type(directories) is type(ephemerals) is list and type(swap_mb) is int
+
+
+class _Disks(Mapping[str, SeenDisk]):
+    """The disks of a last scan, each made when it is asked for: most are seen again, and never are."""
+
+    def __init__(self, packed: list[list[Any]]) -> None:
+        self._packed = packed
+        self._directories: dict[int, SeenDirectory] = {}
+        self._where = {
+            f"{directory[0].rstrip('/')}/{name}": (number, name)
+            for number, directory in enumerate(packed)
+            for name in directory[3]
+        }
+
+    def __getitem__(self, path: str) -> SeenDisk:
+        number, name = self._where[path]
+        inode, born, instance, names = self._packed[number][3][name]
+        return SeenDisk(path, tuple(names), self._directory(number), inode, born, instance)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._where
+
+    def _directory(self, number: int) -> SeenDirectory:
+        found = self._directories.get(number)
+        if found is None:
+            path, identity, above, _disks = self._packed[number]
+            higher = None if above is None else self._directory(above)
+            found = self._directories[number] = SeenDirectory(path, _unpack(identity), higher)
+        return found
+
+
+class _Report(Sequence[model.Instance]):
+    """The instances of a last report, made when they are asked for: a pass has a report of its own."""
+
+    def __init__(self, packed: list[list[Any]]) -> None:
+        self.packed = packed
+
+    @functools.cached_property
+    def _instances(self) -> tuple[model.Instance, ...]:
+        return tuple(_unpack_instance(each) for each in self.packed)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._instances[index]
+
+    def __len__(self) -> int:
+        return len(self.packed)
 
 
 def _pack(identity: Identity | None) -> list[Any] | None:
@@ -278,12 +386,16 @@ def _unpack(packed: Sequence[Any] | None) -> Identity | None:
     return Identity(int(device), int(inode), int(fsid), Boundary(boundary))
 
 
+def _pack_report(report: Sequence[model.Instance] | None) -> list[list[Any]] | None:
+    return None if report is None else [_pack_instance(each) for each in report]
+
+
 def _pack_instance(instance: model.Instance) -> list[Any]:
     return [
         instance.uuid,
         instance.host,
-        _texts(instance.images),
-        _texts(instance.directories),
+        list(instance.images),
+        list(instance.directories),
         instance.swap_mb,
         [each.size_gb for each in instance.ephemerals],
     ]
@@ -293,11 +405,6 @@ def _unpack_instance(packed: Sequence[Any]) -> model.Instance:
     uuid, host, images, directories, swap_mb, ephemerals = packed
     sizes = tuple(model.Ephemeral(int(size)) for size in ephemerals)
     return model.Instance(uuid, host, tuple(images), tuple(directories), int(swap_mb), sizes)
-
-
-def _texts(values: Iterable[object]) -> list[str]:
-    """Return what can be an id or a name. The pass that was given the rest has reported it."""
-    return [value for value in values if isinstance(value, str)]
 
 
 def parse_readings(data: bytes) -> dict[str, tuple[str, ...]] | None:

@@ -23,36 +23,38 @@ _ATTRIBUTES_AT, _ATTRIBUTES_MASK_AT, _BIRTH_AT = 8, 56, 80
 _TIME = struct.Struct("=qI")
 
 _statx = getattr(ctypes.CDLL(None, use_errno=True), "statx", None)
+if _statx is not None:
+    _statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
 
 
-def _ask(directory_fd: int, name: bytes, flags: int) -> bytes | None:
-    if _statx is None:
-        return None
-    answer = ctypes.create_string_buffer(_SIZE)
-    failed = _statx(directory_fd, name, flags, ctypes.c_uint(_BIRTH), answer)
-    return None if failed else answer.raw
+class Statx:
+    """Asks, again and again, into one buffer. Not to be shared between threads."""
 
+    def __init__(self) -> None:
+        self._buffer = ctypes.create_string_buffer(_SIZE)
+        self._address = ctypes.addressof(self._buffer)
 
-def born(fd: int) -> int:
-    """Return when an open file was born, in nanoseconds. 0: the filesystem does not keep it."""
-    return _birth(_ask(fd, b"", _EMPTY_PATH))
+    def _ask(self, directory_fd: int, name: bytes, flags: int) -> bool:
+        return _statx is not None and _statx(directory_fd, name, flags, _BIRTH, self._address) == 0
 
+    def born(self, fd: int) -> int:
+        """Return when an open file was born, in nanoseconds. 0: the filesystem does not keep it."""
+        return self._birth() if self._ask(fd, b"", _EMPTY_PATH) else 0
 
-def born_at(directory_fd: int, name: str) -> int:
-    """Return when the file of that name was born, as :func:`born`. A link is not followed."""
-    return _birth(_ask(directory_fd, os.fsencode(name), _NO_FOLLOW))
+    def born_at(self, directory_fd: int, name: str) -> int:
+        """Return when the file of that name was born, as :meth:`born`. A link is not followed."""
+        return self._birth() if self._ask(directory_fd, os.fsencode(name), _NO_FOLLOW) else 0
 
+    def _birth(self) -> int:
+        if not _MASK.unpack_from(self._buffer)[0] & _BIRTH:
+            return 0
+        seconds, nanoseconds = _TIME.unpack_from(self._buffer, _BIRTH_AT)
+        return int(seconds * 10**9 + nanoseconds)
 
-def _birth(answer: bytes | None) -> int:
-    if answer is None or not _MASK.unpack_from(answer)[0] & _BIRTH:
-        return 0
-    seconds, nanoseconds = _TIME.unpack_from(answer, _BIRTH_AT)
-    return int(seconds * 10**9 + nanoseconds)
-
-
-def is_mount_root(fd: int) -> bool | None:
-    """Whether a mount, if only a bind mount, begins in an open directory. None: the kernel cannot tell."""
-    answer = _ask(fd, b"", _EMPTY_PATH)
-    if answer is None or not _ATTRIBUTES.unpack_from(answer, _ATTRIBUTES_MASK_AT)[0] & _MOUNT_ROOT:
-        return None
-    return bool(_ATTRIBUTES.unpack_from(answer, _ATTRIBUTES_AT)[0] & _MOUNT_ROOT)
+    def is_mount_root(self, fd: int) -> bool | None:
+        """Whether a mount, if only a bind mount, begins in an open directory. None: it cannot be told."""
+        if not self._ask(fd, b"", _EMPTY_PATH):
+            return None
+        if not _ATTRIBUTES.unpack_from(self._buffer, _ATTRIBUTES_MASK_AT)[0] & _MOUNT_ROOT:
+            return None
+        return bool(_ATTRIBUTES.unpack_from(self._buffer, _ATTRIBUTES_AT)[0] & _MOUNT_ROOT)

@@ -125,6 +125,10 @@ def _renumbered(last: LastScan, found: Found) -> dict[tuple[int, int], tuple[int
     The numbers of a directory's inode, and of one that was seen below it, are what they were: the filesystem
     is the same one, though its device's number is not.
     """
+    renumbered: dict[tuple[int, int], tuple[int, int]] = {}
+    roots = {path: now for path, now in found.roots.items() if _is_only_renumbered(last.roots.get(path), now)}
+    if not roots:
+        return renumbered
     seen: dict[str, Identity] = {}
     for disk in last.disks.values():
         directory: SeenDirectory | None = disk.directory
@@ -132,8 +136,6 @@ def _renumbered(last: LastScan, found: Found) -> dict[tuple[int, int], tuple[int
             if directory.identity is not None:
                 seen[directory.path] = directory.identity
             directory = directory.above
-    renumbered: dict[tuple[int, int], tuple[int, int]] = {}
-    roots = {path: now for path, now in found.roots.items() if _is_only_renumbered(last.roots.get(path), now)}
     for root, now in roots.items():
         before = last.roots[root]
         for each in found.directories:

@@ -77,6 +77,7 @@ class Disks:
         self._looked: dict[str, Looked | CannotTell | None] = {}
         self._overlays = {fact.path for fact in found.facts if isinstance(fact, Overlay)}
         self._disks: dict[str, SeenDisk] = {}
+        self._pending: list[str] = []
         uuids = [str(each.uuid) for each in report] if report or last.report else None
         self._absence = Absence(last, found, uuids)
         moved = self._absence.moved_roots(last, found)
@@ -98,6 +99,7 @@ class Disks:
             yield from self._users_of(fact, targets)
         for disk in self._not_proved():
             self._disks[disk.path] = disk
+            self._pending.append(disk.path)
             for name in disk.names:
                 yield name, f"used by the disk {disk.path}, which is not to be seen now"
         for root in self._moved:
@@ -127,11 +129,7 @@ class Disks:
         :param instances: what the driver reported now. None: nothing.
         """
         last, found = self._last, self._found
-        pending = [
-            disk.path
-            for disk in self._disks.values()
-            if disk is last.disks.get(disk.path) and disk.directory.identity is not None
-        ]
+        pending = [path for path in self._pending if self._disks[path].directory.identity is not None]
         roots = {path: found.roots[path] for path in found.roots if path not in self._moved}
         for path, identity in last.roots.items():
             if path in self._moved or path not in found.roots:
@@ -156,7 +154,7 @@ class Disks:
             # A disk that is pinned raw counts by the names in it and no more: its guest wrote the header.
             if overlay.pinned != "raw" and not self._follow(overlay, targets, names):
                 names |= self._chain_cannot_be_read(overlay)
-        remembered = names | names_module.lasting(overlay.references)
+        remembered = names | names_module.lasting(overlay.references) if None in exact else names
         if remembered:
             self._disks[path] = SeenDisk(
                 path,
@@ -231,8 +229,9 @@ class Disks:
         read = {fact.path for fact in self._found.facts if isinstance(fact, Unreadable)}
         missing = [
             disk
-            for path, disk in self._last.disks.items()
-            if path not in self._disks and path not in read and not self._absence.is_proved(disk)
+            for path in self._last.disks
+            if path not in self._disks and path not in read
+            if not self._absence.is_proved(disk := self._last.disks[path])
         ]
         links = [fact.path for fact in self._found.facts if isinstance(fact, DanglingLink)]
         told: dict[str, list[str]] = {}

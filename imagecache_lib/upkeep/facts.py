@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from imagecache_lib.store.last_scan import Identity, SeenDirectory
+from imagecache_lib.upkeep.headers import Formats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Overlay:
     :param directory: where it was found.
     :param references: the texts that may name what it refers to: a backing file, an external data file, or of
         a header that cannot be parsed, all that is near it.
-    :param pinned: its format by the ``disk.info`` beside it. None: none is pinned.
+    :param formats: the formats that the ``disk.info`` beside it pins.
     :param inode: ``st_ino``.
     :param born: ``stx_btime`` in nanoseconds. 0: unknown.
     """
@@ -24,9 +25,14 @@ class Overlay:
     path: str
     directory: SeenDirectory
     references: tuple[bytes, ...]
-    pinned: str | None
+    formats: Formats
     inode: int
     born: int
+
+    @property
+    def pinned(self) -> str | None:
+        """Its format by the ``disk.info`` beside it, which is read now. None: none is pinned."""
+        return self.formats.of(self.path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,9 @@ from imagecache_lib import model
 from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.last_scan import Boundary, Identity, SeenDirectory
-from imagecache_lib.system import atomic_file, statx
+from imagecache_lib.system import atomic_file
 from imagecache_lib.system.filesystem_id import FilesystemIds
+from imagecache_lib.system.statx import Statx
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.upkeep import headers
 from imagecache_lib.upkeep.facts import (
@@ -55,6 +56,7 @@ _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 class _Directory:
     """A directory that is being read.
 
+    :ivar prefix: what the paths of its entries begin with.
     :ivar entries: the inode of each name, by its last listing.
     :ivar changed: its ``st_mtime_ns`` before that listing.
     :ivar settled: its time of change tells whether it has changed since. False: only another listing does.
@@ -63,6 +65,7 @@ class _Directory:
 
     def __init__(self, seen: SeenDirectory, status: os.stat_result) -> None:
         self.seen = seen
+        self.prefix = seen.path if seen.path.endswith("/") else seen.path + "/"
         self.formats = headers.Formats(seen.path)
         self.entries: dict[str, int] = {}
         self.changed = status.st_mtime_ns
@@ -92,6 +95,7 @@ class Scan:
         self._own = disk_roots.own_directories(cache.config)
         self._clock_device, self._now = _filesystem_clock(cache)
         self._filesystems = FilesystemIds()
+        self._statx = Statx()
         self._facts: list[Fact] = []
         self._found_roots: dict[str, Identity] = {}
         self._lost: dict[str, int] = {}
@@ -152,9 +156,16 @@ class Scan:
             if not _is_directory_name(name):
                 self._facts.append(NotADirectoryName(instance.uuid, name))
         found = False
+        names = tuple(directory_names(instance))
         for root, top in self._tops.items():
-            for name in directory_names(instance):
-                found = self._read_tree(os.path.join(root, name), top.seen) or found
+            prefix = os.path.join(root, "")
+            first = False
+            for number, name in enumerate(names):
+                if first and number % len(SUFFIXES) == len(SUFFIXES) - 1:
+                    continue  # it was there under this name at first
+                there = self._read_tree(prefix + name, top.seen)
+                first = there if number % len(SUFFIXES) == 0 else first
+                found = found or there
         if not found and instance.host == self._host.name:
             self._facts.append(MissingInstance(str(instance.uuid)))
 
@@ -175,11 +186,22 @@ class Scan:
     ) -> list[tuple[str, SeenDirectory, bool]] | None:
         """Read a directory's files, and return its directories. None: there is none of that name."""
         try:
-            fd, link = _open_directory(path, link)
-        except (FileNotFoundError, NotADirectoryError):
+            if link:
+                fd = os.open(path, _OPEN | os.O_DIRECTORY)
+            else:
+                fd = os.open(path, _OPEN | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            self._again = True  # it may have another name now, which the listing missed
+            return None
+        except NotADirectoryError:
+            # So says the kernel of a link, too, where a directory is asked for.
+            if not link and os.path.islink(path):
+                return self._read_directory(path, above, True)
             self._again = True  # it may have another name now, which the listing missed
             return None
         except OSError as error:
+            if error.errno == errno.ELOOP and not link:
+                return self._read_directory(path, above, True)
             if error.errno != errno.ELOOP:  # a link that leads to itself
                 self._unreadable_directory(path, error)
             return []
@@ -240,7 +262,7 @@ class Scan:
                     if name == layout.LOST_AND_FOUND and not _is_open(name, fd):
                         self._lost_and_found(path)
                     else:
-                        inner.append((os.path.join(path, name), seen, False))
+                        inner.append((directory.prefix + name, seen, False))
                 elif entry.is_symlink():
                     self._read_link(directory, name, fd, inode, inner)
                 elif stat.S_ISBLK(entry.stat(follow_symlinks=False).st_mode):
@@ -291,7 +313,7 @@ class Scan:
         self, fd: int, status: os.stat_result, boundary: Boundary, above: SeenDirectory | None = None
     ) -> Identity:
         if boundary is Boundary.NONE and above is not None and above.identity is not None:
-            mounted = statx.is_mount_root(fd)
+            mounted = self._statx.is_mount_root(fd)
             if mounted or status.st_dev != above.identity.device:
                 boundary = Boundary.MOUNT
         return Identity(status.st_dev, status.st_ino, self._filesystems.of(fd, status.st_dev), boundary)
@@ -334,7 +356,7 @@ class Scan:
                 if not head:
                     return
                 references = self._condense(headers.references(fd, head))
-                born = statx.born(fd) if references else 0
+                born = self._statx.born(fd) if references else 0
             finally:
                 os.close(fd)
         except FileNotFoundError:
@@ -345,9 +367,8 @@ class Scan:
                 self._unreadable_file(directory, name, directory_fd, inode, error)
             return
         if references:
-            path = os.path.join(directory.seen.path, name)
-            pinned = directory.formats.of(path)
-            self._facts.append(Overlay(path, directory.seen, references, pinned, inode, born))
+            path = directory.prefix + name
+            self._facts.append(Overlay(path, directory.seen, references, directory.formats, inode, born))
 
     # -- what cannot be read -------------------------------------------------------------------------
 
@@ -361,7 +382,7 @@ class Scan:
         except OSError:
             pass  # its size is not known then
         path, cause = os.path.join(directory.seen.path, name), error.strerror or str(error)
-        born = statx.born_at(directory_fd, name)
+        born = self._statx.born_at(directory_fd, name)
         self._facts.append(Unreadable(path, cause, False, inode, born, size))
 
     def _unreadable_directory(self, path: str, error: OSError) -> None:
@@ -390,21 +411,6 @@ def _is_directory_name(name: object) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _open_directory(path: str, link: bool) -> tuple[int, bool]:
-    """Open a directory. Returns whether the path is a link to it, too."""
-    if not link:
-        try:
-            return os.open(path, _OPEN | os.O_DIRECTORY | os.O_NOFOLLOW), False
-        except NotADirectoryError:
-            # So says the kernel of a link, too, where a directory is asked for.
-            if not os.path.islink(path):
-                raise
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-    return os.open(path, _OPEN | os.O_DIRECTORY), True
 
 
 def _is_open(name: str, directory_fd: int) -> bool:

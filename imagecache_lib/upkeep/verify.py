@@ -280,7 +280,7 @@ class Upkeep:
                 for _entry, described in evict.describe(trashed, self._cache, registered, self._hosts)
             ),
             space=self._space(found),
-            held=self._held(found),
+            held=self._held(base.name for base in found.bases if base.name not in references.users),
             others=tuple(self._hosts.pending_acks("", registered)),
         )
         names = {*(base.name for base in found.bases), *(each.name for each in trashed)}
@@ -288,12 +288,12 @@ class Upkeep:
         limits = policy.Limits.of(self._cache.config)
         return _Look(found, situation, references, limits, read, last, image_ids, now)
 
-    def _held(self, found: inventory.Inventory) -> dict[str, str]:
-        """Return the bases that somebody holds this moment, and how."""
+    def _held(self, names: Iterable[str]) -> dict[str, str]:
+        """Return those of these bases that somebody holds this moment, and how."""
         locked = {
-            entry.name: evict.LEASED
-            for entry in found.bases
-            if locks.is_taken(self._cache.layout.lock(entry.name), host=self._cache.host)
+            name: evict.LEASED
+            for name in names
+            if locks.is_taken(self._cache.layout.lock(name), host=self._cache.host)
         }
         return {**dict.fromkeys(trash.being_published(self._cache), evict.PUBLISHED_NOW), **locked}
 
@@ -312,7 +312,7 @@ class Upkeep:
         last = self._load_last_scan()
         if last.report_unknown is not None:
             last = dataclasses.replace(last, unreadable=last.unreadable or last.report_unknown)
-        return self._reader(last.report or (), last, now)
+        return self._reader(tuple(last.report or ()), last, now)
 
     def _load_last_scan(self) -> LastScan:
         return last_scan.load_last_scan(self._cache.layout, self._hosts.id, self._hosts.own().roots)
