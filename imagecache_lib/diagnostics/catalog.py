@@ -11,7 +11,6 @@ from imagecache_lib import errors, model
 from imagecache_lib.store import layout, pins, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import Hosts
-from imagecache_lib.system import durable
 from imagecache_lib.upkeep import inventory
 
 
@@ -79,8 +78,7 @@ def _described(cache: CacheStore, entry: inventory.Entry) -> CachedBase:
     record = None
     with contextlib.suppress(errors.CacheEntryError):  # QEMU's user may own it, and nobody else read it
         record = cache.evidence_of(entry.name)
-    data = durable.read_file(cache.layout.pin(entry.name))
-    pinned = pins.parse(data) if data is not None else None
+    pinned = pins.read(cache, entry.name)
     base = CachedBase(
         name=entry.name,
         kind=entry.kind.value,

@@ -50,12 +50,15 @@ class Identity:
         statvfs(3), or of a network filesystem, which has none, one that is made of where it is mounted from.
         0: there is none.
     :param boundary: how it hangs in the directory above it.
+    :param born: ``stx_btime`` of statx(2) in nanoseconds: a new directory may get the inode of one that was
+        removed. 0: the filesystem does not keep it.
     """
 
     device: int
     inode: int
     fsid: int = 0
     boundary: Boundary = Boundary.NONE
+    born: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -303,7 +306,7 @@ def _is_directory(number: int, packed: Sequence[Any]) -> bool:
     path, identity, above, disks = packed
     return (
         type(path) is str
-        and (identity is None or (len(identity) == 4 and _unpack(identity) is not None))
+        and (identity is None or _unpack(identity) is not None)
         and (above is None or (type(above) is int and 0 <= above < number))
         and all(
             type(inode) is int
@@ -376,14 +379,14 @@ class _Report(Sequence[model.Instance]):
 def _pack(identity: Identity | None) -> list[Any] | None:
     if identity is None:
         return None
-    return [identity.device, identity.inode, identity.fsid, identity.boundary.value]
+    return [identity.device, identity.inode, identity.fsid, identity.boundary.value, identity.born]
 
 
 def _unpack(packed: Sequence[Any] | None) -> Identity | None:
     if packed is None:
         return None
-    device, inode, fsid, boundary = packed
-    return Identity(int(device), int(inode), int(fsid), Boundary(boundary))
+    device, inode, fsid, boundary, born = packed
+    return Identity(int(device), int(inode), int(fsid), Boundary(boundary), int(born))
 
 
 def _pack_report(report: Sequence[model.Instance] | None) -> list[list[Any]] | None:

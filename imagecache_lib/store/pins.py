@@ -113,6 +113,15 @@ def reason(cache: CacheStore, name: str, now: float) -> str | None:
     )
 
 
+def read(cache: CacheStore, name: str) -> PinFile | None:
+    """Return the pins of a base, for a listing. None: there are none, or they cannot be read."""
+    try:
+        data = durable.read_file(cache.layout.pin(name))
+    except OSError:
+        return None
+    return parse(data) if data is not None else None
+
+
 def names(cache: CacheStore) -> list[str]:
     """Return the names of all bases that have a pin file."""
     try:
@@ -142,7 +151,10 @@ def _changing(cache: CacheStore) -> Iterator[None]:
 
 
 def _read(cache: CacheStore, name: str) -> tuple[Pin, ...]:
-    data = durable.read_file(cache.layout.pin(name))
+    try:
+        data = durable.read_file(cache.layout.pin(name))
+    except OSError:
+        return (Pin(UNREADABLE),)
     if data is None:
         return ()
     found = parse(data)

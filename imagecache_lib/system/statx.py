@@ -2,7 +2,7 @@
 """What statx(2) knows beyond stat(2): when a file was born, and whether a directory is where a mount begins.
 
 Offsets and flags are those of linux/stat.h. Both answers are hints that a filesystem or an old kernel may not
-have (``STATX_ATTR_MOUNT_ROOT`` came with Linux 5.8), and then they are 0 and None.
+have (``STATX_ATTR_MOUNT_ROOT`` came with Linux 5.8), and then they are 0 and False.
 """
 
 from __future__ import annotations
@@ -51,10 +51,14 @@ class Statx:
         seconds, nanoseconds = _TIME.unpack_from(self._buffer, _BIRTH_AT)
         return int(seconds * 10**9 + nanoseconds)
 
-    def is_mount_root(self, fd: int) -> bool | None:
-        """Whether a mount, if only a bind mount, begins in an open directory. None: it cannot be told."""
+    def of_directory(self, fd: int) -> tuple[bool, int]:
+        """Return whether a mount, if only a bind mount, begins in an open directory, and when that was born.
+
+        A kernel that cannot tell says that no mount begins there; another device shows most of them.
+        """
         if not self._ask(fd, b"", _EMPTY_PATH):
-            return None
-        if not _ATTRIBUTES.unpack_from(self._buffer, _ATTRIBUTES_MASK_AT)[0] & _MOUNT_ROOT:
-            return None
-        return bool(_ATTRIBUTES.unpack_from(self._buffer, _ATTRIBUTES_AT)[0] & _MOUNT_ROOT)
+            return False, 0
+        known = _ATTRIBUTES.unpack_from(self._buffer, _ATTRIBUTES_MASK_AT)[0]
+        return bool(
+            known & _ATTRIBUTES.unpack_from(self._buffer, _ATTRIBUTES_AT)[0] & _MOUNT_ROOT
+        ), self._birth()

@@ -36,11 +36,16 @@ def same(one: Identity, other: Identity) -> bool:
 
     A device's number may be given to another filesystem; the filesystem's own id tells then, if it has one.
     """
-    if one.inode != other.inode:
+    if not _same_numbers(one, other):
         return False
     if one.fsid and other.fsid:
         return one.fsid == other.fsid
     return one.device == other.device
+
+
+def _same_numbers(one: Identity, other: Identity) -> bool:
+    """Whether two directories are the same one if their filesystem is the same one."""
+    return one.inode == other.inode and (one.born == other.born or 0 in (one.born, other.born))
 
 
 class Absence:
@@ -142,7 +147,7 @@ def _renumbered(last: LastScan, found: Found) -> dict[tuple[int, int], tuple[int
             old, new = seen.get(each.seen.path), each.seen.identity
             if old is None or new is None or each.seen.path == root or not _is_below(each.seen.path, root):
                 continue
-            if (old.device, old.inode, new.device) == (before.device, new.inode, now.device):
+            if _same_numbers(old, new) and (old.device, new.device) == (before.device, now.device):
                 renumbered[(before.device, before.fsid)] = (now.device, now.fsid)
                 break
     return renumbered
@@ -152,7 +157,7 @@ def _is_only_renumbered(before: Identity | None, now: Identity) -> bool:
     """Whether a root may be the same, on a filesystem whose own id is its device's number, as that of xfs."""
     return (
         before is not None
-        and before.inode == now.inode
+        and _same_numbers(before, now)
         and before.device != now.device
         and before.fsid in (0, before.device)
         and now.fsid in (0, now.device)

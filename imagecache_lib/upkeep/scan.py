@@ -312,11 +312,12 @@ class Scan:
     def _identity(
         self, fd: int, status: os.stat_result, boundary: Boundary, above: SeenDirectory | None = None
     ) -> Identity:
+        is_mount, born = self._statx.of_directory(fd)
         if boundary is Boundary.NONE and above is not None and above.identity is not None:
-            mounted = self._statx.is_mount_root(fd)
-            if mounted or status.st_dev != above.identity.device:
-                boundary = Boundary.MOUNT
-        return Identity(status.st_dev, status.st_ino, self._filesystems.of(fd, status.st_dev), boundary)
+            other = status.st_dev != above.identity.device
+            boundary = Boundary.MOUNT if is_mount or other else boundary
+        fsid = self._filesystems.of(fd, status.st_dev)
+        return Identity(status.st_dev, status.st_ino, fsid, boundary, born)
 
     # -- files ---------------------------------------------------------------------------------------
 
