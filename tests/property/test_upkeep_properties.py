@@ -81,6 +81,14 @@ class TestDecide(unittest.TestCase):
             if decision.fate is Fate.GOES:
                 self.assertEqual((), decision.entry.waiting)
 
+    @given(st.sampled_from([evict.LEASED, evict.PUBLISHED_NOW]), st.integers(86400, 10**7))
+    def test_an_old_base_that_is_held_stays_and_says_by_whom(self, held: str, age: int) -> None:
+        base = Entry(NAMES[0], layout.Kind.ORIGINAL, 4096, 4096, NOW - age, 1)
+        for by, goes in (({NAMES[0]: held}, False), ({NAMES[1]: held}, True)):
+            decided = policy.decide(Situation((base,), held=by), References({}), Limits(), now=NOW)
+            (decision,) = decided.plan.decisions
+            self.assertEqual((goes, goes), (decision.evict, decision.reason != held))
+
     @given(situations())
     def test_a_dry_run_says_of_everything_what_becomes_of_it(
         self, drawn: tuple[Situation, References]
