@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -43,8 +44,8 @@ class Host:
         self.private = self.instances / "_base" / ".imagecache"
         self.manager().cache_image(ID)
 
-    def manager(self, name: str = "here", **options: object) -> ic.ImageCacheManager:
-        config = ic.CacheConfig(instances_path=str(self.instances), **options)  # type: ignore[arg-type]
+    def manager(self, name: str = "here", **options: Any) -> ic.ImageCacheManager:
+        config = ic.CacheConfig(instances_path=str(self.instances), **options)
         source = FakeSource({ID: b"x" * 65536})
         return ic.ImageCacheManager(config, source, host=ic.System(name=name), observers=())
 
@@ -52,13 +53,13 @@ class Host:
         files.overlay(path, self.base)
         return path
 
-    def verify(self, report: Sequence[ic.Instance] | None = (), **options: object) -> VerifyReport:
+    def verify(self, report: Sequence[ic.Instance] | None = (), **options: Any) -> VerifyReport:
         for path in (self.base, self.private / "records" / f"{NAME}.json"):
             if path.exists():
                 files.age(path, seconds=OLD)
         return self.manager(**options).verify_base_images(report)
 
-    def keeps(self, report: Sequence[ic.Instance] | None = (), **options: object) -> bool:
+    def keeps(self, report: Sequence[ic.Instance] | None = (), **options: Any) -> bool:
         """Whether two passes leave the base, the second of which sees no more than the first."""
         for _pass in range(2):
             self.verify(report, **options)
@@ -73,7 +74,8 @@ def host(tmp_path: pathlib.Path) -> Host:
 @contextlib.contextmanager
 def mounted(where: pathlib.Path, *source: str | pathlib.Path) -> Iterator[None]:
     where.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "--bind", *source, where] if source else ["mount", "-t", "tmpfs", "tmpfs", where]
+    what = ["--bind", *map(str, source)] if source else ["-t", "tmpfs", "tmpfs"]
+    command = ["mount", *what, str(where)]
     subprocess.run(command, check=True)
     try:
         yield
@@ -139,8 +141,8 @@ def test_a_mount_namespace_that_lacks_a_mount_deletes_nothing(host: Host) -> Non
         )
         files.age(host.base, host.private / "records" / f"{NAME}.json", seconds=OLD)
         script = 'umount "$1" && shift && exec "$@"'
-        command = ["unshare", "-m", "sh", "-c", script, "sh", host.instances / "uuid"]
-        subprocess.run([*command, sys.executable, "-c", code, host.instances], check=True)
+        command = ["unshare", "-m", "sh", "-c", script, "sh", str(host.instances / "uuid")]
+        subprocess.run([*command, sys.executable, "-c", code, str(host.instances)], check=True)
         assert host.base.exists()
 
 

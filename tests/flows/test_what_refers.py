@@ -69,8 +69,7 @@ class TestMeaning(UpkeepCase):
         disk = self.instances / "uuid" / "disk"
         disk.parent.mkdir()
         options = f"data_file={link},data_file_raw=on"
-        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, disk, "1M"]
-        subprocess.run(command, check=True)
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, disk, "1M"], check=True)
         link.unlink()
         link.symlink_to(base)
         self.assertCounts(base)
@@ -79,8 +78,8 @@ class TestMeaning(UpkeepCase):
         base = self.cached()
         disk = self.instances / "uuid" / "disk"
         disk.parent.mkdir()
-        command = ["qemu-img", "create", "-q", "-u", "-f", "qed", "-F", "raw", "-b", base, disk, "1M"]
-        subprocess.run(command, check=True)
+        options = ["-F", "raw", "-b", str(base), str(disk), "1M"]
+        subprocess.run(["qemu-img", "create", "-q", "-u", "-f", "qed", *options], check=True)
         self.assertCounts(base)
 
     def test_names_beside_the_magic_of_a_format_that_may_have_a_parent_count(self) -> None:
@@ -345,8 +344,12 @@ class TestSmallFiles(UpkeepCase):
         lock.unlink(missing_ok=True)
         os.mkfifo(lock)
         done = threading.Event()
-        thread = threading.Thread(target=lambda: (self.verify(dry_run=True), done.set()), daemon=True)
-        thread.start()
+
+        def look() -> None:
+            self.verify(dry_run=True)
+            done.set()
+
+        threading.Thread(target=look, daemon=True).start()
         self.assertTrue(done.wait(30))
 
     def test_a_directory_in_the_trash_gets_no_base_s_name(self) -> None:

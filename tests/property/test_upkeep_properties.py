@@ -180,7 +180,7 @@ def chain(identities: list[Identity]) -> SeenDirectory:
 class TestAbsence(unittest.TestCase):
     def proved(self, identities: list[Identity], read: list[ReadDirectory], **changes: Any) -> bool:
         directory = chain(identities)
-        disk = SeenDisk(f"{directory.path}/disk", NAMES[:1], directory, instance=changes.get("instance"))
+        disk = SeenDisk(f"{directory.path}/disk", (NAMES[0],), directory, instance=changes.get("instance"))
         last = LastScan({disk.path: disk}, {"/root": identities[0]}, changes.get("then_lost", {}))
         roots = {"/root": changes.get("root", identities[0])}
         found = Found((), roots, tuple(read), changes.get("lost", {}))
