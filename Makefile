@@ -1,78 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# Two commands do everything on a fresh Debian 12 with git, make and network: `make demo`, `make test`.
+# Two commands do everything on a fresh Debian 12 or 13 with git, make and network: `make demo`, `make test`.
 # Each sets up what it needs (system packages, a virtualenv in .venv) and is quick when that is done.
 
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
-RESULTS := build/results
+# What ran here; a run elsewhere has a directory of its own beside it. .ci/summary.py counts them all.
+RESULTS := build/results/here
 
-RUN_EXTRAS := cli,fast,glance,prometheus,signatures,zstd
+RUN_EXTRAS := cli,fast,glance,jobs,prometheus,signatures,zstd
 DEV_EXTRAS := $(RUN_EXTRAS),lint,messaging,test
 
+# The suites of `make test` are the testpaths of pyproject.toml, which share the machine, and those that want it
+# for themselves: they race processes against each other.
+SERIAL_SUITES := process
+# The Pythons that run somewhere else than in .venv or on a bare Debian; setup.cfg claims all of them.
+OTHER_PYTHONS := 3.12
+BARE_SUITES := bookworm trixie
+
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-stestr test-pytest test-process functional faults \
-	lint ruff mypy reno-lint docs releasenotes check-install setup clean
+.PRECIOUS: $(STAMPS)/system-%
+.PHONY: help demo bench test test-parallel test-serial functional faults campaigns pythons lowest bare \
+	cover house lint ruff mypy reno-lint docs drawings releasenotes check-install setup set-up-servers serial-suites clean
 
 help:
 	@echo "make demo          show the cache at work"
-	@echo "make test          unit, contract, property and process tests, with stestr and with pytest"
+	@echo "make test          the tests that need no server"
 	@echo "make functional    tests against real servers: Glance, nginx, qemu, filesystems"
 	@echo "make faults        tests that kill, cut and fail"
+	@echo "make campaigns     the long form of those tests that search: hours"
+	@echo "make pythons       unit, contract and property tests with the other Pythons, by tox and stestr"
+	@echo "make lowest        the same with the lowest versions that the requirements allow"
+	@echo "make bare          demo and test on a Debian 12 and 13 that have nothing else (as root)"
 	@echo "make bench         measure"
 	@echo "make lint          ruff, mypy --strict, release notes"
+	@echo "make cover         how much of the library the tests run; fails below the floor"
+	@echo "make house         the figures of the code's shape"
 	@echo "make docs          HTML in doc/build/html"
-	@echo "make check-install the sdist and a git archive install and import"
+	@echo "make drawings      the drawings in the documentation, after a change of their text"
+	@echo "make check-install the sdist, the wheel and a git archive install, with each extra, and work"
 	@echo "make clean         remove what these made"
 
 # -- set-up ------------------------------------------------------------------------------------------
 
-$(STAMPS)/venv: tools/make-venv
-	tools/make-venv $(VENV)
+$(STAMPS)/venv: tools/make-venv tools/find-python
+	@tools/make-venv $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/system-%: bindep.txt tools/system-packages $(STAMPS)/venv
-	tools/system-packages $(BIN)/bindep $*
+	@tools/system-packages $(BIN)/bindep $*
 	@touch $@
 
 $(STAMPS)/run: $(STAMPS)/venv requirements.txt setup.cfg pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[$(RUN_EXTRAS)]'
+	@tools/pip-install $(VENV) --editable '.[$(RUN_EXTRAS)]'
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/venv requirements.txt test-requirements.txt doc/requirements.txt setup.cfg pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[$(DEV_EXTRAS)]' --requirement doc/requirements.txt
+	@tools/pip-install $(VENV) --editable '.[$(DEV_EXTRAS)]' --requirement doc/requirements.txt
 	@touch $@ $(STAMPS)/run
 
-# -- the commands ------------------------------------------------------------------------------------
+$(STAMPS)/bench: $(STAMPS)/dev benchmarks/requirements.txt
+	@tools/pip-install $(VENV) --requirement benchmarks/requirements.txt
+	@touch $@
+
+$(STAMPS)/tox: $(STAMPS)/dev
+	@tools/pip-install $(VENV) 'tox>=4.6'
+	@touch $@
 
 setup: $(STAMPS)/dev $(STAMPS)/system-test
 
+# What the tests with servers and privileges install beside that.
+set-up-servers: $(STAMPS)/system-functional $(STAMPS)/system-faults $(STAMPS)/system-bare $(STAMPS)/tox
+
+# -- what it does ------------------------------------------------------------------------------------
+
 demo: $(STAMPS)/run $(STAMPS)/system-demo
 	@$(BIN)/python examples/demo.py
-
-$(STAMPS)/bench: $(STAMPS)/dev benchmarks/requirements.txt
-	$(BIN)/pip install --quiet --requirement benchmarks/requirements.txt
-	@touch $@
 
 # QUICK=1: little data, few runs, results in build/benchmarks.
 bench: $(STAMPS)/bench $(STAMPS)/system-test $(STAMPS)/system-bench
 	@$(BIN)/python -m benchmarks.run $(if $(QUICK),--quick)
 
-test: test-stestr test-pytest test-process
+# -- tests -------------------------------------------------------------------------------------------
 
-test-stestr: setup
-	@mkdir -p $(RESULTS)
-	rc=0; $(BIN)/stestr run || rc=$$?; $(BIN)/stestr last --subunit > $(RESULTS)/stestr.subunit; \
-		$(BIN)/stestr list > $(RESULTS)/stestr.listed; exit $$rc
+test: test-parallel test-serial
 
-test-pytest: setup
-	$(BIN)/pytest -q -n auto --junitxml=$(RESULTS)/pytest.xml tests/unit tests/flows tests/contract tests/property
+test-parallel: setup
+	$(BIN)/pytest -q -n auto --junitxml=$(RESULTS)/parallel.xml
 
-# One at a time: these race processes against each other and want the machine for themselves.
-test-process: setup
-	$(BIN)/pytest -q --junitxml=$(RESULTS)/process.xml tests/process
+test-serial: setup
+	$(BIN)/pytest -q --junitxml=$(RESULTS)/serial.xml $(SERIAL_SUITES:%=tests/%)
+
+cover: setup
+	$(BIN)/coverage run -m pytest -q tests/unit tests/flows tests/contract tests/property
+	$(BIN)/coverage report --skip-covered
 
 functional: setup $(STAMPS)/system-functional
 	$(BIN)/pytest -q --junitxml=$(RESULTS)/functional.xml tests/functional
@@ -80,10 +103,39 @@ functional: setup $(STAMPS)/system-functional
 faults: setup $(STAMPS)/system-faults
 	$(BIN)/pytest -q --junitxml=$(RESULTS)/faults.xml tests/faults
 
+serial-suites:
+	@echo $(SERIAL_SUITES) | tr ' ' ,
+
+# What tests/support/campaign.py makes long. `make campaigns PYTEST_ADDOPTS='-k interleavings'` is one of them.
+campaigns: setup $(STAMPS)/system-functional $(STAMPS)/system-faults
+	IMAGECACHE_CAMPAIGN=1 $(BIN)/pytest -v -m campaign --junitxml=$(RESULTS)/campaigns.xml tests
+
+pythons: $(OTHER_PYTHONS:%=python-%)
+
+python-%: $(STAMPS)/tox $(STAMPS)/system-test
+	@mkdir -p build/results/py$(subst .,,$*)
+	@python=$$(tools/find-python $*) || { echo "there is no Python $* here" >&2; exit 1; }; \
+		$(BIN)/tox run --discover "$$python" -e py$(subst .,,$*); rc=$$?; \
+		$(BIN)/stestr last --subunit > build/results/py$(subst .,,$*)/stestr.subunit; \
+		$(BIN)/stestr list > build/results/py$(subst .,,$*)/stestr.listed; exit $$rc
+
+lowest: $(STAMPS)/tox $(STAMPS)/system-test
+	$(BIN)/python tools/lowest_versions.py > build/lowest.txt
+	$(BIN)/tox run --discover "$$(tools/find-python 3.11)" -e lowest
+
+bare: $(BARE_SUITES:%=bare-%)
+
+# There is no compiler there: the place to see that none is needed. The newest Python is the last to get wheels.
+bare-trixie: BARE_TARGETS := test check-install
+bare-%: BARE_TARGETS := test
+bare-%: $(STAMPS)/dev $(STAMPS)/system-bare
+	$(BIN)/python tools/bare.py $* $(BARE_TARGETS) --results build/results/$*
+
 lint: ruff mypy reno-lint
 
 ruff: $(STAMPS)/dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --quiet --check .
 
 mypy: $(STAMPS)/dev
 	$(BIN)/mypy
@@ -94,12 +146,19 @@ reno-lint: $(STAMPS)/dev
 docs: $(STAMPS)/dev
 	$(BIN)/sphinx-build -q -W --keep-going -b html doc/source doc/build/html
 
+# The drawings are kept beside their text, so that building the documentation takes no Graphviz.
+drawings: $(STAMPS)/system-drawings
+	tools/draw doc/source/images/*.dot
+
+house: $(STAMPS)/dev
+	$(BIN)/python tools/house.py
+
 releasenotes: $(STAMPS)/dev
 	$(BIN)/sphinx-build -q -W --keep-going -b html releasenotes/source releasenotes/build/html
 
-check-install: $(STAMPS)/dev
+check-install: $(STAMPS)/dev $(STAMPS)/system-test
 	$(BIN)/python tools/check_install.py
 
 clean:
-	rm -rf $(VENV) build dist doc/build releasenotes/build .stestr .hypothesis .mypy_cache .ruff_cache \
+	rm -rf $(VENV) build dist doc/build releasenotes/build .stestr .tox .hypothesis .mypy_cache .ruff_cache \
 		.pytest_cache .coverage cover *.egg-info

@@ -1,26 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count what ran: ``summary.py RESULTS SUITE... -- FAILED_STEP...``.
+"""Count what ran: ``summary.py RESULTS EXPECTED... -- FAILED_STEP...``.
 
-Reads ``RESULTS/SUITE.xml`` (pytest's junit report) or ``RESULTS/SUITE.subunit`` (stestr's). A suite that ran
-nothing, or left no report, counts as a failure; so does a failed step that is not explained by a failed test.
+``RESULTS`` has a directory for each machine, or environment, that tests ran in. There lie pytest's junit
+reports, stestr's streams, and a line about the machine beside each. EXPECTED is ``MACHINE:SUITE,SUITE...``,
+where ``testpaths`` stands for the suites of pyproject.toml.
+
+What fails it: an expected suite that ran nothing; a test that was to run and left no trace; in CI, a skip
+that is not in :data:`SKIPS`; a Python that setup.cfg claims and nothing ran with; a failed step.
 """
 
 from __future__ import annotations
 
 import collections
+import configparser
 import dataclasses
+import os
 import pathlib
+import re
 import sys
+import tomllib
+from collections.abc import Iterator
 from typing import Any
 from xml.etree import ElementTree
 
 import subunit
 import testtools
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+#: What may be skipped in CI, by the reason that the test gives, and why.
+SKIPS = {
+    "this test case cannot fill its storage": "the contract runs on small filesystems in tests/functional",
+    "a disk that shares its base's blocks needs no room": "that is tested where nothing is shared",
+    "no cache has an image without a byte": "the contract's question has no meaning for a peer",
+}
+
 
 @dataclasses.dataclass
 class Count:
-    """The tests of one suite, and why some were skipped.
+    """The tests of one suite on one machine, and why some were skipped.
 
     :param missing: tests that were to run and left no trace: their process died. They count as failed.
     """
@@ -34,10 +52,28 @@ class Count:
     def skipped(self) -> int:
         return self.reasons.total()
 
+    def add(self, other: Count) -> None:
+        self.passed += other.passed
+        self.failed += other.failed
+        self.missing += other.missing
+        self.reasons += other.reasons
 
-def count_junit(path: pathlib.Path) -> Count:
-    count = Count()
+
+#: By machine and suite.
+Counts = collections.defaultdict[tuple[str, str], Count]
+
+
+def suite_of(test: str, report: pathlib.Path) -> str:
+    """Return the suite that has a test: ``unit`` for ``tests.unit.test_x.Class``."""
+    found = re.search(r"\btests\.(\w+)\.", test)
+    return found[1] if found else report.stem
+
+
+def count_junit(path: pathlib.Path, machine: str, counts: Counts) -> None:
     for case in ElementTree.parse(path).iter("testcase"):
+        # Where a module cannot be imported, its name stands in the other attribute.
+        name = f"{case.get('classname') or ''}.{case.get('name')}".removeprefix(".")
+        count = counts[machine, suite_of(name, path)]
         skip = case.find("skipped")
         if case.find("failure") is not None or case.find("error") is not None:
             count.failed += 1
@@ -45,16 +81,15 @@ def count_junit(path: pathlib.Path) -> Count:
             count.reasons[skip.get("message") or "no reason given"] += 1
         else:
             count.passed += 1
-    return count
 
 
-def count_subunit(path: pathlib.Path) -> Count:
-    count = Count()
+def count_subunit(path: pathlib.Path, machine: str, counts: Counts) -> None:
     seen: set[str] = set()
 
     def add(test: dict[str, Any]) -> None:
         status = test["status"]
         seen.add(test["id"])
+        count = counts[machine, suite_of(test["id"], path)]
         if status in ("success", "xfail"):
             count.passed += 1
         elif status == "skip":
@@ -70,9 +105,11 @@ def count_subunit(path: pathlib.Path) -> Count:
         sink.stopTestRun()
     listed = set(path.with_suffix(".listed").read_text().split())
     skipped_classes = tuple(_class_of(test) for test in seen if test.startswith("setUpClass "))
-    count.missing = sum(not test.startswith(skipped_classes) for test in listed - seen)
-    count.failed += count.missing
-    return count
+    for test in listed - seen:
+        if not test.startswith(skipped_classes):
+            count = counts[machine, suite_of(test, path)]
+            count.missing += 1
+            count.failed += 1
 
 
 def _class_of(set_up: str) -> str:
@@ -80,37 +117,81 @@ def _class_of(set_up: str) -> str:
     return set_up.partition("(")[2].rstrip(")") + "."
 
 
-def read(results: pathlib.Path, suite: str) -> Count:
+def read(results: pathlib.Path) -> Counts:
+    """Count all reports."""
+    counts: Counts = collections.defaultdict(Count)
     for suffix, reader in (("xml", count_junit), ("subunit", count_subunit)):
-        path = results / f"{suite}.{suffix}"
-        if path.is_file() and path.stat().st_size:
-            return reader(path)
-    return Count()
+        for path in sorted(results.glob(f"*/*.{suffix}")):
+            if path.stat().st_size:
+                reader(path, path.parent.name, counts)
+    return counts
+
+
+def expected_suites(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield machines and suites of the command line's words."""
+    pytest_options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    testpaths = [path.removeprefix("tests/") for path in pytest_options["testpaths"]]
+    for argument in arguments:
+        machine, _, suites = argument.partition(":")
+        for suite in suites.split(","):
+            yield from ((machine, each) for each in (testpaths if suite == "testpaths" else [suite]))
+
+
+def unproven_pythons(results: pathlib.Path) -> list[str]:
+    """Return the Pythons that setup.cfg claims, and that no machine had where all testpaths ran."""
+    metadata = configparser.ConfigParser(interpolation=None)
+    metadata.read(ROOT / "setup.cfg")
+    claimed = re.findall(r"Python :: (3\.\d+)$", metadata["metadata"]["classifier"], re.MULTILINE)
+    told = "".join(path.read_text() for path in results.glob("*/parallel.machine"))
+    return [version for version in claimed if f"Python {version}." not in told]
+
+
+def show(counts: Counts, results: pathlib.Path) -> None:
+    machines = dict.fromkeys(machine for machine, _suite in counts)
+    for machine in machines:
+        told = {path.read_text().strip() for path in (results / machine).glob("*.machine")}
+        print(f"{machine}: {'; '.join(sorted(told)) or 'says nothing about itself'}")
+        for (where, suite), count in counts.items():
+            if where == machine:
+                print(
+                    f"  {suite:<12}{count.passed:>6} passed{count.failed:>6} failed{count.skipped:>6} skipped"
+                )
+                for reason, times in count.reasons.most_common():
+                    print(f"      skipped {times}: {reason}")
+
+
+def problems(
+    counts: Counts, results: pathlib.Path, expected: list[str], failed_steps: list[str]
+) -> Iterator[str]:
+    """Yield what fails the run, beside failed tests."""
+    for machine, suite in expected_suites(expected):
+        count = counts.get((machine, suite), Count())
+        if not count.passed + count.failed:
+            yield f"{machine}: {suite} ran nothing"
+    for (machine, suite), count in counts.items():
+        if count.missing:
+            yield f"{machine}: {count.missing} tests of {suite} were to run and did not: their process died"
+        if os.environ.get("CI"):
+            for reason in sorted(set(count.reasons) - set(SKIPS)):
+                yield f"{machine}: {suite} skipped for a reason that is not in .ci/summary.py: {reason}"
+    for version in unproven_pythons(results):
+        yield f"setup.cfg claims Python {version}, and nothing ran with it"
+    for step in failed_steps:
+        yield f"step failed: {step}"
 
 
 def main(arguments: list[str]) -> int:
     separator = arguments.index("--")
-    results, suites = pathlib.Path(arguments[0]), arguments[1:separator]
-    failed_steps = arguments[separator + 1 :]
+    results, expected = pathlib.Path(arguments[0]), arguments[1:separator]
+    counts = read(results)
+    show(counts, results)
+    found = list(problems(counts, results, expected, arguments[separator + 1 :]))
+    print(*found, sep="\n")
     total = Count()
-    print(f"{'suite':<12}{'passed':>8}{'failed':>8}{'skipped':>8}")
-    for suite in suites:
-        count = read(results, suite)
-        print(f"{suite:<12}{count.passed:>8}{count.failed:>8}{count.skipped:>8}")
-        for reason, times in count.reasons.most_common():
-            print(f"    skipped {times}: {reason}")
-        if count.missing:
-            print(f"    {count.missing} were to run and did not: their process died")
-        if not count.passed + count.failed:
-            print(f"    {suite} ran nothing")
-            count.failed += 1
-        total.passed += count.passed
-        total.failed += count.failed
-        total.reasons += count.reasons
-    for step in failed_steps:
-        print(f"step failed: {step}")
-    if failed_steps and not total.failed:
-        total.failed = len(failed_steps)
+    for count in counts.values():
+        total.add(count)
+    if found and not total.failed:
+        total.failed = len(found)
     print(f"{total.passed} passed, {total.failed} failed, {total.skipped} skipped")
     return 1 if total.failed else 0
 

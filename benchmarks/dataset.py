@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 from benchmarks import meter
-from tests.lab import server
+from tests.support import needs
 
 #: Where real files come from, until there are enough.
 _SOURCES = ("/usr/lib", "/usr/bin", "/usr/share", "/opt", sys.prefix)
@@ -62,7 +62,7 @@ def make(home: pathlib.Path, *, data: int, virtual_size: int) -> DataSet:
     tree, raw = home / "tree", home / "raw.img"
     gather(tree, data)
     subprocess.run(
-        [server.tool("mke2fs"), "-q", "-t", "ext4", "-d", tree, raw, f"{virtual_size // 1024}k"],
+        [needs.program("mke2fs"), "-q", "-t", "ext4", "-d", tree, raw, f"{virtual_size // 1024}k"],
         check=True,
         capture_output=True,
     )

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from tests.lab import glance as glance_lab
 from tests.lab import rabbit as rabbit_lab
 from tests.lab import server
+from tests.support import needs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _ORIGIN = "10.77.0.254"
@@ -43,10 +44,18 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--megabytes", type=int, default=256, help="of the image, which is raw")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    server.require_root()
+    needs.root()
     if not options.inside:
         # The origin's namespace is this program's own.
-        again = [server.tool("unshare"), "--net", "--", sys.executable, "-m", "benchmarks.fleet", "--inside"]
+        again = [
+            needs.program("unshare"),
+            "--net",
+            "--",
+            sys.executable,
+            "-m",
+            "benchmarks.fleet",
+            "--inside",
+        ]
         return subprocess.run([*again, *arguments], cwd=_ROOT, check=False).returncode
     with tempfile.TemporaryDirectory(prefix="imagecache-fleet-", dir="/var/tmp") as home:
         rows = _measure(pathlib.Path(home), options.hosts, options.megabytes * 2**20)
@@ -88,7 +97,7 @@ def _measure(home: pathlib.Path, counts: Sequence[int], size: int) -> list[tuple
 
 
 def _run(*command: str) -> None:
-    subprocess.run([server.tool(command[0]), *command[1:]], check=True)
+    subprocess.run([needs.program(command[0]), *command[1:]], check=True)
 
 
 def _limit(device: str, rate: str, *inside: str) -> None:
@@ -108,7 +117,15 @@ def _bring_up_origin() -> None:
 def _host_namespace(number: int) -> Iterator[tuple[str, ...]]:
     """Yield the command prefix that runs something on a host of its own."""
     holder = subprocess.Popen(
-        [server.tool("setpriv"), "--pdeathsig", "TERM", server.tool("unshare"), "--net", "sleep", "infinity"]
+        [
+            needs.program("setpriv"),
+            "--pdeathsig",
+            "TERM",
+            needs.program("unshare"),
+            "--net",
+            "sleep",
+            "infinity",
+        ]
     )
     inside = ("nsenter", "--target", str(holder.pid), "--net", "--")
     own = os.readlink("/proc/self/ns/net")
@@ -126,7 +143,7 @@ def _host_namespace(number: int) -> Iterator[tuple[str, ...]]:
             ("link", "set", "eth0", "up"),
         ):
             _run(*inside, "ip", *words)
-        yield (server.tool("nsenter"), *inside[1:])
+        yield (needs.program("nsenter"), *inside[1:])
     finally:
         holder.terminate()
         holder.wait()

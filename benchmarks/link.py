@@ -17,7 +17,7 @@ from benchmarks import figures, lab, serving
 from benchmarks.cold import FLOOR, OURS
 from benchmarks.figures import Group, Row
 from tests.lab import glance as glance_lab
-from tests.lab import server
+from tests.support import needs
 
 _RATE = "1gbit"
 
@@ -40,7 +40,7 @@ def measure(running: lab.Lab) -> tuple[Group, list[Row]]:
         "repetitions": running.scale.repetitions,
     }
     out = subprocess.run(
-        [server.tool("unshare"), "--net", "--", sys.executable, "-m", __name__, json.dumps(order)],
+        [needs.program("unshare"), "--net", "--", sys.executable, "-m", __name__, json.dumps(order)],
         check=True,
         cwd=serving.ROOT,
         stdout=subprocess.PIPE,
@@ -57,7 +57,7 @@ def measure(running: lab.Lab) -> tuple[Group, list[Row]]:
 
 def _inside(order: dict[str, Any]) -> dict[str, list[figures.Sample]]:
     home = pathlib.Path(order["home"])
-    ip, tc = server.tool("ip"), server.tool("tc")
+    ip, tc = needs.program("ip"), needs.program("tc")
     subprocess.run([ip, "link", "set", "lo", "up"], check=True)
     (home / "glance").mkdir()
     with glance_lab.running_glance(home / "glance") as glance:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 
 from benchmarks import cold, crowd, imports, lab, link, machine, report, serving, upkeep, warm
 from benchmarks.figures import Group, Row
-from tests.lab import environment, server
+from tests.lab import environment
+from tests.support import needs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _DOCUMENTED = _ROOT / "doc/source/reference/benchmarks"
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=list(_SCENARIOS), default=list(_SCENARIOS))
     parser.add_argument("--output", type=pathlib.Path, help="directory of the results")
     options = parser.parse_args(arguments)
-    server.require_root()
+    needs.root()
     scale = lab.Scale.small() if options.quick else lab.Scale.full()
     results = _measure(scale, options.only)
     output = options.output or (_QUICK if options.quick else _DOCUMENTED)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
 import multiprocessing
 import os
 import pathlib
@@ -20,13 +19,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
-from typing import Any
 
 from demo_console import ClaimFailed, Console, size, span
-from demo_images import Server, make_image, nginx_program, run, serving
+from demo_crowd import Made, Round, ask
+from demo_images import Server, Sizes, allocated, make_image, nginx_program, run, serving, sizes
 
 import imagecache_lib as ic
 from imagecache_lib import events
@@ -37,57 +35,10 @@ MIB, GIB = 2**20, 2**30
 PROCESSES, THREADS = 3, 4
 DISK_SIZE = 4 * GIB
 DAY = 86400
+#: Each image's bytes of data, and its virtual size.
+IMAGES = {"guest": (256 * MIB, 2 * GIB), "rescue": (48 * MIB, 512 * MIB)}
 #: Exits 0 if a qcow2 and another disk have the same content; a longer one ends in zeros.
 COMPARE = ("qemu-img", "compare", "-q", "-f", "qcow2", "-F")
-
-
-# -- many who ask at once ----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """A disk is ready, or could not be made.
-
-    :param seconds: since everybody was told to start.
-    """
-
-    disk: ic.Disk | None
-    seconds: float
-    error: str = ""
-
-
-@dataclasses.dataclass
-class Round:
-    """What a crowd that asked at once got."""
-
-    made: list[Made]
-    seen: collections.Counter[type[events.Event]]
-
-    @property
-    def times(self) -> list[float]:
-        return sorted(each.seconds for each in self.made)
-
-
-def ask(
-    config: ic.CacheConfig, source: ic.HttpSource, image_id: str, targets: list[str], start: Any, tell: Any
-) -> None:
-    """One process of the crowd: a manager of its own, and a thread for each disk."""
-    manager = ic.ImageCacheManager(config, source, observers=[tell.put])
-
-    def make(target: str) -> None:
-        start.wait()
-        began = time.monotonic()
-        try:
-            disk = manager.create_disk(image_id, target, size=DISK_SIZE)
-            tell.put(Made(disk, time.monotonic() - began))
-        except ic.ImageCacheError as error:
-            tell.put(Made(None, time.monotonic() - began, str(error)))
-
-    threads = [threading.Thread(target=make, args=(target,)) for target in targets]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
 
 
 class Demo:
@@ -105,6 +56,7 @@ class Demo:
         self.digests: dict[str, ic.Digest] = {}
         self.seen: collections.Counter[type[events.Event]] = collections.Counter()
         self.running: dict[str, ic.Instance] = {}
+        self.arrivals: list[events.Progress | events.Fetched] = []
         self._began = 0.0
 
     def run(self, server_name: str) -> None:
@@ -124,18 +76,25 @@ class Demo:
 
     def make_images(self) -> None:
         self.console.step("Two images, and a web server that has them")
-        for image_id, data, virtual in (("guest", 256 * MIB, 2 * GIB), ("rescue", 48 * MIB, 512 * MIB)):
-            path = self.images / f"{image_id}.qcow2"
+        for image_id, (data, virtual) in IMAGES.items():
+            path = self._image(image_id)
             self.digests[image_id] = make_image(path, data, virtual)
-            self.console.say(
-                f"{path.name}: {size(path.stat().st_size)} of a boot sector and files of /usr/lib, "
-                f"virtual size {size(virtual)}"
+            made = sizes(path, "qcow2")
+            # Clusters of zeros are left out of the image, and its tables come on top.
+            self.console.claim(
+                f"{path.name}: {size(made.apparent)} of a boot sector and files of /usr/lib, "
+                f"virtual size {size(made.virtual)}",
+                made.virtual == virtual and 0.8 * data < made.apparent < 1.01 * data + MIB,
             )
+
+    def _image(self, image_id: str) -> pathlib.Path:
+        return self.images / f"{image_id}.qcow2"
 
     def ask_at_once(self, server: Server) -> tuple[Round, Round]:
         crowd = PROCESSES * THREADS
         self.console.step(f"{crowd} disks at once, from {PROCESSES} processes with {THREADS} threads each")
         cold = self.crowd(server)
+        self.claim_arrival("guest")
         cold_downloads = server.downloads("guest.qcow2")
         warm = self.crowd(server)
         warm_downloads = server.downloads("guest.qcow2") - cold_downloads
@@ -153,7 +112,12 @@ class Demo:
             f"the first {crowd} saw one miss, the next {crowd} saw {crowd} hits",
             cold.seen[events.Miss] == 1 and warm.seen[events.Miss] == 0 and warm.seen[events.Hit] == crowd,
         )
-        original = str(self.images / "guest.qcow2")
+        self.console.claim(
+            f"with the image in the cache the last disk was there after {span(warm.times[-1])}, "
+            f"without it the first one after {span(cold.times[0])}",
+            len(warm.times) == len(cold.times) == crowd and warm.times[-1] < cold.times[0],
+        )
+        original = str(self._image("guest"))
         disks = [made.disk.target for made in (*cold.made, *warm.made) if made.disk is not None]
         for disk in disks:
             run("qemu-img", "check", "-q", "-f", "qcow2", disk)
@@ -183,7 +147,7 @@ class Demo:
         )
         self.console.claim(
             "the base image that they share is still equal to the image",
-            run(*COMPARE, "raw", str(self.images / "guest.qcow2"), self.layout.base(disk.base or "")) == "",
+            run(*COMPARE, "raw", str(self._image("guest")), self.layout.base(disk.base or "")) == "",
         )
 
     def _boot(self, disk: ic.Disk) -> str:
@@ -192,29 +156,39 @@ class Demo:
 
     def show_space(self, server: Server, count: int) -> None:
         self.console.step("Space")
-        base = self.layout.base(layout.base_name("guest"))
-        disk = next(iter(sorted(self.instances.glob("*/disk"))))
+        disks = sorted(self.instances.glob("*/disk"))
+        image, base = sizes(self._image("guest"), "qcow2"), sizes(self._base("guest"), "raw")
+        disk = sizes(disks[0], "qcow2")
         rows = [
-            self._sizes("the image, at the server", self.images / "guest.qcow2", "qcow2"),
-            self._sizes("its base image, in the cache", pathlib.Path(base), "raw"),
-            self._sizes("one of the disks made from it", disk, "qcow2"),
+            self._sizes_row("the image, at the server", "qcow2", image),
+            self._sizes_row("its base image, in the cache", "raw", base),
+            self._sizes_row("one of the disks made from it", "qcow2", disk),
         ]
         self.console.table(["", "format", "virtual", "apparent", "allocated"], rows, align="llrrr")
-        disks = sum(path.stat().st_blocks * 512 for path in self.instances.glob("*/disk"))
+        virtual = IMAGES["guest"][1]
+        self.console.claim(
+            f"the virtual sizes are those asked for: the image's {size(virtual)}, "
+            f"the disk's {size(DISK_SIZE)}",
+            (image.virtual, base.virtual, disk.virtual) == (virtual, virtual, DISK_SIZE),
+        )
+        self.console.claim(
+            "the base image is sparse: as long as its virtual size, and on disk no larger than the image",
+            base.apparent == base.virtual and base.allocated < 1.01 * image.apparent + MIB,
+        )
+        self.console.claim(
+            f"the disk is an overlay: {size(disk.allocated)} of tables and of what its own boots wrote",
+            disk.allocated < disk.apparent + MIB < 2 * MIB,
+        )
+        of_disks = sum(allocated(path) for path in disks)
         used = ic.ImageCacheManager(self.config, self.source(server)).get_disk_usage()
         self.console.claim(
-            f"{count} disks and the cache allocate {size(disks + used)}, where {count} copies of the image "
-            f"would take {size(count * self._allocated(pathlib.Path(base)))}",
-            disks + used < 2 * self._allocated(pathlib.Path(base)),
+            f"{count} disks and the cache allocate {size(of_disks + used)}, where {count} copies "
+            f"of the image would take {size(count * base.allocated)}",
+            len(disks) == count and base.allocated <= used and of_disks + used < 2 * base.allocated,
         )
 
-    def _sizes(self, what: str, path: pathlib.Path, format: str) -> list[str]:
-        out = run("qemu-img", "info", "-U", "--output=json", "-f", format, str(path))
-        virtual = int(out.partition('"virtual-size":')[2].partition(",")[0])
-        return [what, format, size(virtual), size(path.stat().st_size), size(self._allocated(path))]
-
-    def _allocated(self, path: pathlib.Path) -> int:
-        return path.stat().st_blocks * 512
+    def _sizes_row(self, what: str, format: str, found: Sizes) -> list[str]:
+        return [what, format, size(found.virtual), size(found.apparent), size(found.allocated)]
 
     def precache(self, manager: ic.ImageCacheManager, server: Server) -> None:
         self.console.step("A second image, cached before anybody needs it, and kept while it is used")
@@ -224,30 +198,28 @@ class Demo:
             f"cache_image says {first.value}, and asked again {again.value}; the server saw one download",
             (first.value, again.value, server.downloads("rescue.qcow2")) == ("cached", "existing", 1),
         )
+        self.claim_arrival("rescue")
         disk = manager.create_disk("rescue", self._new_target("rescue"), size=DISK_SIZE)
         self._make_old("rescue")
-        report = self._verify(manager)
-        self.console.claim(
-            "two days old, and kept: a disk uses it", not report.evicted and self._is_cached("rescue")
-        )
+        self._verify(manager, {"guest": "kept", "rescue": "kept"})
+        self.console.claim("two days old, and kept: a disk uses it", self._is_cached("rescue"))
         self.destroy(disk, manager)
 
     def age(self, manager: ic.ImageCacheManager) -> None:
         self.console.step("Its last disk is removed, and it ages")
-        report = self._verify(manager)
-        self.console.claim("unused, and kept: it is too young", not report.evicted)
+        self._verify(manager, {"guest": "kept", "rescue": "kept"})
+        self.console.claim("unused, and kept: it is too young", self._is_cached("rescue"))
         self._make_old("rescue")
+        taken = allocated(self._base("rescue"))
         dry = manager.verify_base_images(self._reported(), dry_run=True)
         self.console.claim(
             "two days later: a dry run would evict it, and does not",
             len(dry.evicted) == 1 and self._is_cached("rescue"),
         )
-        report = self._verify(manager)
+        report = self._verify(manager, {"guest": "kept", "rescue": "evicted"})
         self.console.claim(
             f"evicted: {size(report.reclaimed)} came back; the other image stays",
-            [base.name for base in report.evicted] == [layout.base_name("rescue")]
-            and not self._is_cached("rescue")
-            and self._is_cached("guest"),
+            report.reclaimed == taken and not self._is_cached("rescue") and self._is_cached("guest"),
         )
 
     def clear(self, manager: ic.ImageCacheManager) -> None:
@@ -255,7 +227,7 @@ class Demo:
         for target in sorted(self.instances.glob("*/disk")):
             self.destroy(manager.inspect_disk(str(target)), manager)
         self._make_old("guest")
-        self._verify(manager)
+        self._verify(manager, {"guest": "evicted"})
         left = manager.get_disk_usage()
         self.console.claim(f"the cache is empty but for {size(left)} of its own notes", left < MIB)
         self.console.claim(
@@ -287,13 +259,13 @@ class Demo:
         del self.running[directory.name]
 
     def crowd(self, server: Server) -> Round:
-        """Have everybody ask at once, show what arrives, and return when all have their disks."""
+        """Have all threads ask at once, show what arrives, and return when each has its disk."""
         context = multiprocessing.get_context("spawn")
         tell, start = context.Queue(), context.Barrier(PROCESSES * THREADS)
         workers = []
         for _process in range(PROCESSES):
             targets = [self._new_target("guest") for _thread in range(THREADS)]
-            arguments = (self.config, self.source(server), "guest", targets, start, tell)
+            arguments = (self.config, self.source(server), "guest", targets, DISK_SIZE, start, tell)
             workers.append(context.Process(target=ask, args=arguments, daemon=True))
         for worker in workers:
             worker.start()
@@ -327,26 +299,46 @@ class Demo:
             case events.Miss():
                 self._began = time.monotonic()
             case events.Progress(received=received, total=int(total)):
+                self.arrivals.append(event)
                 self.console.progress(received, total, time.monotonic() - self._began)
-            case events.Fetched(received=received, allocated=allocated, seconds=seconds):
+            case events.Fetched(received=received, allocated=taken, seconds=seconds):
+                self.arrivals.append(event)
                 self.console.say(
                     f"{event.image_id}: {size(received)} received, checked, stored and synced "
-                    f"in {span(seconds)}, {size(allocated)} on disk"
+                    f"in {span(seconds)}, {size(taken)} on disk"
                 )
+
+    def claim_arrival(self, image_id: str) -> None:
+        """Compare what the events of one download said with the server's file and the cache's.
+
+        Not where they are shown: what an observer raises is logged, and ends nothing.
+        """
+        length, taken = self._image(image_id).stat().st_size, allocated(self._base(image_id))
+        arrivals = [event for event in self.arrivals if event.image_id == image_id]
+        progress = [event for event in arrivals if isinstance(event, events.Progress)]
+        fetched = [event for event in arrivals if isinstance(event, events.Fetched)]
+        self.console.claim(
+            f"{size(length)} at the server and {size(taken)} on disk, by what the filesystem says too",
+            [(event.received, event.allocated) for event in fetched] == [(length, taken)]
+            and all(event.received <= length == event.total for event in progress)
+            and 0 < fetched[0].seconds <= time.monotonic() - self._began,
+        )
 
     # -- upkeep --------------------------------------------------------------------------------------
 
     def _reported(self) -> list[ic.Instance]:
         return list(self.running.values())
 
-    def _verify(self, manager: ic.ImageCacheManager) -> ic.VerifyReport:
-        """Run the periodic pass and show its report."""
+    def _verify(self, manager: ic.ImageCacheManager, expected: dict[str, str]) -> ic.VerifyReport:
+        """Run the periodic pass, show its report, and compare it with what was expected and is on disk."""
         names = {layout.base_name(image_id): image_id for image_id in self.digests}
+        taken = {image_id: allocated(self._base(image_id)) for image_id in expected}
         report = manager.verify_base_images(self._reported())
+        fates = {names[base.name]: "evicted" if base.evicted else "kept" for base in report.bases}
         rows = [
             [
                 names[base.name],
-                "evicted" if base.evicted else "kept",
+                fates[names[base.name]],
                 size(base.allocated),
                 base.reason.replace(f"{self.instances}/", ""),
             ]
@@ -355,6 +347,8 @@ class Demo:
         self.console.table(["base image", "", "allocated", "why"], rows, align="llrl")
         for problem in report.problems:
             raise ClaimFailed(problem)
+        if fates != expected or taken != {names[base.name]: base.allocated for base in report.bases}:
+            raise ClaimFailed(f"the pass was to find {expected} with {taken} bytes")
         return report
 
     def _make_old(self, image_id: str) -> None:
@@ -364,8 +358,11 @@ class Demo:
         for path in (self.layout.base(name), self.layout.record(name)):
             os.utime(path, (then, then))
 
+    def _base(self, image_id: str) -> pathlib.Path:
+        return pathlib.Path(self.layout.base(layout.base_name(image_id)))
+
     def _is_cached(self, image_id: str) -> bool:
-        return os.path.exists(self.layout.base(layout.base_name(image_id)))
+        return self._base(image_id).exists()
 
 
 def main() -> int:

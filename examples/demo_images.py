@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -62,6 +63,27 @@ def run(*command: str) -> str:
     return subprocess.run(
         command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace"
     ).stdout
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a disk or an image measures, in bytes: of the guest's disk, of the file, and on the filesystem."""
+
+    virtual: int
+    apparent: int
+    allocated: int
+
+
+def sizes(path: pathlib.Path, format: str) -> Sizes:
+    """Ask qemu-img and the filesystem."""
+    # The outermost object's: newer QEMUs also describe the file below the format, by its own sizes.
+    told = json.loads(run("qemu-img", "info", "-U", "--output=json", "-f", format, str(path)))
+    return Sizes(int(told["virtual-size"]), path.stat().st_size, allocated(path))
+
+
+def allocated(path: pathlib.Path) -> int:
+    """Return what a file takes on its filesystem, in bytes."""
+    return path.stat().st_blocks * 512
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ its bytes flow once from the source through digest and inspection into a stage f
 (:mod:`imagecache_lib.store.publish`). A storage backend (:mod:`imagecache_lib.backends`) makes the disk.
 
 *Upkeep.* :meth:`ImageCacheManager.verify_base_images` lists the cache, reads who refers to what, plans, and
-evicts what nobody needs (:mod:`imagecache_lib.upkeep`).
+evicts what nothing needs (:mod:`imagecache_lib.upkeep`).
 
 What lies on disk, and who may do what to it, is the docstring of :mod:`imagecache_lib.store.layout`.
 """
@@ -21,7 +21,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imagecache_lib.backends.interface import Feature, StorageBackend
+    from imagecache_lib.admin import CacheAdmin
+    from imagecache_lib.backends.interface import Feature, PendingDisk, StorageBackend
     from imagecache_lib.config import CacheConfig
     from imagecache_lib.diagnostics.audit import AuditFinding, AuditReport
     from imagecache_lib.diagnostics.catalog import CachedBase, RegisteredHost
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from imagecache_lib.manager import ImageCacheManager
     from imagecache_lib.model import (
         BaseImage,
+        CacheReport,
         CacheResult,
         Digest,
         Disk,
@@ -74,8 +76,10 @@ _HOMES = {
     "BackendError": "errors",
     "BaseImage": "model",
     "BaseReport": "upkeep.verify",
+    "CacheAdmin": "admin",
     "CacheConfig": "config",
     "CacheEntryError": "errors",
+    "CacheReport": "model",
     "CacheResult": "model",
     "CachedBase": "diagnostics.catalog",
     "CancelledError": "errors",
@@ -107,6 +111,7 @@ _HOMES = {
     "LeaseLostError": "errors",
     "LockTimeoutError": "errors",
     "NoSpaceError": "errors",
+    "PendingDisk": "backends.interface",
     "Pin": "store.pins",
     "RegisteredHost": "diagnostics.catalog",
     "Request": "model",
@@ -127,8 +132,10 @@ __all__ = [
     "BackendError",
     "BaseImage",
     "BaseReport",
+    "CacheAdmin",
     "CacheConfig",
     "CacheEntryError",
+    "CacheReport",
     "CacheResult",
     "CachedBase",
     "CancelledError",
@@ -160,6 +167,7 @@ __all__ = [
     "LeaseLostError",
     "LockTimeoutError",
     "NoSpaceError",
+    "PendingDisk",
     "Pin",
     "RegisteredHost",
     "Request",

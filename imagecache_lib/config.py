@@ -27,7 +27,7 @@ class CacheConfig:
     subdirectory_name: str = "_base"
     #: Absolute paths under which instance directories lie. Empty: only ``instances_path``.
     disk_roots: tuple[str, ...] = ()
-    #: Directory of the lock files. None: ``<instances_path>/locks``, which is Nova's.
+    #: Absolute path of the directory of lock files, or None for Nova's, ``<instances_path>/locks``.
     lock_path: str | None = None
     #: Name of the storage backend, for managers that are not given one.
     backend: str = "qcow2"
@@ -35,19 +35,22 @@ class CacheConfig:
     # -- fetching ------------------------------------------------------------------------------------
     #: Convert what is fetched to raw. Decides at fetch time only; a base keeps the format it has.
     force_raw_images: bool = True
+    #: Unpack images whose container format is ``compressed`` while they arrive, instead of refusing them.
+    decompress_images: bool = False
     #: How often a source is asked again after a failure that may pass, per endpoint round.
     num_retries: int = 3
     #: How many images one manager fetches at a time. 0: no limit.
     max_concurrent_disk_ops: int = 0
     #: vmdk ``createType`` values that are accepted.
     vmdk_allowed_types: tuple[str, ...] = ("streamOptimized", "monolithicSparse")
-    #: Accept images without inspecting their content. Dangerous: a guest may read the host's files.
+    #: Accept images whatever their owner claims them to be. Images to which other files belong stay refused.
     disable_deep_image_inspection: bool = False
-    #: CPU seconds that a qemu-img which only looks may take.
+    #: CPU seconds that a qemu-img which only looks may take. By the clock it may take ten times as many.
     images_cpu_time_limit: int = 30
     #: Address space that a qemu-img which only looks may take, in bytes.
     images_address_space_limit: int = 2 * GIB
-    #: CPU seconds that a qemu-img which converts, or a mkfs, may take.
+    #: CPU seconds that a qemu-img which converts, or a mkfs, may take. By the clock, a qemu-img may take ten
+    #: times as many.
     convert_cpu_time_limit: int = 3600
     #: Address space that a qemu-img which converts, or a mkfs, may take, in bytes.
     convert_address_space_limit: int = 8 * GIB
@@ -59,21 +62,26 @@ class CacheConfig:
     enable_certificate_validation: bool = False
     #: Certificates trusted where a request names none.
     default_trusted_certificate_ids: tuple[str, ...] = ()
-    #: Directory of certificates, ``<id>.pem``, for managers that are not given a store. None: there are none.
+    #: Absolute path of a directory of certificates, ``<id>.pem``, for managers that are not given a store; or
+    #: None if the host has no certificates.
     certificates_path: str | None = None
 
     # -- disks ---------------------------------------------------------------------------------------
     #: ``none`` or ``space``: allocate a disk's whole virtual size when it is made.
     preallocate_images: str = "none"
-    #: Filesystem of ephemeral disks where the caller names none. None: by the guest's type.
+    #: Sync the content of a copied disk before the disk gets its name. False: a power cut soon after may
+    #: take the content and leave the name; ``if_exists="reuse"`` refuses such a disk. Overlays, swap and
+    #: kernels are synced always, and so is everything on filesystems without extended attributes.
+    sync_copied_disks: bool = True
+    #: Filesystem of ephemeral disks where the caller names none, or None to choose it by the guest's type.
     default_ephemeral_format: str | None = None
     #: Command lines to make filesystems with, by guest type: ``<os_type>=<command>``.
     virt_mkfs: tuple[str, ...] = ()
 
     # -- eviction ------------------------------------------------------------------------------------
-    #: False: :meth:`ImageCacheManager.verify_base_images` reports and removes nothing.
+    #: Whether unused base images are removed. If false, a pass reports what it would remove.
     remove_unused_base_images: bool = True
-    #: Unused base images younger than this stay.
+    #: Seconds since its last use for which an unused base image stays.
     remove_unused_original_minimum_age_seconds: int = 86400
     #: The same for legacy resized bases (``<sha1>_<GiB>``).
     remove_unused_resized_minimum_age_seconds: int = 3600
@@ -93,9 +101,10 @@ class CacheConfig:
     scrub_rate: int = 32 * 2**20
 
     # -- waiting and crashes -------------------------------------------------------------------------
-    #: How long to wait for another's fetch of the same image that makes no progress, before fetching too.
+    #: Seconds to wait for another process that fetches the same image and makes no progress, before this one
+    #: fetches it too.
     lock_timeout: float = 600.0
-    #: A stage file is a crash's leftover when nobody holds its lock and it was not touched for this long.
+    #: A stage file is a crash's leftover when its lock is free and it was not written for so many seconds.
     stage_idle_seconds: int = 3600
     #: The same for ``.part`` and ``.converted`` files that Nova left.
     foreign_stage_idle_seconds: int = 86400
@@ -103,13 +112,15 @@ class CacheConfig:
     # -- pre-caching ---------------------------------------------------------------------------------
     #: How many hosts of an aggregate are asked at a time.
     precache_concurrency: int = 1
+    #: Pre-cache jobs that are over are forgotten when they were started longer ago. 0: never.
+    precache_job_age_seconds: int = 0
 
     # -- rbd -----------------------------------------------------------------------------------------
     #: Pool that instance disks are made in.
     images_rbd_pool: str = "rbd"
     #: Path of the cluster's configuration. Empty: the library default.
     images_rbd_ceph_conf: str = ""
-    #: Ceph user, without ``client.``. None: the library default.
+    #: Ceph user, without ``client.``, or None for librados's default.
     rbd_user: str | None = None
     #: Glance's name for the rbd store that it should copy images into. Empty: never ask it to.
     images_rbd_glance_store_name: str = ""

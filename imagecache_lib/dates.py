@@ -11,7 +11,10 @@ _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
 def date(when: float) -> str:
-    """Return epoch seconds as a date in UTC. What no calendar has, such as infinity, stays a number."""
+    """Return epoch seconds as a date in UTC, such as ``2026-11-26 07:00:00Z``.
+
+    A number that no calendar has a date for, such as infinity, is returned as ``@<number>``.
+    """
     try:
         return dt.datetime.fromtimestamp(when, dt.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
     except (ValueError, OverflowError, OSError):

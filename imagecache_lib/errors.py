@@ -6,14 +6,14 @@ error                     who acts
 ========================  =================================================
 ``ImageNotFound``         the user: no such image, or no right to see it
 ``ImageRejected``         the image's owner: the image is bad; never retry
-``SourceError``           nobody: retry later
+``SourceError``           no one: the caller retries later
 ``NoSpaceError``          the operator: make room
 ``DiskTooSmallError``     the user: choose a larger disk
 ``DiskExistsError``       the driver: the target is taken
-``LockTimeoutError``      nobody: retry later
-``CancelledError``        nobody: the caller asked for it
-``LeaseLostError``        the driver: throw the copy away and start over
-``CacheEntryError``       the operator: something odd lies in the cache
+``LockTimeoutError``      no one: the caller retries later
+``CancelledError``        no one: the caller cancelled the call
+``LeaseLostError``        the driver: remove what it made, then call again
+``CacheEntryError``       the operator: move away what is no base image
 ``BackendError``          the operator: the storage failed
 ``ConfigError``           the operator: the set-up is wrong
 ========================  =================================================
@@ -89,7 +89,25 @@ class NoSpaceError(ImageCacheError):
 
 
 class DiskTooSmallError(ImageCacheError):
-    """The disk asked for is smaller than the image's virtual size."""
+    """The disk asked for is smaller than the image's virtual size, or than the disk that it is to be.
+
+    :param size: bytes that were asked for.
+    :param virtual_size: bytes that the image or the disk has.
+
+    Both are attributes too. None: not known.
+    """
+
+    def __init__(
+        self,
+        cause: str,
+        *,
+        size: int | None = None,
+        virtual_size: int | None = None,
+        **known: str | None,
+    ) -> None:
+        super().__init__(cause, **known)
+        self.size = size
+        self.virtual_size = virtual_size
 
 
 class DiskExistsError(ImageCacheError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 LOG = logging.getLogger(__name__)
 
@@ -22,28 +23,37 @@ class Event:
     :param image_id: the image's id, where it is known.
     """
 
+    #: How much it matters, as one of logging's levels. From INFO on, it is told in notifications.
+    level: ClassVar[int] = logging.DEBUG
+    #: Name and description of the metric that counts it. None: no metric does.
+    counter: ClassVar[tuple[str, str] | None] = None
+
     name: str
     image_id: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Hit(Event):
-    """A base was wanted and there."""
+    """A base image was asked for, and the one in the cache serves."""
+
+    counter = ("hits", "Times that a base image was wanted and there")
 
 
 @dataclasses.dataclass(frozen=True)
 class Miss(Event):
-    """A base was wanted and not there, or not fit.
+    """A base image was asked for, and the cache has none that serves.
 
     :param reason: why, as a clause.
     """
+
+    counter = ("misses", "Times that a base image was wanted and not there, or not fit")
 
     reason: str = "it is not in the cache"
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress(Event):
-    """More of an image arrived.
+    """More data of an image arrived.
 
     :param received: bytes so far.
     :param total: bytes in all, if that is known.
@@ -62,6 +72,8 @@ class Fetched(Event):
     :param seconds: from the first request to the last byte on disk.
     """
 
+    level = logging.INFO
+
     received: int = 0
     allocated: int = 0
     seconds: float = 0.0
@@ -75,18 +87,27 @@ class Copied(Event):
     :param shared: they share their extents, and the copy takes no space.
     """
 
+    level = logging.INFO
+    counter = ("copied", "Base images made from another one that has the same content")
+
     origin: str = ""
     shared: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Published(Event):
-    """A base got its name."""
+    """A base image was given its name in the cache."""
+
+    level = logging.INFO
+    counter = ("published", "Base images that got their name")
 
 
 @dataclasses.dataclass(frozen=True)
 class Adopted(Event):
-    """A base that somebody else had made passed its check before its first use here."""
+    """A base image that another program had made passed its check before its first use here."""
+
+    level = logging.INFO
+    counter = ("adopted", "Base images of somebody else that passed their check")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +116,9 @@ class Bypassed(Event):
 
     :param reason: why it does not fit, as a clause.
     """
+
+    level = logging.WARNING
+    counter = ("bypassed", "Requests served around the cache")
 
     reason: str = ""
 
@@ -106,6 +130,9 @@ class NotCloned(Event):
     :param reason: why, as a clause.
     """
 
+    level = logging.WARNING
+    counter = ("not_cloned", "Images that the storage could not clone")
+
     reason: str = ""
 
 
@@ -116,16 +143,22 @@ class Rejected(Event):
     :param reason: why, as a clause.
     """
 
+    level = logging.WARNING
+    counter = ("rejected", "Images refused for good")
+
     reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evicted(Event):
-    """A base was removed.
+    """A base image was removed from the cache.
 
     :param reason: why, as a clause.
     :param allocated: bytes that it took on disk.
     """
+
+    level = logging.INFO
+    counter = ("evicted", "Base images removed")
 
     reason: str = ""
     allocated: int = 0
@@ -133,21 +166,28 @@ class Evicted(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Recovered(Event):
-    """Something that a crash left behind was put right.
+    """The cache repaired what a crash had left.
 
     :param what: what was done, as a clause.
     """
+
+    level = logging.INFO
+    counter = ("recovered", "Leftovers of crashes put right")
 
     what: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Damaged(Event):
-    """A scrub found that the disk changed a base. Nobody else is served from it.
+    """A scrub found that a base's content on disk is not what was written. No new disk is made from it.
 
     :param detail: where, as a clause.
-    :param stays: why it was not evicted, as a clause: who may be reading wrong bytes. None: it was.
+    :param stays: why the base was not evicted, as a clause: which disks may read wrong bytes. None if it was
+        evicted.
     """
+
+    level = logging.ERROR
+    counter = ("damaged", "Base images that the disk changed")
 
     detail: str = ""
     stays: str | None = None
@@ -155,14 +195,16 @@ class Damaged(Event):
 
 @dataclasses.dataclass(frozen=True)
 class PassFinished(Event):
-    """A pass over the whole cache ended. Its name is empty.
+    """A pass over the whole cache ended. Its ``name`` is empty.
 
-    :param kept: how many bases are there.
-    :param allocated: bytes that they take on disk.
-    :param evicted: how many went.
-    :param reclaimed: bytes that these took on disk.
+    :param kept: number of base images that stayed.
+    :param allocated: bytes that these take on disk.
+    :param evicted: number of base images that were evicted.
+    :param reclaimed: bytes that those took on disk.
     :param problems: what needs an operator, a sentence each, the worst first.
     """
+
+    level = logging.INFO
 
     kept: int = 0
     allocated: int = 0
@@ -170,6 +212,24 @@ class PassFinished(Event):
     reclaimed: int = 0
     problems: tuple[str, ...] = ()
 
+
+#: Every kind of event.
+KINDS: tuple[type[Event], ...] = (
+    Hit,
+    Miss,
+    Progress,
+    Fetched,
+    Copied,
+    Published,
+    Adopted,
+    Bypassed,
+    NotCloned,
+    Rejected,
+    Evicted,
+    Recovered,
+    Damaged,
+    PassFinished,
+)
 
 Observer = Callable[[Event], None]
 

@@ -15,6 +15,9 @@ from typing import Any, Protocol
 
 from imagecache_lib import errors
 
+#: How an image's data may be compressed as a whole.
+COMPRESSIONS = ("gzip", "xz", "zstd", "bzip2")
+
 
 @dataclasses.dataclass(frozen=True)
 class Digest:
@@ -37,16 +40,19 @@ class Image:
 
     :param id: any non-empty text of at most 1,024 UTF-8 bytes without control characters.
     :param disk_format: Glance's name for it (``raw``, ``qcow2``, ``vmdk``, ``vhd``, ``iso``, ...).
-        None: not claimed; the content decides.
-    :param size: length of the data in bytes. None: unknown.
-    :param digest: of the data as stored at the source. None: none is known.
-    :param virtual_size: bytes the guest would see, as claimed. None: unknown.
+        With None the source claims no format, and the content decides.
+    :param size: length of the data in bytes, or None if the source does not say.
+    :param digest: digest of the data as stored at the source, or None if the source has none.
+    :param virtual_size: size of the disk that a guest would see, in bytes, as the source claims it; or None.
     :param container_format: Glance's (``bare``, ``ovf``, ``aki``, ...).
     :param status: Glance's image status; only ``active`` images have data.
     :param locations: URLs under which the image service stores the data (``rbd://fsid/pool/image/snap``).
     :param stores: names of the image service's stores that hold it.
     :param converted_from: the data is a conversion of an image of this format, as other caches have it.
-        None: it is the image's own.
+        With None the data is the image's own.
+    :param compression: how the data is compressed: one of :data:`COMPRESSIONS`. It is decompressed while it
+        arrives; ``size`` and ``digest`` are of the compressed data. With None it is not, as far as the source
+        knows.
     :param properties: everything else the source said, such as ``img_signature``.
     """
 
@@ -60,6 +66,7 @@ class Image:
     locations: tuple[str, ...] = ()
     stores: tuple[str, ...] = ()
     converted_from: str | None = None
+    compression: str | None = None
     properties: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -73,8 +80,8 @@ class BaseImage:
     :param format: how it is stored: ``raw`` or, with ``force_raw_images`` off, the source's format.
         qemu's name for it (``vpc``, not ``vhd``).
     :param virtual_size: bytes the guest would see.
-    :param digest: of the source's data, if it was checked when the base was made. None for an
-        adopted base, whose making nobody witnessed.
+    :param digest: of the source's data, if this library checked it when it made the base. None for an
+        adopted base, which another program made.
     :param source_format: what the source's data was; other than ``format`` if it was converted.
     :param fd: a descriptor of the base file, open for reading for as long as the lease is held, or
         None outside a lease. Reading through it is safe whatever happens to the name.
@@ -97,7 +104,7 @@ class Disk:
     :param target: absolute path, or the image's name for rbd.
     :param format: qemu's name of the format; pass it to the hypervisor explicitly, never let it probe.
     :param virtual_size: bytes the guest sees.
-    :param base: name of the base image that the disk needs as long as it lives. None: the disk stands alone.
+    :param base: name of the base image that the disk needs as long as it exists, or None if it needs none.
     """
 
     target: str
@@ -107,14 +114,27 @@ class Disk:
 
 
 class CacheResult(enum.Enum):
-    """What :meth:`ImageCacheManager.cache_image` did."""
+    """What :meth:`ImageCacheManager.cache_image` found or did."""
 
-    #: The image was fetched now.
+    #: The image was fetched, and its base image is in the cache now.
     CACHED = "cached"
-    #: It was there.
+    #: The base image was in the cache already, and nothing was fetched.
     EXISTING = "existing"
-    #: The backend clones from the image service's storage; nothing to cache.
+    #: The backend clones the image inside the image service's storage, and reads no base image.
     NOT_NEEDED = "not_needed"
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheReport:
+    """What :meth:`ImageCacheManager.precache_image` did.
+
+    :param received: bytes that came over the wire for it.
+    :param allocated: bytes that its base image takes on disk. 0 where it shares those of another one.
+    """
+
+    result: CacheResult
+    received: int = 0
+    allocated: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +191,8 @@ def _several(uuid: object, field: str, values: Any) -> tuple[Any, ...]:
 class CancelToken(Protocol):
     """What cancels a request: a :class:`threading.Event` will do."""
 
-    def is_set(self) -> bool: ...
+    def is_set(self) -> bool:
+        """Whether the caller has given up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,12 +201,12 @@ class Request:
 
     :param source: used instead of the manager's source.
     :param trusted_certs: ids of certificates that are trusted: some of them, a root among them, must vouch
-        for the certificate that signed the image. None: not demanded.
+        for the certificate that signed the image. With None no certificate is demanded.
     :param fallbacks: sources tried in order when the image is gone from the first.
     :param deadline: epoch seconds after which the call gives up with :class:`LockTimeoutError` or
-        :class:`SourceError`. None: no limit.
-    :param cancel: asked now and then; once set, the call raises :class:`CancelledError`.
-    :param rate: bytes per second that the call may fetch at most. None: no limit.
+        :class:`SourceError`. With None the call has no deadline.
+    :param cancel: asked several times a second; once it is set, the call raises :class:`CancelledError`.
+    :param rate: bytes per second that the call may fetch at most, or None for no limit.
     """
 
     source: Any = None  # ImageSource; typed loosely because sources import this module

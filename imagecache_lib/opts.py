@@ -36,18 +36,21 @@ _FIELDS = {
         "subdirectory_name",
         "manager_interval",
         "precache_concurrency",
+        "precache_job_age_seconds",
         "remove_unused_base_images",
         "remove_unused_original_minimum_age_seconds",
         "remove_unused_resized_minimum_age_seconds",
         "disk_roots",
         "lock_path",
         "certificates_path",
+        "sync_copied_disks",
         "max_cache_size",
         "free_space_low",
         "free_space_high",
         "space_minimum_age_seconds",
         "scrub_rate",
         "max_virtual_size",
+        "decompress_images",
         "convert_cpu_time_limit",
         "convert_address_space_limit",
         "lock_timeout",
@@ -86,10 +89,11 @@ def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
 
 
 def register_opts(conf: cfg.ConfigOpts) -> None:
-    """Register what ``conf`` does not have yet.
+    """Register each option that ``conf`` does not have yet.
 
-    An option that somebody registered before, Nova above all, stays as it is, and its value is used. Nova
-    registers its own when ``nova.conf`` is imported, and refuses to do so after others, so that comes first.
+    An option that is registered already, such as one of Nova's, is left as it is, and its value is used. Nova
+    registers its options when the module ``nova.conf`` is imported, and fails if an option exists by then:
+    import ``nova.conf`` before this function is called.
     """
     for group, options in list_opts():
         for option in options:
@@ -137,9 +141,9 @@ def host_from(conf: cfg.ConfigOpts) -> System:
 def from_files(paths: Sequence[str] = (), *, instances_path: str | None = None) -> tuple[CacheConfig, System]:
     """Return the configuration and the host that files describe.
 
-    :param paths: of oslo.config files; later ones win. None of them: ``imagecache.conf``, where oslo.config
-        looks for the files of a project of that name, if there is one.
-    :param instances_path: instead of the files'.
+    :param paths: paths of oslo.config files; values in later files win. Without any path, ``imagecache.conf``
+        is read where oslo.config looks for the files of a project of that name, if there is one.
+    :param instances_path: an instances directory to use instead of the one in the files.
     :raises ConfigError: a file cannot be read, or a value cannot work.
     """
     conf = cfg.ConfigOpts()
@@ -444,8 +448,8 @@ def _workarounds_opts() -> list[cfg.Opt]:
         cfg.BoolOpt(
             "disable_deep_image_inspection",
             default=False,
-            help="Do not refuse images whose content is unsafe or not what it is said to be. Dangerous: such "
-            "an image may make this host's files readable for its owner.",
+            help="Do not refuse images whose content is not what it is said to be. Images to which other "
+            "files belong are refused all the same.",
         ),
         cfg.BoolOpt(
             "never_download_image_if_on_rbd",
@@ -516,7 +520,20 @@ def _new_opts() -> Sequence[cfg.Opt]:
             "Bytes per second that a scrub reads of the cached images to find what the "
             "disk damaged. It looks at 100 GiB in 53 minutes with the default. 0: no limit.",
         ),
+        cfg.BoolOpt(
+            "sync_copied_disks",
+            default=default["sync_copied_disks"],
+            help="Sync the content of a raw disk that is a copy of an image before the disk gets its name. "
+            "Without, making a disk does not wait for the storage; if the host loses power soon after, the "
+            "disk may be there without its content, and is refused where it would be reused.",
+        ),
         integer("max_virtual_size", "Bytes above which an image's virtual size is refused."),
+        cfg.BoolOpt(
+            "decompress_images",
+            default=default["decompress_images"],
+            help="Unpack images whose container_format is compressed (gzip, xz, zstd or bzip2 of one disk) "
+            "while they arrive. If false, they are refused.",
+        ),
         integer(
             "convert_cpu_time_limit", "CPU seconds that a qemu-img or mkfs may take which makes something."
         ),
@@ -533,8 +550,13 @@ def _new_opts() -> Sequence[cfg.Opt]:
         ),
         integer(
             "stage_idle_seconds",
-            "Seconds without a write after which a file in flight that nobody owns "
+            "Seconds without a write after which a file in flight whose lock is free "
             "is removed as the leftover of a crash.",
+        ),
+        integer(
+            "precache_job_age_seconds",
+            "When a pre-cache job is started, jobs that are over and were started more than this many "
+            "seconds ago are forgotten. 0: never.",
         ),
         integer("foreign_stage_idle_seconds", "The same for .part and .converted files that Nova left."),
     ]

@@ -6,6 +6,8 @@ from __future__ import annotations
 import pathlib
 import unittest
 
+from tests.support import execve_rule
+
 HERE = pathlib.Path(__file__).parent
 
 #: Directories whose tests need nothing but the machine. The others are pytest's alone.
@@ -22,3 +24,7 @@ def load_tests(
         )
         tests.addTests(found)
     return tests
+
+
+# All that the tests make the library run is held to it.
+execve_rule.install()

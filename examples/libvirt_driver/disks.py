@@ -83,7 +83,10 @@ class InstanceDisks:
         """Make sure of every base that the disks refer to: they may have come from another host."""
         images = {self.path(ROOT): self._guest.image_id, self.path(RESCUE): self._guest.rescue_id}
         for disk in self.present():
-            self._cache.ensure_backing(disk.target, image_id=images.get(disk.target))
+            # Of an ephemeral disk, the guest's type says which filesystem it was made with.
+            self._cache.ensure_backing(
+                disk.target, image_id=images.get(disk.target), os_type=self._guest.os_type
+            )
 
     def remove(self, *names: str) -> None:
         """Remove some disks; those that are gone are fine."""

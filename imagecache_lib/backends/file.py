@@ -6,24 +6,36 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Self
 
 from imagecache_lib import errors, model
-from imagecache_lib.backends import interface
-from imagecache_lib.backends.interface import Feature, StorageBackend
+from imagecache_lib.backends import chain, interface
+from imagecache_lib.backends.interface import Feature, PendingDisk, StorageBackend
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.formats import qemu_img
 from imagecache_lib.formats.qcow2 import header as qcow2_header
-from imagecache_lib.formats.qcow2.header import HeaderError, Incompatible, NotQcow2
+from imagecache_lib.formats.qcow2.header import Header, HeaderError, Incompatible, NotQcow2
+from imagecache_lib.formats.qemu_img import DiskFile
 from imagecache_lib.nova import disk_info
+from imagecache_lib.nova.disk_info import FORMAT_MARK
 from imagecache_lib.store import disk_roots, layout
-from imagecache_lib.system import atomic_file
+from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.system import atomic_file, attributes
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 
 #: As much of a disk as a qcow2 header that any tool writes.
 _HEADER_BYTES = 65536
+
+
+#: Extended attribute of a disk whose content was not synced before it got its name: the boot id of the host
+#: that made it, and when it was made, in epoch seconds of its filesystem.
+UNSYNCED_MARK = "user.imagecache.unsynced"
+
+#: A disk that was written to so many seconds after it was made has had its first content on the disk long
+#: since: Linux writes back what is older than 30 seconds (vm.dirty_expire_centisecs).
+_WRITTEN_BACK = 3600
 
 
 class FileBackend(StorageBackend):
@@ -34,6 +46,7 @@ class FileBackend(StorageBackend):
         self._host = host
         self._formats = disk_info.DiskInfo(config, host)
         self._qemu_img = qemu_img.QemuImg(config, host)
+        self._cache = CacheStore(config, host)
 
     @classmethod
     def from_config(cls, config: CacheConfig, host: System) -> Self:
@@ -51,21 +64,38 @@ class FileBackend(StorageBackend):
 
     # -- making --------------------------------------------------------------------------------------
 
-    def copy(
-        self, base: model.BaseImage, target: str, size: int | None, *, confirm: Callable[[], None]
-    ) -> model.Disk:
+    @contextlib.contextmanager
+    def prepare_standalone(
+        self, base: model.BaseImage, target: str, size: int | None
+    ) -> Iterator[PendingDisk]:
         wanted = base.virtual_size if size is None else size
         if base.format != "raw":
             wanted = interface.whole_sectors(wanted)
         assert base.fd is not None  # a held base is open
-        pinned = self._formats.pinned(target, base.format)
-        with atomic_file.placing(target, self._host, confirm, pinned=pinned) as unfinished:
-            atomic_file.copy_content(base.fd, unfinished.fd)
-            if base.format == "raw":
-                self._grow_raw(unfinished.fd, wanted)
-            elif wanted > base.virtual_size:
-                self._qemu_img.resize(unfinished.path, base.format, wanted)
-        return model.Disk(target, base.format, wanted)
+        with atomic_file.unfinished(target, self._host) as file:
+            with translated(target):
+                atomic_file.copy_content(base.fd, file.fd)
+                if base.format == "raw":
+                    self._grow_raw(file.fd, wanted)
+                elif wanted > base.virtual_size:
+                    self._qemu_img.resize(DiskFile(file.path, base.format), wanted)
+            # An empty swap area or filesystem is a few blocks, and nobody could tell that they were lost.
+            optional = layout.classify(base.name) in (layout.Kind.ORIGINAL, layout.Kind.RESIZED)
+            sync = self._config.sync_copied_disks or not optional
+            yield self._sealed(file, model.Disk(target, base.format, wanted), sync=sync)
+
+    def _sealed(
+        self, file: atomic_file.UnfinishedFile, disk: model.Disk, *, sync: bool = True
+    ) -> PendingDisk:
+        """Mark a complete disk with its format and make it durable, so that it can get its name.
+
+        :param sync: False leaves writing the content to the kernel, if the file can be marked as such.
+        """
+        with translated(disk.target):
+            attributes.write(file.fd, FORMAT_MARK, disk.format)
+            sync = sync or not _mark_unsynced(file.fd, self._host)
+        file.seal(sync=sync)
+        return _PendingFile(file, disk, self._formats)
 
     def _grow_raw(self, fd: int, size: int) -> None:
         before = os.fstat(fd).st_size
@@ -83,21 +113,22 @@ class FileBackend(StorageBackend):
     def inspect(self, target: str) -> model.Disk:
         return self._read(target)[0]
 
-    def _read(self, target: str) -> tuple[model.Disk, bytes | None]:
-        """Return what a disk is, and the backing file that its header names."""
+    def _read(self, target: str) -> tuple[model.Disk, Header | None]:
+        """Return what a disk is, and its header if it is qcow2."""
         with translated(target):
             fd = _open_disk(target)
             try:
                 size = os.fstat(fd).st_size
                 data = os.pread(fd, _HEADER_BYTES, 0)
+                marked = attributes.read(fd, FORMAT_MARK)
             finally:
                 os.close(fd)
-        format = self._format(target, data)
+        # The file's own mark cannot be lost apart from it, nor be another disk's.
+        format = marked or self._format(target, data)
         if format == "raw":
             return model.Disk(target, "raw", size), None
         if format != "qcow2":
-            found = self._qemu_img.info(target, format)
-            return model.Disk(target, format, int(found["virtual-size"])), None
+            return model.Disk(target, format, self._qemu_img.virtual_size(DiskFile(target, format))), None
         try:
             header = qcow2_header.parse(data)
         except (HeaderError, NotQcow2) as error:
@@ -109,8 +140,11 @@ class FileBackend(StorageBackend):
                 path=target,
                 next_step="find out where the disk came from; convert it if it is trusted",
             )
-        named = header.backing_file
-        return model.Disk(target, "qcow2", header.virtual_size, _cached_name(named)), named
+        return model.Disk(target, "qcow2", header.virtual_size, _cached_name(header.backing_file)), header
+
+    def _chain(self, target: str, format: str, header: Header | None) -> DiskFile:
+        """Return a disk as qemu-img is to open it, with the base under it."""
+        return DiskFile(target, format) if header is None else chain.stated(target, header, self._cache)
 
     def _format(self, target: str, data: bytes) -> str:
         looks_like_qcow2 = data.startswith(qcow2_header.MAGIC)
@@ -125,8 +159,24 @@ class FileBackend(StorageBackend):
         # Nobody pinned it: a qcow2 is one by its header; this is how the disks of old are found too.
         return pinned or ("qcow2" if looks_like_qcow2 else "raw")
 
+    def ensure_durable(self, target: str) -> bool:
+        with translated(target):
+            fd = _open_disk(target)
+            try:
+                mark = attributes.read(fd, UNSYNCED_MARK)
+                if mark is None:
+                    return True
+                boot, _, made = mark.partition(" ")
+                if boot == self._host.boot_id:
+                    os.fsync(fd)
+                    attributes.remove(fd, UNSYNCED_MARK)
+                    return True
+                return made.isdecimal() and os.fstat(fd).st_mtime - int(made) >= _WRITTEN_BACK
+            finally:
+                os.close(fd)
+
     def resize(self, disk: model.Disk, size: int) -> model.Disk:
-        current = self.inspect(disk.target)
+        current, header = self._read(disk.target)
         if current.format != "raw":
             size = interface.whole_sectors(size)
         if size < current.virtual_size:
@@ -134,6 +184,8 @@ class FileBackend(StorageBackend):
                 f"the disk has {current.virtual_size} bytes and is never shrunk to {size}",
                 path=disk.target,
                 next_step="ask for at least its size",
+                size=size,
+                virtual_size=current.virtual_size,
             )
         if size > current.virtual_size:
             if current.format == "raw":
@@ -144,7 +196,7 @@ class FileBackend(StorageBackend):
                     finally:
                         os.close(fd)
             else:
-                self._qemu_img.resize(disk.target, current.format, size)
+                self._qemu_img.resize(self._chain(disk.target, current.format, header), size)
         return model.Disk(disk.target, current.format, max(size, current.virtual_size), current.base)
 
     def remove(self, disk: model.Disk) -> None:
@@ -158,12 +210,36 @@ class FileBackend(StorageBackend):
         return []
 
 
+def _mark_unsynced(fd: int, host: System) -> bool:
+    """Mark a file whose content will be written back later. False if it cannot be marked."""
+    made = int(os.fstat(fd).st_mtime)
+    return bool(host.boot_id) and attributes.write(fd, UNSYNCED_MARK, f"{host.boot_id} {made}")
+
+
+class _PendingFile(PendingDisk):
+    """A disk that is complete in a file without its name."""
+
+    def __init__(
+        self, file: atomic_file.UnfinishedFile, disk: model.Disk, formats: disk_info.DiskInfo
+    ) -> None:
+        self._file = file
+        self._disk = disk
+        self._formats = formats
+
+    def commit(self) -> model.Disk:
+        self._file.commit(self._formats.pinned(self._disk.target, self._disk.format))
+        return self._disk
+
+
 def _open_disk(path: str, flags: int = os.O_RDONLY) -> int:
     fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
+    try:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
         raise errors.BackendError("the disk is no regular file", path=path)
-    return fd
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def _cached_name(backing_file: bytes | None) -> str | None:

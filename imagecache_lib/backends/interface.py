@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import ClassVar
 
 from imagecache_lib import errors, model
@@ -47,11 +47,27 @@ def whole_sectors(size: int) -> int:
     return -(-size // 512) * 512
 
 
+class PendingDisk(abc.ABC):
+    """A disk that is complete and durable, and that nothing can find under its target yet."""
+
+    @abc.abstractmethod
+    def commit(self) -> model.Disk:
+        """Give the disk its name, in one step, and return what it is. Call it once at most.
+
+        :raises DiskExistsError: another disk has the name.
+        :raises NoSpaceError, BackendError: the storage failed. The disk does not have its name.
+        """
+
+
 class StorageBackend(abc.ABC):
     """How instance disks are stored. Safe to share between threads.
 
     Targets are what the backend names disks by: absolute paths here, image names for rbd. A disk gets its
-    name in one step, when it is complete, and never over an existing one.
+    name in one step, when it is complete and durable, and never over an existing one: ::
+
+        with backend.prepare(base, target, size) as pending:
+            if the base is still in the cache:
+                disk = pending.commit()
     """
 
     #: Name under which the configuration and the entry point know it.
@@ -91,34 +107,40 @@ class StorageBackend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def copy(
-        self,
-        base: model.BaseImage,
-        target: str,
-        size: int | None,
-        *,
-        confirm: Callable[[], None],
-    ) -> model.Disk:
-        """Make a disk that stands alone: the base's content, grown to ``size``.
+    def prepare_standalone(
+        self, base: model.BaseImage, target: str, size: int | None
+    ) -> AbstractContextManager[PendingDisk]:
+        """Make a disk that stands alone, the base's content grown to ``size``, without its name yet.
 
+        The context manager yields a :class:`PendingDisk`, which is complete and durable. The caller looks
+        whether the base is still in the cache, and commits or does not. A body that ends without a commit,
+        by whatever exception, leaves nothing.
+
+        :param base: a base image that is held: its descriptor is open.
         :param size: virtual size wanted, in bytes, at least the base's. None: the base's.
-        :param confirm: to be called once when the disk is complete, just before it gets its name. If it
-            raises, remove the disk and let the exception pass: the base left the cache meanwhile.
-        :raises DiskExistsError: the target exists.
-        :raises NoSpaceError: no room.
+        :raises DiskExistsError: the target exists. It may be raised by the commit instead.
+        :raises NoSpaceError: there is no room.
         :raises BackendError: the storage failed.
         """
 
-    def create(
-        self,
-        base: model.BaseImage,
-        target: str,
-        size: int | None,
-        *,
-        confirm: Callable[[], None],
-    ) -> model.Disk:
-        """Make a disk the backend's own way, which may keep referring to the base. As :meth:`copy`."""
-        return self.copy(base, target, size, confirm=confirm)
+    def prepare(
+        self, base: model.BaseImage, target: str, size: int | None
+    ) -> AbstractContextManager[PendingDisk]:
+        """Make a disk in the backend's own way, which may go on referring to the base, without its name yet.
+
+        As :meth:`prepare_standalone`, which is the default.
+        """
+        return self.prepare_standalone(base, target, size)
+
+    def ensure_durable(self, target: str) -> bool:
+        """Make an existing disk's content durable before the disk is used again.
+
+        Returns False if a crash may have taken the content since the disk was made. The default is right
+        where the content is durable before the disk gets its name.
+
+        :raises BackendError: the storage failed.
+        """
+        return True
 
     def clone(self, image: model.Image, target: str, size: int | None) -> model.Disk:
         """Make a disk from the image service's own storage, without fetching.

@@ -3,34 +3,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Iterator
 
 from imagecache_lib import model
 from imagecache_lib.backends import file, interface
-from imagecache_lib.backends.interface import Feature
-from imagecache_lib.formats.qcow2 import overlay
+from imagecache_lib.backends.interface import Feature, PendingDisk
+from imagecache_lib.formats.qcow2 import overlay, standalone
+from imagecache_lib.formats.qemu_img import DiskFile
 from imagecache_lib.system import atomic_file
+from imagecache_lib.system.translate import translated
 
 
 class Qcow2Backend(file.FileBackend):
-    """qcow2 overlays with an explicit backing file and an explicit backing format."""
+    """qcow2 overlays with an explicit backing file and an explicit backing format.
+
+    Disks that stand alone are qcow2 as well: Nova's image type of that name takes every disk for qcow2, and a
+    guest whose raw disk is taken for qcow2 chooses which file of the host it reads.
+    """
 
     name = "qcow2"
     features = frozenset({Feature.OVERLAY, Feature.RESIZE, Feature.FLATTEN})
 
-    def create(
-        self, base: model.BaseImage, target: str, size: int | None, *, confirm: Callable[[], None]
-    ) -> model.Disk:
+    @contextlib.contextmanager
+    def prepare(self, base: model.BaseImage, target: str, size: int | None) -> Iterator[PendingDisk]:
         wanted = interface.whole_sectors(base.virtual_size if size is None else size)
-        pinned = self._formats.pinned(target, "qcow2")
-        with atomic_file.placing(target, self._host, confirm, pinned=pinned) as unfinished:
-            overlay.write_overlay(unfinished.fd, wanted, base.path, base.format)
-            if self._config.preallocate_images == "space":
-                atomic_file.allocate(unfinished.fd, wanted)
-        return model.Disk(target, "qcow2", wanted, base.name)
+        with atomic_file.unfinished(target, self._host) as file:
+            with translated(target):
+                overlay.write_overlay(file.fd, wanted, base.path, base.format)
+                if self._config.preallocate_images == "space":
+                    atomic_file.allocate(file.fd, wanted)
+            yield self._sealed(file, model.Disk(target, "qcow2", wanted, base.name))
+
+    @contextlib.contextmanager
+    def prepare_standalone(
+        self, base: model.BaseImage, target: str, size: int | None
+    ) -> Iterator[PendingDisk]:
+        wanted = interface.whole_sectors(base.virtual_size if size is None else size)
+        assert base.fd is not None  # a held base is open
+        with atomic_file.unfinished(target, self._host) as file:
+            with translated(target):
+                if base.format == "raw":
+                    standalone.write_standalone(base.fd, file.fd, wanted)
+                else:
+                    self._convert(base, base.fd, file, wanted)
+                if self._config.preallocate_images == "space":
+                    atomic_file.allocate(file.fd, wanted)
+            # Without its tables a qcow2 is no disk at all, so that its content is always synced.
+            yield self._sealed(file, model.Disk(target, "qcow2", wanted))
+
+    def _convert(
+        self, base: model.BaseImage, base_fd: int, file: atomic_file.UnfinishedFile, size: int
+    ) -> None:
+        if base.format == "qcow2":
+            atomic_file.copy_content(base_fd, file.fd)
+        else:
+            self._convert_to_qcow2(base, file)
+        if size > base.virtual_size:
+            self._qemu_img.resize(DiskFile(file.path, "qcow2"), size)
+
+    def _convert_to_qcow2(self, base: model.BaseImage, file: atomic_file.UnfinishedFile) -> None:
+        # Into a disk of zeros that is there: then nothing but what is stated is opened or made.
+        zeros = os.memfd_create("imagecache-zeros", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(zeros, base.virtual_size)
+            standalone.write_standalone(zeros, file.fd, base.virtual_size)
+        finally:
+            os.close(zeros)
+        self._qemu_img.convert(DiskFile(base.path, base.format), DiskFile(file.path, "qcow2"))
 
     def flatten(self, disk: model.Disk) -> model.Disk:
-        current, backing_file = self._read(disk.target)
-        if backing_file is not None:
-            self._qemu_img.flatten(disk.target, current.format)
+        current, header = self._read(disk.target)
+        if header is not None and header.backing_file is not None:
+            self._qemu_img.flatten(self._chain(disk.target, current.format, header))
         return model.Disk(disk.target, current.format, current.virtual_size)

@@ -12,12 +12,12 @@ import contextlib
 import os
 import re
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Self
 
 from imagecache_lib import errors, model
 from imagecache_lib.backends import ceph, interface
-from imagecache_lib.backends.interface import CannotClone, Feature, StorageBackend
+from imagecache_lib.backends.interface import CannotClone, Feature, PendingDisk, StorageBackend
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.system import durable, sparse
 from imagecache_lib.system.host import System
@@ -95,18 +95,21 @@ class RbdBackend(StorageBackend):
                 f"its virtual size is {parent.size} bytes and the disk shall have {size}",
                 image=image.id,
                 next_step="choose a larger disk (flavor)",
+                size=size,
+                virtual_size=parent.size,
             )
         wanted = interface.whole_sectors(parent.size if size is None else size)
-        with self._placing(target, confirm=lambda: None) as unfinished:
+        with self._pending(model.Disk(target, "raw", wanted)) as pending:
             try:
-                self._cluster.clone(snapshot, unfinished)
+                self._cluster.clone(snapshot, pending.image)
             except (ceph.Missing, ceph.Denied, ceph.Unprotected) as error:
                 raise self._cannot(
                     image, f"its snapshot {snapshot} cannot be cloned: {error.cause}"
                 ) from error
             if wanted > parent.size:
-                self._cluster.resize(unfinished, wanted)
-        return model.Disk(target, "raw", wanted)
+                self._cluster.resize(pending.image, wanted)
+            self._host.trace(TracePoint.DISK_MADE)
+            return pending.commit()
 
     def _snapshot_of(self, image: model.Image) -> ceph.RbdName:
         if image.disk_format != "raw":
@@ -131,32 +134,31 @@ class RbdBackend(StorageBackend):
         wanted = store if copy and store and store not in image.stores else None
         return CannotClone(cause, image=image.id, store=wanted)
 
-    def copy(
-        self, base: model.BaseImage, target: str, size: int | None, *, confirm: Callable[[], None]
-    ) -> model.Disk:
+    @contextlib.contextmanager
+    def prepare_standalone(
+        self, base: model.BaseImage, target: str, size: int | None
+    ) -> Iterator[PendingDisk]:
         wanted = interface.whole_sectors(base.virtual_size if size is None else size)
         assert base.fd is not None  # a held base is open
-        with self._placing(target, confirm=confirm) as unfinished:
-            self._cluster.create(unfinished, wanted)
-            self._cluster.fill(unfinished, _chunks(base.fd, base.path))
-        return model.Disk(target, "raw", wanted)
+        with self._pending(model.Disk(target, "raw", wanted)) as pending:
+            # What librbd acknowledged is durable: closing the image after it was filled flushes it.
+            self._cluster.create(pending.image, wanted)
+            self._cluster.fill(pending.image, _chunks(base.fd, base.path))
+            self._host.trace(TracePoint.DISK_MADE)
+            yield pending
 
     @contextlib.contextmanager
-    def _placing(self, target: str, *, confirm: Callable[[], None]) -> Iterator[ceph.RbdName]:
-        """Let the body make an image under a temporary name, then give it its own."""
-        unfinished = self._named(f"{target}.{durable.new_id()}.new")
+    def _pending(self, disk: model.Disk) -> Iterator[_PendingImage]:
+        """Yield the temporary name for a disk in the making. Without a commit, nothing is left of it."""
+        image = self._named(f"{disk.target}.{durable.new_id()}.new")
+        pending = _PendingImage(self._cluster, self._host, image, disk)
         try:
-            yield unfinished
-            self._host.trace(TracePoint.DISK_MADE)
-            confirm()
-            self._host.trace(TracePoint.DISK_CONFIRMED)
-            self._cluster.rename(unfinished, target)
-            self._host.trace(TracePoint.DISK_PLACED)
-        except BaseException:
-            # What cannot be removed now is swept later; the error that led here matters more.
-            with contextlib.suppress(errors.ImageCacheError):
-                self._cluster.remove(unfinished)
-            raise
+            yield pending
+        finally:
+            if not pending.committed:
+                # What cannot be removed now is swept later; an error that led here matters more.
+                with contextlib.suppress(errors.ImageCacheError):
+                    self._cluster.remove(image)
 
     def sweep(self) -> list[str]:
         removed = []
@@ -183,6 +185,8 @@ class RbdBackend(StorageBackend):
                 f"the disk has {current.virtual_size} bytes and is never shrunk to {size}",
                 path=disk.target,
                 next_step="ask for at least its size",
+                size=size,
+                virtual_size=current.virtual_size,
             )
         if size > current.virtual_size:
             self._cluster.resize(self._named(disk.target), size)
@@ -202,6 +206,30 @@ class RbdBackend(StorageBackend):
         except errors.ImageCacheError as error:
             return [f"The rbd backend cannot use its pool {self._config.images_rbd_pool}: {error}."]
         return []
+
+
+class _PendingImage(PendingDisk):
+    """An image that is complete under a temporary name.
+
+    :ivar image: that name.
+    :ivar committed: whether it has its own.
+    """
+
+    def __init__(
+        self, cluster: ceph.CephCluster, host: System, image: ceph.RbdName, disk: model.Disk
+    ) -> None:
+        self.image = image
+        self.committed = False
+        self._cluster = cluster
+        self._host = host
+        self._disk = disk
+
+    def commit(self) -> model.Disk:
+        self._host.trace(TracePoint.DISK_CONFIRMED)
+        self._cluster.rename(self.image, self._disk.target)
+        self.committed = True
+        self._host.trace(TracePoint.DISK_PLACED)
+        return self._disk
 
 
 def _chunks(fd: int, path: str) -> Iterator[tuple[int, bytes]]:

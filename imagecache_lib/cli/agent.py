@@ -5,23 +5,37 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib.metadata
 import logging
 import os
 import signal
 import socket
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imagecache_lib import errors, manager, model
 from imagecache_lib.cli import base, bus, peers, sources, values
 from imagecache_lib.precache.agent import HostAgent, Watch
+from imagecache_lib.store import layout
+
+if TYPE_CHECKING:
+    from imagecache_lib.precache import rpc
 
 LOG = logging.getLogger(__name__)
 
 #: Entry points that return an iterable of :class:`~imagecache_lib.Instance`, or None if they cannot tell.
 PROVIDERS = "imagecache_lib.instances"
+
+#: Seconds to wait for the message bus before the agent says that it is ready without it.
+_BUS_SECONDS = 3.0
+_PIECE = 0.1
+
+#: Seconds that calls, fetches and the pass each have to end once the agent is told to stop.
+_STOP_SECONDS = 20.0
 
 #: What an interval of 0 means, in seconds.
 _EVERY_MINUTE = 60
@@ -66,25 +80,116 @@ class Agent(base.Base):
             cache, watch=watch, max_bytes=parsed_args.max_bytes, fallbacks=peers.chosen(parsed_args)
         )
         served = peers.server(parsed_args, cache)
+        require_writable(cache)
         server = rpc.AgentServer(transport, agent, name=cache.host.name, topic=parsed_args.topic)
         with _until_told_to_stop() as stop:
+            listener = Listener(server)
             passes = threading.Thread(
                 target=run_passes, args=(cache, provider, stop), name="imagecache-passes", daemon=True
             )
-            server.start()
+            listener.start()
             if served is not None:
                 served.start()
             passes.start()
+            if not listener.wait(stop):
+                self.note("the message bus does not answer yet: the agent goes on trying")
             notify("READY=1")
             self.note(f"the agent of host {cache.host.name} is ready")
             stop.wait()
             notify("STOPPING=1")
             # In this order: what is cancelled because the agent stops must not be reported as a result.
-            server.stop()
-            agent.stop()
+            listener.stop()
+            agent.stop(_STOP_SECONDS)
             if served is not None:
                 served.stop()
-            passes.join()
+            passes.join(_STOP_SECONDS)
+        if not listener.has_stopped or passes.is_alive():
+            self._leave()
+
+    def _leave(self) -> None:
+        """End the process although threads hang: in a message bus that is gone, or in a filesystem.
+
+        Python waits for threads of its own pools at its end, and oslo.messaging uses such pools. Nothing is
+        lost: whatever is under way here may be cut at any instruction.
+        """
+        LOG.warning("Something hangs and is left behind")
+        logging.shutdown()
+        self.app.stderr.flush()
+        os._exit(0)
+
+
+class Listener:
+    """Serves on the message bus, however long it takes to come up, in a thread of its own.
+
+    :param server: what listens. It waits for the bus as long as it must, and cannot be told to stop
+        meanwhile.
+    :param pause: seconds before it is tried again after a failure.
+    """
+
+    def __init__(self, server: rpc.AgentServer, *, pause: float = 5.0) -> None:
+        self._server = server
+        self._pause = pause
+        self._up = threading.Event()
+        self._stop = threading.Event()
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Begin to serve, and return at once."""
+        threading.Thread(target=self._run, name="imagecache-listener", daemon=True).start()
+
+    def wait(self, stop: threading.Event) -> bool:
+        """Wait a little for the bus to be there, or for ``stop``. Returns whether it is."""
+        until = time.monotonic() + _BUS_SECONDS
+        while not self._up.wait(_PIECE) and not stop.is_set() and time.monotonic() < until:
+            continue
+        return self._up.is_set()
+
+    def stop(self) -> None:
+        """Serve no longer, and answer the calls that came, unless the message bus is not there."""
+        self._stop.set()
+        threading.Thread(target=self._end, name="imagecache-listener-end", daemon=True).start()
+        self._stopped.wait(_STOP_SECONDS if self._up.is_set() else 0.0)
+
+    @property
+    def has_stopped(self) -> bool:
+        return self._stopped.is_set()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._server.start()
+            except errors.ImageCacheError as error:
+                LOG.warning("The message bus is tried again: %s", error)
+                self._stop.wait(self._pause)
+            else:
+                self._up.set()
+                return
+
+    def _end(self) -> None:
+        if self._up.is_set():
+            self._server.stop()
+            self._stopped.set()
+
+
+def require_writable(cache: manager.ImageCacheManager) -> None:
+    """Refuse to serve a cache that cannot be written, before anybody is told that the agent is ready.
+
+    :raises ConfigError: a directory cannot be written.
+    """
+    cache.get_space()  # makes what is missing
+    where = layout.Layout(cache.config.base_path, cache.config.locks_path)
+    for path in (where.base_path, where.locks_path, where.private, where.stages, where.records):
+        try:
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError as error:
+            # A full filesystem is what eviction is for.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise errors.ConfigError(
+                    f"the cache cannot be written: {error.strerror}",
+                    path=path,
+                    next_step="make it writable for the service's user",
+                ) from error
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ LOG = logging.getLogger("imagecache")
 #: Done, and something needs an operator.
 ATTENTION = 10
 
-#: Exit codes by error; the first that fits. 1 is for what nobody foresaw, 2 for a wrong command line.
+#: Exit codes by error; the first that fits. 1 is for an error that is none of the library's, 2 for a wrong
+#: command line.
 _CODES: tuple[tuple[type[errors.ImageCacheError], int], ...] = (
     (errors.ImageNotFound, 3),
     (errors.ImageRejected, 4),
@@ -58,11 +59,11 @@ class Base(command.Command):
             return code_of(error)
 
     def complain(self, error: errors.ImageCacheError) -> None:
-        """Say what went wrong, in one line."""
+        """Write an error to stderr, in one line."""
         self.note("error: " + " ".join(str(error).split()))
 
     def note(self, text: str) -> None:
-        """Say something that is no result."""
+        """Write a line that is not part of the result to stderr."""
         self.app.stderr.write(f"{self.app.NAME}: {text}\n")
         self.app.stderr.flush()
 
@@ -75,7 +76,7 @@ class Base(command.Command):
     ) -> manager.ImageCacheManager:
         """Return the manager that the configuration describes.
 
-        :param source: None: nothing will be fetched.
+        :param source: where images come from. With None the manager finds no image that is not cached.
         :param observers: told beside the log.
         :param progress_shown: tell how far transfers are.
         :raises ConfigError: the configuration cannot be read, or cannot work.
@@ -111,9 +112,10 @@ def add_instances(parser: argparse._ActionsContainer) -> None:
 
 
 def read_instances(path: str | None) -> tuple[model.Instance, ...] | None:
-    """Return the report in a file; None if there is no file.
+    """Return the driver's report that a file holds.
 
-    :raises ConfigError: it is not such a report. A wrong one must not evict anything.
+    :param path: path of the file. With None the result is None: the driver could not tell.
+    :raises ConfigError: the file holds no such report. A wrong one must not evict anything.
     """
     if path is None:
         return None
@@ -121,7 +123,7 @@ def read_instances(path: str | None) -> tuple[model.Instance, ...] | None:
         with open(path, encoding="utf-8") as stream:
             found = json.load(stream)
         if not isinstance(found, list):
-            raise TypeError("it is no list")
+            raise TypeError("it is not a list")
         return tuple(_instance(each) for each in found)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise errors.ConfigError(
@@ -146,13 +148,13 @@ def _instance(fields: Any) -> model.Instance:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise TypeError(f"{value!r} is no name")
+        raise TypeError(f"{value!r} is not a name")
     return value
 
 
 def _texts(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list):
-        raise TypeError(f"{values!r} is no list")
+        raise TypeError(f"{values!r} is not a list")
     return tuple(_text(value) for value in values)
 
 

@@ -22,7 +22,7 @@ def add_topic(parser: argparse.ArgumentParser) -> None:
 
 
 def transport(config_files: Sequence[str]) -> Any | None:
-    """Return the transport that the configuration names. None: it names none.
+    """Return the transport that the configuration names, or None if it names none.
 
     :raises ConfigError: what it names does not work.
     """

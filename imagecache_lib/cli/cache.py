@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +29,9 @@ class Verify(base.BaseLister):
         instances = base.read_instances(parsed_args.instances)
         report = self._verify(instances, parsed_args)
         if instances is None:
-            self.note("without --instances FILE nothing can go: an instance may not have its disk yet")
+            self.note(
+                "without --instances FILE no base image is evicted: an instance may not have its disk yet"
+            )
         for problem in report.problems:
             self.note(problem)
         gone = "evicted" if parsed_args.evict else "would be evicted"
@@ -115,23 +116,15 @@ class Usage(base.BaseShow):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         manager = self.manager()
-        bases = manager.list_bases()
-        config = manager.config
-        where = config.base_path if os.path.isdir(config.base_path) else config.instances_path
-        try:
-            found = os.statvfs(where)
-        except OSError as error:
-            raise ic.ConfigError(
-                f"the instances directory cannot be read: {error.strerror}",
-                path=where,
-                next_step="create or mount it",
-            ) from error
+        space, bases, config = manager.get_space(), manager.list_bases(), manager.config
         shown = {
             "path": config.base_path,
             "base_images": len(bases),
             "base_images_on_disk": values.Bytes(sum(each.allocated for each in bases)),
             "taken_from_instances": values.Bytes(manager.get_disk_usage()),
-            "free": values.Bytes(found.f_bavail * found.f_frsize),
+            "reserved": values.Bytes(space.reserved),
+            "reclaimable": values.Bytes(space.reclaimable),
+            "free": values.Bytes(space.free),
             "max_cache_size": values.Bytes(config.max_cache_size or None),
             "free_space_low": values.Bytes(config.free_space_low or None),
         }

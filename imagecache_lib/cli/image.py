@@ -61,7 +61,8 @@ class Show(base.BaseShow):
             "path": f"{manager.config.base_path}/{found.name}",
             "image": found.image_id,
             "kind": found.kind,
-            "origin": found.origin or "nobody wrote it down; it is checked before its first use",
+            "origin": found.origin
+            or "unknown: another program made it, and it is checked before its first use",
             "source_format": found.source_format,
             "stored_format": found.stored_format,
             "virtual_size": values.Bytes(found.virtual_size),
@@ -107,7 +108,7 @@ class Explain(base.BaseShow):
 
 
 class Cache(base.BaseLister):
-    """Fetch images before anybody needs them."""
+    """Fetch images into the cache before an instance needs them."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
@@ -145,7 +146,7 @@ class Cache(base.BaseLister):
 
 
 class Evict(base.Base):
-    """Remove base images now, whatever their age, if nobody needs them."""
+    """Remove base images now, whatever their age, unless a disk, a pin, a lease or a guest needs them."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
@@ -169,7 +170,7 @@ class Pin(base.Base):
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         parser.add_argument("image", help="id of an image")
-        parser.add_argument("--owner", default=_OWNER, help="who wants it (default: %(default)s)")
+        parser.add_argument("--owner", default=_OWNER, help="owner of the pin (default: %(default)s)")
         parser.add_argument(
             "--for",
             dest="duration",
@@ -186,12 +187,12 @@ class Pin(base.Base):
 
 
 class Unpin(base.Base):
-    """Take a pin away."""
+    """Remove a pin. A base image that nothing else needs may then be evicted."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         parser.add_argument("image", help="id of an image")
-        parser.add_argument("--owner", default=_OWNER, help="whose pin (default: %(default)s)")
+        parser.add_argument("--owner", default=_OWNER, help="owner of the pin (default: %(default)s)")
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:

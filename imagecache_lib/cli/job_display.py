@@ -123,7 +123,7 @@ def _received(work: job.Job) -> int:
 
 
 def _left(work: job.Job) -> int:
-    """Return the bytes that are still to come, as far as anybody knows how large the images are."""
+    """Return the bytes that are still to come, as far as the sizes of the images are known."""
     sizes = {
         image_id: cell.total
         for cells in work.cells.values()

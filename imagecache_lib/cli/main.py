@@ -47,7 +47,7 @@ class ImageCacheApp(app.App):
     NAME = "imagecache"
 
     def __init__(self) -> None:
-        # Commands are listed above: nobody else adds any, and entry points would have to be searched.
+        # The commands are listed above. cliff's own way, entry points, would search every installed package.
         manager = commandmanager.CommandManager("imagecache_lib.cli", convert_underscores=False)
         for name, command in _COMMANDS.items():
             manager.add_command(name, command)

@@ -5,24 +5,32 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imagecache_lib import errors, opts
 from imagecache_lib.cli import base, bus, sources, values
 from imagecache_lib.cli.job_display import JobDisplay
-from imagecache_lib.precache import client, job
+from imagecache_lib.precache import client, job, job_rows, jobs_url, reader
 from imagecache_lib.precache.agent import HostAgent, Watch
-from imagecache_lib.precache.database import JobDatabase
-from imagecache_lib.precache.precacher import AggregatePrecacher
+from imagecache_lib.precache.in_process import InProcessClient
+
+if TYPE_CHECKING:
+    from imagecache_lib.precache.database import JobDatabase
+    from imagecache_lib.precache.precacher import AggregatePrecacher
 
 #: Seconds between two looks at a job that is shown while it runs.
 _REFRESH = 0.5
 
 _DATABASE = "IMAGECACHE_JOBS"
+
+#: Seconds by which a host's clock may differ without being worth a word.
+_SKEW = 60.0
 
 
 class _JobCommand(base.BaseLister):
@@ -32,27 +40,49 @@ class _JobCommand(base.BaseLister):
         parser = super().get_parser(prog_name)
         parser.add_argument(
             "--jobs",
-            metavar="PATH",
+            metavar="PATH_OR_URL",
             default=os.environ.get(_DATABASE, "~/.imagecache/jobs.sqlite"),
-            help=f"file in which jobs are kept (default: ${_DATABASE}, else ~/.imagecache/jobs.sqlite)",
+            help="where jobs are kept: the path of a file, or the URL of a MariaDB or PostgreSQL, such as "
+            "mysql+pymysql://user@host/name; one with a password belongs into the environment (default: "
+            f"${_DATABASE}, else ~/.imagecache/jobs.sqlite)",
         )
         return parser
 
     def database(self, arguments: argparse.Namespace) -> JobDatabase:
-        path = os.path.abspath(os.path.expanduser(arguments.jobs))
-        try:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise errors.ConfigError(
-                f"the job database cannot be made: {error.strerror}",
-                path=path,
-                next_step="choose another --jobs",
-            ) from error
-        return JobDatabase(path)
+        """Return what writes jobs."""
+        where = self._where(arguments)
+        if not jobs_url.is_url(where):
+            try:
+                os.makedirs(os.path.dirname(where), mode=0o700, exist_ok=True)
+            except OSError as error:
+                raise errors.ConfigError(
+                    f"the job database cannot be made: {error.strerror}",
+                    path=where,
+                    next_step="choose another --jobs",
+                ) from error
+        # Loaded here: looking at jobs does without SQLAlchemy, which takes longer to load than to use.
+        from imagecache_lib.precache.database import JobDatabase
+
+        return JobDatabase(where)
+
+    def reader(self, arguments: argparse.Namespace) -> job_rows.JobsReader:
+        """Return what reads jobs, and changes nothing where they are kept."""
+        where = self._where(arguments)
+        if not jobs_url.is_url(where):
+            return reader.EmbeddedJobs(where)
+        from imagecache_lib.precache.database import JobDatabase
+
+        return JobDatabase(where, change_schema=False)
+
+    def _where(self, arguments: argparse.Namespace) -> str:
+        where = str(arguments.jobs)
+        return where if jobs_url.is_url(where) else os.path.abspath(os.path.expanduser(where))
 
     def table(self, work: job.Job) -> tuple[Any, Any]:
         """Return a job as a table, and remember to exit accordingly."""
-        if work.has_failed:
+        if work.problem is not None:
+            self.note(f"job {work.id}: {work.problem}")
+        if work.has_failed or work.problem is not None:
             self.exit_code = base.ATTENTION
         return ["Host", "Image", "Result", "Received", "Reason"], [
             (name, image_id, _result(cell), values.Bytes(cell.received), cell.reason)
@@ -97,8 +127,10 @@ class _HostsCommand(_JobCommand):
     ) -> Iterator[AggregatePrecacher]:
         """Yield what reaches the agents: over the message bus, else this very host's own.
 
-        :param images: that will be fetched. None: nothing will be.
+        :param images: that will be fetched; None if nothing will be.
         """
+        from imagecache_lib.precache.precacher import AggregatePrecacher
+
         database = self.database(arguments)
         found = bus.transport(self.app.options.config_file)
         if found is not None:
@@ -110,13 +142,13 @@ class _HostsCommand(_JobCommand):
             yield AggregatePrecacher(database, hosts, observers=[notify])
             return
         if images is None:
-            yield AggregatePrecacher(database, client.InProcessClient({}))
+            yield AggregatePrecacher(database, InProcessClient({}))
             return
         watch = Watch()
         cache = self.manager(sources.chosen(arguments, images), observers=[watch], progress_shown=False)
         agent = HostAgent(cache, watch=watch)
         try:
-            yield AggregatePrecacher(database, client.InProcessClient({cache.host.name: agent}))
+            yield AggregatePrecacher(database, InProcessClient({cache.host.name: agent}))
         finally:
             agent.stop()
 
@@ -178,18 +210,31 @@ class Plan(_HostsCommand):
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         hosts = self.hosts(parsed_args)
         with self.conductor(parsed_args, parsed_args.image) as conductor:
-            plan = conductor.plan(hosts, parsed_args.image)
+            plan = conductor.plan(hosts, parsed_args.image, learned=self._learned(len(hosts)))
         rows = [self._row(name, plan.surveys.get(name), plan.unreachable.get(name, "")) for name in hosts]
         self.note(f"{values.shown(plan.bytes_to_fetch)} would be fetched in all")
         if any(row[-1] for row in rows):
             self.exit_code = base.ATTENTION
         return ["Host", "Present", "Missing", "To fetch", "Free", "Problem"], rows
 
+    def _learned(self, total: int) -> Callable[[str, client.Survey | errors.ImageCacheError], None]:
+        """Return what says which hosts do not answer, as soon as that is known."""
+        answered = itertools.count(1)
+
+        def learned(name: str, answer: client.Survey | errors.ImageCacheError) -> None:
+            number = next(answered)
+            if isinstance(answer, errors.ImageCacheError):
+                self.note(f"{number} of {total} hosts: {name}: {' '.join(str(answer).split())}")
+
+        return learned
+
     def _row(self, name: str, survey: client.Survey | None, problem: str) -> tuple[Any, ...]:
         if survey is None:
             return (name, None, None, values.Bytes(None), values.Bytes(None), problem)
         wanted = sum(size or 0 for size in survey.missing.values())
         problems = list(survey.problems.values())
+        if survey.agent is not None and abs(skew := survey.agent.clock - time.time()) > _SKEW:
+            problems.append(f"its clock is {skew:+.0f} s off this one's")
         if wanted > survey.free:
             problems.append("there is not enough room")
         return (
@@ -262,9 +307,15 @@ class Start(_HostsCommand):
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         hosts = self.hosts(parsed_args)
         with self.conductor(parsed_args, parsed_args.image) as conductor:
+            self._prune(conductor)
             work = conductor.start(parsed_args.aggregate, hosts, parsed_args.image, self._terms(parsed_args))
             self.note(f"job {work.id}: {len(parsed_args.image)} images on {len(hosts)} hosts")
             return self.follow(work, conductor, lambda leave: conductor.run(work.id, leave=leave))
+
+    def _prune(self, conductor: AggregatePrecacher) -> None:
+        age = opts.from_files(self.app.options.config_file)[0].precache_job_age_seconds
+        if age and (pruned := conductor.prune(age)):
+            self.note(f"{pruned} old jobs are forgotten: precache_job_age_seconds is {age}")
 
     def _terms(self, arguments: argparse.Namespace) -> job.Terms:
         concurrency = arguments.concurrency
@@ -290,7 +341,7 @@ class Resume(_HostsCommand):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
-        work = self.database(parsed_args).get(parsed_args.job)
+        work = self.reader(parsed_args).get(parsed_args.job)
         with self.conductor(parsed_args, list(work.image_ids)) as conductor:
             return self.follow(work, conductor, lambda leave: conductor.resume(work.id, leave=leave))
 
@@ -305,8 +356,7 @@ class Cancel(_HostsCommand):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         with self.conductor(parsed_args, None) as conductor:
-            conductor.cancel(parsed_args.job)
-            return self.table(conductor.status(parsed_args.job))
+            return self.table(conductor.cancel(parsed_args.job))
 
 
 class Status(_JobCommand):
@@ -318,7 +368,7 @@ class Status(_JobCommand):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
-        return self.table(self.database(parsed_args).get(parsed_args.job))
+        return self.table(self.reader(parsed_args).get(parsed_args.job))
 
 
 class List(_JobCommand):
@@ -339,16 +389,18 @@ class List(_JobCommand):
                 work.id,
                 work.aggregate,
                 values.Date(work.created),
-                len(work.hosts),
-                len(work.image_ids),
+                work.hosts,
+                work.images,
                 _state(work),
-                *work.count().values(),
+                *work.counts.values(),
             )
-            for work in self.database(parsed_args).all()
+            for work in self.reader(parsed_args).summaries()
         ]
 
 
-def _state(work: job.Job) -> str:
+def _state(work: job.JobSummary) -> str:
+    if work.problem is not None:
+        return "unreadable"
     if not work.is_over:
         return "cancelled" if work.cancelled else "not done"
     return "failed" if work.has_failed else "done"

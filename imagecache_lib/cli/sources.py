@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a command fetches from: Glance, a URL, or a file. Secrets come from the environment only."""
+"""Where a command fetches from: Glance, a URL, a file, or what another package brings.
+
+Secrets come from the environment only.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import file, glance, http
+from imagecache_lib.sources import file, glance, http, tables
 from imagecache_lib.sources.interface import ImageSource
+
+#: Entry points that are classes of :class:`~imagecache_lib.ImageSource`.
+SOURCES = "imagecache_lib.sources"
 
 _DEFAULT_INTERFACE = "public"
 
@@ -27,6 +33,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--glance-endpoint", metavar="URL", action="append", help="URL of Glance")
     where.add_argument("--http", metavar="URL", help="URL of the image's data")
     where.add_argument("--file", metavar="PATH", help="file with the image's data")
+    where.add_argument(
+        "--source", metavar="NAME", help=f"a source by its entry point in {SOURCES}, such as http or glance"
+    )
+    group.add_argument(
+        "--source-option",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="an option of --source; the value env:NAME is that of an environment variable",
+    )
     group.add_argument(
         "--digest", type=_digest, metavar="ALGORITHM:HEX", help="what --http and --file must have"
     )
@@ -38,6 +54,10 @@ def chosen(arguments: argparse.Namespace, images: list[str]) -> ImageSource:
 
     :raises ConfigError: it names none, or one that cannot work.
     """
+    if arguments.source_option and not arguments.source:
+        raise errors.ConfigError(
+            "--source-option is for --source", next_step="name the source, or leave the option out"
+        )
     if arguments.http or arguments.file:
         if len(images) != 1:
             raise errors.ConfigError(
@@ -53,6 +73,8 @@ def chosen(arguments: argparse.Namespace, images: list[str]) -> ImageSource:
             "--digest and --disk-format are for --http and --file",
             next_step="leave them out: Glance says both",
         )
+    if arguments.source:
+        return load(arguments.source, arguments.source_option, os.environ)
     if arguments.glance_endpoint:
         return glance.GlanceSource(
             arguments.glance_endpoint, token=os.environ.get("OS_TOKEN"), cafile=os.environ.get("OS_CACERT")
@@ -60,12 +82,58 @@ def chosen(arguments: argparse.Namespace, images: list[str]) -> ImageSource:
     return _from_environment(os.environ)
 
 
+def load(name: str, options: Sequence[str], environment: Mapping[str, str]) -> ImageSource:
+    """Make the source that an entry point names.
+
+    :param options: as ``KEY=VALUE``. ``env:NAME`` stands for what a variable of the environment holds.
+    :raises ConfigError: there is none of that name, it cannot be loaded, or its options are wrong.
+    """
+    found = importlib.metadata.entry_points(group=SOURCES, name=name)
+    if not found:
+        names = sorted({point.name for point in importlib.metadata.entry_points(group=SOURCES)})
+        raise errors.ConfigError(
+            f"there is no entry point {name!r} in {SOURCES}",
+            next_step=f"install the package that provides it, or use one of: {', '.join(names)}",
+        )
+    values = dict(_option(option, environment) for option in options)
+    try:
+        made = next(iter(found)).load().from_options(values)
+    except errors.ImageCacheError:
+        raise
+    except Exception as error:  # another package's code
+        raise errors.ConfigError(
+            f"the source {name} cannot be made ({type(error).__name__}: {error})",
+            next_step="correct its options, or report it to its author",
+        ) from error
+    if not isinstance(made, ImageSource):
+        raise errors.ConfigError(
+            f"the entry point {name!r} in {SOURCES} makes no image source",
+            next_step="report it to its author",
+        )
+    return made
+
+
+def _option(text: str, environment: Mapping[str, str]) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise errors.ConfigError(f"--source-option {text!r} has no value", next_step="write it as KEY=VALUE")
+    if not value.startswith("env:"):
+        return key, value
+    variable = value.removeprefix("env:")
+    if variable not in environment:
+        raise errors.ConfigError(
+            f"--source-option {key} is to be read from {variable}, which is not set",
+            next_step="set the environment variable",
+        )
+    return key, environment[variable]
+
+
 def _from_environment(environment: Mapping[str, str]) -> ImageSource:
     if "OS_AUTH_URL" not in environment:
         raise errors.ConfigError(
             "there is no source for images",
-            next_step="set OS_AUTH_URL and the other OS_ variables, or give --glance-endpoint, --http or "
-            "--file",
+            next_step="set OS_AUTH_URL and the other OS_ variables, or give --glance-endpoint, --http, "
+            "--file or --source",
         )
     try:
         from keystoneauth1 import exceptions, loading, session
@@ -95,7 +163,7 @@ def _variable(environment: Mapping[str, str], name: str) -> str | None:
 
 
 def _digest(text: str) -> model.Digest:
-    found = re.fullmatch(r"([a-z0-9_]+):([0-9a-fA-F]+)", text)
+    found = tables.parse_digest(text)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no digest: write sha512:1f40...")
-    return model.Digest(found[1], found[2].lower())
+    return found

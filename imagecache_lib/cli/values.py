@@ -21,7 +21,7 @@ def size(text: str) -> int:
     """Return bytes from ``20G``: binary units K, M, G, T, or none."""
     found = re.fullmatch(r"(\d+)([KMGT]?)", text.strip().upper())
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write bytes, or 20G for 20 GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write bytes, or 20G for 20 GiB")
     return int(found[1]) * _UNITS[found[2]]
 
 
@@ -29,7 +29,7 @@ def duration(text: str) -> int:
     """Return seconds from ``7d``: units s, m, h, d."""
     found = re.fullmatch(r"(\d+)([smhd])", text.strip().lower())
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 90s, 30m, 12h or 7d")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration: write 90s, 30m, 12h or 7d")
     return int(found[1]) * _SECONDS[found[2]]
 
 
@@ -43,12 +43,12 @@ def moment(text: str) -> float:
         return time.time() + duration(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no time: write 2026-11-27T18:00, or 12h or 7d from now"
+            f"{text!r} is not a time: write 2026-11-27T18:00, or 12h or 7d from now"
         ) from None
 
 
 def shown(amount: float) -> str:
-    """Return bytes with the binary unit that suits."""
+    """Return an amount of bytes in a binary unit that suits it: ``1.5 GiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(amount) < 1024:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
@@ -57,7 +57,7 @@ def shown(amount: float) -> str:
 
 
 class Bytes(columns.FormattableColumn[Any]):
-    """Bytes; None: unknown."""
+    """An amount of bytes, or None where it is unknown."""
 
     def human_readable(self) -> str:
         return "" if self._value is None else shown(self._value)
@@ -67,7 +67,7 @@ class Bytes(columns.FormattableColumn[Any]):
 
 
 class Date(columns.FormattableColumn[Any]):
-    """Epoch seconds; None: never."""
+    """A time in epoch seconds, or None for never."""
 
     def human_readable(self) -> str:
         return "" if self._value is None else dates.date(self._value)

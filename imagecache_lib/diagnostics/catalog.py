@@ -86,7 +86,7 @@ def _described(cache: CacheStore, entry: inventory.Entry) -> CachedBase:
         apparent=entry.apparent,
         last_use=entry.last_use,
         links=entry.links,
-        image_id=pinned.image_id if pinned is not None else None,
+        image_id=(pinned.image_id or None) if pinned is not None else None,
         pins=pinned.pins if pinned is not None else (),
     )
     if record is None:

@@ -20,6 +20,7 @@ from oslo_concurrency import processutils
 
 from imagecache_lib import dates
 from imagecache_lib.backends.interface import StorageBackend
+from imagecache_lib.formats.sandbox import Sandbox
 from imagecache_lib.store import directory as store
 from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
@@ -193,6 +194,14 @@ def _programs(cache: CacheStore) -> Iterator[Finding]:
         yield _error(
             "prlimit cannot be run, without which nothing limits what an image makes qemu-img do.",
             "Install util-linux.",
+        )
+    for program in ("timeout", "sh"):
+        if shutil.which(program) is None:
+            yield _error(f"{program} is not installed, which qemu-img is run with.", "Install coreutils.")
+    if said is not None and (problem := Sandbox("qemu-img", host).problem()):
+        yield _warning(
+            f"qemu-img is not shut in: {problem}.",
+            "Install bubblewrap, and let this user make namespaces; images are checked all the same.",
         )
     path = f"{os.environ.get('PATH', os.defpath)}:{_ADMINISTRATORS}"
     for program, package, what in (

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is this content an acceptable disk? oslo.utils' format inspectors, fed as the bytes flow.
+"""Is this content an acceptable disk? Looked at as the bytes flow, and once more when all of them are there.
 
 The rules are those of :data:`imagecache_lib.store.evidence.INSPECTION_RULES`: the content is exactly one
-format, it is the one that was claimed, and it is safe to hand to qemu. The first kilobytes settle it for
-every format but vmdk, whose footer is checked too.
+format, it is the one that was claimed, one file is all of it (:mod:`imagecache_lib.formats.contained`), and
+what is stored as raw is not known to be something else than a disk (:mod:`imagecache_lib.formats.foreign`).
+oslo.utils' inspectors tell formats apart. Nothing is asked of what is in a raw disk: only its guest reads it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import os
-from collections.abc import Callable, Iterator
-from typing import IO, Any, cast
+from collections.abc import Iterator
 
 from oslo_utils.imageutils import format_inspector
 
 from imagecache_lib import errors
+from imagecache_lib.config import CacheConfig
+from imagecache_lib.formats import contained, foreign, vhd, vmdk
+from imagecache_lib.formats.reader import NeedMore, OpenFile, Prefix, Reader
 
 #: Formats that can become a disk, by the inspector's name, with qemu's name for them. A GPT or an ISO
 #: image is the raw bytes of a disk. qemu knows vhd as vpc.
@@ -31,6 +35,8 @@ QEMU_FORMATS = {
     "vdi": "vdi",
 }
 
+_RAW = frozenset(name for name, format in QEMU_FORMATS.items() if format == "raw")
+
 #: What content a claimed disk format may turn out to be. Glance's ami, aki and ari are raw disks.
 _ALLOWED = {
     "raw": {"raw", "gpt"},
@@ -41,10 +47,22 @@ _ALLOWED = {
     "vpc": {"vhd"},
 }
 
-#: Every inspector but vmdk's decides within this many bytes, for images that a tool wrote.
+#: All formats show within this many bytes: the last is ISO 9660, whose first descriptor is at 32 KiB.
+_SHOWN = 64 * 1024
+
+#: What a header refers to may lie behind the data. It is not waited for longer than this; the whole file is
+#: looked at in the end.
 _UNDECIDED = 8 * 2**20
 
 _RETRY_IS_USELESS = "have its owner upload a good image under a new id"
+
+
+class Ending(enum.Enum):
+    """Whether a fixed VHD's footer, which is no part of the disk, may follow the data."""
+
+    NONE = enum.auto()
+    POSSIBLE = enum.auto()
+    DEMANDED = enum.auto()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,207 +70,225 @@ class Finding:
     """What the content is.
 
     :param format: qemu's name for it.
-    :param virtual_size: as the header states it, in bytes. None where the header has none (raw).
-    :param complete: False for a format whose end must be seen before it is known to be safe.
+    :param virtual_size: as the header states it, in bytes. None where the header has none (raw), or lies
+        where it has not arrived yet.
+    :param one_size: whether all programs that read the format read this size.
+    :param ending: what may follow the data.
     """
 
     format: str
     virtual_size: int | None
-    complete: bool
+    one_size: bool = True
+    ending: Ending = Ending.NONE
 
 
-def accept(claimed: str | None, found: set[str]) -> str:
-    """Return which of the formats found the image is.
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What is acceptable on this host.
+
+    :param vmdk_allowed_types: vmdk ``createType`` values to accept, in lower case.
+    :param max_virtual_size: in bytes.
+    :param strict: False: neither the claim counts nor what raw content looks like. That one file is all of
+        the disk is demanded all the same.
+    """
+
+    vmdk_allowed_types: frozenset[str]
+    max_virtual_size: int
+    strict: bool = True
+
+    @classmethod
+    def of(cls, config: CacheConfig, *, strict: bool | None = None) -> Rules:
+        """Return the rules of a configuration.
+
+        :param strict: None: as it says.
+        """
+        return cls(
+            frozenset(each.lower() for each in config.vmdk_allowed_types),
+            config.max_virtual_size,
+            not config.disable_deep_image_inspection if strict is None else strict,
+        )
+
+    def accept(self, claimed: str | None, start: bytes) -> tuple[str, Ending]:
+        """Return which format an image is accepted as, and what may follow its data.
+
+        :param start: as much of its beginning as shows every format, or all of it.
+        :raises ImageRejected: nothing acceptable, something else than claimed, or more than one.
+        """
+        found = detect(start)
+        claimed = claimed if self.strict else None
+        if found <= _RAW:
+            if self.strict and (what := foreign.recognise(start[: foreign.LOOKED_AT])) is not None:
+                raise errors.ImageRejected(f"it is {what.what} and no disk", next_step=what.next_step)
+            if claimed in ("vhd", "vpc"):
+                return "vpc", Ending.DEMANDED
+            return accept(claimed, found), Ending.POSSIBLE if claimed is None else Ending.NONE
+        return accept(claimed, found), Ending.NONE
+
+    def judge(self, image: Reader, format: str) -> Finding:
+        """Return what an image's own header says.
+
+        :raises ImageRejected: it is not acceptable.
+        :raises NeedMore: more of it must have arrived before that can be told.
+        """
+        facts = contained.examine(image, format)
+        if format == "vmdk" and (kind := vmdk.read(image).create_type) not in self.vmdk_allowed_types:
+            raise errors.ImageRejected(
+                f"its vmdk type {kind!r} is not among the allowed ones",
+                next_step="have its owner export it as streamOptimized, or extend vmdk_allowed_types",
+            )
+        if facts.virtual_size is not None and not 0 < facts.virtual_size <= self.max_virtual_size:
+            raise errors.ImageRejected(
+                f"its virtual size of {facts.virtual_size} bytes is absurd, the most is "
+                f"{self.max_virtual_size}",
+                next_step=_RETRY_IS_USELESS,
+            )
+        return Finding(format, facts.virtual_size, facts.one_size)
+
+
+def detect(start: bytes) -> frozenset[str]:
+    """Return the names of all formats whose marks an image's beginning carries; ``raw`` if none.
+
+    :param start: its first 64 KiB, or all of it.
+    """
+    found = set()
+    for name, kind in format_inspector.ALL_FORMATS.items():
+        if name == "raw":
+            continue
+        inspector = kind()
+        # An inspector that stumbles has not recognised the content; oslo.utils' own wrapper keeps that rule.
+        with contextlib.suppress(Exception):
+            inspector.eat_chunk(start)
+        with contextlib.suppress(Exception):
+            if inspector.format_match:
+                found.add(name)
+    # By their magic alone, whatever an inspector makes of what follows.
+    if start.startswith(vmdk.MAGIC):
+        found.add("vmdk")
+    return frozenset(found or {"raw"})
+
+
+def accept(claimed: str | None, found: frozenset[str]) -> str:
+    """Return qemu's name of the one format that an image is.
 
     :param claimed: the disk format that the image's owner stated. None: not stated.
-    :param found: names of all inspectors that matched.
+    :param found: names of all formats that it carries the marks of.
     :raises ImageRejected: nothing acceptable, something else than claimed, or more than one.
     """
-    allowed = _ALLOWED.get(claimed, {claimed}) if claimed is not None else set(QEMU_FORMATS)
     names = ", ".join(sorted(found))
+    if claimed is None and found <= _RAW:
+        return "raw"  # whether it is called an ISO or a partitioned disk, the bytes are the disk
+    allowed = _ALLOWED.get(claimed, {claimed}) if claimed is not None else set(QEMU_FORMATS)
     if not found <= allowed:
         said = f"claimed to be {claimed}" if claimed is not None else "of no claimed format"
-        raise errors.ImageRejected(f"its content is {names}, {said}", next_step=_RETRY_IS_USELESS)
+        advice = _RETRY_IS_USELESS
+        if found <= _RAW and "iso" in found:
+            advice = "have its owner state disk_format iso, or none"
+        raise errors.ImageRejected(f"its content is {names}, {said}", next_step=advice)
     if claimed == "iso":
         # A bootable ISO carries a partition table too; alone that would not make it an ISO.
         if "iso" not in found:
             raise errors.ImageRejected(
                 f"its content is {names}, claimed to be iso", next_step=_RETRY_IS_USELESS
             )
-        return "iso"
+        return "raw"
     if len(found) != 1:
         raise errors.ImageRejected(
             f"its content is several formats at once: {names}", next_step=_RETRY_IS_USELESS
         )
     (name,) = found
     if name not in QEMU_FORMATS:
-        raise errors.ImageRejected(f"its format {name} is not supported", next_step=_RETRY_IS_USELESS)
-    return name
+        raise errors.ImageRejected(
+            f"its format {name} is not supported", next_step="have its owner convert it to qcow2 or raw"
+        )
+    return QEMU_FORMATS[name]
 
 
 class Inspection:
-    """Inspects a stream of chunks that somebody else pulls.
+    """Inspects a stream of chunks.
 
     :param claimed: Glance's disk format, or None.
-    :param vmdk_allowed_types: vmdk ``createType`` values to accept.
-    :param max_virtual_size: in bytes.
-    :param strict: False: only find out what it is; neither the claim nor the safety of the content counts.
     """
 
-    def __init__(
-        self,
-        claimed: str | None,
-        *,
-        vmdk_allowed_types: tuple[str, ...],
-        max_virtual_size: int,
-        strict: bool = True,
-    ) -> None:
-        self._claimed = claimed if strict else None
-        self._strict = strict
-        self._vmdk_types = {each.lower() for each in vmdk_allowed_types}
-        self._max_virtual_size = max_virtual_size
-        self._chunk = b""
-        # InspectWrapper pulls from its source; ours holds the one chunk that was pushed.
-        self._wrapper = format_inspector.InspectWrapper(cast(IO[bytes], _Pushed(lambda: self._chunk)))
-        # The wrapper settles on vmdk only at the end, when it has seen the footer. Its beginning tells enough
-        # to know what to do with the bytes meanwhile.
-        self._vmdk = format_inspector.VMDKInspector()
-        self._seen = 0
-        self._finding: Finding | None = None
+    def __init__(self, claimed: str | None, rules: Rules) -> None:
+        self._claimed = claimed
+        self._rules = rules
+        self._start = bytearray()
+        self._accepted: tuple[str, Ending] | None = None
+        #: What the content is, as soon as that is known.
+        self.finding: Finding | None = None
 
-    def feed(self, chunk: bytes) -> Finding | None:
-        """Look at the next chunk. Returns the finding once there is one.
+    def feed(self, chunk: bytes) -> None:
+        """Look at the next chunk.
 
         :raises ImageRejected: as soon as the content is known to be bad.
         """
-        if self._finding is not None and self._finding.complete:
-            return self._finding
-        self._chunk = chunk
-        self._wrapper.read(len(chunk))
-        if self._finding is None:
-            self._seen += len(chunk)
-            self._finding = self._decide() or self._expect_vmdk(chunk)
-            if self._finding is None and self._seen > _UNDECIDED:
-                raise errors.ImageRejected(
-                    f"its format cannot be told from its first {_UNDECIDED} bytes",
-                    next_step=_RETRY_IS_USELESS,
-                )
-        return self._finding
-
-    def _expect_vmdk(self, chunk: bytes) -> Finding | None:
-        try:
-            self._vmdk.eat_chunk(chunk)
-        except Exception:  # whatever it is, it is no vmdk; the wrapper keeps the same rule
-            return None
-        if not self._vmdk.format_match or not self._vmdk.desc_text:
-            return None
-        accept(self._claimed, {"vmdk"})
-        with _stumbling("vmdk"):
-            self._check_vmdk(self._vmdk)
-            self._check_virtual_size(self._vmdk.virtual_size)
-            return Finding("vmdk", self._vmdk.virtual_size, complete=False)
+        if self.finding is None:
+            self._start += chunk
+            if len(self._start) >= _SHOWN:
+                self._decide(whole=False)
 
     def finish(self) -> Finding:
-        """Decide at the end of the data.
+        """Return what the content is, at its end.
 
         :raises ImageRejected: the content is bad.
         """
-        self._wrapper.close()
-        if self._finding is None or not self._finding.complete:
-            self._finding = self._decide()
-        assert self._finding is not None
-        return self._finding
+        if self.finding is None:
+            self._decide(whole=True)
+        assert self.finding is not None
+        return self.finding
 
-    def _decide(self) -> Finding | None:
-        matches = self._wrapper.formats
-        if matches is None:
-            return None
-        by_name = {str(each): each for each in matches}
-        name = accept(self._claimed, set(by_name))
-        inspector = by_name[name]
-        with _stumbling(name):
-            if name == "vmdk":
-                self._check_vmdk(inspector)
-            if self._strict:
-                _check_safety(inspector, name)
-            virtual_size = None if QEMU_FORMATS[name] == "raw" else int(inspector.virtual_size)
-        if virtual_size is not None:
-            self._check_virtual_size(virtual_size)
-        return Finding(QEMU_FORMATS[name], virtual_size, complete=True)
+    def close(self) -> None:
+        """Let go of what was kept."""
+        self._start.clear()
 
-    def _check_virtual_size(self, virtual_size: int) -> None:
-        if not 0 < virtual_size <= self._max_virtual_size:
-            raise errors.ImageRejected(
-                f"its virtual size of {virtual_size} bytes is absurd, the most is {self._max_virtual_size}",
-                next_step=_RETRY_IS_USELESS,
-            )
-
-    def _check_vmdk(self, inspector: Any) -> None:
-        if inspector.vmdktype not in self._vmdk_types:
-            raise errors.ImageRejected(
-                f"its vmdk type {inspector.vmdktype!r} is not among the allowed ones",
-                next_step="upload it as streamOptimized, or extend vmdk_allowed_types",
-            )
-        try:
-            inspector.check_descriptor()
-        except format_inspector.SafetyViolation as error:
-            raise errors.ImageRejected(f"unsafe vmdk: {error}", next_step=_RETRY_IS_USELESS) from error
+    def _decide(self, *, whole: bool) -> None:
+        if self._accepted is None:
+            self._accepted = self._rules.accept(self._claimed, bytes(self._start[:_SHOWN]))
+        format, ending = self._accepted
+        if ending is not Ending.NONE:
+            self.finding = Finding(format, None, ending=ending)
+        else:
+            try:
+                self.finding = self._rules.judge(Prefix(self._start, whole=whole), format)
+            except NeedMore as error:
+                if error.needed <= _UNDECIDED:
+                    return
+                # Behind what is waited for. The whole file is judged before anything is made of it.
+                self.finding = Finding(format, None)
+        self._start.clear()
 
 
-@contextlib.contextmanager
-def _stumbling(name: str) -> Iterator[None]:
-    """Reject what makes an inspector fail: a header that matches, and lacks or contradicts what follows."""
-    try:
-        yield
-    except errors.ImageCacheError:
-        raise
-    except Exception as error:
-        raise errors.ImageRejected(
-            f"broken {name}: its inspection ends with {type(error).__name__}: {error}",
-            next_step=_RETRY_IS_USELESS,
-        ) from error
+class Uninspected:
+    """Stands for an inspection where a file is taken as it is, such as a kernel."""
+
+    finding: Finding | None = None
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next chunk and do nothing with it."""
+
+    def finish(self) -> None:
+        """Return that nothing was found out."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
-def _check_safety(inspector: Any, name: str) -> None:
-    try:
-        inspector.safety_check()
-    except format_inspector.SafetyCheckFailed as error:
-        failures = "; ".join(f"{check}: {why}" for check, why in sorted(error.failures.items()))
-        raise errors.ImageRejected(f"unsafe {name}: {failures}", next_step=_RETRY_IS_USELESS) from error
-    except format_inspector.ImageFormatError as error:
-        raise errors.ImageRejected(f"broken {name}: {error}", next_step=_RETRY_IS_USELESS) from error
-
-
-class _Pushed:
-    """A source for InspectWrapper that gives the chunk at hand."""
-
-    def __init__(self, chunk: Callable[[], bytes]) -> None:
-        self._current = chunk
-
-    def read(self, _size: int) -> bytes:
-        return self._current()
-
-
-def inspect_file(
-    fd: int,
-    claimed: str | None,
-    *,
-    vmdk_allowed_types: tuple[str, ...],
-    max_virtual_size: int,
-    strict: bool = True,
-) -> Finding:
+def inspect_file(fd: int, claimed: str | None, rules: Rules) -> Finding:
     """Inspect a file that is there, such as an adopted base, reading as little as settles it.
 
     :raises ImageRejected: the content is bad.
     """
-    inspection = Inspection(
-        claimed, vmdk_allowed_types=vmdk_allowed_types, max_virtual_size=max_virtual_size, strict=strict
-    )
-    for chunk in chunks_of(fd):
-        finding = inspection.feed(chunk)
-        if finding is not None and finding.complete:
-            return finding
-    return inspection.finish()
+    image = OpenFile(fd)
+    format, ending = rules.accept(claimed, image.read(0, _SHOWN))
+    if ending is Ending.DEMANDED:
+        size = os.fstat(fd).st_size
+        footer = image.read(max(size - vhd.FOOTER_BYTES, 0), vhd.FOOTER_BYTES)
+        if vhd.is_fixed(footer, size - vhd.FOOTER_BYTES):
+            raise errors.ImageRejected("it is a fixed VHD, whose footer is no part of the disk")
+        raise errors.ImageRejected(
+            f"its content is raw, claimed to be {claimed}", next_step=_RETRY_IS_USELESS
+        )
+    return rules.judge(image, format)
 
 
 def chunks_of(fd: int) -> Iterator[bytes]:

@@ -1,209 +1,214 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only caller of qemu-img. Formats are always explicit and resources always limited.
+"""The only caller of qemu-img. It is given disks, never arguments.
 
-The limits are set with util-linux's prlimit(1), since oslo.concurrency's own ``ProcessLimits`` starts another
-Python interpreter for the same.
+Each file that qemu-img opens is stated to it with its format, and so is what lies under it: nothing, or the
+one backing file that the caller knows of. What is known not to be self-contained is refused before it runs.
+Each run has limits, ends when the caller no longer waits, and its result is looked at.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
-import subprocess
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-
-from oslo_concurrency import processutils
 
 from imagecache_lib import errors
 from imagecache_lib.config import CacheConfig
+from imagecache_lib.formats import contained, program
+from imagecache_lib.formats.disk_file import DiskFile
+from imagecache_lib.formats.program import DataRefused, Limits, StorageFailed
+from imagecache_lib.formats.reader import OpenFile
+from imagecache_lib.formats.sandbox import Sandbox
 from imagecache_lib.system.host import System
+from imagecache_lib.system.translate import translated
 
-#: Seconds between two looks whether anybody still waits for a conversion.
-_LOOK_EVERY = 0.25
+__all__ = ["DataRefused", "DiskFile", "QemuImg", "StorageFailed"]
 
-#: Messages are matched, so they must not be translated.
-_ENVIRONMENT = {**os.environ, "LC_ALL": "C"}
+#: A program that computes all the time comes to its limit of CPU time long before this many times of it.
+_WALL_PER_CPU = 10
+
+_CONVERT = ("convert", "-n", "--target-is-zero", "-W", "-m", "8")
+
+_NAMES_A_FILE = ("backing-filename", "full-backing-filename", "backing-image")
 
 
-class StorageFailed(errors.BackendError):
-    """qemu-img met an I/O error: the disk is at fault and not the image."""
+def _always() -> None:
+    """Wait as long as it takes."""
 
 
 class QemuImg:
-    """Runs qemu-img within the limits of the configuration."""
+    """Runs qemu-img within the limits of the configuration. Safe to share between threads."""
 
     def __init__(self, config: CacheConfig, host: System) -> None:
-        self._config = config
         self._host = host
+        self._sandbox = Sandbox("qemu-img", host)
+        self._looking = _limits(config.images_cpu_time_limit, config.images_address_space_limit)
+        self._working = _limits(config.convert_cpu_time_limit, config.convert_address_space_limit)
 
-    def info(self, path: str, format: str) -> dict[str, Any]:
-        """Return ``qemu-img info`` of a disk, opened as the given format and without its backing chain.
+    def sandbox_problem(self) -> str:
+        """Return why qemu-img is not shut in on this host, as a clause. Empty where it is."""
+        return self._sandbox.problem()
 
-        :raises BackendError: it cannot be read as that.
+    def virtual_size(self, disk: DiskFile, *, check: Callable[[], None] = _always) -> int:
+        """Return how many bytes a guest sees.
+
+        :raises DataRefused: it cannot be read as that, is encrypted, or another file belongs to it.
+        :raises BackendError: the host is at fault.
         """
-        out = self._run(
-            path,
-            "info",
-            "--force-share",
-            "--output=json",
-            "-f",
-            format,
-            path,
-            cpu=self._config.images_cpu_time_limit,
-            memory=self._config.images_address_space_limit,
-        )
-        found: dict[str, Any] = json.loads(out)
-        return found
+        found = self._json(disk, self._looking, check, "info", "--force-share", "--output=json")
+        _require_alone(found, disk.path)
+        return _number(found, "virtual-size", disk.path)
 
-    def mapped_bytes(self, path: str, format: str) -> int:
+    def mapped_bytes(self, disk: DiskFile, *, check: Callable[[], None]) -> int:
         """Return how many bytes of a disk are data, in clusters of 64 KiB: the most it takes as a raw file.
 
-        :raises BackendError: it cannot be read as that.
+        :raises DataRefused: it cannot be read as that.
+        :raises BackendError: the host is at fault.
         """
         # For raw, measure says the virtual size; for qcow2 it counts data, and some bytes of tables for each
         # 64 KiB. The map would be exact, and has a line for each extent: a vmdk of two megabytes, whose grain
         # tables are all one, fills gigabytes with it.
-        out = self._run(
-            path,
-            "measure",
-            "--output=json",
-            "-f",
-            format,
-            "-O",
-            "qcow2",
-            path,
-            cpu=self._config.convert_cpu_time_limit,
-            memory=self._config.convert_address_space_limit,
-        )
-        return int(json.loads(out)["required"])
+        found = self._json(disk, self._working, check, "measure", "--output=json", "-O", "qcow2")
+        return _number(found, "required", disk.path)
 
-    def convert_to_raw(
-        self, source: str, source_format: str, target: str, *, check: Callable[[], None]
-    ) -> None:
+    def convert_to_raw(self, source: DiskFile, target: str, *, check: Callable[[], None]) -> None:
         """Convert into an existing, empty raw file that has the virtual size already; zeros stay holes.
 
         :param check: raises once nobody waits any more; that ends the conversion, and is raised.
         :raises ImageRejected: the source is damaged.
         :raises NoSpaceError: the filesystem is full.
         :raises StorageFailed: the disk failed.
+        :raises BackendError: the host is at fault.
         """
+        out = DiskFile(target, "raw")
+        with translated(target):
+            size = os.stat(target).st_size
         try:
-            with _watched(check) as watch:
-                self._run(
-                    source,
-                    "convert",
-                    "-n",
-                    "--target-is-zero",
-                    "-W",
-                    "-m",
-                    "8",
-                    "-f",
-                    source_format,
-                    "-O",
-                    "raw",
-                    source,
-                    target,
-                    cpu=self._config.convert_cpu_time_limit,
-                    memory=self._config.convert_address_space_limit,
-                    on_execute=watch,
-                )
-        except StorageFailed:
-            raise
-        except errors.BackendError as error:
+            self._run(source, (*_CONVERT, "-O", "raw"), self._working, check, out)
+        except DataRefused as error:
             raise errors.ImageRejected(
-                f"it cannot be converted from {source_format}: {error.cause}",
+                f"it cannot be converted from {source.format}: {error.cause}",
                 next_step="have its owner upload a good image under a new id",
             ) from error
+        with translated(target):
+            if os.stat(target).st_size != size:
+                raise errors.BackendError("qemu-img changed the size of what it filled", path=target)
 
-    def resize(self, path: str, format: str, size: int) -> None:
+    def convert(self, source: DiskFile, target: DiskFile) -> None:
+        """Convert into an existing, empty disk that has the virtual size already; zeros stay holes.
+
+        :raises BackendError: qemu-img failed.
+        :raises NoSpaceError: the filesystem is full.
+        """
+        self._run(source, (*_CONVERT, "-O", target.format), self._working, _always, target)
+
+    def resize(self, disk: DiskFile, size: int) -> None:
         """Grow a disk to ``size`` bytes.
 
         :raises BackendError: qemu-img failed.
         :raises NoSpaceError: the filesystem is full.
         """
-        self._work(path, "resize", "-q", "-f", format, path, str(size))
+        self._run(disk, ("resize", "-q"), self._working, _always, writes=True, behind=(str(size),))
+        alone = dataclasses.replace(disk, backing=None)  # qemu-img info opens no backing file
+        words = ("info", "--force-share", "--output=json")
+        now = _number(
+            self._json(alone, self._looking, _always, *words, overlay=True), "virtual-size", disk.path
+        )
+        if now != size:
+            raise errors.BackendError(
+                f"the disk has {now} bytes after it was resized to {size}", path=disk.path
+            )
 
-    def flatten(self, path: str, format: str) -> None:
+    def flatten(self, disk: DiskFile) -> None:
         """Copy into an overlay what its backing file has, and forget the backing file.
 
         :raises BackendError: qemu-img failed; the overlay still has its backing file.
         :raises NoSpaceError: the filesystem is full.
         """
-        self._work(path, "rebase", "-f", format, "-b", "", path)
+        self._run(disk, ("rebase", "-b", ""), self._working, _always, writes=True)
+        with translated(disk.path), contextlib.closing(OpenFile.at(disk.path)) as file:
+            contained.require(file, disk.format, path=disk.path)
 
-    def _work(self, path: str, *arguments: str) -> None:
-        self._run(
-            path,
-            *arguments,
-            cpu=self._config.convert_cpu_time_limit,
-            memory=self._config.convert_address_space_limit,
-        )
+    def _json(
+        self,
+        disk: DiskFile,
+        limits: Limits,
+        check: Callable[[], None],
+        *words: str,
+        overlay: bool = False,
+    ) -> dict[str, Any]:
+        out = self._run(disk, words, limits, check, overlay=overlay)
+        try:
+            found: dict[str, Any] = json.loads(out)
+        except (ValueError, RecursionError):
+            raise errors.BackendError(f"qemu-img {words[0]} wrote no JSON", path=disk.path) from None
+        return found
 
     def _run(
         self,
-        path: str,
-        *arguments: str,
-        cpu: int,
-        memory: int,
-        on_execute: Callable[[subprocess.Popen[bytes]], None] | None = None,
+        disk: DiskFile,
+        words: tuple[str, ...],
+        limits: Limits,
+        check: Callable[[], None],
+        out: DiskFile | None = None,
+        *,
+        writes: bool = False,
+        overlay: bool = False,
+        behind: tuple[str, ...] = (),
     ) -> str:
-        command = ("prlimit", f"--cpu={cpu}", f"--as={memory}", "--", "qemu-img", *arguments)
-        try:
-            out, _err = self._host.execute(*command, env_variables=_ENVIRONMENT, on_execute=on_execute)
-        except processutils.ProcessExecutionError as error:
-            raise _translated(error, path) from error
-        except OSError as error:
-            raise errors.ConfigError(
-                f"qemu-img cannot be run: {error}", next_step="install qemu-utils (qemu-img) and util-linux"
-            ) from error
-        return out
+        """Run one subcommand on a disk, and into another if ``out`` says so.
 
-
-@contextlib.contextmanager
-def _watched(check: Callable[[], None]) -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
-    """Yield what watches a process from its start, and kills it once ``check`` raises; that is raised."""
-    over = threading.Event()
-    watchers: list[threading.Thread] = []
-    reasons: list[errors.ImageCacheError] = []
-
-    def watch(process: subprocess.Popen[bytes]) -> None:
-        while not over.wait(_LOOK_EVERY):
-            try:
-                check()
-            except errors.ImageCacheError as reason:
-                reasons.append(reason)
-                process.kill()
-                return
-
-    def start(process: subprocess.Popen[bytes]) -> None:
-        watchers.append(threading.Thread(target=watch, args=(process,), name="imagecache-watch", daemon=True))
-        watchers[-1].start()
-
-    try:
-        yield start
-    except errors.ImageCacheError as error:
-        if reasons:
-            raise reasons[0] from error
-        raise
-    finally:
-        over.set()
-        for watcher in watchers:
-            watcher.join()
-
-
-def _translated(error: processutils.ProcessExecutionError, path: str) -> errors.ImageCacheError:
-    said = str(error.stderr or error.stdout or "").strip()
-    if "No space left on device" in said or "Disk quota exceeded" in said:
-        return errors.NoSpaceError("the filesystem is full", path=path, next_step="make room, then ask again")
-    if "Input/output error" in said:
-        return StorageFailed(f"qemu-img: {said.splitlines()[-1]}", path=path, next_step="check the disk")
-    if error.exit_code == 127:
-        return errors.ConfigError(
-            f"qemu-img cannot be run: {said}", next_step="install qemu-utils (qemu-img)"
+        :param overlay: the disk may name a backing file, though none is opened.
+        :param behind: arguments to put behind the files.
+        """
+        for each in disk.files():
+            stated = overlay or each.backing is not None
+            with translated(each.path), contextlib.closing(OpenFile.at(each.path)) as file:
+                contained.require(file, each.format, overlay=stated, path=each.path)
+        others = () if out is None else (out,)
+        shown = (disk, *others)
+        written = tuple(each.path for each in others) + ((disk.path,) if writes else ())
+        paths = {each.path for given in shown for each in given.files()}
+        command = (
+            *self._sandbox.command(reads=tuple(sorted(paths - set(written))), writes=written),
+            "qemu-img",
+            *words,
+            *(each.to_option() for each in shown),
+            *behind,
         )
-    if isinstance(error.exit_code, int) and error.exit_code < 0:
-        said = f"ended by signal {-error.exit_code}, which may be its resource limit"
-    return errors.BackendError(f"qemu-img: {said.splitlines()[-1] if said else 'failed'}", path=path)
+        hidden = (*(each.to_option() for each in shown), *paths)
+        return program.run(
+            command,
+            host=self._host,
+            limits=limits,
+            check=check,
+            program="qemu-img",
+            subject=disk.path,
+            hidden=hidden,
+        )
+
+
+def _limits(cpu: int, memory: int) -> Limits:
+    return Limits(cpu, memory, cpu * _WALL_PER_CPU)
+
+
+def _require_alone(found: dict[str, Any], path: str) -> None:
+    """Refuse what qemu-img sees another file or encryption in."""
+    specific = found.get("format-specific") or {}
+    data = specific.get("data") if isinstance(specific, dict) else None
+    details = data if isinstance(data, dict) else {}
+    extents = details.get("extents") or []
+    if any(found.get(name) for name in _NAMES_A_FILE) or details.get("data-file") or len(extents) > 1:
+        raise DataRefused("another file belongs to it", path=path)
+    if found.get("encrypted"):
+        raise DataRefused("it is encrypted", path=path)
+
+
+def _number(found: object, name: str, path: str) -> int:
+    value = found.get(name) if isinstance(found, dict) else None
+    if type(value) is not int or value < 0:
+        raise errors.BackendError(f"qemu-img does not say its {name}", path=path)
+    return value

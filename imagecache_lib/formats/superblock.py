@@ -28,8 +28,9 @@ class Signature:
 
     :param kind: ``swap``, or the filesystem's name.
     :param size: bytes that it spans.
-    :param label: its label. None: it has none, or this is not read.
-    :param identity: its UUID, or FAT's volume id. None: it has none, or this is not read.
+    :param label: the filesystem's label, or None if it has none or its kind's is not read.
+    :param identity: the filesystem's UUID, or FAT's volume id; or None if it has none or its kind's is
+        not read.
     """
 
     kind: str
@@ -39,7 +40,7 @@ class Signature:
 
 
 def read(head: bytes) -> Signature | None:
-    """Return the signature in a file's first :data:`LENGTH` bytes. None: there is none that is known."""
+    """Return the signature in a file's first :data:`LENGTH` bytes, or None if it has no known one."""
     if len(head) < _PAGE:
         return None
     if head[_PAGE - 10 : _PAGE] == b"SWAPSPACE2":

@@ -13,7 +13,9 @@ import os
 
 from imagecache_lib import errors, model
 from imagecache_lib.formats import inspection
-from imagecache_lib.ingest import digest
+from imagecache_lib.formats.inspection import Rules
+from imagecache_lib.formats.qemu_img import QemuImg
+from imagecache_lib.ingest import decode, digest
 from imagecache_lib.ingest.call import Call
 from imagecache_lib.store import directory, evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
@@ -22,7 +24,7 @@ from imagecache_lib.system.translate import translated
 
 
 def adopt(
-    cache: CacheStore, base: OpenBase, call: Call, use: evidence.Use
+    cache: CacheStore, base: OpenBase, call: Call, use: evidence.Use, converter: QemuImg
 ) -> tuple[evidence.Record | None, str]:
     """Check a base that carries no evidence, and write down what was found.
 
@@ -34,6 +36,7 @@ def adopt(
     with translated(base.path):
         try:
             finding = None if use is evidence.Use.FILE else _inspect(cache, base, image)
+            finding = _settled(cache, base, finding, call, converter)
             verified = _compare(base, call, image, use, finding)
         except errors.ImageRejected as error:
             return None, error.cause
@@ -44,7 +47,7 @@ def adopt(
 
 
 def inspect_again(
-    cache: CacheStore, base: OpenBase, record: evidence.Record, call: Call
+    cache: CacheStore, base: OpenBase, record: evidence.Record, call: Call, converter: QemuImg
 ) -> tuple[evidence.Record | None, str]:
     """Inspect a base whose evidence lacks nothing else, and renew that in its record.
 
@@ -57,6 +60,7 @@ def inspect_again(
     with translated(base.path):
         try:
             finding = _inspect_stored(cache, base, record, claims)
+            finding = _settled(cache, base, finding, call, converter) or finding
         except errors.ImageRejected as error:
             return None, error.cause
         if record.inspected is None:
@@ -140,6 +144,25 @@ def _inspect(cache: CacheStore, base: OpenBase, image: model.Image | None) -> in
     return _look_at_conversion(cache, base)
 
 
+def _settled(
+    cache: CacheStore,
+    base: OpenBase,
+    finding: inspection.Finding | None,
+    call: Call,
+    converter: QemuImg,
+) -> inspection.Finding | None:
+    """Return the finding with the size that qemu-img reads too, if the base is in a format of its own.
+
+    :raises ImageRejected: qemu-img does not open it, or programs read different sizes.
+    """
+    if finding is None or finding.format == "raw":
+        return finding
+    if not finding.one_size:
+        raise errors.ImageRejected(f"not all programs read the same size from this {finding.format}")
+    size = decode.settle(base.fd, base.path, finding.format, Rules.of(cache.config), converter, call.check)
+    return dataclasses.replace(finding, virtual_size=size)
+
+
 def _look_at_conversion(cache: CacheStore, base: OpenBase) -> inspection.Finding:
     """Inspect what was converted to raw.
 
@@ -153,13 +176,7 @@ def _look_at_conversion(cache: CacheStore, base: OpenBase) -> inspection.Finding
 
 
 def _look(cache: CacheStore, base: OpenBase, claimed: str | None, *, strict: bool) -> inspection.Finding:
-    return inspection.inspect_file(
-        base.fd,
-        claimed,
-        vmdk_allowed_types=cache.config.vmdk_allowed_types,
-        max_virtual_size=cache.config.max_virtual_size,
-        strict=strict,
-    )
+    return inspection.inspect_file(base.fd, claimed, Rules.of(cache.config, strict=strict))
 
 
 def _unconverted(base: OpenBase, image: model.Image) -> bool:
@@ -185,12 +202,11 @@ def _compare(
     if use is evidence.Use.FILE and not as_it_came and image.size is not None:
         raise errors.ImageRejected(f"it has {base.stat.st_size} bytes and the image has {image.size}")
     if as_it_came and image.digest is not None:
-        with contextlib.closing(digest.StreamDigest(image.digest)) as hashed:
+        with contextlib.closing(digest.checking(image.digest, call.check)) as hashed:
             for chunk in inspection.chunks_of(base.fd):
                 call.check()
                 hashed.feed(chunk)
-            if mismatch := hashed.mismatch():
-                raise errors.ImageRejected(mismatch)
+            hashed.finish()
         return True
     if not as_it_came and finding is not None and finding.format == "raw":
         _compare_converted(base, image)

@@ -3,15 +3,30 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 from imagecache_lib import errors, model
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.sources import transfer
 from imagecache_lib.sources.interface import ImageSource
-from imagecache_lib.store import layout
+from imagecache_lib.store import evidence, layout
 from imagecache_lib.system.host import System
+from imagecache_lib.system.waiter import Waiter
+
+
+def require_fit(label: str, virtual_size: int, size: int | None) -> None:
+    """Refuse an image that is larger than the disk that is to be made of it.
+
+    :param label: what the message calls the image.
+    :param size: virtual size of the disk in bytes. None: as large as the image.
+    :raises DiskTooSmallError: it is.
+    """
+    if size is not None and size < virtual_size:
+        raise errors.DiskTooSmallError(
+            f"its virtual size is {virtual_size} bytes and the disk shall have {size}",
+            image=label,
+            next_step="choose a larger disk (flavor)",
+            size=size,
+            virtual_size=virtual_size,
+        )
 
 
 class Call:
@@ -21,7 +36,11 @@ class Call:
 
     :ivar name: the base's name in the cache.
     :ivar stored_format: qemu's name of the format the base must have. None: any will do.
+    :ivar waiter: the caller, which may cancel the call or have a deadline.
     :param size: virtual size of the disk that is wanted, in bytes. None: whatever the image has.
+    :param made: a disk was made from the image before. It needs the base that it was made on, whichever
+        digest
+        the source states today.
     :raises ImageRejected: the id cannot be an image's.
     """
 
@@ -35,12 +54,15 @@ class Call:
         host: System,
         stored_format: str | None = None,
         size: int | None = None,
+        made: bool = False,
     ) -> None:
         self.image_id = image_id
         self.name = layout.base_name(image_id)
         self.request = request
         self.stored_format = stored_format
+        self.waiter = Waiter(host, image_id, request.deadline, request.cancel)
         self._size = size
+        self._made = made
         self._source = request.source or source
         self._config = config
         self._host = host
@@ -56,46 +78,36 @@ class Call:
         return None
 
     @property
+    def known_digest(self) -> model.Digest | None:
+        """The digest that the image's data must have, if its source knows it without asking anybody."""
+        return None if self._made else self._source.known_digest(self.image_id)
+
+    @property
     def demands_signature(self) -> bool:
         """Whether only an image whose signature was verified will do."""
         return self._config.verify_glance_signatures or self.trusted_certs is not None
 
-    @contextlib.contextmanager
-    def named(self) -> Iterator[None]:
-        """Let every error of the body say which image it is about."""
-        try:
-            yield
-        except errors.ImageCacheError as error:
-            if error.image is None:
-                error.image = self.image_id
-            raise
+    def requirements(self, use: evidence.Use) -> evidence.Requirements:
+        """Return what a base image must prove to serve this call."""
+        return evidence.Requirements(
+            use,
+            stored_format=self.stored_format,
+            signed=self.demands_signature,
+            trusted_certs=self.trusted_certs,
+            inspected=not self._config.disable_deep_image_inspection,
+            digest=self.known_digest,
+        )
 
     def require_fit(self, virtual_size: int) -> None:
         """Refuse an image that is larger than the disk.
 
         :raises DiskTooSmallError: it is.
         """
-        if self._size is not None and self._size < virtual_size:
-            raise errors.DiskTooSmallError(
-                f"its virtual size is {virtual_size} bytes and the disk shall have {self._size}",
-                image=self.image_id,
-                next_step="choose a larger disk (flavor)",
-            )
+        require_fit(self.image_id, virtual_size, self._size)
 
     def check(self) -> None:
-        """Raise if the caller no longer waits.
-
-        :raises CancelledError: it was cancelled.
-        :raises LockTimeoutError: its deadline passed.
-        """
-        if self.request.cancel is not None and self.request.cancel.is_set():
-            raise errors.CancelledError("the request was cancelled", image=self.image_id)
-        if self.request.deadline is not None and self._host.clock() >= self.request.deadline:
-            raise errors.LockTimeoutError(
-                "the request's deadline passed while others were at work on the image",
-                image=self.image_id,
-                next_step="try again later, or allow more time",
-            )
+        """Raise if the caller no longer waits, as :meth:`Waiter.check`."""
+        self.waiter.check()
 
     def describe(self) -> tuple[ImageSource, model.Image]:
         """Return the source that has the image, and what it says of it.

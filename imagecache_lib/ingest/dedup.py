@@ -14,7 +14,9 @@ import os
 
 from imagecache_lib import errors, model
 from imagecache_lib.formats import inspection
+from imagecache_lib.formats.inspection import Rules
 from imagecache_lib.ingest.call import Call
+from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import checksums, evidence, layout
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.store.stage import Stage
@@ -46,14 +48,19 @@ class Twin:
         return self.opened.stat.st_blocks * 512
 
 
-def find(cache: CacheStore, call: Call, image: model.Image, use: evidence.Use) -> Twin | None:
+def find(
+    cache: CacheStore, call: Call, source: ImageSource, image: model.Image, use: evidence.Use
+) -> Twin | None:
     """Look for a base that was made from the same bytes and is stored as this call needs it.
 
+    :param source: where the image's description is from.
     :raises ImageRejected: there is one, and its content is not what this image claims to be.
     """
     digest = image.digest
     if digest is None or digest.algorithm not in _STRONG or image.converted_from is not None:
         return None
+    if not source.vouches_for_digest(image):
+        return None  # a digest that anybody may state opens nothing
     if call.demands_signature:
         return None  # a signature is of one image, and has to be verified on its way
     for name in _names_with(digest, cache):
@@ -106,12 +113,13 @@ def _serves(
     same = record.digest == image.digest and record.digest_checked
     if not same or record.origin is not evidence.Origin.FETCHED:
         return False
-    inspect = not config.disable_deep_image_inspection
-    if evidence.shortfall(record, use, stored_format=call.stored_format, inspect=inspect) is not None:
+    if evidence.unmet(record, call.requirements(use)) is not None:
         return False
     if use is evidence.Use.FILE:
         return True
     claimed = image.disk_format
+    if claimed in (None, "vhd", "vpc") and record.source_format == "raw":
+        return False  # what follows the data may be no part of the disk, which only its transfer tells
     if record.converted and inspection.QEMU_FORMATS.get(claimed or "", claimed) != record.source_format:
         return False
     to_raw = call.stored_format == "raw" if call.stored_format is not None else config.force_raw_images
@@ -120,23 +128,19 @@ def _serves(
 
 def _inspect(opened: OpenBase, cache: CacheStore, image: model.Image) -> None:
     """Refuse an image that claims to be something else than its content."""
-    config = cache.config
-    inspection.inspect_file(
-        opened.fd,
-        image.disk_format,
-        vmdk_allowed_types=config.vmdk_allowed_types,
-        max_virtual_size=config.max_virtual_size,
-        strict=not config.disable_deep_image_inspection,
-    )
+    inspection.inspect_file(opened.fd, image.disk_format, Rules.of(cache.config))
 
 
 def share(twin: Twin, stage: Stage) -> bool:
     """Fill a stage with a twin's content by sharing its extents. False: the filesystem cannot."""
     with translated(stage.path):
-        if not atomic_file.share_extents(twin.opened.fd, stage.fd):
-            return False
-    stage.checksums.replace(twin.sums)
-    return True
+        return atomic_file.share_extents(twin.opened.fd, stage.fd)
+
+
+def is_whole(twin: Twin, stage: Stage) -> bool:
+    """Read what was shared. False: it is not what the checksums say, so the disk has changed the twin."""
+    stage.read_back()
+    return stage.checksums.differing(twin.sums) == []
 
 
 def copy(twin: Twin, stage: Stage, call: Call) -> bool:

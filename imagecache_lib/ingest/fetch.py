@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import logging
 import os
 import threading
@@ -13,24 +13,29 @@ from collections.abc import Generator, Iterator
 from imagecache_lib import errors, events, model
 from imagecache_lib.formats import qemu_img
 from imagecache_lib.formats.qcow2.decoder import Unstreamable
-from imagecache_lib.ingest import adopt, certificates, dedup, signing
+from imagecache_lib.ingest import adopt, certificates, decompress, dedup, signing
 from imagecache_lib.ingest.call import Call
 from imagecache_lib.ingest.pipeline import Content, Intake
+from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.sources import transfer
-from imagecache_lib.store import evidence, reservations
+from imagecache_lib.sources.interface import ImageSource
+from imagecache_lib.store import evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
-from imagecache_lib.store.reservations import MakeRoom
+from imagecache_lib.store.evictor import Evictor
+from imagecache_lib.store.evidence import Unmet
+from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import SealedStage, Stage, StageGone
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 
 LOG = logging.getLogger(__name__)
 
 #: Tell observers how far a transfer is every so many bytes.
 _TELL_EVERY = 16 * 2**20
 
-#: How often one that waits for its turn looks whether its caller still waits, in seconds.
-_TURN_SLICE = 0.25
+#: How often one that waits for a slot looks whether its caller still waits, in seconds.
+_SLOT_SLICE = 0.25
 
 #: Reserve in steps of this many bytes while the source does not say how large the image is.
 _UNKNOWN_SIZE_STEP = 16 * 2**20
@@ -39,176 +44,217 @@ _UNKNOWN_SIZE_STEP = 16 * 2**20
 class Ingest:
     """Brings images into stage files. Safe to share between threads.
 
-    :param make_room: evicts so many bytes if policy allows, and returns how many it freed.
-    :param certificate_store: for images whose signature must be verified. None: they are refused.
+    :param evictor: asked for room.
+    :param certificate_store: for images whose signature must be verified. None: those in
+        ``certificates_path``, and without that such images are refused.
     """
 
     def __init__(
         self,
         cache: CacheStore,
-        converter: qemu_img.QemuImg,
-        observers: events.Observers,
+        evictor: Evictor,
         *,
-        make_room: MakeRoom = reservations.nothing_to_free,
         certificate_store: certificates.CertificateStore | None = None,
     ) -> None:
-        self._cache = cache
-        self._make_room = make_room
-        self._certificates = certificate_store
-        self._converter = converter
-        self._observers = observers
-        limit = cache.config.max_concurrent_disk_ops
-        self._turns = threading.BoundedSemaphore(limit) if limit else None
+        config = cache.config
+        if certificate_store is None and config.certificates_path is not None:
+            certificate_store = certificates.DirectoryCertificates(config.certificates_path)
+        self.cache = cache
+        self.evictor = evictor
+        self.converter = qemu_img.QemuImg(config, cache.host)
+        self.certificates = certificate_store
+        limit = config.max_concurrent_disk_ops
+        self._slots = threading.BoundedSemaphore(limit) if limit else None
 
-    def refuse_impossible(self, call: Call) -> None:
+    def request(self, call: Call, use: evidence.Use) -> BaseRequest:
+        """Return what a call asks of a lease."""
+        producer = ImageProducer(self, call, use)
+        return BaseRequest(call.name, call.requirements(use), producer, call.waiter, image_id=call.image_id)
+
+    @contextlib.contextmanager
+    def slot(self, stage: Stage, waiter: Waiter) -> Iterator[None]:
+        """Wait until few enough others fetch. Whoever waits for this image sees that somebody is at it."""
+        if self._slots is None:
+            yield
+            return
+        while not self._slots.acquire(timeout=_SLOT_SLICE):
+            waiter.check()
+            stage.touch()
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """What was made from a base of the same content.
+
+    :param shared: they share their extents.
+    """
+
+    content: Content
+    shared: bool
+
+
+class ImageProducer:
+    """Makes the base image of one call: a :class:`~imagecache_lib.ingest.producer.Producer`."""
+
+    def __init__(self, ingest: Ingest, call: Call, use: evidence.Use) -> None:
+        self._ingest = ingest
+        self._cache = ingest.cache
+        self._call = call
+        self._use = use
+
+    def unmet(self, opened: OpenBase) -> Unmet | None:
+        """Return None: a record says all that is known of a fetched image."""
+        return None
+
+    def refuse_impossible(self) -> None:
         """Refuse what no fetch could satisfy, before one is begun.
 
         :raises ConfigError: a verified signature is demanded, and nothing here can verify one.
         """
-        if not call.demands_signature:
+        if not self._call.demands_signature:
             return
-        if self._certificates is None:
+        if self._ingest.certificates is None:
             raise errors.ConfigError(
                 "a verified signature is demanded, and there is nowhere to get certificates from",
-                image=call.image_id,
+                image=self._call.image_id,
                 next_step="set certificates_path, or give the manager a certificate store",
             )
         if not signing.is_possible():
             raise errors.ConfigError(
                 "a verified signature is demanded, and what verifies signatures is not installed",
-                image=call.image_id,
+                image=self._call.image_id,
                 next_step="install imagecache-lib[signatures]",
             )
 
-    def run(self, call: Call, use: evidence.Use) -> SealedStage:
-        """Fetch an image into a stage file of its own, which is the caller's to publish or discard.
+    def produce(self) -> SealedStage:
+        """Fetch the image into a stage file of its own, which is the caller's to publish or discard.
 
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: and nothing is left.
         :raises ConfigError: as :meth:`refuse_impossible`.
+        :raises StageGone: the stage file was swept away.
         """
-        self.refuse_impossible(call)
-        while True:
-            with contextlib.suppress(StageGone):
-                return self._run_once(call, use)
-
-    def adopt(
-        self, opened: OpenBase, known: evidence.Record | None, call: Call, use: evidence.Use
-    ) -> tuple[evidence.Record | None, str]:
-        """Check a base that carries no evidence, or too little: :mod:`imagecache_lib.ingest.adopt`."""
-        if known is not None:
-            return adopt.inspect_again(self._cache, opened, known, call)
-        return adopt.adopt(self._cache, opened, call, use)
-
-    def _run_once(self, call: Call, use: evidence.Use) -> SealedStage:
-        _source, image = call.describe()
-        if use is evidence.Use.FILE and image.converted_from is not None:
+        self.refuse_impossible()
+        source, image = self._call.describe()
+        if self._use is evidence.Use.FILE and image.converted_from is not None:
             raise errors.ImageNotFound(
                 f"all that is left of it is a conversion of its {image.converted_from} content",
-                image=call.image_id,
+                image=self._call.image_id,
                 next_step="upload it anew",
             )
-        started = self._cache.host.clock()
-        stage = Stage(self._cache, call.name)
+        decompress.compression_of(image, self._use, self._cache.config)  # refuses what is no disk
+        stage = Stage(self._cache, self._call.name)
         try:
-            stage.write_info()
-            with self._turn(stage, call):
-                content = self._copy_twin(stage, call, image, use)
-                if content is None:
-                    self._reserve(stage, call, image.size or 0)
-                    self._cache.host.trace(TracePoint.INGEST_RESERVED)
-                    content = self._fill(stage, call, image, use)
-                record = self._seal(stage, call, image, content)
+            return self._produce_in(stage, source, image)
         except BaseException as error:
-            self._give_up(stage, call, error)
+            self._give_up(stage, error)
             raise
-        if content.received:
-            self._observers(
+
+    def adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
+        """Check a base that carries no evidence, or too little: :mod:`imagecache_lib.ingest.adopt`."""
+        if known is not None:
+            record, reason = adopt.inspect_again(
+                self._cache, opened, known, self._call, self._ingest.converter
+            )
+        else:
+            record, reason = adopt.adopt(self._cache, opened, self._call, self._use, self._ingest.converter)
+        return record if record is not None else Unmet(reason)
+
+    def _produce_in(self, stage: Stage, source: ImageSource, image: model.Image) -> SealedStage:
+        started = self._cache.host.monotonic()
+        reservation = Reservation(stage, self._cache, self._ingest.evictor, self._call.waiter)
+        stage.write_info()
+        with self._ingest.slot(stage, self._call.waiter):
+            twin = self._copy_twin(stage, source, image, reservation)
+            if twin is None:
+                reservation.raise_to(image.size or 0)
+                self._cache.host.trace(TracePoint.INGEST_RESERVED)
+                content = self._fill(stage, reservation)
+            else:
+                content = twin.content
+            record = self._seal(stage, image, content)
+        allocated = 0 if twin is not None and twin.shared else stage.allocated
+        if twin is None:
+            self._cache.observers(
                 events.Fetched(
-                    call.name,
-                    call.image_id,
+                    self._call.name,
+                    self._call.image_id,
                     received=content.received,
-                    allocated=stage.allocated,
-                    seconds=self._cache.host.clock() - started,
+                    allocated=allocated,
+                    seconds=self._cache.host.monotonic() - started,
                 )
             )
-        return SealedStage(stage, record)
+        return SealedStage(stage, record, content.received, allocated)
 
-    def _copy_twin(self, stage: Stage, call: Call, image: model.Image, use: evidence.Use) -> Content | None:
+    def _copy_twin(
+        self, stage: Stage, source: ImageSource, image: model.Image, reservation: Reservation
+    ) -> _Copy | None:
         """Make it from a base of the same content. None: there is none that is whole."""
         with translated(self._cache.layout.records):
-            found = dedup.find(self._cache, call, image, use)
+            found = dedup.find(self._cache, self._call, source, image, self._use)
         if found is None:
             return None
         with contextlib.closing(found.opened):
             shared = dedup.share(found, stage)
-            if not shared:
-                self._reserve(stage, call, found.allocated)
-                if not dedup.copy(found, stage, call):
-                    stage.clear()
-                    return None
-        self._observers(events.Copied(call.name, call.image_id, origin=found.record.name, shared=shared))
+            if shared:
+                whole = dedup.is_whole(found, stage)
+            else:
+                reservation.raise_to(found.allocated)
+                whole = dedup.copy(found, stage, self._call)
+            if not whole:
+                stage.clear()
+                return None
         record = found.record
-        return Content(
+        self._cache.observers(
+            events.Copied(self._call.name, self._call.image_id, origin=record.name, shared=shared)
+        )
+        content = Content(
             record.source_format, record.stored_format, record.virtual_size, 0, inspected=record.inspected
         )
+        return _Copy(content, shared)
 
-    def _reserve(self, stage: Stage, call: Call, needed: int) -> None:
-        reservations.reserve(
-            stage,
-            needed,
-            self._cache,
-            check=call.check,
-            make_room=self._make_room,
-            deadline=call.request.deadline,
-        )
-
-    @contextlib.contextmanager
-    def _turn(self, stage: Stage, call: Call) -> Iterator[None]:
-        """Wait until few enough others fetch. Whoever waits for this image sees that somebody is at it."""
-        if self._turns is None:
-            yield
-            return
-        while not self._turns.acquire(timeout=_TURN_SLICE):
-            call.check()
-            stage.touch()
+    def _give_up(self, stage: Stage, error: BaseException) -> None:
+        """Remove what is left of a stage, whatever else fails, and tell why."""
+        swept = False
         try:
-            yield
+            with contextlib.suppress(OSError):
+                swept = not stage.is_at_path()
         finally:
-            self._turns.release()
-
-    def _give_up(self, stage: Stage, call: Call, error: BaseException) -> None:
-        swept = not stage.is_at_path()
-        stage.discard()
+            stage.discard()
         if swept and isinstance(error, errors.BackendError):
             raise StageGone from error
         if isinstance(error, errors.ImageRejected):
             if error.next_step is None:
                 error.next_step = "have its owner upload a good image under a new id"
-            self._observers(events.Rejected(call.name, call.image_id, reason=error.cause))
+            self._cache.observers(events.Rejected(self._call.name, self._call.image_id, reason=error.cause))
 
-    def _fill(self, stage: Stage, call: Call, image: model.Image, use: evidence.Use) -> Content:
+    def _fill(self, stage: Stage, reservation: Reservation) -> Content:
         """Pass over the data until it is whole. A clean restart is granted where a resume may be to blame."""
-        fetch = call.transfer()
+        fetch = self._call.transfer()
         whole = False
-        while True:
+        while True:  # every pass draws on the transfer's one retry budget
             stage.clear()
+            image = fetch.image  # the answer with the data may have told another length
+            reservation.raise_to(image.size or 0)
             try:
                 with contextlib.ExitStack() as stack:
                     taken = Intake(
                         stage,
-                        call,
+                        self._call,
                         image,
-                        use,
+                        self._use,
                         self._cache,
-                        self._converter,
-                        reserve=functools.partial(self._reserve, stage, call),
-                        certificate_store=self._certificates,
+                        self._ingest.converter,
+                        reserve=reservation.raise_to,
+                        certificate_store=self._ingest.certificates,
                         whole=whole,
                     )
                     stack.callback(taken.close)
-                    for chunk in stack.enter_context(
-                        contextlib.closing(self._watched(fetch, stage, call, image))
-                    ):
+                    chunks = self._watched(fetch, image, reservation)
+                    for chunk in stack.enter_context(contextlib.closing(chunks)):
                         taken.take(chunk)
                     return taken.finish()
             except transfer.StartAgain:
@@ -216,7 +262,7 @@ class Ingest:
             except Unstreamable as error:
                 LOG.info(
                     "Image %s is fetched once more, to be converted as a whole: %s",
-                    call.image_id,
+                    self._call.image_id,
                     error.cause,
                 )
                 whole = True
@@ -225,30 +271,31 @@ class Ingest:
                     raise
 
     def _watched(
-        self, fetch: transfer.Transfer, stage: Stage, call: Call, image: model.Image
+        self, fetch: transfer.Transfer, image: model.Image, reservation: Reservation
     ) -> Generator[bytes]:
         """Yield the chunks; reserve as they come if their number is unknown, and tell how far it is."""
         told = 0
         with contextlib.closing(fetch.chunks()) as chunks:
             for chunk in chunks:
-                if image.size is None and fetch.offset > stage.reserved:
-                    self._reserve(stage, call, fetch.offset + _UNKNOWN_SIZE_STEP)
+                if image.size is None and fetch.offset > reservation.reserved:
+                    reservation.raise_to(fetch.offset + _UNKNOWN_SIZE_STEP)
                 yield chunk
                 if fetch.offset - told >= _TELL_EVERY or fetch.offset == image.size:
                     told = fetch.offset
-                    self._observers(
-                        events.Progress(call.name, call.image_id, received=told, total=image.size)
+                    self._cache.observers(
+                        events.Progress(self._call.name, self._call.image_id, received=told, total=image.size)
                     )
 
-    def _seal(self, stage: Stage, call: Call, image: model.Image, content: Content) -> evidence.Record:
+    def _seal(self, stage: Stage, image: model.Image, content: Content) -> evidence.Record:
         """Make data and evidence durable, in this order, before anything can refer to them."""
         base_id = stage.seal()
-        found = os.fstat(stage.fd)
+        with translated(stage.path):
+            found = os.fstat(stage.fd)
         # A conversion that came from another cache proves nothing of the image's own data.
         digest = image.digest if image.converted_from is None else None
         record = evidence.Record(
-            name=call.name,
-            image_id=call.image_id,
+            name=self._call.name,
+            image_id=self._call.image_id,
             base_id=base_id,
             inode=found.st_ino,
             size=found.st_size,

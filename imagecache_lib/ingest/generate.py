@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bases that have no image: swap areas and empty filesystems, made by mkswap and mkfs.
 
-One that overlays refer to is shared, under a name that says what it is. It is the same byte for byte on every
-host and every time, since an overlay may meet it again elsewhere, or after it was evicted and made anew. What
-cannot be made so, or has no name of its own, is made for its one disk.
+One that overlays refer to is shared, under the name that Nova with the same configuration gives it and
+keeps. That name does not tell which filesystem is in it: the superblock does. A base that is there serves
+the disks that want its filesystem; every other disk gets one of its own. What is made here to be shared is
+the same byte for byte on every host and every time, since an overlay may meet it again elsewhere, or after it
+was evicted and made anew.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
+import uuid
 from collections.abc import Iterator, Mapping
 
 from oslo_concurrency import processutils
@@ -19,14 +23,17 @@ from imagecache_lib import errors
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.formats import superblock
 from imagecache_lib.formats.superblock import Signature
-from imagecache_lib.store import directory, evidence, layout, reservations
+from imagecache_lib.ingest.producer import BaseRequest
+from imagecache_lib.store import directory, evidence, layout
 from imagecache_lib.store.directory import CacheStore, OpenBase
-from imagecache_lib.store.reservations import MakeRoom
+from imagecache_lib.store.evictor import Evictor
+from imagecache_lib.store.evidence import Unmet
+from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import SealedStage, Stage, StageGone
 from imagecache_lib.system import durable
-from imagecache_lib.system.host import System
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 
 #: The label of a guest's first ephemeral disk, as Nova calls it; the only one that is shared.
 LABEL = "ephemeral0"
@@ -37,6 +44,14 @@ GIB = 2**30
 #: Of all shared ones. A guest never sees two: those with another label, and those made in place, get a
 #: random one.
 _UUID = "d3b5a6f4-5f0c-4a53-9a63-1f6b1c1f7a10"
+
+#: By which the superblock of a shared one is known: an ext filesystem's UUID, and the volume id that
+#: ``mkfs.vfat --invariant`` gives.
+IDENTITIES: Mapping[str, bytes] = {
+    "ext3": uuid.UUID(_UUID).bytes,
+    "ext4": uuid.UUID(_UUID).bytes,
+    "vfat": (0x1234ABCD).to_bytes(4, "little"),
+}
 
 #: 1980-01-01, before which FAT cannot date anything. mke2fs takes 0 for "not set".
 _TIME = "315532800"
@@ -111,10 +126,12 @@ class Generation:
 
     :param name: the base's name in the cache.
     :param size: bytes.
-    :param kind: ``swap`` or the filesystem. None: what the operator's command makes.
-    :param label: the filesystem's. None: a swap area.
+    :param kind: ``swap`` or the filesystem. None: what the operator's command makes, or whatever it is.
+    :param label: the filesystem's. None: any, or a swap area.
     :param command: the operator's command line. None: ours.
-    :param shared: it may be a base in the cache.
+    :param shared: the disk may refer to a base in the cache that fits.
+    :param publishable: where no base is there, this may become it. False: it is made for one disk.
+    :param impossible: why it cannot be made. None: it can.
     """
 
     name: str
@@ -123,21 +140,8 @@ class Generation:
     label: str | None = None
     command: str | None = None
     shared: bool = False
-
-    # What a lease asks of everything that is wanted. A base without an image goes by its name.
-    stored_format = None
-    trusted_certs = None
-    demands_signature = False
-
-    @property
-    def image_id(self) -> str:
-        return self.name
-
-    def check(self) -> None:
-        """There is no deadline."""
-
-    def named(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    publishable: bool = False
+    impossible: errors.BackendError | None = None
 
     def words(self, target: str) -> list[str]:
         """Return the command that makes it in an existing file of zeros.
@@ -153,32 +157,73 @@ class Generation:
                     next_step="use %(target)s and %(fs_label)s, and %% for a percent sign",
                 ) from error
         assert self.kind is not None  # whoever has no command has a kind
-        if self.shared:
+        if self.publishable:
             return [*_SHARED[self.kind], target]
         if self.kind == "swap":
             return ["mkswap", target]
         return [*_MKFS[self.kind], self.label or LABEL, target]
 
-    def fault(self, found: Signature | None, size: int, *, empty: bool) -> str | None:
-        """Return what is wrong with what was made, as a clause. None: nothing.
+    def unmet(self, found: Signature | None, size: int, *, empty: bool) -> Unmet | None:
+        """Return what is wrong with a file that should be this. None if nothing is.
 
+        :param found: the signature in the file.
         :param size: the file's, in bytes.
         :param empty: the file has no data.
         """
+        return next((Unmet(fault) for fault in self._faults(found, size, empty)), None)
+
+    def _faults(self, found: Signature | None, size: int, empty: bool) -> Iterator[str]:
         if size != self.size:
-            return f"it has {size} bytes instead of {self.size}"
+            yield f"it has {size} bytes instead of {self.size}"
         if self.kind is None:
-            return "nothing was written into it" if empty else None
+            if empty:
+                yield "nothing was written into it"
+            return
         if found is None:
-            return f"it has no signature of {self.kind}"
+            yield f"it has no signature of {self.kind}"
+            return
         if found.kind != self.kind:
-            return f"it is {found.kind} and not {self.kind}"
-        if self.shared and self.label is not None and found.label != self.label:
-            return f"its label is {found.label!r} and not {self.label!r}"
+            yield f"it is {found.kind} and not {self.kind}"
+        if self.publishable and self.label is not None and found.label != self.label:
+            yield f"its label is {found.label!r} and not {self.label!r}"
+        if not self._spanned_by(found):
+            yield f"its {found.kind} spans {found.size} bytes of {self.size}"
+
+    def _spanned_by(self, found: Signature) -> bool:
         # A filesystem ends on a whole cluster or block group.
-        if not self.size * 0.9 <= found.size <= self.size:
-            return f"its {found.kind} spans {found.size} bytes of {self.size}"
-        return None
+        return self.size * 0.9 <= found.size <= self.size
+
+    def unmet_by(self, fd: int) -> Unmet | None:
+        """Return why a base of that name does not serve, whatever its record says. None if it serves.
+
+        :param fd: of the base, open for reading.
+        :raises OSError: it cannot be read.
+        """
+        found, size, empty = look(fd)
+        unmet = self.unmet(found, size, empty=empty)
+        if unmet is None and found is not None and self.label not in (None, found.label):
+            # NTFS keeps its label where it is not read: such a base serves no disk that is made here.
+            unmet = Unmet(f"its label is {found.label!r} and not {self.label!r}")
+        if unmet is None:
+            return None
+        sound = size == self.size and found is not None and self._spanned_by(found)
+        return dataclasses.replace(unmet, sound=sound)
+
+
+def look(fd: int) -> tuple[Signature | None, int, bool]:
+    """Return a file's signature, its size in bytes, and whether it has no data.
+
+    :raises OSError: it cannot be read.
+    """
+    size = os.fstat(fd).st_size
+    found = superblock.read(os.pread(fd, superblock.LENGTH, 0))
+    try:
+        os.lseek(fd, 0, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return found, size, True
+    return found, size, False
 
 
 def swap(size_mb: int, *, share: bool) -> Generation:
@@ -188,7 +233,8 @@ def swap(size_mb: int, *, share: bool) -> Generation:
     :raises BackendError: a size that cannot be.
     """
     _require_size(size_mb, "MiB")
-    return Generation(layout.swap_name(size_mb), size_mb * MIB, "swap", shared=share)
+    name = layout.swap_name(size_mb)
+    return Generation(name, size_mb * MIB, "swap", shared=share, publishable=share)
 
 
 def ephemeral(
@@ -202,61 +248,74 @@ def ephemeral(
 ) -> Generation:
     """Return an empty filesystem of so many GiB.
 
-    The filesystem is ``fs``, or what the operator's command for the guest's type makes, or
-    ``default_ephemeral_format``, or the default of the guest's type.
-
     :param share: the backend's disks refer to bases.
     :raises BackendError: a size or a filesystem that cannot be.
     """
     _require_size(size_gb, "GiB")
-    commands = dict(each.split("=", 1) for each in config.virt_mkfs)
-    command = commands.get(os_type or "default", commands.get("default"))
-    default = config.default_ephemeral_format or _BY_OS_TYPE.get(os_type or "", _OTHERWISE)
     label = label or LABEL
-    if fs is None and command:
-        name = layout.ephemeral_name(size_gb, command)
-        return Generation(name, size_gb * GIB, None, label, command)
-    kind = fs or default
+    name = ephemeral_name(size_gb, os_type, config)
+    kind = filesystem(os_type, fs, config)
+    if kind is None:
+        return Generation(name, size_gb * GIB, None, label, _command(os_type, config))
+    # What an operator's command made has a name of its own, which two labels share, and nobody else.
+    shared = share and name == _name(size_gb, config)
+    # Of the filesystems that one name may have only the usual one is published, so that the hosts of one
+    # configuration do not fill it differently.
+    usual = not _command(os_type, config) and kind == _usual(os_type, config)
+    publishable = shared and usual and label == LABEL and can_be_shared(kind)
+    return Generation(name, size_gb * GIB, kind, label, shared=shared, publishable=publishable)
+
+
+def filesystem(os_type: str | None, fs: str | None, config: CacheConfig) -> str | None:
+    """Return the filesystem of an ephemeral disk. None: whatever the operator's command makes.
+
+    It is ``fs``, or what the operator's command for the guest's type makes, or ``default_ephemeral_format``,
+    or the default of the guest's type.
+
+    :raises BackendError: there is no such filesystem here.
+    """
+    if fs is None and _command(os_type, config):
+        return None
+    kind = fs or _usual(os_type, config)
     if kind not in _MKFS:
         raise errors.BackendError(
             f"ephemeral disks cannot have the filesystem {kind!r}",
             next_step=f"use one of {', '.join(_MKFS)}, or configure a command line in virt_mkfs",
         )
-    # The name says the filesystem and nothing else, so only one label can have it.
-    shared = share and kind == default and not command and label == LABEL and kind in _SHARED
-    return Generation(layout.ephemeral_name(size_gb, kind), size_gb * GIB, kind, label, shared=shared)
+    return kind
 
 
-def for_overlay(name: str, base_format: str, *, disk_size: int, disk_path: str) -> Generation:
-    """Return what an existing overlay was made on, as far as the name of its base says.
+def ephemeral_name(size_gb: int, os_type: str | None, config: CacheConfig) -> str:
+    """Return the name that Nova with this configuration gives to a shared ephemeral base, and keeps.
 
-    The name of a base that an operator's command made, or what no two hosts make alike, does not say how:
-    such a one can be checked, and not made.
-
-    :param name: the name of a swap or an ephemeral base.
-    :param base_format: the format that the overlay's header states for it.
-    :param disk_size: the overlay's virtual size in bytes.
-    :param disk_path: of the overlay, for messages.
-    :raises BackendError: this library makes no overlay like that.
+    It is of the operator's command, or of ``default_ephemeral_format``, or of vfat: Nova looks the default
+    filesystem up for a type that it calls ``default``, whichever type the guest has, and makes the guest's.
     """
-    size = int(name.split("_")[1]) * (MIB if layout.classify(name) is layout.Kind.SWAP else GIB)
-    if layout.classify(name) is layout.Kind.SWAP:
-        kind: str | None = "swap"
-    else:
-        kind = next((each for each in _SHARED if _names(name, size, each)), None)
-    # The disk was made as large as its base, and only ever grown. A guest that made the header up would
-    # otherwise choose how much the cache holds.
-    if base_format != "raw" or not 0 < size <= disk_size:
-        raise errors.BackendError(
-            f"its header wants the base {name} as {base_format} under {disk_size} bytes",
-            path=disk_path,
-            next_step="find out where the disk came from; make it anew",
-        )
-    return Generation(name, size, kind, None if kind in (None, "swap") else LABEL, shared=True)
+    commands = _commands(config)
+    command = commands.get(os_type or "default") or commands.get("default")
+    return layout.ephemeral_name(size_gb, command) if command else _name(size_gb, config)
 
 
-def _names(name: str, size: int, kind: str) -> bool:
-    return kind != "swap" and layout.ephemeral_name(size // GIB, kind) == name
+def can_be_shared(kind: str) -> bool:
+    """Whether all hosts make a swap area or a filesystem of that kind alike."""
+    return kind in _SHARED
+
+
+def _name(size_gb: int, config: CacheConfig) -> str:
+    return layout.ephemeral_name(size_gb, config.default_ephemeral_format or _OTHERWISE)
+
+
+def _usual(os_type: str | None, config: CacheConfig) -> str:
+    return config.default_ephemeral_format or _BY_OS_TYPE.get(os_type or "", _OTHERWISE)
+
+
+def _commands(config: CacheConfig) -> Mapping[str, str]:
+    return dict(each.split("=", 1) for each in config.virt_mkfs)
+
+
+def _command(os_type: str | None, config: CacheConfig) -> str | None:
+    commands = _commands(config)
+    return commands.get(os_type or "default", commands.get("default"))
 
 
 def _require_size(size: int, unit: str) -> None:
@@ -265,106 +324,110 @@ def _require_size(size: int, unit: str) -> None:
 
 
 class Generator:
-    """Makes what a lease misses. Safe to share between threads.
+    """Makes swap areas and empty filesystems. Safe to share between threads.
 
-    :param make_room: evicts so many bytes if policy allows, and returns how many it freed.
+    :param evictor: asked for room.
     """
 
-    def __init__(
-        self,
-        cache: CacheStore,
-        host: System,
-        *,
-        make_room: MakeRoom = reservations.nothing_to_free,
-    ) -> None:
+    def __init__(self, cache: CacheStore, evictor: Evictor) -> None:
         self._cache = cache
-        self._host = host
-        self._make_room = make_room
+        self._evictor = evictor
 
-    def refuse_impossible(self, wanted: Generation) -> None:
-        """Refuse what only its name is known of.
+    def request(self, wanted: Generation) -> BaseRequest:
+        """Return what is asked of a lease for a generation. There is no deadline."""
+        # Its bytes are wanted as they are: there is nothing to inspect in what is made here.
+        requirements = evidence.Requirements(evidence.Use.FILE)
+        waiter = Waiter(self._cache.host)
+        producer = GenerationProducer(wanted, self._cache, self._evictor, waiter)
+        return BaseRequest(wanted.name, requirements, producer, waiter, publishable=wanted.publishable)
 
-        :raises BackendError: nobody knows how it was made.
+
+class GenerationProducer:
+    """Makes one of them: a :class:`~imagecache_lib.ingest.producer.Producer`."""
+
+    def __init__(self, wanted: Generation, cache: CacheStore, evictor: Evictor, waiter: Waiter) -> None:
+        self._wanted = wanted
+        self._cache = cache
+        self._evictor = evictor
+        self._waiter = waiter
+
+    def refuse_impossible(self) -> None:
+        """Refuse what cannot be made, or of which nothing tells how.
+
+        :raises BackendError: it cannot be made; the cause says why.
         """
-        if wanted.kind is None and wanted.command is None:
-            raise errors.BackendError(
-                "its name does not say how it was made, and made otherwise it would not fit the disk",
-                image=wanted.name,
-                next_step="copy it from the host that the disk came from, or make the disk anew",
-            )
+        if self._wanted.impossible is not None:
+            raise self._wanted.impossible
 
-    def run(self, wanted: Generation, use: evidence.Use) -> SealedStage:
+    def produce(self) -> SealedStage:
         """Make it in a stage file, which is the caller's to publish or discard.
 
         :raises NoSpaceError, BackendError, ConfigError: and nothing is left.
+        :raises StageGone: the stage file was swept away.
         """
-        while True:
-            with contextlib.suppress(StageGone):
-                return self._run_once(wanted)
-
-    def _run_once(self, wanted: Generation) -> SealedStage:
-        stage = Stage(self._cache, wanted.name)
+        stage = Stage(self._cache, self._wanted.name)
         try:
-            stage.write_info()
-            reservations.reserve(
-                stage, _room(wanted.size), self._cache, check=wanted.check, make_room=self._make_room
-            )
-            with translated(stage.path):
-                os.ftruncate(stage.fd, wanted.size)
-            # Only these programs take a lock of their own, or may: nobody knows what an operator's does.
-            with stage.lent() if wanted.kind in (None, "ntfs") else contextlib.nullcontext():
-                self._make(wanted, stage.path)
-            if (fault := self._fault(wanted, stage.fd)) is not None:
-                raise errors.BackendError(
-                    f"{wanted.words(stage.path)[0]} did not make what it should: {fault}",
-                    image=wanted.name,
-                    next_step="check that program, and virt_mkfs where it is configured",
-                )
-            stage.read_back()
-            self._host.trace(TracePoint.GENERATE_MADE)
-            record = self._record(wanted, stage.fd, stage.seal(), evidence.Origin.GENERATED)
-            stage.write_info(record)
+            return self._produce_in(stage)
         except BaseException as error:
-            swept = not stage.is_at_path()
-            stage.discard()
+            swept = False
+            try:
+                with contextlib.suppress(OSError):
+                    swept = not stage.is_at_path()
+            finally:
+                stage.discard()
             if swept and isinstance(error, errors.BackendError):
                 raise StageGone from error
             raise
-        return SealedStage(stage, record)
 
-    def adopt(
-        self,
-        opened: OpenBase,
-        known: evidence.Record | None,
-        wanted: Generation,
-        use: evidence.Use,
-    ) -> tuple[evidence.Record | None, str]:
-        """Check what somebody else made, and write down that it was. As :func:`adopt.adopt`.
+    def _produce_in(self, stage: Stage) -> SealedStage:
+        wanted = self._wanted
+        stage.write_info()
+        Reservation(stage, self._cache, self._evictor, self._waiter).raise_to(_room(wanted.size))
+        with translated(stage.path):
+            os.ftruncate(stage.fd, wanted.size)
+        # Only these programs take a lock of their own, or may: nobody knows what an operator's does.
+        with stage.lent() if wanted.kind in (None, "ntfs") else contextlib.nullcontext():
+            self._make(wanted, stage.path)
+        if (unmet := self._unmet(stage.fd)) is not None:
+            raise errors.BackendError(
+                f"{wanted.words(stage.path)[0]} did not make what it should: {unmet.reason}",
+                image=wanted.name,
+                next_step="check that program, and virt_mkfs where it is configured",
+            )
+        stage.read_back()
+        self._cache.host.trace(TracePoint.GENERATE_MADE)
+        record = self._record(wanted, stage.fd, stage.seal(), evidence.Origin.GENERATED)
+        stage.write_info(record)
+        return SealedStage(stage, record, allocated=stage.allocated)
+
+    def adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
+        """Check what somebody else made, and write down that it was.
 
         ``known`` is None: what is generated is never wanted as an image, so no inspection can be lacking.
         """
-        if (fault := self._fault(wanted, opened.fd)) is not None:
-            return None, fault
+        if (unmet := self._unmet(opened.fd)) is not None:
+            return unmet
         with translated(opened.path):
             os.fsync(opened.fd)
             durable.sync_directory(os.path.dirname(opened.path))
-            record = self._record(wanted, opened.fd, directory.mark(opened.fd), evidence.Origin.ADOPTED)
+            base_id = directory.mark(opened.fd)
+            record = self._record(self._wanted, opened.fd, base_id, evidence.Origin.ADOPTED)
             self._cache.write_record(record)
-        return record, ""
+        return record
 
-    def _fault(self, wanted: Generation, fd: int) -> str | None:
-        with translated(self._cache.layout.base(wanted.name)):
-            size = os.fstat(fd).st_size
-            found = superblock.read(os.pread(fd, superblock.LENGTH, 0))
-            try:
-                os.lseek(fd, 0, os.SEEK_DATA)
-                empty = False
-            except OSError:
-                empty = True
-        return wanted.fault(found, size, empty=empty)
+    def unmet(self, opened: OpenBase) -> Unmet | None:
+        """Return what is wrong with a base of that name, as its superblock tells. None if it serves."""
+        with translated(opened.path):
+            return self._wanted.unmet_by(opened.fd)
+
+    def _unmet(self, fd: int) -> Unmet | None:
+        with translated(self._cache.layout.base(self._wanted.name)):
+            found, size, empty = look(fd)
+        return self._wanted.unmet(found, size, empty=empty)
 
     def _record(self, wanted: Generation, fd: int, base_id: str, origin: evidence.Origin) -> evidence.Record:
-        found = os.fstat(fd)
+        with translated(self._cache.layout.base(wanted.name)):
+            found = os.fstat(fd)
         return evidence.Record(
             name=wanted.name,
             image_id=None,
@@ -382,12 +445,12 @@ class Generator:
         environment = {**os.environ, "LC_ALL": "C"}
         # Administrators' programs, which a service's PATH may lack.
         environment["PATH"] = f"{environment.get('PATH', os.defpath)}:/usr/sbin:/sbin"
-        if wanted.shared:
+        if wanted.publishable:
             environment |= {"SOURCE_DATE_EPOCH": _TIME, "E2FSPROGS_FAKE_TIME": _TIME}
         limits = (f"--cpu={config.convert_cpu_time_limit}", f"--as={config.convert_address_space_limit}")
         words = wanted.words(path)
         with _translated(words[0], wanted.name):
-            self._host.execute("prlimit", *limits, "--", *words, env_variables=environment)
+            self._cache.host.execute("prlimit", *limits, "--", *words, env_variables=environment)
 
 
 def _room(size: int) -> int:

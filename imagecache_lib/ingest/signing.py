@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 from imagecache_lib import errors, model
-from imagecache_lib.ingest import certificates, digest
+from imagecache_lib.ingest import certificates
+from imagecache_lib.ingest.stream import Aside
 
 _PROPERTIES = (
     "img_signature",
@@ -42,17 +44,36 @@ def is_possible() -> bool:
     return importlib.util.find_spec("cursive") is not None
 
 
+class Unverified:
+    """Stands for a verification where no signature is demanded."""
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next chunk and do nothing with it."""
+
+    def finish(self) -> Vouching:
+        """Return that nobody vouches for the image."""
+        return Vouching()
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 class Verification:
     """Verifies one image's signature while its bytes flow by, on a thread of its own.
 
     :param trusted: ids of the certificates of which some must lead from the image's to a root. None: whether
         it is trusted does not matter.
+    :param check: raises once the caller no longer waits.
     :raises ImageRejected: the image is not signed, or not with a certificate that is known and trusted.
     :raises SourceError: a certificate cannot be got now.
     """
 
     def __init__(
-        self, image: model.Image, store: certificates.CertificateStore, trusted: tuple[str, ...] | None
+        self,
+        image: model.Image,
+        store: certificates.CertificateStore,
+        trusted: tuple[str, ...] | None,
+        check: Callable[[], None],
     ) -> None:
         lacking = [name for name in _PROPERTIES if not isinstance(image.properties.get(name), str)]
         if lacking:
@@ -69,14 +90,14 @@ class Verification:
             self._verifier = _verifier(certificate, signature, hash_method, key_type)
         except exception.SignatureVerificationError as error:
             raise _rejected(error) from error
-        self._aside = digest.Aside(self._verifier.update, "imagecache-signature")
+        self._aside = Aside(self._verifier.update, "imagecache-signature", check)
 
     def feed(self, chunk: bytes) -> None:
         """Take the next chunk, which must not change afterwards."""
         self._aside.feed(chunk)
 
     def close(self) -> None:
-        """End the thread. Harmless when it has ended."""
+        """End the thread."""
         self._aside.close()
 
     def finish(self) -> Vouching:
@@ -86,7 +107,7 @@ class Verification:
         """
         from cryptography.exceptions import InvalidSignature
 
-        self.close()
+        self._aside.finish()
         try:
             self._verifier.verify()
         except InvalidSignature:

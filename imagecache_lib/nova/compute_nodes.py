@@ -36,7 +36,7 @@ def refresh(cache: CacheStore) -> None:
         cache.layout.lock(LOCK),
         shared=False,
         host=cache.host,
-        patience=cache.config.lock_timeout,
+        stall_timeout=cache.config.lock_timeout,
     ) as got:
         data = durable.read_file(path)
         known = _parse(data) if data is not None else None

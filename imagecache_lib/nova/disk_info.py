@@ -17,11 +17,17 @@ from collections.abc import Iterator, Mapping
 from imagecache_lib import errors
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import layout
-from imagecache_lib.system import durable, locks
+from imagecache_lib.system import atomic_file, durable, locks
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 
 NAME = "disk.info"
+
+#: Extended attribute of a disk: its format, by QEMU's name, which a guest that owns the disk cannot change.
+FORMAT_MARK = "user.imagecache.format"
+
+#: How often what others overwrote meanwhile is put back before they are left to it.
+_MOST_ROUNDS = 1000
 
 #: Locks for all of a host's disk.info files: enough for spawns to go on side by side, and few, since a lock
 #: file for each instance directory would stay behind for ever.
@@ -61,7 +67,7 @@ class DiskInfo:
 
     def __init__(self, config: CacheConfig, host: System) -> None:
         self._locks_path = config.locks_path
-        self._patience = config.lock_timeout
+        self._stall_timeout = config.lock_timeout
         self._host = host
 
     def format_of(self, disk: str) -> str | None:
@@ -79,6 +85,9 @@ class DiskInfo:
         not. The pin is durable before the disk can be seen, since a power cut that kept the disk and lost
         the pin would let the guest choose.
 
+        Where no locks work, two who write at once lose one entry. So the file is read back until it has the
+        entries of all the disks beside it that are marked with their format: whoever writes last sees them.
+
         :raises Damaged: other disks' formats would be lost.
         :raises NoSpaceError, BackendError: the file cannot be written.
         """
@@ -91,8 +100,9 @@ class DiskInfo:
                 yield
             except BaseException:
                 if before.get(disk) != format:
-                    _write(path, before)
+                    _put_back(path, disk, before.get(disk))
                 raise
+            _complete(path, {disk: format})
 
     def forget(self, disk: str) -> None:
         """Remove the entry of a disk that is gone, if it has one.
@@ -100,18 +110,13 @@ class DiskInfo:
         :raises NoSpaceError, BackendError: the file cannot be written.
         """
         path = _beside(disk)
-        with self._locked(path):
-            try:
-                before = _read(path)
-            except Damaged:
-                return
-            if disk in before:
-                _write(path, {other: format for other, format in before.items() if other != disk})
+        with self._locked(path), contextlib.suppress(Damaged):
+            _put_back(path, disk, None)
 
     def _locked(self, path: str) -> contextlib.AbstractContextManager[bool]:
         number = zlib.crc32(os.fsencode(os.path.realpath(path))) % _LOCKS
         lock = os.path.join(self._locks_path, layout.lock_name(f"imagecache-disk-info-{number:x}"))
-        return locks.waiting(lock, shared=False, host=self._host, patience=self._patience)
+        return locks.waiting(lock, shared=False, host=self._host, stall_timeout=self._stall_timeout)
 
 
 def _read(path: str) -> dict[str, str]:
@@ -137,6 +142,44 @@ def _write(path: str, formats: Mapping[str, str]) -> None:
             # Nothing is left to pin: leave the directory as it was before the first disk.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+def _put_back(path: str, disk: str, format: str | None) -> None:
+    """Give a disk the entry that it had. None: it had none."""
+    known = _read(path)
+    if known.get(disk) == format:
+        return
+    others = {other: pinned for other, pinned in known.items() if other != disk}
+    _write(path, others if format is None else {**others, disk: format})
+    _complete(path, {})
+
+
+def _complete(path: str, own: Mapping[str, str]) -> None:
+    """Write entries that are missing until none is: ``own``, and those of marked disks in the directory.
+
+    The disks have their names by now. Whoever writes the file last looks for them after that, and a disk that
+    gets its name later has its own look to come.
+    """
+    with contextlib.suppress(Damaged):  # the marks say the same, and other entries must not be lost
+        for _round in range(_MOST_ROUNDS):
+            known = _read(path)
+            lacking = {disk: format for disk, format in own.items() if known.get(disk) != format}
+            lacking |= {disk: format for disk, format in _marked(path) if disk not in {**known, **own}}
+            if not lacking:
+                return
+            _write(path, {**known, **lacking})
+
+
+def _marked(path: str) -> Iterator[tuple[str, str]]:
+    """Yield the disks beside a ``disk.info`` that are marked with their format, and that."""
+    directory = os.path.dirname(path)
+    with translated(path):
+        names = os.listdir(directory)
+    for name in names:
+        if not atomic_file.UNFINISHED.fullmatch(name):
+            disk = os.path.join(directory, name)
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                yield disk, os.getxattr(disk, FORMAT_MARK, follow_symlinks=False).decode("ascii")
 
 
 def _beside(disk: str) -> str:

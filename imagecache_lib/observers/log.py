@@ -75,9 +75,9 @@ class LogObserver:
                 LOG.debug("%r", event)
 
     def _tell_fault(self, event: Rejected | Bypassed | NotCloned | Damaged) -> None:
-        level, text = _fault(event)
+        text = _fault(event)
         known = self._is_known(type(event).__name__, event.name, text)
-        LOG.log(logging.DEBUG if known else level, "%s", text)
+        LOG.log(logging.DEBUG if known else event.level, "%s", text)
 
     def _tell_problems(self, problems: Sequence[str]) -> None:
         for problem in problems:
@@ -103,19 +103,19 @@ class LogObserver:
                 self._told.pop((fault.__name__, event.name), None)
 
 
-def _fault(event: Rejected | Bypassed | NotCloned | Damaged) -> tuple[int, str]:
-    """Return how bad it is, and a sentence about it."""
+def _fault(event: Rejected | Bypassed | NotCloned | Damaged) -> str:
+    """Return a sentence about it."""
     match event:
         case Rejected(reason=reason):
-            return logging.WARNING, f"Image {event.image_id} rejected: {reason}"
+            return f"Image {event.image_id} rejected: {reason}"
         case Bypassed(reason=reason):
-            return logging.WARNING, f"Image {event.image_id} served around the cache: {reason}"
+            return f"Image {event.image_id} served around the cache: {reason}"
         case NotCloned(reason=reason):
-            return logging.WARNING, f"Image {event.image_id} is fetched, since it cannot be cloned: {reason}"
+            return f"Image {event.image_id} is fetched, since it cannot be cloned: {reason}"
         case Damaged(detail=detail, stays=None):
-            return logging.ERROR, f"Base image {event.name} was damaged on disk, and is evicted: {detail}"
+            return f"Base image {event.name} was damaged on disk, and is evicted: {detail}"
         case Damaged(detail=detail, stays=stays):
-            return logging.ERROR, (
+            return (
                 f"Base image {event.name} is damaged on disk, and disks may read wrong bytes: {detail}."
                 f" It stays: {stays}"
             )

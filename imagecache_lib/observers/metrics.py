@@ -20,24 +20,12 @@ _PREFIX = "imagecache"
 #: An image takes from a moment to an hour.
 _FETCH_BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 
-_COUNTED: dict[type[events.Event], tuple[str, str]] = {
-    events.Hit: ("hits", "Times that a base image was wanted and there"),
-    events.Miss: ("misses", "Times that a base image was wanted and not there, or not fit"),
-    events.Published: ("published", "Base images that got their name"),
-    events.Adopted: ("adopted", "Base images of somebody else that passed their check"),
-    events.Bypassed: ("bypassed", "Requests served around the cache"),
-    events.NotCloned: ("not_cloned", "Images that the storage could not clone"),
-    events.Rejected: ("rejected", "Images refused for good"),
-    events.Evicted: ("evicted", "Base images removed"),
-    events.Damaged: ("damaged", "Base images that the disk changed"),
-    events.Recovered: ("recovered", "Leftovers of crashes put right"),
-}
-
 
 class MetricsObserver:
     """Counts events. Safe to share between threads; all managers of a process may share one.
 
-    :param registry: gets the metrics; a name can be registered once only. None: the process's own.
+    :param registry: the registry that gets the metrics, or None for the process's own. A registry takes each
+        name once.
     :param clock: epoch seconds.
     """
 
@@ -50,8 +38,7 @@ class MetricsObserver:
         self.registry = registry or prometheus_client.REGISTRY
         self._clock = clock
         self._counters = {
-            kind: prometheus_client.Counter(f"{_PREFIX}_{name}", text, registry=self.registry)
-            for kind, (name, text) in _COUNTED.items()
+            kind: self._counter(*kind.counter) for kind in events.KINDS if kind.counter is not None
         }
         self._received = self._counter("fetched_bytes", "Bytes that came over the wire")
         self._reclaimed = self._counter("evicted_bytes", "Bytes on disk that eviction gave back")
@@ -85,8 +72,9 @@ class MetricsObserver:
     def write_textfile(self, path: str | os.PathLike[str]) -> None:
         """Write all that the registry has into a file, in one step.
 
-        :param path: in the directory of node_exporter's textfile collector, its name ending in ``.prom``.
-        :raises ConfigError: it cannot be written.
+        :param path: path of a file in the directory of node_exporter's textfile collector; its name must
+            end in ``.prom``.
+        :raises ConfigError: the file cannot be written.
         """
         try:
             prometheus_client.write_to_textfile(os.fspath(path), self.registry)

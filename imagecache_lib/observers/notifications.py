@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 import threading
 from typing import Any
 
@@ -18,19 +19,11 @@ from imagecache_lib import events
 
 LOG = logging.getLogger(__name__)
 
-#: What is told, and with which priority. Hits, misses and progress are metrics.
-_PRIORITIES: dict[type[events.Event], tuple[str, str]] = {
-    events.Fetched: ("info", "fetched"),
-    events.Published: ("info", "published"),
-    events.Adopted: ("info", "adopted"),
-    events.Evicted: ("info", "evicted"),
-    events.Recovered: ("info", "recovered"),
-    events.PassFinished: ("info", "pass_finished"),
-    events.Bypassed: ("warn", "bypassed"),
-    events.NotCloned: ("warn", "not_cloned"),
-    events.Rejected: ("warn", "rejected"),
-    events.Damaged: ("error", "damaged"),
-}
+#: oslo.messaging's priorities, by the level of an event. Hits, misses and progress, below, are metrics.
+_PRIORITIES = {logging.INFO: "info", logging.WARNING: "warn", logging.ERROR: "error"}
+
+#: Where a capital letter begins another word of a class's name.
+_WORD = re.compile(r"(?<!^)(?=[A-Z])")
 
 
 class NotificationObserver:
@@ -49,9 +42,10 @@ class NotificationObserver:
         self._failing = False
 
     def __call__(self, event: events.Event) -> None:
-        if type(event) not in _PRIORITIES:
+        priority = _PRIORITIES.get(event.level)
+        if priority is None:
             return
-        priority, what = _PRIORITIES[type(event)]
+        what = _WORD.sub("_", type(event).__name__).lower()
         payload: dict[str, Any] = {"host": self._host, **dataclasses.asdict(event)}
         try:
             getattr(self._notifier, priority)({}, f"imagecache.{what}", payload)
@@ -76,7 +70,7 @@ def notifier(
 
     :param transport: from :func:`oslo_messaging.get_notification_transport`. Its configuration says to which
         topics.
-    :param driver: oslo.messaging's name of one, such as ``messagingv2``. None: the configuration's.
+    :param driver: name of an oslo.messaging driver, such as ``messagingv2``, or None for the configuration's.
     """
     # Without a retry: observers run in the thread that spawns.
     return oslo_messaging.Notifier(transport, publisher_id=f"imagecache.{host}", driver=driver, retry=0)

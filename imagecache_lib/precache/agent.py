@@ -13,6 +13,7 @@ import logging
 import os
 import random as random_module
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from imagecache_lib import errors, events, manager, model
@@ -20,6 +21,7 @@ from imagecache_lib.backends.interface import Feature
 from imagecache_lib.precache import client, job
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
+from imagecache_lib.system import durable
 
 LOG = logging.getLogger(__name__)
 
@@ -33,8 +35,14 @@ _MOST_TASKS = 100
 _FIRST_DELAY = 5.0
 _LONGEST_DELAY = 300.0
 
-#: Seconds that the source may take to say what it has, when somebody only wants to know.
-_SURVEY_PATIENCE = 20.0
+#: Waiting is cut into pieces of so many seconds, so that a cancelled task ends soon.
+_PIECE = 0.5
+
+#: Seconds that the source may take to say what it has for a survey. A conductor waits longer.
+_SURVEY_SECONDS = 10.0
+
+#: Clocks that are further apart than so many seconds are worth a line in the log.
+_SKEW = 60.0
 
 _CANCELLED = job.Cell(job.Result.SKIPPED, "the task was cancelled")
 
@@ -47,7 +55,6 @@ class Watch:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seen: collections.OrderedDict[str, tuple[int, int | None]] = collections.OrderedDict()
-        self._allocated: dict[str, int] = {}
 
     def __call__(self, event: events.Event) -> None:
         if event.image_id is None:
@@ -55,33 +62,54 @@ class Watch:
         match event:
             case events.Progress(received=received, total=total):
                 self._keep(event.image_id, received, total)
-            case events.Fetched(received=received, allocated=allocated):
-                self._keep(event.image_id, received, received, allocated)
+            case events.Fetched(received=received):
+                self._keep(event.image_id, received, received)
 
-    def _keep(self, image_id: str, received: int, total: int | None, allocated: int = 0) -> None:
+    def _keep(self, image_id: str, received: int, total: int | None) -> None:
         with self._lock:
             self._seen[image_id] = (received, total)
             self._seen.move_to_end(image_id)
-            self._allocated[image_id] = allocated
             while len(self._seen) > self._MOST:
-                oldest, _far = self._seen.popitem(last=False)
-                del self._allocated[oldest]
+                self._seen.popitem(last=False)
 
     def forget(self, image_id: str) -> None:
         """Begin anew with an image."""
         with self._lock:
             self._seen.pop(image_id, None)
-            self._allocated.pop(image_id, None)
 
-    def far(self, image_id: str) -> tuple[int, int | None]:
+    def progress(self, image_id: str) -> tuple[int, int | None]:
         """Return the bytes of an image that came, and those it has in all."""
         with self._lock:
             return self._seen.get(image_id, (0, None))
 
-    def allocated(self, image_id: str) -> int:
-        """Return the bytes that an image took on disk when it was complete."""
-        with self._lock:
-            return self._allocated.get(image_id, 0)
+
+@dataclasses.dataclass(frozen=True)
+class _Retry:
+    """An image that failed in a way that may pass.
+
+    :param not_before: epoch seconds.
+    :param failures: how often it failed so far.
+    """
+
+    not_before: float
+    failures: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+    """What is needed to try one image: the task's state when the try began.
+
+    :param cancelled: set when the task is to stop.
+    :param failures: how often the image failed before.
+    """
+
+    asked: client.HostTask
+    cancelled: threading.Event
+    image_id: str
+    failures: int
+
+    def is_late(self, now: float) -> bool:
+        return self.asked.deadline is not None and now >= self.asked.deadline
 
 
 class _Task:
@@ -94,6 +122,7 @@ class _Task:
         self.thread: threading.Thread | None = None
         self.current: str | None = None
         self.spent = 0
+        self._retries: dict[str, _Retry] = {}
 
     @property
     def is_over(self) -> bool:
@@ -108,10 +137,30 @@ class _Task:
                 self.cells[image_id] = job.Cell()
         if again:
             self.asked = asked
-            self.cancelled = threading.Event()
+            self._retries.clear()
+            # One that was not cancelled is what a fetch under way looks at: the next cancellation, or the
+            # agent's end, must reach that fetch whichever attempt began it.
+            if self.cancelled.is_set():
+                self.cancelled = threading.Event()
 
-    def next(self) -> str | None:
-        return next((image_id for image_id, cell in self.cells.items() if cell.result is None), None)
+    def next(self, now: float) -> _Attempt | None:
+        """Return the image to try now. Returns None if all others have a result, or wait for a retry."""
+        self.current = None
+        for image_id, cell in self.cells.items():
+            retry = self._retries.get(image_id, _Retry(0.0, 0))
+            if cell.result is None and (retry.not_before <= now or self.cancelled.is_set()):
+                self.current = image_id
+                return _Attempt(self.asked, self.cancelled, image_id, retry.failures)
+        return None
+
+    def postpone(self, attempt: _Attempt, not_before: float) -> None:
+        """Let other images go first, until it may be tried again."""
+        self._retries[attempt.image_id] = _Retry(not_before, attempt.failures + 1)
+
+    def seconds_to_next(self, now: float) -> float:
+        """Return for how long there is nothing to do."""
+        pending = [self._retries[image_id] for image_id, cell in self.cells.items() if cell.result is None]
+        return max(0.0, min((retry.not_before for retry in pending), default=now) - now)
 
 
 class HostAgent:
@@ -142,9 +191,15 @@ class HostAgent:
         self._host = cache.host
         self._tasks: collections.OrderedDict[str, _Task] = collections.OrderedDict()
         self._lock = threading.Lock()
-        self._one_at_a_time = threading.Lock()
+        #: One image at a time on this host, however many conductors ask.
+        self._slot = threading.Lock()
+        self._instance = durable.new_id()
 
     # -- what a conductor may ask --------------------------------------------------------------------
+
+    def info(self) -> client.AgentInfo:
+        """Say which agent this is, and what time it has."""
+        return client.AgentInfo(self._instance, self._host.clock())
 
     def survey(self, image_ids: Sequence[str]) -> client.Survey:
         """Say what is here of some images, and how large the others are.
@@ -153,7 +208,7 @@ class HostAgent:
         """
         if Feature.CLONE in self._cache.backend.features:
             raise client.HostUnsupported("its storage clones images and needs no cache")
-        request = model.Request(deadline=self._host.clock() + _SURVEY_PATIENCE, fallbacks=self._fallbacks)
+        request = model.Request(deadline=self._host.clock() + _SURVEY_SECONDS, fallbacks=self._fallbacks)
         present, problems = [], {}
         missing: dict[str, int | None] = {}
         for image_id in image_ids:
@@ -170,14 +225,16 @@ class HostAgent:
         """Work on a task; one that is known goes on.
 
         :raises ImageRejected: an id that no image can have.
-        :raises BackendError: this host has too many tasks, or the task too many images.
+        :raises HostBusy: this host has too many tasks now.
+        :raises BackendError: the task has too many images.
         """
         for image_id in task.image_ids:
             layout.base_name(image_id)
+        task = self._by_own_clock(task)
         with self._lock:
             known = self._tasks.get(task.job_id)
             if known is None:
-                self._require_room()
+                self._require_capacity()
                 known = self._tasks[task.job_id] = _Task(task)
             else:
                 _require_few({*known.cells, *task.image_ids})
@@ -201,7 +258,7 @@ class HostAgent:
             cells = dict(task.cells)
             current = task.current
         if current is not None and cells[current].result is None:
-            received, total = self._watch.far(current)
+            received, total = self._watch.progress(current)
             cells[current] = dataclasses.replace(cells[current], received=received, total=total)
         return cells
 
@@ -212,76 +269,116 @@ class HostAgent:
             if task is not None:
                 task.cancelled.set()
 
-    def stop(self) -> None:
-        """Cancel everything and wait for it. A conductor begins it again once the agent is back."""
+    def stop(self, timeout: float | None = None) -> None:
+        """Cancel everything and wait for it. A conductor begins it again once the agent is back.
+
+        :param timeout: seconds to wait at most. A fetch whose source hangs sees the cancellation late.
+        """
         with self._lock:
             tasks = list(self._tasks.values())
             threads = [task.thread for task in tasks if task.thread is not None]
             for task in tasks:
                 task.cancelled.set()
+        until = None if timeout is None else time.monotonic() + timeout
         for thread in threads:
-            thread.join()
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+
+    def _by_own_clock(self, task: client.HostTask) -> client.HostTask:
+        """Return the task with moments by this host's clock, which may differ from the conductor's."""
+        now = self._host.clock()
+        moments = (("deadline", task.deadline, task.deadline_in), ("pin_until", task.pin_until, task.pin_for))
+        own: dict[str, float] = {}
+        for name, absolute, ahead in moments:
+            if ahead is None:
+                continue
+            own[name] = now + ahead
+            if absolute is not None and abs(own[name] - absolute) > _SKEW:
+                LOG.warning(
+                    "This host's clock is %+.0f s off the conductor's, the times of job %s are taken as "
+                    "seconds from now",
+                    own[name] - absolute,
+                    task.job_id,
+                )
+        return dataclasses.replace(task, deadline_in=None, pin_for=None, **own)  # type: ignore[arg-type]
 
     # -- the work ------------------------------------------------------------------------------------
 
     def _work(self, task: _Task) -> None:
         while True:
             with self._lock:
-                image_id = task.current = task.next()
-                if image_id is None:
+                attempt = task.next(self._host.clock())
+                if attempt is None and task.is_over:
                     task.thread = None
                     self._forget_oldest()
                     return
-                asked, cancelled = task.asked, task.cancelled
-            # One image at a time on this host, however many conductors ask.
-            with self._one_at_a_time:
-                cell = self._cache_one(task, asked, cancelled, image_id)
-            LOG.info("Job %s, image %s: %s %s", asked.job_id, image_id, _value(cell.result), cell.reason)
-            with self._lock:
-                # If another attempt began meanwhile, how this one failed is history.
-                failed = cell.result is not None and cell.result.is_failure
-                if not (failed and task.asked.attempt != asked.attempt):
-                    task.cells[image_id] = cell
+                pause = task.seconds_to_next(self._host.clock()) if attempt is None else 0.0
+            if attempt is None:
+                self._host.sleep(min(_PIECE, pause))
+                continue
+            # Held for the try alone: while a sick image waits for its retry, others have the slot.
+            with self._slot:
+                cell = self._cache_one(task, attempt)
+            self._keep(task, attempt, cell)
 
-    def _cache_one(
-        self, task: _Task, asked: client.HostTask, cancelled: threading.Event, image_id: str
-    ) -> job.Cell:
-        for attempt in range(asked.retries + 1):
-            if cancelled.is_set():
-                return _CANCELLED
-            if asked.deadline is not None and self._host.clock() >= asked.deadline and attempt == 0:
-                return job.Cell(job.Result.SKIPPED, "the deadline passed before it was begun")
-            try:
-                return self._try(task, asked, cancelled, image_id)
-            except errors.CancelledError:
-                return _CANCELLED
-            except (errors.SourceError, errors.LockTimeoutError) as error:
-                late = asked.deadline is not None and self._host.clock() >= asked.deadline
-                if attempt == asked.retries or late:
-                    return self._failure(image_id, error)
-                self._note(task, image_id, f"to be tried again: {error}")
-                self._pause(cancelled, attempt, asked.deadline)
-            except errors.ImageCacheError as error:
-                return self._failure(image_id, error)
-            except Exception as error:
-                LOG.exception("Pre-caching image %s failed", image_id)
-                return job.Cell(job.Result.ERROR, f"{type(error).__name__}: {error}")
-        raise AssertionError("the last attempt returns")
+    def _keep(self, task: _Task, attempt: _Attempt, cell: job.Cell) -> None:
+        LOG.info(
+            "Job %s, image %s: %s %s",
+            attempt.asked.job_id,
+            attempt.image_id,
+            _value(cell.result),
+            cell.reason,
+        )
+        failed = cell.result is None or cell.result.is_failure
+        with self._lock:
+            # If another attempt began meanwhile, how this one failed is history.
+            if failed and task.asked.attempt != attempt.asked.attempt:
+                return
+            task.cells[attempt.image_id] = cell
+            if cell.result is None:
+                task.postpone(attempt, self._host.clock() + self._delay(attempt))
 
-    def _try(
-        self, task: _Task, asked: client.HostTask, cancelled: threading.Event, image_id: str
-    ) -> job.Cell:
+    def _delay(self, attempt: _Attempt) -> float:
+        longest = min(_LONGEST_DELAY, _FIRST_DELAY * 2**attempt.failures) * (0.5 + self._random() / 2)
+        if attempt.asked.deadline is None:
+            return float(longest)
+        return float(min(longest, max(0.0, attempt.asked.deadline - self._host.clock())))
+
+    def _cache_one(self, task: _Task, attempt: _Attempt) -> job.Cell:
+        """Try an image once. Returns a cell without a result if it is to be tried again."""
+        if attempt.cancelled.is_set():
+            return _CANCELLED
+        if attempt.is_late(self._host.clock()) and not attempt.failures:
+            return job.Cell(job.Result.SKIPPED, "the deadline passed before it was begun")
+        try:
+            return self._try(task, attempt)
+        except errors.CancelledError:
+            return _CANCELLED
+        except (errors.SourceError, errors.LockTimeoutError) as error:
+            if attempt.failures >= attempt.asked.retries or attempt.is_late(self._host.clock()):
+                return self._failure(attempt.image_id, error)
+            return job.Cell(reason=f"to be tried again: {error}")
+        except errors.ImageCacheError as error:
+            return self._failure(attempt.image_id, error)
+        except Exception as error:
+            LOG.exception("Pre-caching image %s failed", attempt.image_id)
+            return job.Cell(job.Result.ERROR, f"{type(error).__name__}: {error}")
+
+    def _try(self, task: _Task, attempt: _Attempt) -> job.Cell:
+        image_id, asked = attempt.image_id, attempt.asked
         self._watch.forget(image_id)
         request = model.Request(
-            deadline=asked.deadline, cancel=cancelled, rate=asked.rate or None, fallbacks=self._fallbacks
+            deadline=asked.deadline,
+            cancel=attempt.cancelled,
+            rate=asked.rate or None,
+            fallbacks=self._fallbacks,
         )
         self._require_budget(task, image_id, request)
-        result = self._cache.cache_image(image_id, pin_until=asked.pin_until, request=request)
-        if result is model.CacheResult.NOT_NEEDED:
+        report = self._cache.precache_image(image_id, pin_until=asked.pin_until, request=request)
+        if report.result is model.CacheResult.NOT_NEEDED:
             return job.Cell(job.Result.UNSUPPORTED, "its storage clones images and needs no cache")
-        task.spent += self._watch.allocated(image_id)
-        received, total = self._watch.far(image_id)
-        return job.Cell(job.Result(result.value), "", received, total)
+        task.spent += report.allocated
+        received, total = self._watch.progress(image_id)
+        return job.Cell(job.Result(report.result.value), "", max(received, report.received), total)
 
     def _require_budget(self, task: _Task, image_id: str, request: model.Request) -> None:
         if not self._max_bytes or self._cache.is_cached(image_id):
@@ -296,31 +393,18 @@ class HostAgent:
             )
 
     def _failure(self, image_id: str, error: errors.ImageCacheError) -> job.Cell:
-        received, total = self._watch.far(image_id)
+        received, total = self._watch.progress(image_id)
         return job.Cell(job.Result.ERROR, str(error), received, total)
 
-    def _pause(self, cancelled: threading.Event, attempt: int, deadline: float | None) -> None:
-        longest = min(_LONGEST_DELAY, _FIRST_DELAY * 2**attempt)
-        until = self._host.clock() + longest * (0.5 + self._random() / 2)
-        if deadline is not None:
-            until = min(until, deadline)
-        while not cancelled.is_set() and (left := until - self._host.clock()) > 0:
-            self._host.sleep(min(0.5, left))
-
-    def _note(self, task: _Task, image_id: str, reason: str) -> None:
-        LOG.warning("Job %s, image %s: %s", task.asked.job_id, image_id, reason)
-        with self._lock:
-            task.cells[image_id] = job.Cell(reason=reason)
-
-    # -- room ----------------------------------------------------------------------------------------
+    # -- limits --------------------------------------------------------------------------------------
 
     def _free(self) -> int:
         found = os.statvfs(self._cache.config.base_path)
         return found.f_bavail * found.f_frsize
 
-    def _require_room(self) -> None:
+    def _require_capacity(self) -> None:
         if sum(not task.is_over for task in self._tasks.values()) >= _MOST_TASKS:
-            raise errors.BackendError(
+            raise client.HostBusy(
                 f"the host has {_MOST_TASKS} unfinished tasks", next_step="wait until some of them are done"
             )
 
@@ -330,9 +414,9 @@ class HostAgent:
 
 
 def _require_few(image_ids: Collection[str]) -> None:
-    if len(image_ids) > client.MOST_IMAGES:
+    if len(image_ids) > job.MOST_IMAGES:
         raise errors.BackendError(
-            f"a task has {client.MOST_IMAGES} images at most", next_step="begin another job for the others"
+            f"a task has {job.MOST_IMAGES} images at most", next_step="begin another job for the others"
         )
 
 

@@ -1,34 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the conductor reaches a host's agent: a narrow interface, and the way within one process."""
+"""How the conductor reaches a host's agent: a narrow interface, and the values that cross it."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from imagecache_lib import errors
 from imagecache_lib.precache.job import Cell
 
-if TYPE_CHECKING:
-    from imagecache_lib.precache.agent import HostAgent
 
+@dataclasses.dataclass(frozen=True)
+class AgentInfo:
+    """What an agent says of itself in every answer.
 
-#: More than any roll-out needs; a task is no way to fill an agent's memory.
-MOST_IMAGES = 1000
+    :param instance: random, and new whenever the agent starts: two agents that call themselves by one host's
+        name, and one that restarts again and again, are told apart by it.
+    :param clock: epoch seconds, by the agent's clock, when it answered.
+    """
+
+    instance: str
+    clock: float
 
 
 class HostDown(errors.SourceError):
     """The host does not answer. It may come back."""
 
 
+class HostBusy(errors.SourceError):
+    """The host cannot take a task now. It will answer otherwise later."""
+
+
 class HostUnsupported(errors.BackendError):
-    """The host has no image cache."""
+    """The host has no image cache, or its agent speaks another version of the protocol."""
 
 
 class UnknownTask(errors.SourceError):
-    """The host knows nothing of the task: it restarted since it began. Begin it again."""
+    """The host knows nothing of the task: its agent restarted since it began. Begin it again.
+
+    :ivar agent: which agent says so, if it says who it is.
+    """
+
+    agent: AgentInfo | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +53,12 @@ class HostTask:
     :param image_ids: to be cached, in series.
     :param attempt: a host that knows the task, but of an earlier attempt, tries again what failed.
     :param rate: bytes per second that it may fetch. 0: no limit.
-    :param deadline: epoch seconds. None: none.
-    :param pin_until: epoch seconds. None: do not pin.
+    :param deadline: epoch seconds after which nothing more is begun, if there is such a moment.
+    :param pin_until: epoch seconds until which the images stay, if they are to be pinned.
     :param retries: how often to try an image again after a failure that may pass.
+    :param deadline_in: the deadline in seconds from now. An agent that knows it does not look at the other,
+        which is by the conductor's clock.
+    :param pin_for: the end of the pin in seconds from now, likewise.
     """
 
     job_id: str
@@ -51,6 +68,8 @@ class HostTask:
     deadline: float | None = None
     pin_until: float | None = None
     retries: int = 3
+    deadline_in: float | None = None
+    pin_for: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +80,26 @@ class Survey:
     :param missing: those that it has not, with their sizes in bytes; None where the source does not say.
     :param free: bytes that its cache's filesystem has free.
     :param problems: by image id, why it cannot be had.
+    :param agent: which agent says so, if it says who it is.
     """
 
     present: tuple[str, ...]
     missing: Mapping[str, int | None]
     free: int
     problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    agent: AgentInfo | None = dataclasses.field(default=None, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskReport:
+    """How far a host's task is.
+
+    :param cells: by image id.
+    :param agent: which agent says so, if it says who it is.
+    """
+
+    cells: Mapping[str, Cell]
+    agent: AgentInfo | None = dataclasses.field(default=None, compare=False)
 
 
 class HostClient(abc.ABC):
@@ -83,16 +116,16 @@ class HostClient(abc.ABC):
         """
 
     @abc.abstractmethod
-    def begin(self, host: str, task: HostTask) -> None:
-        """Have a host work on a task; nothing changes if it does already.
+    def begin(self, host: str, task: HostTask) -> AgentInfo | None:
+        """Have a host work on a task; nothing changes if it does already. Returns which agent took it.
 
-        :raises HostDown, HostUnsupported: as they say.
+        :raises HostDown, HostBusy, HostUnsupported: as they say.
         :raises BackendError: the host refuses the task; the cause says why.
         """
 
     @abc.abstractmethod
-    def poll(self, host: str, job_id: str) -> Mapping[str, Cell]:
-        """Ask how far a task is, by image id.
+    def poll(self, host: str, job_id: str) -> TaskReport:
+        """Ask how far a task is.
 
         :raises HostDown: it does not answer.
         :raises UnknownTask: it has forgotten.
@@ -104,29 +137,3 @@ class HostClient(abc.ABC):
 
         :raises HostDown: it does not answer.
         """
-
-
-class InProcessClient(HostClient):
-    """Agents in this very process: one machine, or a test."""
-
-    def __init__(self, agents: Mapping[str, HostAgent]) -> None:
-        self._agents = agents
-
-    def survey(self, host: str, image_ids: Sequence[str]) -> Survey:
-        return self._agent(host).survey(image_ids)
-
-    def begin(self, host: str, task: HostTask) -> None:
-        self._agent(host).begin(task)
-
-    def poll(self, host: str, job_id: str) -> Mapping[str, Cell]:
-        return self._agent(host).poll(job_id)
-
-    def cancel(self, host: str, job_id: str) -> None:
-        if host in self._agents:  # without an agent, nothing is at work
-            self._agents[host].cancel(job_id)
-
-    def _agent(self, host: str) -> HostAgent:
-        try:
-            return self._agents[host]
-        except KeyError:
-            raise HostDown(f"there is no agent for host {host}", next_step="start one") from None

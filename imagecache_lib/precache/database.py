@@ -1,188 +1,434 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where jobs are kept: one sqlite database on the conductor, so that a restart forgets nothing."""
+"""Where jobs are kept, so that a restart forgets nothing: an sqlite file, or a server by its URL.
+
+The file is for conductors on one machine. Where several machines run conductors, they share a server, and the
+lease in a job's row says which of them runs it (:mod:`imagecache_lib.precache.lease`).
+
+An sqlite file is kept in WAL mode, in which readers and the writer do not wait for each other. On network
+filesystems, where WAL must not be used, it has a rollback journal.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from imagecache_lib import errors
-from imagecache_lib.precache.job import Cell, Job, Result, Terms
-from imagecache_lib.system import durable
+from imagecache_lib.precache import job, job_rows, jobs_url, lease, reader
+from imagecache_lib.precache.job_rows import JobDatabaseError
+from imagecache_lib.system import durable, mounts
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-    id TEXT PRIMARY KEY, aggregate TEXT NOT NULL, terms TEXT NOT NULL, cancelled INTEGER NOT NULL DEFAULT 0,
-    created REAL NOT NULL, attempt INTEGER NOT NULL DEFAULT 0
-);
-CREATE TABLE IF NOT EXISTS cells (
-    job TEXT NOT NULL REFERENCES jobs(id), host_position INTEGER NOT NULL, image_position INTEGER NOT NULL,
-    host TEXT NOT NULL, image TEXT NOT NULL, result TEXT, reason TEXT NOT NULL DEFAULT '',
-    received INTEGER NOT NULL DEFAULT 0, total INTEGER,
-    PRIMARY KEY (job, host, image)
-);
-PRAGMA user_version = 1;
-"""
+try:
+    import sqlalchemy as sa
+    from sqlalchemy import event, pool
 
-#: Seconds to wait for another process that writes.
-_BUSY = 30.0
+    from imagecache_lib.precache import schema
+except ImportError as _error:
+    raise errors.ConfigError(
+        f"a job database is written with SQLAlchemy, which is not installed ({_error.name})",
+        next_step="install imagecache-lib[jobs]",
+    ) from _error
+
+#: Seconds to wait for another process that writes. Whoever needs longer tries again.
+_BUSY = 5.0
+
+#: Seconds for a server to accept a connection, and to answer a statement.
+_CONNECT_SECONDS = 10
+_STATEMENT_SECONDS = 20
+
+#: The revisions that this release knows how to come from.
+_KNOWN = (None, schema.REVISION)
+
+#: Names the lock under which one conductor at a time changes a server's tables.
+_LOCK = 0x696D6167
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A cell that is to be kept.
+
+    :param host: its host's position in the job.
+    :param image: its image's.
+    """
+
+    host: int
+    image: int
+    cell: job.Cell
 
 
 class JobDatabase:
-    """Jobs in an sqlite file. Safe to share between threads and processes.
+    """Jobs in a database. Safe to share between threads and processes.
 
-    :param path: of the file; made when missing.
+    :param where: path of an sqlite file, made when missing, or a URL that SQLAlchemy understands.
+    :param busy: seconds to wait for another process that holds the file.
+    :param change_schema: make tables that are missing or of an earlier version. Without that, whoever may
+        only read can look at jobs.
     :raises ConfigError: it cannot be opened, or is of a later release.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        with self._connection() as connection:
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version > 1:
-                raise errors.ConfigError(
-                    f"the job database has version {version}, this release knows 1",
-                    path=path,
-                    next_step="upgrade imagecache_lib",
-                )
-            connection.executescript(_SCHEMA)
+    def __init__(self, where: str, *, busy: float = _BUSY, change_schema: bool = True) -> None:
+        self._embedded = not jobs_url.is_url(where)
+        with _translated(self._name(where)):
+            self._engine = _embedded(where, busy) if self._embedded else _server(where)
+        self._where = self._name(where)
+        self._require_schema(change=change_schema)
+
+    @staticmethod
+    def _name(where: str) -> str:
+        """Return what messages call the database. A password is no part of it."""
+        if not jobs_url.is_url(where):
+            return where
+        try:
+            return sa.engine.make_url(where).render_as_string(hide_password=True)
+        except sa.exc.ArgumentError:
+            return "the URL of the job database"
+
+    def close(self) -> None:
+        """Close all connections. The last one of an sqlite file merges its log into it."""
+        self._engine.dispose()
+
+    # -- jobs ----------------------------------------------------------------------------------------
 
     def add(
-        self, aggregate: str, hosts: Sequence[str], image_ids: Sequence[str], terms: Terms, *, now: float
-    ) -> Job:
+        self,
+        aggregate: str,
+        hosts: Sequence[str],
+        image_ids: Sequence[str],
+        terms: job.Terms,
+        *,
+        now: float,
+    ) -> job.Job:
         """Keep a new job, on which nothing was done yet."""
         job_id = durable.new_id()
-        with self._connection() as connection:
+        with self._writing() as connection:
             connection.execute(
-                "INSERT INTO jobs (id, aggregate, terms, created) VALUES (?, ?, ?, ?)",
-                (job_id, aggregate, json.dumps(dataclasses.asdict(terms)), now),
+                schema.JOBS.insert(),
+                {
+                    "id": job_id,
+                    "aggregate": aggregate,
+                    "terms": json.dumps(dataclasses.asdict(terms)),
+                    "cancelled": 0,
+                    "created": now,
+                    "attempt": 0,
+                    "beat": 0,
+                },
             )
-            connection.executemany(
-                "INSERT INTO cells (job, host_position, image_position, host, image) VALUES (?, ?, ?, ?, ?)",
-                [
-                    (job_id, row, column, host, image_id)
-                    for row, host in enumerate(hosts)
-                    for column, image_id in enumerate(image_ids)
-                ],
+            connection.execute(
+                schema.JOB_HOSTS.insert(),
+                [{"job": job_id, "position": row, "name": name} for row, name in enumerate(hosts)],
+            )
+            connection.execute(
+                schema.JOB_IMAGES.insert(),
+                [{"job": job_id, "position": row, "image_id": each} for row, each in enumerate(image_ids)],
+            )
+            connection.execute(
+                sa.text(
+                    "INSERT INTO cells (job, host, image, reason, received)"
+                    " SELECT h.job, h.position, i.position, '', 0 FROM job_hosts h, job_images i"
+                    " WHERE h.job = :job AND i.job = :job"
+                ),
+                {"job": job_id},
             )
         return self.get(job_id)
 
-    def get(self, job_id: str) -> Job:
+    def get(self, job_id: str) -> job.Job:
         """Return a job as far as it is.
 
         :raises ConfigError: there is none of that id.
         """
-        with self._connection() as connection:
-            found = connection.execute(
-                "SELECT id, aggregate, terms, cancelled, created, attempt FROM jobs WHERE id = ?", (job_id,)
-            ).fetchone()
-            if found is None:
-                raise errors.ConfigError(
-                    f"there is no job {job_id}", next_step="list the jobs to see their ids"
-                )
-            rows = connection.execute(
-                "SELECT host, image, result, reason, received, total FROM cells WHERE job = ?"
-                " ORDER BY host_position, image_position",
-                (job_id,),
-            ).fetchall()
-        cells: dict[str, dict[str, Cell]] = {}
-        for host, image, result, reason, received, total in rows:
-            over = Result(result) if result is not None else None
-            cells.setdefault(host, {})[image] = Cell(over, reason, received, total)
-        images = tuple(next(iter(cells.values()), {}))
-        return Job(
-            id=found[0],
-            aggregate=found[1],
-            image_ids=images,
-            terms=Terms(**json.loads(found[2])),
-            cells=cells,
-            cancelled=bool(found[3]),
-            created=found[4],
-            attempt=found[5],
-        )
+        with self._reading() as query:
+            return job_rows.read_job(query, job_id)
 
-    def all(self) -> list[Job]:
-        """Return every job, the oldest first."""
-        with self._connection() as connection:
-            ids = connection.execute("SELECT id FROM jobs ORDER BY created, id").fetchall()
-        return [self.get(job_id) for (job_id,) in ids]
+    def summaries(self) -> list[job.JobSummary]:
+        """Return every job in a few words, the oldest first."""
+        with self._reading() as query:
+            return job_rows.read_summaries(query)
 
-    def pending(self, job_id: str, host: str) -> tuple[str, ...]:
-        """Return the images that have no result on a host yet."""
-        with self._connection() as connection:
-            rows = connection.execute(
-                "SELECT image FROM cells WHERE job = ? AND host = ? AND result IS NULL"
-                " ORDER BY image_position",
-                (job_id, host),
-            ).fetchall()
-        return tuple(image for (image,) in rows)
+    def is_over(self, job_id: str) -> bool:
+        """Whether every image on every host of a job has a result."""
+        with self._reading() as query:
+            statement = "SELECT COUNT(*) FROM cells WHERE job = :job AND result IS NULL"
+            ((count,),) = query(statement, {"job": job_id})
+        return bool(count == 0)
 
     def is_cancelled(self, job_id: str) -> bool:
-        """Whether somebody cancelled a job."""
-        with self._connection() as connection:
-            found = connection.execute("SELECT cancelled FROM jobs WHERE id = ?", (job_id,)).fetchone()
-        return found is not None and bool(found[0])
-
-    def record(self, job_id: str, host: str, cells: Mapping[str, Cell]) -> None:
-        """Keep how far a host is. A result that is there stays."""
-        with self._connection() as connection:
-            connection.executemany(
-                "UPDATE cells SET result = ?, reason = ?, received = ?, total = ?"
-                " WHERE job = ? AND host = ? AND image = ? AND result IS NULL",
-                [
-                    (
-                        cell.result.value if cell.result is not None else None,
-                        cell.reason,
-                        cell.received,
-                        cell.total,
-                        job_id,
-                        host,
-                        image_id,
-                    )
-                    for image_id, cell in cells.items()
-                ],
-            )
-
-    def explain(self, job_id: str, host: str, reason: str, result: Result | None = None) -> None:
-        """Say of all images without a result why that is so, or how they ended."""
-        with self._connection() as connection:
-            connection.execute(
-                "UPDATE cells SET result = ?, reason = ? WHERE job = ? AND host = ? AND result IS NULL",
-                (result.value if result is not None else None, reason, job_id, host),
-            )
-
-    def retry(self, job_id: str) -> None:
-        """Take failures back, so that they are tried again, and the cancellation with them."""
-        with self._connection() as connection:
-            connection.execute(
-                "UPDATE jobs SET cancelled = 0, attempt = attempt + 1 WHERE id = ?",
-                (job_id,),
-            )
-            connection.execute(
-                "UPDATE cells SET result = NULL, reason = '', received = 0"
-                " WHERE job = ? AND result IN (?, ?)",
-                (job_id, Result.ERROR.value, Result.SKIPPED.value),
-            )
+        """Whether an operator cancelled a job."""
+        with self._reading() as query:
+            found = list(query("SELECT cancelled FROM jobs WHERE id = :job", {"job": job_id}))
+        return bool(found and found[0][0])
 
     def cancel(self, job_id: str) -> None:
-        """Mark a job as cancelled, for whichever process runs it."""
-        with self._connection() as connection:
-            connection.execute("UPDATE jobs SET cancelled = 1 WHERE id = ?", (job_id,))
+        """Mark a job as cancelled, for whichever process runs it.
+
+        :raises ConfigError: there is none of that id.
+        """
+        with self._writing() as connection:
+            marked = connection.execute(
+                sa.update(schema.JOBS).where(schema.JOBS.c.id == job_id).values(cancelled=1)
+            )
+            if not marked.rowcount:
+                raise job_rows.unknown_job(job_id)
+
+    def prune(self, before: float) -> int:
+        """Forget the jobs that are over and were made before a moment in epoch seconds.
+
+        Returns how many there were.
+        """
+        with self._writing() as connection:
+            found = connection.execute(
+                sa.text(
+                    "SELECT id FROM jobs WHERE created < :before AND runner IS NULL AND NOT EXISTS"
+                    " (SELECT 1 FROM cells WHERE cells.job = jobs.id AND cells.result IS NULL)"
+                ),
+                {"before": before},
+            )
+            ids = [{"old": job_id} for (job_id,) in found]
+            if ids:
+                for table in (schema.CELLS, schema.JOB_IMAGES, schema.JOB_HOSTS):
+                    connection.execute(table.delete().where(table.c.job == sa.bindparam("old")), ids)
+                connection.execute(schema.JOBS.delete().where(schema.JOBS.c.id == sa.bindparam("old")), ids)
+        return len(ids)
+
+    # -- the lease -----------------------------------------------------------------------------------
+
+    def lease_of(self, job_id: str) -> lease.Lease:
+        """Return which conductor runs a job.
+
+        :raises ConfigError: there is none of that id.
+        """
+        with self._reading() as query:
+            found = list(query("SELECT runner, beat FROM jobs WHERE id = :job", {"job": job_id}))
+        if not found:
+            raise job_rows.unknown_job(job_id)
+        return lease.Lease(*found[0])
+
+    def take_lease(self, job_id: str, runner: str, seen: lease.Lease) -> bool:
+        """Put a runner in the place of another one, if the lease is still what was seen.
+
+        Returns whether it is the new runner's now.
+        """
+        jobs = schema.JOBS.c
+        with self._writing() as connection:
+            taken = connection.execute(
+                sa.update(schema.JOBS)
+                .where(
+                    jobs.id == job_id, jobs.beat == seen.beat, jobs.runner.is_not_distinct_from(seen.runner)
+                )
+                .values(runner=runner, beat=seen.beat + 1)
+            )
+            return bool(taken.rowcount)
+
+    def release_lease(self, job_id: str, runner: str) -> None:
+        """Let others run the job at once."""
+        jobs = schema.JOBS.c
+        with self._writing() as connection:
+            connection.execute(
+                sa.update(schema.JOBS)
+                .where(jobs.id == job_id, jobs.runner == runner)
+                .values(runner=None, beat=jobs.beat + 1)
+            )
+
+    def keep(self, job_id: str, runner: str, changes: Iterable[Change]) -> bool:
+        """Keep what a runner learned, and that it lives. A result that is there stays.
+
+        Returns whether an operator cancelled the job.
+
+        :raises LeaseLost: another conductor runs the job; nothing is kept.
+        """
+        values = [_parameters(job_id, change) for change in changes]
+        with self._writing() as connection:
+            self._require_lease(connection, job_id, runner)
+            if values:
+                connection.execute(_KEEP, values)
+            found = connection.execute(
+                sa.select(schema.JOBS.c.cancelled).where(schema.JOBS.c.id == job_id)
+            ).scalar()
+        return bool(found)
+
+    def retry(self, job_id: str, runner: str) -> None:
+        """Take failures back, so that they are tried again, and the cancellation with them.
+
+        :raises LeaseLost: another conductor runs the job.
+        """
+        jobs, cells = schema.JOBS.c, schema.CELLS.c
+        with self._writing() as connection:
+            self._require_lease(connection, job_id, runner)
+            connection.execute(
+                sa.update(schema.JOBS).where(jobs.id == job_id).values(cancelled=0, attempt=jobs.attempt + 1)
+            )
+            connection.execute(
+                sa.update(schema.CELLS)
+                .where(cells.job == job_id, cells.result.in_([each.value for each in job.RETRIED]))
+                .values(result=None, reason="", received=0)
+            )
+
+    def _require_lease(self, connection: sa.Connection, job_id: str, runner: str) -> None:
+        jobs = schema.JOBS.c
+        kept = connection.execute(
+            sa.update(schema.JOBS).where(jobs.id == job_id, jobs.runner == runner).values(beat=jobs.beat + 1)
+        )
+        if not kept.rowcount:
+            raise lease.LeaseLost(job_id)
+        self._require_known(self._revision(connection))
+
+    # -- the schema ----------------------------------------------------------------------------------
+
+    def _require_schema(self, *, change: bool) -> None:
+        """Bring the tables to this release's version, if they are of an earlier one."""
+        with _translated(self._where), self._engine.execution_options(reading=True).begin() as connection:
+            revision = self._revision(connection)
+        self._require_known(revision)
+        if revision == schema.REVISION:
+            return
+        if not change:
+            raise JobDatabaseError(
+                "the job database has no tables of this release's version",
+                path=self._where,
+                next_step="start a job, which makes them",
+            )
+        from imagecache_lib.precache import migrate
+
+        with self._writing() as connection, migrate.alone(connection, _LOCK):
+            # Another process may have done it meanwhile.
+            if self._revision(connection) != schema.REVISION:
+                migrate.upgrade(connection, schema.REVISION)
+                if self._embedded:
+                    connection.exec_driver_sql(f"PRAGMA user_version = {schema.VERSION}")
+
+    def _revision(self, connection: sa.Connection) -> str | None:
+        """Return the revision of the tables. Returns None if there are none, or those of version 1."""
+        if self._embedded:
+            version = connection.exec_driver_sql("PRAGMA user_version").scalar()
+            if version == schema.VERSION:
+                return schema.REVISION
+            return None if version in (0, 1) else str(version)
+        if not sa.inspect(connection).has_table("alembic_version"):
+            return None
+        found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+        return None if found is None else str(found)
+
+    def _require_known(self, revision: str | None) -> None:
+        if revision not in _KNOWN:
+            raise reader.too_new(self._where, revision)
+
+    # -- transactions --------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        """A connection for one transaction: they are cheap, and may not be shared between threads."""
-        try:
-            connection = sqlite3.connect(self._path, timeout=_BUSY)
-            try:
-                with connection:
-                    yield connection
-            finally:
-                connection.close()
-        except sqlite3.Error as error:
-            raise errors.ConfigError(
-                f"the job database failed: {error}", path=self._path, next_step="check the file and its disk"
-            ) from error
+    def _writing(self) -> Iterator[sa.Connection]:
+        with _translated(self._where), self._engine.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[job_rows.Query]:
+        with _translated(self._where), self._engine.execution_options(reading=True).begin() as connection:
+
+            def query(statement: str, parameters: Mapping[str, Any] | None = None) -> Iterable[Sequence[Any]]:
+                return connection.execute(sa.text(statement), dict(parameters or {}))
+
+            yield query
+
+
+_KEEP = (
+    sa.update(schema.CELLS)
+    .where(
+        schema.CELLS.c.job == sa.bindparam("of_job"),
+        schema.CELLS.c.host == sa.bindparam("of_host"),
+        schema.CELLS.c.image == sa.bindparam("of_image"),
+        schema.CELLS.c.result.is_(None),
+    )
+    .values(
+        result=sa.bindparam("new_result"),
+        reason=sa.bindparam("new_reason"),
+        received=sa.bindparam("new_received"),
+        total=sa.bindparam("new_total"),
+    )
+)
+
+
+def _parameters(job_id: str, change: Change) -> dict[str, Any]:
+    cell = change.cell
+    return {
+        "of_job": job_id,
+        "of_host": change.host,
+        "of_image": change.image,
+        "new_result": None if cell.result is None else cell.result.value,
+        "new_reason": cell.reason,
+        "new_received": cell.received,
+        "new_total": cell.total,
+    }
+
+
+# -- engines -------------------------------------------------------------------------------------------------
+
+
+def _embedded(path: str, busy: float) -> sa.Engine:
+    wal = not mounts.is_network(os.path.dirname(os.path.abspath(path)))
+
+    def connect() -> sqlite3.Connection:
+        # Autocommit by sqlite3's own idea: SQLAlchemy's transactions are begun below, as what they are.
+        connection = sqlite3.connect(path, timeout=busy, isolation_level=None, check_same_thread=False)
+        _set_journal(connection, wal=wal)
+        return connection
+
+    engine = sa.create_engine("sqlite://", creator=connect, poolclass=pool.QueuePool, pool_size=2)
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        # A transaction that will write takes the lock at once: one that read first could not wait for it.
+        reading = connection.get_execution_options().get("reading", False)
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _set_journal(connection: sqlite3.Connection, *, wal: bool) -> None:
+    wanted = "wal" if wal else "delete"
+    (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+    if mode != wanted:
+        # A process that reads keeps it as it is: slower, and no less safe.
+        with contextlib.suppress(sqlite3.OperationalError):
+            (mode,) = connection.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
+    # In WAL mode a power cut may lose the last seconds and never more. Agents remember them.
+    connection.execute(f"PRAGMA synchronous = {'NORMAL' if mode == 'wal' else 'FULL'}")
+
+
+def _server(url: str) -> sa.Engine:
+    parsed = sa.engine.make_url(url)
+    limits: dict[str, Any] = {"connect_timeout": _CONNECT_SECONDS}
+    if parsed.get_backend_name() in ("mysql", "mariadb"):
+        limits |= {"read_timeout": _STATEMENT_SECONDS, "write_timeout": _STATEMENT_SECONDS}
+    elif parsed.get_backend_name() == "postgresql":
+        limits["options"] = f"-c statement_timeout={_STATEMENT_SECONDS}s"
+    else:
+        raise errors.ConfigError(
+            f"the job database cannot be a {parsed.get_backend_name()} by URL",
+            next_step="give the path of an sqlite file, or the URL of a MariaDB or PostgreSQL",
+        )
+    # A connection that a server or a firewall closed meanwhile is found out before it is used.
+    return sa.create_engine(
+        parsed, connect_args=limits, pool_pre_ping=True, pool_size=2, isolation_level="READ COMMITTED"
+    )
+
+
+@contextlib.contextmanager
+def _translated(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
+        cause = getattr(error, "orig", None) or error
+        raise JobDatabaseError(
+            f"the job database failed: {' '.join(str(cause).split())}",
+            path=where,
+            next_step="check the database and its disk",
+        ) from error
+    except ImportError as error:
+        raise errors.ConfigError(
+            f"the driver of the job database is not installed: {error}",
+            path=where,
+            next_step="install PyMySQL for mysql+pymysql:, or psycopg for postgresql+psycopg:",
+        ) from error

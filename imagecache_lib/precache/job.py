@@ -15,6 +15,16 @@ from imagecache_lib.store import layout
 #: What DNS allows for a name, in characters.
 _LONGEST_HOST = 253
 
+#: The images of one job, and of one host's task. More than any roll-out needs; a task is no way to fill an
+#: agent's memory.
+MOST_IMAGES = 1000
+
+#: Characters of a reason that are kept. MariaDB's TEXT holds four times as many bytes.
+_LONGEST_REASON = 4000
+
+#: The largest integer of every database that jobs are kept in.
+LARGEST = 2**63 - 1
+
 
 class Result(enum.Enum):
     """How one image on one host ended. The first four are Nova's."""
@@ -29,17 +39,24 @@ class Result(enum.Enum):
     ERROR = "error"
     #: It was not tried: the host was down until the deadline, or the job was cancelled.
     SKIPPED = "skipped"
+    #: The job database holds a result that this release does not know; the reason quotes it.
+    UNKNOWN = "unknown"
 
     @property
     def is_failure(self) -> bool:
-        return self in (Result.ERROR, Result.SKIPPED)
+        """Whether an operator has to look at it. Those but the unknown ones are tried again by a resume."""
+        return self in (Result.ERROR, Result.SKIPPED, Result.UNKNOWN)
 
 
-@dataclasses.dataclass(frozen=True)
+#: The results that a resume takes back.
+RETRIED = (Result.ERROR, Result.SKIPPED)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Cell:
     """One image on one host.
 
-    :param result: None: it is not over.
+    :param result: how it ended; None while it has not.
     :param reason: why it failed, or what the host is doing, as a clause.
     :param received: bytes that came so far.
     :param total: bytes in all, if that is known.
@@ -50,6 +67,22 @@ class Cell:
     received: int = 0
     total: int | None = None
 
+    @property
+    def is_storable(self) -> bool:
+        """Whether every database takes its reason as it is."""
+        return len(self.reason) <= _LONGEST_REASON and self.reason.isprintable()
+
+    def storable(self) -> Cell:
+        """Return the cell with a reason that every database takes: short, valid Unicode, without NUL."""
+        if self.is_storable:
+            return self
+        text = self.reason[:_LONGEST_REASON].replace("\0", "\N{REPLACEMENT CHARACTER}")
+        return dataclasses.replace(self, reason=text.encode(errors="replace").decode())
+
+
+#: Nothing is known of it yet. Shared: a job of 10,000 hosts has 100,000 of them.
+OPEN = Cell()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Terms:
@@ -58,8 +91,10 @@ class Terms:
     :param concurrency: how many hosts work at a time.
     :param host_rate: bytes per second that one host may fetch. 0: no limit.
     :param total_rate: bytes per second that all hosts together may fetch. 0: no limit.
-    :param deadline: epoch seconds after which what is not done is given up. None: no deadline.
-    :param pin_until: epoch seconds until which the images stay on the hosts. None: they are not pinned.
+    :param deadline: epoch seconds, by the conductor's clock, after which what is not done is given up, if
+        there is such a moment.
+    :param pin_until: epoch seconds, by the conductor's clock, until which the images stay on the hosts, if
+        they are to be pinned.
     :param retries: how often a host tries an image again that failed in a way that may pass.
     :param jitter: hosts begin within so many seconds, at random, so that they do not all ask the image
         service at once.
@@ -76,7 +111,9 @@ class Terms:
 
     def __post_init__(self) -> None:
         if self.concurrency < 1:
-            raise errors.ConfigError("no host may work", next_step="give a concurrency of 1 or more")
+            raise errors.ConfigError(
+                "a concurrency below 1 lets no host work", next_step="give a concurrency of 1 or more"
+            )
         for name in ("host_rate", "total_rate", "retries", "jitter"):
             if getattr(self, name) < 0:
                 raise errors.ConfigError(f"{name} is negative", next_step="give 0 or more")
@@ -98,10 +135,13 @@ class Job:
 
     :param id: random.
     :param aggregate: the name of the host aggregate; only for people.
-    :param cells: by host, then by image id, in the order in which they were asked for.
-    :param cancelled: somebody cancelled it.
+    :param cells: by host, then by image id, in the order in which they were asked for. That of a job which
+        runs in this process is a view of it: it goes on changing.
+    :param cancelled: an operator cancelled it.
     :param created: epoch seconds.
     :param attempt: how often its failures were taken back, to be tried again.
+    :param problem: why the job cannot be run by this release, as a clause: what the database holds of it was
+        written by another one, or is damaged. None for a job that can be run.
     """
 
     id: str
@@ -112,6 +152,7 @@ class Job:
     cancelled: bool = False
     created: float = 0.0
     attempt: int = 0
+    problem: str | None = None
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -145,10 +186,40 @@ class Job:
         return tuple(image for image, cell in self.cells[host].items() if cell.result is None)
 
 
+@dataclasses.dataclass(frozen=True)
+class JobSummary:
+    """A job in a list: counted, not read.
+
+    :param hosts: how many hosts it has.
+    :param images: how many images it has.
+    :param counts: how many cells have each result; those that have none are not counted.
+    :param problem: as that of :class:`Job`.
+    """
+
+    id: str
+    aggregate: str
+    created: float
+    hosts: int
+    images: int
+    cancelled: bool
+    counts: Mapping[Result, int]
+    problem: str | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every image on every host has a result."""
+        return sum(self.counts.values()) >= self.hosts * self.images
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether an image on a host ended without being there, though it should be."""
+        return any(count for result, count in self.counts.items() if result.is_failure)
+
+
 def check(hosts: Sequence[str], image_ids: Sequence[str]) -> None:
     """Refuse a request that makes no sense, as Nova does.
 
-    :raises ConfigError: no image, an image or a host twice, no host.
+    :raises ConfigError: no image, more than :data:`MOST_IMAGES`, an image or a host twice, no host.
     :raises ImageRejected: an id that no image can have.
     """
     for what, given in (("image", image_ids), ("host", hosts)):
@@ -159,8 +230,15 @@ def check(hosts: Sequence[str], image_ids: Sequence[str]) -> None:
             raise errors.ConfigError(
                 f"a pre-cache job names a {what} twice: {', '.join(twice)}", next_step="name each once"
             )
+    if len(image_ids) > MOST_IMAGES:
+        raise errors.ConfigError(
+            f"a pre-cache job has {MOST_IMAGES} images at most, and {len(image_ids)} are named",
+            next_step="start several jobs",
+        )
     for name in hosts:
         if not name or not name.isprintable() or len(name) > _LONGEST_HOST:
-            raise errors.ConfigError(f"{name!r} is no host's name", next_step="correct the list of hosts")
+            raise errors.ConfigError(
+                f"{name!r} cannot be the name of a host", next_step="correct the list of hosts"
+            )
     for image_id in image_ids:
         layout.base_name(image_id)

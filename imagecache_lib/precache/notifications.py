@@ -12,7 +12,7 @@ from typing import Any
 import oslo_messaging
 
 from imagecache_lib.precache import job
-from imagecache_lib.precache.precacher import JobEvent
+from imagecache_lib.precache.job_events import JobEvent
 
 _EVENT_TYPE = "aggregate.cache_images"
 

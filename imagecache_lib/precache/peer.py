@@ -9,7 +9,7 @@ base64url. Both take GET and HEAD, and want ``Authorization: Bearer <token>``::
 
 The digest is the image's own where the base was never converted. For a converted base it is a sha256 of what
 lies in the cache, read when it is first asked for: it shows that the bytes arrived as they left. The entity
-tag is the digest. A base that is being served is leased, so nobody evicts it.
+tag is the digest. A base that is being served is leased, so that no eviction takes it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class PeerServer:
     :param cache: the host's image cache.
     :param address: host and port to listen on; port 0: any.
     :param token: the secret that the peers share.
-    :param tls: a server-side context. None: plain HTTP, and whoever listens reads the token.
+    :param tls: a server-side context. Without one, plain HTTP is
+        spoken, and whoever listens reads the token.
     :raises ConfigError: the token is too short, or the address cannot be listened on.
     """
 
@@ -241,7 +242,7 @@ class _Conversation(http.server.BaseHTTPRequestHandler):
 
 
 def _decoded(text: str) -> str | None:
-    """Return the image id in a path. None: there is none."""
+    """Return the image id in a path, or None if the path names no image."""
     try:
         return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode()
     except (binascii.Error, ValueError):

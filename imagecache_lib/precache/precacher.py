@@ -8,22 +8,36 @@ again, which the agents either still have, or find cached.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import random as random_module
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from imagecache_lib import errors, model
-from imagecache_lib.precache import client, job
+from imagecache_lib.precache import client, job, job_rows, lease
+from imagecache_lib.precache.calls import Call, Stop, Visit
 from imagecache_lib.precache.database import JobDatabase
+from imagecache_lib.precache.job_events import JobEvent, JobObserver, Teller
+from imagecache_lib.precache.progress import JobProgress
 from imagecache_lib.precache.run import JobRun
+from imagecache_lib.precache.writer import JobWriter
 from imagecache_lib.system.host import System
+
+Answer = TypeVar("Answer")
 
 LOG = logging.getLogger(__name__)
 
-#: How many hosts are asked at a time what they have. That is cheap for them, and most of it is waiting.
-_SURVEYS = 16
+#: How many hosts are asked at a time what they have, or told to stop. That is cheap for them, and most of it
+#: is waiting for those that are down.
+_AT_A_TIME = 128
+
+#: Seconds between two looks at a job that another conductor runs.
+_WATCH = 1.0
+
+_CANCELLED = Stop(job.Result.SKIPPED, "the job was cancelled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,28 +57,13 @@ class Plan:
         return sum(size or 0 for survey in self.surveys.values() for size in survey.missing.values())
 
 
-@dataclasses.dataclass(frozen=True)
-class JobEvent:
-    """What happens to a job.
-
-    :param kind: ``start``, ``progress`` (a host is done, well or not) or ``end``.
-    :param job: as far as it is.
-    :param host: the host that is done, for ``progress``.
-    :param index: how many hosts are done, those of earlier runs included.
-    """
-
-    kind: str
-    job: job.Job
-    host: str | None = None
-    index: int = 0
-
-
 class AggregatePrecacher:
     """Runs pre-cache jobs. One per conductor process; several may share a database.
 
     :param database: where jobs are kept.
     :param hosts: reaches the agents.
-    :param observers: called with what happens, in the threads in which it happens; what they raise is logged.
+    :param observers: called with what happens, one event after the other, in a thread of their own; what they
+        raise is logged.
     :param random: uniform in [0, 1), for jitter.
     """
 
@@ -74,7 +73,7 @@ class AggregatePrecacher:
         hosts: client.HostClient,
         *,
         host: System | None = None,
-        observers: Sequence[Callable[[JobEvent], None]] = (),
+        observers: Sequence[JobObserver] = (),
         random: Callable[[], float] = random_module.random,
     ) -> None:
         self._database = database
@@ -82,22 +81,30 @@ class AggregatePrecacher:
         self._host = host or System()
         self._observers = tuple(observers)
         self._random = random
+        self._running: dict[str, JobProgress] = {}
 
-    def plan(self, hosts: Sequence[str], image_ids: Sequence[str]) -> Plan:
+    def plan(
+        self,
+        hosts: Sequence[str],
+        image_ids: Sequence[str],
+        *,
+        learned: Callable[[str, client.Survey | errors.ImageCacheError], None] = lambda _host, _answer: None,
+    ) -> Plan:
         """Ask all hosts what they have. Changes nothing.
 
+        :param learned: called with each host and what it answered, or why it did not, as soon as that is
+            known.
         :raises ConfigError, ImageRejected: the request makes no sense.
         """
         job.check(hosts, image_ids)
         surveys: dict[str, client.Survey] = {}
         unreachable: dict[str, str] = {}
-        with concurrent.futures.ThreadPoolExecutor(min(_SURVEYS, len(hosts))) as pool:
-            asked = {name: pool.submit(self._hosts.survey, name, image_ids) for name in hosts}
-        for name, answer in asked.items():
-            try:
-                surveys[name] = answer.result()
-            except errors.ImageCacheError as error:
-                unreachable[name] = str(error)
+        for name, answer in _asked(hosts, lambda name: self._hosts.survey(name, image_ids)):
+            if isinstance(answer, errors.ImageCacheError):
+                unreachable[name] = str(answer)
+            else:
+                surveys[name] = answer
+            learned(name, answer)
         return Plan(surveys, unreachable)
 
     def start(
@@ -113,64 +120,167 @@ class AggregatePrecacher:
     def run(self, job_id: str, *, leave: model.CancelToken | None = None) -> job.Job:
         """Work on a job until everything has a result. Goes on where an earlier run stopped.
 
+        While another conductor runs the job, this one watches, and goes on with the job should the other die.
+
         :param leave: once it is set, return; the hosts go on with what they have begun.
-        :raises ConfigError: there is no such job.
+        :raises ConfigError: there is no such job, this release does not understand it, or the job database
+            fails.
         """
-        work = self._database.get(job_id)
-        self._tell(JobEvent("start", work))
+        return self._work(job_id, leave or threading.Event(), retry=False)
 
-        def done(name: str) -> None:
-            now = self._database.get(job_id)
-            over = sum(not now.pending(each) for each in now.hosts)
-            self._tell(JobEvent("progress", now, name, over))
-
-        JobRun(
-            work,
-            self._database,
-            self._hosts,
-            host=self._host,
-            done=done,
-            leave=leave or threading.Event(),
-            random=self._random,
-        ).execute()
-        ended = self._database.get(job_id)
-        if ended.is_over:
-            self._tell(JobEvent("end", ended, index=len(ended.hosts)))
-        return ended
+    def resume(self, job_id: str, *, leave: model.CancelToken | None = None) -> job.Job:
+        """Work on a job again, on what failed or was skipped too. As :meth:`run`."""
+        return self._work(job_id, leave or threading.Event(), retry=True)
 
     def status(self, job_id: str) -> job.Job:
         """Return a job as far as it is.
 
         :raises ConfigError: there is no such job.
         """
-        return self._database.get(job_id)
+        running = self._running.get(job_id)
+        return self._database.get(job_id) if running is None else running.job
 
-    def list(self) -> list[job.Job]:
-        """Return all jobs, the oldest first."""
-        return self._database.all()
+    def list(self) -> list[job.JobSummary]:
+        """Return all jobs in a few words, the oldest first."""
+        return self._database.summaries()
 
-    def cancel(self, job_id: str) -> None:
-        """Stop a job, whichever process runs it. What is not done ends as skipped.
+    def prune(self, older_than: float) -> int:
+        """Forget the jobs that are over and were made more than so many seconds ago. Returns how many."""
+        return self._database.prune(self._host.clock() - older_than)
+
+    def cancel(self, job_id: str) -> job.Job:
+        """Stop a job, whichever process runs it, and return it. What is not done ends as skipped.
 
         :raises ConfigError: there is no such job.
         """
-        work = self._database.get(job_id)
         self._database.cancel(job_id)
-        for name in work.hosts:
-            if work.pending(name):
-                try:
-                    self._hosts.cancel(name, job_id)
-                except errors.ImageCacheError as error:
-                    LOG.warning("Host %s could not be told that job %s is cancelled: %s", name, job_id, error)
+        work = self._database.get(job_id)
+        open_hosts = [name for name in work.hosts if work.pending(name)]
+        # The hosts stop at once, even if the conductor that runs the job hangs.
+        told = {name: self._told(name, visit) for name, visit in self._stop_all(job_id, open_hosts)}
+        with self._lease(job_id, threading.Event()) as runner:
+            if runner is not None:
+                self._end_open(job_id, runner, told)
+        return self._database.get(job_id)
 
-    def resume(self, job_id: str, *, leave: model.CancelToken | None = None) -> job.Job:
-        """Work on a job again, on what failed or was skipped too. As :meth:`run`."""
-        self._database.retry(job_id)
-        return self.run(job_id, leave=leave)
+    # -- running -------------------------------------------------------------------------------------
 
-    def _tell(self, event: JobEvent) -> None:
-        for observer in self._observers:
+    def _work(self, job_id: str, leave: model.CancelToken, *, retry: bool) -> job.Job:
+        while not leave.is_set():
             try:
-                observer(event)
-            except Exception:
-                LOG.exception("An observer failed on %s of job %s", event.kind, event.job.id)
+                with self._lease(job_id, leave) as runner:
+                    if runner is not None:
+                        return self._run(job_id, runner, leave, retry=retry)
+            except lease.LeaseLost:
+                LOG.warning("Another conductor has taken over job %s", job_id)
+                continue
+            break
+        return self._database.get(job_id)
+
+    def _run(self, job_id: str, runner: str, leave: model.CancelToken, *, retry: bool) -> job.Job:
+        job_rows.require_runnable(self._database.get(job_id))
+        if retry:
+            self._database.retry(job_id, runner)
+        progress = JobProgress(self._database.get(job_id))
+        teller = Teller(self._observers)
+        teller.tell(JobEvent("start", progress.job))
+
+        def done(name: str) -> None:
+            teller.tell(JobEvent("progress", progress.job, name, progress.hosts_over))
+
+        run = JobRun(
+            progress,
+            JobWriter(self._database, progress, runner, host=self._host),
+            self._hosts,
+            host=self._host,
+            done=done,
+            leave=leave,
+            random=self._random,
+        )
+        self._running[job_id] = progress
+        try:
+            run.execute()
+            if progress.is_over:
+                teller.tell(JobEvent("end", progress.job, index=progress.hosts_over))
+        finally:
+            del self._running[job_id]
+            teller.close()
+        return self._database.get(job_id)
+
+    @contextlib.contextmanager
+    def _lease(self, job_id: str, leave: model.CancelToken) -> Iterator[str | None]:
+        """Yield the name under which this process runs a job, once no other does.
+
+        Yields None if the other brought the job to its end, or ``leave`` was set meanwhile.
+        """
+        runner = lease.new_runner(self._host.name)
+        taken = self._take_lease(job_id, runner, leave)
+        try:
+            yield runner if taken else None
+        finally:
+            if taken:
+                # Not worth a failure: the lease lapses by itself.
+                with contextlib.suppress(errors.ConfigError):
+                    self._database.release_lease(job_id, runner)
+
+    def _take_lease(self, job_id: str, runner: str, leave: model.CancelToken) -> bool:
+        seen, since, watched = self._database.lease_of(job_id), self._host.clock(), False
+        while True:
+            lapsed = self._host.clock() - since >= lease.SECONDS
+            if (seen.is_free or lapsed) and not (watched and self._database.is_over(job_id)):
+                if self._database.take_lease(job_id, runner, seen):
+                    if seen.runner is not None:
+                        LOG.warning(
+                            "Job %s was left by the conductor on %s, and goes on here", job_id, seen.conductor
+                        )
+                    return True
+            elif watched and seen.runner is None:
+                return False
+            if not watched and seen.runner is not None:
+                watched = True
+                LOG.warning("Job %s is run by the conductor on %s: watching it", job_id, seen.conductor)
+            if leave.is_set():
+                return False
+            self._host.sleep(_WATCH)
+            now = self._database.lease_of(job_id)
+            if now != seen:
+                seen, since = now, self._host.clock()
+
+    # -- cancelling ----------------------------------------------------------------------------------
+
+    def _stop_all(self, job_id: str, hosts: Sequence[str]) -> Iterator[tuple[str, Visit]]:
+        calls = {name: Call(self._hosts, job_id, name, stop=_CANCELLED) for name in hosts}
+        for name, visit in _asked(hosts, lambda name: calls[name].make()):
+            assert isinstance(visit, Visit)
+            yield name, visit
+
+    def _told(self, name: str, visit: Visit) -> Visit:
+        if visit.failure is not None:
+            LOG.error("Host %s could not be told to stop", name, exc_info=visit.failure)
+        elif visit.stop is not None and visit.stop != _CANCELLED:
+            LOG.warning("Host %s: %s", name, visit.stop.reason)
+        return visit
+
+    def _end_open(self, job_id: str, runner: str, told: Mapping[str, Visit]) -> None:
+        """End what has no result, after what the hosts said when they were told to stop."""
+        progress = JobProgress(self._database.get(job_id))
+        for name in progress.job.hosts:
+            visit = told.get(name)
+            if visit is not None and visit.report is not None:
+                progress.record(name, visit.report.cells)
+            reason = visit.stop.reason if visit is not None and visit.stop is not None else _CANCELLED.reason
+            progress.finish(name, _CANCELLED.result, reason)
+        JobWriter(self._database, progress, runner, host=self._host).close()
+
+
+def _asked(
+    hosts: Sequence[str], ask: Callable[[str], Answer]
+) -> Iterable[tuple[str, Answer | errors.ImageCacheError]]:
+    """Ask many hosts at a time, and yield what each answers, or why it does not, as soon as that is known."""
+    with concurrent.futures.ThreadPoolExecutor(max(1, min(_AT_A_TIME, len(hosts)))) as pool:
+        asked = {pool.submit(ask, name): name for name in hosts}
+        for answer in concurrent.futures.as_completed(asked):
+            try:
+                yield asked[answer], answer.result()
+            except errors.ImageCacheError as error:
+                yield asked[answer], error

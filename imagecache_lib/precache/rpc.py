@@ -8,27 +8,43 @@ that one; only the ``main`` of a process should.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import oslo_messaging
 from oslo_config import cfg
 
 from imagecache_lib import errors
-from imagecache_lib.precache import client, job, wire
+from imagecache_lib.precache import client, wire
 from imagecache_lib.precache.agent import HostAgent
 
 TOPIC = "imagecache"
 
 #: Raise the minor number for what an older side may ignore, the major for what it must not.
-VERSION = "1.0"
+VERSION = "1.1"
 
-#: Seconds that an agent may take to answer. To survey it asks the image service.
+#: What agents of the first releases speak. All calls but ``begin`` are the same in it.
+_OLDEST = "1.0"
+
+#: Seconds that an agent may take to answer. To survey it asks the image service, for ten seconds at most; the
+#: agents of the first release did so for twenty.
 _TIMEOUT = 10.0
-_SURVEY_TIMEOUT = 60.0
+_SURVEY_TIMEOUT = 25.0
+
+#: Seconds beyond that for the message bus to take the message. A RabbitMQ under an alarm takes none, and the
+#: timeout of oslo.messaging only bounds the wait for the answer.
+_PUBLISH_SECONDS = 5.0
+
+#: How many calls may hang in a message bus that takes no messages. Each has a thread of its own.
+_MOST_STUCK = 256
 
 #: What oslo.messaging's dispatcher raises in the agent for a call that it does not know.
 _OTHER_VERSION = frozenset({"UnsupportedVersion", "NoSuchMethod"})
+
+#: How oslo.messaging names the exceptions that it raises here in place of an agent's.
+_REMOTE = "_Remote"
 
 
 def transport(conf: Any) -> Any:
@@ -51,13 +67,23 @@ class RpcHostClient(client.HostClient):
     :param transport: from :func:`oslo_messaging.get_rpc_transport`.
     :param topic: that the agents listen on.
     :param timeout: seconds to wait for an answer.
-    :param version: that agents must speak.
+    :param publish_seconds: seconds beyond that to wait for the message bus to take the message.
+    :param version: that agents must speak, but for its minor number.
     """
 
     def __init__(
-        self, transport: Any, *, topic: str = TOPIC, timeout: float = _TIMEOUT, version: str = VERSION
+        self,
+        transport: Any,
+        *,
+        topic: str = TOPIC,
+        timeout: float = _TIMEOUT,
+        publish_seconds: float = _PUBLISH_SECONDS,
+        version: str = _OLDEST,
     ) -> None:
         self._timeout = timeout
+        self._publish_seconds = publish_seconds
+        self._version = version
+        self._stuck = threading.BoundedSemaphore(_MOST_STUCK)
         # One try: whoever asks decides whether and when to ask again. The default is to try for ever.
         self._client = oslo_messaging.get_rpc_client(
             transport, oslo_messaging.Target(topic=topic, version=version), timeout=timeout, retry=1
@@ -65,44 +91,106 @@ class RpcHostClient(client.HostClient):
 
     def survey(self, host: str, image_ids: Sequence[str]) -> client.Survey:
         timeout = max(self._timeout, _SURVEY_TIMEOUT)
-        return wire.to_survey(self._call(host, "survey", timeout, image_ids=list(image_ids)))
+        answer = self._call(host, "survey", timeout, image_ids=list(image_ids))
+        return dataclasses.replace(wire.to_survey(wire.result_of(answer)), agent=wire.agent_of(answer))
 
-    def begin(self, host: str, task: client.HostTask) -> None:
-        self._call(host, "begin", self._timeout, task=wire.from_task(task))
+    def begin(self, host: str, task: client.HostTask) -> client.AgentInfo | None:
+        try:
+            answer = self._call(host, "begin", self._timeout, version=VERSION, task=wire.from_task(task))
+        except client.HostUnsupported:
+            # It may speak the version before, in which a task has absolute times only.
+            old = wire.from_task(task, oldest=True)
+            answer = self._call(host, "begin", self._timeout, task=old)
+        wire.result_of(answer)
+        return wire.agent_of(answer)
 
-    def poll(self, host: str, job_id: str) -> Mapping[str, job.Cell]:
-        return wire.to_cells(self._call(host, "poll", self._timeout, job_id=job_id))
+    def poll(self, host: str, job_id: str) -> client.TaskReport:
+        answer = self._call(host, "poll", self._timeout, job_id=job_id)
+        who = wire.agent_of(answer)
+        try:
+            return client.TaskReport(wire.to_cells(wire.result_of(answer)), who)
+        except client.UnknownTask as error:
+            error.agent = who
+            raise
 
     def cancel(self, host: str, job_id: str) -> None:
-        self._call(host, "cancel", self._timeout, job_id=job_id)
+        wire.result_of(self._call(host, "cancel", self._timeout, job_id=job_id))
 
-    def _call(self, host: str, method: str, timeout: float, **arguments: Any) -> Any:
+    def _call(self, host: str, method: str, timeout: float, version: str = "", **arguments: Any) -> Any:
+        target = self._client.prepare(server=host, timeout=timeout, version=version or self._version)
         try:
-            answer = self._client.prepare(server=host, timeout=timeout).call({}, method, **arguments)
+            return self._bounded(host, lambda: target.call({}, method, **arguments), timeout)
+        except errors.ImageCacheError:
+            raise
         except oslo_messaging.RemoteError as error:
-            raise _remote(host, error) from None
+            raise _failure_of(host, error.exc_type or type(error).__name__) from None
         except oslo_messaging.MessagingTimeout:
             raise client.HostDown(
                 f"host {host} gave no answer within {timeout:.0f} s",
                 next_step="start its agent, and check that it uses the same transport and topic",
             ) from None
         except Exception as error:
+            if _is_the_agents(error):
+                raise _failure_of(host, type(error).__name__.removesuffix(_REMOTE)) from error
             # Not only its own exceptions escape oslo.messaging: kombu's, amqp's and the socket's do too.
             raise client.HostDown(
                 f"host {host} cannot be asked, the message bus fails with {type(error).__name__}",
                 next_step="check the message bus and transport_url",
             ) from error
-        return wire.result_of(answer)
+
+    def _bounded(self, host: str, call: Callable[[], Any], timeout: float) -> Any:
+        """Return what a call returns, or give it up when the message bus takes no message for too long.
+
+        :raises HostDown: the message bus takes no messages.
+        """
+        answers: list[Any] = []
+        failures: list[Exception] = []
+
+        def run() -> None:
+            try:
+                answers.append(call())
+            except Exception as error:
+                failures.append(error)
+            finally:
+                self._stuck.release()
+
+        if self._stuck.acquire(timeout=timeout + self._publish_seconds):
+            caller = threading.Thread(target=run, name=f"imagecache-call-{host}", daemon=True)
+            caller.start()
+            caller.join(timeout + self._publish_seconds)
+        if failures:
+            raise failures[0]
+        if not answers:
+            raise client.HostDown(
+                f"host {host} cannot be asked, the message bus has taken no message for "
+                f"{timeout + self._publish_seconds:.0f} s",
+                next_step="check the message bus: it may have run out of memory or disk",
+            )
+        return answers[0]
 
 
-def _remote(host: str, error: Any) -> errors.ImageCacheError:
-    if error.exc_type in _OTHER_VERSION:
+def _is_the_agents(error: Exception) -> bool:
+    """Whether an exception that a call raised says that the agent failed, and not the message bus.
+
+    oslo.messaging raises an agent's builtin exceptions anew as a class of its own making, called
+    ``TypeError_Remote``, or as they are over its in-memory transport. A bus fails with an :exc:`OSError` or
+    with exceptions of its own.
+    """
+    kind = type(error)
+    name = kind.__name__
+    return (
+        name.endswith(_REMOTE)
+        or name in _OTHER_VERSION
+        or (kind.__module__ == "builtins" and not isinstance(error, OSError))
+    )
+
+
+def _failure_of(host: str, kind: str) -> errors.ImageCacheError:
+    if kind in _OTHER_VERSION:
         return client.HostUnsupported(
             f"the agent of host {host} speaks another version", next_step="upgrade it"
         )
-    return errors.BackendError(
-        f"the agent of host {host} failed with {error.exc_type}", next_step="read its log"
-    )
+    return errors.BackendError(f"the agent of host {host} failed with {kind}", next_step="read its log")
 
 
 class _Endpoint:
@@ -113,21 +201,24 @@ class _Endpoint:
     def __init__(self, agent: HostAgent) -> None:
         self._agent = agent
 
+    def _answered(self, ask: Callable[[], Any]) -> Any:
+        return wire.answered(ask, self._agent.info())
+
     @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def survey(self, _context: Any, image_ids: Any) -> Any:
-        return wire.answered(lambda: wire.from_survey(self._agent.survey(wire.to_image_ids(image_ids))))
+        return self._answered(lambda: wire.from_survey(self._agent.survey(wire.to_image_ids(image_ids))))
 
     @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def begin(self, _context: Any, task: Any) -> Any:
-        return wire.answered(lambda: self._agent.begin(wire.to_task(task)))
+        return self._answered(lambda: self._agent.begin(wire.to_task(task)))
 
     @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def poll(self, _context: Any, job_id: Any) -> Any:
-        return wire.answered(lambda: wire.from_cells(self._agent.poll(wire.to_job_id(job_id))))
+        return self._answered(lambda: wire.from_cells(self._agent.poll(wire.to_job_id(job_id))))
 
     @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def cancel(self, _context: Any, job_id: Any) -> Any:
-        return wire.answered(lambda: self._agent.cancel(wire.to_job_id(job_id)))
+        return self._answered(lambda: self._agent.cancel(wire.to_job_id(job_id)))
 
 
 class AgentServer:

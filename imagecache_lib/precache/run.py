@@ -1,60 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run of a job: so many hosts at a time are begun and watched until everything has a result.
 
-A host that is down gives its turn to another and comes back later. One that was at work and falls silent
-keeps its turn for a while: its download goes on, and the job's rate was shared out with it in mind.
+A host at work holds one of as many *slots* as the job's concurrency allows. It holds no thread: one thread
+decides, and a pool of others makes the calls. A host that is down gives its slot to another and comes back
+later. One that was at work and falls silent keeps its slot for a while: its download goes on, and the job's
+rate was shared out with it in mind.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import logging
+import queue
 import random as random_module
-import threading
 from collections.abc import Callable
 
 from imagecache_lib import errors, model
 from imagecache_lib.precache import client, job
-from imagecache_lib.precache.database import JobDatabase
+from imagecache_lib.precache.calls import Call, Stop, Visit
+from imagecache_lib.precache.progress import JobProgress
+from imagecache_lib.precache.slots import HostState, Slots
+from imagecache_lib.precache.writer import JobWriter
 from imagecache_lib.system.host import System
 
 LOG = logging.getLogger(__name__)
 
-#: Seconds between two looks at a host that works, and at one that is down.
+#: Seconds between two looks at a host that works.
 POLL = 1.0
-POLL_DOWN = 5.0
 
-#: Seconds for which a host that was at work and does not answer keeps its turn.
+#: Seconds before a host that is down is asked again: at first, doubled each time, and at most.
+POLL_DOWN = 5.0
+LONGEST_POLL_DOWN = 30.0
+
+#: Seconds for which a host that was at work and does not answer keeps its slot.
 SILENCE = 60.0
 
-#: Without a deadline, a host that is down is given up after so many seconds.
+#: Without a deadline, a host that is down is given up after so many seconds, and one that cannot take a task
+#: because it has too many.
 PATIENCE = 600.0
+BUSY_PATIENCE = 3600.0
 
 #: Seconds after the deadline in which a host may still say itself how its images ended.
 GRACE = 15.0
 
+#: How often an agent may forget its task without finishing an image in between.
+MOST_RESTARTS = 5
 
-@dataclasses.dataclass
-class _Turn:
-    """A host that is not done.
+#: Seconds by which the clocks of an agent and of the conductor may differ without being worth a word.
+_SKEW = 60.0
 
-    :param not_before: epoch seconds of the next try.
-    :param begun: it has the task, as far as is known.
-    :param down_since: epoch seconds. None: it answers.
-    :param why_down: what it failed with.
-    """
+#: The most calls at a time. Most of a call is waiting.
+_MOST_CALLS = 128
 
-    name: str
-    not_before: float
-    begun: bool = False
-    down_since: float | None = None
-    why_down: str = ""
+#: The longest that the deciding thread waits before it looks at everything again, in seconds.
+_TICK = 0.5
+
+#: And the shortest: the difference of two moments may be too small to add to either.
+_SHORTEST = 0.001
 
 
 class JobRun:
     """Works on one job.
 
+    :param progress: how far it is; this run alone changes it.
+    :param writer: keeps it.
     :param done: called with a host whose images all have a result.
     :param leave: once it is set, the run returns, and the hosts go on by themselves.
     :param random: uniform in [0, 1).
@@ -62,8 +71,8 @@ class JobRun:
 
     def __init__(
         self,
-        work: job.Job,
-        database: JobDatabase,
+        progress: JobProgress,
+        writer: JobWriter,
         hosts: client.HostClient,
         *,
         host: System,
@@ -71,143 +80,257 @@ class JobRun:
         leave: model.CancelToken,
         random: Callable[[], float] = random_module.random,
     ) -> None:
-        self._work = work
-        self._database = database
+        self._progress = progress
+        self._work = progress.job
+        self._writer = writer
         self._hosts = hosts
         self._host = host
         self._done = done
         self._leave = leave
         self._random = random
-        self._lock = threading.Lock()
-        now = host.clock()
-        self._turns = [
-            _Turn(name, now + random() * work.terms.jitter) for name in work.hosts if work.pending(name)
-        ]
+        self._visits: queue.SimpleQueue[Visit | None] = queue.SimpleQueue()
+        self._stopping = False
+        now, terms = host.clock(), self._work.terms
+        pending = [name for name in self._work.hosts if not progress.is_host_over(name)]
+        self._calls = max(1, min(terms.concurrency, _MOST_CALLS, len(pending)))
+        self._slots = Slots(
+            [HostState(name, now + random() * terms.jitter) for name in pending],
+            slots=terms.concurrency,
+            calls=self._calls,
+        )
 
     def execute(self) -> None:
         """Return when every image on every host has a result, or when it shall leave.
 
-        :raises ConfigError: the database failed.
+        :raises LeaseLost: another conductor runs the job.
+        :raises ConfigError: the database fails.
         """
-        workers = max(1, min(self._work.terms.concurrency, len(self._turns)))
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            for worker in [pool.submit(self._serve) for _ in range(workers)]:
-                worker.result()
-
-    def _serve(self) -> None:
-        while (turn := self._take()) is not None:
-            self._sleep_until(turn.not_before)
-            if self._leave.is_set():
-                return
-            if self._bring(turn):
-                self._done(turn.name)
-            else:
-                with self._lock:
-                    self._turns.append(turn)
-
-    def _take(self) -> _Turn | None:
-        """Return the host that may be tried first. None: others have all that are left."""
-        with self._lock:
-            if not self._turns:
-                return None
-            first = min(self._turns, key=lambda turn: turn.not_before)
-            self._turns.remove(first)
-            return first
-
-    # -- one host ------------------------------------------------------------------------------------
-
-    def _bring(self, turn: _Turn) -> bool:
-        """Bring a host's images to a result, whatever happens. False: they have none yet."""
         try:
-            return self._follow(turn)
-        except client.HostUnsupported as error:
-            self._end(turn, job.Result.UNSUPPORTED, str(error))
-        except errors.ImageCacheError as error:
-            self._end(turn, job.Result.ERROR, str(error))
-        except Exception as error:
-            # Nothing may be lost in silence: the host gets a result, and the log the traceback.
-            LOG.exception("Pre-caching host %s failed", turn.name)
-            self._end(turn, job.Result.ERROR, f"{type(error).__name__}: {error}")
-        return True
+            with concurrent.futures.ThreadPoolExecutor(self._calls, "imagecache-hosts") as pool:
+                while self._slots.hosts_left and not self._leave.is_set():
+                    self._writer.tick(self._wake)
+                    self._end_early()
+                    self._make_calls(pool)
+                    self._wait()
+            while self._slots.calls_under_way:
+                self._settle(self._visits.get())
+        except BaseException:
+            self._writer.abandon()
+            raise
+        self._writer.close()
 
-    def _follow(self, turn: _Turn) -> bool:
-        while pending := self._database.pending(self._work.id, turn.name):
-            if self._leave.is_set():
-                return False
-            if self._database.is_cancelled(self._work.id):
-                self._cancel(turn, job.Result.SKIPPED, "the job was cancelled")
-            elif self._is_too_late(turn):
-                self._give_up(turn)
+    def _wake(self) -> None:
+        """Have the deciding thread look at everything again."""
+        self._visits.put(None)
+
+    def _make_calls(self, pool: concurrent.futures.Executor) -> None:
+        while (state := self._slots.take(self._host.clock())) is not None:
+            stop = self._give_up(state)
+            if self._progress.is_host_over(state.name):
+                self._slots.returned(state.name)
+                self._finished(state)
+                continue
+            pending = self._progress.pending(state.name)
+            task = None if state.begun or stop is not None else self._task(pending)
+            call = Call(self._hosts, self._work.id, state.name, task=task, stop=stop)
+            pool.submit(lambda call=call: self._visits.put(call.make()))  # type: ignore[misc]
+
+    def _wait(self) -> None:
+        """Wait for a call, a write, or the moment at which something is due."""
+        if not self._slots.hosts_left:
+            return
+        now = self._host.clock()
+        pause = min(_TICK, max(_SHORTEST, self._slots.next_due(now) - now))
+        if not self._slots.calls_under_way and not self._writer.is_busy:
+            self._host.sleep(pause)
+            return
+        try:
+            self._settle(self._visits.get(timeout=pause))
+            while True:
+                self._settle(self._visits.get_nowait())
+        except queue.Empty:
+            return
+
+    # -- ends that do not come from the host ---------------------------------------------------------
+
+    def _end_early(self) -> None:
+        """Once the job is cancelled, or its deadline passed, end the hosts that have not begun."""
+        deadline = self._work.terms.deadline
+        late = deadline is not None and self._host.clock() >= deadline
+        if self._stopping or not (late or self._writer.cancelled):
+            return
+        self._stopping = self._writer.cancelled
+        for state in self._slots.waiting():
+            if not state.begun:
+                if self._writer.cancelled:
+                    self._end(state, job.Result.SKIPPED, "the job was cancelled")
+                else:
+                    self._end(state, job.Result.SKIPPED, self._why_not_begun(state))
+                self._finished(state)
+        if self._stopping:
+            self._slots.hurry()
+
+    def _why_not_begun(self, state: HostState) -> str:
+        return state.trouble or "the deadline passed before the host could begin"
+
+    def _give_up(self, state: HostState) -> Stop | None:
+        """End a host that has had its time, or return how it is to be stopped. Returns None to go on."""
+        if state.stop is not None:
+            return state.stop
+        now, deadline = self._host.clock(), self._work.terms.deadline
+        if self._writer.cancelled:
+            if state.begun:
+                return Stop(job.Result.SKIPPED, "the job was cancelled")
+            self._end(state, job.Result.SKIPPED, "the job was cancelled")
+        elif now >= self._last_moment(state):
+            if state.trouble:
+                self._end(state, job.Result.SKIPPED, state.trouble)
+            elif not state.begun:
+                self._end(state, job.Result.SKIPPED, self._why_not_begun(state))
             else:
-                try:
-                    self._look(turn, pending)
-                except client.UnknownTask:
-                    turn.begun = False
-                except client.HostDown as error:
-                    if self._is_down(turn, error):
-                        return False
-                    continue
-                if self._database.pending(self._work.id, turn.name):
-                    self._host.sleep(POLL * (0.5 + self._random()))
-        return True
+                assert deadline is not None
+                return Stop(job.Result.ERROR, "the deadline passed while the host was at work")
+        return None
 
-    def _look(self, turn: _Turn, pending: tuple[str, ...]) -> None:
-        if not turn.begun:
-            self._hosts.begin(turn.name, self._task(pending))
-            turn.begun = True
-        found = self._hosts.poll(turn.name, self._work.id)
-        if turn.down_since is not None:
-            LOG.info("Host %s answers again", turn.name)
-            turn.down_since = None
-        self._database.record(self._work.id, turn.name, found)
-        if not set(pending) <= set(found):
-            turn.begun = False
-
-    def _is_down(self, turn: _Turn, error: client.HostDown) -> bool:
-        """Note that a host does not answer. True: it gives its turn away."""
-        now = self._host.clock()
-        if turn.down_since is None:
-            turn.down_since = now
-            LOG.warning("Host %s does not answer, to be tried again: %s", turn.name, error)
-        turn.why_down = str(error)
-        self._database.explain(self._work.id, turn.name, f"the host is down: {error}")
-        if not turn.begun or now - turn.down_since > SILENCE:
-            turn.not_before = now + self._down_delay()
-            return True
-        self._host.sleep(self._down_delay())
-        return False
-
-    def _down_delay(self) -> float:
-        return POLL_DOWN * (0.5 + self._random())
-
-    def _is_too_late(self, turn: _Turn) -> bool:
-        now = self._host.clock()
+    def _last_moment(self, state: HostState) -> float:
+        """Return when a host is given up, in epoch seconds."""
         deadline = self._work.terms.deadline
         if deadline is not None:
-            return now >= (deadline if turn.down_since is not None or not turn.begun else deadline + GRACE)
-        return turn.down_since is not None and now - turn.down_since >= PATIENCE
+            return deadline + (GRACE if state.begun and not state.trouble else 0.0)
+        if state.down_since is not None:
+            return state.down_since + PATIENCE
+        return state.busy_since + BUSY_PATIENCE if state.busy_since is not None else float("inf")
 
-    def _give_up(self, turn: _Turn) -> None:
-        if turn.down_since is not None:
-            self._end(turn, job.Result.SKIPPED, f"the host is down: {turn.why_down}")
-        elif not turn.begun:
-            self._end(turn, job.Result.SKIPPED, "the deadline passed before it was the host's turn")
+    # -- what a call brought -------------------------------------------------------------------------
+
+    def _settle(self, visit: Visit | None) -> None:
+        if visit is None:  # woken up
+            return
+        state = self._slots.returned(visit.host)
+        if visit.failure is not None and not isinstance(visit.failure, Exception):
+            raise visit.failure
+        state.begun = state.begun or visit.begun
+        self._note_agents(state, visit)
+        if visit.report is not None:
+            self._record(state, visit)
+        if visit.stop is not None:
+            self._end(state, visit.stop.result, visit.stop.reason)
+        elif visit.failure is not None:
+            self._fail(state, visit.failure)
+        if self._progress.is_host_over(state.name):
+            self._finished(state)
+        elif not state.is_scheduled:
+            self._look_again(state)
+
+    def _record(self, state: HostState, visit: Visit) -> None:
+        assert visit.report is not None
+        cells = visit.report.cells
+        if visit.stop is not None:
+            # What the host skipped because it was told to stop ends with the reason for that.
+            cells = {name: cell for name, cell in cells.items() if cell.result is not job.Result.SKIPPED}
+        if self._progress.record(state.name, cells):
+            state.restarts = 0
+        if visit.failure is None and state.down_since is not None:
+            LOG.info("Host %s answers again", state.name)
+        if visit.failure is None:
+            state.down_since, state.busy_since, state.failures, state.trouble = None, None, 0, ""
+        if not set(self._progress.pending(state.name)) <= set(visit.report.cells):
+            self._forgotten(state)
+
+    def _look_again(self, state: HostState) -> None:
+        pause = POLL * (0.5 + self._random()) if state.begun else 0.0
+        self._slots.keep(state, self._host.clock() + pause)
+
+    def _fail(self, state: HostState, failure: Exception) -> None:
+        match failure:
+            case client.UnknownTask():
+                self._forgotten(state)
+            case client.HostDown():
+                self._is_down(state, failure)
+            case client.HostBusy():
+                self._is_busy(state, failure)
+            case client.HostUnsupported():
+                self._end(state, job.Result.UNSUPPORTED, str(failure))
+            case errors.ImageCacheError():
+                self._end(state, job.Result.ERROR, str(failure))
+            case _:
+                # Nothing may be lost in silence: the host gets a result, and the log the traceback.
+                LOG.error("Pre-caching host %s failed", state.name, exc_info=failure)
+                self._end(state, job.Result.ERROR, f"{type(failure).__name__}: {failure}")
+
+    def _forgotten(self, state: HostState) -> None:
+        """Begin a task again that the agent has forgotten, unless that happens again and again."""
+        if not state.begun or state.stop is not None:
+            return
+        state.begun = False
+        state.restarts += 1
+        if state.restarts >= MOST_RESTARTS:
+            self._stop_later(
+                state,
+                f"the agent forgot its task {state.restarts} times and finished no image in between: it "
+                "restarts again and again, or several agents have the host's name",
+            )
+
+    def _note_agents(self, state: HostState, visit: Visit) -> None:
+        """Look at who answered: an instance that is back after another one is a second agent, no restart."""
+        for who in visit.agents:
+            skew = who.clock - self._host.clock()
+            if abs(skew) > _SKEW and not state.skew_told:
+                state.skew_told = True
+                LOG.warning("The clock of host %s is %+.0f s off the conductor's", state.name, skew)
+            if state.instances[-1:] == [who.instance]:
+                continue
+            if who.instance in state.instances and state.stop is None:
+                self._stop_later(
+                    state,
+                    "two agents answer by the name of this host, instances "
+                    f"{who.instance} and {state.instances[-1]}: stop one of them",
+                )
+            state.instances.append(who.instance)
+
+    def _stop_later(self, state: HostState, reason: str) -> None:
+        # Several agents under one name take calls by turns: each must be told.
+        state.stop = Stop(job.Result.ERROR, reason, calls=max(1, len(set(state.instances))))
+        self._slots.keep(state, self._host.clock())
+
+    def _is_down(self, state: HostState, error: Exception) -> None:
+        """Note that a host does not answer. One that was at work keeps its slot for a while."""
+        now = self._host.clock()
+        if state.down_since is None:
+            state.down_since = now
+            LOG.warning("Host %s does not answer, to be tried again: %s", state.name, error)
+        state.trouble = f"the host is down: {error}"
+        self._progress.set_reason(state.name, state.trouble)
+        if state.begun and now - state.down_since <= SILENCE:
+            self._slots.keep(state, min(now + self._delay(0), self._last_moment(state)))
         else:
-            self._cancel(turn, job.Result.ERROR, "the deadline passed while the host was at work")
+            self._slots.give_away(state, min(now + self._delay(state.failures), self._last_moment(state)))
+            state.failures += 1
 
-    def _cancel(self, turn: _Turn, result: job.Result, reason: str) -> None:
-        try:
-            self._hosts.cancel(turn.name, self._work.id)
-        except errors.ImageCacheError as error:
-            reason = f"{reason}, and the host could not be told: {error}"
-        self._end(turn, result, reason)
+    def _is_busy(self, state: HostState, error: Exception) -> None:
+        now = self._host.clock()
+        state.down_since = None
+        state.busy_since = state.busy_since or now
+        state.trouble = f"the host is busy: {error}"
+        self._progress.set_reason(state.name, state.trouble)
+        self._slots.give_away(state, min(now + self._delay(state.failures), self._last_moment(state)))
+        state.failures += 1
 
-    def _end(self, turn: _Turn, result: job.Result, reason: str) -> None:
-        LOG.warning("Job %s ends on host %s: %s, %s", self._work.id, turn.name, result.value, reason)
-        self._database.explain(self._work.id, turn.name, reason, result)
+    def _delay(self, failures: int) -> float:
+        return min(POLL_DOWN * 2.0 ** min(failures, 8), LONGEST_POLL_DOWN) * (0.5 + self._random())
+
+    # -- ends ----------------------------------------------------------------------------------------
+
+    def _end(self, state: HostState, result: job.Result, reason: str) -> None:
+        LOG.warning("Job %s ends on host %s: %s, %s", self._work.id, state.name, result.value, reason)
+        self._progress.finish(state.name, result, reason)
+
+    def _finished(self, state: HostState) -> None:
+        self._slots.remove(state)
+        self._done(state.name)
 
     def _task(self, pending: tuple[str, ...]) -> client.HostTask:
-        terms = self._work.terms
+        terms, now = self._work.terms, self._host.clock()
         return client.HostTask(
             self._work.id,
             pending,
@@ -216,10 +339,6 @@ class JobRun:
             deadline=terms.deadline,
             pin_until=terms.pin_until,
             retries=terms.retries,
+            deadline_in=None if terms.deadline is None else max(0.0, terms.deadline - now),
+            pin_for=None if terms.pin_until is None else max(0.0, terms.pin_until - now),
         )
-
-    def _sleep_until(self, moment: float) -> None:
-        while (left := moment - self._host.clock()) > 0:
-            if self._leave.is_set() or self._database.is_cancelled(self._work.id):
-                return
-            self._host.sleep(min(POLL, left))

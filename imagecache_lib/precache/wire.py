@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What conductor and agents say to each other, as plain values. Nothing that arrives is trusted.
 
-A request names images and limits; any other field is refused, so that nobody who may send messages chooses
+A request names images and limits; any other field is refused, so that no sender of messages chooses
 where a host fetches from or what it writes. An answer is ``{"result": ...}`` or ``{"error": ...}``: an error
-travels as the kind that says who must act, with its text, and without a traceback.
+travels as the kind that says who must act, with its text, and without a traceback. Beside either, an agent
+that speaks version 1.1 says who it is: ``"agent": {"instance": ..., "clock": ...}``. Version 1.0 knows
+neither that nor a task's ``deadline_in`` and ``pin_for``, which a conductor leaves out for such an agent.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ _KINDS: dict[str, type[errors.ImageCacheError]] = {
     for kind in (
         client.UnknownTask,
         client.HostUnsupported,
+        client.HostBusy,
         errors.ImageNotFound,
         errors.ImageRejected,
         errors.SourceError,
@@ -40,22 +43,28 @@ _KINDS: dict[str, type[errors.ImageCacheError]] = {
 
 _MOST_RETRIES = 100
 _LONGEST_ID = 128
-_LARGEST = 2**63
+
+#: Fields of a task that version 1.0 does not know.
+_SINCE_1_1 = ("deadline_in", "pin_for")
 
 
 class Malformed(errors.BackendError):
     """What arrived is not what should be said."""
 
 
-def from_task(task: client.HostTask) -> dict[str, Any]:
-    """Return a task as it travels."""
-    return {**dataclasses.asdict(task), "image_ids": list(task.image_ids)}
+def from_task(task: client.HostTask, *, oldest: bool = False) -> dict[str, Any]:
+    """Return a task as it travels.
+
+    :param oldest: for an agent that speaks version 1.0.
+    """
+    fields = {**dataclasses.asdict(task), "image_ids": list(task.image_ids)}
+    return {name: value for name, value in fields.items() if not (oldest and name in _SINCE_1_1)}
 
 
 def to_task(found: Any) -> client.HostTask:
     """Return the task that arrived.
 
-    :raises Malformed: it is none, or says more than a task may.
+    :raises Malformed: it is not a task, or says more than a task may.
     """
     fields = dict(_mapping(found, "a task"))
     known = {field.name for field in dataclasses.fields(client.HostTask)}
@@ -71,6 +80,8 @@ def to_task(found: Any) -> client.HostTask:
         deadline=_moment(fields.get("deadline"), "deadline"),
         pin_until=_moment(fields.get("pin_until"), "pin_until"),
         retries=_integer(fields.get("retries", 0), "retries", most=_MOST_RETRIES),
+        deadline_in=_moment(fields.get("deadline_in"), "deadline_in"),
+        pin_for=_moment(fields.get("pin_for"), "pin_for"),
     )
 
 
@@ -80,7 +91,7 @@ def to_job_id(found: Any) -> str:
     :raises Malformed: it is none.
     """
     if not isinstance(found, str) or not 0 < len(found) <= _LONGEST_ID or not found.isprintable():
-        raise Malformed("that is no job's id", next_step="upgrade whoever asks")
+        raise Malformed("the request has no valid job id", next_step="upgrade the conductor")
     return found
 
 
@@ -91,10 +102,10 @@ def to_image_ids(found: Any) -> tuple[str, ...]:
     :raises ImageRejected: an id that no image can have.
     """
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
-        raise Malformed("that is no list of image ids", next_step="upgrade whoever asks")
-    if not 0 < len(found) <= client.MOST_IMAGES or len(set(found)) != len(found):
+        raise Malformed("the request has no list of image ids", next_step="upgrade the conductor")
+    if not 0 < len(found) <= job.MOST_IMAGES or len(set(found)) != len(found):
         raise Malformed(
-            f"a task has 1 to {client.MOST_IMAGES} images, each once", next_step="ask for fewer images"
+            f"a task has 1 to {job.MOST_IMAGES} images, each once", next_step="ask for fewer images"
         )
     for image_id in found:
         layout.base_name(image_id)
@@ -119,15 +130,18 @@ def to_survey(found: Any) -> client.Survey:
     fields = _mapping(found, "a survey")
     present = fields.get("present")
     if not isinstance(present, list):
-        raise Malformed("a survey arrived that is none", next_step="upgrade the agent")
+        raise Malformed("the agent's survey has no list of present images", next_step="upgrade the agent")
     return client.Survey(
         tuple(str(each) for each in present),
         {
             str(key): None if size is None else _integer(size, "size")
-            for key, size in _mapping(fields.get("missing"), "missing").items()
+            for key, size in _mapping(fields.get("missing"), "a table of missing images").items()
         },
         _integer(fields.get("free"), "free"),
-        {str(key): str(text) for key, text in _mapping(fields.get("problems"), "problems").items()},
+        {
+            str(key): str(text)
+            for key, text in _mapping(fields.get("problems"), "a table of problems").items()
+        },
     )
 
 
@@ -152,18 +166,40 @@ def _cell(found: Any) -> job.Cell:
     result, total = fields.get("result"), fields.get("total")
     try:
         known = None if result is None else job.Result(result)
+        if known is job.Result.UNKNOWN:
+            raise ValueError(result)
     except ValueError:
-        raise Malformed(f"the unknown result {result!r} arrived", next_step="upgrade the conductor") from None
+        raise Malformed(
+            f"the agent reports the unknown result {result!r}", next_step="upgrade the conductor"
+        ) from None
     return job.Cell(
         known,
         str(fields.get("reason", "")),
         _integer(fields.get("received", 0), "received"),
         None if total is None else _integer(total, "total"),
-    )
+    ).storable()
 
 
-def answered(ask: Callable[[], Any]) -> dict[str, Any]:
-    """Return what a call returns or raises, as it travels."""
+def answered(ask: Callable[[], Any], who: client.AgentInfo) -> dict[str, Any]:
+    """Return what a call returns or raises, as it travels.
+
+    :param who: answers.
+    """
+    return {**_outcome(ask), "agent": dataclasses.asdict(who)}
+
+
+def agent_of(answer: Any) -> client.AgentInfo | None:
+    """Return which agent an answer is from. An agent that speaks version 1.0 does not say."""
+    told = answer.get("agent") if isinstance(answer, Mapping) else None
+    if not isinstance(told, Mapping):
+        return None
+    instance, clock = told.get("instance"), told.get("clock")
+    if not isinstance(instance, str) or not isinstance(clock, int | float) or not math.isfinite(clock):
+        return None
+    return client.AgentInfo(instance[:_LONGEST_ID], float(clock))
+
+
+def _outcome(ask: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"result": ask()}
     except errors.ImageCacheError as error:
@@ -204,11 +240,14 @@ def _from_error(error: errors.ImageCacheError) -> dict[str, Any]:
 
 def _mapping(found: Any, what: str) -> Mapping[Any, Any]:
     if not isinstance(found, Mapping):
-        raise Malformed(f"{what} arrived that is none", next_step="upgrade the side that sent it")
+        raise Malformed(
+            f"the message is not {what}, it is a {type(found).__name__}",
+            next_step="upgrade the side that sent it",
+        )
     return found
 
 
-def _integer(found: Any, what: str, *, most: int = _LARGEST) -> int:
+def _integer(found: Any, what: str, *, most: int = job.LARGEST) -> int:
     if type(found) is not int or not 0 <= found <= most:
         raise Malformed(f"{what} is {found!r}", next_step="upgrade the side that sent it")
     return found

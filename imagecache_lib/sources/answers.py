@@ -7,21 +7,65 @@ RFC 9110: validators and If-Range in section 13, ranges in 14, statuses in 15.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import email.utils
 import http.client
 import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import requests
 import urllib3.exceptions
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import exchange
-from imagecache_lib.sources.interface import CannotResume, NotPermitted, SourceBusy, SourceRefused
+from imagecache_lib.sources.interface import (
+    CannotResume,
+    NotPermitted,
+    SourceBusy,
+    SourceRefused,
+    Unauthorized,
+)
 
 #: Most bytes that one read takes. read1 returns what has arrived, so that a slow server does not keep a
 #: request's deadline from being looked at.
 CHUNK = 2**20
+#: Key in :attr:`Image.properties` of the strong entity tag of the data.
+ETAG = "etag"
+
+#: Codings that change bytes (RFC 9110, section 8.4.1, and the registry that it opens). Others, such as the
+#: ``aws-chunked`` that object stores keep from an upload, describe how the data once travelled.
+_CHANGING_CODINGS = frozenset(
+    {
+        "br",
+        "bzip2",
+        "compress",
+        "dcb",
+        "dcz",
+        "deflate",
+        "gzip",
+        "x-bzip2",
+        "x-compress",
+        "x-gzip",
+        "xz",
+        "zstd",
+    }
+)
+#: What one codec is called in Content-Encoding, by its name in :attr:`Image.compression`.
+_CODINGS_OF = {
+    "gzip": {"gzip", "x-gzip"},
+    "bzip2": {"bzip2", "x-bzip2"},
+    "xz": {"xz"},
+    "zstd": {"zstd"},
+}
+#: Media types of documents: an error page, a sign-in form, a listing. text/plain is none of them, since some
+#: servers say it of every file whose name they do not know.
+_DOCUMENT = re.compile(
+    r"text/(?!plain$).*|application/(json|xml|javascript|xhtml\+xml)|.*\+(json|xml)", re.IGNORECASE
+)
+#: Statuses that refuse a range where the whole may still be had. Glance answers 400 where its store cannot
+#: read from an offset.
+RANGE_REFUSED = frozenset({400, 412, 416, 501})
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
 _STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]*"')
@@ -43,7 +87,7 @@ def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheErro
             f"no such image: {where}", image=image_id, next_step="check the id, and who may see it"
         )
     if status in (401, 407):
-        return SourceRefused(
+        return Unauthorized(
             f"the token or credentials are missing, expired or wrong: {where}",
             image=image_id,
             next_step="give the source a valid token",
@@ -85,9 +129,9 @@ def strong_etag(headers: Mapping[str, str]) -> str | None:
 
 
 def content_length(headers: Mapping[str, str]) -> int | None:
-    """Return Content-Length. None: it is not told, or is the length of something encoded."""
+    """Return Content-Length. Returns None if it is not told, or is the length of something encoded."""
     value = headers.get("Content-Length", "").strip()
-    if _encoding(headers) is not None or not re.fullmatch(r"\d{1,19}", value, re.ASCII):
+    if _changing_codings(headers) or not re.fullmatch(r"\d{1,18}", value, re.ASCII):
         return None
     return int(value)
 
@@ -104,9 +148,45 @@ def parse_content_range(value: str) -> tuple[int, int, int | None] | None:
     return first, last, whole
 
 
-def _encoding(headers: Mapping[str, str]) -> str | None:
-    value = headers.get("Content-Encoding", "").strip().lower()
-    return None if value in ("", "identity") else value
+def _changing_codings(headers: Mapping[str, str]) -> set[str]:
+    listed = {coding.strip().lower() for coding in headers.get("Content-Encoding", "").split(",")}
+    return listed & _CHANGING_CODINGS
+
+
+class Body:
+    """The data of an answer, in chunks as they arrive: the iterator that :meth:`ImageSource.open` promises.
+
+    :ivar image: the description, as this answer corrects it.
+    :ivar doubt: what is wrong with the answer, if the data turns out not to be the image's.
+    """
+
+    def __init__(
+        self, response: requests.Response, image: model.Image, doubt: SourceRefused | None = None
+    ) -> None:
+        self.image = image
+        self.doubt: errors.SourceError | None = doubt
+        self._delimited = _is_delimited(response)
+        self._chunks = body(response, image.id)
+
+    def __iter__(self) -> Body:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            return next(self._chunks)
+        except StopIteration:
+            if self.image.size is None and not self._delimited and self.doubt is None:
+                self.doubt = errors.SourceError(
+                    "the data is not the image's, and may have been cut off: its length is not told",
+                    image=self.image.id,
+                )
+            raise
+
+
+def _is_delimited(response: requests.Response) -> bool:
+    """Return whether the data ends by itself, not by the end of the connection (RFC 9112, section 6.3)."""
+    chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+    return chunked or "Content-Length" in response.headers
 
 
 @contextlib.contextmanager
@@ -117,13 +197,20 @@ def data(
     image: model.Image,
     offset: int,
     *,
-    validator: str | None = None,
-) -> Iterator[Iterator[bytes]]:
+    size_is_known: bool = True,
+) -> Iterator[Body]:
     """Get an image's data from an offset: what :meth:`ImageSource.open` promises, over HTTP.
 
-    :param validator: the strong entity tag under which the image was described.
+    An answer from the first byte brings its own entity tag, which replaces the one of the description:
+    servers behind one name may differ in theirs. An answer from another offset must have the tag of the first
+    one.
+
+    :param image: its property :data:`ETAG` is the strong entity tag that a resumed transfer insists on.
+    :param size_is_known: ``image.size`` does not come from a HEAD answer, so that the answer's length does
+        not replace it.
     """
     asked = {**headers, "Accept-Encoding": "identity"}
+    validator = image.properties.get(ETAG)
     if offset > 0:
         asked["Range"] = f"bytes={offset}-"
         if validator is not None:
@@ -131,27 +218,45 @@ def data(
     with exchange.exchange(web, "GET", url, asked, image_id=image.id) as response:
         if offset > 0:
             _check_resumed(response, image, offset, validator)
-        else:
-            _check_started(response, image, validator)
-        encoding = _encoding(response.headers)
-        if encoding is not None:
-            raise SourceRefused(
-                f"{exchange.shown(url)} sends the data as {encoding[:40]!r} although it must not be encoded",
-                image=image.id,
-                next_step="turn compression off on the server or its proxy",
-            )
-        yield body(response, image.id)
+        elif response.status_code != 200:
+            raise refusal(response, image.id)
+        doubt = _contradiction(response, image)
+        if doubt is not None and image.digest is None:
+            raise doubt
+        yield Body(response, image if offset > 0 else _corrected(image, response, size_is_known), doubt)
 
 
-def _check_started(response: requests.Response, image: model.Image, validator: str | None) -> None:
-    if response.status_code != 200:
-        raise refusal(response, image.id)
+def _corrected(image: model.Image, response: requests.Response, size_is_known: bool) -> model.Image:
     tag = strong_etag(response.headers)
-    if image.digest is None and None not in (tag, validator) and tag != validator:
-        # With a digest the content speaks for itself: mirrors behind one name may differ in their tags.
-        raise SourceRefused(
-            "the content changed after the image was described", image=image.id, next_step="ask again"
+    properties = {key: value for key, value in image.properties.items() if key != ETAG}
+    if tag is not None:
+        properties[ETAG] = tag
+    length = content_length(response.headers)
+    return dataclasses.replace(
+        image,
+        size=image.size if size_is_known or length is None else length,
+        properties=MappingProxyType(properties),
+    )
+
+
+def _contradiction(response: requests.Response, image: model.Image) -> SourceRefused | None:
+    """Return what the answer's headers say against its data. Where there is a digest, the bytes decide."""
+    where = exchange.shown(response.url)
+    codings = _changing_codings(response.headers) - _CODINGS_OF.get(image.compression or "", set())
+    if codings:
+        return SourceRefused(
+            f"{where} sends the data as {sorted(codings)[0]!r} although it must not be encoded",
+            image=image.id,
+            next_step="turn compression off on the server or its proxy",
         )
+    kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
+    if _DOCUMENT.fullmatch(kind):
+        return SourceRefused(
+            f"{where} sends a document of the type {kind[:60]} and no disk",
+            image=image.id,
+            next_step="correct the address or the server; if the document is the image, state its digest",
+        )
+    return None
 
 
 def _check_resumed(
@@ -160,8 +265,8 @@ def _check_resumed(
     status = response.status_code
     if status == 200:
         raise CannotResume("the server ignores the range asked for, or the content changed", image=image.id)
-    if status in (412, 416):
-        raise CannotResume(f"the content is no longer what it was (HTTP {status})", image=image.id)
+    if status in RANGE_REFUSED:
+        raise CannotResume(f"the server refuses to go on from an offset (HTTP {status})", image=image.id)
     if status != 206:
         raise refusal(response, image.id)
     tag = strong_etag(response.headers)

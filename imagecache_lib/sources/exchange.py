@@ -9,6 +9,7 @@ turns out to be dead when the request is sent. What an answer means is in
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import http.client
@@ -21,6 +22,7 @@ from typing import Protocol
 
 import requests
 import requests.adapters
+import requests.auth
 import urllib3.exceptions
 
 from imagecache_lib import errors
@@ -36,6 +38,10 @@ _SENDS = 4
 _POOL = 32
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+
+
+class Disconnected(errors.SourceError):
+    """The server took the request and closed the connection without an answer."""
 
 
 class Send(Protocol):
@@ -70,6 +76,8 @@ class SessionSend:
             url,
             headers=dict(headers),
             data=body,
+            # Given so too: what a .netrc file has for the host would take the place of the header alone.
+            auth=_Authorization(headers["Authorization"]) if "Authorization" in headers else None,
             stream=True,
             allow_redirects=False,
             timeout=self._timeout,
@@ -96,6 +104,17 @@ class SessionSend:
                 session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=_POOL))
             self._own = own = (os.getpid(), session)
         return own[1]
+
+
+class _Authorization(requests.auth.AuthBase):
+    """Sends one Authorization header as it is."""
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = self._value
+        return request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +164,17 @@ def exchange(
 ) -> Iterator[requests.Response]:
     """Send a request, follow its redirects, and yield the answer; the body is unread, any status goes.
 
+    :param url: user and password in it are sent to its origin, by which way ever redirects lead there, and to
+        no other.
     :raises SourceRefused: a redirect that must not be followed; TLS that does not verify.
     :raises SourceError: no answer.
     """
     send = web.send
+    url, own = _without_credentials(url)
+    home = _origin(url)
     for _ in range(MOST_REDIRECTS + 1):
-        response = _send(send, method, url, headers, body, image_id)
+        sent = {**own, **headers} if _origin(url) == home else headers
+        response = _send(send, method, url, sent, body, image_id)
         with contextlib.closing(response):
             location = response.headers.get("Location")
             if method == "HEAD":
@@ -211,6 +235,19 @@ def _redirect_target(url: str, location: str, image_id: str) -> str:
     return target
 
 
+def _without_credentials(url: str) -> tuple[str, Mapping[str, str]]:
+    """Take user and password out of a URL. Returns the URL without them, and the header that has them."""
+    parts = urllib.parse.urlsplit(url)
+    user_and_password, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return url, {}
+    user, _, password = user_and_password.partition(":")
+    # RFC 7617: the octets as they are written, once the URL's own quoting is undone.
+    pair = urllib.parse.unquote_to_bytes(user) + b":" + urllib.parse.unquote_to_bytes(password)
+    header = {"Authorization": "Basic " + base64.b64encode(pair).decode("ascii")}
+    return urllib.parse.urlunsplit(parts._replace(netloc=host)), header
+
+
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urllib.parse.urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
@@ -263,7 +300,8 @@ def failure(error: BaseException, url: str, image_id: str) -> errors.SourceError
             next_step="check the token and the URL for stray characters",
         )
     reason = f"{where}: {_reason(error, causes)}"
-    return errors.SourceError(reason, image=image_id, next_step="try again later")
+    kind = Disconnected if _is_dead_connection(error) else errors.SourceError
+    return kind(reason, image=image_id, next_step="try again later")
 
 
 def _reason(error: BaseException, causes: list[BaseException]) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import interface
+from imagecache_lib.sources import interface, tables
 from imagecache_lib.sources.interface import CannotResume, ImageSource, NotPermitted
+from imagecache_lib.system import sparse
 
 _CHUNK = 2**20
 
@@ -23,21 +26,36 @@ class FileImage:
     :param path: of a regular file; symbolic links are followed, since the operator chose the path.
     :param disk_format: Glance's name of its format. None: the content decides.
     :param digest: of its content. None: whatever the file holds is taken.
+    :param converted_from: the file is a conversion of an image of this format (``unknown`` will do), and not
+        the image's own bytes: it serves as a disk and not as a plain file. With None it is the image's own.
+    :param compression: how it is compressed: ``gzip``, ``xz``, ``zstd`` or ``bzip2``; ``disk_format`` is that
+        of what is in it. With None it is not compressed.
     """
 
     path: str | os.PathLike[str]
     disk_format: str | None = None
     digest: model.Digest | None = None
+    converted_from: str | None = None
+    compression: str | None = None
 
 
 class FileSource(ImageSource):
     """Images from files. An id is looked up in the table; it never is a path itself.
 
     :param images: by image id.
+    :raises ConfigError: a compression is unknown.
     """
 
     def __init__(self, images: Mapping[str, FileImage]) -> None:
+        for image in images.values():
+            interface.check_compression(image.compression)
         self._images = dict(images)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> ImageSource:
+        """Make one from ``table``, the path of a table: :mod:`imagecache_lib.sources.tables`."""
+        interface.require_options("file", options, "table", needed="table")
+        return cls(tables.read(options["table"], FileImage))
 
     def __repr__(self) -> str:
         return f"FileSource({len(self._images)} images)"
@@ -46,7 +64,18 @@ class FileSource(ImageSource):
         entry = self._entry(image_id)
         with _regular_file(image_id, entry) as fd:
             size = os.fstat(fd).st_size
-        return model.Image(id=image_id, disk_format=entry.disk_format, size=size, digest=entry.digest)
+        return model.Image(
+            id=image_id,
+            disk_format=entry.disk_format,
+            size=size,
+            digest=entry.digest,
+            converted_from=entry.converted_from,
+            compression=entry.compression,
+        )
+
+    def known_digest(self, image_id: str) -> model.Digest | None:
+        entry = self._images.get(image_id)
+        return None if entry is None else entry.digest
 
     @contextlib.contextmanager
     def open(self, image: model.Image, offset: int = 0) -> Iterator[Iterator[bytes]]:
@@ -87,15 +116,37 @@ def _regular_file(image_id: str, entry: FileImage) -> Iterator[int]:
 
 
 def _read(fd: int, offset: int, image_id: str, entry: FileImage) -> Iterator[bytes]:
+    """Yield a file's bytes from an offset. Its holes are given without being read."""
+    data_end = offset  # up to here nothing is a hole
     while True:
         try:
-            chunk = os.pread(fd, _CHUNK, offset)
+            if offset >= data_end:
+                hole_end, data_end = _next_data(fd, offset)
+                while offset < hole_end:
+                    zeros = sparse.ZEROS[: hole_end - offset]
+                    offset += len(zeros)
+                    yield zeros
+            chunk = os.pread(fd, min(_CHUNK, data_end - offset), offset)
         except OSError as error:
             raise _failed(error, image_id, os.fspath(entry.path)) from error
         if not chunk:
             return
         offset += len(chunk)
         yield chunk
+
+
+def _next_data(fd: int, offset: int) -> tuple[int, int]:
+    """Return where the next data begins and ends: lseek(2), SEEK_DATA and SEEK_HOLE."""
+    try:
+        start = os.lseek(fd, offset, os.SEEK_DATA)
+        return start, os.lseek(fd, start, os.SEEK_HOLE)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # nothing but a hole up to the end, or the end
+            end = max(offset, os.fstat(fd).st_size)
+            return end, end
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # the filesystem cannot tell
+            return offset, sys.maxsize
+        raise
 
 
 def _failed(error: Exception, image_id: str, path: str) -> errors.SourceError:

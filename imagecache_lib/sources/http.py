@@ -11,14 +11,10 @@ from types import MappingProxyType
 import requests
 
 from imagecache_lib import model
-from imagecache_lib.sources import answers, exchange, interface
+from imagecache_lib.sources import answers, exchange, interface, tables
 from imagecache_lib.sources.interface import ImageSource
 
-#: Key in :attr:`Image.properties` of the strong entity tag under which the image was described.
-ETAG = "etag"
-
-#: HEAD answers that say nothing about GET: not implemented, or a signed URL that allows GET only (S3: 403).
-_HEAD_UNUSABLE = frozenset({403, 405, 501})
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +25,30 @@ class HttpImage:
         shown but for host and path.
     :param disk_format: Glance's name of its format. None: the content decides.
     :param digest: of its content. Without one, only TLS and the server vouch for what arrives, and a
-        broken transfer resumes only if the server sends strong entity tags.
+        broken transfer resumes only if the server sends strong entity tags; and what the server calls a
+        document or compressed is refused.
     :param size: bytes. None: as the server says.
+    :param compression: how the data is compressed: ``gzip``, ``xz``, ``zstd`` or ``bzip2``; ``disk_format``
+        is that of what is in it, digest and size are of the data as the server has it. With None it is not
+        compressed.
     """
 
     url: str = dataclasses.field(repr=False)
     disk_format: str | None = None
     digest: model.Digest | None = None
     size: int | None = None
+    compression: str | None = None
 
 
 class HttpSource(ImageSource):
     """Images from web servers, over HTTP/1.1 with ranges (RFC 9110).
 
     Redirects are followed, except from https to http. Another origin is asked without any of the
-    session's headers, cookies and credentials.
+    session's headers, cookies and credentials. User and password of a URL are sent to its own origin whatever
+    redirects lie between, and to no other.
+
+    HEAD is a hint: where it is refused, a GET of the first byte tells what there is, and the length of the
+    answer that brings the data replaces the one that HEAD told.
 
     :param images: by image id.
     :param session: a requests session that carries what the servers ask for: credentials, proxies,
@@ -51,7 +56,7 @@ class HttpSource(ImageSource):
     :param timeout: seconds for the connection, and for each read.
     :param verify: as in requests: True, or the path of a file with CA certificates. False turns
         verification off.
-    :raises ConfigError: a URL is not absolute http or https.
+    :raises ConfigError: a URL is not absolute http or https, or a compression is unknown.
     """
 
     def __init__(
@@ -64,39 +69,60 @@ class HttpSource(ImageSource):
     ) -> None:
         for image in images.values():
             exchange.check_url(image.url)
+            interface.check_compression(image.compression)
         self._images = dict(images)
         send = exchange.SessionSend(session, verify=verify, timeout=timeout)
         self._web = exchange.Web(send, send.stranger())
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> ImageSource:
+        """Make one from ``table``, the path of a table of images, and ``cafile``."""
+        interface.require_options("http", options, "table", "cafile", needed="table")
+        table = tables.read(options["table"], HttpImage)
+        return cls(table, verify=options.get("cafile") or True)
 
     def __repr__(self) -> str:
         return f"HttpSource({len(self._images)} images)"
 
     def describe(self, image_id: str) -> model.Image:
         entry = self._entry(image_id)
-        identity = {"Accept-Encoding": "identity"}
-        with exchange.exchange(self._web, "HEAD", entry.url, identity, image_id=image_id) as response:
+        with contextlib.suppress(exchange.Disconnected), self._ask("HEAD", entry, image_id) as response:
             if response.status_code == 200:
-                size = answers.content_length(response.headers)
-                return _image(image_id, entry, size, response)
-            if response.status_code not in _HEAD_UNUSABLE:
-                raise answers.refusal(response, image_id)
-        first = {**identity, "Range": "bytes=0-0"}
-        with exchange.exchange(self._web, "GET", entry.url, first, image_id=image_id) as response:
+                return _image(image_id, entry, answers.content_length(response.headers), response)
+        # Refused or not, GET decides: a URL may be signed for GET only, a proxy may know no HEAD.
+        with self._ask("GET", entry, image_id, {"Range": "bytes=0-0"}) as response:
             if response.status_code == 206:
                 part = answers.parse_content_range(response.headers.get("Content-Range", ""))
+                response.raw.drain_conn()  # of one byte, so that the connection is kept
                 return _image(image_id, entry, part[2] if part else None, response)
             if response.status_code == 200:
                 return _image(image_id, entry, answers.content_length(response.headers), response)
-            raise answers.refusal(response, image_id)
+            if response.status_code not in answers.RANGE_REFUSED:
+                raise answers.refusal(response, image_id)
+        with self._ask("GET", entry, image_id) as response:
+            if response.status_code != 200:
+                raise answers.refusal(response, image_id)
+            return _image(image_id, entry, answers.content_length(response.headers), response)
+
+    def _ask(
+        self, method: str, entry: HttpImage, image_id: str, headers: Mapping[str, str] = _NONE
+    ) -> contextlib.AbstractContextManager[requests.Response]:
+        asked = {**headers, "Accept-Encoding": "identity"}
+        return exchange.exchange(self._web, method, entry.url, asked, image_id=image_id)
+
+    def known_digest(self, image_id: str) -> model.Digest | None:
+        entry = self._images.get(image_id)
+        return None if entry is None else entry.digest
 
     @contextlib.contextmanager
-    def open(self, image: model.Image, offset: int = 0) -> Iterator[Iterator[bytes]]:
-        url = self._entry(image.id).url
-        with answers.data(self._web, url, {}, image, offset, validator=image.properties.get(ETAG)) as stream:
+    def open(self, image: model.Image, offset: int = 0) -> Iterator[answers.Body]:
+        entry = self._entry(image.id)
+        known = entry.size is not None
+        with answers.data(self._web, entry.url, {}, image, offset, size_is_known=known) as stream:
             yield stream
 
     def can_resume(self, image: model.Image) -> bool:
-        return super().can_resume(image) or image.properties.get(ETAG) is not None
+        return super().can_resume(image) or image.properties.get(answers.ETAG) is not None
 
     def _entry(self, image_id: str) -> HttpImage:
         return interface.entry_of(self._images, image_id)
@@ -109,5 +135,6 @@ def _image(image_id: str, entry: HttpImage, size: int | None, response: requests
         disk_format=entry.disk_format,
         size=entry.size if entry.size is not None else size,
         digest=entry.digest,
-        properties=MappingProxyType({} if tag is None else {ETAG: tag}),
+        compression=entry.compression,
+        properties=MappingProxyType({} if tag is None else {answers.ETAG: tag}),
     )

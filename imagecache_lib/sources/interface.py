@@ -33,6 +33,10 @@ class SourceRefused(errors.SourceError):
     """
 
 
+class Unauthorized(SourceRefused):
+    """The source does not accept the token or the credentials: it answers 401 or 407."""
+
+
 class SourceBusy(errors.SourceError):
     """The source asks to be left alone for a while.
 
@@ -55,6 +59,22 @@ class NotPermitted(errors.ImageNotFound):
 class ImageSource(abc.ABC):
     """A place that has images. Safe to share between threads."""
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> ImageSource:
+        """Make one from options as a command line or a configuration file has them.
+
+        The default calls the class with them as keyword arguments. A source whose arguments are no text
+        overrides it.
+
+        :raises ConfigError: an option is missing, unknown or wrong.
+        """
+        try:
+            return cls(**options)
+        except TypeError as error:
+            raise errors.ConfigError(
+                f"a {cls.__name__} cannot be made of these options: {error}", next_step="correct the options"
+            ) from error
+
     @abc.abstractmethod
     def describe(self, image_id: str) -> model.Image:
         """Return what the source knows of the image, without its data.
@@ -70,14 +90,45 @@ class ImageSource(abc.ABC):
         """Open the image's data from a byte offset; the context yields an iterator of chunks.
 
         One attempt: no retries in here. Chunks have any size above 0 (about 1 MiB is best). The iterator
-        ends where the data ends; a source that can tell that the data broke off raises instead.
+        ends where the data ends; a source that can tell that the data broke off raises instead. A chunk is
+        :class:`bytes`. Another object with the buffer protocol is copied when it is taken, so that a source
+        may yield one buffer again and again; text, numbers and lists are refused.
 
-        :param image: as :meth:`describe` returned it.
+        The iterator may have two attributes:
+
+        ``image``
+            An :class:`Image`, read at offset 0: the description as the answer with the data corrects it, such
+            as by its length or its validator. :meth:`open` is given it when the transfer resumes.
+        ``doubt``
+            A :class:`SourceError` or None, read when the data turns out not to be the image's: the error to
+            raise instead of blaming the image. An iterator without it is doubted if the image has a digest
+            and no size, since what it gave may have been cut off.
+
+        An :class:`OSError` counts as a :class:`SourceError`. Every other exception that is not one of
+        :mod:`imagecache_lib.errors` is taken for a defect of the source, and the call is not retried.
+
+        :param image: as :meth:`describe` returned it, or as an earlier open corrected it.
         :param offset: first byte wanted.
         :raises ImageNotFound: the image or its data is gone.
         :raises CannotResume: only for ``offset > 0``.
         :raises SourceError: the source failed; raised while iterating too.
         """
+
+    def known_digest(self, image_id: str) -> model.Digest | None:
+        """Return the digest that the image's data must have, if the source knows it without asking anybody.
+
+        A base in the cache that was made from other data then does not serve. It is called for each request,
+        a hit included. The default is right for sources that would have to ask a server.
+        """
+        return None
+
+    def vouches_for_digest(self, image: model.Image) -> bool:
+        """Whether nobody but the source itself can have set the digest in the image's description.
+
+        Only then may a base of another image that has this digest serve without a transfer: else whoever
+        states the digest of an image would be given it. The default is to transfer it.
+        """
+        return False
 
     def copy_to_store(self, image: model.Image, store: str) -> None:
         """Ask the image service to copy the image into another of its stores, and do not wait for it.
@@ -99,6 +150,36 @@ class ImageSource(abc.ABC):
         source sends along (a strong ETag in If-Range).
         """
         return image.digest is not None
+
+
+def check_compression(compression: str | None) -> None:
+    """Refuse a compression that is not one of :data:`imagecache_lib.model.COMPRESSIONS`.
+
+    :raises ConfigError: it is not.
+    """
+    if compression is not None and compression not in model.COMPRESSIONS:
+        raise errors.ConfigError(
+            f"an image's compression is {compression!r}, which is not known here",
+            next_step=f"use one of {', '.join(model.COMPRESSIONS)}",
+        )
+
+
+def require_options(name: str, options: Mapping[str, str], *known: str, needed: str) -> None:
+    """Refuse options that a source does not have.
+
+    :param name: the source's, for the message.
+    :param needed: the option that it cannot do without.
+    :raises ConfigError: one is unknown, or the needed one is missing.
+    """
+    for option in options:
+        if option not in known:
+            raise errors.ConfigError(
+                f"the source {name} has no option {option!r}", next_step=f"use {', '.join(known)}"
+            )
+    if needed not in options:
+        raise errors.ConfigError(
+            f"the source {name} lacks the option {needed!r}", next_step=f"give it as {needed}=VALUE"
+        )
 
 
 def entry_of(table: Mapping[str, T], image_id: str) -> T:

@@ -10,7 +10,7 @@ import base64
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -18,9 +18,8 @@ import requests
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import answers, exchange
-from imagecache_lib.sources.interface import ImageSource, SourceRefused
+from imagecache_lib.sources.interface import ImageSource, SourceRefused, require_options
 
-_ETAG = "etag"
 _LONGEST_ANSWER = 64 * 1024
 _DIGEST = re.compile(r"[0-9a-f]{64,128}")
 _ALGORITHMS = frozenset({"sha256", "sha384", "sha512"})
@@ -72,6 +71,17 @@ class PeerSource(ImageSource):
         # No other origin: a peer that redirects is none.
         self._web = exchange.Web(exchange.SessionSend(None, verify=verify, timeout=timeout))
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> ImageSource:
+        """Make one from ``url``, ``token``, ``cafile`` and ``trusted`` (``yes`` or ``no``)."""
+        require_options("peer", options, "url", "token", "cafile", "trusted", needed="url")
+        return cls(
+            options["url"],
+            token=options.get("token", ""),
+            trusted=options.get("trusted", "no") == "yes",
+            verify=options.get("cafile") or True,
+        )
+
     def __repr__(self) -> str:
         return f"PeerSource({exchange.shown(self._url)!r})"
 
@@ -105,18 +115,17 @@ class PeerSource(ImageSource):
             digest=digest if self._trusted else None,
             virtual_size=virtual_size,
             converted_from=source if source != stored else None,
-            properties=MappingProxyType({} if tag is None else {_ETAG: tag}),
+            properties=MappingProxyType({} if tag is None else {answers.ETAG: tag}),
         )
 
     @contextlib.contextmanager
-    def open(self, image: model.Image, offset: int = 0) -> Iterator[Iterator[bytes]]:
+    def open(self, image: model.Image, offset: int = 0) -> Iterator[answers.Body]:
         url = f"{self._url}{path_of(image.id)}/data"
-        tag = image.properties.get(_ETAG)
-        with answers.data(self._web, url, self._headers, image, offset, validator=tag) as stream:
+        with answers.data(self._web, url, self._headers, image, offset) as stream:
             yield stream
 
     def can_resume(self, image: model.Image) -> bool:
-        return super().can_resume(image) or image.properties.get(_ETAG) is not None
+        return super().can_resume(image) or image.properties.get(answers.ETAG) is not None
 
 
 def _unintelligible(image_id: str, url: str) -> errors.SourceError:

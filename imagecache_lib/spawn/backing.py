@@ -6,13 +6,18 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import re
 import stat
 import struct
 
 from imagecache_lib import errors
+from imagecache_lib.config import CacheConfig
 from imagecache_lib.formats import superblock
 from imagecache_lib.formats.qcow2 import header as qcow2_header
 from imagecache_lib.formats.qcow2.header import Header, HeaderError, NotQcow2
+from imagecache_lib.formats.superblock import Signature
+from imagecache_lib.ingest import generate
+from imagecache_lib.ingest.generate import GIB, LABEL, MIB, Generation
 from imagecache_lib.store import layout
 
 _HEADER_BYTES = 65536
@@ -20,6 +25,12 @@ _HEADER_BYTES = 65536
 #: Of an entry of the L1 and L2 tables, from QEMU's docs/interop/qcow2.rst.
 _OFFSET = 0x00FFFFFFFFFFFE00
 _COMPRESSED = 1 << 62
+
+#: What a driver labels the filesystems that it makes; guests give theirs another label.
+_OUR_LABELS = re.compile(r"ephemeral\d+")
+
+#: Filesystems that earlier releases made under a name of its own, and nothing else under that name.
+_EARLIER = ("ext4", "ext3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +40,16 @@ class Backing:
     :param name: its name in the cache.
     :param format: the format it must have, by QEMU's name.
     :param disk_size: the disk's own virtual size in bytes.
+    :param seen: the filesystem that the disk itself shows, once its guest mounted or made one. Not looked for
+        in an image's disk.
+    :param untouched: the guest wrote nothing. Not looked for in an image's disk.
     """
 
     name: str
     format: str
     disk_size: int
+    seen: Signature | None = None
+    untouched: bool = False
 
 
 def wanted(disk_path: str, image_id: str | None, where: layout.Layout) -> Backing | None:
@@ -50,9 +66,14 @@ def wanted(disk_path: str, image_id: str | None, where: layout.Layout) -> Backin
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file")
             header = qcow2_header.parse(file.read(_HEADER_BYTES))
+            if image_id is None:
+                seen = superblock.read(_first_cluster(fd, header))
+                untouched = _is_empty(fd, header)
+            else:
+                seen, untouched = None, False
     except NotQcow2:
         return None
-    except (OSError, ValueError, HeaderError) as error:
+    except (OSError, ValueError, struct.error, HeaderError) as error:
         raise errors.BackendError(
             f"the disk cannot be read: {error}", image=image_id, path=disk_path, next_step="check the disk"
         ) from error
@@ -66,7 +87,105 @@ def wanted(disk_path: str, image_id: str | None, where: layout.Layout) -> Backin
             path=disk_path,
             next_step="rebase it with an explicit backing format",
         )
-    return Backing(name, header.backing_format.decode("ascii", "replace"), header.virtual_size)
+    format = header.backing_format.decode("ascii", "replace")
+    return Backing(name, format, header.virtual_size, seen, untouched)
+
+
+def generation(
+    needed: Backing,
+    disk_path: str,
+    *,
+    os_type: str | None = None,
+    fs: str | None = None,
+    label: str | None = None,
+    config: CacheConfig,
+) -> Generation:
+    """Return what an existing overlay on a swap or ephemeral base was made on.
+
+    A base that is there has to be that, and one that is not there is made if every host makes it alike. The
+    filesystem is what the caller says, or what the overlay shows of it. The name of its base does not tell.
+
+    :param os_type: as the disk was asked for. None: not told.
+    :param fs: likewise.
+    :param label: likewise.
+    :raises BackendError: this library makes no overlay like that; or the disk shows another filesystem than
+        the guest's type stands for.
+    """
+    is_swap = layout.classify(needed.name) is layout.Kind.SWAP
+    size = int(needed.name.split("_")[1]) * (MIB if is_swap else GIB)
+    # The disk was made as large as its base, and only ever grown. A guest that made the header up would
+    # otherwise choose how much the cache holds.
+    if needed.format != "raw" or not 0 < size <= needed.disk_size:
+        raise errors.BackendError(
+            f"its header wants the base {needed.name} as {needed.format} under {needed.disk_size} bytes",
+            path=disk_path,
+            next_step="find out where the disk came from; make it anew",
+        )
+    if is_swap:
+        return Generation(needed.name, size, "swap", shared=True, publishable=True)
+    told = fs is not None or os_type is not None
+    kind = generate.filesystem(os_type, fs, config) if told else _shown(needed, size, label)
+    doubt = _contradiction(needed, kind, label)
+    if doubt is not None and fs is None:
+        raise errors.BackendError(
+            doubt,
+            path=disk_path,
+            next_step="ask with fs, and name the filesystem that its base was made with",
+        )
+    cause = doubt or _obstacle(needed, kind, label, told=told)
+    impossible = None if cause is None else _cannot_be_made(cause, disk_path)
+    return Generation(needed.name, size, kind, shared=True, publishable=True, impossible=impossible)
+
+
+def _shown(needed: Backing, size: int, label: str | None) -> str | None:
+    """Return the filesystem of the base as far as the overlay shows it. None: it does not."""
+    if needed.seen is not None:
+        return needed.seen.kind if _is_bases(needed.seen, label) else None
+    if needed.untouched:
+        # Whichever filesystem it gets, nothing of the guest is lost: it gets the one that it was made on, if
+        # an earlier release made it.
+        return next((fs for fs in _EARLIER if layout.ephemeral_name(size // GIB, fs) == needed.name), None)
+    return None
+
+
+def _is_bases(seen: Signature, label: str | None) -> bool:
+    """Whether a filesystem in an overlay is the one of its base, and not one that its guest made."""
+    return seen.label is not None and (seen.label == label or _OUR_LABELS.fullmatch(seen.label) is not None)
+
+
+def _contradiction(needed: Backing, kind: str | None, label: str | None) -> str | None:
+    """Return how the overlay contradicts what its base is said to be, as a clause. None: it does not."""
+    seen = needed.seen
+    if seen is None or kind is None or seen.kind == kind or not _is_bases(seen, label):
+        return None
+    return f"it holds {seen.kind} with the label {seen.label!r}, and is said to have been made on {kind}"
+
+
+def _obstacle(needed: Backing, kind: str | None, label: str | None, *, told: bool) -> str | None:
+    """Return why no host can make the base of an overlay anew, as a clause. None: every host can."""
+    if kind is None and told:
+        return "an operator's command made it, and nothing tells whether that would make the same again"
+    if kind is None:
+        return "nothing tells which filesystem it had: say so with os_type or fs, as the disk was asked for"
+    if not generate.can_be_shared(kind):
+        return f"no two hosts make {kind} alike"
+    if label not in (None, LABEL):
+        return f"its label is {label!r}, and only {LABEL!r} is the same on every host"
+    seen = needed.seen
+    if seen is None or seen.kind != kind or not _is_bases(seen, label):
+        return None
+    if seen.identity == generate.IDENTITIES[kind]:
+        return None
+    return "it is another host's, whose filesystem no other host can make"
+
+
+def _cannot_be_made(cause: str, disk_path: str) -> errors.BackendError:
+    return errors.BackendError(
+        f"its base is not here and cannot be made: {cause}",
+        path=disk_path,
+        next_step="copy the base from the host that the disk came from, or flatten the disk there and move it"
+        " again",
+    )
 
 
 def _cached(named: str, disk_path: str, image_id: str | None, where: layout.Layout) -> str:
@@ -74,7 +193,10 @@ def _cached(named: str, disk_path: str, image_id: str | None, where: layout.Layo
     name = os.path.basename(named)
     if image_id is not None:
         expected = f"this image's base image {where.base(layout.base_name(image_id))!r}"
-        right = name == layout.base_name(image_id)
+        original, _, resized = name.partition("_")
+        right = original == layout.base_name(image_id) and (
+            not resized or layout.classify(name) is layout.Kind.RESIZED
+        )
     else:
         expected = f"a swap or ephemeral base in {where.base_path!r}"
         right = layout.classify(name) in (layout.Kind.SWAP, layout.Kind.EPHEMERAL)
@@ -114,6 +236,11 @@ def check_made_on(disk_path: str, base_fd: int) -> None:
             path=disk_path,
             next_step="flatten it on the host that it came from, and move it again",
         )
+
+
+def _is_empty(fd: int, header: Header) -> bool:
+    """Whether an overlay maps nothing at all. The parser bounds the L1 table's length."""
+    return not any(os.pread(fd, header.l1_size * 8, header.l1_table_offset))
 
 
 def _first_cluster(fd: int, header: Header) -> bytes:

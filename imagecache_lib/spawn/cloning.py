@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.backends.interface import CannotClone, StorageBackend
-from imagecache_lib.config import CacheConfig
+from imagecache_lib.ingest import decompress
 from imagecache_lib.ingest.call import Call
 from imagecache_lib.sources import transfer
 from imagecache_lib.sources.interface import ImageSource
-from imagecache_lib.system.host import System
+from imagecache_lib.store import evidence
+from imagecache_lib.store.directory import CacheStore
 
 
 def clone(
@@ -21,10 +22,7 @@ def clone(
     backend: StorageBackend,
     target: str,
     size: int | None,
-    *,
-    config: CacheConfig,
-    host: System,
-    observers: events.Observers,
+    cache: CacheStore,
 ) -> model.Disk | None:
     """Clone a disk. None: that is not possible, and the image may be fetched instead.
 
@@ -32,22 +30,22 @@ def clone(
     :raises: whatever else the backend's :meth:`~imagecache_lib.StorageBackend.clone` raises.
     """
     try:
-        return _clone(call, backend, target, size, config, host)
+        return _clone(call, backend, target, size, cache)
     except (errors.ImageNotFound, errors.SourceError) as error:
         # The source cannot be asked; what the cache has still serves.
-        if config.never_download_image_if_on_rbd:
+        if cache.config.never_download_image_if_on_rbd:
             raise
         reason = error.cause
     except CannotClone as error:
         reason = error.cause
-    if config.never_download_image_if_on_rbd:
+    if cache.config.never_download_image_if_on_rbd:
         raise errors.BackendError(
             f"it cannot be cloned, and fetching it is forbidden: {reason}",
             image=call.image_id,
             path=target,
             next_step="store it as raw in the disks' cluster, or turn never_download_image_if_on_rbd off",
         )
-    observers(events.NotCloned(call.name, call.image_id, reason=reason))
+    cache.observers(events.NotCloned(call.name, call.image_id, reason=reason))
     return None
 
 
@@ -56,18 +54,19 @@ def _clone(
     backend: StorageBackend,
     target: str,
     size: int | None,
-    config: CacheConfig,
-    host: System,
+    cache: CacheStore,
 ) -> model.Disk:
     if call.demands_signature:
         raise CannotClone("its signature is demanded, and nobody reads what is cloned")
     source, image = call.describe()
+    if decompress.compression_of(image, evidence.Use.DISK, cache.config) is not None:
+        raise CannotClone("it is compressed")
     try:
         return backend.clone(image, target, size)
     except CannotClone as error:
         if error.store is None:
             raise
-        copied = _copied(call, source, image, error, config, host)
+        copied = _copied(call, source, image, error, cache)
     return backend.clone(copied, target, size)
 
 
@@ -76,11 +75,10 @@ def _copied(
     source: ImageSource,
     image: model.Image,
     why: CannotClone,
-    config: CacheConfig,
-    host: System,
+    cache: CacheStore,
 ) -> model.Image:
     """Have the image copied into the store that makes it possible to clone it, and wait for that."""
-    store = why.store
+    config, host, store = cache.config, cache.host, why.store
     assert store is not None
     try:
         source.copy_to_store(image, store)

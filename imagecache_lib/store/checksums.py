@@ -142,7 +142,10 @@ class Checksums:
 
 
 def parse(data: bytes, base_id: str) -> Checksums | None:
-    """Return the sums in ``data``. None for anything torn or unknown, and for those of another base."""
+    """Return the sums in ``data``, or None if ``data`` is torn, unknown or of another base.
+
+    :param base_id: the random id of the base that they must be bound to.
+    """
     content, own_sum = data[: -_SUM.size], data[-_SUM.size :]
     if len(content) < _HEADER.size or own_sum != _SUM.pack(zlib.crc32(content)):
         return None

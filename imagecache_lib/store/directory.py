@@ -15,7 +15,7 @@ import os
 import stat
 import threading
 
-from imagecache_lib import errors
+from imagecache_lib import errors, events
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import evidence, layout, membership
 from imagecache_lib.system import durable
@@ -34,14 +34,14 @@ class OpenBase:
     :param path: its absolute path.
     :param fd: open for reading.
     :param stat: of the descriptor.
-    :param cache: where it lies.
+    :param cache: where it lies. None: in the trash.
     """
 
     name: str
     path: str
     fd: int
     stat: os.stat_result
-    cache: CacheStore
+    cache: CacheStore | None = None
 
     def is_current(self) -> bool:
         """Whether the name still means this very file.
@@ -51,7 +51,8 @@ class OpenBase:
 
         :raises OSError: this host was forgotten while it lives, and cannot register again.
         """
-        self.cache.ensure_member()
+        if self.cache is not None:
+            self.cache.ensure_member()
         try:
             now = os.stat(self.path, follow_symlinks=False)
         except FileNotFoundError:
@@ -63,11 +64,20 @@ class OpenBase:
 
 
 class CacheStore:
-    """The directories of one cache on one host. Touches nothing before :meth:`start`."""
+    """The directories of one cache on one host, and what everything that works on them needs to know.
 
-    def __init__(self, config: CacheConfig, host: System) -> None:
+    Touches nothing before :meth:`start`.
+
+    :ivar config: how to cache.
+    :ivar host: the machine.
+    :ivar observers: told what happens.
+    :ivar layout: where everything lies.
+    """
+
+    def __init__(self, config: CacheConfig, host: System, observers: events.Observers | None = None) -> None:
         self.config = config
         self.host = host
+        self.observers = observers or events.Observers(())
         self.layout = layout.Layout(config.base_path, config.locks_path)
         self._started = False
         self._starting = threading.Lock()
@@ -189,7 +199,11 @@ class CacheStore:
                 path=path,
                 next_step="check its owner and mode",
             ) from error
-        found = os.fstat(fd)
+        try:
+            found = os.fstat(fd)
+        except BaseException:
+            os.close(fd)
+            raise
         if not stat.S_ISREG(found.st_mode):
             os.close(fd)
             raise _odd_entry(path, "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file")

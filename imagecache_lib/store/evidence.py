@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from imagecache_lib import model
@@ -17,7 +18,11 @@ from imagecache_lib import model
 #: The version of the inspection rules in :mod:`imagecache_lib.formats.inspection`. Raise it when they
 #: become stricter: bases that were inspected under older rules are inspected again, where they lie, before
 #: their next use.
-INSPECTION_RULES = 1
+INSPECTION_RULES = 2
+
+#: Source formats of which other programs may have made something else than the disk, under rules before these
+#: (version 2): what such a conversion holds does not show it.
+_CONVERTED_ANEW = {"vmdk": 2, "vpc": 2}
 
 #: The version of this file format.
 _SCHEMA = 1
@@ -37,7 +42,7 @@ class Origin(enum.Enum):
 
     #: We fetched, checked and published it.
     FETCHED = "fetched"
-    #: It was there; nobody witnessed how it was made.
+    #: Another program made it, or its record was lost: how it was made is unknown.
     ADOPTED = "adopted"
     #: We made it: swap, ephemeral.
     GENERATED = "generated"
@@ -57,9 +62,10 @@ class Record:
     :param stored_format: qemu's name of what lies in the cache.
     :param virtual_size: in bytes.
     :param digest: of the source's data. It was checked if ``digest_checked``.
-    :param inspected: version of the inspection rules its content passed. None: not inspected as a disk.
+    :param inspected: version of the inspection rules that its content passed, or None if it was not inspected
+        as a disk.
     :param certificates: ids of the trusted certificates that lead from the signing one to a root.
-    :param signed_by: id of the certificate with which its signature was verified. None: it was not.
+    :param signed_by: id of the certificate with which its signature was verified, or None if it was not.
     :param damaged: a scrub found that the disk changed its content.
     """
 
@@ -90,7 +96,9 @@ class Record:
 
         A conversion has already done what a bad image asks for: it may hold a file of the host.
         """
-        return self.inspected is not None or not self.converted
+        if not self.converted:
+            return True
+        return self.inspected is not None and self.inspected >= _CONVERTED_ANEW.get(self.source_format, 0)
 
     def to_json(self) -> bytes:
         """Return the record as it is stored."""
@@ -101,7 +109,7 @@ class Record:
 
 
 def parse(data: bytes) -> Record | None:
-    """Return the record in ``data``. None for anything torn, unknown or of a later schema."""
+    """Return the record in ``data``, or None if ``data`` is torn, unknown or of a later schema."""
     try:
         fields: dict[str, Any] = json.loads(data)
         if fields.pop("schema") != _SCHEMA:
@@ -132,38 +140,88 @@ def _is_typed(record: Record) -> bool:
     )
 
 
-def shortfall(
-    record: Record,
-    use: Use,
-    *,
-    stored_format: str | None = None,
-    signed: bool = False,
-    trusted_certs: tuple[str, ...] | None = None,
-    inspect: bool = True,
-) -> str | None:
-    """Return why the base does not serve a use, as a clause; None if it does.
+@dataclasses.dataclass(frozen=True)
+class Requirements:
+    """What a request demands of a base image.
 
+    :param use: what it is wanted for.
     :param stored_format: the format that it must have. None: any.
     :param signed: whether its signature must have been verified.
-    :param trusted_certs: certificates that must have vouched for it, the whole chain. None: not demanded.
-    :param inspect: False if the operator turned deep inspection off.
+    :param trusted_certs: certificates that are trusted. Every one of the chain that vouches for the base must
+        be among them. None: no chain is demanded.
+    :param inspected: False if the operator turned deep inspection off.
+    :param digest: what the data that it is made from must have, as far as that is known without asking.
     """
+
+    use: Use
+    stored_format: str | None = None
+    signed: bool = False
+    trusted_certs: tuple[str, ...] | None = None
+    inspected: bool = True
+    digest: model.Digest | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Unmet:
+    """Why a base image does not serve.
+
+    :param reason: as a clause.
+    :param can_recheck: nothing speaks against it but that it was not inspected under today's rules, and
+        inspecting the file can make up for that.
+    :param sound: the base is whole, and serves requests for what it is: it stays, used or not.
+    """
+
+    reason: str
+    can_recheck: bool = False
+    sound: bool = False
+
+
+def unmet(record: Record, requirements: Requirements) -> Unmet | None:
+    """Return what a base image lacks. None if it serves."""
+    lacks = list(_lacks(record, requirements))
+    if not lacks:
+        return None
+    inspected = dataclasses.replace(record, inspected=INSPECTION_RULES)
+    return Unmet(lacks[0], record.inspectable and not any(_lacks(inspected, requirements)))
+
+
+def _lacks(record: Record, requirements: Requirements) -> Iterator[str]:
+    """Yield what the base lacks, a clause each, the most telling first."""
     if record.damaged:
-        return "it is damaged on disk"
-    if stored_format not in (None, record.stored_format):
-        return f"it is stored as {record.stored_format}, and {stored_format} is needed"
-    if use is Use.FILE:
+        yield "it is damaged on disk"
+    needed = requirements.stored_format
+    if needed not in (None, record.stored_format):
+        yield f"it is stored as {record.stored_format}, and {needed} is needed"
+    if requirements.use is Use.FILE:
         if record.converted:
-            return f"it was converted from {record.source_format} to {record.stored_format}"
-    elif inspect and record.inspected is None:
-        return "it was fetched as a plain file and never inspected as a disk"
-    elif inspect and record.inspected != INSPECTION_RULES:
-        return "it was inspected under other rules"
-    vouched = bool(record.certificates) and set(record.certificates) <= set(trusted_certs or ())
-    if trusted_certs is not None and not vouched:
+            yield f"it was converted from {record.source_format} to {record.stored_format}"
+    elif requirements.inspected and record.inspected is None:
+        yield "it was fetched as a plain file and never inspected as a disk"
+    elif requirements.inspected and record.inspected != INSPECTION_RULES:
+        yield "it was inspected under other rules"
+    if requirements.digest is not None:
+        yield from _other_content(record, requirements.digest)
+    trusted = requirements.trusted_certs
+    vouched = bool(record.certificates) and set(record.certificates) <= set(trusted or ())
+    if trusted is not None and not vouched:
         if record.origin is Origin.ADOPTED:
-            return "nobody witnessed how it was made, so no certificate vouches for it"
-        return "it was cached without the certificates that this request demands"
-    if signed and record.signed_by is None and not record.certificates:
-        return "its signature was never verified"
-    return None
+            yield "another program made it, so no certificate vouches for it"
+        else:
+            yield "it was cached without the certificates that this request demands"
+    if requirements.signed and record.signed_by is None and not record.certificates:
+        yield "its signature was never verified"
+
+
+def _other_content(record: Record, digest: model.Digest) -> Iterator[str]:
+    """Yield why a base is not made from the data that has a digest, if it is not.
+
+    An adopted base is compared when it is adopted, as far as it can be: a conversion has another digest.
+    """
+    demanded = f"{digest.algorithm} {digest.value} is demanded"
+    if record.digest is None or not record.digest_checked:
+        if record.origin is not Origin.ADOPTED:
+            yield f"it was fetched without a digest, and {demanded}"
+    elif record.digest.algorithm != digest.algorithm:
+        yield f"its {record.digest.algorithm} was checked, and {demanded}"
+    elif record.digest.value.lower() != digest.value.lower():
+        yield f"its {digest.algorithm} is {record.digest.value}, and {demanded}"

@@ -19,18 +19,33 @@ readable by Nova::
         stage/<id>.sums         its checksums, once the data is complete
         trash/<name>.<id>/base  renamed away, not yet proven unreferenced
         spare/                  empty: what a base is evicted into when the filesystem is full
-        hosts/<id>.json         each host that shares the storage writes its own, nobody else's
+        hosts/<id>.json         each host that shares the storage writes its own and no other
         hosts/<id>.scan         what that host's last pass saw of its disks, and its driver's last report
         hosts/<id>.readings     the same for the release before, which rewrites it: names by path of disk
-        pins/<name>.json        why and until when a base must stay
+        pins/<name>/<sha1 of the owner>.json    that, and until when, an owner wants a base to stay
+        pins/<name>.json        the same of all owners, as earlier releases keep it
     <instances_path>/locks/nova-<name>                   lock files: Nova's names, never unlinked by us
 
 Who may do what
 ---------------
 
+*The name of an ephemeral base does not tell its filesystem*: the superblock is read. Earlier releases took
+the name at its word. They named an ext4 base ``ephemeral_<GiB>_40d1d2c`` whatever the configuration; overlays
+on it go on being served. Beside this release on one directory they take ``ephemeral_<GiB>_0706d66`` for vfat:
+no base is lost by that, but a new disk may get the other filesystem. Update all hosts before the next such
+disk is made or moved.
+
 *Base names are never replaced.* A base appears by ``link(stage/<id>, <name>)`` of a finished, fsynced
 file, and disappears by ``rename(<name>, trash/<name>.<id>/base)``. While the name exists its bytes do not
 change. Nothing is ever written through it.
+
+*A pin* is one owner's file, and needs no lock. Earlier releases keep all pins of a base in
+``pins/<name>.json``, which they read, change and write under the lock ``nova-imagecache-pins``, and know of
+nothing else. So their pins are read there, and count unless the owner has a file. And as long as the
+directory ``pins/<name>`` exists, that file holds one pin more, of the owner ``a later release`` and without
+an end, which makes them keep the base; it is not read as a pin here. It is written under that lock, and
+seldom. Where no locks work, an earlier release can lose it, as it loses its own pins; no pin in the
+directory is lost.
 
 *Locks* are OFD byte-range locks on the whole of ``locks/nova-<name>``: shared to use a base, exclusive to
 fetch or to evict it. They save work; every step below is safe if all of them fail.
@@ -133,7 +148,7 @@ class Kind(enum.Enum):
 
 
 def classify(name: str) -> Kind:
-    """Return what a name in ``_base`` stands for. What is UNKNOWN is not ours to touch."""
+    """Return what a name in ``_base`` stands for. The cache never changes an entry that is UNKNOWN."""
     if _ORIGINAL.fullmatch(name):
         return Kind.ORIGINAL
     if _RESIZED.fullmatch(name):
@@ -186,8 +201,12 @@ def swap_name(size_mb: int) -> str:
 def ephemeral_name(size_gb: int, mkfs: str) -> str:
     """Return the name of the shared ephemeral base of a size in GiB.
 
-    :param mkfs: the filesystem's name, or the operator's mkfs command line where one is configured. Its md5
-        is part of the name, as Nova's is (ext4: ``40d1d2c``, vfat: ``0706d66``).
+    The name does not tell which filesystem the base has: Nova makes what the guest's type or its disk's
+    ``guest_format`` says, under a name that leaves both out. Nothing is inferred from it.
+
+    :param mkfs: the operator's mkfs command line where one is configured, else ``default_ephemeral_format``,
+        else ``vfat``, as Nova's ``get_file_extension_for_os_type`` in nova/privsep/fs.py has it. Its md5 is
+        part of the name (vfat: ``0706d66``, ext4: ``40d1d2c``).
     """
     return f"ephemeral_{size_gb}_{hashlib.md5(mkfs.encode(), usedforsecurity=False).hexdigest()[:7]}"
 
@@ -270,5 +289,16 @@ class Layout:
     def last_scan(self, host_id: str) -> str:
         return os.path.join(self.hosts, f"{host_id}.scan")
 
-    def pin(self, name: str) -> str:
+    def pins_of(self, name: str) -> str:
+        """The directory of a base's pins."""
+        return os.path.join(self.pins, name)
+
+    def pin(self, name: str, owner: str) -> str:
+        # sha1 names a file here, it protects nothing. An owner may be any text, lone surrogates included.
+        encoded = owner.encode("utf-8", "surrogatepass")
+        owner_id = hashlib.sha1(encoded, usedforsecurity=False).hexdigest()
+        return os.path.join(self.pins_of(name), f"{owner_id}.json")
+
+    def former_pins(self, name: str) -> str:
+        """The file in which earlier releases keep all pins of a base."""
         return os.path.join(self.pins, f"{name}.json")

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pins: a base that must stay although nobody uses it yet. What cannot be read keeps the base."""
+"""Pins: a base that must stay although nobody uses it yet. What cannot be read keeps the base.
+
+Each owner's pin of a base is a file of its own, ``pins/<name>/<sha1(owner)>.json``, which is made, replaced
+and removed in one step: no lock is needed to keep two owners apart. The form of earlier releases, one file
+``pins/<name>.json`` for all owners, is read too, as :mod:`imagecache_lib.store.layout` says.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+import re
 
 from imagecache_lib import dates
 from imagecache_lib.store import layout
@@ -15,12 +20,19 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable, locks
 from imagecache_lib.system.translate import translated
 
-#: One lock for all pin files: they are changed seldom and for microseconds.
+#: The lock under which the files of the earlier form are changed, by every release.
 LOCK = "imagecache-pins"
-
 
 #: Owner of a pin that stands for those that a torn file may have held.
 UNREADABLE = "an unreadable pin file"
+
+#: Owner, in a file of the earlier form, of the one pin that stands for all in the base's directory.
+STAND_IN = "a later release"
+
+_FILE = re.compile(r"[0-9a-f]{40}\.json")
+
+#: How often the directory for a new pin may be removed from under it, with another owner's last pin.
+_MOST_TURNS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +52,7 @@ class Pin:
 
 @dataclasses.dataclass(frozen=True)
 class PinFile:
-    """All pins of one base. ``image_id`` is kept so that listings can name the image."""
+    """Pins of one base: one owner's, or in the earlier form all. Listings name the image by ``image_id``."""
 
     image_id: str
     pins: tuple[Pin, ...]
@@ -65,11 +77,11 @@ def parse(data: bytes) -> PinFile | None:
 
 def add(cache: CacheStore, name: str, image_id: str, pin: Pin) -> Pin | None:
     """Pin a base, whether it is there or not. Returns the owner's earlier pin, whose place it takes."""
-    with _changing(cache):
-        before = _read(cache, name)
-        others = tuple(each for each in before if each.owner != pin.owner)
-        _write(cache, name, PinFile(image_id, (*others, pin)))
-        return next((each for each in before if each.owner == pin.owner), None)
+    with translated(cache.layout.pins):
+        earlier = _pin_of(cache, name, pin.owner)
+        _write(cache, name, image_id, pin)
+        _show_earlier_releases(cache, name, image_id)
+        return earlier
 
 
 def take_back(cache: CacheStore, name: str, image_id: str, pin: Pin, earlier: Pin | None) -> None:
@@ -77,34 +89,54 @@ def take_back(cache: CacheStore, name: str, image_id: str, pin: Pin, earlier: Pi
 
     :param earlier: as :func:`add` returned it.
     """
-    with _changing(cache):
-        before = _read(cache, name)
-        if pin in before:
-            others = tuple(each for each in before if each != pin)
-            _write(cache, name, PinFile(image_id, others if earlier is None else (*others, earlier)))
+    with translated(cache.layout.pins):
+        if _pin_of(cache, name, pin.owner) != pin:
+            return
+        if earlier is not None:
+            _write(cache, name, image_id, earlier)
+        else:
+            _remove(cache, name, pin.owner)
+        _show_earlier_releases(cache, name, image_id)
 
 
 def remove(cache: CacheStore, name: str, image_id: str, owner: str) -> bool:
-    """Take an owner's pin away. True: there was one."""
-    with _changing(cache):
-        before = _read(cache, name)
-        after = tuple(each for each in before if each.owner != owner)
-        _write(cache, name, PinFile(image_id, after))
-        return len(after) != len(before)
+    """Take an owner's pin away. Returns whether there was one."""
+    with translated(cache.layout.pins):
+        there = _pin_of(cache, name, owner) is not None
+        _remove(cache, name, owner)
+        _show_earlier_releases(cache, name, image_id, without=owner)
+        return there
+
+
+def read(cache: CacheStore, name: str) -> PinFile | None:
+    """Return all pins of a base, expired ones included. None if there are none.
+
+    A file that cannot be read counts as a pin of :data:`UNREADABLE`.
+
+    :raises OSError: the directory of pins cannot be read.
+    """
+    found = [held for _path, held in _files(cache, name)]
+    if not found:
+        return None
+    pins = {pin.owner: pin for each in reversed(found) for pin in each.pins}
+    image_id = next((each.image_id for each in found if each.image_id), "")
+    return PinFile(image_id, tuple(pins[owner] for owner in sorted(pins)))
 
 
 def reason(cache: CacheStore, name: str, now: float) -> str | None:
-    """Return who pins a base and until when, as a clause. None: nobody does."""
+    """Describe the unexpired pins of a base, as a clause. Returns None if there are none.
+
+    A pin file that cannot be read counts as a pin.
+    """
     try:
-        data = durable.read_file(cache.layout.pin(name))
+        found = _files(cache, name)
     except OSError as error:
-        return f"its pins cannot be read: {error.strerror}; see {cache.layout.pin(name)}"
-    if data is None:
-        return None
-    found = parse(data)
-    if found is None:
-        return f"its pins are unreadable; remove {cache.layout.pin(name)} if they are not wanted"
-    holding = [pin for pin in found.pins if not pin.is_over(now)]
+        return f"its pins cannot be read: {error.strerror}; see {cache.layout.pins_of(name)}"
+    for path, held in found:
+        if held.pins == (Pin(UNREADABLE),):
+            return f"its pins are unreadable; remove {path} if they are not wanted"
+    known = read(cache, name)
+    holding = [pin for pin in known.pins if not pin.is_over(now)] if known is not None else []
     if not holding:
         return None
     return "pinned by " + ", ".join(
@@ -113,58 +145,106 @@ def reason(cache: CacheStore, name: str, now: float) -> str | None:
     )
 
 
-def read(cache: CacheStore, name: str) -> PinFile | None:
-    """Return the pins of a base, for a listing. None: there are none, or they cannot be read."""
-    try:
-        data = durable.read_file(cache.layout.pin(name))
-    except OSError:
-        return None
-    return parse(data) if data is not None else None
-
-
 def names(cache: CacheStore) -> list[str]:
-    """Return the names of all bases that have a pin file."""
+    """Return the names of all bases that may have a pin."""
     try:
         entries = os.listdir(cache.layout.pins)
     except FileNotFoundError:
         return []
-    return [
-        name
-        for entry in entries
-        if entry.endswith(".json")
-        and layout.classify(name := entry.removesuffix(".json")) is not layout.Kind.UNKNOWN
-    ]
+    found = {entry.removesuffix(".json") for entry in entries}
+    return sorted(name for name in found if layout.classify(name) is not layout.Kind.UNKNOWN)
 
 
-@contextlib.contextmanager
-def _changing(cache: CacheStore) -> Iterator[None]:
-    with (
-        locks.waiting(
-            cache.layout.lock(LOCK),
-            shared=False,
-            host=cache.host,
-            patience=cache.config.lock_timeout,
-        ),
-        translated(cache.layout.pins),
-    ):
-        yield
+def _files(cache: CacheStore, name: str) -> list[tuple[str, PinFile]]:
+    """Return the files that pin a base, with their pins: those of one owner first, which count more.
 
-
-def _read(cache: CacheStore, name: str) -> tuple[Pin, ...]:
+    :raises OSError: they cannot be listed.
+    """
+    directory = cache.layout.pins_of(name)
     try:
-        data = durable.read_file(cache.layout.pin(name))
+        entries = sorted(entry for entry in os.listdir(directory) if _FILE.fullmatch(entry))
+    except (FileNotFoundError, NotADirectoryError):
+        entries = []
+    found = [(path, _load(path)) for path in (os.path.join(directory, entry) for entry in entries)]
+    former = cache.layout.former_pins(name)
+    held = _load(former)
+    if held is not None:
+        others = tuple(pin for pin in held.pins if pin.owner != STAND_IN)
+        found.append((former, dataclasses.replace(held, pins=others)))
+    return [(path, held) for path, held in found if held is not None and held.pins]
+
+
+def _load(path: str) -> PinFile | None:
+    """Return the pins in a file. None: there is no such file."""
+    try:
+        data = durable.read_file(path)
     except OSError:
-        return (Pin(UNREADABLE),)
+        data = b""  # it may pin
     if data is None:
-        return ()
-    found = parse(data)
-    # Whoever pinned it must not lose that by somebody else's writing over what is torn.
-    return found.pins if found is not None else (Pin(UNREADABLE),)
+        if not os.path.lexists(path):
+            return None
+        data = b""  # whatever that is, somebody may have meant a pin
+    return parse(data) or PinFile("", (Pin(UNREADABLE),))
 
 
-def _write(cache: CacheStore, name: str, pins: PinFile) -> None:
-    if pins.pins:
-        durable.write_file(cache.layout.pin(name), pins.to_json())
+def _pin_of(cache: CacheStore, name: str, owner: str) -> Pin | None:
+    found = read(cache, name)
+    return next((pin for pin in found.pins if pin.owner == owner), None) if found is not None else None
+
+
+def _write(cache: CacheStore, name: str, image_id: str, pin: Pin) -> None:
+    data = PinFile(image_id, (pin,)).to_json()
+    directory = cache.layout.pins_of(name)
+    for turn in range(_MOST_TURNS):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory, layout.PRIVATE_DIR_MODE)
+        try:
+            durable.write_file(cache.layout.pin(name, pin.owner), data)
+        except FileNotFoundError:
+            if turn == _MOST_TURNS - 1:
+                raise
+            continue
+        durable.sync_directory(cache.layout.pins)
         return
+
+
+def _remove(cache: CacheStore, name: str, owner: str) -> None:
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(cache.layout.pin(name))
+        os.unlink(cache.layout.pin(name, owner))
+        durable.sync_directory(cache.layout.pins_of(name))
+    with contextlib.suppress(OSError):  # others' pins are in it
+        os.rmdir(cache.layout.pins_of(name))
+
+
+def _show_earlier_releases(
+    cache: CacheStore, name: str, image_id: str, *, without: str | None = None
+) -> None:
+    """Keep one pin in the file that earlier releases read as long as there are pins in the directory.
+
+    :param without: an owner whose pin in that file goes.
+    """
+    path = cache.layout.former_pins(name)
+    if _is_shown(path, cache.layout.pins_of(name), without):
+        return
+    with locks.waiting(
+        cache.layout.lock(LOCK), shared=False, host=cache.host, stall_timeout=cache.config.lock_timeout
+    ):
+        held = _load(path)
+        if held is not None and held.pins == (Pin(UNREADABLE),):
+            return  # it keeps the base for every release, and what was in it must not be lost
+        others = held.pins if held is not None else ()
+        kept = tuple(pin for pin in others if pin.owner not in (STAND_IN, without))
+        if os.path.isdir(cache.layout.pins_of(name)):
+            kept = (*kept, Pin(STAND_IN))
+        if kept:
+            durable.write_file(path, PinFile(image_id, kept).to_json())
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def _is_shown(path: str, directory: str, without: str | None) -> bool:
+    """Whether that file needs no change. The fewer there are, the less can get lost where no locks work."""
+    held = _load(path)
+    owners = {pin.owner for pin in held.pins} if held is not None else set()
+    return (STAND_IN in owners) == os.path.isdir(directory) and without not in owners

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 
 from imagecache_lib import errors, events
-from imagecache_lib.store import layout, publish, stage, trash
+from imagecache_lib.store import layout, pins, publish, stage, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import atomic_file, locks
 
@@ -112,7 +112,8 @@ def _is_free(fd: int) -> bool:
 def _sweep_leftovers(cache: CacheStore, now: float) -> None:
     """Remove small files that were being written when their writer died."""
     where = cache.layout
-    for directory in (where.private, where.records, where.stages, where.hosts, where.pins):
+    of_pins = [where.pins_of(name) for name in pins.names(cache) if os.path.isdir(where.pins_of(name))]
+    for directory in (where.private, where.records, where.stages, where.hosts, where.pins, *of_pins):
         for entry in os.listdir(directory):
             if _LEFTOVER.fullmatch(entry):
                 _unlink_if_idle(os.path.join(directory, entry), cache, now)

@@ -7,15 +7,18 @@ filesystem's to count. The ledger is the sum over the notes whose owner is alive
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
 
 from imagecache_lib import errors
 from imagecache_lib.store import stage as stages
 from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.evictor import Evictor
 from imagecache_lib.store.stage import Stage
 from imagecache_lib.system import locks
 from imagecache_lib.system.trace import TracePoint
+from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 
 #: Lock under which the ledger is read and added to.
 LOCK = "imagecache-space"
@@ -28,14 +31,6 @@ ALLOWANCE = 128 * 1024
 
 #: How often one that waits for room looks again, in seconds.
 _SLICE = 0.5
-
-#: Frees at least so many bytes if that may be, and returns how many it freed.
-MakeRoom = Callable[[int], int]
-
-
-def nothing_to_free(_wanted: int) -> int:
-    """Make no room."""
-    return 0
 
 
 def outstanding(cache: CacheStore) -> int:
@@ -74,31 +69,75 @@ def free(cache: CacheStore) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def reserve(
-    stage: Stage,
-    needed: int,
-    cache: CacheStore,
-    *,
-    check: Callable[[], None],
-    make_room: MakeRoom = nothing_to_free,
-    deadline: float | None = None,
-) -> None:
-    """Raise what a stage has reserved to ``needed`` bytes in all. Lowering it does nothing.
+class Reservation:
+    """What one stage file may take of the filesystem.
 
-    :param make_room: asked to evict what is short.
-    :param deadline: epoch seconds until which it is worth waiting for others in flight to end.
-    :raises NoSpaceError: the filesystem has less than that left, what others have reserved counted in.
+    :param stage: whose note says how much is reserved.
+    :param evictor: asked to evict what is short.
+    :param waiter: until its deadline it is worth waiting for others in flight to end.
     """
-    while needed > stage.reserved:
-        refusal = _try(stage, needed, cache, check)
-        if refusal is None or (refusal := _try_harder(stage, needed, cache, check, make_room)) is None:
-            return
-        now = cache.host.clock()
-        if deadline is None or now >= deadline or not refusal.others:
-            raise refusal.error(cache)
-        check()
-        cache.host.trace(TracePoint.SPACE_WAITING)
-        cache.host.sleep(min(_SLICE, deadline - now))
+
+    def __init__(self, stage: Stage, cache: CacheStore, evictor: Evictor, waiter: Waiter) -> None:
+        self._stage = stage
+        self._cache = cache
+        self._evictor = evictor
+        self._waiter = waiter
+
+    @property
+    def reserved(self) -> int:
+        """Bytes that the stage has reserved in all."""
+        return self._stage.reserved
+
+    def raise_to(self, needed: int) -> None:
+        """Raise what the stage has reserved to ``needed`` bytes in all. Lowering it does nothing.
+
+        :raises NoSpaceError: the filesystem has less than that left, what others have reserved counted in.
+        :raises CancelledError, LockTimeoutError: the caller no longer waits.
+        """
+        cache, deadline = self._cache, self._waiter.deadline
+        while needed > self._stage.reserved:
+            refusal = self._try(needed)
+            if refusal is None or (refusal := self._try_harder(needed)) is None:
+                return
+            now = cache.host.clock()
+            if deadline is None or now >= deadline or not refusal.others:
+                raise refusal.error(cache)
+            self._waiter.check()
+            cache.host.trace(TracePoint.SPACE_WAITING)
+            cache.host.sleep(min(_SLICE, deadline - now))
+
+    def _try_harder(self, needed: int) -> _Refusal | None:
+        """Have room made and try again, one caller after another. None: it is reserved."""
+        with self._locked(ROOM_LOCK):
+            while True:
+                # Whoever held this lock before may have freed more than it took.
+                refusal = self._try(needed)
+                if refusal is None or self._evictor.make_room(refusal.short) <= 0:
+                    return refusal
+
+    def _try(self, needed: int) -> _Refusal | None:
+        stage, cache = self._stage, self._cache
+        with self._locked(LOCK), translated(cache.layout.stages):
+            living = _living(cache)
+            ours = max(0, stage.reserved - stage.allocated)
+            others = sum(living) - ours
+            allowance = ALLOWANCE * (len(living) + (stage.reserved == 0))
+            room = free(cache) - others - allowance - cache.config.free_space_low
+            wanted = needed - stage.allocated
+            if wanted > room:
+                return _Refusal(wanted, room, others)
+            stage.reserved = needed
+            stage.write_info()
+            return None
+
+    def _locked(self, name: str) -> contextlib.AbstractContextManager[bool]:
+        return locks.waiting(
+            self._cache.layout.lock(name),
+            shared=False,
+            host=self._cache.host,
+            stall_timeout=self._cache.config.lock_timeout,
+            waiter=self._waiter,
+        )
 
 
 class _Refusal:
@@ -120,46 +159,3 @@ class _Refusal:
             path=cache.layout.base_path,
             next_step="make room, evict images, or choose a larger filesystem",
         )
-
-
-def _try_harder(
-    stage: Stage,
-    needed: int,
-    cache: CacheStore,
-    check: Callable[[], None],
-    make_room: MakeRoom,
-) -> _Refusal | None:
-    """Have room made and try again, one after another. None: it is reserved."""
-    with locks.waiting(
-        cache.layout.lock(ROOM_LOCK),
-        shared=False,
-        host=cache.host,
-        patience=cache.config.lock_timeout,
-        check=check,
-    ):
-        while True:
-            # Whoever held this lock before may have freed more than it took.
-            refusal = _try(stage, needed, cache, check)
-            if refusal is None or make_room(refusal.short) <= 0:
-                return refusal
-
-
-def _try(stage: Stage, needed: int, cache: CacheStore, check: Callable[[], None]) -> _Refusal | None:
-    with locks.waiting(
-        cache.layout.lock(LOCK),
-        shared=False,
-        host=cache.host,
-        patience=cache.config.lock_timeout,
-        check=check,
-    ):
-        living = _living(cache)
-        ours = max(0, stage.reserved - stage.allocated)
-        others = sum(living) - ours
-        allowance = ALLOWANCE * (len(living) + (stage.reserved == 0))
-        room = free(cache) - others - allowance - cache.config.free_space_low
-        wanted = needed - stage.allocated
-        if wanted > room:
-            return _Refusal(wanted, room, others)
-        stage.reserved = needed
-        stage.write_info()
-        return None

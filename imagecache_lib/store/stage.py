@@ -94,7 +94,8 @@ class Stage:
     @property
     def allocated(self) -> int:
         """Bytes that the file takes on disk now."""
-        return os.fstat(self.fd).st_blocks * 512
+        with translated(self.path):
+            return os.fstat(self.fd).st_blocks * 512
 
     def write_info(self, record: evidence.Record | None = None) -> None:
         """Write down what this stage will be; durably, and after the checksums, if the record is there."""
@@ -177,10 +178,14 @@ class SealedStage:
 
     :param stage: the caller's, to publish or to discard.
     :param record: what will be its record.
+    :param received: bytes that came over the wire for it.
+    :param allocated: bytes that it takes on disk, those that it shares with another base not counted.
     """
 
     stage: Stage
     record: evidence.Record
+    received: int = 0
+    allocated: int = 0
 
 
 def side_file(cache: CacheStore) -> BinaryIO:

@@ -23,7 +23,7 @@ import os
 import stat
 
 from imagecache_lib.store import evidence, layout, stage
-from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable
 from imagecache_lib.system.trace import TracePoint
 
@@ -141,6 +141,23 @@ def _is_regular(path: str) -> bool:
         return stat.S_ISREG(os.stat(path, follow_symlinks=False).st_mode)
     except FileNotFoundError:
         return False
+
+
+def open_entry(entry: TrashEntry) -> OpenBase | None:
+    """Open a file in the trash. None: it is gone.
+
+    :raises OSError: as open(2).
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(entry.path, flags)
+    except FileNotFoundError:
+        return None
+    try:
+        return OpenBase(entry.name, entry.path, fd, os.fstat(fd))
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def cancel_evictions(cache: CacheStore, name: str) -> None:

@@ -9,7 +9,7 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from imagecache_lib import errors
 from imagecache_lib.system import durable, locks, sparse
@@ -53,15 +53,6 @@ def check_target(target: str) -> None:
         )
 
 
-def check_absent(target: str) -> None:
-    """Refuse a target that exists.
-
-    :raises DiskExistsError: it does, if only as a dangling link.
-    """
-    if os.path.lexists(target):
-        raise _exists(target)
-
-
 def _exists(target: str) -> errors.DiskExistsError:
     return errors.DiskExistsError(
         "the target exists already",
@@ -71,65 +62,96 @@ def _exists(target: str) -> errors.DiskExistsError:
 
 
 @contextlib.contextmanager
-def placing(
-    target: str,
-    host: System,
-    confirm: Callable[[], None],
-    *,
-    pinned: contextlib.AbstractContextManager[None] | None = None,
-) -> Iterator[Unfinished]:
-    """Make a file in the body, and give it its name afterwards.
+def unfinished(target: str, system: System) -> Iterator[UnfinishedFile]:
+    """Yield an empty file beside ``target`` that becomes it by :meth:`UnfinishedFile.commit`.
 
-    What is left of a killed attempt does not stop the next one: its name is another, and upkeep removes
-    it later. Nothing is synced: a disk that a power cut took has no guest yet that would miss it, and waiting
-    for gigabytes to reach the platter would make every spawn pay for that.
+    When the body ends without a commit, the file goes and nothing is left of it. A file that a killed process
+    left does not stop the next attempt: it has another name, and the periodic pass removes it.
 
-    :param confirm: raises if what it was made from is no longer there.
-    :param pinned: entered just before the file can be seen under its name, left once it can.
-    :raises DiskExistsError: the target exists.
-    :raises NoSpaceError, BackendError: the filesystem failed.
+    :param target: absolute path that the file will have.
+    :raises NoSpaceError, BackendError: the file cannot be made.
     """
-    unfinished = Unfinished(target, host)
+    file = UnfinishedFile(target, system)
     try:
-        with translated(target):
-            yield unfinished
-            os.fchmod(unfinished.fd, _MODE)
-        host.trace(TracePoint.DISK_MADE)
-        confirm()
-        host.trace(TracePoint.DISK_CONFIRMED)
-        with pinned or contextlib.nullcontext(), translated(target):
-            unfinished.place()
-        host.trace(TracePoint.DISK_PLACED)
+        yield file
     finally:
-        unfinished.close()
+        file.close()
 
 
-class Unfinished:
-    """A file in the making, under a name that says so."""
+class UnfinishedFile:
+    """A file in the making, under a name that says so.
 
-    def __init__(self, target: str, host: System) -> None:
+    Its life is fill, :meth:`seal`, :meth:`commit`, in this order. The content is durable before the file
+    gets its name, so that a power cut leaves either no file of that name or a whole one.
+
+    :ivar target: absolute path that it will have.
+    :ivar path: absolute path that it has until then.
+    """
+
+    def __init__(self, target: str, system: System) -> None:
         directory, name = os.path.split(target)
         self.target = target
         self.path = os.path.join(directory, f".{name}.{durable.new_id()}.new")
+        self._system = system
         with translated(target):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._owner = locks.OwnerLock(os.open(self.path, flags, 0o600), host)
+            self._owner = locks.OwnerLock(os.open(self.path, flags, 0o600), system)
 
     @property
     def fd(self) -> int:
+        """The open file, for reading and writing."""
         return self._owner.fd
 
-    def place(self) -> None:
-        """Give it its name, which nobody may have.
+    def seal(self, *, sync: bool = True) -> None:
+        """Declare the content complete, and make it durable.
 
-        :raises DiskExistsError: somebody has.
+        It is synced here and not in :meth:`commit`, since the caller looks in between whether what the file
+        was made from is still there: a network filesystem shows another host only what was written out, and
+        the less happens between that look and the name, the better.
+
+        :param sync: False leaves it to the kernel when the content is written. The caller must then be able
+            to tell a disk whose content was lost.
+        :raises NoSpaceError, BackendError: the content cannot be written.
         """
+        with translated(self.target):
+            os.fchmod(self.fd, _MODE)
+            if sync:
+                # Not fdatasync(2): attributes of the file must last too, and a new file's inode has to be
+                # written in any case.
+                os.fsync(self.fd)
+        self._system.trace(TracePoint.DISK_MADE)
+
+    def commit(self, pinned: contextlib.AbstractContextManager[None] | None = None) -> None:
+        """Give the file its name, which no file may have.
+
+        The name itself is not synced. A name that a power cut took is the same as a call that never came
+        back, and the first flush of a guest, or of any program that writes into the file, makes it durable.
+
+        :param pinned: entered just before the file can be seen under its name, left once it can.
+        :raises DiskExistsError: another file has the name.
+        :raises NoSpaceError, BackendError: the filesystem failed.
+        """
+        self._system.trace(TracePoint.DISK_CONFIRMED)
+        with pinned or contextlib.nullcontext(), translated(self.target):
+            self._link()
+        self._system.trace(TracePoint.DISK_PLACED)
+
+    def _link(self) -> None:
         try:
             os.link(self.path, self.target, follow_symlinks=False)
         except FileExistsError as error:
-            raise _exists(self.target) from error
+            # An NFS client whose request was answered, and the answer lost, asks again and is told this.
+            if not self._is_target():
+                raise _exists(self.target) from error
+
+    def _is_target(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.target, follow_symlinks=False), os.fstat(self.fd))
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
+        """Remove the temporary name, and close the file."""
         # What cannot be removed now is swept later; an error that led here matters more.
         with contextlib.suppress(OSError):
             os.unlink(self.path)

@@ -19,7 +19,10 @@ def new_id() -> str:
 
 
 def sync_directory(path: str) -> None:
-    """Make the names in a directory durable."""
+    """Make the names in a directory durable: fsync(2) of the directory.
+
+    :raises OSError: the directory cannot be synced.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -35,6 +38,7 @@ def write_file(
     :param sync: make it durable. False where losing it in a power cut harms nothing.
     :param sync_name: make the name durable too. False where a name that comes later says as much: the
         journal of a filesystem keeps their order.
+    :raises OSError: the file cannot be written; the old one stays.
     """
     # The form of all names of files in the making, by which upkeep finds what a crash left.
     directory, name = os.path.split(path)
@@ -60,7 +64,11 @@ def write_file(
 
 
 def read_file(path: str, *, limit: int = 2**24) -> bytes | None:
-    """Return a small file's content. None: there is none, or it is no regular file."""
+    """Return the content of a small file, or None if the path has no file or no regular one.
+
+    :param limit: most bytes that are read.
+    :raises OSError: the file cannot be read.
+    """
     for _turn in range(_STALE_TURNS):
         try:
             return _read(path, limit)

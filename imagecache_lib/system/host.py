@@ -24,24 +24,52 @@ def _execute(*command: str, **options: Any) -> tuple[str, str]:
     return str(out), str(err)
 
 
+def _boot_id() -> str:
+    """Return the kernel's random id of its current run, from /proc/sys/kernel/random/boot_id (random(4))."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+# Looked up when they are called and not when this module is imported: a program may patch them in between, as
+# eventlet does, and a sleep of before would hold up all of its threads.
+
+
+def _clock() -> float:
+    return time.time()
+
+
+def _monotonic() -> float:
+    return time.monotonic()
+
+
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
 @dataclasses.dataclass(frozen=True)
 class System:
-    """Clock, sleep, name, subprocess runner and trace points of the host.
+    """Clocks, sleep, name, subprocess runner and trace points of the host.
 
     :param name: the host's name as the driver reports it in :class:`~imagecache_lib.Instance`.
-    :param clock: epoch seconds. Ages are measured against the filesystem's clock instead.
+    :param boot_id: random id of the kernel's current run; empty if it cannot be told.
+    :param clock: epoch seconds, for deadlines. Ages are measured against the filesystem's clock instead.
+    :param monotonic: seconds since any moment, for durations: nobody can set this clock.
     :param sleep: takes seconds.
     :param execute: runs a command: :func:`oslo_concurrency.processutils.execute` or what behaves like it.
     :param trace: called with a :class:`~imagecache_lib.system.trace.TracePoint` as execution reaches it.
-        Tests
-        stop there to make an interleaving happen; in production it does nothing.
+        Tests stop there to make an interleaving happen; in production it does nothing.
     :param locking: False makes every file lock a no-op. Only for tests of the third promise: locks save
         work, they do not carry safety.
     """
 
     name: str = dataclasses.field(default_factory=socket.gethostname)
-    clock: Callable[[], float] = time.time
-    sleep: Callable[[float], None] = time.sleep
+    boot_id: str = dataclasses.field(default_factory=_boot_id)
+    clock: Callable[[], float] = _clock
+    monotonic: Callable[[], float] = _monotonic
+    sleep: Callable[[float], None] = _sleep
     execute: Callable[..., tuple[str, str]] = _execute
     trace: Callable[[TracePoint], None] = _no_trace
     locking: bool = True

@@ -22,6 +22,7 @@ import fasteners
 from imagecache_lib import errors
 from imagecache_lib.system.host import System
 from imagecache_lib.system.trace import TracePoint
+from imagecache_lib.system.waiter import Waiter
 
 LOG = logging.getLogger(__name__)
 
@@ -40,9 +41,9 @@ _SLICE = 0.25
 def set_lock(fd: int, kind: int, start: int = 0, length: int = 0) -> None:
     """Set (``F_RDLCK``, ``F_WRLCK``) or drop (``F_UNLCK``) an OFD lock on some bytes, without waiting.
 
-    :param length: in bytes. 0: to the end of the file, however it grows.
-
-    :raises BlockingIOError: somebody else holds a conflicting lock.
+    :param length: in bytes; 0 means to the end of the file, however it grows.
+    :raises BlockingIOError: another open file description holds a conflicting lock.
+    :raises OSError: the filesystem cannot lock.
     """
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0))
@@ -52,7 +53,10 @@ def set_lock(fd: int, kind: int, start: int = 0, length: int = 0) -> None:
 
 
 def is_locked(fd: int, start: int = 0, length: int = 0) -> bool | None:
-    """Whether anyone else, QEMU included, has any lock on these bytes. None: the filesystem has no locks."""
+    """Whether another open file description, QEMU's included, has any lock on these bytes.
+
+    Returns None if the filesystem has no locks.
+    """
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
     try:
         answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
@@ -113,7 +117,8 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
             self._descriptor = HeldDescriptor(os.open(self.file, flags, 0o644))
         except OSError as error:
             if error.errno in _FULL:
-                # It is not there, so nobody has it; and on a full filesystem what evicts must go on.
+                # The file does not exist, so no process holds the lock; and eviction must work on a full
+                # filesystem.
                 LOG.warning("There is no room for the lock file %s; going on without", self.file)
                 return
             raise errors.BackendError(
@@ -139,8 +144,8 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
             LOG.warning("The lock file %s cannot be locked: %s", self.file, error.strerror)
             return
         if not self._is_at_path():
-            # Nova unlinks its lock files: whoever waited on the unlinked inode would hold a lock that
-            # nobody else sees. Take the file that is there now.
+            # Nova unlinks its lock files: a process that waited on the unlinked inode would hold a lock that
+            # no other process sees. Take the file that is at the path now.
             self._do_close()
             self._do_open()
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -160,9 +165,9 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
 
     def _is_at_path(self) -> bool:
         assert self._descriptor is not None
-        ours = os.fstat(self._descriptor.fd)
         try:
-            theirs = os.stat(self.file)
+            # Even fstat(2) fails, with ESTALE, where another host unlinked the file.
+            ours, theirs = os.fstat(self._descriptor.fd), os.stat(self.file)
         except OSError:
             return False
         return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
@@ -174,53 +179,52 @@ def waiting(
     *,
     shared: bool,
     host: System,
-    patience: float,
-    check: Callable[[], None] = lambda: None,
+    stall_timeout: float,
+    waiter: Waiter | None = None,
     progress: Callable[[], object] = lambda: None,
-    moot: Callable[[], bool] = lambda: False,
+    stop_waiting_if: Callable[[], bool] = lambda: False,
 ) -> Iterator[bool]:
-    """Hold a lock; the context says whether it was got.
+    """Hold a lock for the body; yields whether it was got.
 
-    It is given up, and the context entered without it, once ``patience`` seconds went by without any
-    progress: the caller goes on unlocked, which costs work and nothing else.
+    The body runs without the lock once ``stall_timeout`` seconds went by without any progress: that costs
+    work and nothing else, as long as the body evicts nothing that the lock's holder may be using.
 
-    :param check: raises if the caller should stop waiting altogether.
+    :param waiter: who waits. None: somebody who waits as long as it takes.
     :param progress: any value that changes while the holder gets on.
-    :param moot: whether what the lock is wanted for was done by somebody else meanwhile, which ends the wait.
+    :param stop_waiting_if: whether another did meanwhile what the lock is wanted for, which ends the wait.
+    :raises CancelledError, LockTimeoutError: the waiter no longer waits.
     :raises BackendError: the lock file cannot be opened.
     """
     lock = FileLock(path, shared=shared, host=host)
     try:
-        yield lock.acquire(blocking=False) or _wait(lock, host, patience, check, progress, moot)
+        got = lock.acquire(blocking=False)
+        if not got:
+            host.trace(TracePoint.LOCK_WAITING)
+            # Not by the clock of the day: one that is set back must not make anybody wait for the past.
+            seen, since = progress(), host.monotonic()
+            while not got and host.monotonic() - since < stall_timeout:
+                if waiter is not None:
+                    waiter.check()
+                got = lock.acquire(timeout=min(_SLICE, stall_timeout))
+                if not got and stop_waiting_if():
+                    break
+                if (now_seen := progress()) != seen:
+                    seen, since = now_seen, host.monotonic()
+            else:
+                if not got:
+                    _warn_of_stall(path, stall_timeout)
+        yield got
     finally:
         lock.let_go()
 
 
-def _wait(
-    lock: FileLock,
-    host: System,
-    patience: float,
-    check: Callable[[], None],
-    progress: Callable[[], object],
-    moot: Callable[[], bool],
-) -> bool:
-    seen, since = progress(), host.clock()
-    host.trace(TracePoint.LOCK_WAITING)
-    while host.clock() - since < patience:
-        check()
-        if lock.acquire(timeout=min(_SLICE, patience)):
-            return True
-        if moot():
-            return False
-        if (now_seen := progress()) != seen:
-            seen, since = now_seen, host.clock()
-    LOG.warning("The lock file %s was held for %g s without progress; going on without", lock.file, patience)
-    return False
+def _warn_of_stall(path: str, stall_timeout: float) -> None:
+    LOG.warning("The lock file %s was held for %g s without progress; going on without", path, stall_timeout)
 
 
 @contextlib.contextmanager
 def without_waiting(path: str, *, host: System) -> Iterator[bool]:
-    """Hold an exclusive lock if nobody else has one; the context says whether it was got."""
+    """Hold an exclusive lock for the body if it is free. Yields whether it was."""
     lock = FileLock(path, shared=False, host=host)
     try:
         yield lock.acquire(blocking=False)
@@ -229,7 +233,7 @@ def without_waiting(path: str, *, host: System) -> Iterator[bool]:
 
 
 def is_taken(path: str, *, host: System) -> bool:
-    """Whether anybody holds a lock, shared or exclusive. Makes no lock file."""
+    """Whether any process holds the lock, shared or exclusive. Makes no lock file."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -281,14 +285,17 @@ class OwnerLock:
 
 
 def has_owner(fd: int) -> bool | None:
-    """Whether some :class:`OwnerLock` is held on the file, by others. None: the filesystem has no locks."""
+    """Whether another open file description holds an :class:`OwnerLock` on the file.
+
+    Returns None if the filesystem has no locks.
+    """
     return is_locked(fd, *_OWNER_BYTE)
 
 
 def try_own(fd: int) -> bool:
-    """Take the lock of a file's owner, if there is none. It goes with the descriptor.
+    """Take the owner's lock of a file if it is free. Returns whether it was.
 
-    On a filesystem without locks nobody has one.
+    The lock ends when the descriptor is closed. On a filesystem without locks it is always free.
     """
     try:
         set_lock(fd, fcntl.F_WRLCK, *_OWNER_BYTE)

@@ -17,7 +17,7 @@ _PIECE = 0.5
 class Pace:
     """The pace of one transfer.
 
-    :param rate: bytes per second. None: any.
+    :param rate: bytes per second, or None for no limit.
     :param check: raises if the caller no longer waits.
     """
 
@@ -37,8 +37,8 @@ class Pace:
         cost = amount / self._rate
         now = self._host.clock()
         since = now if self._paid_until is None else self._paid_until
-        # Never longer than the chunk costs: a clock that is set back must not make anybody wait for the past.
-        # Nor is time in which nothing came a credit for more than one chunk.
+        # Never longer than the chunk costs: a clock that is set back must not make a transfer wait for the
+        # past. Nor is time in which nothing came a credit for more than one chunk.
         rest = min(cost, max(0.0, since + cost - now))
         self._paid_until = now + rest
         while rest > 0:

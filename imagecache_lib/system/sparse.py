@@ -12,6 +12,9 @@ from typing import Protocol
 #: The filesystem's block: no smaller hole is possible on ext4 and xfs by default.
 BLOCK = 4096
 
+#: What a hole reads as: whoever passes on a hole passes on (a slice of) this, which costs no memory.
+ZEROS = bytes(2**20)
+
 #: First look at this much at a time: most data has neither long zero runs nor none at all.
 _STRIDE = 64 * 1024
 _ZEROS = bytes(_STRIDE)
@@ -74,6 +77,8 @@ def data_runs(
 
     :param offset: where in the file ``data[start]`` belongs.
     """
+    if data is ZEROS:
+        return
     end = len(data) if end is None else end
     # Compared in place: a slice would copy every block once more.
     is_zero = data.startswith

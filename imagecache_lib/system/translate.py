@@ -12,7 +12,12 @@ from imagecache_lib import errors
 
 @contextlib.contextmanager
 def translated(path: str) -> Iterator[None]:
-    """Turn what the filesystem says into the library's errors."""
+    """Turn an ``OSError`` of the body into one of the library's errors.
+
+    :param path: what the body works on, for the message.
+    :raises NoSpaceError: the filesystem or a quota is full.
+    :raises BackendError: for any other ``OSError``.
+    """
     try:
         yield
     except OSError as error:

@@ -18,10 +18,11 @@ import tempfile
 import threading
 import unittest
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from imagecache_lib import errors, model
-from imagecache_lib.backends.interface import CannotClone, Feature, StorageBackend
+from imagecache_lib.backends.interface import CannotClone, Feature, PendingDisk, StorageBackend
 from imagecache_lib.store import layout
 
 # For the type checker this is a test case; at run time it is a mixin, so that nothing runs it by itself.
@@ -34,22 +35,14 @@ MIB = 2**20
 _BLOCK = 4096
 
 
-class _BaseIsGone(Exception):
-    """What ``confirm`` raises here: a backend must pass on what it does not know."""
+class _Interrupted(Exception):
+    """An exception that no backend knows, and that each must let pass."""
 
 
-class _Count:
-    def __init__(self, action: Callable[[], None] = lambda: None) -> None:
-        self.calls = 0
-        self._action = action
-
-    def __call__(self) -> None:
-        self.calls += 1
-        self._action()
-
-
-def _fail() -> None:
-    raise _BaseIsGone
+def commit(prepared: AbstractContextManager[PendingDisk]) -> model.Disk:
+    """Give a prepared disk its name: ``commit(backend.prepare(base, target, None))``."""
+    with prepared as pending:
+        return pending.commit()
 
 
 def _pattern(length: int, seed: str) -> bytes:
@@ -123,7 +116,7 @@ class BackendContract(_Case):
             return file.read()
 
     def create(self, target: str | None = None, size: int | None = None) -> model.Disk:
-        return self.backend.create(self.base, target or self.make_target(), size, confirm=_Count())
+        return commit(self.backend.prepare(self.base, target or self.make_target(), size))
 
     def assert_content(self, disk: model.Disk, base: model.BaseImage) -> None:
         """The disk holds the base's content, and zeros after it."""
@@ -133,9 +126,9 @@ class BackendContract(_Case):
         if more:
             self.assertEqual(bytes(more), self.read_disk(disk, len(expected), more))
 
-    def both(self) -> Iterator[tuple[str, Callable[..., model.Disk]]]:
-        """Yield both ways to make a disk from a base image, by name, each in its subtest."""
-        for name in ("create", "copy"):
+    def both(self) -> Iterator[tuple[str, Callable[..., AbstractContextManager[PendingDisk]]]]:
+        """Yield both ways to prepare a disk from a base image, by name, each in its subtest."""
+        for name in ("prepare", "prepare_standalone"):
             with self.subTest(name):
                 yield name, getattr(self.backend, name)
 
@@ -143,22 +136,32 @@ class BackendContract(_Case):
 
     def test_a_disk_has_the_content_of_its_base(self) -> None:
         before = self.content(self.base)
-        for name, make in self.both():
+        for name, prepare in self.both():
             target = self.make_target()
             self.assertFalse(self.backend.exists(target))
-            disk = make(self.base, target, None, confirm=_Count())
+            disk = commit(prepare(self.base, target, None))
             self.assertTrue(self.backend.exists(target))
             self.assertEqual((target, self.size), (disk.target, disk.virtual_size))
             self.assert_content(disk, self.base)
             self.assertEqual(disk, self.backend.inspect(target))
             self.check_disk(disk)
-            if name == "copy":
+            if name == "prepare_standalone":
                 self.assertIsNone(disk.base)
         self.assertEqual(before, self.content(self.base))
 
+    def test_every_disk_has_the_format_that_its_backend_is_named_after(self) -> None:
+        """A driver may state the format once for all disks of a backend, as Nova does for qcow2."""
+        found = set()
+        for _name, prepare in self.both():
+            for size in (None, self.size + MIB):
+                found.add(commit(prepare(self.base, self.make_target(), size)).format)
+        self.assertEqual(1, len(found))
+        if self.backend.name in ("raw", "qcow2"):
+            self.assertEqual({self.backend.name}, found)
+
     def test_a_disk_is_grown_to_the_size_asked_for(self) -> None:
-        for _name, make in self.both():
-            disk = make(self.base, self.make_target(), self.size + 3 * MIB, confirm=_Count())
+        for _name, prepare in self.both():
+            disk = commit(prepare(self.base, self.make_target(), self.size + 3 * MIB))
             self.assertEqual(self.size + 3 * MIB, disk.virtual_size)
             self.assertEqual(disk, self.backend.inspect(disk.target))
             self.assert_content(disk, self.base)
@@ -166,39 +169,66 @@ class BackendContract(_Case):
 
     def test_a_guest_writes_to_its_own_disk_only(self) -> None:
         before = self.content(self.base)
-        for _name, make in self.both():
-            written, other = (make(self.base, self.make_target(), None, confirm=_Count()) for _ in range(2))
+        for _name, prepare in self.both():
+            written, other = (commit(prepare(self.base, self.make_target(), None)) for _ in range(2))
             self.write_disk(written, _BLOCK, b"guest" * 512)
             self.assertEqual(b"guest" * 512, self.read_disk(written, _BLOCK, 2560))
             self.assert_content(other, self.base)
         self.assertEqual(before, self.content(self.base))
 
-    def test_a_disk_is_complete_and_nameless_until_it_is_confirmed(self) -> None:
-        for _name, make in self.both():
+    def test_a_disk_has_no_name_until_it_is_committed(self) -> None:
+        for _name, prepare in self.both():
             target = self.make_target()
-            seen: list[bool] = []
-            confirm = _Count(lambda t=target, s=seen: s.append(self.backend.exists(t)))  # type: ignore[misc]
-            make(self.base, target, self.size + MIB, confirm=confirm)
-            self.assertEqual(1, confirm.calls)
-            self.assertEqual([False], seen)
+            with prepare(self.base, target, self.size + MIB) as pending:
+                self.assertFalse(self.backend.exists(target))
+                disk = pending.commit()
+                self.assertEqual(disk, self.backend.inspect(target))
+            self.assertEqual(disk, self.backend.inspect(target))
+            self.assert_content(disk, self.base)
 
-    def test_nothing_is_left_when_the_base_vanished(self) -> None:
-        for _name, make in self.both():
+    def test_nothing_is_left_of_a_disk_that_is_not_committed(self) -> None:
+        for _name, prepare in self.both():
             target, before = self.make_target(), self.everything()
-            with self.assertRaises(_BaseIsGone):
-                make(self.base, target, self.size + MIB, confirm=_fail)
+            with prepare(self.base, target, self.size + MIB):
+                pass
             self.assertFalse(self.backend.exists(target))
             self.assertEqual(before, self.everything())
-            self.assert_content(make(self.base, target, None, confirm=_Count()), self.base)
+            self.assert_content(commit(prepare(self.base, target, None)), self.base)
+
+    def test_an_exception_before_the_commit_passes_and_leaves_nothing(self) -> None:
+        for _name, prepare in self.both():
+            target, before = self.make_target(), self.everything()
+            for error in (_Interrupted, KeyboardInterrupt):
+                with self.assertRaises(error), prepare(self.base, target, self.size + MIB):
+                    raise error
+                self.assertFalse(self.backend.exists(target))
+                self.assertEqual(before, self.everything())
+            self.assert_content(commit(prepare(self.base, target, None)), self.base)
+
+    def test_an_exception_after_the_commit_passes_and_leaves_the_disk(self) -> None:
+        for _name, prepare in self.both():
+            target = self.make_target()
+            with self.assertRaises(_Interrupted), prepare(self.base, target, None) as pending:
+                disk = pending.commit()
+                raise _Interrupted
+            self.assertEqual(disk, self.backend.inspect(target))
+            self.assert_content(disk, self.base)
+
+    def test_a_disk_that_was_just_made_is_durable(self) -> None:
+        for _name, prepare in self.both():
+            disk = commit(prepare(self.base, self.make_target(), None))
+            self.assertTrue(self.backend.ensure_durable(disk.target))
+            self.assertEqual(disk, self.backend.inspect(disk.target))
+            self.assert_content(disk, self.base)
 
     def test_an_existing_disk_is_never_overwritten(self) -> None:
         mine = self.create()
         self.write_disk(mine, 0, b"mine" * 128)
         before = self.everything()
         other = self.make_base("other", self.size)
-        for _name, make in self.both():
+        for _name, prepare in self.both():
             with self.assertRaises(errors.DiskExistsError) as caught:
-                make(other, mine.target, self.size + MIB, confirm=_Count())
+                commit(prepare(other, mine.target, self.size + MIB))
             self.assertIn(mine.target, str(caught.exception))
             self.assertEqual(before, self.everything())
             self.assertEqual(mine, self.backend.inspect(mine.target))
@@ -206,14 +236,13 @@ class BackendContract(_Case):
 
     def test_a_disk_that_appears_meanwhile_is_never_overwritten(self) -> None:
         other = self.make_base("other", self.size)
-        for _name, make in self.both():
+        for _name, prepare in self.both():
             target = self.make_target()
-            made: list[model.Disk] = []
-            confirm = _Count(lambda t=target, m=made: m.append(self.create(t)))  # type: ignore[misc]
-            with self.assertRaises(errors.DiskExistsError):
-                make(other, target, None, confirm=confirm)
-            self.assertEqual(made, [self.backend.inspect(target)])
-            self.assert_content(made[0], self.base)
+            with self.assertRaises(errors.DiskExistsError), prepare(other, target, None) as pending:
+                made = self.create(target)
+                pending.commit()
+            self.assertEqual(made, self.backend.inspect(target))
+            self.assert_content(made, self.base)
 
     def test_of_many_that_want_one_target_one_gets_it(self) -> None:
         target = self.make_target()
@@ -254,10 +283,10 @@ class BackendContract(_Case):
         target, before = self.make_target(), self.everything()
         base = self.base
         with self.no_space(), self.assertRaises(errors.NoSpaceError):
-            self.backend.copy(base, target, None, confirm=_Count())
+            commit(self.backend.prepare_standalone(base, target, None))
         self.assertFalse(self.backend.exists(target))
         self.assertEqual(before, self.everything())
-        self.assert_content(self.backend.copy(base, target, None, confirm=_Count()), base)
+        self.assert_content(commit(self.backend.prepare_standalone(base, target, None)), base)
 
     def test_a_target_that_cannot_be_is_refused(self) -> None:
         self.backend.check_target(self.make_target())
@@ -318,14 +347,14 @@ class BackendContract(_Case):
 
     def test_remove_leaves_nothing_and_may_be_repeated(self) -> None:
         before = self.everything()
-        for _name, make in self.both():
+        for _name, prepare in self.both():
             target = self.make_target()
-            disk = make(self.base, target, None, confirm=_Count())
+            disk = commit(prepare(self.base, target, None))
             for _time in range(2):
                 self.backend.remove(disk)
                 self.assertFalse(self.backend.exists(target))
             self.assertEqual(before, self.everything())
-            make(self.base, target, None, confirm=_Count())
+            commit(prepare(self.base, target, None))
             self.backend.remove(disk)
 
     # -- what it says of itself ----------------------------------------------------------------------

@@ -28,7 +28,7 @@ FIRST = "11111111-aaaa-4bbb-8ccc-0123456789ab"
 SECOND = "22222222-aaaa-4bbb-8ccc-0123456789ab"
 EMPTY = "33333333-aaaa-4bbb-8ccc-0123456789ab"
 
-#: Ids that no source has. Each once got somebody's server, shell or file system to do something else.
+#: Ids that no source has. Each could make a server, a shell or a filesystem do something else.
 STRANGE_IDS = (
     "44444444-aaaa-4bbb-8ccc-0123456789ab",
     "",

@@ -56,6 +56,10 @@ class FakeSource(ImageSource):
         """How often :meth:`open` was called."""
         return len(self.offsets)
 
+    def vouches_for_digest(self, image: model.Image) -> bool:
+        """Whether it computed the digest, as an image service does of what is uploaded."""
+        return True
+
     def break_at(self, *offsets: int) -> None:
         """Break the next transfers, one for each offset: after the byte before it was given out."""
         with self._lock:

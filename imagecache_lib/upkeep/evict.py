@@ -119,7 +119,7 @@ def evict(
     reasons = {}
     moved: list[trash.TrashEntry] = []
     lock = cache.layout.lock(_LOCK.format(mark=hosts.mark))
-    with locks.waiting(lock, shared=True, host=cache.host, patience=_PATIENCE):
+    with locks.waiting(lock, shared=True, host=cache.host, stall_timeout=_PATIENCE):
         try:
             for victim in victims:
                 name = victim.entry.name

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import stat
 import threading
+from collections.abc import Callable
 
 from imagecache_lib.upkeep import headers
 
@@ -55,10 +56,12 @@ class Follower:
     """Looks at files. Safe to share between threads.
 
     :param limit: seconds that a look may take.
+    :param looks: looks at one file, however long that takes. None: with stat(2) and open(2).
     """
 
-    def __init__(self, limit: float = _LIMIT) -> None:
+    def __init__(self, limit: float = _LIMIT, *, looks: Callable[[str], Answer] | None = None) -> None:
         self._limit = limit
+        self._looks = looks or _look
         self._lock = threading.Lock()
         self._given_up: threading.Thread | None = None
 
@@ -70,7 +73,7 @@ class Follower:
             answers: list[Answer] = []
             # A daemon: the interpreter does not wait for it when it ends.
             thread = threading.Thread(
-                target=lambda: answers.append(_look(path)), name="imagecache-follow", daemon=True
+                target=lambda: answers.append(self._looks(path)), name="imagecache-follow", daemon=True
             )
             thread.start()
             thread.join(self._limit)

@@ -324,7 +324,7 @@ def _quarantine(
         cache.layout.lock(found.name),
         shared=False,
         host=cache.host,
-        patience=cache.config.lock_timeout,
+        stall_timeout=cache.config.lock_timeout,
     ) as locked:
         if not opened.is_current():
             return dataclasses.replace(found, verdict=Verdict.GONE, detail="it was evicted meanwhile")

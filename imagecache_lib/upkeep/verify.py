@@ -118,11 +118,14 @@ class _Look:
 
 
 class Upkeep:
-    """Everything that is done to the cache as a whole. Safe to share between threads."""
+    """Everything that is done to the cache as a whole. Safe to share between threads.
 
-    def __init__(self, cache: CacheStore, observers: events.Observers) -> None:
+    It is the :class:`~imagecache_lib.store.evictor.Evictor` of those who need room, or a name.
+    """
+
+    def __init__(self, cache: CacheStore) -> None:
         self._cache = cache
-        self._observers = observers
+        self._observers = cache.observers
         self._hosts = Hosts(cache)
         self._follower = Follower()
 

@@ -12,9 +12,8 @@ from imagecache_lib.backends.file import FileBackend
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.backends.raw import RawBackend
 from imagecache_lib.testing.backend_contract import BackendContract
+from tests.support import needs
 from tests.support.disks import DiskFiles
-
-_TMPFS = "/dev/shm"
 
 
 class _OnDisk(DiskFiles, BackendContract):
@@ -61,13 +60,17 @@ class TestQcow2AllocatedAhead(_OnDisk, unittest.TestCase):
         self.assertGreaterEqual(found.st_blocks * 512, 64 * 2**20)
 
 
-@unittest.skipUnless(os.access(_TMPFS, os.W_OK), f"no tmpfs at {_TMPFS}")
-class TestRawOnTmpfs(_OnDisk, unittest.TestCase):
+class _OnTmpfs(_OnDisk):
+    parent = "/dev/shm"
+
+    def setUp(self) -> None:
+        needs.other_filesystem(self.parent, tempfile.gettempdir())
+        super().setUp()
+
+
+class TestRawOnTmpfs(_OnTmpfs, unittest.TestCase):
     kind = RawBackend
-    parent = _TMPFS
 
 
-@unittest.skipUnless(os.access(_TMPFS, os.W_OK), f"no tmpfs at {_TMPFS}")
-class TestQcow2OnTmpfs(_OnDisk, unittest.TestCase):
+class TestQcow2OnTmpfs(_OnTmpfs, unittest.TestCase):
     kind = Qcow2Backend
-    parent = _TMPFS

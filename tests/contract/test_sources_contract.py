@@ -14,6 +14,8 @@ from imagecache_lib.sources.file import FileImage, FileSource
 from imagecache_lib.sources.glance import GlanceSource
 from imagecache_lib.sources.http import HttpImage, HttpSource
 from imagecache_lib.sources.interface import ImageSource
+from imagecache_lib.testing.bad_server import BadServer
+from imagecache_lib.testing.http_contract import HttpSourceContract
 from imagecache_lib.testing.source_contract import SourceContract
 from imagecache_lib.testing.sources import FakeSource
 from tests.support import servers
@@ -67,9 +69,33 @@ class TestHttpSourceOnNginx(SourceContract, unittest.TestCase):
         self.assertEqual(self.data[1000:], self.read(image, 1000))
 
 
-class TestGlanceSource(SourceContract, unittest.TestCase):
+class TestHttpSource(HttpSourceContract, unittest.TestCase):
+    def make_http_source(self, server: BadServer, images: Mapping[str, bytes]) -> ImageSource:
+        table = {
+            image_id: HttpImage(server.put(self.data_path(image_id), data, etag='"one"'), "raw")
+            for image_id, data in images.items()
+        }
+        return HttpSource(table, timeout=(2.0, 2.0))
+
+    def data_path(self, image_id: str) -> str:
+        return f"/{image_id}.img"
+
+
+class TestHttpSourceWithDigests(TestHttpSource):
+    def make_http_source(self, server: BadServer, images: Mapping[str, bytes]) -> ImageSource:
+        table = {
+            image_id: HttpImage(server.put(self.data_path(image_id), data), "raw", _digest(data))
+            for image_id, data in images.items()
+        }
+        return HttpSource(table, timeout=(2.0, 2.0))
+
+
+class TestGlanceSource(HttpSourceContract, unittest.TestCase):
     def make_source(self, images: Mapping[str, bytes]) -> ImageSource:
-        server = self.enterContext(servers.GlanceServer(token="good"))
+        self.server = server = self.enterContext(servers.GlanceServer(token="good"))
         for image_id, data in images.items():
             server.add(image_id, data)
-        return GlanceSource(server.url, token="good")
+        return GlanceSource(server.url, token="good", timeout=(2.0, 2.0))
+
+    def data_path(self, image_id: str) -> str:
+        return f"/v2/images/{image_id}/file"

@@ -101,8 +101,8 @@ def test_as_many_fetches_succeed_as_there_is_room_for_and_the_rest_fail_at_once(
     room_for = (before - len(IDS) * reservations.ALLOWANCE) // IMAGE_SIZE
     assert 2 < room_for < len(IDS) - 2
     turn = threading.Condition()
-    refused = []
-    lowest = []
+    refused: list[ic.NoSpaceError] = []
+    lowest: list[int] = []
 
     def wait_for_the_refused(point: str) -> None:
         # Those that have room hold it, with nothing written, until all others were refused: at once.

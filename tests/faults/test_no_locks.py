@@ -6,13 +6,10 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
-import pytest
-
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+from tests.support import needs
 
 #: fcntl(2) for the OFD commands of linux/fcntl.h, 36 to 38; everything else goes on to libc.
 SHIM = r"""
@@ -50,7 +47,7 @@ print(json.dumps([[base.image_id for base in report.evicted], os.path.exists(lef
 
 def test_spawn_and_upkeep_need_no_locks(tmp_path: pathlib.Path) -> None:
     shim = tmp_path / "no_locks.so"
-    command = ["cc", "-shared", "-fPIC", "-xc", "-", "-o", shim, "-ldl"]
+    command = [needs.program("cc"), "-shared", "-fPIC", "-xc", "-", "-o", str(shim), "-ldl"]
     subprocess.run(command, input=SHIM, text=True, check=True)
     instances = tmp_path / "instances"
     (instances / "uuid").mkdir(parents=True)

@@ -9,17 +9,19 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
 import imagecache_lib as ic
 from imagecache_lib import errors, events
 from imagecache_lib.sources.file import FileImage, FileSource
+from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from tests.lab import filesystems
-from tests.support import files
+from tests.support import files, needs
 from tests.support.cache_case import ID, raw_image
 
 NAME = layout.base_name(ID)
@@ -65,22 +67,26 @@ def full_ext4(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield mount_point
 
 
-def driver(instances, image, *, injected=(), target=None):
+def driver(
+    instances: pathlib.Path, image: pathlib.Path, *, injected: Sequence[str] = (), target: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a spawn in a process of its own, with faults injected into its system calls."""
-    trace = [] if not injected else ["strace", "-f", "-qq", "-o", os.devnull, *injected]
+    trace = [] if not injected else [needs.program("strace"), "-f", "-qq", "-o", os.devnull, *injected]
     target = str(instances / "instance" / "disk") if target is None else target
     command = [*trace, sys.executable, "-c", _DRIVER, str(instances), str(image), target, ID]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
-def manager_for(instances, source=None, **options):
+def manager_for(
+    instances: pathlib.Path, source: ImageSource | None = None, **options: Any
+) -> ic.ImageCacheManager:
     config = ic.CacheConfig(instances_path=str(instances), num_retries=0, **options)
     return ic.ImageCacheManager(config, source or FakeSource({ID: DATA}), observers=())
 
 
-def files_in(path):
+def files_in(path: pathlib.Path) -> dict[str, int]:
     """Return every file's path and inode, but lock files and our registration."""
-    found = {}
+    found: dict[str, int] = {}
     for parent, _directories, names in os.walk(path):
         if os.path.basename(parent) not in ("locks", "hosts"):
             paths = [os.path.join(parent, name) for name in names]
@@ -88,7 +94,7 @@ def files_in(path):
     return found
 
 
-def content_of(disk):
+def content_of(disk: pathlib.Path) -> bytes:
     flat = disk.with_suffix(".flat")
     subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk, flat], check=True)
     data = flat.read_bytes()
@@ -96,7 +102,9 @@ def content_of(disk):
     return data
 
 
-def test_each_fsync_that_fails_is_an_error_and_nothing_unproven_is_published(instances, image):
+def test_each_fsync_that_fails_is_an_error_and_nothing_unproven_is_published(
+    instances: pathlib.Path, image: pathlib.Path
+) -> None:
     driver(instances, image, target="")
     before = files_in(instances)
     failed = 0
@@ -134,7 +142,9 @@ def test_each_fsync_that_fails_is_an_error_and_nothing_unproven_is_published(ins
     assert failed >= 7  # data, its checksums and record-to-be, directory, checksums, record, disk.info
 
 
-def test_a_base_whose_data_could_not_be_synced_never_gets_its_name(instances, image):
+def test_a_base_whose_data_could_not_be_synced_never_gets_its_name(
+    instances: pathlib.Path, image: pathlib.Path
+) -> None:
     driver(instances, image, target="")
     run = driver(instances, image, injected=("-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1"))
     assert run.returncode == 3
@@ -143,7 +153,9 @@ def test_a_base_whose_data_could_not_be_synced_never_gets_its_name(instances, im
 
 
 @pytest.mark.parametrize(("call", "least"), [("linkat", 2), ("rename", 4), ("unlink", 3), ("fsync", 7)])
-def test_sigkill_at_every_call_that_changes_something(instances, image, call, least):
+def test_sigkill_at_every_call_that_changes_something(
+    instances: pathlib.Path, image: pathlib.Path, call: str, least: int
+) -> None:
     """Whatever was done last, the state is sound, the next spawn works, and nothing stays behind."""
     for number in range(1, 40):
         injected = ("-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}")
@@ -183,7 +195,7 @@ def test_sigkill_at_every_call_that_changes_something(instances, image, call, le
     assert number > least
 
 
-def test_a_full_filesystem_is_told_apart_and_life_goes_on_after_room_is_made(full_ext4):
+def test_a_full_filesystem_is_told_apart_and_life_goes_on_after_room_is_made(full_ext4: pathlib.Path) -> None:
     (full_ext4 / "instance").mkdir()
     fits = os.urandom(20 * MIB)
     source = FakeSource({ID: os.urandom(100 * MIB), "fits": fits}, sizes=False)
@@ -206,12 +218,12 @@ def test_a_full_filesystem_is_told_apart_and_life_goes_on_after_room_is_made(ful
     assert content_of(pathlib.Path(target).rename(full_ext4 / "instance" / "renamed")) == fits
 
 
-def test_a_filesystem_that_fills_up_under_the_fetch_ends_cleanly(full_ext4):
+def test_a_filesystem_that_fills_up_under_the_fetch_ends_cleanly(full_ext4: pathlib.Path) -> None:
     (full_ext4 / "instance").mkdir()
     blocker = full_ext4 / "blocker"
     data = os.urandom(20 * MIB)
 
-    def trace(point):
+    def trace(point: str) -> None:
         if point == "ingest:reserved" and not blocker.exists():
             with blocker.open("wb") as file:
                 try:
@@ -236,19 +248,21 @@ def test_a_filesystem_that_fills_up_under_the_fetch_ends_cleanly(full_ext4):
     assert content_of(target) == data
 
 
-def test_a_read_only_filesystem_is_told_apart_and_life_goes_on_after_it_is_writable(full_ext4):
+def test_a_read_only_filesystem_is_told_apart_and_life_goes_on_after_it_is_writable(
+    full_ext4: pathlib.Path,
+) -> None:
     (full_ext4 / "instance").mkdir()
     target = str(full_ext4 / "instance" / "disk")
     started = manager_for(full_ext4)
 
-    def attempts(manager, expected):
+    def attempts(manager: ic.ImageCacheManager, expected: type[errors.ImageCacheError]) -> None:
         for attempt in (manager.create_disk, manager.fetch_file):
             with pytest.raises(expected, match=str(full_ext4)) as caught:
                 attempt(ID, target)
             assert caught.value.next_step
         assert not os.path.lexists(target)
 
-    def remount(mode):
+    def remount(mode: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{mode}", full_ext4], check=True)
 
     remount("ro")
@@ -265,7 +279,9 @@ def test_a_read_only_filesystem_is_told_apart_and_life_goes_on_after_it_is_writa
     assert content_of(pathlib.Path(target)) == DATA
 
 
-def test_a_base_that_belongs_to_another_user_is_adopted_once(instances, image):
+def test_a_base_that_belongs_to_another_user_is_adopted_once(
+    instances: pathlib.Path, image: pathlib.Path
+) -> None:
     """libvirt gives bases to QEMU's user: an unprivileged service can neither mark nor touch them."""
     nobody = 65534
     base = instances / "_base" / NAME
@@ -299,7 +315,9 @@ print(json.dumps([source.opens, sum(isinstance(each, events.Adopted) for each in
     assert base.stat().st_uid == 0
 
 
-def test_a_source_on_a_failing_disk_is_a_source_that_fails(instances, image):
+def test_a_source_on_a_failing_disk_is_a_source_that_fails(
+    instances: pathlib.Path, image: pathlib.Path
+) -> None:
     manager = manager_for(instances, FileSource({ID: FileImage(image, "raw")}))
     image.unlink()
     with pytest.raises(errors.ImageNotFound):

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import pathlib
+import shutil
 import stat
 import subprocess
 import sys
@@ -23,10 +24,8 @@ import imagecache_lib as ic
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep.verify import VerifyReport
-from tests.support import files
+from tests.support import files, needs
 from tests.support.cache_case import ID
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 NAME = layout.base_name(ID)
 NOBODY = 65534
@@ -60,6 +59,11 @@ class Cache:
 
     def overlay(self, path: pathlib.Path) -> None:
         files.overlay(path, self.base)
+
+
+@pytest.fixture(autouse=True)
+def as_root() -> None:
+    needs.root()
 
 
 @pytest.fixture
@@ -170,17 +174,21 @@ def test_a_base_that_libvirt_gave_to_qemu_can_be_put_back(cache: Cache) -> None:
     give_to_nobody(cache.instances)
     os.chown(cache.base, 12345, 12345)
     inode = cache.base.stat().st_ino
+    made = cache.instances.parent / "made"
+    cache.overlay(made)
+    made.chmod(0o644)
+    os.chown(made, NOBODY, NOBODY)
+
+    def appear(point: str) -> None:
+        if point == "evict:renamed":
+            (cache.instances / "uuid").mkdir()
+            shutil.copy(made, cache.instances / "uuid" / "disk")
 
     def survive() -> bool:
         manager = ic.ImageCacheManager(
             ic.CacheConfig(instances_path=str(cache.instances)),
             FakeSource({}),
-            host=ic.System(
-                name="here",
-                trace=lambda point: (
-                    cache.overlay(cache.instances / "uuid" / "disk") if point == "evict:renamed" else None
-                ),
-            ),
+            host=ic.System(name="here", trace=appear),
             observers=(),
         )
         manager.verify_base_images([])
@@ -198,7 +206,7 @@ def test_what_a_killed_publisher_left_goes_though_libvirt_gave_the_base_to_qemu(
 
 
 def test_a_base_that_a_qemu_has_open_stays(cache: Cache) -> None:
-    command = ["qemu-io", "-r", "-f", "raw", cache.base]
+    command = ["qemu-io", "-r", "-f", "raw", str(cache.base)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as qemu:
         assert qemu.stdin is not None and qemu.stdout is not None
         qemu.stdin.write(b"read 0 512\n")
@@ -408,11 +416,14 @@ def rename_while_reading(cache: Cache, name: str) -> None:
         (pool / marker).mkdir(parents=True)
         (pool / marker / f".x.{'0' * 32}.new").write_bytes(b"")
     seen: list[str] = []
+    made = cache.instances.parent / "made"
+    cache.overlay(made)
 
     def trace(point: str) -> None:
         seen.append(point)
         if point == "verify:read":
-            cache.overlay(pool / name / "disk")
+            (pool / name).mkdir()
+            shutil.copy(made, pool / name / "disk")
         elif point == "references:unfinished" and "evict:renamed" in seen and (pool / name).exists():
             (pool / name).rename(pool / f"{name}_resize")
 

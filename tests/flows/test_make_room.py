@@ -8,8 +8,11 @@ import unittest
 from imagecache_lib import config, errors
 from imagecache_lib.store import layout, reservations
 from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.evictor import Evictor, NoEvictor
+from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import Stage
 from imagecache_lib.system.host import System
+from imagecache_lib.system.waiter import Waiter
 from imagecache_lib.upkeep import policy
 from imagecache_lib.upkeep.inventory import Entry
 from imagecache_lib.upkeep.references import References
@@ -65,28 +68,21 @@ class TestReserving(CacheCase):
         self.addCleanup(self.stage.discard)
         self.stage.write_info()
 
-    def reserve(self, needed: int, **options: object) -> None:
-        reservations.reserve(self.stage, needed, self.cache, check=lambda: None, **options)  # type: ignore[arg-type]
+    def reserve(self, needed: int, evictor: Evictor) -> None:
+        Reservation(self.stage, self.cache, evictor, Waiter(self.cache.host)).raise_to(needed)
 
     def test_what_is_short_is_asked_for_until_nothing_more_is_freed(self) -> None:
-        asked: list[int] = []
-        frees = [1, 1, 0, 1]
-
-        def make_room(wanted: int) -> int:
-            asked.append(wanted)
-            return frees.pop(0)
-
+        evictor = Freeing([1, 1, 0, 1])
         with self.assertRaises(errors.NoSpaceError):
-            self.reserve(HUGE, make_room=make_room)
-        self.assertEqual(3, len(asked))
-        self.assertTrue(HUGE // 2 < asked[0] < HUGE)
+            self.reserve(HUGE, evictor)
+        self.assertEqual(3, len(evictor.asked))
+        self.assertTrue(HUGE // 2 < evictor.asked[0] < HUGE)
         self.assertEqual(0, reservations.outstanding(self.cache))
 
     def test_room_that_is_there_is_not_asked_for(self) -> None:
-        def make_room(_wanted: int) -> int:
-            raise AssertionError("there is room")
-
-        self.reserve(4096, make_room=make_room)
+        evictor = Freeing([])
+        self.reserve(4096, evictor)
+        self.assertEqual([], evictor.asked)
         self.assertEqual(4096, reservations.outstanding(self.cache))
 
     def test_nobody_waits_for_room_that_nobody_will_give_back(self) -> None:
@@ -94,10 +90,21 @@ class TestReserving(CacheCase):
             raise AssertionError("there is nobody to wait for")
 
         cache = CacheStore(self.cache.config, System(sleep=sleep))
+        waiter = Waiter(cache.host, deadline=cache.host.clock() + 60)
         with self.assertRaises(errors.NoSpaceError):
-            reservations.reserve(
-                self.stage, HUGE, cache, check=lambda: None, deadline=cache.host.clock() + 60
-            )
+            Reservation(self.stage, cache, NoEvictor(), waiter).raise_to(HUGE)
+
+
+class Freeing(NoEvictor):
+    """An evictor that frees what it is told, and notes what it was asked for."""
+
+    def __init__(self, frees: list[int]) -> None:
+        self.asked: list[int] = []
+        self._frees = frees
+
+    def make_room(self, wanted: int) -> int:
+        self.asked.append(wanted)
+        return self._frees.pop(0)
 
 
 class TestReport(CacheCase):

@@ -22,7 +22,7 @@ from imagecache_lib.observers import metrics, notifications
 from imagecache_lib.observers.log import LogObserver
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
-from tests.support.cache_case import ID, CacheCase
+from tests.support.cache_case import ID, OTHER_ID, CacheCase, raw_image
 
 NAME = layout.base_name(ID)
 
@@ -94,6 +94,13 @@ class TestMetrics(CacheCase):
             self.metrics(event)
         self.events.clear()
         return manager
+
+    def test_a_copy_is_counted(self) -> None:
+        self.source = FakeSource({ID: raw_image(), OTHER_ID: raw_image()})
+        for image_id in (ID, OTHER_ID):
+            self.manager().cache_image(image_id)
+        self.observed()
+        self.assertEqual((1, 2), (self.value("copied_total"), self.value("published_total")))
 
     def value(self, name: str) -> float | None:
         return self.registry.get_sample_value(f"imagecache_{name}")
@@ -197,6 +204,11 @@ class TestNotifications(unittest.TestCase):
         )
         self.assertEqual(("warn imagecache.node-1", "imagecache.rejected"), rejected[:2])
         self.assertEqual("bad", rejected[2]["reason"])
+
+    def test_a_copy_is_told(self) -> None:
+        ((told, kind, payload),) = self.received(events.Copied(NAME, ID, origin="other", shared=True))
+        self.assertEqual(("info imagecache.node-1", "imagecache.copied"), (told, kind))
+        self.assertEqual(("other", True), (payload["origin"], payload["shared"]))
 
     def test_a_bus_that_does_not_answer_is_one_warning_until_it_does(self) -> None:
         class Sender:

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 import imagecache_lib as ic
-from imagecache_lib.precache import agent, client
+from imagecache_lib.precache import agent, client, job
 from imagecache_lib.store import checksums, hosts, layout
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
@@ -214,7 +214,7 @@ class TestBombs(CacheCase):
         host = agent.HostAgent(self.manager(), watch=agent.Watch())
         host.begin(client.HostTask("job", (ID,)))
         stop.wait()
-        many = tuple(f"image-{number}" for number in range(client.MOST_IMAGES - 1))
+        many = tuple(f"image-{number}" for number in range(job.MOST_IMAGES - 1))
         host.begin(client.HostTask("job", many))
         with self.assertRaisesRegex(ic.BackendError, "at most"):
             host.begin(client.HostTask("job", (OTHER_ID,)))

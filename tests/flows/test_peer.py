@@ -189,7 +189,7 @@ class ServerTest(PeerCase):
                 odd.say(told)
 
 
-class PeerContractTest(SourceContract, CacheCase):
+class PeerContractTest(SourceContract, CacheCase):  # type: ignore[misc]  # both have a "source"; its setter is ours
     """A peer's cache is a source like any other."""
 
     def make_source(self, images: Mapping[str, bytes]) -> PeerSource:
@@ -203,7 +203,7 @@ class PeerContractTest(SourceContract, CacheCase):
         return PeerSource(f"http://127.0.0.1:{server.port}", token=TOKEN, trusted=True)
 
     def test_an_image_without_a_byte_has_no_chunks(self) -> None:
-        self.skipTest("no cache has one")
+        self.skipTest("no cache has an image without a byte")
 
 
 if __name__ == "__main__":

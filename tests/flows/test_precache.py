@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import tempfile
@@ -13,15 +14,20 @@ import unittest
 from collections.abc import Callable, Mapping, Sequence
 
 from imagecache_lib import errors, model
-from imagecache_lib.precache import client, job, precacher, run
+from imagecache_lib.precache import client, job, job_events, precacher, run
 from imagecache_lib.precache.agent import HostAgent, Watch
-from imagecache_lib.precache.database import JobDatabase
+from imagecache_lib.precache.database import Change, JobDatabase
+from imagecache_lib.precache.in_process import InProcessClient
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
 from tests.support.cache_case import ID, OTHER_ID, CacheCase, raw_image
 
 CACHED, EXISTING = job.Result.CACHED, job.Result.EXISTING
 ERROR, SKIPPED, UNSUPPORTED = job.Result.ERROR, job.Result.SKIPPED, job.Result.UNSUPPORTED
+
+
+def _note(calls: list[str], name: str, _call: str) -> None:
+    calls.append(name)
 
 
 class Time:
@@ -52,6 +58,8 @@ class FakeHost:
         self.here: set[str] = set()
         self.cancelled: list[str] = []
         self.idle = False
+        #: What it says of itself, if it does.
+        self.info: client.AgentInfo | None = None
         #: Called before each answer; what it raises is the answer.
         self.before: Callable[[str], None] = lambda _call: None
         #: Results other than cached, by image.
@@ -99,11 +107,12 @@ class FakeHosts(client.HostClient):
         present = tuple(image_id for image_id in image_ids if image_id in here)
         return client.Survey(present, {each: 10 for each in image_ids if each not in here}, 1000)
 
-    def begin(self, host: str, task: client.HostTask) -> None:
+    def begin(self, host: str, task: client.HostTask) -> client.AgentInfo | None:
         self.hosts[host].begin(task)
+        return self.hosts[host].info
 
-    def poll(self, host: str, job_id: str) -> Mapping[str, job.Cell]:
-        return self.hosts[host].poll(job_id)
+    def poll(self, host: str, job_id: str) -> client.TaskReport:
+        return client.TaskReport(self.hosts[host].poll(job_id), self.hosts[host].info)
 
     def cancel(self, host: str, job_id: str) -> None:
         self.hosts[host].before("cancel")
@@ -142,11 +151,11 @@ class RequestTest(unittest.TestCase):
     def test_terms_that_make_no_sense_are_refused(self) -> None:
         for wrong in ({"concurrency": 0}, {"host_rate": -1}, {"retries": -1}, {"jitter": -0.1}):
             with self.subTest(**wrong), self.assertRaises(errors.ConfigError):
-                job.Terms(**wrong)  # type: ignore[arg-type]
+                job.Terms(**wrong)
 
 
 class JobCase(unittest.TestCase):
-    IMAGES = ("image-a", "image-b")
+    IMAGES: tuple[str, ...] = ("image-a", "image-b")
 
     def setUp(self) -> None:
         directory = tempfile.TemporaryDirectory()
@@ -154,7 +163,7 @@ class JobCase(unittest.TestCase):
         self.path = os.path.join(directory.name, "jobs.sqlite")
         self.database = JobDatabase(self.path)
         self.time = Time()
-        self.told: list[precacher.JobEvent] = []
+        self.told: list[job_events.JobEvent] = []
         self.hosts = FakeHosts(["one", "two", "three"])
 
     def precacher(self) -> precacher.AggregatePrecacher:
@@ -177,6 +186,10 @@ class JobCase(unittest.TestCase):
     def run_job(self, *names: str, **terms: object) -> job.Job:
         return self.precacher().run(self.start(*names, **terms).id)
 
+    def only_job(self) -> job.Job:
+        (listed,) = self.database.summaries()
+        return self.database.get(listed.id)
+
     def results(self, work: job.Job, name: str) -> list[job.Result | None]:
         return [cell.result for cell in work.cells[name].values()]
 
@@ -188,26 +201,36 @@ class DatabaseTest(JobCase):
     def test_a_job_is_there_for_the_next_process(self) -> None:
         made = self.start(concurrency=3, deadline=5.5, pin_until=7.5, total_rate=9)
         self.assertEqual(made, JobDatabase(self.path).get(made.id))
-        self.assertEqual([made], JobDatabase(self.path).all())
+        (listed,) = JobDatabase(self.path).summaries()
+        self.assertEqual(
+            (made.id, "racks", 3, 2, False),
+            (listed.id, listed.aggregate, listed.hosts, listed.images, listed.is_over),
+        )
         self.assertEqual(("one", "two", "three"), made.hosts)
         self.assertEqual(self.IMAGES, made.image_ids)
 
+    def lease(self, made: job.Job, runner: str = "a-runner") -> str:
+        self.assertTrue(self.database.take_lease(made.id, runner, self.database.lease_of(made.id)))
+        return runner
+
+    def keep(self, made: job.Job, runner: str, *cells: job.Cell) -> None:
+        self.database.keep(made.id, runner, [Change(0, image, cell) for image, cell in enumerate(cells)])
+
     def test_a_result_stays(self) -> None:
         made = self.start("one")
-        self.database.record(made.id, "one", {"image-a": job.Cell(CACHED, "", 5, 5)})
-        self.database.record(made.id, "one", {"image-a": job.Cell(ERROR, "too late")})
-        self.database.explain(made.id, "one", "cancelled", SKIPPED)
+        runner = self.lease(made)
+        self.keep(made, runner, job.Cell(CACHED, "", 5, 5))
+        self.keep(made, runner, job.Cell(ERROR, "too late"), job.Cell(SKIPPED, "cancelled"))
         found = self.database.get(made.id).cells["one"]
         self.assertEqual(job.Cell(CACHED, "", 5, 5), found["image-a"])
         self.assertEqual((SKIPPED, "cancelled"), (found["image-b"].result, found["image-b"].reason))
 
     def test_a_retry_takes_back_failures_alone(self) -> None:
         made = self.start("one")
-        self.database.record(
-            made.id, "one", {"image-a": job.Cell(EXISTING), "image-b": job.Cell(ERROR, "no")}
-        )
+        runner = self.lease(made)
+        self.keep(made, runner, job.Cell(EXISTING), job.Cell(ERROR, "no"))
         self.database.cancel(made.id)
-        self.database.retry(made.id)
+        self.database.retry(made.id, runner)
         found = self.database.get(made.id)
         self.assertEqual([EXISTING, None], self.results(found, "one"))
         self.assertEqual((False, 1), (found.cancelled, found.attempt))
@@ -215,6 +238,7 @@ class DatabaseTest(JobCase):
     def test_what_is_wrong_with_it_is_said(self) -> None:
         with self.assertRaisesRegex(errors.ConfigError, "no job nonsense"):
             self.database.get("nonsense")
+        self.database.close()
         with open(self.path, "wb") as file:
             file.write(b"no database at all" * 100)
         with self.assertRaisesRegex(errors.ConfigError, "jobs.sqlite"):
@@ -235,7 +259,7 @@ class RunTest(JobCase):
     def test_no_more_hosts_work_at_a_time_than_asked_for(self) -> None:
         calls: list[str] = []
         for name, fake in self.hosts.hosts.items():
-            fake.before = lambda _call, name=name: calls.append(name)
+            fake.before = functools.partial(_note, calls, name)
         self.run_job(concurrency=1)
         changes = sum(before != after for before, after in itertools.pairwise(calls))
         self.assertEqual(2, changes, calls)
@@ -258,7 +282,7 @@ class RunTest(JobCase):
         self.assertTrue(ended.has_failed)
 
     def test_an_observer_that_fails_stops_nothing(self) -> None:
-        def fail(_event: precacher.JobEvent) -> None:
+        def fail(_event: job_events.JobEvent) -> None:
             raise RuntimeError("the bus is on fire")
 
         conductor = precacher.AggregatePrecacher(
@@ -308,7 +332,7 @@ class RunTest(JobCase):
         self.assertEqual(30, plan.bytes_to_fetch)
         self.assertEqual(("image-a",), plan.surveys["one"].present)
         self.assertEqual(["three"], list(plan.unreachable))
-        self.assertEqual([], self.database.all())
+        self.assertEqual([], self.database.summaries())
         self.assertEqual([], self.hosts.hosts["one"].begun)
 
 
@@ -356,7 +380,7 @@ class DownTest(JobCase):
         sleep = self.time.sleep
 
         def look(seconds: float) -> None:
-            seen.append(self.reasons(self.database.all()[0], "two"))
+            seen.append(self.reasons(self.only_job(), "two"))
             sleep(seconds)
 
         self.time.host = System(clock=lambda: self.time.now, sleep=look)
@@ -391,7 +415,7 @@ class EndTest(JobCase):
         self.hosts.hosts["one"].idle = True
         ended = self.run_job("one", "two", deadline=self.time.now + 100)
         self.assertEqual([SKIPPED] * 2, self.results(ended, "two"))
-        self.assertIn("before it was the host's turn", self.reasons(ended, "two").pop())
+        self.assertIn("before the host could begin", self.reasons(ended, "two").pop())
 
     def test_a_cancelled_job_ends_whoever_runs_it(self) -> None:
         polls: list[str] = []
@@ -399,7 +423,7 @@ class EndTest(JobCase):
         def before(call: str) -> None:
             polls.append(call)
             if len(polls) == 3:
-                JobDatabase(self.path).cancel(JobDatabase(self.path).all()[0].id)
+                self.database.cancel(self.only_job().id)
 
         fake = self.hosts.hosts["one"]
         fake.idle, fake.before = True, before
@@ -439,7 +463,6 @@ class EndTest(JobCase):
         self.assertEqual(6, ended.count()[CACHED])
         for host in self.hosts.hosts.values():
             self.assertEqual(["image-a", "image-b"], host.fetched)
-        self.assertEqual(1, len(self.hosts.hosts["one"].begun))
 
     def test_what_failed_is_tried_again(self) -> None:
         fake = self.hosts.hosts["two"]
@@ -459,7 +482,10 @@ class EndTest(JobCase):
         begun: dict[str, float] = {}
 
         def note(name: str) -> Callable[[str], None]:
-            return lambda _call: begun.setdefault(name, self.time.now) and None
+            def begin(_call: str) -> None:
+                begun.setdefault(name, self.time.now)
+
+            return begin
 
         for name, fake in self.hosts.hosts.items():
             fake.before = note(name)
@@ -602,6 +628,18 @@ class AgentTest(AgentCase):
         cells = self.finish(agent, client.HostTask("next", (ID,)))
         self.assertEqual(EXISTING, cells[ID].result)
 
+    def test_copies_of_what_is_here_are_charged_too(self) -> None:
+        ids = ("one", "two", "three")
+        self.source = FakeSource(dict.fromkeys(ids, raw_image()))
+        size, allocated = len(raw_image()), self.manager().precache_image("one").allocated
+        if self.manager().precache_image("two").allocated == 0:
+            self.skipTest("copies share their extents here, and take no space")
+        for image_id in ids[:2]:
+            self.manager().evict_image(image_id)
+        agent = self.agent(max_bytes=size + allocated + 1000)
+        cells = self.finish(agent, client.HostTask("job", ids))
+        self.assertEqual([CACHED, CACHED, ERROR], [cell.result for cell in cells.values()])
+
     def test_nothing_is_begun_after_the_deadline(self) -> None:
         cells = self.finish(self.agent(), client.HostTask("job", (ID,), deadline=1.0))
         self.assertEqual(SKIPPED, cells[ID].result)
@@ -628,12 +666,12 @@ class AgentTest(AgentCase):
 class OneMachineTest(AgentCase):
     def test_from_job_to_base_images(self) -> None:
         database = JobDatabase(str(self.directory / "jobs.sqlite"))
-        conductor = precacher.AggregatePrecacher(database, client.InProcessClient({"here": self.agent()}))
+        conductor = precacher.AggregatePrecacher(database, InProcessClient({"here": self.agent()}))
         work = conductor.start("this machine", ["here"], [ID, OTHER_ID])
         ended = conductor.run(work.id)
         self.assertEqual(2, ended.count()[CACHED])
         self.assertTrue(self.base(OTHER_ID).exists())
-        self.assertEqual([ended], conductor.list())
+        self.assertEqual([ended.id], [each.id for each in conductor.list()])
 
 
 class ConversionTest(CacheCase):

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib.util
 import pickle
 import tempfile
 import unittest
+from typing import Any
 
 from imagecache_lib import CacheConfig, CacheResult, ImageCacheManager, Request, System, errors, events, model
 from imagecache_lib.backends import load_backend, rbd
@@ -95,6 +97,30 @@ class RbdCase(unittest.TestCase):
 
     def reasons(self) -> list[str]:
         return [event.reason for event in self.seen if isinstance(event, events.NotCloned)]
+
+
+class TestContainersThatAreNoDisks(RbdCase):
+    """What lies in the cluster is cloned only where it is a disk as it lies there."""
+
+    def source(self, data: bytes = DATA, **fields: Any) -> FakeSource:
+        class Contained(Glance):
+            def describe(self, image_id: str) -> model.Image:
+                return dataclasses.replace(super().describe(image_id), **fields)
+
+        return Contained(HERE, data=data)
+
+    def test_an_archive_is_neither_cloned_nor_fetched(self) -> None:
+        for container in ("ova", "docker", "compressed"):
+            source = self.source(container_format=container)
+            with self.subTest(container=container), self.assertRaisesRegex(errors.ImageRejected, container):
+                self.manager(source).create_disk("image", "disk")
+            self.assertEqual(0, source.opens)
+
+    def test_a_compressed_disk_is_unpacked_instead_of_cloned(self) -> None:
+        source = self.source(gzip.compress(DATA), compression="gzip")
+        self.manager(source).create_disk("image", "disk")
+        self.assertEqual(["it is compressed"], self.reasons())
+        self.assertEqual(DATA, self.read("disk"))
 
 
 class TestLocations(unittest.TestCase):

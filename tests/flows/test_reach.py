@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import errors
@@ -20,23 +21,23 @@ class TestReach(CacheCase):
         super().setUp()
         self.outside = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
-    def make(self, directory: str | os.PathLike[str], **options: object) -> ic.Disk:
+    def make(self, directory: str | os.PathLike[str], **options: Any) -> ic.Disk:
         os.makedirs(directory, exist_ok=True)
         return self.manager(**options).create_disk(ID, os.path.join(directory, "disk"), size=16 * MIB)
 
-    def assert_refused(self, directory: str | os.PathLike[str], **options: object) -> errors.BackendError:
+    def assert_refused(self, directory: str | os.PathLike[str], **options: Any) -> errors.BackendError:
         with self.assertRaises(errors.BackendError) as caught:
             self.make(directory, **options)
         self.assertEqual(0, self.source.opens)
         self.assertEqual([], [name for name in os.listdir(directory) if "disk" in name])
         return caught.exception
 
-    def assert_protects(self, directory: str | os.PathLike[str], **options: object) -> None:
+    def assert_protects(self, directory: str | os.PathLike[str], **options: Any) -> None:
         """A disk may be made there, and the pass then keeps its base, however old."""
         self.make(directory, **options)
         for path in (self.base(), self.record()):
             os.utime(path, (0, 0))
-        report = self.manager(**options).verify_base_images([])  # type: ignore[arg-type]
+        report = self.manager(**options).verify_base_images([])
         self.assertEqual([False], [base.evicted for base in report.bases])
 
     def test_outside_every_root_nothing_is_fetched(self) -> None:

@@ -242,9 +242,9 @@ class TestLaterRequests(SignatureCase):
         for trusted in (("middle", "root"), ("x", "middle", "root"), None):
             self.cache(trusted=trusted, verify_glance_signatures=True)
         self.assertEqual(1, self.signed.opens)
-        for trusted in (("root",), ("middle",), ("x",)):
-            with self.subTest(trusted=trusted), self.assertRaises(ic.BackendError):
-                self.cache(trusted=trusted)
+        for alone in ("root", "middle", "x"):
+            with self.subTest(trusted=alone), self.assertRaises(ic.BackendError):
+                self.cache(trusted=(alone,))
 
     def test_an_unverified_base_that_nothing_uses_is_fetched_again(self) -> None:
         self.cache()

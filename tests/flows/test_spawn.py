@@ -187,6 +187,18 @@ class TestTargets(CacheCase):
         self.assertEqual((inode, 8 * MIB), (os.stat(disk.target).st_ino, again.virtual_size))
         self.assertEqual(DATA + bytes(5 * MIB), content_of(disk.target, "qcow2"))
 
+    def test_a_disk_whose_content_a_power_cut_may_have_taken_is_not_used_again(self) -> None:
+        manager = self.manager(backend="raw", sync_copied_disks=False)
+        disk = manager.create_disk(ID, self.target())
+        manager.create_disk(ID, self.target("other"))
+        restarted = self.manager(backend="raw", host=self.host(boot_id="another"))
+        with self.assertRaisesRegex(errors.BackendError, "remove the disk and make it anew") as caught:
+            restarted.create_disk(ID, disk.target, if_exists="reuse")
+        self.assertEqual((ID, disk.target), (caught.exception.image, caught.exception.path))
+        # On the host that made it, in the same run of its kernel, nothing can have been lost.
+        manager.create_disk(ID, self.target("other"), if_exists="reuse")
+        restarted.create_disk(ID, self.target("other"), if_exists="reuse")
+
     def test_a_disk_used_again_gets_its_lost_base_back(self) -> None:
         manager = self.manager()
         disk = manager.create_disk(ID, self.target())
@@ -238,10 +250,33 @@ class TestVanishingBases(CacheCase):
         self.assertEqual(ID, caught.exception.image)
         self.assertEqual([], os.listdir(self.target(".")))
 
+    def test_a_file_whose_base_always_goes_ends_with_an_error_too(self) -> None:
+        for _ in range(100):
+            self.points.at("disk:made", self.evict_behind_its_back)
+        with self.assertRaises(errors.BackendError) as caught:
+            self.manager().fetch_file(ID, self.target("kernel"))
+        self.assertEqual(ID, caught.exception.image)
+        self.assertEqual([], os.listdir(self.target(".")))
+
+    def test_a_stage_that_is_always_swept_away_ends_with_an_error(self) -> None:
+        stages = self.base().parent / ".imagecache" / "stage"
+
+        def sweep() -> None:
+            for path in stages.iterdir():
+                path.unlink()
+
+        for _ in range(100):
+            self.points.at("stage:sync", sweep)
+        with self.assertRaisesRegex(errors.BackendError, "stage directory") as caught:
+            self.manager().create_disk(ID, self.target())
+        self.assertEqual((ID, []), (caught.exception.image, self.in_flight()))
+        self.assertLess(self.source.opens, 30)
+
     def test_another_file_under_its_name_is_noticed_even_with_its_inode_number(self) -> None:
         # The descriptor that the lease holds keeps the inode number from being given to the new file.
         def replace() -> None:
             self.base().unlink()
+            path = self.base()
             for number in range(50):
                 path = self.base().with_name(f"try-{number}")
                 path.write_bytes(b"another's")
@@ -284,11 +319,56 @@ class TestVanishingBases(CacheCase):
 
     def test_an_image_whose_stage_is_swept_before_qemu_img_converts_it_is_fetched_again(self) -> None:
         stages = self.base().parent / ".imagecache" / "stage"
-        self.points.at("convert", lambda: [path.unlink() for path in stages.iterdir()])
+
+        def sweep() -> None:
+            for path in stages.iterdir():
+                path.unlink()
+
+        self.points.at("convert", sweep)
         data = disk_image(self.directory, "vdi")
         source = FakeSource({ID: data}, disk_format="vdi")
         self.assertEqual(DATA, self.spawn(self.manager(source)))
         self.assertEqual((2, []), (source.opens, self.in_flight()))
+
+
+class TestObserversThatInterrupt(CacheCase):
+    """What a notification raises that is no error: a time-out of a green thread, an interrupt."""
+
+    def test_an_interrupt_at_any_event_leaves_nothing_in_flight(self) -> None:
+        for number, kind in enumerate((events.Miss, events.Progress, events.Fetched, events.Published)):
+
+            def interrupt(event: events.Event, kind: type[events.Event] = kind) -> None:
+                if isinstance(event, kind):
+                    raise KeyboardInterrupt
+
+            with self.subTest(kind.__name__):
+                image_id = f"image-{number}"
+                self.source = FakeSource({image_id: raw_image(number + 10)})
+                manager = self.manager()
+                interrupted = ic.ImageCacheManager(
+                    manager.config, self.source, host=self.host(), observers=(interrupt,)
+                )
+                with self.assertRaises(KeyboardInterrupt):
+                    interrupted.create_disk(image_id, self.target(kind.__name__))
+                self.assertEqual([], self.in_flight())
+                manager.cache_image(image_id)
+                manager.evict_image(image_id)
+                self.assertFalse(self.base(image_id).exists())
+
+
+class TestReports(CacheCase):
+    def test_precaching_tells_what_it_took(self) -> None:
+        manager = self.manager()
+        report = manager.precache_image(ID)
+        allocated = self.base().stat().st_blocks * 512
+        self.assertEqual(ic.CacheReport(ic.CacheResult.CACHED, len(DATA), allocated), report)
+        self.assertEqual(ic.CacheReport(ic.CacheResult.EXISTING), manager.precache_image(ID))
+        self.assertIs(ic.CacheResult.EXISTING, manager.cache_image(ID))
+
+    def test_usage_that_cannot_be_read_is_an_error_of_the_library(self) -> None:
+        self.base().parent.symlink_to("_base")
+        with self.assertRaises(errors.BackendError):
+            self.manager().get_disk_usage()
 
 
 class TestSourcesThatFail(CacheCase):

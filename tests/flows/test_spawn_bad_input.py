@@ -9,12 +9,15 @@ import pathlib
 import struct
 import subprocess
 import time
+from collections.abc import Callable
+from typing import Any
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.sources.file import FileImage, FileSource
 from imagecache_lib.sources.http import HttpImage, HttpSource
+from imagecache_lib.testing.bad_server import Answer, BadServer
 from imagecache_lib.testing.sources import FakeSource
-from tests.support import files, servers
+from tests.support import files
 from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, content_of, disk_image, raw_image
 
 DATA = raw_image(1)
@@ -35,28 +38,32 @@ class BadInputCase(CacheCase):
         *words: str,
         image_id: str = BAD,
         request: model.Request | None = None,
-        **config: object,
+        **config: Any,
     ) -> errors.ImageCacheError:
         """Check how an image is refused, by each way in, and that nothing came of it."""
         manager = self.manager(source, **config)
-        for attempt in (
+        attempts: tuple[Callable[[], object], ...] = (
             lambda: manager.create_disk(image_id, self.disk, request=request),
             lambda: manager.cache_image(image_id, request=request),
-        ):
+        )
+        refusals = []
+        for attempt in attempts:
             with self.leaves_nothing(), self.assertRaises(errors.ImageCacheError) as caught:
                 attempt()
-            self.assertIsInstance(caught.exception, kind)
-            self.assertEqual(image_id, caught.exception.image)
-            self.assertTrue(caught.exception.next_step, caught.exception)
+            refusal = caught.exception
+            refusals.append(refusal)
+            self.assertIsInstance(refusal, kind)
+            self.assertEqual(image_id, refusal.image)
+            self.assertTrue(refusal.next_step, refusal)
             for word in (image_id, *words):
-                self.assertIn(word, str(caught.exception))
+                self.assertIn(word, str(refusal))
         published = [event.image_id for event in self.events if isinstance(event, events.Published)]
         self.assertNotIn(image_id, published)
         # The next good request, by the same manager.
         good = model.Request(source=FakeSource({f"good for {image_id}": DATA}))
         self.assertEqual(DATA, self.spawn(manager, f"good for {image_id}", request=good))
         manager.evict_image(f"good for {image_id}")
-        return caught.exception
+        return refusals[-1]
 
 
 class TestSources(BadInputCase):
@@ -102,9 +109,14 @@ class TestSources(BadInputCase):
                 self.refused(errors.ImageRejected, FileSource({BAD: image}))
 
     def test_too_few_and_too_many_bytes(self) -> None:
-        for data, kind in ((DATA[:-1], errors.SourceError), (DATA + b"x", errors.ImageRejected)):
-            with self.subTest(kind=kind):
-                source = FakeSource({BAD: DATA}, digests=False)
+        cases = (
+            (DATA[:-1], False, errors.SourceError),
+            (DATA + b"x", False, errors.SourceError),
+            (DATA + b"x", True, errors.ImageRejected),
+        )
+        for data, digests, kind in cases:
+            with self.subTest(kind=kind, digests=digests):
+                source = FakeSource({BAD: DATA}, digests=digests)
                 source.change_data(BAD, data)
                 self.refused(kind, source)
 
@@ -133,24 +145,24 @@ class TestSources(BadInputCase):
 class TestHttp(BadInputCase):
     def setUp(self) -> None:
         super().setUp()
-        self.server = self.enterContext(servers.Server())
+        self.server = self.enterContext(BadServer())
         self.http = HttpSource({BAD: HttpImage(f"{self.server.url}/image")}, timeout=(5.0, 0.5))
 
     def test_a_transfer_that_is_cut_stalls_or_is_reset(self) -> None:
         for after in ("close", "reset", "stall", "drop"):
             with self.subTest(after=after):
-                answer = servers.Answer(body=DATA[:MIB], length=len(DATA), after=after)
+                answer = Answer(body=DATA[:MIB], length=len(DATA), after=after)
                 self.server.script("/image", answer)
                 self.refused(errors.SourceError, self.http)
 
     def test_a_server_that_never_ends(self) -> None:
-        self.server.script("/image", servers.Answer(body=DATA, length=-1, after="endless"))
+        self.server.script("/image", Answer(body=DATA, length=-1, after="endless"))
         self.refused(errors.ImageRejected, self.http, max_virtual_size=8 * MIB)
 
     def test_no_permission(self) -> None:
         for status, kind in ((403, errors.ImageNotFound), (404, errors.ImageNotFound)):
             with self.subTest(status=status):
-                self.server.script("/image", servers.Answer(status=status))
+                self.server.script("/image", Answer(status=status))
                 self.refused(kind, self.http)
 
 
@@ -158,12 +170,12 @@ class TestContent(BadInputCase):
     def image(self, format: str, options: str = "") -> bytes:
         return disk_image(self.directory, format, options=options)
 
-    def rejected(self, data: bytes, claimed: str | None, *words: str, **config: object) -> None:
+    def rejected(self, data: bytes, claimed: str | None, *words: str, **config: Any) -> None:
         source = FakeSource({BAD: data}, disk_format=claimed)
         self.refused(errors.ImageRejected, source, *words, **config)
         self.sent = source.bytes_sent // 2
 
-    def rejected_at_once(self, data: bytes, claimed: str | None, *words: str, **config: object) -> None:
+    def rejected_at_once(self, data: bytes, claimed: str | None, *words: str, **config: Any) -> None:
         """It is refused by its first bytes: the rest is never asked for."""
         self.rejected(data + bytes(4 * MIB), claimed, *words, **config)
         self.assertLessEqual(self.sent, 2 * MIB)
@@ -206,20 +218,20 @@ class TestContent(BadInputCase):
         subprocess.run(
             ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", secret, overlay], check=True
         )
-        self.rejected_at_once(overlay.read_bytes(), "qcow2", "backing_file")
-        self.rejected_at_once(overlay.read_bytes(), None, "backing_file")
+        self.rejected_at_once(overlay.read_bytes(), "qcow2", "backing file")
+        self.rejected_at_once(overlay.read_bytes(), None, "backing file")
 
     def test_a_qcow2_with_a_data_file(self) -> None:
         image, data = self.directory / "image", self.directory / "data"
         subprocess.run(
             ["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={data}", image, "1M"], check=True
         )
-        self.rejected_at_once(image.read_bytes(), "qcow2", "data_file")
+        self.rejected_at_once(image.read_bytes(), "qcow2", "another file")
 
     def test_a_qcow2_with_features_that_nobody_knows(self) -> None:
         image = bytearray(self.image("qcow2"))
         image[72:80] = struct.pack(">Q", 1 << 40)
-        self.rejected_at_once(bytes(image), "qcow2", "unknown_features")
+        self.rejected_at_once(bytes(image), "qcow2", "unknown features")
 
     def test_a_qcow2_that_is_truncated_or_garbage_behind_its_header(self) -> None:
         image = self.image("qcow2")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import errors, events, model
@@ -55,14 +56,28 @@ class TestKernelsAndDisks(CacheCase):
         self.assertEqual(DATA, content_of(disk.target, "qcow2"))
         self.assertEqual((1, []), (self.happened(events.Bypassed), self.in_flight()))
 
-    def test_a_disk_that_goes_around_the_cache_stands_alone(self) -> None:
+    def test_a_disk_that_goes_around_the_cache_stands_alone_in_its_backends_format(self) -> None:
         manager = self.manager()
         self.fetch_file(manager, "kernel")
         disk = manager.create_disk(ID, self.target(), size=4 * MIB)
-        self.assertIsNone(disk.base)
+        self.assertEqual(("qcow2", None), (disk.format, disk.base))
+        self.assertEqual(disk, manager.inspect_disk(disk.target))
         self.assertEqual((1, self.qcow2), (self.happened(events.Bypassed), self.base().read_bytes()))
         self.base().unlink()
         self.assertEqual(DATA + bytes(MIB), content_of(disk.target, disk.format))
+
+    def test_without_conversion_a_disk_that_goes_around_the_cache_has_its_backends_format(self) -> None:
+        for format in ("qcow2", "vmdk", "vdi"):
+            with self.subTest(format):
+                image = disk_image(self.directory, format)
+                source = FakeSource({format: image}, disk_format=format)
+                manager = self.manager(source, force_raw_images=False)
+                manager.fetch_file(format, self.target(f"kernel-{format}"))
+                os.truncate(self.base(format), 4096)  # it does not serve, and is too young to go
+                disk = manager.create_disk(format, self.target(format), size=8 * MIB)
+                self.assertEqual(("qcow2", None, 8 * MIB), (disk.format, disk.base, disk.virtual_size))
+                self.assertEqual(DATA + bytes(5 * MIB), content_of(disk.target, "qcow2"))
+                self.assertEqual([], self.in_flight())
 
     def test_a_lease_for_drivers_and_caching_ahead_never_go_around_the_cache(self) -> None:
         manager = self.manager()
@@ -72,6 +87,40 @@ class TestKernelsAndDisks(CacheCase):
         self.assertEqual(ID, caught.exception.image)
         with self.leaves_nothing(), self.assertRaises(errors.BackendError), manager.fetch_or_reuse(ID):
             self.fail("this lease would have been a private copy")
+
+    def test_a_leased_base_is_not_evicted_by_who_waited_for_its_lock_in_vain(self) -> None:
+        manager = self.manager(lock_timeout=0.1)
+        path = self.target("kernel")
+        with manager.fetch_or_reuse(ID) as base:
+            manager.fetch_file(ID, path)
+            self.assertTrue(os.path.samestat(os.stat(base.path), os.fstat(base.fd or -1)))
+        self.assertEqual(self.qcow2, pathlib.Path(path).read_bytes())
+
+    def test_private_copies_do_not_keep_a_base_that_nobody_uses(self) -> None:
+        manager = self.manager(space_minimum_age_seconds=0)
+        disk = manager.create_disk(ID, self.target())
+        stop = self.points.stop_at("disk:made")
+        private = self.running(lambda: self.manager().fetch_file(ID, self.target("kernel")))
+        stop.wait()
+        manager.remove_disk(disk)
+        manager.fetch_file(ID, self.target("other"))
+        stop.go_on()
+        private.result()
+        self.assertEqual(1, self.happened(events.Bypassed))
+
+    def test_what_does_not_serve_is_not_put_back_from_the_trash(self) -> None:
+        manager = self.manager()
+        manager.cache_image(ID)
+        trash = self.base().parent / ".imagecache" / "trash"
+        entry = trash / f"{self.base().name}.{'0' * 32}"
+        entry.mkdir()
+        self.base().rename(entry / "base")
+        manager.fetch_file(ID, self.target("kernel"))
+        self.assertEqual([entry.name], os.listdir(trash))
+        self.assertFalse(self.base().exists())
+        # It is the disk's base still: what it serves gets it back.
+        manager.create_disk(ID, self.target())
+        self.assertEqual([], os.listdir(trash))
 
     def test_without_conversion_a_disks_base_serves_as_a_file_too(self) -> None:
         manager = self.manager(force_raw_images=False)
@@ -136,7 +185,7 @@ class AdoptCase(CacheCase):
             files.age(path, seconds=age)
         return path.stat().st_ino
 
-    def adopted(self, use_file: bool = False, **config: object) -> bool:
+    def adopted(self, use_file: bool = False, **config: Any) -> bool:
         """Ask for the image; whether what was there served, and came out right."""
         manager = self.manager(**config)
         inode = self.base().stat().st_ino

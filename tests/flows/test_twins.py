@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import events
@@ -35,7 +36,7 @@ class TestTwins(CacheCase):
         assert record is not None
         return record
 
-    def cache_both(self, source: FakeSource | None = None, **options: object) -> int:
+    def cache_both(self, source: FakeSource | None = None, **options: Any) -> int:
         """Cache one, then the other. Returns how often anything was downloaded."""
         source = source or self.same
         manager = self.manager(source, **options)
@@ -56,6 +57,14 @@ class TestTwins(CacheCase):
         (copied,) = (event for event in self.events if isinstance(event, events.Copied))
         self.assertEqual((self.base(OTHER_ID).name, one.name), (copied.name, copied.origin))
         self.assertEqual(1, self.happened(events.Fetched))
+
+    def test_a_copy_is_charged_for_what_it_takes(self) -> None:
+        manager = self.manager(self.same)
+        manager.cache_image(ID)
+        report = manager.precache_image(OTHER_ID)
+        (copied,) = (event for event in self.events if isinstance(event, events.Copied))
+        allocated = 0 if copied.shared else self.base(OTHER_ID).stat().st_blocks * 512
+        self.assertEqual(ic.CacheReport(ic.CacheResult.CACHED, 0, allocated), report)
 
     def test_it_outlives_the_first_and_is_scrubbed_like_it(self) -> None:
         self.cache_both()

@@ -13,7 +13,7 @@ from typing import Any
 import imagecache_lib as ic
 from imagecache_lib import errors
 from imagecache_lib.store import layout
-from imagecache_lib.upkeep import verify
+from imagecache_lib.upkeep.verify import VerifyReport
 from tests.support import files
 from tests.support.cache_case import ID, OTHER_ID, CacheCase, Points, raw_image
 
@@ -47,13 +47,13 @@ class UpkeepCase(CacheCase):
 
     def verify(
         self, instances: Sequence[ic.Instance] | None = (), *, dry_run: bool = False, **options: Any
-    ) -> verify.VerifyReport:
+    ) -> VerifyReport:
         return self.manager(**options).verify_base_images(instances, dry_run=dry_run)
 
-    def reason(self, report: verify.VerifyReport, name: str = NAME) -> str:
+    def reason(self, report: VerifyReport, name: str = NAME) -> str:
         return next(base.reason for base in report.bases if base.name == name)
 
-    def assertKept(self, path: pathlib.Path, report: verify.VerifyReport, because: str) -> None:
+    def assertKept(self, path: pathlib.Path, report: VerifyReport, because: str) -> None:
         self.assertTrue(path.exists(), report)
         self.assertIn(because, self.reason(report, path.name))
 
@@ -289,7 +289,7 @@ class TestWhatCannotBeTold(UpkeepCase):
         manager = self.manager()
         manager.pin(ID, owner="me")
         manager.unpin(ID, owner="me")
-        self.assertKept(base, self.verify(), "unreadable pin file")
+        self.assertKept(base, self.verify(), "unreadable")
 
     def test_pins_keep_until_they_expire(self) -> None:
         base = self.cached()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import imagecache_lib as ic
 from imagecache_lib import errors
 from imagecache_lib.upkeep import headers
-from imagecache_lib.upkeep.follow import CannotTell, Follower, Looked
+from imagecache_lib.upkeep.follow import CannotTell, Follower, Nothing
 from tests.flows.test_upkeep import NAME, OLD, UpkeepCase
 from tests.support import files
 from tests.support.cache_case import ID, MIB, OTHER_ID
@@ -169,12 +169,25 @@ class TestMeaning(UpkeepCase):
         self.assertFalse(base.exists())
 
     def test_a_file_that_does_not_answer_is_given_up(self) -> None:
+        answers = threading.Event()
+        asked = []
+
+        def look(path: str) -> Nothing:
+            asked.append(path)
+            answers.wait(60)
+            return Nothing()
+
+        follower = Follower(limit=0.01, looks=look)
+        self.assertIsInstance(follower.look("dead"), CannotTell)
+        self.assertIsInstance(follower.look("another"), CannotTell)
+        self.assertEqual(["dead"], asked, "while one look has not come back no other is begun")
+        answers.set()
+
+    def test_nothing_but_a_regular_file_is_opened(self) -> None:
         pipe = self.directory / "pipe"
         os.mkfifo(pipe)
-        follower = Follower(limit=5.0)
-        self.assertNotIsInstance(follower.look(str(pipe)), Looked)
-        self.assertIsInstance(Follower(limit=0.0).look(str(pipe)), CannotTell)
-        self.assertIsInstance(follower.look("/nonexistent"), CannotTell)
+        self.assertIsInstance(Follower().look(str(pipe)), Nothing)
+        self.assertIsInstance(Follower().look("/nonexistent"), CannotTell)
 
 
 class TestLastReport(UpkeepCase):

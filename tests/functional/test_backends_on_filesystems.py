@@ -15,7 +15,7 @@ from imagecache_lib import CacheConfig, System, errors, model
 from imagecache_lib.backends.file import FileBackend
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.backends.raw import RawBackend
-from imagecache_lib.testing.backend_contract import BackendContract
+from imagecache_lib.testing.backend_contract import BackendContract, commit
 from tests.lab import filesystems
 from tests.support.disks import DiskFiles
 
@@ -87,16 +87,17 @@ class TestRawOnXfs(_Xfs, unittest.TestCase):
     def test_a_disk_shares_the_blocks_of_its_base(self) -> None:
         base = self._dense_base()
         before = self.free()
-        disk = self.backend.create(base, self.make_target(), 64 * MIB, confirm=lambda: None)
+        disk = commit(self.backend.prepare(base, self.make_target(), 64 * MIB))
         self.assertLess(before - self.free(), 2 * MIB)
         self.write_disk(disk, 0, b"g" * 4096)
+        assert base.fd is not None
         self.assertEqual(b"d" * 4096, os.pread(base.fd, 4096, 0))
 
     def test_allocated_ahead_its_blocks_are_its_own(self) -> None:
         base = self._dense_base()
         self.preallocate = "space"
         before = self.free()
-        disk = self.make_backend().create(base, self.make_target(), 64 * MIB, confirm=lambda: None)
+        disk = commit(self.make_backend().prepare(base, self.make_target(), 64 * MIB))
         self.assertGreaterEqual(before - self.free(), 64 * MIB)
         with _OnFilesystem.no_space(self):
             self.write_disk(disk, 0, b"g" * 4096)
@@ -133,14 +134,14 @@ class TestRawOnSmallExt4(_SmallExt4, unittest.TestCase):
         self.preallocate = "space"
         backend, target, before = self.make_backend(), self.make_target(), self.free()
         with self.assertRaises(errors.NoSpaceError):
-            backend.create(self.base, target, 100 * MIB, confirm=lambda: None)
+            commit(backend.prepare(self.base, target, 100 * MIB))
         self.assertEqual(set(), self.everything())
         self.assertLess(before - self.free(), MIB)  # but for a block of metadata
 
     def test_a_disk_that_cannot_be_allocated_larger_is_as_it_was(self) -> None:
         self.preallocate = "space"
         backend = self.make_backend()
-        disk = backend.create(self.base, self.make_target(), None, confirm=lambda: None)
+        disk = commit(backend.prepare(self.base, self.make_target(), None))
         before = self.free()
         with self.assertRaises(errors.NoSpaceError):
             backend.resize(disk, 100 * MIB)
@@ -154,7 +155,7 @@ class TestQcow2OnSmallExt4(_SmallExt4, unittest.TestCase):
     def test_an_overlay_that_does_not_fit_leaves_nothing(self) -> None:
         target = self.make_target()
         with self.no_space(), self.assertRaises(errors.NoSpaceError):
-            self.backend.create(self.base, target, None, confirm=lambda: None)
+            commit(self.backend.prepare(self.base, target, None))
         self.assertEqual(set(), self.everything())
 
     def test_a_disk_that_cannot_be_flattened_still_has_its_base(self) -> None:
@@ -169,6 +170,6 @@ class TestQcow2OnSmallExt4(_SmallExt4, unittest.TestCase):
         self.preallocate = "space"
         backend, before = self.make_backend(), self.free()
         with self.assertRaises(errors.NoSpaceError):
-            backend.create(self.base, self.make_target(), 100 * MIB, confirm=lambda: None)
+            commit(backend.prepare(self.base, self.make_target(), 100 * MIB))
         self.assertEqual(set(), self.everything())
         self.assertLess(before - self.free(), MIB)  # but for a block of metadata

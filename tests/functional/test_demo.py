@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from tests.lab import server
+from tests.support import needs
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
-def run_demo(*arguments):
+def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, EXAMPLES / "demo.py", *arguments],
         capture_output=True,
@@ -25,9 +25,9 @@ def run_demo(*arguments):
 
 
 @pytest.mark.parametrize("web_server", ["nginx", "range_server"])
-def test_the_demonstration_holds_what_it_claims(web_server):
+def test_the_demonstration_holds_what_it_claims(web_server: str) -> None:
     for program in ("qemu-img", "qemu-system-x86_64", *(["nginx"] if web_server == "nginx" else [])):
-        server.tool(program)
+        needs.program(program)
     finished = run_demo("--server", web_server)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "Everything was as claimed" in finished.stdout

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import pathlib
 import random
 import subprocess
 
@@ -19,7 +20,7 @@ def image_id(glance: glance_lab.Glance) -> str:
     return glance.upload(DATA)
 
 
-def test_metadata_carry_a_sha512_and_the_old_md5(glance, image_id):
+def test_metadata_carry_a_sha512_and_the_old_md5(glance: glance_lab.Glance, image_id: str) -> None:
     metadata = glance.metadata(image_id)
     assert metadata["os_hash_algo"] == "sha512"
     assert metadata["os_hash_value"] == hashlib.sha512(DATA).hexdigest()
@@ -27,12 +28,12 @@ def test_metadata_carry_a_sha512_and_the_old_md5(glance, image_id):
     assert (metadata["size"], metadata["status"]) == (len(DATA), "active")
 
 
-def test_glance_reads_the_virtual_size_of_a_qcow2(glance, tmp_path):
+def test_glance_reads_the_virtual_size_of_a_qcow2(glance: glance_lab.Glance, tmp_path: pathlib.Path) -> None:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "disk", "5G"], check=True)
     assert glance.metadata(glance.upload(tmp_path / "disk", disk_format="qcow2"))["virtual_size"] == 5 * 2**30
 
 
-def test_data_come_from_an_offset_but_without_a_validator(glance, image_id):
+def test_data_come_from_an_offset_but_without_a_validator(glance: glance_lab.Glance, image_id: str) -> None:
     answer = glance.call("GET", f"/images/{image_id}/file", headers={"Range": "bytes=299990-"})
     assert answer.status_code == 206
     assert answer.content == DATA[299_990:]
@@ -40,26 +41,26 @@ def test_data_come_from_an_offset_but_without_a_validator(glance, image_id):
     assert "ETag" not in answer.headers
 
 
-def test_an_offset_beyond_the_end_is_refused(glance, image_id):
+def test_an_offset_beyond_the_end_is_refused(glance: glance_lab.Glance, image_id: str) -> None:
     answer = glance.call("GET", f"/images/{image_id}/file", headers={"Range": "bytes=300000-"})
     assert answer.status_code == 416
 
 
-def test_an_image_without_data_answers_with_no_content(glance):
+def test_an_image_without_data_answers_with_no_content(glance: glance_lab.Glance) -> None:
     assert glance.call("GET", f"/images/{glance.create()}/file").status_code == 204
 
 
-def test_another_project_does_not_see_a_private_image(glance, image_id):
+def test_another_project_does_not_see_a_private_image(glance: glance_lab.Glance, image_id: str) -> None:
     assert glance.call("GET", f"/images/{image_id}", token=glance_lab.STRANGER).status_code == 404
     public = glance.upload(b"for all", visibility="public", token=glance_lab.ADMIN)
     assert glance.call("GET", f"/images/{public}/file", token=glance_lab.STRANGER).content == b"for all"
 
 
-def test_without_a_token_nothing_is_told(glance, image_id):
+def test_without_a_token_nothing_is_told(glance: glance_lab.Glance, image_id: str) -> None:
     assert glance.call("GET", f"/images/{image_id}", token="").status_code == 401
 
 
-def test_each_download_is_logged_by_the_time_its_answer_begins(glance):
+def test_each_download_is_logged_by_the_time_its_answer_begins(glance: glance_lab.Glance) -> None:
     image_id = glance.upload(b"data")
     assert glance.downloads(image_id) == []
     glance.call("GET", f"/images/{image_id}/file", headers={"Range": "bytes=1-"})

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import pathlib
 import pwd
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -17,27 +20,34 @@ import imagecache_lib as ic
 from imagecache_lib.formats import superblock
 from imagecache_lib.store import layout
 from imagecache_lib.testing import bootdisk
+from imagecache_lib.upkeep.verify import VerifyReport
 from tests.lab import bindings, kernel, server
+from tests.lab import libvirt as libvirt_lab
+from tests.support import needs
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 MIB, GIB = 2**20, 2**30
 
 
 @pytest.fixture(scope="session")
-def example(libvirt, tmp_path_factory):
+def example(libvirt: libvirt_lab.Libvirt, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The example's modules, and a connection for them."""
     home = tmp_path_factory.mktemp("bindings")
     bindings.load(home, "python3-libvirt", ["libvirt", "libvirtmod"])
     sys.path.append(str(EXAMPLES))
-    import libvirt as libvirt_python
-    from libvirt_driver import domain, driver, guest, migration
+    libvirt_python = importlib.import_module("libvirt")
+    domain, driver, guest, migration = (
+        importlib.import_module(f"libvirt_driver.{name}")
+        for name in ("domain", "driver", "guest", "migration")
+    )
 
     class Example:
+        bindings = home
         connection = libvirt_python.open(libvirt.uri)
         LibvirtDriver, Guest, Flavor = driver.LibvirtDriver, guest.Guest, guest.Flavor
         BuildAborted, Reschedule = driver.BuildAborted, driver.Reschedule
 
-    Example.domain, Example.migration, Example.bindings = domain, migration, home
+    Example.domain, Example.migration = domain, migration  # type: ignore[attr-defined]
     yield Example
     Example.connection.close()
 
@@ -45,10 +55,10 @@ def example(libvirt, tmp_path_factory):
 class Compute:
     """Hosts with instances directories of their own, and the images that all of them see."""
 
-    def __init__(self, example, home: pathlib.Path) -> None:
+    def __init__(self, example: Any, home: pathlib.Path) -> None:
         self.example, self.home = example, home
         self.images: dict[str, ic.FileImage] = {}
-        self.started = []
+        self.started: list[Any] = []
         for image_id in ("cirros", "other", "rescue"):
             path = home / f"{image_id}.raw"
             bootdisk.write_boot_disk(str(path), greeting=image_id.upper(), stays=True)
@@ -58,10 +68,10 @@ class Compute:
         self.add("kernel", home / "kernel.image")
         self.add("ramdisk", home / "ramdisk.image")
 
-    def add(self, image_id, path):
+    def add(self, image_id: str, path: str | os.PathLike[str]) -> None:
         self.images[image_id] = ic.FileImage(path)
 
-    def host(self, name: str, directory: str | None = None):
+    def host(self, name: str, directory: str | None = None) -> Any:
         path = self.home / (directory or name)
         path.mkdir(exist_ok=True)
         driver = self.example.LibvirtDriver(
@@ -73,12 +83,12 @@ class Compute:
         )
         return driver
 
-    def guest(self, host: str = "here", **fields):
+    def guest(self, host: str = "here", **fields: Any) -> Any:
         guest = self.example.Guest(str(uuid.uuid4()), host, "cirros", self.example.Flavor(root=16 * MIB))
         self.started.append(guest)
         return dataclasses.replace(guest, **fields)
 
-    def flavor(self, **fields):
+    def flavor(self, **fields: Any) -> Any:
         return self.example.Flavor(**{"root": 16 * MIB, **fields})
 
     def stop_all(self) -> None:
@@ -87,7 +97,7 @@ class Compute:
 
 
 @pytest.fixture
-def compute(example, libvirt):
+def compute(example: Any, libvirt: libvirt_lab.Libvirt) -> Iterator[Compute]:
     home = libvirt.home / uuid.uuid4().hex
     home.mkdir()
     home.chmod(0o755)
@@ -96,7 +106,7 @@ def compute(example, libvirt):
     made.stop_all()
 
 
-def says(driver, guest, words: str) -> None:
+def says(driver: Any, guest: Any, words: str) -> None:
     """Wait for a guest to say something on its serial console."""
     console = pathlib.Path(driver.disks(guest).path("console.log"))
     server.wait_until(
@@ -106,17 +116,17 @@ def says(driver, guest, words: str) -> None:
     )
 
 
-def bases(driver) -> set[str]:
+def bases(driver: Any) -> set[str]:
     return {base.image_id or base.name for base in driver.cache.list_bases()}
 
 
-def kept_because(report, image_id: str) -> str:
+def kept_because(report: VerifyReport, image_id: str) -> str:
     (base,) = (each for each in report.bases if each.name == layout.base_name(image_id))
     assert not base.evicted
     return base.reason
 
 
-def test_a_guest_boots_and_its_base_stays_while_it_runs(compute):
+def test_a_guest_boots_and_its_base_stays_while_it_runs(compute: Compute) -> None:
     driver, guest = compute.host("here"), compute.guest()
     driver.spawn(guest)
     says(driver, guest, "CIRROS BOOT 0")
@@ -126,7 +136,7 @@ def test_a_guest_boots_and_its_base_stays_while_it_runs(compute):
     assert [base.image_id for base in driver.periodic([]).evicted] == ["cirros"]
 
 
-def test_a_running_guest_keeps_its_base_even_if_its_disk_cannot_be_found(compute):
+def test_a_running_guest_keeps_its_base_even_if_its_disk_cannot_be_found(compute: Compute) -> None:
     driver, guest = compute.host("here"), compute.guest()
     driver.spawn(guest)
     says(driver, guest, "BOOT 1")
@@ -136,7 +146,7 @@ def test_a_running_guest_keeps_its_base_even_if_its_disk_cannot_be_found(compute
     assert [base.image_id for base in driver.periodic([]).evicted] == ["cirros"]
 
 
-def test_what_libvirt_does_to_a_bases_owner_harms_nothing(compute):
+def test_what_libvirt_does_to_a_bases_owner_harms_nothing(compute: Compute) -> None:
     driver, first, second = compute.host("here"), compute.guest(), compute.guest()
     driver.spawn(first)
     says(driver, first, "BOOT 1")
@@ -149,7 +159,7 @@ def test_what_libvirt_does_to_a_bases_owner_harms_nothing(compute):
     assert (base.read_bytes(), base.stat().st_ino) == before
 
 
-def test_a_guest_keeps_what_it_wrote_when_it_is_stopped_and_resized(compute):
+def test_a_guest_keeps_what_it_wrote_when_it_is_stopped_and_resized(compute: Compute) -> None:
     driver, guest = compute.host("here"), compute.guest()
     driver.spawn(guest)
     says(driver, guest, "BOOT 1")
@@ -159,14 +169,14 @@ def test_a_guest_keeps_what_it_wrote_when_it_is_stopped_and_resized(compute):
     assert (root.virtual_size, swap.virtual_size) == (32 * MIB, 8 * MIB)
 
 
-def test_a_flavor_that_is_too_small_aborts_the_build(compute):
+def test_a_flavor_that_is_too_small_aborts_the_build(compute: Compute) -> None:
     driver = compute.host("here")
     guest = compute.guest(flavor=compute.flavor(root=MIB))
     with pytest.raises(compute.example.BuildAborted, match="image cirros"):
         driver.spawn(guest)
 
 
-def test_a_rescued_guest_boots_the_other_image_and_then_its_own(compute):
+def test_a_rescued_guest_boots_the_other_image_and_then_its_own(compute: Compute) -> None:
     driver, guest = compute.host("here"), compute.guest()
     driver.spawn(guest)
     says(driver, guest, "BOOT 1")
@@ -178,7 +188,7 @@ def test_a_rescued_guest_boots_the_other_image_and_then_its_own(compute):
     assert [base.image_id for base in driver.periodic([guest]).evicted] == ["rescue"]
 
 
-def test_swap_and_ephemeral_disks_are_formatted_and_shared(compute):
+def test_swap_and_ephemeral_disks_are_formatted_and_shared(compute: Compute) -> None:
     driver = compute.host("here")
     flavor = compute.flavor(swap_mb=8, ephemeral_gb=(1, 1))
     one, two = compute.guest(flavor=flavor), compute.guest(flavor=flavor)
@@ -186,7 +196,7 @@ def test_swap_and_ephemeral_disks_are_formatted_and_shared(compute):
     driver.spawn(two)
     says(driver, two, "CIRROS BOOT 0")
     _root, swap, first, second = driver.disks(one).present()
-    assert (swap.base, first.base, second.base) == ("swap_8", "ephemeral_1_40d1d2c", None)
+    assert (swap.base, first.base, second.base) == ("swap_8", "ephemeral_1_0706d66", None)
     driver.power_off(one)
     found = []
     for disk in (swap, first, second):
@@ -204,7 +214,7 @@ def test_swap_and_ephemeral_disks_are_formatted_and_shared(compute):
     assert len(driver.periodic([]).evicted) == 3
 
 
-def test_a_guest_boots_its_own_kernel_and_ramdisk(compute):
+def test_a_guest_boots_its_own_kernel_and_ramdisk(compute: Compute) -> None:
     driver, guest = compute.host("here"), compute.guest(kernel_id="kernel", ramdisk_id="ramdisk")
     driver.spawn(guest)
     says(driver, guest, "root=/dev/vda console=ttyS0")
@@ -214,7 +224,7 @@ def test_a_guest_boots_its_own_kernel_and_ramdisk(compute):
     assert len(driver.periodic([]).evicted) == 3
 
 
-def test_a_rebuilt_guest_boots_the_new_image(compute):
+def test_a_rebuilt_guest_boots_the_new_image(compute: Compute) -> None:
     driver, guest = compute.host("here"), compute.guest(flavor=compute.flavor(swap_mb=8))
     driver.spawn(guest)
     says(driver, guest, "BOOT 1")
@@ -223,7 +233,7 @@ def test_a_rebuilt_guest_boots_the_new_image(compute):
     assert [base.image_id for base in driver.periodic([guest]).evicted] == ["cirros"]
 
 
-def test_a_guest_migrates_with_its_disks_and_without_its_bases(compute):
+def test_a_guest_migrates_with_its_disks_and_without_its_bases(compute: Compute) -> None:
     here, there = compute.host("here"), compute.host("there")
     guest = compute.guest(flavor=compute.flavor(swap_mb=8, ephemeral_gb=(1, 1)))
     here.spawn(guest)
@@ -232,7 +242,7 @@ def test_a_guest_migrates_with_its_disks_and_without_its_bases(compute):
     migration.migrate_disk_and_power_off(here, guest, there.cache.config.instances_path)
     arrived = migration.finish_migration(there, guest)
     says(there, arrived, "CIRROS BOOT 1")
-    assert bases(there) == {"cirros", "swap_8", "ephemeral_1_40d1d2c"}
+    assert bases(there) == {"cirros", "swap_8", "ephemeral_1_0706d66"}
     # Until it is confirmed the source may have to take the guest back.
     assert here.periodic([]).evicted == ()
     migration.confirm_migration(here, guest)
@@ -240,7 +250,7 @@ def test_a_guest_migrates_with_its_disks_and_without_its_bases(compute):
     assert there.periodic([arrived]).evicted == ()
 
 
-def test_a_migration_that_is_reverted_goes_on_where_it_was(compute):
+def test_a_migration_that_is_reverted_goes_on_where_it_was(compute: Compute) -> None:
     here, there = compute.host("here"), compute.host("there")
     guest = compute.guest()
     here.spawn(guest)
@@ -253,7 +263,7 @@ def test_a_migration_that_is_reverted_goes_on_where_it_was(compute):
     says(here, guest, "CIRROS BOOT 1")
 
 
-def test_a_guest_whose_host_is_dead_goes_on_from_shared_storage(compute):
+def test_a_guest_whose_host_is_dead_goes_on_from_shared_storage(compute: Compute) -> None:
     dead, alive = compute.host("dead", "shared"), compute.host("alive", "shared")
     guest = compute.guest("dead")
     dead.spawn(guest)
@@ -265,7 +275,7 @@ def test_a_guest_whose_host_is_dead_goes_on_from_shared_storage(compute):
     assert alive.periodic([guest]).evicted == ()
 
 
-def test_an_unshelved_guest_goes_on_from_its_snapshot_and_needs_it_no_longer(compute):
+def test_an_unshelved_guest_goes_on_from_its_snapshot_and_needs_it_no_longer(compute: Compute) -> None:
     driver, guest = compute.host("here"), compute.guest(flavor=compute.flavor(swap_mb=8))
     driver.spawn(guest)
     says(driver, guest, "BOOT 1")
@@ -279,7 +289,7 @@ def test_an_unshelved_guest_goes_on_from_its_snapshot_and_needs_it_no_longer(com
     assert "snapshot" in evicted
 
 
-def test_images_are_cached_before_anybody_asks(compute):
+def test_images_are_cached_before_anybody_asks(compute: Compute) -> None:
     driver = compute.host("here")
     assert driver.cache_images(["cirros", "nobody's", "other"]) == {
         "cirros": "cached",
@@ -290,7 +300,7 @@ def test_images_are_cached_before_anybody_asks(compute):
     assert driver.periodic(None).evicted == ()
 
 
-def test_a_cache_on_a_filesystem_of_its_own_serves_guests(compute, small_ext4):
+def test_a_cache_on_a_filesystem_of_its_own_serves_guests(compute: Compute, small_ext4: pathlib.Path) -> None:
     instances = compute.home / "here"
     cache = instances / "_base"
     cache.mkdir(parents=True)
@@ -310,7 +320,9 @@ def test_a_cache_on_a_filesystem_of_its_own_serves_guests(compute, small_ext4):
         subprocess.run(["umount", cache], check=True)
 
 
-def test_a_service_user_runs_all_of_it_beside_libvirts_own(compute, example, libvirt):
+def test_a_service_user_runs_all_of_it_beside_libvirts_own(
+    compute: Compute, example: Any, libvirt: libvirt_lab.Libvirt
+) -> None:
     python, environment = service_python(compute.home, example.bindings)
     instances = compute.home / "of-nova"
     instances.mkdir()
@@ -328,7 +340,7 @@ def test_a_service_user_runs_all_of_it_beside_libvirts_own(compute, example, lib
     lines = finished.stdout.splitlines()
     assert lines[-2:] == [
         "resized: 2048 MiB",
-        "evicted: " + " ".join(sorted([layout.base_name("image"), "ephemeral_1_40d1d2c", "swap_64"])),
+        "evicted: " + " ".join(sorted([layout.base_name("image"), "ephemeral_1_0706d66", "swap_64"])),
     ]
     assert lines[-3] == "evicted:"
 
@@ -365,4 +377,4 @@ def service_python(home: pathlib.Path, bindings_at: pathlib.Path) -> tuple[str, 
         command = [*AS_NOVA, python, "-c", "import imagecache_lib, libvirt"]
         if not subprocess.run(command, env=environment, cwd="/", capture_output=True, check=False).returncode:
             return python, environment
-    server.lack("no Python is there that another user can run")
+    needs.lack("no Python is there that another user can run")

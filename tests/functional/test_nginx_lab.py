@@ -18,7 +18,7 @@ def served(nginx: nginx_lab.Nginx) -> None:
     (nginx.root / "lab.img").write_bytes(DATA)
 
 
-def test_a_range_is_served_while_the_entity_tag_still_matches(nginx):
+def test_a_range_is_served_while_the_entity_tag_still_matches(nginx: nginx_lab.Nginx) -> None:
     tag = requests.head(f"{nginx.url}/lab.img", timeout=10).headers["ETag"]
     assert not tag.startswith("W/")
     headers = {"Range": "bytes=262000-", "If-Range": tag}
@@ -30,12 +30,12 @@ def test_a_range_is_served_while_the_entity_tag_still_matches(nginx):
     assert [entry.status for entry in logged] == [200, 206, 200]
 
 
-def test_a_place_without_ranges_sends_everything(nginx):
+def test_a_place_without_ranges_sends_everything(nginx: nginx_lab.Nginx) -> None:
     answer = requests.get(f"{nginx.url}/no-range/lab.img", headers={"Range": "bytes=5-"}, timeout=10)
     assert (answer.status_code, answer.content) == (200, DATA)
 
 
-def test_a_slow_place_is_slow(nginx):
+def test_a_slow_place_is_slow(nginx: nginx_lab.Nginx) -> None:
     started = time.monotonic()
     answer = requests.get(f"{nginx.url}/slow/lab.img", timeout=10)
     assert answer.content == DATA
@@ -43,7 +43,7 @@ def test_a_slow_place_is_slow(nginx):
     assert time.monotonic() - started > 0.5
 
 
-def test_its_certificate_is_not_trusted_until_one_says_so(tls_nginx):
+def test_its_certificate_is_not_trusted_until_one_says_so(tls_nginx: nginx_lab.Nginx) -> None:
     (tls_nginx.root / "secret.img").write_bytes(DATA)
     with pytest.raises(requests.exceptions.SSLError):
         requests.get(f"{tls_nginx.url}/secret.img", timeout=10)

@@ -26,7 +26,7 @@ UUID = "6d1a3a0e-0000-4000-8000-000000000001"
 OTHER_UUID = "6d1a3a0e-0000-4000-8000-000000000002"
 
 
-def name_of(image_id):
+def name_of(image_id: str) -> str:
     return hashlib.sha1(image_id.encode()).hexdigest()
 
 
@@ -48,17 +48,17 @@ class NovaDirectory:
     recent: str
 
     @property
-    def bases(self):
+    def bases(self) -> pathlib.Path:
         return self.path / "_base"
 
-    def base(self, image_id):
+    def base(self, image_id: str) -> pathlib.Path:
         return self.bases / name_of(image_id)
 
     @property
-    def disk(self):
+    def disk(self) -> pathlib.Path:
         return self.path / UUID / "disk"
 
-    def files(self):
+    def files(self) -> dict[str, tuple[int, int, bytes]]:
         """Return every file that is not our own, with what it is and holds."""
         return {
             str(path.relative_to(self.path)): (path.stat().st_ino, path.stat().st_mode, path.read_bytes())
@@ -71,7 +71,7 @@ class NovaDirectory:
 
 
 @pytest.fixture
-def nova(glance, tmp_path):
+def nova(glance: glance_lab.Glance, tmp_path: pathlib.Path) -> NovaDirectory:
     path = tmp_path / "instances"
     (path / "_base").mkdir(parents=True)
     (path / "locks").mkdir()
@@ -116,7 +116,9 @@ def nova(glance, tmp_path):
     return found
 
 
-def manager_for(glance, nova, happened=None):
+def manager_for(
+    glance: glance_lab.Glance, nova: NovaDirectory, happened: list[events.Event] | None = None
+) -> ic.ImageCacheManager:
     return ic.ImageCacheManager(
         ic.CacheConfig(instances_path=str(nova.path)),
         ic.GlanceSource(glance.url, token=glance_lab.MEMBER),
@@ -125,11 +127,13 @@ def manager_for(glance, nova, happened=None):
     )
 
 
-def instances_of(nova):
+def instances_of(nova: NovaDirectory) -> list[ic.Instance]:
     return [ic.Instance(UUID, "here", images=(nova.booted, nova.kernel), swap_mb=512)]
 
 
-def test_its_bases_are_hit_without_a_download_and_stay_as_they_are(glance, nova):
+def test_its_bases_are_hit_without_a_download_and_stay_as_they_are(
+    glance: glance_lab.Glance, nova: NovaDirectory
+) -> None:
     before = nova.files()
     happened: list[events.Event] = []
     manager = manager_for(glance, nova, happened)
@@ -148,15 +152,18 @@ def test_its_bases_are_hit_without_a_download_and_stay_as_they_are(glance, nova)
     assert added == {OTHER_UUID}
 
 
-def test_an_overlay_that_nova_made_finds_its_base(glance, nova):
+def test_an_overlay_that_nova_made_finds_its_base(glance: glance_lab.Glance, nova: NovaDirectory) -> None:
     manager = manager_for(glance, nova)
     nova.base(nova.booted).unlink()
     base = manager.ensure_backing(str(nova.disk), image_id=nova.booted)
+    assert base is not None
     assert (base.format, base.path) == ("raw", str(nova.base(nova.booted)))
     assert "HELLO BOOT 0" in guest.boot(bootdisk.boot_command(str(nova.disk), "qcow2"))
 
 
-def test_it_is_aged_as_nova_would_and_nothing_but_the_old_unused_goes(glance, nova):
+def test_it_is_aged_as_nova_would_and_nothing_but_the_old_unused_goes(
+    glance: glance_lab.Glance, nova: NovaDirectory
+) -> None:
     before = nova.files()
     manager = manager_for(glance, nova)
     dry = manager.verify_base_images(instances_of(nova), dry_run=True)
@@ -178,7 +185,9 @@ def test_it_is_aged_as_nova_would_and_nothing_but_the_old_unused_goes(glance, no
         assert time.time() - (nova.bases / in_use).stat().st_mtime < 600
 
 
-def test_when_its_instance_is_gone_its_bases_go_a_day_later(glance, nova):
+def test_when_its_instance_is_gone_its_bases_go_a_day_later(
+    glance: glance_lab.Glance, nova: NovaDirectory
+) -> None:
     manager = manager_for(glance, nova)
     manager.verify_base_images(instances_of(nova))
     subprocess.run(["rm", "-r", nova.path / UUID], check=True)
@@ -196,7 +205,9 @@ def test_when_its_instance_is_gone_its_bases_go_a_day_later(glance, nova):
     assert (nova.path / "compute_nodes").exists()
 
 
-def test_a_truncated_kernel_and_a_damaged_image_are_not_used(glance, nova):
+def test_a_truncated_kernel_and_a_damaged_image_are_not_used(
+    glance: glance_lab.Glance, nova: NovaDirectory
+) -> None:
     manager = manager_for(glance, nova)
     for image_id in (nova.kernel, nova.unused):
         with nova.base(image_id).open("r+b") as file:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,11 +21,13 @@ import pytest
 from oslo_config import cfg
 
 from imagecache_lib.precache import client, rpc
+from imagecache_lib.precache.reader import EmbeddedJobs
 from imagecache_lib.store import layout
 from tests.lab import glance as glance_lab
 from tests.lab import rabbit as rabbit_lab
 from tests.lab import relay as relay_lab
 from tests.lab import server
+from tests.support import needs
 
 COMMAND = (sys.executable, "-W", "ignore", "-m", "imagecache_lib.cli.main")
 MIB = 2**20
@@ -65,18 +68,22 @@ class Fleet:
     def instances(self, name: str) -> pathlib.Path:
         return self.home / name / "instances"
 
-    def start_agent(self, name: str, *words: str, interval: int = -1) -> int:
-        """Start a host's agent, and return its pid when it is ready."""
-        self.instances(name).mkdir(parents=True, exist_ok=True)
-        configuration = self.home / name / "imagecache.conf"
+    def start_agent(self, name: str, *words: str, interval: int = -1, directory: str | None = None) -> int:
+        """Start a host's agent, and return its pid when it is ready.
+
+        :param directory: name of the directory for all it keeps, if that is not the host's name.
+        """
+        directory = directory or name
+        self.instances(directory).mkdir(parents=True, exist_ok=True)
+        configuration = self.home / directory / "imagecache.conf"
         configuration.write_text(
-            f"[DEFAULT]\nhost = {name}\ninstances_path = {self.instances(name)}\n"
+            f"[DEFAULT]\nhost = {name}\ninstances_path = {self.instances(directory)}\n"
             f"[image_cache]\nmanager_interval = {interval}\n[glance]\nnum_retries = 1\n"
             "[oslo_messaging_rabbit]\nrabbit_retry_interval = 1\nkombu_reconnect_delay = 0.5\n"
         )
-        log = self.home / name / "agent.log"
+        log = self.home / directory / "agent.log"
         log.write_bytes(b"")
-        running = self.agents[name] = contextlib.ExitStack()
+        running = self.agents[directory] = contextlib.ExitStack()
         self.stack.callback(running.close)
         command = [
             *COMMAND,
@@ -100,14 +107,15 @@ class Fleet:
 
     def conductor(self, *words: str) -> subprocess.Popen[str]:
         """Begin a command."""
-        process = subprocess.Popen(
-            [*COMMAND, "precache", *words],
-            stdout=subprocess.PIPE,
-            stderr=(self.home / "conductor.log").open("ab"),
-            text=True,
-            env=self.environment,
-        )
-        self.stack.callback(process.wait)
+        with (self.home / "conductor.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*COMMAND, "precache", *words],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=self.environment,
+            )
+        self.stack.enter_context(process)  # waits, and closes the pipe
         self.stack.callback(process.kill)
         return process
 
@@ -132,6 +140,10 @@ class Fleet:
             env=self.environment,
         )
         return str(json.loads(listed.stdout)[-1]["Id"])
+
+    def attempt(self) -> int:
+        """Return how often the last job was resumed."""
+        return EmbeddedJobs(str(self.home / "jobs.sqlite")).get(self.job_id()).attempt
 
     def resume(self) -> subprocess.Popen[str]:
         return self.conductor("resume", self.job_id(), "--topic", self.topic, "-f", "json")
@@ -285,13 +297,123 @@ def test_an_agent_that_speaks_another_version_is_told_apart_from_one_that_is_dow
         transport.cleanup()
 
 
+class FirstRelease:
+    """An agent's endpoint as the first release had it: it has everything at once."""
+
+    target = oslo_messaging.Target(version="1.0")
+
+    @oslo_messaging.expose  # type: ignore[untyped-decorator]
+    def begin(self, _context: Any, task: Any) -> Any:
+        unknown = {"deadline_in", "pin_for"} & task.keys()
+        return (
+            {"error": {"kind": "BackendError", "cause": f"unknown: {unknown}"}}
+            if unknown
+            else {"result": None}
+        )
+
+    @oslo_messaging.expose  # type: ignore[untyped-decorator]
+    def poll(self, _context: Any, job_id: Any) -> Any:
+        return {"result": {"an-image": {"result": "cached", "reason": "", "received": 5, "total": 5}}}
+
+
+def test_an_agent_of_the_first_release_is_served(fleet: Fleet, rabbit: rabbit_lab.Rabbit) -> None:
+    cfg.CONF([], project="imagecache-test", default_config_files=[])
+    transport = oslo_messaging.get_rpc_transport(cfg.CONF, url=rabbit.url)
+    listening = oslo_messaging.get_rpc_server(
+        transport,
+        oslo_messaging.Target(topic=fleet.topic, server="old"),
+        [FirstRelease()],
+        access_policy=oslo_messaging.ExplicitRPCAccessPolicy,
+    )
+    listening.start()
+    try:
+        ended = fleet.finish(fleet.start(["old"], ["an-image"], "--deadline", "60s", "--pin-until", "1h"))
+    finally:
+        listening.stop()
+        listening.wait()
+        transport.cleanup()
+    assert ended["old", "an-image"]["Result"] == "cached"
+
+
+def test_two_agents_under_one_name_are_named_as_the_cause(fleet: Fleet, glance: glance_lab.Glance) -> None:
+    images = make_images(glance, 6 * MIB)
+    fleet.start_agent("alpha")
+    fleet.start_agent("alpha", directory="twin")
+    ended = fleet.finish(fleet.start(["alpha"], images, "--rate", "1M"), code=10)
+    assert ended["alpha", images[0]]["Result"] == "error"
+    assert "two agents answer" in ended["alpha", images[0]]["Reason"]
+
+
+def test_a_plan_ends_although_the_broker_takes_no_messages(
+    fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit
+) -> None:
+    images = make_images(glance, MIB)
+    fleet.start_agent("alpha")
+    with rabbit.alarm():
+        began = time.monotonic()
+        plan = fleet.finish(
+            fleet.conductor("plan", *images, "--host", "alpha", "--topic", fleet.topic, "-f", "json"), code=10
+        )
+        assert time.monotonic() - began < 60
+    assert plan["alpha", ""]["Problem"]
+    ended = fleet.finish(fleet.start(["alpha"], images))
+    assert ended["alpha", images[0]]["Result"] == "cached"
+
+
+def test_a_job_is_cancelled_after_its_conductor_was_killed(fleet: Fleet, glance: glance_lab.Glance) -> None:
+    images = make_images(glance, MIB, 12 * MIB)
+    fleet.start_agent("alpha")
+    running = fleet.start(["alpha"], images, "--rate", "1M")
+    fleet.wait_for(lambda: fleet.has("alpha", images[0]))
+    running.kill()
+    running.wait()
+    began = time.monotonic()
+    ended = fleet.finish(
+        fleet.conductor("cancel", fleet.job_id(), "--topic", fleet.topic, "-f", "json"), code=10
+    )
+    assert time.monotonic() - began < 25, "the conductor is seen to be dead on its own machine"
+    assert [row["Result"] for row in ended.values()] == ["cached", "skipped"]
+    stage = fleet.instances("alpha") / "_base" / ".imagecache" / "stage"
+    fleet.wait_for(lambda: not any(stage.iterdir()))
+
+
+def test_left_resumed_and_cancelled_it_stops(fleet: Fleet, glance: glance_lab.Glance) -> None:
+    images = make_images(glance, 12 * MIB)
+    fleet.start_agent("alpha")
+    stage = fleet.instances("alpha") / "_base" / ".imagecache" / "stage"
+    left = fleet.start(["alpha"], images, "--rate", "1M")
+    fleet.wait_for(lambda: stage.is_dir() and any(stage.iterdir()))
+    left.send_signal(signal.SIGINT)
+    fleet.finish(left, code=10)
+    resumed = fleet.resume()
+    fleet.wait_for(lambda: fleet.attempt() == 1)
+    fleet.finish(fleet.conductor("cancel", fleet.job_id(), "--topic", fleet.topic, "-f", "json"), code=10)
+    ended = fleet.finish(resumed, code=10)
+    assert ended["alpha", images[0]]["Result"] == "skipped"
+    fleet.wait_for(lambda: not any(stage.iterdir()))
+    assert not fleet.has("alpha", images[0])
+
+
+def test_two_that_resume_one_job_fetch_once(fleet: Fleet, glance: glance_lab.Glance) -> None:
+    images = make_images(glance, MIB, 6 * MIB)
+    fleet.start_agent("alpha")
+    running = fleet.start(["alpha"], images, "--rate", "1M")
+    fleet.wait_for(lambda: fleet.has("alpha", images[0]))
+    running.kill()
+    running.wait()
+    both = [fleet.resume(), fleet.resume()]
+    for each in both:
+        assert {row["Result"] for row in fleet.finish(each).values()} == {"cached"}
+    assert [len(glance.downloads(image)) for image in images] == [1, 1]
+
+
 def test_an_image_that_is_gone_comes_from_a_peer(fleet: Fleet, glance: glance_lab.Glance) -> None:
     (image,) = make_images(glance, 3 * MIB)
     secret, key, certificate = (str(fleet.home / name) for name in ("secret", "key.pem", "cert.pem"))
     pathlib.Path(secret).write_text("a-secret-of-the-peers\n")
     subprocess.run(
         [
-            server.tool("openssl"),
+            needs.program("openssl"),
             "req",
             "-x509",
             "-newkey",

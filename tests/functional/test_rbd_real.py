@@ -6,11 +6,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import multiprocessing
+import pathlib
 import subprocess
 import unittest
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from imagecache_lib import CacheConfig, CacheResult, ImageCacheManager, System, 
 from imagecache_lib.backends.ceph import Busy, LibrbdCluster, RbdName
 from imagecache_lib.backends.interface import CannotClone
 from imagecache_lib.backends.rbd import RbdBackend
-from imagecache_lib.testing.backend_contract import BackendContract
+from imagecache_lib.testing.backend_contract import BackendContract, commit
 from imagecache_lib.testing.ceph_contract import CephContract
 from imagecache_lib.testing.sources import FakeSource
 from tests.lab import ceph as ceph_lab
@@ -126,7 +127,7 @@ class TestRbd(_WithCeph, BackendContract, unittest.TestCase):
 
     def test_holes_of_the_base_take_no_objects(self) -> None:
         base = self.make_base("sparse", 64 * MIB)
-        disk = self.backend.copy(base, self.make_target(), None, confirm=lambda: None)
+        disk = commit(self.backend.prepare_standalone(base, self.make_target(), None))
         used: list[int] = []
         with opened(self.running, RbdName("vms", disk.target), read_only=True) as image:
             image.diff_iterate(0, image.size(), None, lambda _offset, length, _there: used.append(length))
@@ -149,7 +150,13 @@ class LocatedSource(FakeSource):
         return model.Image(image.id, "raw", image.size, image.digest, locations=self._locations)
 
 
-def manager_on(running, tmp_path, source, observers=(), **config):
+def manager_on(
+    running: ceph_lab.Ceph,
+    tmp_path: pathlib.Path,
+    source: FakeSource,
+    observers: Sequence[events.Observer] = (),
+    **config: Any,
+) -> ImageCacheManager:
     return ImageCacheManager(
         CacheConfig(
             instances_path=str(tmp_path),
@@ -166,11 +173,13 @@ def manager_on(running, tmp_path, source, observers=(), **config):
 DATA = hashlib.sha512(b"rbd").digest() * (2 * MIB // 64)
 
 
-def new_target():
+def new_target() -> str:
     return f"{uuid.uuid4()}_disk"
 
 
-def test_an_image_in_the_cluster_is_cloned_without_a_byte_fetched(ceph, tmp_path):
+def test_an_image_in_the_cluster_is_cloned_without_a_byte_fetched(
+    ceph: ceph_lab.Ceph, tmp_path: pathlib.Path
+) -> None:
     snapshot = snapshot_image(ceph, DATA)
     source = LocatedSource(DATA, location(ceph, snapshot))
     manager = manager_on(ceph, tmp_path, source)
@@ -188,7 +197,7 @@ def test_an_image_in_the_cluster_is_cloned_without_a_byte_fetched(ceph, tmp_path
     assert disk.target not in cluster.names("vms")
 
 
-def test_qemu_reads_the_disk(ceph, tmp_path):
+def test_qemu_reads_the_disk(ceph: ceph_lab.Ceph, tmp_path: pathlib.Path) -> None:
     source = LocatedSource(DATA, location(ceph, snapshot_image(ceph, DATA)))
     disk = manager_on(ceph, tmp_path, source).create_disk("image", new_target())
     (tmp_path / "data").write_bytes(DATA)
@@ -196,7 +205,7 @@ def test_qemu_reads_the_disk(ceph, tmp_path):
     subprocess.run(["qemu-img", "compare", "-f", "raw", "-F", "raw", str(tmp_path / "data"), url], check=True)
 
 
-def test_an_image_elsewhere_is_fetched_once_and_imported(ceph, tmp_path):
+def test_an_image_elsewhere_is_fetched_once_and_imported(ceph: ceph_lab.Ceph, tmp_path: pathlib.Path) -> None:
     seen: list[events.Event] = []
     source = LocatedSource(DATA, "rbd://another-cluster/images/x/snap")
     manager = manager_on(ceph, tmp_path, source, observers=[seen.append])
@@ -208,7 +217,7 @@ def test_an_image_elsewhere_is_fetched_once_and_imported(ceph, tmp_path):
     assert ceph.fsid in first.reason
 
 
-def test_an_unprotected_snapshot_is_a_reason_to_refuse(ceph, tmp_path):
+def test_an_unprotected_snapshot_is_a_reason_to_refuse(ceph: ceph_lab.Ceph, tmp_path: pathlib.Path) -> None:
     snapshot = snapshot_image(ceph, DATA, protect=False)
     manager = manager_on(
         ceph,
@@ -222,7 +231,7 @@ def test_an_unprotected_snapshot_is_a_reason_to_refuse(ceph, tmp_path):
     assert set(LibrbdCluster(str(ceph.conf)).names("vms")) == before
 
 
-def test_a_missing_pool_is_a_finding(ceph, tmp_path):
+def test_a_missing_pool_is_a_finding(ceph: ceph_lab.Ceph, tmp_path: pathlib.Path) -> None:
     config = CacheConfig(
         instances_path=str(tmp_path), images_rbd_pool="nowhere", images_rbd_ceph_conf=str(ceph.conf)
     )
@@ -230,11 +239,11 @@ def test_a_missing_pool_is_a_finding(ceph, tmp_path):
     assert "nowhere" in finding
 
 
-def _size_through(cluster, name, answers):
+def _size_through(cluster: LibrbdCluster, name: RbdName, answers: Any) -> None:
     answers.put(cluster.stat(name).size)
 
 
-def test_a_forked_child_has_a_connection_of_its_own(ceph):
+def test_a_forked_child_has_a_connection_of_its_own(ceph: ceph_lab.Ceph) -> None:
     cluster, name = LibrbdCluster(str(ceph.conf)), RbdName("vms", new_target())
     cluster.create(name, MIB)
     forking = multiprocessing.get_context("fork")
@@ -245,7 +254,9 @@ def test_a_forked_child_has_a_connection_of_its_own(ceph):
     child.join()
 
 
-def test_what_a_crash_left_is_swept_when_nobody_has_it_open(ceph, tmp_path):
+def test_what_a_crash_left_is_swept_when_nobody_has_it_open(
+    ceph: ceph_lab.Ceph, tmp_path: pathlib.Path
+) -> None:
     cluster = LibrbdCluster(str(ceph.conf))
     config = CacheConfig(
         instances_path=str(tmp_path), images_rbd_pool="vms", images_rbd_ceph_conf=str(ceph.conf)
@@ -262,7 +273,9 @@ def test_what_a_crash_left_is_swept_when_nobody_has_it_open(ceph, tmp_path):
     cluster.remove(alive)
 
 
-def test_a_rename_that_a_crash_cut_short_is_mended_and_swept(ceph, tmp_path):
+def test_a_rename_that_a_crash_cut_short_is_mended_and_swept(
+    ceph: ceph_lab.Ceph, tmp_path: pathlib.Path
+) -> None:
     import rados
     import rbd
 
@@ -282,7 +295,7 @@ def test_a_rename_that_a_crash_cut_short_is_mended_and_swept(ceph, tmp_path):
         assert [entry["name"] for entry in rbd.RBD().trash_list(ioctx)] == [somebodys.image]
 
 
-def test_cannot_clone_says_what_is_wrong(ceph, tmp_path):
+def test_cannot_clone_says_what_is_wrong(ceph: ceph_lab.Ceph, tmp_path: pathlib.Path) -> None:
     config = CacheConfig(
         instances_path=str(tmp_path), images_rbd_pool="vms", images_rbd_ceph_conf=str(ceph.conf)
     )

@@ -9,6 +9,9 @@ import pathlib
 import random
 import subprocess
 import threading
+from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
+from typing import Any
 
 import pytest
 
@@ -18,6 +21,7 @@ from imagecache_lib.store import layout
 from imagecache_lib.testing import bootdisk
 from tests.lab import glance as glance_lab
 from tests.lab import guest, server
+from tests.lab import relay as relay_lab
 
 MIB = 2**20
 SIZE = 16 * MIB
@@ -32,31 +36,38 @@ def instances(tmp_path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def manager_for(instances, url, *, token=glance_lab.MEMBER, backend="qcow2", **options):
+def manager_for(
+    instances: pathlib.Path,
+    url: str,
+    *,
+    token: str = glance_lab.MEMBER,
+    backend: str = "qcow2",
+    **options: Any,
+) -> ic.ImageCacheManager:
     config = ic.CacheConfig(instances_path=str(instances), **options)
     return ic.ImageCacheManager(config, ic.GlanceSource(url, token=token), backend=backend, observers=())
 
 
-def target(instances, name):
+def target(instances: pathlib.Path, name: str) -> str:
     (instances / name).mkdir()
     return str(instances / name / "disk")
 
 
-def converted(tmp_path, format, *options):
+def converted(tmp_path: pathlib.Path, format: str, *options: str) -> pathlib.Path:
     raw, image = tmp_path / "source", tmp_path / f"source.{format}"
     raw.write_bytes(DATA)
     subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", format, *options, raw, image], check=True)
     return image
 
 
-def check(disk, tmp_path):
+def check(disk: ic.Disk, tmp_path: pathlib.Path) -> None:
     """It is sound and holds the image, grown, as qemu-img sees it."""
     reference = tmp_path / "reference"
     if not reference.exists():
         reference.write_bytes(DATA + bytes(SIZE - len(DATA)))
     if disk.format == "qcow2":
         subprocess.run(["qemu-img", "check", "-q", disk.target], check=True)
-    compare = ["qemu-img", "compare", "-q", "-f", disk.format, "-F", "raw", disk.target, reference]
+    compare = ["qemu-img", "compare", "-q", "-f", disk.format, "-F", "raw", disk.target, str(reference)]
     subprocess.run(compare, check=True)
 
 
@@ -74,7 +85,14 @@ def check(disk, tmp_path):
         ("vdi", ()),
     ],
 )
-def test_a_disk_of_each_format_that_glance_has(glance, instances, tmp_path, format, options, backend):
+def test_a_disk_of_each_format_that_glance_has(
+    glance: glance_lab.Glance,
+    instances: pathlib.Path,
+    tmp_path: pathlib.Path,
+    format: str,
+    options: Any,
+    backend: str,
+) -> None:
     claimed = {"vpc": "vhd"}.get(format, format)
     image_id = glance.upload(converted(tmp_path, format, *options), disk_format=claimed)
     manager = manager_for(instances, glance.url, backend=backend)
@@ -84,7 +102,7 @@ def test_a_disk_of_each_format_that_glance_has(glance, instances, tmp_path, form
     assert (instances / "_base" / layout.base_name(image_id)).read_bytes()[: len(DATA)] == DATA
 
 
-def spawn(instances, url, image_id, number, start):
+def spawn(instances: pathlib.Path, url: str, image_id: str, number: int, start: Barrier) -> None:
     backend = ("qcow2", "raw")[number % 2]
     manager = manager_for(instances, url, backend=backend)
     disk = target(instances, f"process-{number}")
@@ -92,7 +110,9 @@ def spawn(instances, url, image_id, number, start):
     manager.create_disk(image_id, disk, size=SIZE)
 
 
-def test_processes_and_threads_that_want_one_cold_image_at_once_download_it_once(glance, instances, tmp_path):
+def test_processes_and_threads_that_want_one_cold_image_at_once_download_it_once(
+    glance: glance_lab.Glance, instances: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     image_id = glance.upload(converted(tmp_path, "qcow2", "-c"), disk_format="qcow2")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -113,8 +133,10 @@ def test_processes_and_threads_that_want_one_cold_image_at_once_download_it_once
     start.wait(60)
     for thread in threads:
         thread.start()
-    for runner in (*threads, *children):
-        runner.join(120)
+    for thread in threads:
+        thread.join(120)
+    for child in children:
+        child.join(120)
     assert [child.exitcode for child in children] == [0] * MANY
     assert len(disks) == MANY
     assert len(glance.downloads(image_id)) == 1
@@ -125,7 +147,9 @@ def test_processes_and_threads_that_want_one_cold_image_at_once_download_it_once
     assert os.listdir(instances / "_base" / ".imagecache" / "stage") == []
 
 
-def test_another_tenants_private_image_is_not_found_and_its_own_is(glance, instances, tmp_path):
+def test_another_tenants_private_image_is_not_found_and_its_own_is(
+    glance: glance_lab.Glance, instances: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     image_id = glance.upload(DATA)
     disk = target(instances, "one")
     with pytest.raises(errors.ImageNotFound, match=image_id):
@@ -135,7 +159,9 @@ def test_another_tenants_private_image_is_not_found_and_its_own_is(glance, insta
     check(manager_for(instances, glance.url).create_disk(image_id, disk, size=SIZE), tmp_path)
 
 
-def test_a_requests_own_token_is_used_and_never_told(glance, instances, tmp_path):
+def test_a_requests_own_token_is_used_and_never_told(
+    glance: glance_lab.Glance, instances: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     image_id = glance.upload(DATA)
     manager = manager_for(instances, glance.url, token="expired-secret")
     disk = target(instances, "one")
@@ -147,21 +173,27 @@ def test_a_requests_own_token_is_used_and_never_told(glance, instances, tmp_path
     check(manager.create_disk(image_id, disk, size=SIZE, request=request), tmp_path)
 
 
-def test_an_image_without_data_yet_is_asked_for_later(glance, instances):
+def test_an_image_without_data_yet_is_asked_for_later(
+    glance: glance_lab.Glance, instances: pathlib.Path
+) -> None:
     queued = glance.create()
     with pytest.raises(errors.SourceError, match="queued"):
         manager_for(instances, glance.url).create_disk(queued, target(instances, "one"))
     assert os.listdir(instances / "one") == []
 
 
-def test_a_qcow2_that_was_uploaded_as_raw_is_refused(glance, instances, tmp_path):
+def test_a_qcow2_that_was_uploaded_as_raw_is_refused(
+    glance: glance_lab.Glance, instances: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     image_id = glance.upload(converted(tmp_path, "qcow2"), disk_format="raw")
     with pytest.raises(errors.ImageRejected, match="qcow2"):
         manager_for(instances, glance.url).create_disk(image_id, target(instances, "one"))
     assert os.listdir(instances / "_base" / ".imagecache" / "stage") == []
 
 
-def test_data_that_glance_lost_or_damaged_never_become_a_base(glance, instances):
+def test_data_that_glance_lost_or_damaged_never_become_a_base(
+    glance: glance_lab.Glance, instances: pathlib.Path
+) -> None:
     for damage, kind in (("truncated", errors.ImageCacheError), ("flipped", errors.ImageRejected)):
         image_id = glance.upload(DATA)
         with glance.stored_file(image_id).open("r+b") as stored:
@@ -176,7 +208,12 @@ def test_data_that_glance_lost_or_damaged_never_become_a_base(glance, instances)
         assert os.listdir(instances / "_base" / ".imagecache" / "stage") == []
 
 
-def test_a_broken_transfer_goes_on_and_the_digest_is_carried_on(glance, instances, tmp_path, relay_to):
+def test_a_broken_transfer_goes_on_and_the_digest_is_carried_on(
+    glance: glance_lab.Glance,
+    instances: pathlib.Path,
+    tmp_path: pathlib.Path,
+    relay_to: Callable[[str], relay_lab.Relay],
+) -> None:
     image_id = glance.upload(converted(tmp_path, "qcow2"), disk_format="qcow2")
     relay = relay_to(glance.url)
     # One connection for the metadata, which is shorter, and one for the data.
@@ -189,7 +226,9 @@ def test_a_broken_transfer_goes_on_and_the_digest_is_carried_on(glance, instance
     assert ranges[1] is not None
 
 
-def test_what_is_cached_serves_when_the_image_is_deleted_and_glance_is_down(glance, instances, tmp_path):
+def test_what_is_cached_serves_when_the_image_is_deleted_and_glance_is_down(
+    glance: glance_lab.Glance, instances: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     image_id = glance.upload(DATA)
     manager_for(instances, glance.url).cache_image(image_id)
     glance.delete(image_id)
@@ -200,7 +239,9 @@ def test_what_is_cached_serves_when_the_image_is_deleted_and_glance_is_down(glan
 
 
 @pytest.mark.parametrize("force_raw", [True, False])
-def test_a_guest_boots_from_a_disk_and_its_writes_stay_in_it(glance, instances, tmp_path, force_raw):
+def test_a_guest_boots_from_a_disk_and_its_writes_stay_in_it(
+    glance: glance_lab.Glance, instances: pathlib.Path, tmp_path: pathlib.Path, force_raw: bool
+) -> None:
     raw, image = tmp_path / "boot.raw", tmp_path / "boot.qcow2"
     bootdisk.write_boot_disk(str(raw))
     subprocess.run(["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, image], check=True)

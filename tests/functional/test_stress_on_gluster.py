@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 
 import pytest
 
 from tests.lab import gluster
-from tests.support import stress
+from tests.support import campaign, stress
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.campaign
+@pytest.mark.parametrize("seed", campaign.pick(sample=range(1, 3), whole=range(1, 11)))
 def test_nothing_in_use_is_lost_and_nothing_leaks(tmp_path: pathlib.Path, seed: int) -> None:
-    seconds = float(os.environ.get("IMAGECACHE_STRESS_SECONDS", "10"))
+    seconds = campaign.pick(sample=10.0, whole=600.0)
     with gluster.mounted_twice(tmp_path) as (one, two):
         assert stress.run([one, two], seconds=seconds, seed=seed)

@@ -2,5 +2,5 @@
 """Real servers and filesystems for the functional tests: installed, started on loopback, awaited, ended.
 
 Nothing here imports ``imagecache_lib``, so what it shows of a server does not rest on what is tested. What
-a machine lacks fails the test where ``CI`` is set, and skips it elsewhere: see :func:`server.lack`.
+a machine lacks fails the test where ``CI`` is set, and skips it elsewhere: see :mod:`tests.support.needs`.
 """

@@ -7,7 +7,7 @@ import pathlib
 import sys
 from collections.abc import Iterable
 
-from tests.lab import server
+from tests.support import needs
 
 _SYSTEM_PACKAGES = (
     pathlib.Path("/usr/lib/python3/dist-packages"),
@@ -31,6 +31,6 @@ def load(home: pathlib.Path, package: str, modules: Iterable[str]) -> None:
             for path in directory.glob(pattern)
         ]
         if not found:
-            server.lack(f"{package} is not installed for this Python")
+            needs.lack(f"{package} is not installed for this Python")
         (home / found[0].name).symlink_to(found[0])
     sys.path.append(str(home))

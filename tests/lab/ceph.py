@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator
 
 from tests.lab import server
+from tests.support import needs
 
 POOLS = ("images", "vms")
 
@@ -70,7 +71,7 @@ def running_ceph(home: pathlib.Path) -> Iterator[Ceph]:
     :param home: an existing, empty directory for all it writes.
     """
     for program in ("ceph", "ceph-mon", "ceph-osd", "monmaptool", "rbd"):
-        server.tool(program)
+        needs.program(program)
     fsid, v2, v1 = str(uuid.uuid4()), server.free_port(), server.free_port()
     conf = home / "ceph.conf"
     conf.write_text(_CONFIGURATION.format(home=home, fsid=fsid, v2=v2, v1=v1))
@@ -80,7 +81,7 @@ def running_ceph(home: pathlib.Path) -> Iterator[Ceph]:
     def run(*command: str) -> str:
         with (home / "commands.log").open("ab") as log:
             done = subprocess.run(
-                [server.tool(command[0]), *command[1:]],
+                [needs.program(command[0]), *command[1:]],
                 check=True,
                 timeout=_TIMEOUT,
                 stdout=subprocess.PIPE,
@@ -99,13 +100,13 @@ def running_ceph(home: pathlib.Path) -> Iterator[Ceph]:
     run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", addresses, str(home / "monmap"))
     run("ceph-mon", "--conf", str(conf), "--mkfs", "-i", "a", "--monmap", str(home / "monmap"))
     with contextlib.ExitStack() as stack:
-        monitor = [server.tool("ceph-mon"), "--conf", str(conf), "-f", "-i", "a"]
+        monitor = [needs.program("ceph-mon"), "--conf", str(conf), "-f", "-i", "a"]
         stack.enter_context(server.running(monitor, ready=lambda: server.listens(v2), log=home / "mon.log"))
         osd_id = str(uuid.uuid4())
         ceph("osd", "new", osd_id)
         run("ceph-osd", "--conf", str(conf), "-i", "0", "--mkfs", "--osd-uuid", osd_id)
         ceph("osd", "crush", "add", "osd.0", "1.0", "host=localhost", "root=default")
-        osd = [server.tool("ceph-osd"), "--conf", str(conf), "-f", "-i", "0"]
+        osd = [needs.program("ceph-osd"), "--conf", str(conf), "-f", "-i", "0"]
         stack.enter_context(server.running(osd, ready=osd_is_up, log=home / "osd.log"))
         for pool in POOLS:
             ceph("osd", "pool", "create", pool, "8", "8")

@@ -8,7 +8,7 @@ import pathlib
 import subprocess
 from collections.abc import Iterator, Sequence
 
-from tests.lab import server
+from tests.support import needs
 
 #: Smallest size that mkfs.xfs makes without special options.
 XFS_SMALLEST = 300 * 2**20
@@ -22,12 +22,12 @@ def loop_mounted(home: pathlib.Path, size: int, mkfs: Sequence[str]) -> Iterator
     :param size: bytes.
     :param mkfs: command line without the device.
     """
-    server.require_root()
+    needs.root()
     image, mount_point = home / "filesystem.img", home / "mnt"
     mount_point.mkdir()
     with image.open("wb") as disk:
         disk.truncate(size)
-    subprocess.run([server.tool(mkfs[0]), *mkfs[1:], image], check=True, capture_output=True)
+    subprocess.run([needs.program(mkfs[0]), *mkfs[1:], image], check=True, capture_output=True)
     with _mounted(mount_point, "-o", "loop", str(image)):
         yield mount_point
     image.unlink()
@@ -36,7 +36,7 @@ def loop_mounted(home: pathlib.Path, size: int, mkfs: Sequence[str]) -> Iterator
 @contextlib.contextmanager
 def tmpfs_mounted(home: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
     """Mount a tmpfs of a size in bytes and yield the mount point."""
-    server.require_root()
+    needs.root()
     mount_point = home / "mnt"
     mount_point.mkdir()
     with _mounted(mount_point, "-t", "tmpfs", "-o", f"size={size}", "lab"):
@@ -45,9 +45,9 @@ def tmpfs_mounted(home: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _mounted(mount_point: pathlib.Path, *arguments: str) -> Iterator[None]:
-    subprocess.run([server.tool("mount"), *arguments, mount_point], check=True)
+    subprocess.run([needs.program("mount"), *arguments, mount_point], check=True)
     try:
         yield
     finally:
         # Not lazily: a test that leaves a file of it open should hear of it.
-        subprocess.run([server.tool("umount"), mount_point], check=True)
+        subprocess.run([needs.program("umount"), mount_point], check=True)

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 
 from tests.lab import server
+from tests.support import needs
 
 #: Without its management daemon, which refuses loopback addresses: the brick and the clients read these.
 _BRICK = """
@@ -56,13 +57,20 @@ def mounted_twice(home: pathlib.Path) -> Iterator[tuple[pathlib.Path, pathlib.Pa
 
     :param home: an existing, empty directory for all it writes.
     """
-    server.require_root()
+    needs.root()
     port, brick = server.free_port(), home / "brick"
     brick.mkdir()
     (home / "brick.vol").write_text(_BRICK.format(brick=brick, port=port))
     (home / "client.vol").write_text(_CLIENT.format(port=port))
     mounts = home / "one", home / "two"
-    command = [server.tool("glusterfsd"), "-N", "-f", str(home / "brick.vol"), "-l", str(home / "brick.log")]
+    command = [
+        needs.program("glusterfsd"),
+        "-N",
+        "-f",
+        str(home / "brick.vol"),
+        "-l",
+        str(home / "brick.log"),
+    ]
     with contextlib.ExitStack() as stack:
         log = home / "output.log"
         stack.enter_context(server.running(command, ready=lambda: server.listens(port), log=log))
@@ -74,10 +82,10 @@ def mounted_twice(home: pathlib.Path) -> Iterator[tuple[pathlib.Path, pathlib.Pa
 @contextlib.contextmanager
 def _mounted(mount: pathlib.Path, home: pathlib.Path) -> Iterator[None]:
     mount.mkdir()
-    client = server.tool("glusterfs")
+    client = needs.program("glusterfs")
     command = [client, "-N", "-f", str(home / "client.vol"), "-l", f"{mount}.log", str(mount)]
     with server.running(command, ready=lambda: os.path.ismount(mount), log=home / "output.log"):
         try:
             yield
         finally:
-            subprocess.run([server.tool("umount"), mount], check=True)
+            subprocess.run([needs.program("umount"), mount], check=True)

@@ -7,7 +7,7 @@ import os
 import subprocess
 from collections.abc import Sequence
 
-from tests.lab import server
+from tests.support import needs
 
 
 def boot(command: Sequence[str], *, seconds: float = 60.0) -> str:
@@ -17,7 +17,7 @@ def boot(command: Sequence[str], *, seconds: float = 60.0) -> str:
     :raises AssertionError: QEMU failed, with what it said.
     :raises subprocess.TimeoutExpired: the guest did not end in time.
     """
-    server.tool(os.fspath(command[0]))
+    needs.program(os.fspath(command[0]))
     finished = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,

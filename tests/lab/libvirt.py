@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from xml.sax import saxutils
 
 from tests.lab import server
+from tests.support import needs
 
 _RUNTIME = "/run/libvirt"
 
@@ -70,7 +71,7 @@ class Libvirt:
         :raises AssertionError: it failed, with what it said.
         """
         finished = subprocess.run(
-            [server.tool("virsh"), "--quiet", "--connect", self.uri, *arguments],
+            [needs.program("virsh"), "--quiet", "--connect", self.uri, *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -111,7 +112,7 @@ def running_libvirt(home: pathlib.Path) -> Iterator[Libvirt]:
     :param home: an existing, empty directory that every user can reach, by a short path: a socket's has at
         most 107 bytes.
     """
-    server.require_root()
+    needs.root()
     configuration = home / "libvirtd.conf"
     configuration.write_text(_CONFIGURATION.format(sockets=home))
     running = Libvirt(f"qemu+unix:///system?socket={home}/libvirt-sock", home)
@@ -124,7 +125,7 @@ def running_libvirt(home: pathlib.Path) -> Iterator[Libvirt]:
         return False
 
     options = ["--config", str(configuration), "--pid-file", str(home / "libvirtd.pid")]
-    command = [*_namespace(home), server.tool("libvirtd"), *options]
+    command = [*_namespace(home), needs.program("libvirtd"), *options]
     with _shared(home), server.running(command, ready=answers, log=home / "libvirtd.log"):
         yield running
 
@@ -132,12 +133,12 @@ def running_libvirt(home: pathlib.Path) -> Iterator[Libvirt]:
 @contextlib.contextmanager
 def _shared(home: pathlib.Path) -> Iterator[None]:
     """Let filesystems that are mounted below ``home`` later reach libvirtd's namespace too."""
-    subprocess.run([server.tool("mount"), "--bind", "--make-shared", home, home], check=True)
+    subprocess.run([needs.program("mount"), "--bind", "--make-shared", home, home], check=True)
     try:
         yield
     finally:
         # Whatever a guest that did not end has open there.
-        subprocess.run([server.tool("umount"), "--lazy", home], check=True)
+        subprocess.run([needs.program("umount"), "--lazy", home], check=True)
 
 
 def _namespace(home: pathlib.Path) -> list[str]:
@@ -154,5 +155,5 @@ def _namespace(home: pathlib.Path) -> list[str]:
     # A second libvirtd, the system's own, has its pid files there.
     private = f"mkdir -p {_RUNTIME} && mount -t tmpfs -o mode=755 libvirt {_RUNTIME}"
     mounts = " && ".join([private, *(f"mount --bind {cover} {path}" for path, cover in covers.items())])
-    unshare = [server.tool("unshare"), "--mount", "--propagation", "slave"]
-    return [*unshare, server.tool("sh"), "-c", f'{mounts} && exec "$@"', "sh"]
+    unshare = [needs.program("unshare"), "--mount", "--propagation", "slave"]
+    return [*unshare, needs.program("sh"), "-c", f'{mounts} && exec "$@"', "sh"]

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 
 from tests.lab import server
+from tests.support import needs
 
 _CONFIGURATION = """
 daemon off;
@@ -105,7 +106,7 @@ def running_nginx(
     :param rate: bytes a second for ``/slow/``, per connection, after nginx's manner.
     :param extra: more of a server's configuration.
     """
-    program = server.tool("nginx")
+    program = needs.program("nginx")
     root = home / "root"
     root.mkdir()
     port = server.free_port()
@@ -134,7 +135,7 @@ def _self_signed(home: pathlib.Path) -> pathlib.Path:
     certificate = home / "certificate.pem"
     subprocess.run(
         [
-            server.tool("openssl"),
+            needs.program("openssl"),
             "req",
             "-x509",
             "-newkey",

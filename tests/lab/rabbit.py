@@ -8,11 +8,14 @@ import dataclasses
 import os
 import pathlib
 import signal
+import subprocess
 from collections.abc import Iterator, Mapping
 
 from tests.lab import server
+from tests.support import needs
 
 _PROGRAM = "/usr/lib/rabbitmq/bin/rabbitmq-server"
+_CONTROL = "/usr/lib/rabbitmq/bin/rabbitmqctl"
 
 _CONFIGURATION = """
 listeners.tcp.default = 127.0.0.1:{port}
@@ -51,6 +54,26 @@ class Rabbit:
             )
         )
 
+    @contextlib.contextmanager
+    def alarm(self) -> Iterator[None]:
+        """Have the broker believe that it has no memory left: it takes no messages meanwhile."""
+        self.control("set_vm_memory_high_watermark", "0.00001")
+        try:
+            yield
+        finally:
+            self.control("set_vm_memory_high_watermark", "0.4")
+
+    def control(self, *words: str) -> str:
+        """Run rabbitmqctl on it, and return what that prints."""
+        done = subprocess.run(
+            [_CONTROL, "-n", self.environment["RABBITMQ_NODENAME"], *words],
+            env={**os.environ, **self.environment},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return done.stdout
+
     def stop(self) -> None:
         # The Erlang machine is a child of the shell script, which does not pass a SIGTERM on.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
@@ -67,8 +90,8 @@ def running_rabbit(home: pathlib.Path) -> Iterator[Rabbit]:
     :param home: an existing, empty directory for all it writes.
     """
     if not os.access(_PROGRAM, os.X_OK):
-        server.lack("rabbitmq-server is not installed")
-    epmd, port, mapper, peers = server.tool("epmd"), *(server.free_port() for _ in range(3))
+        needs.lack("rabbitmq-server is not installed")
+    epmd, port, mapper, peers = needs.program("epmd"), *(server.free_port() for _ in range(3))
     (home / "plugins").write_text("[].\n")
     (home / "rabbitmq.conf").write_text(_CONFIGURATION.format(port=port))
     environment = {

@@ -6,15 +6,13 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import shutil
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NoReturn
 
-import pytest
+from tests.support import needs
 
 _POLL_SECONDS = 0.02
 _STOP_SECONDS = 20.0
@@ -22,27 +20,6 @@ _STOP_SECONDS = 20.0
 
 class StartError(Exception):
     """A server ended, or did not answer in time; its log is in the message."""
-
-
-def lack(what: str) -> NoReturn:
-    """End the test for want of something: a failure in CI, where nothing may be missing, else a skip."""
-    if os.environ.get("CI"):
-        pytest.fail(f"{what}; `make functional` installs what the suite needs", pytrace=False)
-    pytest.skip(what)
-
-
-def tool(name: str) -> str:
-    """Return the path of a program, which Debian may keep in sbin."""
-    path = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
-    if path is None:
-        lack(f"{name} is not installed")
-    return path
-
-
-def require_root() -> None:
-    """End the test unless it may mount."""
-    if os.geteuid() != 0:
-        lack("only root can mount filesystems")
 
 
 def free_port() -> int:
@@ -94,7 +71,7 @@ def running(
     """
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [tool("setpriv"), "--pdeathsig", "TERM", "--", *command],
+            [needs.program("setpriv"), "--pdeathsig", "TERM", "--", *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

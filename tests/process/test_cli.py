@@ -237,6 +237,53 @@ def test_one_bad_image_does_not_stop_the_others(cli: Cli) -> None:
     assert found.stdout == "a error\nb error\n"
 
 
+def test_a_source_is_found_by_its_entry_point(cli: Cli, tmp_path: pathlib.Path) -> None:
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({IMAGE: {"path": str(cli.data), "digest": cli.digest}}))
+    words = ("image", "cache", IMAGE, "--source", "file", "--source-option", f"table={table}")
+    assert cli.json(*words) == [{"Image": IMAGE, "Result": "cached"}]
+
+
+def test_another_package_brings_a_source(cli: Cli, tmp_path: pathlib.Path) -> None:
+    package = tmp_path / "site"
+    (package / "theirs-1.dist-info").mkdir(parents=True)
+    (package / "theirs-1.dist-info" / "METADATA").write_text("Name: theirs\nVersion: 1\n")
+    (package / "theirs-1.dist-info" / "entry_points.txt").write_text(
+        "[imagecache_lib.sources]\ntheirs = theirs:Source\nbroken = theirs:Broken\nodd = theirs:Odd\n"
+    )
+    (package / "theirs.py").write_text(
+        "from imagecache_lib.sources.file import FileImage, FileSource\n"
+        "class Source(FileSource):\n"
+        "    @classmethod\n"
+        "    def from_options(cls, options):\n"
+        "        assert options['secret'] == 'sesame'\n"
+        "        return cls({options['image']: FileImage(options['path'])})\n"
+        "class Broken(FileSource):\n"
+        "    from_options = classmethod(lambda cls, options: options['missing'])\n"
+        "class Odd:\n"
+        "    from_options = classmethod(lambda cls, options: 5)\n"
+    )
+    cli.environment |= {"PYTHONPATH": str(package), "THEIRS": "sesame"}
+    options = ("secret=env:THEIRS", f"image={IMAGE}", f"path={cli.data}")
+    words = [word for option in options for word in ("--source-option", option)]
+    found = cli.json("image", "cache", IMAGE, "--source", "theirs", *words)
+    assert found == [{"Image": IMAGE, "Result": "cached"}]
+    for name, text in (("broken", "KeyError"), ("odd", "no image source"), ("absent", "theirs")):
+        assert text in cli.run("image", "cache", IMAGE, "--source", name, code=7).stderr
+
+
+def test_options_of_sources_are_checked(cli: Cli, tmp_path: pathlib.Path) -> None:
+    for words, text in (
+        (("--source", "file"), "table"),
+        (("--source", "file", "--source-option", "table"), "KEY=VALUE"),
+        (("--source", "file", "--source-option", "color=red"), "color"),
+        (("--source", "file", "--source-option", "table=env:NOT_SET"), "NOT_SET"),
+        (("--source", "file", "--source-option", f"table={tmp_path}/none"), "No such file"),
+        (("--file", str(cli.data), "--source-option", "a=b"), "--source"),
+    ):
+        assert text in cli.run("image", "cache", IMAGE, *words, code=7).stderr
+
+
 def test_the_configuration_is_oslo_configs(cli: Cli, tmp_path: pathlib.Path) -> None:
     file = tmp_path / "nova.conf"
     file.write_text("[DEFAULT]\nuse_cow_images = false\n[image_cache]\nsubdirectory_name = _images\n")

@@ -3,20 +3,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import pathlib
+from multiprocessing.synchronize import Barrier
+from typing import Any
 
 from imagecache_lib import CacheConfig, System, errors, model
+from imagecache_lib.backends.file import FileBackend
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.backends.raw import RawBackend
+from imagecache_lib.testing.backend_contract import commit
 
 MIB = 2**20
 PROCESSES = 8
 DISKS = 5
+MANY = 200
 
 
-def make_base(root):
+def make_base(root: pathlib.Path) -> pathlib.Path:
     for name in ("locks", "_base", "instance"):
         (root / name).mkdir()
     path = root / "_base" / ("a" * 40)
@@ -24,24 +31,38 @@ def make_base(root):
     return path
 
 
-def create(root, kind, base_path, target):
-    backend = kind.from_config(CacheConfig(instances_path=str(root)), System(name="here"))
+def create(
+    root: pathlib.Path,
+    kind: type[FileBackend],
+    base_path: pathlib.Path,
+    target: str,
+    *,
+    locking: bool = True,
+) -> None:
+    backend = kind.from_config(CacheConfig(instances_path=str(root)), System(name="here", locking=locking))
     fd = os.open(base_path, os.O_RDONLY)
     base = model.BaseImage("id", base_path.name, str(base_path), "raw", MIB, fd=fd)
     try:
-        backend.create(base, target, None, confirm=lambda: None)
+        commit(backend.prepare(base, target, None))
     finally:
         os.close(fd)
 
 
-def make_several(root, base_path, start, number):
+def make_several(root: pathlib.Path, base_path: pathlib.Path, start: Barrier, number: int) -> None:
     kind = (RawBackend, Qcow2Backend)[number % 2]
     start.wait()
     for disk in range(DISKS):
         create(root, kind, base_path, str(root / "instance" / f"{kind.name}-{number}-{disk}"))
 
 
-def make_the_same(root, base_path, start, number):
+def make_many_without_locks(root: pathlib.Path, base_path: pathlib.Path, start: Barrier, number: int) -> None:
+    kind = (RawBackend, Qcow2Backend)[number % 2]
+    start.wait()
+    for disk in range(MANY // PROCESSES):
+        create(root, kind, base_path, str(root / "instance" / f"{kind.name}-{number}-{disk}"), locking=False)
+
+
+def make_the_same(root: pathlib.Path, base_path: pathlib.Path, start: Barrier, number: int) -> None:
     kind = (RawBackend, Qcow2Backend)[number % 2]
     for turn in range(DISKS):
         start.wait()
@@ -51,7 +72,7 @@ def make_the_same(root, base_path, start, number):
             continue
 
 
-def run(target, root):
+def run(target: Any, root: pathlib.Path) -> dict[str, str]:
     base_path = make_base(root)
     spawning = multiprocessing.get_context("spawn")
     start = spawning.Barrier(PROCESSES)
@@ -63,17 +84,38 @@ def run(target, root):
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * PROCESSES
-    return json.loads((root / "instance" / "disk.info").read_text())
+    pinned: dict[str, str] = json.loads((root / "instance" / "disk.info").read_text())
+    return pinned
 
 
-def test_no_disks_format_is_lost(tmp_path):
+def test_no_disks_format_is_lost(tmp_path: pathlib.Path) -> None:
     pinned = run(make_several, tmp_path)
     made = {str(path) for path in (tmp_path / "instance").iterdir() if path.name != "disk.info"}
     assert len(made) == PROCESSES * DISKS
     assert pinned == {path: os.path.basename(path).partition("-")[0] for path in made}
 
 
-def test_who_wins_a_name_has_its_format_pinned(tmp_path):
+def test_without_locks_no_disks_format_is_lost(tmp_path: pathlib.Path) -> None:
+    pinned = run(make_many_without_locks, tmp_path)
+    made = {str(path) for path in (tmp_path / "instance").iterdir() if path.name != "disk.info"}
+    assert len(made) == MANY
+    assert pinned == {path: os.path.basename(path).partition("-")[0] for path in made}
+    backend = Qcow2Backend.from_config(CacheConfig(instances_path=str(tmp_path)), System(name="here"))
+    assert {path: backend.inspect(path).format for path in made} == pinned
+
+
+def test_without_locks_a_disk_that_lost_its_name_to_another_takes_no_format_away(
+    tmp_path: pathlib.Path,
+) -> None:
+    base_path = make_base(tmp_path)
+    target = str(tmp_path / "instance" / "disk")
+    create(tmp_path, Qcow2Backend, base_path, target, locking=False)
+    with contextlib.suppress(errors.DiskExistsError):
+        create(tmp_path, RawBackend, base_path, target, locking=False)
+    assert json.loads((tmp_path / "instance" / "disk.info").read_text()) == {target: "qcow2"}
+
+
+def test_who_wins_a_name_has_its_format_pinned(tmp_path: pathlib.Path) -> None:
     pinned = run(make_the_same, tmp_path)
     assert len(pinned) == DISKS
     for path, format in pinned.items():

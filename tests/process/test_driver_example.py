@@ -11,13 +11,13 @@ EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "driver_60_lines.py"
 MIB = 2**20
 
 
-def run_example(instances, image):
+def run_example(instances: pathlib.Path, image: pathlib.Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, EXAMPLE, instances, image], capture_output=True, text=True, check=False, timeout=60
     )
 
 
-def test_the_driver_example_makes_grows_keeps_and_removes_disks(tmp_path):
+def test_the_driver_example_makes_grows_keeps_and_removes_disks(tmp_path: pathlib.Path) -> None:
     instances = tmp_path / "instances"
     instances.mkdir()
     image = tmp_path / "image.raw"
@@ -34,11 +34,13 @@ def test_the_driver_example_makes_grows_keeps_and_removes_disks(tmp_path):
     assert base.stat().st_size == 4 * MIB
 
 
-def test_the_driver_example_gives_up_for_good_where_no_other_host_would_do_better(tmp_path):
+def test_the_driver_example_gives_up_for_good_where_no_other_host_would_do_better(
+    tmp_path: pathlib.Path,
+) -> None:
     finished = run_example(tmp_path, tmp_path / "absent")
     assert finished.returncode != 0
     assert "BuildAborted: image debian: the file is not there" in finished.stderr
 
 
-def test_the_driver_example_has_as_many_lines_as_it_says():
+def test_the_driver_example_has_as_many_lines_as_it_says() -> None:
     assert len(EXAMPLE.read_text().splitlines()) <= 60

@@ -9,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -20,19 +21,20 @@ EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "firecracker_driver.p
 
 
 @pytest.fixture
-def driver(tmp_path):
+def driver(tmp_path: pathlib.Path) -> Any:
     specification = importlib.util.spec_from_file_location("firecracker_driver", EXAMPLE)
+    assert specification is not None and specification.loader is not None
     example = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(example)
     instances = tmp_path / "instances"
     instances.mkdir()
-    bootdisk.write_boot_disk(tmp_path / "image")
+    bootdisk.write_boot_disk(str(tmp_path / "image"))
     (tmp_path / "kernel").write_bytes(b"\x7fELF and so on")
     source = ic.FileSource({name: ic.FileImage(tmp_path / name) for name in ("image", "kernel")})
     return example.FirecrackerDriver(str(instances), source, remove_unused_original_minimum_age_seconds=0)
 
 
-def drives(config: str) -> dict[str, dict]:
+def drives(config: str) -> dict[str, dict[str, Any]]:
     with open(config) as file:
         return {drive["drive_id"]: drive for drive in json.load(file)["drives"]}
 
@@ -47,7 +49,7 @@ def boot(config: str) -> str:
     return finished.stdout
 
 
-def test_vms_boot_from_the_base_itself_and_cannot_write_it(driver):
+def test_vms_boot_from_the_base_itself_and_cannot_write_it(driver: Any) -> None:
     configs = [driver.create(vm, "image", "kernel", disk_gb=1) for vm in ("one", "two")]
     roots = {drives(config)["root"]["path_on_host"] for config in configs}
     (base,) = map(pathlib.Path, roots)
@@ -65,7 +67,7 @@ def test_vms_boot_from_the_base_itself_and_cannot_write_it(driver):
         assert found.kind == "ext4"
 
 
-def test_a_base_stays_as_long_as_a_vm_pins_it(driver):
+def test_a_base_stays_as_long_as_a_vm_pins_it(driver: Any) -> None:
     for vm in ("one", "two"):
         driver.create(vm, "image", "kernel", disk_gb=1)
     driver.destroy("one", "image")
@@ -76,15 +78,16 @@ def test_a_base_stays_as_long_as_a_vm_pins_it(driver):
     assert [base.image_id for base in driver.periodic().evicted] == ["image"]
 
 
-def test_a_vm_that_cannot_be_made_pins_nothing(driver):
+def test_a_vm_that_cannot_be_made_pins_nothing(driver: Any) -> None:
     with pytest.raises(ic.ImageNotFound):
         driver.create("one", "image", "absent", disk_gb=1)
     assert not os.path.exists(driver.path("one"))
     assert [base.image_id for base in driver.periodic().evicted] == ["image"]
 
 
-def test_the_command_prints_what_firecracker_takes(tmp_path, driver):
-    command = [sys.executable, EXAMPLE, tmp_path / "instances", tmp_path / "image", tmp_path / "kernel"]
+def test_the_command_prints_what_firecracker_takes(tmp_path: pathlib.Path, driver: Any) -> None:
+    places = [str(tmp_path / name) for name in ("instances", "image", "kernel")]
+    command = [sys.executable, str(EXAMPLE), *places]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert finished.returncode == 0, finished.stderr
     assert {"boot-source", "drives", "machine-config"} == set(json.loads(finished.stdout))

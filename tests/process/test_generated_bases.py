@@ -18,10 +18,16 @@ from imagecache_lib.formats import superblock
 from imagecache_lib.formats.superblock import Signature
 from imagecache_lib.ingest import generate
 from imagecache_lib.store import layout
+from imagecache_lib.system import sparse
 from imagecache_lib.testing.sources import FakeSource
+from tests.support import needs
 
 MIB, GIB = 2**20, 2**30
-EXT4 = f"ephemeral_1_{hashlib.md5(b'ext4', usedforsecurity=False).hexdigest()[:7]}"
+BLOCK = 65536
+#: What Nova calls the base of every ephemeral disk of 1 GiB unless it is told otherwise.
+NAME = "ephemeral_1_0706d66"
+#: What earlier releases of this library called an ext4 base.
+EARLIER = "ephemeral_1_40d1d2c"
 SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -63,14 +69,27 @@ def run(*command: str) -> str:
 
 
 def content(path: str | pathlib.Path) -> str:
+    """Return a digest of a file's size and of its blocks that are not zeros: most are holes."""
+    found = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        found.update(b"%d" % os.fstat(file.fileno()).st_size)
+        extents = sparse.data_extents(file.fileno())
+        offsets = {each for start, end in extents for each in range(start // BLOCK * BLOCK, end, BLOCK)}
+        for offset in sorted(offsets):
+            block = os.pread(file.fileno(), BLOCK, offset)
+            if block.strip(b"\0"):
+                found.update(b"%d " % offset + block)
+    return found.hexdigest()
 
 
 def to_raw(disk: str) -> str:
     raw = disk + ".raw"
     run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk, raw)
     return raw
+
+
+def seen_in(disk: ic.Disk) -> Signature | None:
+    return seen(to_raw(disk.target) if disk.format == "qcow2" else disk.target)
 
 
 def seen(path: str | pathlib.Path) -> Signature | None:
@@ -93,7 +112,7 @@ def test_a_swap_disk_is_an_overlay_of_a_shared_base(place: Place) -> None:
 def test_a_filesystem_is_named_checked_and_sound(place: Place, os_type: str | None, fs: str) -> None:
     manager = place.manager(default_ephemeral_format="ext3" if fs == "ext3" else None)
     disk = manager.create_ephemeral(place.target(), size_gb=1, os_type=os_type)
-    assert disk.base == layout.ephemeral_name(1, fs)
+    assert disk.base == (layout.ephemeral_name(1, "ext3") if fs == "ext3" else NAME)
     found = seen(place.base / disk.base)
     assert found is not None
     assert (found.kind, found.label) == (fs, "ephemeral0")
@@ -132,13 +151,12 @@ def test_shared_bases_are_the_same_on_every_host(tmp_path: pathlib.Path, kind: s
 @pytest.mark.parametrize(
     "asked", [{"fs": "ext3"}, {"label": "ephemeral1"}, {"fs": "xfs"}, {"fs": "ntfs"}, {"fs": "ext2"}]
 )
-def test_what_has_no_name_of_its_own_is_made_in_place(place: Place, asked: dict[str, str]) -> None:
+def test_what_has_no_name_of_its_own_is_made_in_place(place: Place, asked: dict[str, Any]) -> None:
     fs = asked.get("fs", "ext4")
-    if shutil.which(f"mkfs.{fs}", path=SBIN) is None:
-        pytest.skip(f"mkfs.{fs} is not installed")
+    needs.program(f"mkfs.{fs}")
     disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux", **asked)
-    assert (disk.format, disk.base) == ("raw", None)
-    found = seen(disk.target)
+    assert (disk.format, disk.base) == ("qcow2", None)
+    found = seen_in(disk)
     assert found is not None
     assert found.kind == fs
     if fs != "ntfs":
@@ -165,8 +183,8 @@ def test_the_operators_command_is_run_and_shared_with_nobody(place: Place) -> No
     command = "linux=mkfs.ext4 -q -F -m 0 -L %(fs_label)s %(target)s"
     manager = place.manager(virt_mkfs=(command,))
     disk = manager.create_ephemeral(place.target(), size_gb=1, os_type="linux", label="mine")
-    assert (disk.base, place.bases()) == (None, [])
-    found = seen(disk.target)
+    assert (disk.base, disk.format, place.bases()) == (None, "qcow2", [])
+    found = seen_in(disk)
     assert found is not None
     assert (found.kind, found.label) == ("ext4", "mine")
 
@@ -230,7 +248,7 @@ def nova_made(place: Place, name: str, size: int, *command: str, days_old: int =
     with open(path, "wb") as file:
         file.truncate(size)
     if command:
-        run(*command, str(path))
+        run(needs.program(command[0]), *command[1:], str(path))
     when = os.stat(path).st_mtime - days_old * 86400
     os.utime(path, (when, when))
     return path
@@ -255,28 +273,84 @@ def test_an_unformatted_base_in_use_is_passed_by(place: Place) -> None:
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", str(path), "-F", "raw", place.target("old"))
     before = content(path)
     disk = place.manager().create_swap(place.target(), size_mb=32)
-    assert (disk.base, disk.format) == (None, "raw")
-    assert seen(disk.target) == Signature("swap", 32 * MIB)
+    assert (disk.base, disk.format) == (None, "qcow2")
+    assert seen_in(disk) == Signature("swap", 32 * MIB)
     assert content(path) == before
 
 
-@pytest.mark.parametrize(
-    ("size", "command"),
-    [
-        (GIB, ("mkfs.vfat", "-n", "ephemeral0")),
-        (GIB, ("mkfs.ext4", "-q", "-F", "-L", "ephemeral1")),
-        (GIB // 2, ("mkfs.ext4", "-q", "-F", "-L", "ephemeral0")),
-    ],
-)
-def test_a_base_that_is_not_what_its_name_says_is_refused(
-    place: Place, size: int, command: tuple[str, ...]
-) -> None:
-    nova_made(place, EXT4, size, *command, days_old=2)
+@pytest.mark.parametrize("size", [GIB // 2, 2 * GIB])
+def test_a_base_of_another_size_than_its_name_says_is_made_anew(place: Place, size: int) -> None:
+    nova_made(place, NAME, size, "mkfs.ext4", "-q", "-F", "-L", "ephemeral0", days_old=2)
     disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux")
-    found = seen(place.base / EXT4)
-    assert disk.base == EXT4
+    found = seen(place.base / NAME)
+    assert disk.base == NAME
     assert found is not None
     assert (found.kind, found.label, found.size) == ("ext4", "ephemeral0", GIB)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize(
+    "there",
+    [
+        ("mkfs.vfat", "-F", "32", "-n", "ephemeral0"),
+        ("mkfs.ext3", "-q", "-F", "-L", "ephemeral0"),
+        ("mkfs.ext4", "-q", "-F", "-L", "ephemeral1"),
+        ("mkfs.xfs", "-q", "-L", "ephemeral0"),
+    ],
+)
+def test_a_base_with_another_filesystem_stays_and_the_disk_gets_its_own(
+    place: Place, there: tuple[str, ...], used: bool, known: bool
+) -> None:
+    base = nova_made(place, NAME, GIB, *there, days_old=2)
+    if known:  # from an earlier use, with a record
+        fs = there[0].removeprefix("mkfs.")
+        place.manager().create_ephemeral(place.target("known"), size_gb=1, fs=fs, label=there[-1])
+    if used:
+        overlay(place, str(base), name="user")
+    before = content(base)
+    disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux")
+    assert (disk.base, disk.format) == (None, "qcow2")
+    assert seen_in(disk) == Signature("ext4", GIB, "ephemeral0")
+    assert (content(base), place.staged()) == (before, [])
+
+
+@pytest.mark.parametrize(
+    ("there", "asked"),
+    [
+        (("mkfs.xfs", "-q", "-L", "ephemeral0"), {"fs": "xfs"}),
+        (("mkfs.ext3", "-q", "-F", "-L", "ephemeral0"), {"fs": "ext3"}),
+        (("mkfs.ext4", "-q", "-F", "-L", "ephemeral1"), {"os_type": "linux", "label": "ephemeral1"}),
+        (("mkfs.vfat", "-F", "32", "-n", "ephemeral0"), {"os_type": "solaris"}),
+    ],
+)
+def test_a_base_that_is_there_serves_whoever_wants_its_filesystem(
+    place: Place, there: tuple[str, ...], asked: dict[str, Any]
+) -> None:
+    base = nova_made(place, NAME, GIB, *there)
+    before = content(base)
+    disk = place.manager().create_ephemeral(place.target(), size_gb=1, **asked)
+    assert (disk.base, disk.format, content(base)) == (NAME, "qcow2", before)
+
+
+def test_two_filesystems_at_once_share_a_name_and_no_base(place: Place) -> None:
+    manager, made = place.manager(), {}
+
+    def make(number: int) -> None:
+        os_type = "linux" if number % 2 else None
+        made[number] = manager.create_ephemeral(place.target(str(number)), size_gb=1, os_type=os_type)
+
+    threads = [threading.Thread(target=make, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = {number: seen_in(disk) for number, disk in made.items()}
+    assert [signature.kind for number, signature in sorted(found.items()) if signature] == [
+        "vfat",
+        "ext4",
+    ] * 3
+    assert place.bases() == [NAME]
 
 
 def test_many_at_once_make_one_base(place: Place) -> None:
@@ -320,8 +394,19 @@ def arrive(disk: ic.Disk, here: Place, there: Place) -> str:
     return moved
 
 
-@pytest.mark.parametrize("kind", ["swap", "ext4", "vfat"])
-def test_the_base_of_an_overlay_that_arrives_is_made_as_it_was(place: Place, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("swap", {}),
+        ("ext4", {"os_type": "linux"}),
+        ("ext4", {"fs": "ext4", "label": "ephemeral0"}),
+        ("vfat", {"os_type": "solaris"}),
+        ("vfat", {"fs": "vfat"}),
+    ],
+)
+def test_the_base_of_an_overlay_that_arrives_is_made_as_it_was(
+    place: Place, kind: str, told: dict[str, Any]
+) -> None:
     first = place.manager()
     if kind == "swap":
         disk = first.create_swap(place.target(), size_mb=64)
@@ -329,15 +414,17 @@ def test_the_base_of_an_overlay_that_arrives_is_made_as_it_was(place: Place, kin
         disk = first.create_ephemeral(place.target(), size_gb=1, os_type="linux" if kind == "ext4" else None)
     before = content(to_raw(disk.target))
     moved = arrive(first.resize_disk(disk, 2 * GIB), place, place)
-    base = place.manager().ensure_backing(moved)
+    base = place.manager().ensure_backing(moved, **told)
     assert base is not None
     assert (base.name, base.format, place.bases()) == (disk.base, "raw", [disk.base])
     run("qemu-img", "resize", "--shrink", "-q", "-f", "qcow2", moved, str(disk.virtual_size))
     assert content(to_raw(moved)) == before
 
 
-def overlay(place: Place, backing: str, *, size: str = "1G", backing_format: str = "raw") -> str:
-    path = place.target()
+def overlay(
+    place: Place, backing: str, *, size: str = "1G", backing_format: str = "raw", name: str = "disk"
+) -> str:
+    path = place.target(name)
     command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", backing_format, "-b", backing, path]
     run(*command, size)
     return path
@@ -373,13 +460,139 @@ def test_an_image_cannot_name_a_generated_base_as_its_own(place: Place) -> None:
 
 def test_what_only_its_maker_can_make_is_checked_and_never_made(place: Place) -> None:
     disk = overlay(place, f"{place.base}/ephemeral_1_fedcba9")
-    with pytest.raises(ic.BackendError, match="does not say how it was made"):
+    with pytest.raises(ic.BackendError, match="nothing tells which filesystem"):
         place.manager().ensure_backing(disk)
     assert place.bases() == []
     nova_made(place, "ephemeral_1_fedcba9", GIB, "mkfs.xfs", "-q")
     base = place.manager().ensure_backing(disk)
     assert base is not None
     assert base.name == "ephemeral_1_fedcba9"
+
+
+@pytest.mark.parametrize(
+    ("told", "cause"),
+    [
+        ({}, "nothing tells which filesystem it had"),
+        ({"os_type": "windows"}, "no two hosts make ntfs alike"),
+        ({"fs": "xfs"}, "no two hosts make xfs alike"),
+        ({"os_type": "linux", "label": "ephemeral1"}, "its label is 'ephemeral1'"),
+        ({"fs": "befs"}, "cannot have the filesystem 'befs'"),
+    ],
+)
+def test_what_cannot_be_told_or_made_is_refused_with_what_to_do(
+    place: Place, told: dict[str, Any], cause: str
+) -> None:
+    disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux")
+    moved = arrive(disk, place, place)
+    with pytest.raises(ic.BackendError, match=cause) as caught:
+        place.manager().ensure_backing(moved, **told)
+    assert caught.value.next_step
+    assert place.bases() == []
+
+
+def test_an_operators_command_is_not_taken_to_make_the_same_again(place: Place) -> None:
+    disk = overlay(place, f"{place.base}/ephemeral_1_fedcba9")
+    manager = place.manager(virt_mkfs=("linux=mkfs.ext4 -q -F %(target)s",))
+    with pytest.raises(ic.BackendError, match="an operator's command made it"):
+        manager.ensure_backing(disk, os_type="linux")
+    assert place.bases() == []
+
+
+@pytest.mark.parametrize("told", [{}, {"os_type": "linux"}])
+def test_the_filesystem_that_nova_made_is_not_made_anew_under_its_guests_writes(
+    place: Place, told: dict[str, Any]
+) -> None:
+    base = nova_made(place, NAME, GIB, "mkfs.ext4", "-q", "-F", "-L", "ephemeral0")
+    disk = overlay(place, str(base))
+    mounted(disk, base)
+    assert place.manager().ensure_backing(disk, **told) is not None
+    before = content(disk)
+    base.unlink()
+    with pytest.raises(ic.BackendError, match="another host's"):
+        place.manager().ensure_backing(disk, **told)
+    assert (place.bases(), content(disk)) == ([], before)
+
+
+@pytest.mark.parametrize("os_type", ["linux", None])
+def test_an_overlay_that_was_mounted_tells_which_base_it_needs(place: Place, os_type: str | None) -> None:
+    disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type=os_type)
+    mounted(disk.target, place.base / NAME)
+    before = content(place.base / NAME)
+    moved = arrive(disk, place, place)
+    assert place.manager().ensure_backing(moved) is not None
+    assert content(place.base / NAME) == before
+
+
+def test_an_overlay_is_not_put_on_another_filesystem_of_its_bases_name(place: Place) -> None:
+    disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux")
+    mounted(disk.target, place.base / NAME)
+    shutil.copy(disk.target, copy := place.target("untold"))
+    (place.base / NAME).unlink()
+    nova_made(place, NAME, GIB, "mkfs.vfat", "-F", "32", "-n", "ephemeral0", days_old=2)
+    before = content(place.base / NAME)
+    tries: tuple[dict[str, Any], ...] = ({}, {"os_type": "linux"}, {"fs": "ext4"})
+    for told in tries:
+        with pytest.raises(ic.BackendError, match="it is vfat and not ext4") as caught:
+            place.manager().ensure_backing(copy, **told)
+        assert caught.value.next_step
+    with pytest.raises(ic.BackendError, match="it holds ext4"):
+        place.manager().ensure_backing(copy, os_type="solaris")
+    assert content(place.base / NAME) == before
+
+
+def test_nothing_is_made_under_an_overlay_that_shows_another_filesystem(place: Place) -> None:
+    disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux")
+    mounted(disk.target, place.base / NAME)
+    moved = arrive(disk, place, place)
+    tries: tuple[dict[str, Any], ...] = ({"os_type": "solaris"}, {"fs": "vfat"})
+    for told in tries:
+        with pytest.raises(ic.BackendError, match="it holds ext4 with the label 'ephemeral0'"):
+            place.manager().ensure_backing(moved, **told)
+    assert place.bases() == []
+
+
+def test_a_guest_that_made_another_filesystem_with_the_same_label_is_believed_when_told(place: Place) -> None:
+    disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux")
+    own = nova_made(place, "own", GIB, "mkfs.ext3", "-q", "-F", "-L", "ephemeral0")
+    mounted(disk.target, own)
+    with pytest.raises(ic.BackendError, match="it is ext4 and not ext3"):
+        place.manager().ensure_backing(disk.target)
+    assert place.manager().ensure_backing(disk.target, fs="ext4") is not None
+
+
+@pytest.mark.parametrize("fs", ["ext4", "ext3"])
+def test_an_overlay_on_a_name_of_an_earlier_release_goes_on_working(place: Place, fs: str) -> None:
+    first = place.manager(default_ephemeral_format=fs)  # where that name is made to this day
+    disk = first.create_ephemeral(place.target(), size_gb=1)
+    assert disk.base == layout.ephemeral_name(1, fs) != NAME
+    before = content(to_raw(disk.target))
+    assert place.manager().ensure_backing(disk.target) is not None
+    moved = arrive(disk, place, place)
+    for manager in (place.manager(), place.manager(default_ephemeral_format="xfs")):
+        assert manager.ensure_backing(moved) is not None
+        assert content(to_raw(moved)) == before
+        (place.base / str(disk.base)).unlink()
+    report = place.manager().verify_base_images([])
+    assert report.problems == ()
+
+
+def test_guests_writes_without_a_superblock_are_put_on_no_base_that_a_name_suggests(place: Place) -> None:
+    base = nova_made(place, EARLIER, GIB)
+    disk = overlay(place, str(base))
+    run("qemu-io", "-f", "qcow2", "-c", "write -q 512M 64k", disk)
+    base.unlink()
+    with pytest.raises(ic.BackendError, match="nothing tells which filesystem"):
+        place.manager().ensure_backing(disk)
+    assert place.manager().ensure_backing(disk, os_type="linux") is not None
+
+
+def test_the_identities_of_shared_filesystems_are_known(place: Place) -> None:
+    for kind, identity in generate.IDENTITIES.items():
+        manager = place.manager(default_ephemeral_format=kind)
+        disk = manager.create_ephemeral(place.target(kind), size_gb=1)
+        found = seen(place.base / str(disk.base))
+        assert found is not None
+        assert (found.kind, found.identity) == (kind, identity)
 
 
 def test_a_raw_disk_stands_alone_whatever_its_guest_wrote_into_it(place: Place) -> None:
@@ -406,22 +619,21 @@ def test_a_disk_that_was_made_on_another_base_of_the_name_is_refused(
     place: Place, os_type: str | None
 ) -> None:
     program = ("mkfs.ext4", "-q", "-F", "-L") if os_type else ("mkfs.vfat", "-F", "32", "-n")
-    name = EXT4 if os_type else layout.ephemeral_name(1, "vfat")
-    other = nova_made(place, name, GIB, *program, "ephemeral0")
+    other = nova_made(place, NAME, GIB, *program, "ephemeral0")
     disk = overlay(place, str(other))
     shutil.copy(disk, untouched := place.target("untouched"))
     mounted(disk, other)
     assert place.manager().ensure_backing(disk) is not None
     other.unlink()
+    # Nothing of a filesystem is in it yet: it takes the one that is here.
+    assert place.manager().ensure_backing(untouched, fs="ext4" if os_type else "vfat") is not None
     with pytest.raises(ic.BackendError, match="another host's base"):
         place.manager().ensure_backing(disk)
-    # Nothing of a filesystem is in it yet: it takes the one that is here.
-    assert place.manager().ensure_backing(untouched) is not None
 
 
 def test_a_disk_that_was_used_on_the_shared_base_goes_on_where_that_is_made_anew(place: Place) -> None:
     disk = place.manager().create_ephemeral(place.target(), size_gb=1, os_type="linux")
-    mounted(disk.target, place.base / EXT4)
+    mounted(disk.target, place.base / NAME)
     moved = arrive(disk, place, place)
     assert place.manager().ensure_backing(moved) is not None
 

@@ -68,7 +68,7 @@ def test_a_failure_is_told_with_its_reason_and_by_the_exit_code(cli: JobsCli) ->
 
 
 def test_a_host_that_nobody_reaches_is_skipped(cli: JobsCli) -> None:
-    (result,) = cli.json(*cli.start("--host", "elsewhere", "--deadline", "1s"), code=10)
+    (result,) = cli.json(*cli.start("--host", "elsewhere", "--deadline", "6s"), code=10)
     assert (result["Host"], result["Result"]) == ("elsewhere", "skipped")
     assert "elsewhere" in result["Reason"]
 
@@ -123,7 +123,7 @@ def test_cancelled_by_another_process(cli: JobsCli) -> None:
     )
     assert running.stderr is not None
     word = next(line for line in running.stderr if ": 1 images on 1 hosts" in line)
-    cli.run("precache", "cancel", word.split()[2].rstrip(":"))
+    cli.run("precache", "cancel", word.split()[2].rstrip(":"), code=10)
     out, _err = running.communicate(timeout=60)
     assert running.returncode == 10
     assert [(row["Result"], row["Reason"]) for row in json.loads(out)] == [

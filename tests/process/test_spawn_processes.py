@@ -13,17 +13,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing.synchronize import Barrier
+from typing import Any
 
 import pytest
 
 import imagecache_lib as ic
 from imagecache_lib import events
 from imagecache_lib.sources.http import HttpImage, HttpSource
+from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
 from imagecache_lib.system.host import System
+from imagecache_lib.testing.bad_server import BadServer, Seen
 from imagecache_lib.testing.sources import FakeSource
-from tests.support import files, servers
+from tests.support import files
 from tests.support.cache_case import ID, raw_image
 
 NAME = layout.base_name(ID)
@@ -72,13 +76,21 @@ def instances(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.fixture
-def server() -> Iterator[servers.Server]:
-    with servers.Server() as running:
-        running.script("/image", lambda seen: servers.data_answer(DATA, seen))
+def server() -> Iterator[BadServer]:
+    with BadServer() as running:
+        running.put("/image", DATA)
         yield running
 
 
-def driver(instances, server, name, *, threads=1, backend="qcow2", **more):
+def driver(
+    instances: pathlib.Path,
+    server: BadServer,
+    name: str,
+    *,
+    threads: int = 1,
+    backend: str = "qcow2",
+    **more: Any,
+) -> subprocess.Popen[str]:
     options = {
         "instances": str(instances),
         "url": f"{server.url}/image",
@@ -98,19 +110,25 @@ def driver(instances, server, name, *, threads=1, backend="qcow2", **more):
     )
 
 
-def finish(child):
+def finish(child: subprocess.Popen[str]) -> str:
     out, err = child.communicate(timeout=120)
     assert child.returncode == 0, err
     assert "Traceback" not in err, err
     return out
 
 
-def manager_for(instances, *, observers=(), source=None, **options):
+def manager_for(
+    instances: pathlib.Path,
+    *,
+    observers: Sequence[events.Observer] = (),
+    source: ImageSource | None = None,
+    **options: Any,
+) -> ic.ImageCacheManager:
     config = ic.CacheConfig(instances_path=str(instances), num_retries=0, **options)
     return ic.ImageCacheManager(config, source or FakeSource({ID: DATA}), observers=observers)
 
 
-def check_disks(disks):
+def check_disks(disks: Sequence[pathlib.Path]) -> None:
     """Each is sound and holds the image, as qemu-img sees it."""
     reference = disks[0].parent.parent / "reference"
     reference.write_bytes(DATA + bytes(16 * 2**20 - len(DATA)))
@@ -123,15 +141,15 @@ def check_disks(disks):
     reference.unlink()
 
 
-def downloads(server):
+def downloads(server: BadServer) -> list[Seen]:
     return [seen for seen in server.requests("GET") if seen.path == "/image"]
 
 
-def stages_in(instances):
+def stages_in(instances: pathlib.Path) -> list[str]:
     return sorted(os.listdir(instances / "_base" / ".imagecache" / "stage"))
 
 
-def spawn(instances, url, number, start):
+def spawn(instances: pathlib.Path, url: str, number: int, start: Barrier) -> None:
     image = HttpImage(url, "raw", ic.Digest("sha512", hashlib.sha512(DATA).hexdigest()))
     config = ic.CacheConfig(instances_path=str(instances), num_retries=0)
     backend = ("qcow2", "raw")[number % 2]
@@ -142,7 +160,9 @@ def spawn(instances, url, number, start):
     manager.create_disk(ID, str(directory / "disk"), size=16 * 2**20)
 
 
-def test_processes_that_want_one_cold_image_at_once_download_it_once(instances, server):
+def test_processes_that_want_one_cold_image_at_once_download_it_once(
+    instances: pathlib.Path, server: BadServer
+) -> None:
     # Each is forked from a server that has imported everything and opened nothing: 32 start in a second.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -163,7 +183,9 @@ def test_processes_that_want_one_cold_image_at_once_download_it_once(instances, 
     assert stages_in(instances) == []
 
 
-def test_threads_that_want_one_cold_image_at_once_download_it_once(instances, server):
+def test_threads_that_want_one_cold_image_at_once_download_it_once(
+    instances: pathlib.Path, server: BadServer
+) -> None:
     finish(driver(instances, server, "thread", threads=MANY))
     assert len(downloads(server)) == 1
     disks = sorted(instances.glob("thread-*/disk"))
@@ -171,9 +193,12 @@ def test_threads_that_want_one_cold_image_at_once_download_it_once(instances, se
     check_disks(disks)
 
 
-def test_a_stopped_holder_of_the_lock_does_not_stop_the_others(instances, server):
+def test_a_stopped_holder_of_the_lock_does_not_stop_the_others(
+    instances: pathlib.Path, server: BadServer
+) -> None:
     holder = driver(instances, server, "stopped", stop_at="ingest:reserved")
     try:
+        assert holder.stdout is not None
         assert holder.stdout.readline() == "stopped\n"
         (instances / "other").mkdir()
         disk = manager_for(instances, lock_timeout=0.5).create_disk(
@@ -190,10 +215,11 @@ def test_a_stopped_holder_of_the_lock_does_not_stop_the_others(instances, server
     assert stages_in(instances) == []
 
 
-def test_a_child_forked_while_fetching_keeps_no_lock_and_no_stage_alive(instances):
-    points, fetched = {}, threading.Event()
+def test_a_child_forked_while_fetching_keeps_no_lock_and_no_stage_alive(instances: pathlib.Path) -> None:
+    points: dict[str, int] = {}
+    fetched = threading.Event()
 
-    def trace(point):
+    def trace(point: str) -> None:
         if point == "ingest:reserved" and not points:
             reader, points["writer"] = os.pipe()
             points["child"] = os.fork()
@@ -238,7 +264,9 @@ KILLS = [*((point, "qcow2") for point in POINTS), ("disk:made", "raw"), ("disk:p
 
 
 @pytest.mark.parametrize(("point", "backend"), KILLS)
-def test_a_driver_killed_anywhere_leaves_what_the_next_one_repairs(instances, server, point, backend):
+def test_a_driver_killed_anywhere_leaves_what_the_next_one_repairs(
+    instances: pathlib.Path, server: BadServer, point: str, backend: str
+) -> None:
     child = driver(instances, server, "killed", kill_at=point, backend=backend)
     child.communicate(timeout=60)
     assert child.returncode == -signal.SIGKILL

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -22,7 +23,7 @@ from imagecache_lib import errors
 from imagecache_lib.formats.qcow2 import header
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
-from tests.support import files
+from tests.support import campaign, files
 
 IMAGES = {
     f"{number}1111111-aaaa-4bbb-8ccc-0123456789ab": bytes([number]) * 8192 + bytes(4096) for number in (1, 2)
@@ -167,14 +168,15 @@ class TwoHosts(RuleBasedStateMachine):
 
 
 TwoHosts.TestCase.settings = settings(
-    max_examples=int(os.environ.get("IMAGECACHE_MACHINE_EXAMPLES", "150")),
+    max_examples=campaign.pick(sample=150, whole=20_000),
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 
 
-class TestTwoHosts(TwoHosts.TestCase):  # type: ignore[misc,name-defined]
+@pytest.mark.campaign
+class TestTwoHosts(TwoHosts.TestCase):  # type: ignore[misc,valid-type]
     """Run by unittest and pytest alike."""
 
 

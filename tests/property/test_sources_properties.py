@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from imagecache_lib import errors
 from imagecache_lib.sources import answers, exchange, transfer
-from imagecache_lib.sources.glance import image_from_metadata
+from imagecache_lib.sources.glance_metadata import image_from_metadata
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
 

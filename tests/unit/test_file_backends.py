@@ -6,16 +6,21 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import subprocess
 import tempfile
 import unittest
-from collections.abc import Callable
+from typing import Any
 
 from imagecache_lib import CacheConfig, System, errors, model
-from imagecache_lib.backends.file import FileBackend
+from imagecache_lib.backends.file import UNSYNCED_MARK, FileBackend
 from imagecache_lib.backends.qcow2 import Qcow2Backend
 from imagecache_lib.backends.raw import RawBackend
 from imagecache_lib.formats.qcow2 import overlay
 from imagecache_lib.nova import disk_info
+from imagecache_lib.nova.disk_info import FORMAT_MARK
+from imagecache_lib.system import atomic_file
+from imagecache_lib.testing.backend_contract import commit
+from tests.support.page_cache import dirty_pages
 
 MIB = 2**20
 NAME = "0123456789abcdef0123456789abcdef01234567"
@@ -39,16 +44,15 @@ class FileBackendCase(unittest.TestCase):
         self.addCleanup(os.close, fd)
         return model.BaseImage("id", name, str(path), "raw", size, fd=fd)
 
-    def backend(self, kind: type[FileBackend], **config: str) -> FileBackend:
-        return kind.from_config(
-            CacheConfig(instances_path=str(self.root), **config),  # type: ignore[arg-type]
-            System(name="here"),
-        )
+    def backend(self, kind: type[FileBackend], *, system: System | None = None, **config: Any) -> FileBackend:
+        where = CacheConfig(instances_path=str(self.root), **config)
+        return kind.from_config(where, system or System(name="here"))
 
-    def create(
-        self, kind: type[FileBackend], target: str | None = None, confirm: Callable[[], None] = lambda: None
-    ) -> model.Disk:
-        return self.backend(kind).create(self.base, target or self.target, None, confirm=confirm)
+    def create(self, kind: type[FileBackend], target: str | None = None, **config: Any) -> model.Disk:
+        return commit(self.backend(kind, **config).prepare(self.base, target or self.target, None))
+
+    def taken(self, kind: type[FileBackend], target: str) -> None:
+        self.create(kind, target)
 
     def pinned(self) -> dict[str, str]:
         found: dict[str, str] = json.loads(self.info.read_text())
@@ -72,7 +76,7 @@ class TestFormats(FileBackendCase):
         for kind, format in ((RawBackend, "raw"), (Qcow2Backend, "qcow2")):
             target = f"{self.target}.{format}"
             backend = kind.from_config(CacheConfig(instances_path=str(self.root)), System(trace=trace))
-            backend.create(self.base, target, None, confirm=lambda: None)
+            commit(backend.prepare(self.base, target, None))
             self.assertEqual(format, seen[-1][target])
         # The file is the one Nova keeps, and readable by it.
         self.assertEqual({f"{self.target}.raw": "raw", f"{self.target}.qcow2": "qcow2"}, self.pinned())
@@ -85,15 +89,25 @@ class TestFormats(FileBackendCase):
             disk = self.backend(kind).inspect(self.target)
             self.assertEqual(("raw", None), (disk.format, disk.base))
 
+    def test_a_disk_that_lost_its_pin_keeps_its_format(self) -> None:
+        self.create(RawBackend)
+        self.forge_header(self.target)
+        for info in ("{}", "{", json.dumps({self.target: "qcow2"})):
+            self.info.write_text(info)
+            disk = self.backend(Qcow2Backend).inspect(self.target)
+            self.assertEqual(("raw", None), (disk.format, disk.base))
+
     def test_a_guest_cannot_change_its_disks_format_after_its_directory_was_renamed(self) -> None:
         self.create(RawBackend)
         self.forge_header(self.target)
+        os.removexattr(self.target, FORMAT_MARK)
         moved = self.root / "instance_resize"
         self.instance.rename(moved)
         self.assertEqual("raw", self.backend(Qcow2Backend).inspect(str(moved / "disk")).format)
 
     def test_a_guest_cannot_change_its_disks_format_when_the_pins_are_damaged(self) -> None:
         self.create(RawBackend)
+        os.removexattr(self.target, FORMAT_MARK)
         for damage in ("", '{"/instances/disk": "ra', "[]", '{"/instances/disk": 7}'):
             with self.subTest(damage):
                 self.info.write_text(damage)
@@ -113,21 +127,30 @@ class TestFormats(FileBackendCase):
     def test_a_disk_of_old_is_what_its_header_says(self) -> None:
         self.create(Qcow2Backend)
         self.info.unlink()
+        os.removexattr(self.target, FORMAT_MARK)
         disk = self.backend(RawBackend).inspect(self.target)
         self.assertEqual(("qcow2", NAME), (disk.format, disk.base))
 
     def test_who_comes_too_late_does_not_pin_the_other_ones_format(self) -> None:
         for late, first in ((RawBackend, Qcow2Backend), (Qcow2Backend, RawBackend)):
             target = f"{self.target}.{late.name}"
-            with self.assertRaises(errors.DiskExistsError):
-                self.create(late, target, confirm=lambda t=target, f=first: self.create(f, t))  # type: ignore[misc]
+            with (
+                self.assertRaises(errors.DiskExistsError),
+                self.backend(late).prepare(self.base, target, None) as pending,
+            ):
+                self.create(first, target)
+                pending.commit()
             self.assertEqual(first.name, self.pinned()[target])
             self.assertEqual(first.name, self.backend(late).inspect(target).format)
 
     def test_a_file_that_nobody_pinned_is_not_pinned_by_who_may_not_have_its_name(self) -> None:
         path = pathlib.Path(self.target)
-        with self.assertRaises(errors.DiskExistsError):
-            self.create(Qcow2Backend, confirm=lambda: path.write_bytes(b"somebody's") and None)
+        with (
+            self.assertRaises(errors.DiskExistsError),
+            self.backend(Qcow2Backend).prepare(self.base, self.target, None) as pending,
+        ):
+            path.write_bytes(b"somebody's")
+            pending.commit()
         self.assertEqual(b"somebody's", path.read_bytes())
         self.assertEqual(["disk"], os.listdir(self.instance))
 
@@ -136,16 +159,53 @@ class TestFormats(FileBackendCase):
         self.backend(RawBackend).remove(one)
         self.assertEqual({two.target: "qcow2"}, self.pinned())
 
+    def test_a_disk_that_stands_alone_is_qcow2_whatever_its_base_is(self) -> None:
+        for format in ("raw", "qcow2", "vmdk", "vdi", "vpc"):
+            with self.subTest(format):
+                path = self.root / "_base" / f"{format}-base"
+                command = ["qemu-img", "convert", "-f", "raw", "-O", format, self.base.path, str(path)]
+                subprocess.run(command, check=True)
+                self.assert_stands_alone(path, format)
+
+    def assert_stands_alone(self, base_path: pathlib.Path, format: str) -> None:
+        info = subprocess.run(
+            ["qemu-img", "info", "--output=json", "-f", format, str(base_path)],
+            capture_output=True,
+            check=True,
+        )
+        size = json.loads(info.stdout)["virtual-size"]  # vpc rounds up to its geometry
+        fd = os.open(base_path, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        base = model.BaseImage("id", NAME, str(base_path), format, size, fd=fd)
+        target = f"{self.target}.{format}"
+        backend = self.backend(Qcow2Backend)
+        disk = commit(backend.prepare_standalone(base, target, 4 * MIB))
+        self.assertEqual(model.Disk(target, "qcow2", 4 * MIB), disk)
+        self.assertEqual(disk, backend.inspect(target))
+        self.assertEqual("qcow2", self.pinned()[target])
+        compare = ["qemu-img", "compare", "-f", "raw", "-F", "qcow2", self.base.path, target]
+        subprocess.run(compare, check=True, capture_output=True)
+        subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", target], check=True)
+
+    def test_a_raw_disk_of_an_earlier_release_goes_on_as_raw(self) -> None:
+        disk = self.create(RawBackend)
+        os.removexattr(disk.target, FORMAT_MARK)
+        backend = self.backend(Qcow2Backend)
+        found = backend.inspect(disk.target)
+        self.assertEqual(("raw", None, MIB), (found.format, found.base, found.virtual_size))
+        self.assertEqual(("raw", 2 * MIB), (backend.resize(found, 2 * MIB).format, 2 * MIB))
+        self.assertEqual(2 * MIB, os.stat(disk.target).st_size)
+
 
 class TestSizes(FileBackendCase):
     def test_an_overlay_of_a_base_that_ends_between_sectors_holds_all_of_it(self) -> None:
         base = self.make_base(MIB + 100, "f" * 40)
-        disk = self.backend(Qcow2Backend).create(base, self.target, None, confirm=lambda: None)
+        disk = commit(self.backend(Qcow2Backend).prepare(base, self.target, None))
         self.assertEqual(MIB + 512, disk.virtual_size)
 
     def test_a_raw_copy_of_such_a_base_has_its_bytes(self) -> None:
         base = self.make_base(MIB + 100, "f" * 40)
-        self.backend(RawBackend).create(base, self.target, None, confirm=lambda: None)
+        commit(self.backend(RawBackend).prepare(base, self.target, None))
         self.assertEqual(pathlib.Path(base.path).read_bytes(), pathlib.Path(self.target).read_bytes())
 
     def test_holes_stay_holes(self) -> None:
@@ -159,19 +219,76 @@ class TestSizes(FileBackendCase):
     def test_allocated_ahead_a_disk_has_all_its_blocks(self) -> None:
         for kind in (RawBackend, Qcow2Backend):
             backend = self.backend(kind, preallocate_images="space")
-            disk = backend.create(self.base, f"{self.target}.{kind.name}", 32 * MIB, confirm=lambda: None)
+            disk = commit(backend.prepare(self.base, f"{self.target}.{kind.name}", 32 * MIB))
             self.assertGreaterEqual(os.stat(disk.target).st_blocks * 512, 32 * MIB)
 
 
 class TestBackingFiles(FileBackendCase):
-    def test_a_disk_is_cut_loose_from_any_backing_file(self) -> None:
+    def test_a_disk_is_cut_loose_from_a_base_of_this_cache_only(self) -> None:
         other = self.root / "elsewhere.img"
         other.write_bytes(b"else" * (MIB // 4))
         with open(self.target, "wb+") as disk:
             overlay.write_overlay(disk.fileno(), MIB, str(other), "raw")
         backend = self.backend(Qcow2Backend)
-        backend.flatten(backend.inspect(self.target))
-        other.unlink()
+        for attempt in (backend.flatten, lambda disk: backend.resize(disk, 2 * MIB)):
+            with self.assertRaises(errors.BackendError) as caught:
+                attempt(backend.inspect(self.target))
+            self.assertIn("elsewhere", str(caught.exception))
         self.assertEqual(MIB, backend.inspect(self.target).virtual_size)
-        with open(self.target, "rb") as disk:
-            self.assertNotIn(b"elsewhere", disk.read(4096))
+
+
+class TestDurability(FileBackendCase):
+    """What a power cut after the call leaves of a disk."""
+
+    def unsynced_when_named(self, kind: type[FileBackend], base: model.BaseImage, **config: Any) -> int:
+        """Return how many pages of a disk wait to be written at the moment in which it has its name."""
+        seen: list[int] = []
+
+        def trace(point: str) -> None:
+            if point == "disk:placed":
+                seen.append(dirty_pages(self.target))
+
+        backend = self.backend(kind, system=System(trace=trace), **config)
+        disk = commit(backend.prepare(base, self.target, None))
+        backend.remove(disk)
+        return seen[0]
+
+    def test_the_content_is_durable_before_the_disk_has_its_name(self) -> None:
+        for kind in (RawBackend, Qcow2Backend):
+            with self.subTest(kind.name):
+                self.assertEqual(0, self.unsynced_when_named(kind, self.base))
+
+    def test_swap_and_overlays_are_synced_always(self) -> None:
+        swap = self.make_base(MIB, "swap_1")
+        self.assertEqual(0, self.unsynced_when_named(RawBackend, swap, sync_copied_disks=False))
+        self.assertEqual(0, self.unsynced_when_named(Qcow2Backend, self.base, sync_copied_disks=False))
+
+    def test_a_copy_that_was_not_synced_says_so(self) -> None:
+        self.create(RawBackend, sync_copied_disks=False)
+        self.assertIn(System().boot_id, os.getxattr(self.target, UNSYNCED_MARK).decode())
+
+    def test_a_copy_that_was_not_synced_is_synced_before_it_is_used_again(self) -> None:
+        self.create(RawBackend, sync_copied_disks=False)
+        self.assertTrue(self.backend(RawBackend).ensure_durable(self.target))
+        self.assertEqual(0, dirty_pages(self.target))
+        self.assertNotIn(UNSYNCED_MARK, os.listxattr(self.target))
+
+    def test_a_copy_that_was_not_synced_before_a_restart_is_not_durable(self) -> None:
+        self.create(RawBackend, sync_copied_disks=False)
+        restarted = self.backend(RawBackend, system=System(boot_id="another"))
+        self.assertFalse(restarted.ensure_durable(self.target))
+
+    def test_a_copy_that_a_guest_used_for_long_before_a_restart_is_good(self) -> None:
+        self.create(RawBackend, sync_copied_disks=False)
+        later = os.stat(self.target).st_mtime + 2 * 3600
+        os.utime(self.target, (later, later))
+        restarted = self.backend(RawBackend, system=System(boot_id="another"))
+        self.assertTrue(restarted.ensure_durable(self.target))
+
+    def test_a_link_whose_answer_was_lost_is_no_other_disk(self) -> None:
+        # What an NFS client does: the link is made, and the repeated request is told that the name exists.
+        with atomic_file.unfinished(self.target, System()) as file:
+            file.seal()
+            os.link(file.path, self.target)
+            file.commit()
+        self.assertEqual(["disk"], os.listdir(self.instance))

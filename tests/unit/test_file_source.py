@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import random
 import socket
 import tempfile
 import unittest
@@ -51,6 +52,33 @@ class TestFileSource(unittest.TestCase):
             for odd in (str(path), str(self.directory / ("x" * 300)), "a\0b"):
                 with self.subTest(odd=odd), self.assertRaises(errors.SourceError):
                     self.source(odd).describe("x")
+
+    def test_holes_and_data_are_given_in_order_from_any_offset(self) -> None:
+        path = self.directory / "image"
+        block, size = 4096, 5 * 2**20 + 123
+        for seed in range(8):
+            numbers = random.Random(seed)
+            with open(path, "wb") as file:
+                file.truncate(size)
+                for _ in range(seed):
+                    file.seek(numbers.randrange(size // block) * block)
+                    file.write(numbers.randbytes(numbers.randrange(1, 2 * 2**20)))
+                file.truncate(size)
+            whole = path.read_bytes()
+            source = self.source(path)
+            image = source.describe("x")
+            for offset in (0, 1, block, size // 2, size - 1, *numbers.sample(range(size), 3)):
+                with self.subTest(seed=seed, offset=offset), source.open(image, offset) as stream:
+                    self.assertEqual(whole[offset:], b"".join(stream))
+
+    def test_what_the_table_says_of_the_content_is_passed_on(self) -> None:
+        path = self.directory / "image"
+        path.write_bytes(b"12345")
+        source = FileSource({"x": FileImage(path, "raw", converted_from="unknown", compression="gzip")})
+        image = source.describe("x")
+        self.assertEqual(
+            ("raw", "unknown", "gzip"), (image.disk_format, image.converted_from, image.compression)
+        )
 
     def test_a_file_that_changed_its_size_is_not_resumed(self) -> None:
         path = self.directory / "image"

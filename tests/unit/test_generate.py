@@ -23,26 +23,46 @@ def ephemeral(
 
 
 class SharingTest(unittest.TestCase):
-    def test_names_are_novas_and_say_what_is_in_them(self) -> None:
+    def test_names_are_those_that_nova_of_the_same_configuration_keeps(self) -> None:
         self.assertEqual("swap_512", generate.swap(512, share=True).name)
-        self.assertEqual("ephemeral_10_40d1d2c", ephemeral("linux").name)
-        self.assertEqual("ephemeral_10_0706d66", ephemeral(None).name)
-        self.assertEqual("ephemeral_10_0706d66", ephemeral("linux", default_ephemeral_format="vfat").name)
+        for os_type in ("linux", "windows", "solaris", None):
+            self.assertEqual("ephemeral_10_0706d66", ephemeral(os_type).name)
+            self.assertEqual("ephemeral_10_40d1d2c", ephemeral(os_type, default_ephemeral_format="ext4").name)
+        self.assertEqual("ephemeral_10_0706d66", ephemeral("linux", fs="ext3").name)
 
-    def test_only_the_default_filesystem_with_the_default_label_is_shared(self) -> None:
-        self.assertTrue(ephemeral().shared)
-        self.assertTrue(ephemeral(label="ephemeral0").shared)
-        self.assertTrue(ephemeral(fs="ext4").shared)
-        self.assertTrue(ephemeral(default_ephemeral_format="ext3").shared)
-        self.assertFalse(ephemeral(label="ephemeral1").shared)
-        self.assertFalse(ephemeral(fs="vfat").shared)
+    def test_a_filesystem_is_the_guests_whatever_the_name(self) -> None:
+        self.assertEqual(
+            ["ext4", "ntfs", "vfat", "vfat"],
+            [ephemeral(os_type).kind for os_type in ("linux", "windows", "solaris", None)],
+        )
+        self.assertEqual("ext3", ephemeral("windows", default_ephemeral_format="ext3").kind)
+
+    def test_only_the_default_filesystem_with_the_default_label_is_published(self) -> None:
+        self.assertTrue(ephemeral().publishable)
+        self.assertTrue(ephemeral(label="ephemeral0").publishable)
+        self.assertTrue(ephemeral(fs="ext4").publishable)
+        self.assertTrue(ephemeral(default_ephemeral_format="ext3").publishable)
+        self.assertFalse(ephemeral(label="ephemeral1").publishable)
+        self.assertFalse(ephemeral(fs="vfat").publishable)
+        self.assertFalse(ephemeral(share=False).publishable)
+        self.assertFalse(generate.swap(512, share=False).publishable)
+
+    def test_what_differs_each_time_is_not_published(self) -> None:
+        self.assertFalse(ephemeral("windows").publishable)
+        self.assertFalse(ephemeral(default_ephemeral_format="xfs").publishable)
+        self.assertFalse(ephemeral(virt_mkfs=("linux=mkfs.ext4 %(target)s",)).publishable)
+
+    def test_a_base_that_is_there_may_serve_whoever_wants_what_it_is(self) -> None:
+        for wanted in (ephemeral("windows"), ephemeral(fs="xfs"), ephemeral(label="ephemeral1")):
+            self.assertTrue(wanted.shared)
+
+    def test_no_base_is_shared_without_overlays_or_where_a_command_made_it(self) -> None:
+        command = ("linux=mkfs.ext4 %(target)s",)
         self.assertFalse(ephemeral(share=False).shared)
         self.assertFalse(generate.swap(512, share=False).shared)
-
-    def test_what_differs_each_time_is_not_shared(self) -> None:
-        self.assertFalse(ephemeral("windows").shared)
-        self.assertFalse(ephemeral(default_ephemeral_format="xfs").shared)
-        self.assertFalse(ephemeral(virt_mkfs=("linux=mkfs.ext4 %(target)s",)).shared)
+        self.assertFalse(ephemeral(virt_mkfs=command).shared)
+        self.assertFalse(ephemeral(fs="ext4", virt_mkfs=command).shared)
+        self.assertTrue(ephemeral("windows", virt_mkfs=command).shared)
 
     def test_the_guests_type_chooses_the_command_and_default_stands_for_all_others(self) -> None:
         commands = ("linux=a -o x=y %(target)s", "default=b %(target)s")

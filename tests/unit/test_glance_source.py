@@ -9,8 +9,10 @@ import logging
 import pickle
 import random
 import unittest
+from collections.abc import Callable
 from typing import Any
 
+import keystoneauth1.adapter
 import keystoneauth1.session
 import keystoneauth1.token_endpoint
 
@@ -19,8 +21,9 @@ from imagecache_lib.sources import transfer
 from imagecache_lib.sources.glance import GlanceSource
 from imagecache_lib.sources.interface import CannotCopy, SourceBusy, SourceRefused
 from imagecache_lib.system.host import System
+from imagecache_lib.testing.bad_server import Answer, BadServer
 from tests.support.cache_case import ID
-from tests.support.servers import Answer, GlanceServer, Server
+from tests.support.servers import GlanceServer
 
 DATA = random.Random(4).randbytes(200_000)
 TOKEN = "gAAAA-s3same"
@@ -218,7 +221,7 @@ class TestEndpoints(GlanceCase):
 
 class TestSecrets(GlanceCase):
     def test_the_token_never_follows_a_redirect_to_another_origin(self) -> None:
-        other = self.enterContext(Server())
+        other = self.enterContext(BadServer())
         for path in (f"/v2/images/{ID}", f"/v2/images/{ID}/file"):
             self.server.script(path, Answer(302, {"Location": f"{other.url}/steal"}))
         source = self.source()
@@ -235,11 +238,32 @@ class TestSecrets(GlanceCase):
         self.assertEqual([TOKEN, TOKEN], [seen.headers["X-Auth-Token"] for seen in self.server.requests()])
 
     def test_a_callable_is_asked_for_every_request(self) -> None:
-        tokens = iter(["old", TOKEN])
+        tokens = iter([TOKEN, "expired", "expired", TOKEN])
         source = self.source(token=lambda: next(tokens))
+        self.assertEqual(ID, source.describe(ID).id)
         with self.assertRaises(SourceRefused):
             source.describe(ID)
         self.assertEqual(ID, source.describe(ID).id)
+
+    def test_a_callable_is_asked_once_more_after_a_401(self) -> None:
+        for renewed, requests in ((TOKEN, 2), ("expired too", 2), ("expired", 1)):
+            tokens = iter(["expired", renewed])
+            self.server.seen.clear()
+            source = self.source(token=lambda tokens=tokens: next(tokens))
+            with self.subTest(renewed=renewed):
+                if renewed == TOKEN:
+                    self.assertEqual(ID, source.describe(ID).id)
+                else:
+                    self.assertRaises(SourceRefused, source.describe, ID)
+                self.assertEqual(requests, len(self.server.requests()))
+
+    def test_a_token_that_expires_during_a_transfer_is_renewed(self) -> None:
+        cut = Answer(body=DATA[:70_000], length=len(DATA), after="reset")
+        rest = Answer(206, {"Content-Range": f"bytes 70000-199999/{len(DATA)}"}, DATA[70_000:])
+        self.server.script(f"/v2/images/{ID}/file", cut, Answer(401), rest)
+        tokens = iter([TOKEN, TOKEN, "expired", TOKEN])
+        found, image = transfer.describe(self.source(token=lambda: next(tokens)), ID, host=QUIET)
+        self.assertEqual(DATA, b"".join(transfer.Transfer(found, image, host=QUIET).chunks()))
 
     def test_is_in_no_message_log_or_repr(self) -> None:
         def fail() -> str:
@@ -273,6 +297,52 @@ class TestKeystoneSessions(GlanceCase):
         with source.open(image, 100) as stream:
             self.assertEqual(DATA[100:], b"".join(stream))
 
+    def test_an_adapter_keeps_its_catalog_entry_and_its_endpoint_override(self) -> None:
+        asked: list[dict[str, Any]] = []
+        url = self.server.url
+
+        class Auth(keystoneauth1.token_endpoint.Token):
+            def get_endpoint(self, session: Any, **kwargs: Any) -> str:
+                asked.append(kwargs)
+                return url
+
+        wanted: dict[str, Any] = {"interface": ["internal", "public"], "region_name": "RegionTwo"}
+        session = keystoneauth1.session.Session(auth=Auth("http://unused", TOKEN))
+        ways: tuple[Callable[[Any], GlanceSource], ...] = (
+            lambda adapter: GlanceSource(adapter=adapter),
+            lambda adapter: GlanceSource(session=adapter),
+        )
+        for make in ways:
+            asked.clear()
+            adapter = keystoneauth1.adapter.Adapter(session, service_type="image", **wanted)
+            self.assertEqual(ID, make(adapter).describe(ID).id)
+            self.assertEqual(wanted, {key: asked[0][key] for key in wanted})
+            overriding = keystoneauth1.adapter.Adapter(
+                keystoneauth1.session.Session(auth=Auth("http://unused", TOKEN)),
+                endpoint_override=url + "/v2",
+            )
+            asked.clear()
+            image = make(overriding).describe(ID)
+            self.assertEqual((ID, []), (image.id, asked))
+
+    def test_an_adapter_sends_its_own_authentication_and_request_id(self) -> None:
+        class WithServiceToken(keystoneauth1.token_endpoint.Token):
+            def get_headers(self, session: Any) -> dict[str, str]:
+                return {"X-Auth-Token": TOKEN, "X-Service-Token": "the service's"}
+
+        adapter = keystoneauth1.adapter.Adapter(
+            keystoneauth1.session.Session(),
+            auth=WithServiceToken(self.server.url, TOKEN),
+            global_request_id="req-0123",
+        )
+        source = GlanceSource(adapter=adapter)
+        with source.open(source.describe(ID)) as stream:
+            self.assertEqual(DATA, b"".join(stream))
+        for seen in self.server.requests():
+            headers = {name.lower(): value for name, value in seen.headers.items()}
+            self.assertEqual("the service's", headers["x-service-token"])
+            self.assertEqual("req-0123", headers["x-openstack-request-id"])
+
     def test_may_be_given_endpoints(self) -> None:
         source = GlanceSource([DOWN, self.server.url], session=self.session("http://unused"))
         self.assertEqual(ID, source.describe(ID).id)
@@ -295,7 +365,7 @@ class TestKeystoneSessions(GlanceCase):
         self.assertEqual(ID, source.describe(ID).id)
 
     def test_redirects_to_another_origin_are_refused(self) -> None:
-        other = self.enterContext(Server())
+        other = self.enterContext(BadServer())
         self.server.script(f"/v2/images/{ID}", Answer(302, {"Location": f"{other.url}/steal"}))
         with self.assertRaisesRegex(SourceRefused, "another origin"):
             GlanceSource(session=self.session(self.server.url)).describe(ID)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from imagecache_lib import errors
 from imagecache_lib.system import locks
 from imagecache_lib.system.host import System
+from imagecache_lib.system.waiter import Waiter
 
 NAME = "a" * 40
 
@@ -24,6 +25,7 @@ NAME = "a" * 40
 _OURS = """
 import sys
 from imagecache_lib.system.host import System
+from imagecache_lib.system.waiter import Waiter
 from imagecache_lib.system import locks
 with locks.without_waiting(sys.argv[1], host=System(name="there")) as got:
     print("held" if got else "busy", flush=True)
@@ -50,9 +52,20 @@ class LockCase(unittest.TestCase):
         self.host = System(name="here")
 
     def take(
-        self, *, shared: bool = False, patience: float = 0.0, host: System | None = None, check=lambda: None
+        self,
+        *,
+        shared: bool = False,
+        stall_timeout: float = 0.0,
+        host: System | None = None,
+        waiter: Waiter | None = None,
     ) -> contextlib.AbstractContextManager[bool]:
-        return locks.waiting(self.path, shared=shared, host=host or self.host, patience=patience, check=check)
+        return locks.waiting(
+            self.path,
+            shared=shared,
+            host=host or self.host,
+            stall_timeout=stall_timeout,
+            waiter=waiter,
+        )
 
     def is_free(self, *, shared: bool = False) -> bool:
         """Whether another thread can have it."""
@@ -142,14 +155,17 @@ class TestExclusion(LockCase):
         program = """
 import os, sys, time
 from imagecache_lib.system.host import System
+from imagecache_lib.system.waiter import Waiter
 from imagecache_lib.system import locks
-lock = locks.waiting(sys.argv[1], shared=False, host=System(), patience=0, check=lambda: None)
+lock = locks.waiting(sys.argv[1], shared=False, host=System(), stall_timeout=0)
 assert lock.__enter__()
-reader, writer = os.pipe()
+parent = os.getpid()
 if os.fork():
     os._exit(0)
-os.close(writer)
-os.read(reader, 1)  # until the parent is gone, and its descriptors with it
+# A process that ends hands its children over after all its files are released. A pipe's end may come
+# before: the kernel releases the files in no order that one could rely on.
+while os.getppid() == parent:
+    time.sleep(0.001)
 print("alive", flush=True)
 sys.stdin.read()
 """
@@ -186,12 +202,12 @@ class TestUnlinkedFiles(LockCase):
 
 
 class TestWaiting(LockCase):
-    def test_after_its_patience_a_waiter_goes_on_without(self) -> None:
+    def test_after_the_stall_timeout_a_waiter_goes_on_without(self) -> None:
         logged = self.assertLogs("imagecache_lib.system.locks", "WARNING")
-        with self.take(), logged, self.take(patience=0.1) as got:
+        with self.take(), logged, self.take(stall_timeout=0.1) as got:
             self.assertFalse(got)
 
-    def test_progress_renews_the_patience(self) -> None:
+    def test_progress_renews_the_stall_timeout(self) -> None:
         begun = time.monotonic()
         changes = [0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 3]
         with self.take():
@@ -199,30 +215,37 @@ class TestWaiting(LockCase):
                 self.path,
                 shared=False,
                 host=self.host,
-                patience=0.3,
-                check=lambda: None,
+                stall_timeout=0.3,
                 progress=lambda: changes.pop(0) if len(changes) > 1 else 3,
             )
             with waiting as got:
                 self.assertFalse(got)
         self.assertGreater(time.monotonic() - begun, 0.9)
 
+    def test_a_clock_that_is_set_back_makes_nobody_wait(self) -> None:
+        days = iter(range(10**6, 0, -1))
+        host = System(clock=lambda: 86400.0 * next(days))
+        begun = time.monotonic()
+        with self.take(), self.take(stall_timeout=0.1, host=host) as got:
+            self.assertFalse(got)
+        self.assertLess(time.monotonic() - begun, 10)
+
     def test_a_wait_whose_reason_is_gone_ends(self) -> None:
         with self.take():
             waiting = locks.waiting(
-                self.path, shared=False, host=self.host, patience=60, check=lambda: None, moot=lambda: True
+                self.path, shared=False, host=self.host, stall_timeout=60, stop_waiting_if=lambda: True
             )
             with waiting as got:
                 self.assertFalse(got)
 
     def test_a_wait_that_raises_leaves_no_descriptor_behind(self) -> None:
-        def stop() -> None:
-            raise errors.CancelledError("enough")
-
+        cancelled = threading.Event()
+        cancelled.set()
+        waiter = Waiter(self.host, cancel=cancelled)
         with self.take():
             before = os.listdir("/proc/self/fd")
             for _ in range(5):
-                with self.assertRaises(errors.CancelledError), self.take(patience=60, check=stop):
+                with self.assertRaises(errors.CancelledError), self.take(stall_timeout=60, waiter=waiter):
                     self.fail("it was not free")
             self.assertEqual(len(before), len(os.listdir("/proc/self/fd")))
 

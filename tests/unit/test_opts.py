@@ -53,16 +53,19 @@ NOVAS = {
     ("workarounds", "reserve_disk_resource_for_image_cache"): False,
 }
 OF_THE_MACHINE = {("DEFAULT", "state_path"), ("DEFAULT", "my_ip"), ("DEFAULT", "host")}
-NEW = {
+NEW: dict[tuple[str, str], object] = {
     ("image_cache", "disk_roots"): [],
     ("image_cache", "lock_path"): None,
     ("image_cache", "max_cache_size"): 0,
+    ("image_cache", "precache_job_age_seconds"): 0,
     ("image_cache", "free_space_low"): 0,
     ("image_cache", "free_space_high"): 0,
     ("image_cache", "space_minimum_age_seconds"): 3600,
     ("image_cache", "scrub_rate"): 32 * 2**20,
     ("image_cache", "certificates_path"): None,
+    ("image_cache", "sync_copied_disks"): True,
     ("image_cache", "max_virtual_size"): 16 * 2**40,
+    ("image_cache", "decompress_images"): False,
     ("image_cache", "convert_cpu_time_limit"): 3600,
     ("image_cache", "convert_address_space_limit"): 8 * GIB,
     ("image_cache", "lock_timeout"): 600.0,
@@ -152,6 +155,7 @@ class ConfigFromTest(OptsCase):
             remove_unused_original_minimum_age_seconds = 1
             remove_unused_resized_minimum_age_seconds = 2
             precache_concurrency = 3
+            precache_job_age_seconds = 86400
             disk_roots = /srv/instances,/mnt/more
             lock_path = /run/lock/images
             max_cache_size = 4
@@ -160,7 +164,9 @@ class ConfigFromTest(OptsCase):
             space_minimum_age_seconds = 7
             scrub_rate = 8
             certificates_path = /etc/nova/image-certificates
+            sync_copied_disks = false
             max_virtual_size = 8
+            decompress_images = true
             convert_cpu_time_limit = 9
             convert_address_space_limit = 10
             lock_timeout = 11.5

@@ -26,6 +26,15 @@ class TreeTest(unittest.TestCase):
     def test_the_package_tells_type_checkers_that_it_is_typed(self) -> None:
         self.assertTrue((ROOT / "imagecache_lib/py.typed").is_file())
 
+    def test_the_command_says_in_one_line_which_extra_it_lacks(self) -> None:
+        program = (
+            "import sys; sys.modules['cliff'] = None; from imagecache_lib import cli; sys.exit(cli.run())"
+        )
+        command = [sys.executable, "-c", program]
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        self.assertEqual((1, ""), (finished.returncode, finished.stdout))
+        self.assertEqual("imagecache: cliff is not installed; install imagecache-lib[cli]\n", finished.stderr)
+
     def test_importing_the_package_loads_nothing_heavy(self) -> None:
         # A virt driver imports us in every compute service, used or not.
         program = f"import sys, imagecache_lib; print([m for m in {HEAVY!r} if m in sys.modules])"

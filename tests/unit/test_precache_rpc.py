@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
 import unittest
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,12 +14,13 @@ from oslo_config import cfg
 
 from imagecache_lib import errors
 from imagecache_lib.precache import client, job, notifications, rpc, wire
-from imagecache_lib.precache.precacher import JobEvent
+from imagecache_lib.precache.job_events import JobEvent
 
 TASK = client.HostTask(
     "a1", ("image-a", "image-b"), attempt=2, rate=5, deadline=7.5, pin_until=9.0, retries=4
 )
 CELLS = {"image-a": job.Cell(job.Result.CACHED, "", 5, 5), "image-b": job.Cell(None, "soon", 1, None)}
+WHO = client.AgentInfo("an-instance", 5.0)
 SURVEY = client.Survey(("image-a",), {"image-b": 7, "image-c": None}, 99, {"image-d": "it is gone"})
 
 
@@ -33,6 +36,9 @@ class ScriptedAgent:
         if self.raises is not None:
             raise self.raises
 
+    def info(self) -> client.AgentInfo:
+        return WHO
+
     def survey(self, image_ids: Sequence[str]) -> client.Survey:
         self._note(image_ids)
         return SURVEY
@@ -46,6 +52,47 @@ class ScriptedAgent:
 
     def cancel(self, job_id: str) -> None:
         self._note(job_id)
+
+
+class FirstRelease:
+    """An agent's endpoint as the first release had it."""
+
+    target = oslo_messaging.Target(version="1.0")
+
+    def __init__(self) -> None:
+        self.tasks: list[Any] = []
+
+    @oslo_messaging.expose  # type: ignore[untyped-decorator]
+    def begin(self, _context: Any, task: Any) -> Any:
+        self.tasks.append(task)
+        return {"result": None}
+
+    @oslo_messaging.expose  # type: ignore[untyped-decorator]
+    def poll(self, _context: Any, job_id: Any) -> Any:
+        return {"result": wire.from_cells(CELLS)}
+
+
+class StuckClient:
+    """oslo.messaging's client while the broker takes no messages."""
+
+    def __init__(self, stuck: threading.Event) -> None:
+        self._stuck = stuck
+
+    def prepare(self, **_options: Any) -> StuckClient:
+        return self
+
+    def call(self, _context: Any, _method: str, **_arguments: Any) -> Any:
+        self._stuck.wait(60)
+
+
+class FailingClient(StuckClient):
+    """oslo.messaging's client while something fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def call(self, _context: Any, _method: str, **_arguments: Any) -> Any:
+        raise self._error
 
 
 class RpcTest(unittest.TestCase):
@@ -64,8 +111,9 @@ class RpcTest(unittest.TestCase):
 
     def test_what_is_said_arrives(self) -> None:
         self.assertEqual(SURVEY, self.client.survey("one", ["image-a"]))
-        self.client.begin("one", TASK)
-        self.assertEqual(CELLS, self.client.poll("one", "a1"))
+        self.assertEqual(WHO, self.client.begin("one", TASK))
+        report = self.client.poll("one", "a1")
+        self.assertEqual((CELLS, WHO), (report.cells, report.agent))
         self.client.cancel("one", "a1")
         self.assertEqual([("image-a",), TASK, "a1", "a1"], self.agent.asked)
 
@@ -94,6 +142,68 @@ class RpcTest(unittest.TestCase):
             self.client.poll("one", "a1")
         self.assertNotIn("secret", str(caught.exception))
         self.assertNotIn("Traceback", str(caught.exception))
+
+    def test_a_call_that_the_agent_does_not_understand_is_its_failure_and_not_the_buses(self) -> None:
+        class Later(rpc.RpcHostClient):
+            def poll(self, host: str, job_id: str) -> client.TaskReport:
+                return self._call(host, "poll", 5.0, job_id=job_id, more=1)  # type: ignore[no-any-return]
+
+        with self.assertRaisesRegex(errors.BackendError, "agent of host one failed with TypeError"):
+            Later(self.transport, timeout=5.0).poll("one", "a1")
+
+    def test_exceptions_of_an_agent_and_of_the_bus_are_told_apart(self) -> None:
+        remote = type("TimeoutError_Remote", (TimeoutError,), {})
+        for raised, kind in (
+            (TypeError("no such argument"), errors.BackendError),
+            (type("KeyError_Remote", (KeyError,), {})("x"), errors.BackendError),
+            (remote("of the agent"), errors.BackendError),
+            (ConnectionResetError("gone"), client.HostDown),
+            (oslo_messaging.MessageDeliveryFailure("gone"), client.HostDown),
+            (oslo_messaging.MessagingTimeout("late"), client.HostDown),
+        ):
+            ours = rpc.RpcHostClient(self.transport)
+            ours._client = FailingClient(raised)
+            with self.subTest(raised=raised), self.assertRaises(kind) as caught:
+                ours.poll("one", "a1")
+            self.assertIs(kind, type(caught.exception))
+
+    def test_a_bus_that_takes_no_messages_holds_nobody_up(self) -> None:
+        stuck = threading.Event()
+        self.addCleanup(stuck.set)
+        ours = rpc.RpcHostClient(self.transport, timeout=0.1, publish_seconds=0.1)
+        ours._client = StuckClient(stuck)
+        with self.assertRaisesRegex(client.HostDown, "taken no message"):
+            ours.poll("one", "a1")
+
+    def test_an_agent_of_the_first_release_gets_what_it_understands(self) -> None:
+        transport = oslo_messaging.get_rpc_transport(cfg.CONF, url=f"fake://{self.id()}-old/")
+        self.addCleanup(transport.cleanup)
+        old = FirstRelease()
+        server = oslo_messaging.get_rpc_server(
+            transport,
+            oslo_messaging.Target(topic=rpc.TOPIC, server="old"),
+            [old],
+            access_policy=oslo_messaging.ExplicitRPCAccessPolicy,
+        )
+        server.start()
+        self.addCleanup(server.stop)
+        ours = rpc.RpcHostClient(transport, timeout=5.0)
+        task = dataclasses.replace(TASK, deadline_in=5.0, pin_for=9.0)
+        self.assertIsNone(ours.begin("old", task))
+        self.assertEqual([wire.from_task(TASK, oldest=True)], old.tasks)
+        report = ours.poll("old", "a1")
+        self.assertEqual((CELLS, None), (report.cells, report.agent))
+
+    def test_a_conductor_of_the_first_release_understands_the_answers(self) -> None:
+        plain = oslo_messaging.get_rpc_client(
+            self.transport, oslo_messaging.Target(topic=rpc.TOPIC, version="1.0", server="one"), timeout=5
+        )
+        answer = plain.call({}, "begin", task=wire.from_task(TASK, oldest=True))
+        self.assertEqual((None, "error" in answer), (answer["result"], False))
+        self.assertEqual([TASK], self.agent.asked)
+        self.agent.raises = client.HostBusy("later")
+        error = plain.call({}, "begin", task=wire.from_task(TASK, oldest=True))["error"]
+        self.assertEqual(("HostBusy", "later"), (error["kind"], error["cause"]))
 
     def test_a_host_that_does_not_answer_is_down(self) -> None:
         with self.assertRaisesRegex(client.HostDown, "no answer"):
@@ -140,7 +250,8 @@ class WireTest(unittest.TestCase):
                 wire.to_task({**good, name: value})
         with self.assertRaises(errors.ImageRejected):
             wire.to_task({**good, "image_ids": ["a\0"]})
-        for found in (None, [], "task", {}):
+        other: tuple[object, ...] = (None, [], "task", {})
+        for found in other:
             with self.subTest(found=found), self.assertRaises(wire.Malformed):
                 wire.to_task(found)
 
@@ -194,7 +305,7 @@ class NotificationTest(unittest.TestCase):
             [f"aggregate.cache_images.{kind}" for kind in ("start", "progress", "end")],
             [event_type for event_type, _payload in sent.sent],
         )
-        common = {"id": None, "uuid": None, "name": "racks", "job_id": "j1"}
+        common: dict[str, object] = {"id": None, "uuid": None, "name": "racks", "job_id": "j1"}
         whole = {**common, "hosts": ["one", "two"], "metadata": {}, "image_ids": ["a", "b", "c"]}
         self.assertEqual(whole, sent.sent[0][1])
         self.assertEqual(whole, sent.sent[2][1])

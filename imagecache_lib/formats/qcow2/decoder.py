@@ -94,9 +94,10 @@ class StreamDecoder:
         only if more than 8 MiB have to be set aside.
     :param file_size: bytes the whole file has, if known: tables that point outside are then refused at once.
     :param max_virtual_size: bytes above which the image is refused.
-    :param inflate: of deflate clusters; None: the fastest that is installed.
+    :param inflate: inflates deflate clusters; None means the fastest that is installed.
     :param map_bytes: memory for maps of data that has not arrived; what exceeds it is read again at the end.
-    :param threads: that inflate and write compressed clusters; None: one per processor, up to four.
+    :param threads: number of threads that inflate and write compressed clusters; None means one per
+        processor, up to four.
     """
 
     def __init__(

@@ -284,6 +284,6 @@ def _check_consistency(header: Header, size: int) -> None:
     if header.l1_table_offset % header.cluster_size:
         raise HeaderError("the qcow2 L1 table is not aligned to a cluster")
     if size > header.l1_size * header.l2_entries * header.cluster_size:
-        raise HeaderError(f"the qcow2 L1 table is too small for {size} bytes")
+        raise HeaderError(f"the qcow2 L1 table is too small for a virtual size of {size} bytes")
     if len(header.backing_format or b"") > 15:
         raise HeaderError("the qcow2 backing format's name is too long")

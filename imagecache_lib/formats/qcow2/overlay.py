@@ -80,6 +80,17 @@ def write_overlay(
 
 
 def _plan(virtual_size: int, cluster_bits: int) -> _Layout:
+    entries = l1_entries(virtual_size, cluster_bits)
+    l1_clusters = -(-entries * 8 >> cluster_bits)
+    table_clusters, blocks = refcount_clusters(1 + l1_clusters, cluster_bits)
+    return _Layout(cluster_bits, table_clusters, blocks, entries, l1_clusters)
+
+
+def l1_entries(virtual_size: int, cluster_bits: int) -> int:
+    """Return how many entries the L1 table of a disk has.
+
+    :raises OverlayError: there is no such qcow2 disk.
+    """
     if not header.MIN_CLUSTER_BITS <= cluster_bits <= header.MAX_CLUSTER_BITS:
         raise OverlayError(f"a qcow2 cluster cannot have 2**{cluster_bits} bytes")
     if virtual_size < 0 or virtual_size % 512:
@@ -87,22 +98,59 @@ def _plan(virtual_size: int, cluster_bits: int) -> _Layout:
     cluster_size = 1 << cluster_bits
     mapped_per_entry = cluster_size // 8 * cluster_size
     # QEMU never makes an L1 table without entries.
-    l1_entries = max(1, -(-virtual_size // mapped_per_entry))
-    if l1_entries * 8 > header.MAX_L1_BYTES:
+    entries = max(1, -(-virtual_size // mapped_per_entry))
+    if entries * 8 > header.MAX_L1_BYTES:
         raise OverlayError(
             f"clusters of {cluster_size} bytes are too small for a qcow2 disk of {virtual_size} bytes",
             next_step="choose larger clusters",
         )
-    l1_clusters = -(-l1_entries * 8 // cluster_size)
+    return entries
+
+
+def refcount_clusters(others: int, cluster_bits: int) -> tuple[int, int]:
+    """Return how many clusters the refcount table and the refcount blocks take beside ``others``."""
+    cluster_size = 1 << cluster_bits
     per_block = cluster_size // _REFCOUNT_BYTES
     table_clusters, blocks = 1, 1
     # The refcounts count their own clusters too, so that their number is a fixed point.
     while True:
-        needed_blocks = -(-(1 + table_clusters + blocks + l1_clusters) // per_block)
+        needed_blocks = -(-(others + table_clusters + blocks) // per_block)
         needed_table = -(-needed_blocks * 8 // cluster_size)
         if (needed_table, needed_blocks) == (table_clusters, blocks):
-            return _Layout(cluster_bits, table_clusters, blocks, l1_entries, l1_clusters)
+            return table_clusters, blocks
         table_clusters, blocks = needed_table, needed_blocks
+
+
+def header_fields(
+    *,
+    cluster_bits: int,
+    virtual_size: int,
+    l1_entries: int,
+    l1_offset: int,
+    refcount_table_offset: int,
+    refcount_table_clusters: int,
+    backing_file_offset: int = 0,
+    backing_file_length: int = 0,
+) -> bytes:
+    """Return a version 3 header of 112 bytes, without extensions. Offsets and lengths are bytes."""
+    fields = header.V2_FIELDS.pack(
+        header.MAGIC,
+        3,
+        backing_file_offset,
+        backing_file_length,
+        cluster_bits,
+        virtual_size,
+        0,
+        l1_entries,
+        l1_offset,
+        refcount_table_offset,
+        refcount_table_clusters,
+        0,
+        0,
+    )
+    return (fields + header.V3_FIELDS.pack(0, 0, 0, _REFCOUNT_ORDER, _HEADER_LENGTH)).ljust(
+        _HEADER_LENGTH, b"\0"
+    )
 
 
 def _first_cluster(layout: _Layout, virtual_size: int, backing_file: bytes, backing_format: bytes) -> bytes:
@@ -123,23 +171,17 @@ def _first_cluster(layout: _Layout, virtual_size: int, backing_file: bytes, back
             path=os.fsdecode(backing_file),
             next_step="choose larger clusters",
         )
-    fields = header.V2_FIELDS.pack(
-        header.MAGIC,
-        3,
-        name_at,
-        len(backing_file),
-        layout.cluster_bits,
-        virtual_size,
-        0,
-        layout.l1_entries,
-        layout.l1_at << layout.cluster_bits,
-        1 << layout.cluster_bits,
-        layout.refcount_table_clusters,
-        0,
-        0,
+    fields = header_fields(
+        cluster_bits=layout.cluster_bits,
+        virtual_size=virtual_size,
+        l1_entries=layout.l1_entries,
+        l1_offset=layout.l1_at << layout.cluster_bits,
+        refcount_table_offset=1 << layout.cluster_bits,
+        refcount_table_clusters=layout.refcount_table_clusters,
+        backing_file_offset=name_at,
+        backing_file_length=len(backing_file),
     )
-    fields += header.V3_FIELDS.pack(0, 0, 0, _REFCOUNT_ORDER, _HEADER_LENGTH)
-    return fields.ljust(_HEADER_LENGTH, b"\0") + extension + backing_file
+    return fields + extension + backing_file
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:

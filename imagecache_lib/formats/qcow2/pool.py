@@ -93,7 +93,7 @@ class InflatePool:
         while (batch := self._queue.get()) is not None:
             try:
                 for guest, length, data in batch:
-                    # After an error the queue is only emptied, so that nobody waits on it for ever.
+                    # After an error the queue is only emptied, so that no writer waits on it for ever.
                     if self._error is not None:
                         break
                     self.inflate_now(guest, length, data)

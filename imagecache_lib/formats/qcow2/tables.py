@@ -42,7 +42,6 @@ class Geometry:
     l2_entries: int
     l1_start: int
     l1_end: int
-    has_snapshots: bool
     file_size: int
 
     @classmethod
@@ -56,7 +55,6 @@ class Geometry:
             l2_entries=header.l2_entries,
             l1_start=header.l1_table_offset,
             l1_end=header.l1_table_offset + header.l1_size * 8,
-            has_snapshots=header.snapshot_count > 0,
             file_size=_MAX_FILE if file_size is None else file_size,
         )
 
@@ -113,7 +111,7 @@ class TableList:
     def add(self, raw: bytes | bytearray) -> None:
         """Take the next entries of the L1 table, in its order.
 
-        :raises ImageRejected: one points outside of the file, to the L1 table or beyond the virtual size.
+        :raises ImageRejected: one points outside of the file or to the L1 table.
         """
         geometry = self._geometry
         for index, entry in enumerate(big_endian(raw), self._entries):
@@ -121,9 +119,9 @@ class TableList:
             if not offset:
                 continue
             if index >= geometry.l1_needed:
-                if geometry.has_snapshots:
-                    continue
-                raise errors.ImageRejected("the qcow2 L1 table maps beyond the virtual size")
+                # The state of a machine that was saved lies behind the disk. Its tables stay there when the
+                # snapshot is deleted, and no reader of the disk looks at them.
+                continue
             geometry.check_table(offset, "L2 table")
             self._keys.append(offset // _SECTOR << _L1_INDEX_BITS | index)
         self._entries += len(raw) // 8
@@ -210,7 +208,7 @@ def parse_l2(raw: bytes | bytearray, geometry: Geometry, l1_index: int, tables: 
         if not descriptor:
             continue
         if first + index >= geometry.clusters:
-            raise errors.ImageRejected("a qcow2 L2 table maps beyond the virtual size")
+            break  # behind the disk, where no reader looks
         start = _check_data(descriptor, first + index, geometry, tables, bitmaps[index] if bitmaps else None)
         ordered = ordered and start >= last_start
         last_start = start

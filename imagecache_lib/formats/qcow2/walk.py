@@ -118,7 +118,7 @@ class Walk:
         return start
 
     def _skip(self, upto: int, next_start: int) -> None:
-        """Pass over bytes that nobody awaits; somebody may yet, until all tables are known."""
+        """Pass over bytes that no table has named. Until all tables are known, one may still name them."""
         if upto <= self._mark:
             return
         keep = not self._tables_known
@@ -162,7 +162,7 @@ class Walk:
         return 0
 
     def _load_early_tables(self) -> None:
-        """Read the tables that came before the L1 table, when nobody knew them."""
+        """Read the tables that came before the L1 table, when it was not known yet that they are tables."""
         while (offset := self._tables.peek()) is not None and offset < self._geometry.l1_start:
             index = self._tables.pop()
             self._load(self._parse_aside(offset, index), offset, index, self._geometry.l1_end)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an operator asks of a cache, which needs no image source: looking, keeping, evicting, checking."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable
+
+from imagecache_lib import errors, events, model
+from imagecache_lib.backends import load_backend
+from imagecache_lib.backends.interface import StorageBackend
+from imagecache_lib.config import CacheConfig
+from imagecache_lib.diagnostics import audit, catalog, preflight
+from imagecache_lib.observers.log import LogObserver
+from imagecache_lib.store import layout, pins
+from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.system.host import System
+from imagecache_lib.system.translate import translated
+from imagecache_lib.upkeep import inventory
+from imagecache_lib.upkeep.make_room import SpaceReport
+from imagecache_lib.upkeep.outcomes import Kept
+from imagecache_lib.upkeep.scrub import ScrubReport
+from imagecache_lib.upkeep.verify import Explanation, Upkeep
+
+
+class CacheAdmin:
+    """The image cache of one host as its operator sees it. Safe to share between threads.
+
+    Nothing is touched before the first call, which makes what is missing and repairs what a crash left.
+
+    :param config: how to cache.
+    :param backend: a storage backend, or the name of one. None: the configuration's.
+    :param host: clock, sleep, host name and the like; the default is this machine's.
+    :param observers: called with what happens. None: a
+        :class:`~imagecache_lib.observers.log.LogObserver` alone.
+    :raises ConfigError: the backend is unknown or its configuration cannot work.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        backend: StorageBackend | str | None = None,
+        *,
+        host: System | None = None,
+        observers: Iterable[events.Observer] | None = None,
+    ) -> None:
+        self.config = config
+        self.host = host or System()
+        if not isinstance(backend, StorageBackend):
+            backend = load_backend(backend or config.backend, config, self.host)
+        self.backend = backend
+        told = events.Observers([LogObserver()] if observers is None else observers)
+        self._cache = CacheStore(config, self.host, told)
+        self._upkeep = Upkeep(self._cache)
+        self._backends: dict[str, StorageBackend] = {}
+        self._starting = threading.Lock()
+        self._started = False
+
+    def _backend_of(self, backend: StorageBackend | str | None) -> StorageBackend:
+        """Return the backend of one call. None: the manager's.
+
+        :raises ConfigError: it is unknown or its configuration cannot work.
+        """
+        if isinstance(backend, StorageBackend):
+            return backend
+        if backend is None or backend == self.backend.name:
+            return self.backend
+        with self._starting:
+            if backend not in self._backends:
+                self._backends[backend] = load_backend(backend, self.config, self.host)
+            return self._backends[backend]
+
+    # -- what is there -------------------------------------------------------------------------------
+
+    def list_bases(self) -> tuple[catalog.CachedBase, ...]:
+        """Return every base image in the cache, sorted by name, with its evidence and its pins."""
+        with translated(self.config.base_path):
+            return catalog.listed(self._cache)
+
+    def show_base(self, image_id: str) -> catalog.CachedBase | None:
+        """Return an image's base. None: it is not in the cache.
+
+        :param image_id: an image's, or the name of a base.
+        """
+        name = catalog.name_of(self._cache, image_id)
+        return next((base for base in self.list_bases() if base.name == name), None)
+
+    def explain(self, image_id: str, instances: Iterable[model.Instance] | None) -> Explanation | None:
+        """Say what :meth:`verify_base_images` would do with a base now, and why. None: it is not there.
+
+        :param image_id: an image's, or the name of a base.
+        :param instances: as for :meth:`verify_base_images`.
+        """
+        self._start()
+        with translated(self.config.base_path):
+            return self._upkeep.explain(catalog.name_of(self._cache, image_id), instances)
+
+    def list_hosts(self) -> tuple[catalog.RegisteredHost, ...]:
+        """Return the hosts that share the cache. Nothing is unlinked before all of them agree."""
+        self._start()
+        with translated(self.config.base_path):
+            return catalog.registered(self._cache, self._upkeep.hosts)
+
+    def forget_host(self, host_id: str) -> None:
+        """Stop waiting for a host that is gone for good. One that lives registers anew, and this one stays.
+
+        :raises ConfigError: there is no such host.
+        """
+        self._start()
+        with translated(self.config.base_path):
+            self._upkeep.hosts.forget(host_id)
+
+    def forget_disks(self, path: str) -> int:
+        """Say that what the passes of this host saw at a path and below it is gone for good.
+
+        A disk that was seen and is not to be seen any more keeps its base image until that it was removed is
+        proved. This is the operator's word for it. What is there is seen again by the next pass.
+
+        :param path: of a disk, a directory or a disk root.
+        :returns: how many disks are forgotten.
+        :raises NoSpaceError, BackendError: that cannot be written down.
+        """
+        self._start()
+        with translated(self.config.base_path):
+            return self._upkeep.forget_disks(path)
+
+    # -- what stays and what goes --------------------------------------------------------------------
+
+    def pin(self, image_id: str, *, owner: str, expires: float | None = None) -> None:
+        """Keep an image's base, whether it is in the cache yet or not.
+
+        :param owner: who wants it; an owner has one pin on an image at most.
+        :param expires: epoch seconds. None: until :meth:`unpin`.
+        """
+        name = layout.base_name(image_id)
+        self._start()
+        pins.add(self._cache, name, image_id, pins.Pin(owner, expires))
+
+    def unpin(self, image_id: str, *, owner: str) -> bool:
+        """Take an owner's pin away. True: there was one."""
+        name = layout.base_name(image_id)
+        self._start()
+        return pins.remove(self._cache, name, image_id, owner)
+
+    def evict_image(self, image_id: str) -> None:
+        """Remove an image's base now, whatever its age, if nobody needs it. One that is absent is fine.
+
+        :param image_id: an image's, or the name of a base, for those that have no image.
+        :raises BackendError: somebody needs it, or that cannot be told; the cause says who or why.
+        """
+        name = catalog.name_of(self._cache, image_id)
+        self._start()
+        stays = self._upkeep.evict_one(name, "asked for")
+        if isinstance(stays, Kept):
+            raise errors.BackendError(
+                f"its base image stays: {stays.reason}",
+                image=image_id,
+                path=self._cache.layout.base(name),
+                next_step="ask again when nobody needs it",
+            )
+
+    def scrub(
+        self,
+        image_ids: Collection[str] | None = None,
+        *,
+        rate: int | None = None,
+        cancel: model.CancelToken | None = None,
+    ) -> ScrubReport:
+        """Re-read cached images past the page cache, and compare them with checksums taken in flight.
+
+        A damaged base that nobody uses is evicted, and fetched again when it is wanted. One that is in use
+        is reported and never replaced; new requests are served around it. Reading is slow and polite; call
+        it now and then, as often as the rate allows, or let the command do it.
+
+        :param image_ids: ids of images, or names of bases. None: all, the longest unchecked first.
+        :param rate: bytes per second. None: ``scrub_rate``. 0: no limit.
+        :param cancel: once set, it ends with what was found so far; the next one goes on from there.
+        :raises ConfigError, BackendError: the cache itself cannot be read.
+        """
+        names = None
+        if image_ids is not None:
+            names = {catalog.name_of(self._cache, image_id) for image_id in image_ids}
+        self._start()
+        limit = self.config.scrub_rate if rate is None else rate
+        with translated(self.config.base_path):
+            return self._upkeep.scrub(rate=limit or None, names=names, cancel=cancel)
+
+    # -- how it does ---------------------------------------------------------------------------------
+
+    def preflight(self) -> list[preflight.Finding]:
+        """Look for what is wrong with this host's set-up, the worst first. Changes nothing."""
+        return preflight.examine(self._cache, self.backend)
+
+    def audit(self, instances: Iterable[model.Instance] | None = None) -> audit.AuditReport:
+        """Look for what does not fit together in disks and base images. Changes nothing, and makes nothing.
+
+        :param instances: as for :meth:`verify_base_images`. None: only the disks are known.
+        :raises ConfigError, BackendError: the cache itself cannot be read.
+        """
+        with translated(self.config.base_path):
+            return audit.examine(self._cache, None if instances is None else tuple(instances))
+
+    def get_disk_usage(self) -> int:
+        """Return the bytes the cache has allocated on the instances filesystem, stage and trash included.
+
+        0 if the cache is on another filesystem than the instances.
+
+        :raises BackendError: the cache cannot be read.
+        """
+        with translated(self.config.base_path):
+            return inventory.disk_usage(self._cache)
+
+    def get_space(self) -> SpaceReport:
+        """Return how full the cache's filesystem is, what is promised, and what would give way.
+
+        Reads who refers to what, as a pass does, and changes nothing.
+
+        :raises ConfigError, BackendError: the cache itself cannot be read.
+        """
+        self._start()
+        with translated(self.config.base_path):
+            return self._upkeep.space()
+
+    def _start(self) -> None:
+        """Make what is missing and repair what a crash left, the first time."""
+        if self._started:
+            return
+        with self._starting:
+            if not self._started:
+                with translated(self.config.base_path):
+                    self._cache.start()
+                    self._upkeep.begin()
+                self._started = True

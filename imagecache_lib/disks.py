@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks that exist: inspecting, growing, flattening and removing them, and the base images that they need."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+
+from imagecache_lib import events, model
+from imagecache_lib.admin import CacheAdmin
+from imagecache_lib.backends.interface import StorageBackend
+from imagecache_lib.config import CacheConfig
+from imagecache_lib.ingest import certificates, generate, resized
+from imagecache_lib.ingest.call import Call
+from imagecache_lib.ingest.fetch import Ingest
+from imagecache_lib.sources.interface import ImageSource
+from imagecache_lib.spawn import backing
+from imagecache_lib.spawn.lease import Leases
+from imagecache_lib.store import disk_roots, layout
+from imagecache_lib.store.evidence import Use
+from imagecache_lib.system.host import System
+
+
+class DiskAdmin(CacheAdmin):
+    """The image cache of one host with a source of images, and the disks that were made from it.
+
+    :param config: how to cache.
+    :param source: where images come from, unless a request says otherwise.
+    :param backend: a storage backend, or the name of one. None: the configuration's.
+    :param host: clock, sleep, host name and the like; the default is this machine's.
+    :param certificate_store: knows the certificates of signed images. None: those in ``certificates_path``.
+    :param observers: called with what happens. None: a
+        :class:`~imagecache_lib.observers.log.LogObserver` alone.
+    :raises ConfigError: the backend is unknown or its configuration cannot work.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        source: ImageSource,
+        backend: StorageBackend | str | None = None,
+        *,
+        host: System | None = None,
+        certificate_store: certificates.CertificateStore | None = None,
+        observers: Sequence[events.Observer] | None = None,
+    ) -> None:
+        super().__init__(config, backend, host=host, observers=observers)
+        self.source = source
+        self._ingest = Ingest(self._cache, self._upkeep, certificate_store=certificate_store)
+        self._generator = generate.Generator(self._cache, self._upkeep)
+        self._leases = Leases(self._cache, self._upkeep)
+
+    def inspect_disk(self, target: str, *, backend: StorageBackend | str | None = None) -> model.Disk:
+        """Return what an existing disk is: its format, its size, and the base it needs.
+
+        :param target: absolute path, or for rbd an image name.
+        :param backend: of this disk. None: the manager's.
+        :raises BackendError: there is none, or it cannot be read.
+        """
+        return self._backend_of(backend).inspect(target)
+
+    def resize_disk(
+        self, disk: model.Disk, size: int, *, backend: StorageBackend | str | None = None
+    ) -> model.Disk:
+        """Grow a disk to ``size`` bytes. It is never shrunk.
+
+        :param backend: of this disk. None: the manager's.
+        :raises DiskTooSmallError, NoSpaceError, BackendError: the disk is as it was.
+        """
+        return self._backend_of(backend).resize(disk, size)
+
+    def flatten_disk(self, disk: model.Disk, *, backend: StorageBackend | str | None = None) -> model.Disk:
+        """Cut a disk loose from its base image.
+
+        :param backend: of this disk. None: the manager's.
+        :raises NoSpaceError, BackendError: the disk still needs its base.
+        """
+        return self._backend_of(backend).flatten(disk)
+
+    def remove_disk(self, disk: model.Disk, *, backend: StorageBackend | str | None = None) -> None:
+        """Remove a disk. One that is gone is fine.
+
+        :param backend: of this disk. None: the manager's.
+        :raises BackendError: the storage failed.
+        """
+        self._backend_of(backend).remove(disk)
+
+    def note_use(self, disk: model.Disk, *, backend: StorageBackend | str | None = None) -> bool:
+        """Note that a disk which was always here is used now, so that the age of its base counts from now.
+
+        Cheap, and judges nothing: for a guest that starts anew where it was. For a disk that came from
+        another host there is :meth:`ensure_backing`.
+
+        :param backend: of this disk. None: the manager's.
+        :returns: whether its base is here. True for a disk that has none.
+        :raises BackendError: the disk cannot be read.
+        """
+        base = self._backend_of(backend).inspect(disk.target).base
+        if base is None:
+            return True
+        self._start()
+        opened = self._cache.open_base(base)
+        if opened is None:
+            return False
+        with contextlib.closing(opened):
+            self._cache.touch(opened)
+        return True
+
+    def ensure_backing(
+        self,
+        disk_path: str,
+        *,
+        image_id: str | None = None,
+        os_type: str | None = None,
+        fs: str | None = None,
+        label: str | None = None,
+        backend: StorageBackend | str | None = None,
+        request: model.Request | None = None,
+    ) -> model.BaseImage | None:
+        """Make sure of the base of an overlay that came from another host, before it is started.
+
+        Makes exactly the name and the format that the overlay's header embeds, if that is this image's
+        base in this cache; a header that says anything else is refused, since a guest may have written it.
+
+        :param image_id: the image that the disk was made from. None: :meth:`create_swap` or
+            :meth:`create_ephemeral` made it, and its base is made anew, byte for byte.
+        :param os_type: of an ephemeral disk, as :meth:`create_ephemeral` was asked for it. The name of its
+            base does not tell which filesystem it has. None: not told; then the disk itself may show it.
+        :param fs: likewise.
+        :param label: likewise.
+        :param backend: of this disk. None: the manager's.
+        :returns: the base, or None if the disk stands alone. It may be a legacy resized one of the image
+            (``<sha1>_<GiB>``), which is served while it is there, and never made.
+        :raises BackendError: the header names something else; or the base that is here has another format, or
+            another filesystem than the disk was made on; or it is not here, and nothing tells which
+            filesystem it had, or no other host can make it; or the disk is outside every disk root, where no
+            pass would see that it needs its base.
+        """
+        if self.inspect_disk(disk_path, backend=backend).format != "qcow2":
+            return None  # whatever header its guest wrote into it
+        needed = backing.wanted(disk_path, image_id, self._cache.layout)
+        if needed is None:
+            return None
+        disk_roots.check_seen(disk_path, self.config)
+        if image_id is not None:
+            call = self._call(image_id, request, stored_format=needed.format, made=True)
+            if layout.classify(needed.name) is layout.Kind.RESIZED:
+                base = resized.request(self._cache, needed.name, call, disk_path)
+            else:
+                base = self._ingest.request(call, Use.DISK)
+        else:
+            self._start()
+            base = self._generator.request(
+                backing.generation(needed, disk_path, os_type=os_type, fs=fs, label=label, config=self.config)
+            )
+        with self._leases.acquire(base, bypass=False) as lease:
+            assert lease.base.fd is not None  # a leased base is open
+            if image_id is None:
+                backing.check_made_on(disk_path, lease.base.fd)
+            return dataclasses.replace(lease.base, fd=None)
+
+    def _call(
+        self,
+        image_id: str,
+        request: model.Request | None,
+        *,
+        stored_format: str | None = None,
+        size: int | None = None,
+        made: bool = False,
+    ) -> Call:
+        call = Call(
+            image_id,
+            request or model.Request(),
+            source=self.source,
+            config=self.config,
+            host=self.host,
+            stored_format=stored_format,
+            size=size,
+            made=made,
+        )
+        self._start()
+        return call

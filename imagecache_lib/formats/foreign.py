@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known not to be a disk: compressed files, archives, documents, and disks of formats nobody serves.
+
+"Raw" means that a disk has no format, so that anything would do as a raw one. These do not: no disk begins
+like them, and a guest could not use them. Magic numbers as in the formats' own specifications and file(1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """Something that is no disk.
+
+    :param what: what it is, with its article.
+    :param next_step: what its owner should do.
+    """
+
+    what: str
+    next_step: str
+
+
+#: As much of the content as :func:`recognise` looks at.
+LOOKED_AT = 1024
+
+_UPLOAD = "and upload the disk that is in it under a new id"
+_CONVERT = "convert it to raw or qcow2 with qemu-img, and upload that under a new id"
+_ADDRESS = "check the address that it is fetched from, and what it was uploaded from"
+
+_MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
+    (0, b"\x1f\x8b\x08", "a gzip-compressed file", f"decompress it (gunzip) {_UPLOAD}"),
+    (0, b"\x1f\x9d", "a compress-ed file", f"decompress it (uncompress) {_UPLOAD}"),
+    (0, b"\xfd7zXZ\0", "an xz-compressed file", f"decompress it (unxz) {_UPLOAD}"),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd-compressed file", f"decompress it (unzstd) {_UPLOAD}"),
+    (0, b"\x04\x22\x4d\x18", "an lz4-compressed file", f"decompress it (unlz4) {_UPLOAD}"),
+    (0, b"\x89LZO\0\r\n\x1a\n", "an lzop-compressed file", f"decompress it (lzop -d) {_UPLOAD}"),
+    (0, b"LZIP\x01", "an lzip-compressed file", f"decompress it (lzip -d) {_UPLOAD}"),
+    (0, b"PK\x03\x04", "a zip archive", f"unpack it (unzip) {_UPLOAD}"),
+    (0, b"PK\x05\x06", "a zip archive", f"unpack it (unzip) {_UPLOAD}"),
+    (0, b"PK\x07\x08", "a zip archive", f"unpack it (unzip) {_UPLOAD}"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", f"unpack it (7z x) {_UPLOAD}"),
+    (0, b"Rar!\x1a\x07", "a rar archive", f"unpack it (unrar x) {_UPLOAD}"),
+    (0, b"MSCF\0\0\0\0", "a cabinet archive", f"unpack it (cabextract) {_UPLOAD}"),
+    (0, b"xar!", "a xar archive", f"unpack it {_UPLOAD}"),
+    (0, b"MSWIM\0\0\0", "a Windows image archive (wim)", f"apply it to a disk {_UPLOAD}"),
+    (257, b"ustar", "a tar archive, as OVA files and container images are", f"unpack it (tar x) {_UPLOAD}"),
+    (0, b"070701", "a cpio archive", f"unpack it (cpio) {_UPLOAD}"),
+    (0, b"070702", "a cpio archive", f"unpack it (cpio) {_UPLOAD}"),
+    (0, b"070707", "a cpio archive", f"unpack it (cpio) {_UPLOAD}"),
+    (0, b"!<arch>\n", "an ar archive", f"unpack it (ar x) {_UPLOAD}"),
+    (0, b"\xed\xab\xee\xdb", "an rpm package", _ADDRESS),
+    (0, b"hsqs", "a squashfs archive", f"make a disk of its content (unsquashfs) {_UPLOAD}"),
+    (0, b"sqsh", "a squashfs archive", f"make a disk of its content (unsquashfs) {_UPLOAD}"),
+    (0, b"%PDF-", "a PDF document", _ADDRESS),
+    (0, b"\x7fELF", "an ELF program", _ADDRESS),
+    (0, b"-----BEGIN ", "a PEM file", _ADDRESS),
+    (0, b"version https://git-lfs.github.com/", "a Git LFS pointer", "upload the file that it stands for"),
+    (0, b"#cloud-config", "a cloud-init file", _ADDRESS),
+    (0, b"#!", "a script", _ADDRESS),
+    (0, b"# Disk DescriptorFile", "a VMDK descriptor, to which other files belong", _CONVERT),
+    (0, b"KDMV", "a VMDK image", _CONVERT),
+    (0, b"COWD", "a VMDK extent of an old kind", _CONVERT),
+    (0, b"QFI\xfb", "a qcow image of version 1 or an unknown one", _CONVERT),
+    (0, b"QED\0", "a QED image", _CONVERT),
+    (0, b"WithoutFreeSpace", "a Parallels image", _CONVERT),
+    (0, b"WithouFreSpacExt", "a Parallels image", _CONVERT),
+    (0, b"Bochs Virtual HD Image", "a Bochs image", _CONVERT),
+    (0, b"OOOM", "a User Mode Linux image", _CONVERT),
+    (0, b"SPARSEIMAGE", "an Apple sparse image", _CONVERT),
+    (0, b"encrcdsa", "an encrypted Apple disk image", _CONVERT),
+)
+
+_BZIP2 = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", re.DOTALL)
+_BLANK = b" \t\r\n"
+_MARKS = (b"\xef\xbb\xbf",)
+_HTML = re.compile(rb"<(?:!doctype\s+html|html|head|body|title)\b", re.IGNORECASE)
+_XML = re.compile(rb"<(?:\?xml\b|!--|[a-z][a-z0-9:_-]*[\s/>])", re.IGNORECASE)
+_JSON = re.compile(rb"(?:\{\s*(?:\"|\}|$)|\[\s*(?:[\"{\[\]0-9-]|$))")
+
+
+def recognise(start: bytes) -> Foreign | None:
+    """Return what content is that is no disk. None if it could be one.
+
+    :param start: its first :data:`LOOKED_AT` bytes, or all of it.
+    """
+    for offset, magic, what, next_step in _MAGIC:
+        if start.startswith(magic, offset):
+            return Foreign(what, next_step)
+    if _BZIP2.match(start):
+        return Foreign("a bzip2-compressed file", f"decompress it (bunzip2) {_UPLOAD}")
+    return _document(start)
+
+
+def _document(start: bytes) -> Foreign | None:
+    """Return which document the content is: text throughout that begins as HTML, XML or JSON does."""
+    for encoding, mark in (("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff")):
+        if start.startswith(mark):
+            start = start[2:].decode(encoding, "replace").encode()
+    for mark in _MARKS:
+        start = start.removeprefix(mark)
+    text = start.lstrip(_BLANK)
+    if not text or any(byte < 32 and byte not in _BLANK for byte in text):
+        return None
+    for pattern, what in (
+        (_HTML, "a web page (HTML)"),
+        (_XML, "an XML document"),
+        (_JSON, "a JSON document"),
+    ):
+        if pattern.match(text):
+            return Foreign(what, _ADDRESS)
+    return None

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running an outside program: within limits, no longer than somebody waits, and knowing how it ended.
+
+The command is ``prlimit … timeout … sh -c …``, all of which a POSIX host with util-linux and coreutils has:
+
+* prlimit(1) sets the limits, since oslo.concurrency's own ``ProcessLimits`` starts another Python for them;
+* timeout(1) ends what takes too long even after this process has died, and gives its children the default
+  disposition of SIGCHLD, which a child otherwise inherits from a service that ignores it;
+* the shell says how the program ended, behind a word that no program can guess. The exit status that Python
+  reports does not say so: it is 0 as well where somebody else waited for the child, or SIGCHLD is ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import secrets
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+
+from oslo_concurrency import processutils
+
+from imagecache_lib import errors
+from imagecache_lib.system.host import System
+
+#: Seconds between two looks whether anybody still waits for the program.
+_LOOK_EVERY = 0.25
+
+#: Seconds that a program has after it was asked to end, before it is killed.
+_GRACE = 5
+
+_SCRIPT = 'token=$1; shift; "$@"; printf "\\n%s %d\\n" "$token" "$?" >&2'
+
+#: timeout(1) ends with these when it had to end the program.
+_TIMED_OUT = (124, 128 + signal.SIGKILL)
+
+_NOT_FOUND = (126, 127)
+
+#: What a program says when the host failed it, and not the data: the messages of strerror(3) and ld.so(8).
+_HOST_AT_FAULT = re.compile(
+    r"Cannot allocate memory|[Oo]ut of memory|[Ff]ailed to allocate|Could not allocate|Permission denied"
+    r"|Operation not permitted|Too many open files|Resource temporarily unavailable|Stale file handle"
+    r"|Read-only file system|No such file or directory|Failed to get .*lock|Failed to lock"
+    r"|error while loading shared libraries|symbol lookup error|Interrupted system call|^bwrap: "
+    r"|File too large|Transport endpoint|Connection timed out|Bad system call",
+    re.MULTILINE,
+)
+
+
+class StorageFailed(errors.BackendError):
+    """The program met an I/O error: the disk is at fault and not the data."""
+
+
+class DataRefused(errors.BackendError):
+    """The program ran as it should, and what it says is about the data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a program may use.
+
+    :param cpu: seconds of CPU time.
+    :param memory: bytes of address space.
+    :param wall: seconds by the clock.
+    """
+
+    cpu: int
+    memory: int
+    wall: int
+
+
+def run(
+    words: tuple[str, ...],
+    *,
+    host: System,
+    limits: Limits,
+    check: Callable[[], None],
+    program: str,
+    subject: str,
+    hidden: tuple[str, ...] = (),
+) -> str:
+    """Run a program and return what it writes to its standard output.
+
+    :param words: the program and its arguments, perhaps behind those of another that runs it.
+    :param program: the program's name, with which its messages begin.
+    :param check: raises once the caller no longer waits. That ends the program, and is raised.
+    :param subject: path of the file that errors are about.
+    :param hidden: texts that are cut from what the program says, such as paths.
+    :raises DataRefused: what the program says is about the data.
+    :raises NoSpaceError: the filesystem is full.
+    :raises StorageFailed: the disk failed.
+    :raises BackendError: the host is at fault: a limit, a signal, lack of memory. Or how it ended is unknown.
+    :raises ConfigError: it, or what runs it, is not installed.
+    """
+    token = secrets.token_hex(16)
+    command = (
+        *("prlimit", f"--cpu={limits.cpu}", f"--as={limits.memory}", "--"),
+        *("timeout", "-k", str(_GRACE), str(limits.wall)),
+        *("sh", "-c", _SCRIPT, "sh", token, *words),
+    )
+    # Messages are matched, so they must not be translated.
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        with _watched(check) as watch:
+            try:
+                out, err = host.execute(*command, env_variables=environment, on_execute=watch)
+            except processutils.ProcessExecutionError as error:
+                raise _wrapper_failed(error, limits, subject) from error
+            except OSError as error:
+                raise errors.ConfigError(
+                    f"prlimit cannot be run: {error}", next_step="install util-linux and coreutils"
+                ) from error
+            _require_success(str(err), token, program, subject, hidden)
+    except UnicodeDecodeError as error:
+        raise DataRefused(f"{program}: it wrote no text", path=subject) from error
+    return str(out)
+
+
+@contextlib.contextmanager
+def _watched(check: Callable[[], None]) -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
+    """Yield what watches a process from its start, and kills it once ``check`` raises; that is raised."""
+    over = threading.Event()
+    watchers: list[threading.Thread] = []
+    reasons: list[errors.ImageCacheError] = []
+
+    def watch(process: subprocess.Popen[bytes]) -> None:
+        while not over.wait(_LOOK_EVERY):
+            try:
+                check()
+            except errors.ImageCacheError as reason:
+                reasons.append(reason)
+                _kill(process)
+                return
+
+    def start(process: subprocess.Popen[bytes]) -> None:
+        watchers.append(threading.Thread(target=watch, args=(process,), name="imagecache-watch", daemon=True))
+        watchers[-1].start()
+
+    try:
+        yield start
+    except errors.ImageCacheError as error:
+        if reasons:
+            raise reasons[0] from error
+        raise
+    finally:
+        over.set()
+        for watcher in watchers:
+            watcher.join()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a program and what it started: timeout(1) leads a process group of its own."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+
+
+def _wrapper_failed(
+    error: processutils.ProcessExecutionError, limits: Limits, subject: str
+) -> errors.ImageCacheError:
+    status = error.exit_code if isinstance(error.exit_code, int) else 1
+    if status in _TIMED_OUT:
+        return errors.BackendError(
+            f"it was ended after {limits.wall} seconds, which is the limit",
+            path=subject,
+            next_step="find out what the host is busy with, or raise the limit",
+        )
+    if status in _NOT_FOUND:
+        return errors.ConfigError(
+            f"timeout or sh cannot be run: {str(error.stderr).strip()}", next_step="install coreutils"
+        )
+    return _by_signal(-status if status < 0 else status - 128, subject)
+
+
+def _by_signal(number: int, subject: str) -> errors.BackendError:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    return errors.BackendError(
+        f"it was ended by {name}, which may be one of its resource limits or a lack of memory",
+        path=subject,
+        next_step="look into the host's log; another host may do it",
+    )
+
+
+def _require_success(err: str, token: str, program: str, subject: str, hidden: tuple[str, ...]) -> None:
+    said, found, status_text = err.rpartition(f"\n{token} ")
+    if not found:
+        raise errors.BackendError(
+            f"{program}: how it ended is not known, so that its work is not used",
+            path=subject,
+            next_step="find out what ended it; another host may do it",
+        )
+    status = int(status_text)
+    if status == 0:
+        return
+    said = said.strip()
+    if status in _NOT_FOUND:
+        raise errors.ConfigError(
+            f"{program} cannot be run: {said}", next_step=f"install {program} with all its libraries"
+        )
+    if status > 128:
+        raise _by_signal(status - 128, subject)
+    line = f"{program}: {told(said, program, hidden)}"
+    if "No space left on device" in said or "Disk quota exceeded" in said:
+        raise errors.NoSpaceError(
+            "the filesystem is full", path=subject, next_step="make room, then ask again"
+        )
+    if "Input/output error" in said:
+        raise StorageFailed(line, path=subject, next_step="check the disk")
+    if _HOST_AT_FAULT.search(said):
+        raise errors.BackendError(line, path=subject, next_step="mend the host; another one may do it")
+    raise DataRefused(line, path=subject)
+
+
+def told(said: str, program: str, hidden: tuple[str, ...]) -> str:
+    """Return the line that tells what went wrong: the first that the program begins with its own name.
+
+    :param hidden: texts to leave out, such as the paths of files that are gone when somebody reads this.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    marked = [line for line in lines if line.startswith(f"{program}: ")]
+    line = (marked or lines or ["failed, and does not say why"])[0]
+    while line.startswith(f"{program}: "):
+        line = line.removeprefix(f"{program}: ")
+    for text in sorted(hidden, key=len, reverse=True):
+        line = line.replace(f"'{text}'", "the file").replace(text, "the file")
+    return line

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VHD images (QEMU: vpc), facts from Microsoft's "Virtual Hard Disk Image Format Specification".
+
+A dynamic image begins with a copy of the footer at its end; a fixed one is the disk's own bytes with a footer
+behind them. The footer states the size three times: as it was when the image was made, as it is now, and as a
+geometry, which cannot express most sizes. The current one is the disk's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import struct
+
+from imagecache_lib import errors
+from imagecache_lib.formats.reader import Reader
+
+COOKIE = b"conectix"
+FOOTER_BYTES = 512
+_SECTOR = 512
+# Cookie, features, version, data offset, time, creator, its version, its system, original size, current size,
+# cylinders, heads, sectors, type, checksum.
+_FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII")
+_CHECKSUM = slice(64, 68)
+
+_NEXT_STEP = "have its owner merge it into one image, or convert it to qcow2"
+
+
+class Kind(enum.IntEnum):
+    """The footer's disk type."""
+
+    FIXED = 2
+    DYNAMIC = 3
+    DIFFERENCING = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Footer:
+    """What a footer says.
+
+    :param current_size: of the disk in bytes, in whole sectors.
+    :param one_size: whether original size, current size and geometry agree, so that all programs do.
+    :param sound: whether its checksum is right.
+    """
+
+    kind: int
+    current_size: int
+    one_size: bool
+    sound: bool
+
+
+def parse_footer(data: bytes) -> Footer | None:
+    """Return what a footer says. None if it is no footer."""
+    if len(data) != FOOTER_BYTES or not data.startswith(COOKIE):
+        return None
+    fields = _FOOTER.unpack_from(data)
+    original, current, cylinders, heads, sectors, kind, checksum = fields[8:]
+    geometry = cylinders * heads * sectors * _SECTOR
+    summed = sum(data) - sum(data[_CHECKSUM])
+    return Footer(
+        kind,
+        current // _SECTOR * _SECTOR,
+        one_size=original == current == geometry,
+        sound=~summed & 0xFFFF_FFFF == checksum,
+    )
+
+
+def read(image: Reader) -> Footer:
+    """Return what a dynamic image says.
+
+    :raises ImageRejected: it is broken, or is not known to be self-contained.
+    :raises NeedMore: it is told by what has not arrived yet.
+    """
+    found = parse_footer(image.read(0, FOOTER_BYTES))
+    if found is None:
+        raise errors.ImageRejected("the vhd image has no header", next_step=_NEXT_STEP)
+    if found.kind != Kind.DYNAMIC:
+        raise errors.ImageRejected(
+            "another file belongs to the vhd image"
+            if found.kind == Kind.DIFFERENCING
+            else f"the vhd image is of type {found.kind}, which does not begin with a header",
+            next_step=_NEXT_STEP,
+        )
+    if image.size is not None:
+        last = parse_footer(image.read(max(image.size - FOOTER_BYTES, 0), FOOTER_BYTES))
+        if last is not None and (last.kind, last.current_size) != (found.kind, found.current_size):
+            raise errors.ImageRejected(
+                "the header and the footer of the vhd image differ in the disk's type or size",
+                next_step=_NEXT_STEP,
+            )
+    return found
+
+
+def is_fixed(footer: bytes, length: int) -> bool:
+    """Whether an image that ends like this is a fixed VHD.
+
+    :param footer: its last 512 bytes.
+    :param length: bytes before those.
+    """
+    found = parse_footer(footer)
+    return found is not None and found.sound and (found.kind, found.current_size) == (Kind.FIXED, length)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VHDX images: the virtual size, and whether a parent belongs to one. Facts from Microsoft's [MS-VHDX].
+
+The region table, at 192 KiB, says where the metadata are; behind a large log that may be anywhere.
+"""
+
+from __future__ import annotations
+
+import struct
+import uuid
+
+from imagecache_lib import errors
+from imagecache_lib.formats.reader import Reader
+
+MAGIC = b"vhdxfile"
+_REGION_TABLE_AT = 192 * 1024
+_TABLE_BYTES = 64 * 1024
+_MOST_ENTRIES = 2047
+_REGION_HEADER = struct.Struct("<4sIII")
+_REGION_ENTRY = struct.Struct("<16sQII")
+_METADATA_HEADER = struct.Struct("<8sHH20s")
+_METADATA_ENTRY = struct.Struct("<16sIIII")
+_HAS_PARENT = 2
+
+_METADATA_REGION = uuid.UUID("8b7ca206-4790-4b9a-b8fe-575f050f886e").bytes_le
+_FILE_PARAMETERS = uuid.UUID("caa16737-fa36-4d43-b3b6-33f0aa44e76b").bytes_le
+_VIRTUAL_DISK_SIZE = uuid.UUID("2fa54224-cd1b-4876-b211-5dbed83bf4b8").bytes_le
+_PARENT_LOCATOR = uuid.UUID("a8d35f2d-b30b-454d-abf7-d3d83404dbd7").bytes_le
+
+_NEXT_STEP = "have its owner merge it into one image, or convert it to qcow2"
+
+
+def read(image: Reader) -> int:
+    """Return an image's virtual size in bytes.
+
+    :raises ImageRejected: it is broken, or is not known to be self-contained.
+    :raises NeedMore: it is told by what has not arrived yet.
+    """
+    if image.read(0, len(MAGIC)) != MAGIC:
+        raise _broken("it has no header")
+    metadata_at = _metadata_region(image.read(_REGION_TABLE_AT, _TABLE_BYTES))
+    table = image.read(metadata_at, _TABLE_BYTES)
+    if len(table) < _METADATA_HEADER.size or not table.startswith(b"metadata"):
+        raise _broken("its metadata are missing")
+    count = _METADATA_HEADER.unpack_from(table)[2]
+    entries = {}
+    for index in range(min(count, _MOST_ENTRIES)):
+        at = _METADATA_HEADER.size + index * _METADATA_ENTRY.size
+        if at + _METADATA_ENTRY.size > len(table):
+            raise _broken("its metadata are cut off")
+        item, offset, _length, _flags, _reserved = _METADATA_ENTRY.unpack_from(table, at)
+        if item in entries:
+            raise _broken("its metadata state one item twice")
+        entries[item] = metadata_at + offset
+    if _FILE_PARAMETERS not in entries or _VIRTUAL_DISK_SIZE not in entries:
+        raise _broken("its metadata lack what every image states")
+    _block, flags = _fields(image, entries[_FILE_PARAMETERS], "<II")
+    if flags & _HAS_PARENT or _PARENT_LOCATOR in entries:
+        raise errors.ImageRejected("another file belongs to the vhdx image", next_step=_NEXT_STEP)
+    (size,) = _fields(image, entries[_VIRTUAL_DISK_SIZE], "<Q")
+    return size
+
+
+def _metadata_region(table: bytes) -> int:
+    """Return where the metadata begin."""
+    if len(table) < _REGION_HEADER.size or not table.startswith(b"regi"):
+        raise _broken("its region table is missing")
+    count = _REGION_HEADER.unpack_from(table)[2]
+    for index in range(min(count, _MOST_ENTRIES)):
+        at = _REGION_HEADER.size + index * _REGION_ENTRY.size
+        if at + _REGION_ENTRY.size > len(table):
+            break
+        region, offset, _length, _required = _REGION_ENTRY.unpack_from(table, at)
+        if region == _METADATA_REGION:
+            return int(offset)
+    raise _broken("it has no metadata")
+
+
+def _fields(image: Reader, offset: int, format: str) -> tuple[int, ...]:
+    size = struct.calcsize(format)
+    data = image.read(offset, size)
+    if len(data) < size:
+        raise _broken("its metadata are cut off")
+    return struct.unpack(format, data)
+
+
+def _broken(how: str) -> errors.ImageRejected:
+    return errors.ImageRejected(f"the vhdx image is broken: {how}", next_step=_NEXT_STEP)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a lease asks for: which base image, what it must prove, and who makes it if it is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Protocol
+
+from imagecache_lib import errors
+from imagecache_lib.store import evidence
+from imagecache_lib.store.directory import OpenBase
+from imagecache_lib.store.evidence import Requirements, Unmet
+from imagecache_lib.store.stage import SealedStage
+from imagecache_lib.system.retries import RetryBudget
+from imagecache_lib.system.waiter import Waiter
+
+#: How often one call may lose what it was working with (a base that leaves the cache, a stage file that is
+#: swept) before something outside this library must be removing files.
+MOST_RETRIES = 20
+
+
+class Producer(Protocol):
+    """Makes one base image, and checks one that is there."""
+
+    def refuse_impossible(self) -> None:
+        """Raise if :meth:`produce` could only fail."""
+
+    def unmet(self, opened: OpenBase) -> Unmet | None:
+        """Return why a base image does not serve, whatever its record says. None if the record says it all.
+
+        :raises BackendError: it cannot be read.
+        """
+
+    def produce(self) -> SealedStage:
+        """Make the base image in a stage file, which is the caller's to publish or to discard.
+
+        :raises StageGone: the stage file was swept away meanwhile.
+        """
+
+    def adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
+        """Check a base image that is there, and write down that it was checked.
+
+        Returns its record, or why it does not serve.
+
+        :param known: its record, which lacks an inspection under today's rules. None: something else made it.
+        """
+
+
+def _retries() -> RetryBudget:
+    return RetryBudget(MOST_RETRIES)
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseRequest:
+    """One base image that one call needs.
+
+    :param name: its name in the cache.
+    :param requirements: what its record must prove.
+    :param producer: makes it if it is missing.
+    :param waiter: the caller.
+    :param image_id: the image that it is made from. None: it is made from none (swap, ephemeral).
+    :param retries: what is left of the call's retries.
+    :param publishable: whether what the producer makes may be published. False: it is for the call alone.
+    """
+
+    name: str
+    requirements: Requirements
+    producer: Producer
+    waiter: Waiter
+    image_id: str | None = None
+    retries: RetryBudget = dataclasses.field(default_factory=_retries)
+    publishable: bool = True
+
+    @property
+    def label(self) -> str:
+        """What messages and events call it."""
+        return self.image_id or self.name
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Let every error of the body say which image it is about."""
+        try:
+            yield
+        except errors.ImageCacheError as error:
+            if error.image is None:
+                error.image = self.image_id
+            raise

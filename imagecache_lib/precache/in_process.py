@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Agents in this very process: one machine without a message bus, or a test."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from imagecache_lib.precache import client
+from imagecache_lib.precache.agent import HostAgent
+
+
+class InProcessClient(client.HostClient):
+    """Reaches agents by calling them.
+
+    :param agents: by the name of their host.
+    """
+
+    def __init__(self, agents: Mapping[str, HostAgent]) -> None:
+        self._agents = agents
+
+    def survey(self, host: str, image_ids: Sequence[str]) -> client.Survey:
+        agent = self._agent(host)
+        return dataclasses.replace(agent.survey(image_ids), agent=agent.info())
+
+    def begin(self, host: str, task: client.HostTask) -> client.AgentInfo:
+        agent = self._agent(host)
+        agent.begin(task)
+        return agent.info()
+
+    def poll(self, host: str, job_id: str) -> client.TaskReport:
+        agent = self._agent(host)
+        try:
+            return client.TaskReport(agent.poll(job_id), agent.info())
+        except client.UnknownTask as error:
+            error.agent = agent.info()
+            raise
+
+    def cancel(self, host: str, job_id: str) -> None:
+        if host in self._agents:  # without an agent, nothing is at work
+            self._agents[host].cancel(job_id)
+
+    def _agent(self, host: str) -> HostAgent:
+        try:
+            return self._agents[host]
+        except KeyError:
+            raise client.HostDown(f"there is no agent for host {host}", next_step="start one") from None

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a job database comes to the newest version: alembic's revisions."""

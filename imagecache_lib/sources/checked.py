@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The edge between a source, which anybody may have written, and the rest of the library.
+
+What a source returns is checked by type, what it raises is translated, and a chunk becomes :class:`bytes`
+once: behind this module a chunk is kept, hashed and written at different times, so it must not change
+meanwhile.
+
+:class:`OSError`, which every network library raises, and :class:`MemoryError` may pass. Any other
+exception that is not one of :mod:`imagecache_lib.errors` is a defect of the source, which another attempt
+would only repeat: :class:`SourceRefused`. :class:`KeyboardInterrupt`, :class:`SystemExit` and what else ends
+a thread from outside pass through unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from imagecache_lib import errors, model
+from imagecache_lib.sources.interface import ImageSource, SourceRefused
+
+#: Chunks without a byte that are borne in a row. More are a source that never gets on.
+MOST_EMPTY_CHUNKS = 10_000
+
+_REPORT = "report it to the author of the source"
+_UNTOLD = object()
+_TEXT = (str,)
+_OPTIONAL_TEXT = (str, type(None))
+_FIELDS: Mapping[str, tuple[type, ...]] = {
+    "disk_format": _OPTIONAL_TEXT,
+    "digest": (model.Digest, type(None)),
+    "container_format": _OPTIONAL_TEXT,
+    "status": _TEXT,
+    "locations": (tuple,),
+    "stores": (tuple,),
+    "converted_from": _OPTIONAL_TEXT,
+    "compression": _OPTIONAL_TEXT,
+    "properties": (Mapping,),
+}
+
+
+def describe(source: ImageSource, image_id: str) -> model.Image:
+    """Ask a source what it knows of an image.
+
+    :raises ImageCacheError: as :meth:`ImageSource.describe`; it names the image.
+    :raises SourceRefused: the source failed in a way of its own, or what it returned is no description of
+        this image.
+    """
+    with _Guard(image_id):
+        image = source.describe(image_id)
+    return checked_image(image, image_id)
+
+
+def can_resume(source: ImageSource, image: model.Image) -> bool:
+    """Ask a source whether a broken transfer may go on from its offset.
+
+    :raises SourceRefused: the source failed in a way of its own.
+    """
+    with _Guard(image.id):
+        return bool(source.can_resume(image))
+
+
+class Opened:
+    """A source's stream of one image. A context manager; iterate it within.
+
+    :param source: to be asked for the data.
+    :param image: as described.
+    :param offset: first byte wanted.
+    """
+
+    def __init__(self, source: ImageSource, image: model.Image, offset: int) -> None:
+        self._source = source
+        self._image = image
+        self._offset = offset
+        self._context: contextlib.AbstractContextManager[Any]
+        self._stream: Iterator[object]
+        #: The description as the answer corrects it (see :meth:`ImageSource.open`), else that given.
+        self.image = image
+        self._ended = False
+
+    def __enter__(self) -> Opened:
+        with _Guard(self._image.id):
+            context = self._source.open(self._image, self._offset)
+            if not isinstance(context, contextlib.AbstractContextManager):
+                raise _defect(
+                    self._image.id, f"open() returned a {_kind(context)}, which is no context manager"
+                )
+            self._context = context
+            entered = context.__enter__()
+            try:
+                self._stream = iter(entered)
+            except BaseException as error:
+                context.__exit__(type(error), error, error.__traceback__)
+                raise
+        corrected = getattr(self._stream, "image", None)
+        if isinstance(corrected, model.Image):
+            self.image = checked_image(corrected, self._image.id)
+        return self
+
+    @property
+    def doubt(self) -> errors.SourceError | None:
+        """What to blame instead of the image for data that is not its: see :meth:`ImageSource.open`."""
+        doubt = getattr(self._stream, "doubt", _UNTOLD)
+        if doubt is None or isinstance(doubt, errors.SourceError):
+            return doubt
+        if self._ended and self.image.size is None and self.image.digest is not None:
+            return errors.SourceError(
+                "the data is not the image's, and may have been cut off: its length is not told",
+                image=self._image.id,
+            )
+        return None
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        # What the body raised is the caller's; a source may neither swallow nor replace it.
+        if error is None:
+            with _Guard(self._image.id):
+                self._context.__exit__(None, None, None)
+            return
+        with contextlib.suppress(Exception, GeneratorExit):
+            self._context.__exit__(kind, error, traceback)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the chunks that have bytes, each one immutable.
+
+        :raises ImageCacheError: as :meth:`ImageSource.open` while iterating.
+        :raises SourceRefused: the source failed in a way of its own, or gave something other than bytes.
+        """
+        empty = 0
+        while True:
+            with _Guard(self._image.id):
+                chunk = self._next()
+            if chunk is None:
+                self._ended = True
+                return
+            if chunk:
+                empty = 0
+                yield chunk
+                continue
+            empty += 1
+            if empty > MOST_EMPTY_CHUNKS:
+                raise _defect(self._image.id, f"it gave {empty} chunks in a row without a byte")
+
+    def _next(self) -> bytes | None:
+        """Return the next chunk, or None at the end."""
+        try:
+            chunk = next(self._stream)
+        except StopIteration:
+            return None
+        return as_bytes(chunk, self._image.id)
+
+
+def as_bytes(chunk: object, image_id: str) -> bytes:
+    """Return a chunk as bytes that nobody changes. Of :class:`bytes` itself no copy is made.
+
+    :raises SourceRefused: it is no buffer: text, a number, a list.
+    """
+    if type(chunk) is bytes:
+        return chunk
+    try:
+        with memoryview(chunk) as view:  # type: ignore[arg-type]  # whatever supports the buffer protocol
+            return view.tobytes()
+    except TypeError:
+        raise _defect(image_id, f"a chunk is a {_kind(chunk)} and not bytes") from None
+
+
+def checked_image(image: object, image_id: str) -> model.Image:
+    """Return a description if its fields have the types that :class:`Image` declares.
+
+    :raises SourceRefused: it is none, or of another image.
+    """
+    if not isinstance(image, model.Image):
+        raise _defect(image_id, f"describe() returned a {_kind(image)} and not an Image")
+    if not isinstance(image.id, str) or image.id != image_id:
+        raise _defect(image_id, "describe() returned the description of another image")
+    for name, kinds in _FIELDS.items():
+        value = getattr(image, name)
+        if not isinstance(value, kinds):
+            raise _defect(image_id, f"the description's {name} is a {_kind(value)}")
+    for name in ("size", "virtual_size"):
+        value = getattr(image, name)
+        if value is not None and (type(value) is not int or value < 0):
+            raise _defect(image_id, f"the description's {name} is not a number of bytes")
+    if not all(isinstance(text, str) for text in (*image.locations, *image.stores)):
+        raise _defect(image_id, "the description's locations or stores are not text")
+    digest = image.digest
+    if digest is not None and not (isinstance(digest.algorithm, str) and isinstance(digest.value, str)):
+        raise _defect(image_id, "the description's digest is not text")
+    return image
+
+
+class _Guard:
+    """Around a call into a source: lets only this library's errors out, each of which names the image."""
+
+    def __init__(self, image_id: str) -> None:
+        self._image_id = image_id
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            return
+        if isinstance(error, errors.ImageCacheError):
+            error.image = error.image or self._image_id
+        elif isinstance(error, (OSError, MemoryError)):
+            raise errors.SourceError(
+                _failed(error), image=self._image_id, next_step="try again later"
+            ) from error
+        elif _is_the_sources(error):
+            raise SourceRefused(_failed(error), image=self._image_id, next_step=_REPORT) from error
+
+
+def _is_the_sources(error: BaseException) -> bool:
+    """Return whether a source raised it by itself, and nothing outside that ends this thread or process."""
+    if isinstance(error, Exception):
+        return True
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return False
+    from asyncio import CancelledError  # heavy, and rarely needed
+
+    # GeneratorExit would end the caller's loop as if the caller had asked for that. A cancelled task is one
+    # of the source's own event loop: no other can be running in this thread.
+    return isinstance(error, GeneratorExit | CancelledError)
+
+
+def _failed(error: BaseException) -> str:
+    # The text may hold a secret, so only the kind is told.
+    return f"the source failed with {type(error).__name__}"
+
+
+def _defect(image_id: str, cause: str) -> SourceRefused:
+    return SourceRefused(f"the source breaks its contract: {cause}", image=image_id, next_step=_REPORT)
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A miss: doing, under the exclusive lock of a base, what makes the next look for it a hit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+
+from imagecache_lib import errors, events
+from imagecache_lib.ingest.producer import BaseRequest
+from imagecache_lib.spawn.lookup import Fit, judge, look
+from imagecache_lib.store import evidence, publish, trash
+from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.evictor import Evictor
+from imagecache_lib.store.evidence import Unmet
+from imagecache_lib.store.stage import SealedStage, StageGone
+from imagecache_lib.system.translate import translated
+
+
+@dataclasses.dataclass(frozen=True)
+class Production:
+    """What was done so that there is a base image to lease.
+
+    :param received: bytes that came over the wire.
+    :param allocated: bytes that the new base image takes on disk. One that shares its extents takes none.
+    """
+
+    received: int = 0
+    allocated: int = 0
+
+
+class _Trash(enum.Enum):
+    """What the trash had."""
+
+    NOTHING = enum.auto()
+    RESTORED = enum.auto()
+
+
+class Filler:
+    """Fills the cache. Safe to share between threads.
+
+    :param evictor: removes what is in the way of a base that serves.
+    """
+
+    def __init__(self, cache: CacheStore, evictor: Evictor) -> None:
+        self._cache = cache
+        self._evictor = evictor
+
+    def fill(self, request: BaseRequest, *, bypass: bool, locked: bool) -> SealedStage | Production | None:
+        """Do what makes the next look a hit.
+
+        Returns what was made for that, None if nothing had to be made; or a private copy, where there cannot
+        be a hit.
+
+        :param bypass: whether a private copy will do.
+        :param locked: whether the base's exclusive lock is held. Without it nothing is evicted: whoever holds
+            it may be leasing what does not serve us.
+        :raises BackendError: a private copy will not do, and nothing else is possible.
+        :raises: whatever the request's producer raises.
+        """
+        found = look(self._cache, request)
+        if isinstance(found, Fit):
+            found.opened.close()
+            return None
+        if found is None:
+            restored = self._restore(request)
+            if restored is _Trash.RESTORED:
+                return None
+            unmet, evictable = restored if isinstance(restored, Unmet) else None, False
+        else:
+            unmet, evictable = (self._adopt(request) if found.can_recheck else found), locked
+            if unmet is None:
+                return None
+        # Before anything is evicted to make way for it.
+        request.producer.refuse_impossible()
+        reason = unmet.reason if unmet is not None else "it is not in the cache"
+        self._cache.observers(events.Miss(request.name, request.label, reason=reason))
+        if unmet is None or (evictable and self._evictor.evict_unfit(request.name, reason)):
+            return self._publish(request)
+        if not bypass:
+            raise errors.BackendError(
+                f"its base image does not serve and cannot be replaced while it is in use: {reason}",
+                image=request.label,
+                path=self._cache.layout.base(request.name),
+                next_step="wait until nothing refers to it",
+            )
+        self._cache.observers(events.Bypassed(request.name, request.label, reason=reason))
+        return self.produce(request)
+
+    def go_around(self, request: BaseRequest, unmet: Unmet | None, *, bypass: bool) -> SealedStage:
+        """Make a private copy, where a sound base of the name serves others, or nothing may have the name.
+
+        :param unmet: why the base does not serve. None: there is none.
+        :param bypass: whether a private copy will do.
+        :raises BackendError: it will not do.
+        :raises: whatever the request's producer raises.
+        """
+        if unmet is not None and not bypass:
+            raise errors.BackendError(
+                f"the base of that name does not serve, and serves others: {unmet.reason}",
+                image=request.label,
+                path=self._cache.layout.base(request.name),
+                next_step="flatten the disk where it was made, and move it again",
+            )
+        request.producer.refuse_impossible()
+        if unmet is not None:
+            self._cache.observers(events.Bypassed(request.name, request.label, reason=unmet.reason))
+        return self.produce(request)
+
+    def produce(self, request: BaseRequest) -> SealedStage:
+        """Make a base image in a stage file, over again should that be swept away.
+
+        :raises: whatever the request's producer raises.
+        """
+        while True:
+            request.waiter.check()
+            try:
+                return request.producer.produce()
+            except StageGone:
+                request.retries.spend(_swept(request))
+
+    def _restore(self, request: BaseRequest) -> _Trash | Unmet:
+        """Link back what lies in the trash: it is the same image, and overlays may refer to it.
+
+        What lies there and does not serve stays, until all who share the cache said whether they need it:
+        linked back, it would only be evicted again, and they would have to be asked again.
+        """
+        found: _Trash | Unmet = _Trash.NOTHING
+        with translated(self._cache.layout.base(request.name)):
+            for entry in trash.find(self._cache, request.name):
+                judged = judge(self._cache, trash.open_entry(entry), request)
+                if isinstance(judged, Fit):
+                    judged.opened.close()
+                if isinstance(judged, Unmet) and not judged.can_recheck:
+                    found = judged
+                elif trash.restore(self._cache, entry):
+                    return _Trash.RESTORED
+        return found
+
+    def _adopt(self, request: BaseRequest) -> Unmet | None:
+        """Check what nobody witnessed. Returns why it does not serve; None if it serves, or is gone."""
+        with translated(self._cache.layout.base(request.name)):
+            opened = self._cache.open_base(request.name)
+        if opened is None:
+            return None
+        with contextlib.closing(opened):
+            with translated(opened.path):
+                known = self._cache.record_of(opened)
+            record = request.producer.adopt(opened, known)
+        if isinstance(record, Unmet):
+            return record
+        if known is None:
+            self._cache.observers(events.Adopted(request.name, request.label))
+        return evidence.unmet(record, request.requirements)
+
+    def _publish(self, request: BaseRequest) -> Production | None:
+        """Make a base image and give it its name. Returns None if somebody else's has the name."""
+        while True:
+            sealed = self.produce(request)
+            try:
+                if not publish.publish(sealed, self._cache):
+                    return None
+            except StageGone:
+                request.retries.spend(_swept(request))
+                continue
+            self._cache.observers(events.Published(request.name, request.label))
+            return Production(sealed.received, sealed.allocated)
+
+
+def _swept(request: BaseRequest) -> errors.BackendError:
+    return errors.BackendError(
+        "its file in flight was removed again and again",
+        image=request.label,
+        next_step="find out what removes files from the cache's stage directory",
+    )

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Using a disk or a file again that is there already: evacuation, rebuild, a retry."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+
+from imagecache_lib import errors, model
+from imagecache_lib.backends.interface import StorageBackend
+from imagecache_lib.system.translate import translated
+
+
+def require_reuse(target: str, if_exists: str) -> None:
+    """Refuse an existing target unless it may be used again.
+
+    :raises DiskExistsError: it may not.
+    """
+    if if_exists != "reuse":
+        raise errors.DiskExistsError(
+            "the target exists already", path=target, next_step='remove it, or ask with if_exists="reuse"'
+        )
+
+
+def reuse_disk(
+    backend: StorageBackend, target: str, size: int | None, ensure_backing: Callable[[], object]
+) -> model.Disk:
+    """Make sure of an existing disk's base, and grow the disk. Nothing else of it changes.
+
+    :param size: bytes that it has at least. None: as many as it has.
+    :param ensure_backing: makes sure of its base, if it has one.
+    :raises BackendError: the disk cannot be read, or may have lost its content.
+    """
+    if not backend.ensure_durable(target):
+        raise errors.BackendError(
+            "the host restarted soon after the disk was made, and its content was not synced before",
+            path=target,
+            next_step="remove the disk and make it anew; with sync_copied_disks this cannot happen",
+        )
+    disk = backend.inspect(target)
+    if disk.format == "qcow2":
+        # Whatever its header names: a guest may have written one into a disk whose format nobody pinned.
+        ensure_backing()
+    if size is not None and size > disk.virtual_size:
+        return backend.resize(disk, size)
+    return disk
+
+
+def check_file(path: str) -> None:
+    """Refuse what cannot be a kernel or a ramdisk that was put there before.
+
+    :raises BackendError: it is no regular file, or has nothing in it.
+    """
+    with translated(path):
+        found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode) or not found.st_size:
+        raise errors.BackendError(
+            "what is there is no regular file, or empty", path=path, next_step="remove it, and ask again"
+        )

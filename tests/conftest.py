@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notes beside a report what the tests ran on, for the summary of a CI run."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+
+import pytest
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    report = session.config.getoption("xmlpath")
+    # A worker of pytest-xdist has no report of its own.
+    if report and not hasattr(session.config, "workerinput"):
+        path = pathlib.Path(report).with_suffix(".machine")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        user = "root" if os.geteuid() == 0 else "a user"
+        path.write_text(f"Python {platform.python_version()}, {_qemu()}, {_system()}, as {user}\n")
+
+
+def _qemu() -> str:
+    if shutil.which("qemu-img") is None:
+        return "no QEMU"
+    said = subprocess.run(["qemu-img", "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"version (\d+(?:\.\d+)+)", said)
+    return f"QEMU {version[1] if version else said!r}"
+
+
+def _system() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except OSError:
+        return platform.system()

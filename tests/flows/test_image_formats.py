@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What common writers write becomes the disk that they meant, and what is no disk is refused by its name."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import random
+import signal
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import imagecache_lib as ic
+from imagecache_lib import events
+from imagecache_lib.store import evidence
+from imagecache_lib.system.host import System
+from imagecache_lib.testing.sources import FakeSource
+from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, content_of, disk_image, raw_image
+from tests.support.odd_images import dynamic_vhd, edited, fixed_vhd, with_descriptor
+
+_LARGEST = (65535, 16, 255)
+
+
+class FormatCase(CacheCase):
+    def disk_of(self, image: bytes, claimed: str | None, **config: Any) -> bytes:
+        """Return what a guest sees of an image that is cached anew."""
+        source = FakeSource({ID: image}, disk_format=claimed)
+        manager = self.manager(source, **config)
+        found = self.spawn(manager)
+        manager.evict_image(ID)
+        return found
+
+    def each_way(self, image: bytes, *claims: str | None) -> Iterator[tuple[str, bytes]]:
+        for force_raw in (True, False):
+            for backend in ("qcow2", "raw"):
+                for claimed in claims:
+                    way = f"force_raw={force_raw} backend={backend} claimed={claimed}"
+                    yield way, self.disk_of(image, claimed, force_raw_images=force_raw, backend=backend)
+
+    def refused(self, image: bytes, claimed: str | None, *words: str, **config: Any) -> ic.ImageRejected:
+        source = FakeSource({ID: image}, disk_format=claimed)
+        with self.assertRaises(ic.ImageRejected) as caught:
+            self.manager(source, **config).cache_image(ID)
+        for word in words:
+            self.assertIn(word, str(caught.exception))
+        self.assertTrue(caught.exception.next_step)
+        self.assertFalse(self.base().exists())
+        return caught.exception
+
+    def record_of(self, image_id: str = ID) -> evidence.Record:
+        record = evidence.parse(self.record(image_id).read_bytes())
+        assert record is not None
+        return record
+
+
+class TestVhd(FormatCase):
+    data = random.Random(7).randbytes(2 * MIB)
+
+    def test_the_current_size_is_the_disks_whatever_else_it_states(self) -> None:
+        half = MIB
+        for name, image, expected in (
+            ("plain", dynamic_vhd(self.data), self.data),
+            ("grown", dynamic_vhd(self.data, original=half), self.data),
+            ("shrunk", dynamic_vhd(self.data, current=half), self.data[:half]),
+            ("another creator", dynamic_vhd(self.data, creator=b"vbox"), self.data),
+            ("largest geometry", dynamic_vhd(self.data, geometry=_LARGEST), self.data),
+            ("no geometry", dynamic_vhd(self.data, creator=b"bxic", geometry=(0, 0, 0)), self.data),
+        ):
+            for way, found in self.each_way(image, "vhd", None):
+                with self.subTest(name, way=way):
+                    self.assertEqual(expected, found)
+
+    def test_it_is_kept_only_if_all_read_one_size(self) -> None:
+        agreeing = disk_image(self.directory, "vpc", data=raw_image(size=4080 * 512))
+        for image, kept in ((agreeing, "vpc"), (dynamic_vhd(self.data), "raw")):
+            source = FakeSource({ID: image}, disk_format="vhd")
+            manager = self.manager(source, force_raw_images=False)
+            manager.cache_image(ID)
+            self.assertEqual(("vpc", kept), (self.record_of().source_format, self.record_of().stored_format))
+            manager.evict_image(ID)
+
+    def test_a_fixed_one_is_stored_without_its_footer(self) -> None:
+        for claimed in ("vhd", "vpc", None):
+            for force_raw in (True, False):
+                with self.subTest(claimed=claimed, force_raw=force_raw):
+                    found = self.disk_of(fixed_vhd(self.data), claimed, force_raw_images=force_raw)
+                    self.assertEqual(self.data, found)
+
+    def test_a_raw_disk_keeps_what_looks_like_a_footer(self) -> None:
+        self.assertEqual(fixed_vhd(self.data), self.disk_of(fixed_vhd(self.data), "raw"))
+
+    def test_no_footer_is_no_vhd(self) -> None:
+        broken = bytearray(fixed_vhd(self.data))
+        broken[-400] ^= 1
+        self.refused(bytes(broken), "vhd", "raw", "vhd")
+        self.assertEqual(bytes(broken), self.disk_of(bytes(broken), None))
+
+    def test_header_and_footer_must_agree(self) -> None:
+        image = dynamic_vhd(self.data)
+        other = dynamic_vhd(self.data, current=MIB)[-512:]
+        self.refused(image[:-512] + other, "vhd", "differ")
+
+    def test_a_fixed_one_that_is_too_large_is_told_so(self) -> None:
+        source = FakeSource({ID: fixed_vhd(self.data)}, disk_format="vhd")
+        with self.assertRaises(ic.DiskTooSmallError):
+            self.manager(source).create_disk(ID, self.target(), size=MIB)
+
+
+class TestVmdk(FormatCase):
+    def test_names_in_any_alphabet(self) -> None:
+        image = disk_image(self.directory, "vmdk")
+        for name in ("Büro-Server.vmdk".encode(), "Büro-Server.vmdk".encode("latin-1"), "仮想.vmdk".encode()):
+            for way, found in self.each_way(with_descriptor(image, b"source.vmdk", name), "vmdk"):
+                with self.subTest(name=name, way=way):
+                    self.assertEqual(raw_image(), found)
+
+    def test_the_allowed_types_are_the_operators(self) -> None:
+        image = disk_image(self.directory, "vmdk")
+        custom = with_descriptor(image, b'createType="monolithicSparse"', b'createType = "custom"')
+        self.refused(custom, "vmdk", "'custom'", "vmdk_allowed_types")
+        self.assertEqual(raw_image(), self.disk_of(custom, "vmdk", vmdk_allowed_types=("custom",)))
+        self.refused(image, "vmdk", "'monolithicsparse'", vmdk_allowed_types=())
+
+
+class TestOthers(FormatCase):
+    def test_subclusters(self) -> None:
+        image = disk_image(self.directory, "qcow2", options="extended_l2=on")
+        for way, found in self.each_way(image, "qcow2", None):
+            with self.subTest(way):
+                self.assertEqual(raw_image(), found)
+
+    def test_a_vhdx_whose_metadata_lie_behind_a_large_log(self) -> None:
+        image = disk_image(self.directory, "vhdx", options="log_size=16M")
+        for way, found in self.each_way(image, "vhdx", None):
+            with self.subTest(way):
+                self.assertEqual(raw_image(), found)
+
+    def test_a_bootable_iso_without_a_claim(self) -> None:
+        image = bytearray(raw_image())
+        image[32768:32774] = b"\x01CD001"
+        image[446:462] = bytes.fromhex("80000100170000000000000040000000")
+        image[510:512] = b"\x55\xaa"
+        for claimed in ("iso", None):
+            self.assertEqual(bytes(image), self.disk_of(bytes(image), claimed))
+        error = self.refused(bytes(image), "raw", "iso")
+        self.assertIn("disk_format iso", str(error.next_step))
+
+    def test_no_boot_sector_of_a_raw_disk_is_wrong(self) -> None:
+        for entry in (bytes(16), b"\x41" * 16, bytes.fromhex("ff000100ee0100000100000000000000")):
+            image = bytearray(raw_image())
+            image[446:510] = entry * 4
+            image[510:512] = b"\x55\xaa"
+            for claimed in ("raw", None):
+                with self.subTest(entry=entry, claimed=claimed):
+                    self.assertEqual(bytes(image), self.disk_of(bytes(image), claimed))
+
+    def test_what_qemu_does_not_open_is_not_kept(self) -> None:
+        vdi = disk_image(self.directory, "vdi")
+        path = self.directory / "luks.qcow2"
+        secret = ["--object", "secret,id=s,data=abc"]
+        options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+        subprocess.run(
+            ["qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", options, path, "1M"], check=True
+        )
+        qcow2 = disk_image(self.directory, "qcow2")
+        for name, image, claimed in (
+            ("encrypted", path.read_bytes(), "qcow2"),
+            ("old encryption", edited(qcow2, (32, ">I", 1)), "qcow2"),
+            ("clusters", edited(qcow2, (20, ">I", 31)), "qcow2"),
+            ("L1 table", edited(qcow2, (36, ">I", 0x7FFFFFFF)), "qcow2"),
+            ("refcount table", edited(qcow2, (48, ">Q", 2**62 + 1)), "qcow2"),
+            ("data offset", edited(vdi, (344, "<I", 0x390)), "vdi"),
+            ("truncated", disk_image(self.directory, "vhdx")[: 2 * MIB], "vhdx"),
+        ):
+            with self.subTest(name):
+                error = self.refused(image, claimed, force_raw_images=False)
+                self.assertNotIn(str(self.instances), str(error))
+                self.assertLessEqual(str(error).count("qemu-img: "), 1)
+
+    def test_a_base_converted_under_older_rules_is_fetched_anew(self) -> None:
+        image = disk_image(self.directory, "vmdk")
+        source = FakeSource({ID: image}, disk_format="vmdk")
+        self.manager(source).cache_image(ID)
+        record = self.record()
+        record.write_bytes(record.read_bytes().replace(b'"inspected": 2', b'"inspected": 1'))
+        self.manager(source, space_minimum_age_seconds=0).cache_image(ID)
+        self.assertEqual(2, source.opens)
+
+
+class TestNoDisks(FormatCase):
+    def archives(self) -> Iterator[tuple[str, bytes]]:
+        data = raw_image(size=MIB)
+        yield "gzip", gzip.compress(data)
+        yield "xz", lzma.compress(data)
+        yield "bzip2", bz2.compress(data)
+        yield "bzip2", bz2.compress(b"")
+        yield "zstd", b"\x28\xb5\x2f\xfd" + data
+        yield "lz4", b"\x04\x22\x4d\x18" + data
+        made = io.BytesIO()
+        with zipfile.ZipFile(made, "w") as archive:
+            archive.writestr("disk.img", data)
+        yield "zip", made.getvalue()
+        for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+            made = io.BytesIO()
+            with tarfile.open(fileobj=made, mode="w", format=format) as tar:
+                member = tarfile.TarInfo("disk.ovf")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+            yield "tar", made.getvalue()
+        yield "squashfs", b"hsqs" + bytes(4096)
+        yield "7z", b"7z\xbc\xaf\x27\x1c" + bytes(4096)
+        yield "VMDK descriptor", b"# Disk DescriptorFile\nversion=1\n".ljust(4096, b"\0")
+
+    def test_compressed_files_and_archives(self) -> None:
+        for name, image in self.archives():
+            for claimed in ("raw", None, "vhd"):
+                with self.subTest(name, claimed=claimed):
+                    self.refused(image, claimed, name)
+
+    def test_documents(self) -> None:
+        for name, image in (
+            ("HTML", b"<!DOCTYPE html>\n<html><body>404</body></html>"),
+            ("HTML", b"\xef\xbb\xbf\r\n  <HTML>" + b" " * 4096),
+            ("XML", b'<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>'),
+            ("XML", b"<Error><Code>NoSuchKey</Code></Error>"),
+            ("JSON", b'{"error": {"code": 404}}'),
+            ("JSON", b'[\n  {"error": "gone"}\n]'),
+            ("Git LFS", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"),
+        ):
+            for claimed in ("raw", None):
+                with self.subTest(name, claimed=claimed):
+                    self.refused(image, claimed, name, "no disk")
+
+    def test_what_only_resembles_them_is_a_disk(self) -> None:
+        for start in (b"<html>" + bytes(6), b'{"' + bytes(6), b"BZh9" + bytes(6), b"\x1f\x8b" + bytes(6)):
+            image = start + raw_image()[len(start) :]
+            self.assertEqual(image, self.disk_of(image, "raw"))
+
+    def test_a_plain_file_may_be_anything(self) -> None:
+        kernel = gzip.compress(b"kernel")
+        source = FakeSource({ID: kernel}, disk_format="aki")
+        path = self.directory / "kernel"
+        self.manager(source).fetch_file(ID, str(path))
+        self.assertEqual(kernel, path.read_bytes())
+
+
+class TestFaults(FormatCase):
+    """Whose fault it is when qemu-img fails."""
+
+    def converting(self, script: str) -> System:
+        """Return a host on which a conversion is replaced by a script."""
+
+        def execute(*command: str, **options: Any) -> tuple[str, str]:
+            words = list(command)
+            if "convert" in words:
+                at = words.index("sh") + 5  # behind the script, its name and the token
+                words[at:] = ["sh", "-c", script]
+            return System().execute(*words, **options)
+
+        return self.host(execute=execute)
+
+    def test_the_host_is_at_fault_for_what_it_lacks(self) -> None:
+        source = FakeSource({ID: disk_image(self.directory, "vdi")}, disk_format="vdi")
+        for script in (
+            "kill -KILL $$",
+            "kill -ABRT $$",
+            "echo 'qemu-img: Cannot allocate memory' >&2; exit 1",
+            "echo 'qemu-img: error while loading shared libraries: libx.so' >&2; exit 127",
+        ):
+            with self.subTest(script), self.assertRaises(ic.ImageCacheError) as caught:
+                self.manager(source, host=self.converting(script)).cache_image(ID)
+            self.assertIsInstance(caught.exception, ic.BackendError | ic.ConfigError)
+            self.assertEqual([], self.in_flight())
+        self.assertEqual(0, self.happened(events.Rejected))
+
+    def test_what_it_says_of_the_data_is_told_once_and_without_paths(self) -> None:
+        source = FakeSource({ID: disk_image(self.directory, "vdi")}, disk_format="vdi")
+        said = "qemu-img: qemu-img: error while reading at byte 0: Invalid argument"
+        script = f"echo '{said}' >&2; echo hint >&2; exit 1"
+        with self.assertRaises(ic.ImageRejected) as caught:
+            self.manager(source, host=self.converting(script)).cache_image(ID)
+        self.assertIn("qemu-img: error while reading at byte 0: Invalid argument", str(caught.exception))
+        self.assertEqual(1, str(caught.exception).count("qemu-img"))
+
+    def test_half_a_conversion_is_not_published_where_child_signals_are_ignored(self) -> None:
+        image = disk_image(
+            self.directory, "vmdk", options="subformat=streamOptimized", data=os.urandom(4 * MIB)
+        )
+        damaged = bytearray(image)
+        damaged[len(image) // 2 : len(image) // 2 + 4096] = b"\xff" * 4096
+        before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        try:
+            self.refused(bytes(damaged), "vmdk")
+            good = FakeSource({OTHER_ID: image}, disk_format="vmdk")
+            self.manager(good).cache_image(OTHER_ID)
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+
+
+class TestDigests(FormatCase):
+    def table(self, version: int, **known: Any) -> ic.FileSource:
+        path = self.directory / f"image-{version}"
+        path.write_bytes(raw_image(version))
+        return ic.FileSource({ID: ic.FileImage(path, "raw", **known)})
+
+    def digest_of(self, version: int, algorithm: str = "sha256") -> ic.Digest:
+        return ic.Digest(algorithm, hashlib.new(algorithm, raw_image(version)).hexdigest())
+
+    def test_what_the_table_demands_is_what_is_served(self) -> None:
+        self.manager(self.table(1, digest=self.digest_of(1))).cache_image(ID)
+        newer = self.manager(self.table(2, digest=self.digest_of(2)), space_minimum_age_seconds=0)
+        self.assertFalse(newer.is_cached(ID))
+        self.assertIs(ic.CacheResult.CACHED, newer.cache_image(ID))
+        self.assertEqual(raw_image(2), self.spawn(newer))
+
+    def test_a_base_in_use_is_passed_by_and_stays(self) -> None:
+        older = self.manager(self.table(1, digest=self.digest_of(1)))
+        disk = older.create_disk(ID, self.target())
+        newer = self.manager(self.table(2, digest=self.digest_of(2)))
+        self.assertEqual(raw_image(2), self.spawn(newer))
+        self.assertEqual(raw_image(1), content_of(disk.target, disk.format))
+
+    def test_a_disk_keeps_the_base_that_it_was_made_on(self) -> None:
+        older = self.manager(self.table(1, digest=self.digest_of(1)))
+        disk = older.create_disk(ID, self.target())
+        newer = self.manager(self.table(2, digest=self.digest_of(2)))
+        self.assertIsNotNone(newer.ensure_backing(disk.target, image_id=ID))
+        newer.create_disk(ID, disk.target, if_exists="reuse")
+        self.assertEqual(raw_image(1), content_of(disk.target, disk.format))
+
+    def test_the_same_digest_is_a_hit(self) -> None:
+        self.manager(self.table(1, digest=self.digest_of(1))).cache_image(ID)
+        self.assertIs(
+            ic.CacheResult.EXISTING, self.manager(self.table(1, digest=self.digest_of(1))).cache_image(ID)
+        )
+
+    def test_what_was_never_compared_does_not_serve_a_demand(self) -> None:
+        self.manager(self.table(1)).cache_image(ID)
+        demanding = self.manager(self.table(1, digest=self.digest_of(1)), space_minimum_age_seconds=0)
+        self.assertIs(ic.CacheResult.CACHED, demanding.cache_image(ID))
+        self.assertIs(ic.CacheResult.EXISTING, demanding.cache_image(ID))
+
+    def test_a_digest_that_somebody_states_opens_no_other_image(self) -> None:
+        path = self.directory / "other"
+        path.write_bytes(raw_image(3))
+        self.manager(self.table(1, digest=self.digest_of(1))).cache_image(ID)
+        source = ic.FileSource({OTHER_ID: ic.FileImage(path, "raw", digest=self.digest_of(1))})
+        with self.assertRaises(ic.ImageRejected):
+            self.manager(source).create_disk(OTHER_ID, self.target())
+        with contextlib.suppress(FileNotFoundError):
+            self.fail(str(self.base(OTHER_ID).stat()))
+
+    def test_a_copy_of_a_base_that_the_disk_changed_is_not_made(self) -> None:
+        source = FakeSource({ID: raw_image(1), OTHER_ID: raw_image(1)})
+        self.manager(source).cache_image(ID)
+        with self.base().open("r+b") as base:
+            base.seek(1000)
+            base.write(b"rot")
+        self.manager(source).cache_image(OTHER_ID)
+        self.assertEqual(raw_image(1), self.base(OTHER_ID).read_bytes())
+        self.assertEqual(2, source.opens)

@@ -1,0 +1,483 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong with conductors and agents: crash loops, two under one name, death, clocks, floods."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from imagecache_lib import errors
+from imagecache_lib.precache import client, job, lease, precacher, run
+from imagecache_lib.precache.agent import HostAgent
+from imagecache_lib.precache.database import JobDatabase
+from imagecache_lib.system.host import System
+from imagecache_lib.testing.sources import FakeSource
+from tests.flows.test_precache import AgentCase, JobCase, Time
+from tests.support.cache_case import ID, OTHER_ID, Running, Stop, raw_image
+
+CACHED, ERROR, SKIPPED = job.Result.CACHED, job.Result.ERROR, job.Result.SKIPPED
+
+
+class RestartTest(JobCase):
+    def test_an_agent_in_a_crash_loop_ends_with_that_as_the_reason(self) -> None:
+        fake = self.hosts.hosts["one"]
+        fake.idle = True
+        polls = [0]
+
+        def before(call: str) -> None:
+            polls[0] += call == "poll"
+            if call == "poll" and polls[0] % 10 == 0:
+                fake.restart()
+                raise client.HostDown("it was killed")
+
+        fake.before = before
+        ended = self.run_job("one")
+        self.assertEqual([ERROR] * 2, self.results(ended, "one"))
+        self.assertRegex(self.reasons(ended, "one").pop(), "forgot its task 5 times.*restarts")
+        self.assertEqual(run.MOST_RESTARTS, len(fake.begun))
+
+    def test_restarts_between_which_images_are_finished_are_no_loop(self) -> None:
+        fake = self.hosts.hosts["one"]
+        self.IMAGES = tuple(f"image-{number}" for number in range(2 * run.MOST_RESTARTS))
+        polls = [0]
+
+        def before(call: str) -> None:
+            polls[0] += call == "poll"
+            if call == "poll" and polls[0] % 2 == 0:
+                fake.restart()
+
+        fake.before = before
+        ended = self.run_job("one")
+        self.assertEqual({CACHED}, set(self.results(ended, "one")))
+
+    def test_two_agents_under_one_name_end_with_that_as_the_reason(self) -> None:
+        fake = self.hosts.hosts["one"]
+        agents = [client.AgentInfo(name, self.time.now) for name in ("first", "other")]
+        calls = [0]
+
+        def before(call: str) -> None:
+            fake.info = agents[calls[0] % 2]
+            calls[0] += 1
+            if call == "poll":
+                error = client.UnknownTask("it knows nothing of it")
+                error.agent = fake.info
+                raise error
+
+        fake.before = before
+        ended = self.run_job("one", "two")
+        self.assertEqual([ERROR] * 2, self.results(ended, "one"))
+        self.assertRegex(self.reasons(ended, "one").pop(), "two agents.*first and other.*stop one")
+        self.assertEqual(2, len(fake.cancelled), "each of the two has to be told")
+        self.assertEqual([CACHED] * 2, self.results(ended, "two"))
+
+    def test_an_agent_that_restarts_once_is_no_second_agent(self) -> None:
+        fake = self.hosts.hosts["one"]
+        fake.info = client.AgentInfo("first", self.time.now)
+        polls = [0]
+
+        def before(call: str) -> None:
+            polls[0] += call == "poll"
+            if call == "poll" and polls[0] == 2:
+                fake.restart()
+                fake.info = client.AgentInfo("second", self.time.now)
+
+        fake.before = before
+        self.assertEqual([CACHED] * 2, self.results(self.run_job("one"), "one"))
+
+    def test_a_clock_that_is_off_is_reported(self) -> None:
+        self.hosts.hosts["one"].info = client.AgentInfo("first", self.time.now + 86400)
+        with self.assertLogs("imagecache_lib.precache", "WARNING") as logged:
+            self.run_job("one")
+        self.assertEqual(1, sum("+86400 s off" in line for line in logged.output))
+
+
+class BusyTest(JobCase):
+    def test_a_host_with_too_many_tasks_is_asked_again(self) -> None:
+        until = self.time.now + 300
+
+        def before(call: str) -> None:
+            if call == "begin" and self.time.now < until:
+                raise client.HostBusy("the host has 100 unfinished tasks")
+
+        self.hosts.hosts["one"].before = before
+        ended = self.run_job()
+        self.assertEqual(6, ended.count()[CACHED])
+        self.assertLess(self.time.now, until + 2 * run.LONGEST_POLL_DOWN)
+
+    def test_a_host_that_stays_busy_is_skipped_in_the_end(self) -> None:
+        def before(_call: str) -> None:
+            raise client.HostBusy("the host has 100 unfinished tasks")
+
+        self.hosts.hosts["one"].before = before
+        ended = self.run_job()
+        self.assertEqual([SKIPPED] * 2, self.results(ended, "one"))
+        self.assertIn("unfinished tasks", self.reasons(ended, "one").pop())
+        self.assertEqual(4, ended.count()[CACHED])
+
+
+class TermsTest(JobCase):
+    def test_times_travel_as_seconds_from_now_too(self) -> None:
+        self.run_job("one", deadline=self.time.now + 500, pin_until=self.time.now + 900, jitter=100.0)
+        (task,) = self.hosts.hosts["one"].begun
+        begun = self.time.now - 1000
+        assert task.deadline_in is not None and task.pin_for is not None
+        self.assertEqual(1500.0, task.deadline)
+        self.assertAlmostEqual(450, task.deadline_in, delta=5)
+        self.assertAlmostEqual(850, task.pin_for, delta=5)
+        self.assertGreater(begun, 45)
+
+    def test_more_images_than_a_task_may_have_are_refused_at_the_start(self) -> None:
+        images = [f"image-{number}" for number in range(job.MOST_IMAGES + 1)]
+        with self.assertRaisesRegex(errors.ConfigError, "1000 images at most"):
+            self.precacher().start("all", ["one"], images)
+        self.precacher().start("all", ["one"], images[1:])
+
+    def test_what_an_agent_says_is_kept_whatever_it_is(self) -> None:
+        odd = job.Cell(ERROR, "a\0b\ud800" * 10_000, job.LARGEST, job.LARGEST)
+        self.hosts.hosts["one"].fails["image-a"] = odd
+        ended = self.run_job("one")
+        self.assertEqual([ERROR, CACHED], self.results(ended, "one"))
+        self.assertEqual(job.LARGEST, ended.cells["one"]["image-a"].received)
+
+
+class TwoConductorsTest(JobCase):
+    def other(self) -> tuple[precacher.AggregatePrecacher, Time]:
+        """Return a conductor on another machine, with a clock of its own."""
+        its = Time()
+        its.host = System(name="other", clock=lambda: its.now, sleep=its.sleep)
+        return precacher.AggregatePrecacher(
+            JobDatabase(self.path), self.hosts, host=its.host, random=lambda: 0.5
+        ), its
+
+    def test_one_runs_and_the_other_watches(self) -> None:
+        work = self.start("one", "two", concurrency=2)
+        at_work = Stop()
+        calls: list[str] = []
+
+        def before(call: str) -> None:
+            calls.append(call)
+            if len(calls) == 1:
+                at_work()
+
+        self.hosts.hosts["one"].before = before
+        first = Running(lambda: self.precacher().run(work.id))
+        at_work.wait()
+        conductor, its = self.other()
+        sleeps = [0]
+
+        def sleep(seconds: float) -> None:
+            sleeps[0] += 1
+            if sleeps[0] == 3:
+                at_work.go_on()
+                first.result()
+            its.sleep(seconds)
+
+        conductor = precacher.AggregatePrecacher(
+            JobDatabase(self.path), self.hosts, host=System(clock=lambda: its.now, sleep=sleep)
+        )
+        with self.assertLogs("imagecache_lib.precache", "WARNING") as logged:
+            ended = conductor.resume(work.id)
+        self.assertIn("watching", logged.output[0])
+        self.assertEqual(4, ended.count()[CACHED])
+        self.assertEqual([1, 1], [len(self.hosts.hosts[name].begun) for name in ("one", "two")])
+        self.assertEqual(0, ended.attempt)
+
+    def test_a_dead_ones_job_is_taken_over(self) -> None:
+        work = self.start("one")
+        self.assertTrue(self.database.take_lease(work.id, "dead", self.database.lease_of(work.id)))
+        conductor, its = self.other()
+        with self.assertLogs("imagecache_lib.precache", "WARNING") as logged:
+            ended = conductor.run(work.id)
+        self.assertEqual(2, ended.count()[CACHED])
+        self.assertGreaterEqual(its.now - 1000, lease.SECONDS)
+        self.assertLess(its.now - 1000, lease.SECONDS + 10)
+        self.assertIn("goes on here", "".join(logged.output))
+        self.assertIsNone(self.database.lease_of(work.id).runner)
+
+    def test_one_that_lost_its_job_writes_nothing_more_and_watches(self) -> None:
+        work = self.start("one")
+        fake = self.hosts.hosts["one"]
+        fake.idle = True
+        stolen = threading.Event()
+
+        def before(_call: str) -> None:
+            if not stolen.is_set():
+                stolen.set()
+                self.database.take_lease(work.id, "thief", self.database.lease_of(work.id))
+
+        fake.before = before
+        leave = threading.Event()
+
+        def sleep(seconds: float) -> None:
+            self.time.sleep(seconds)
+            if self.time.now > 1010:
+                leave.set()
+
+        conductor = precacher.AggregatePrecacher(
+            self.database, self.hosts, host=System(clock=lambda: self.time.now, sleep=sleep)
+        )
+        with self.assertLogs("imagecache_lib.precache", "WARNING") as logged:
+            conductor.run(work.id, leave=leave)
+        self.assertIn("taken over", logged.output[0])
+        self.assertEqual("thief", self.database.lease_of(work.id).runner)
+
+    def test_who_leaves_lets_another_go_on_at_once(self) -> None:
+        work = self.start("one")
+        leave = threading.Event()
+        leave.set()
+        self.precacher().run(work.id, leave=leave)
+        conductor, its = self.other()
+        self.assertEqual(2, conductor.run(work.id).count()[CACHED])
+        self.assertLess(its.now - 1000, lease.SECONDS)
+
+
+class CancelTest(JobCase):
+    def test_what_is_open_ends_when_no_conductor_runs_the_job(self) -> None:
+        work = self.start("one", "two", "three")
+        task = client.HostTask(work.id, self.IMAGES)
+        for name in ("one", "two"):
+            self.hosts.begin(name, task)
+        self.hosts.poll("one", work.id)  # it finished an image that no conductor heard of
+
+        def down(_call: str) -> None:
+            raise client.HostDown("no answer")
+
+        self.hosts.hosts["two"].before = down
+        for fake in self.hosts.hosts.values():
+            fake.idle = True
+        with self.assertLogs("imagecache_lib.precache", "WARNING"):
+            ended = self.precacher().cancel(work.id)
+        self.assertTrue(ended.is_over)
+        self.assertEqual([CACHED, SKIPPED], self.results(ended, "one"))
+        self.assertEqual([SKIPPED] * 2, self.results(ended, "two"))
+        self.assertIn("could not be told: no answer", self.reasons(ended, "two").pop())
+        self.assertEqual({"the job was cancelled"}, self.reasons(ended, "three"))
+
+    def test_a_job_whose_conductor_died_ends_too(self) -> None:
+        work = self.start("one")
+        self.assertTrue(self.database.take_lease(work.id, "dead", self.database.lease_of(work.id)))
+        ended = self.precacher().cancel(work.id)
+        self.assertEqual([SKIPPED] * 2, self.results(ended, "one"))
+        self.assertGreaterEqual(self.time.now - 1000, lease.SECONDS)
+
+    def test_a_job_that_is_over_stays_as_it_is(self) -> None:
+        ended = self.run_job()
+        self.assertEqual(ended.cells, self.precacher().cancel(ended.id).cells)
+
+    def test_many_hosts_are_told_at_the_same_time(self) -> None:
+        work = self.start(*(f"host-{number}" for number in range(200)))
+        at_once = threading.Barrier(100, timeout=60)
+        tells = [0]
+        lock = threading.Lock()
+
+        class Slow(client.HostClient):
+            def survey(self, host: str, image_ids: object) -> client.Survey:
+                self.cancel(host, "")
+                raise client.HostDown("no answer")
+
+            def begin(self, host: str, task: client.HostTask) -> None:
+                raise NotImplementedError
+
+            def poll(self, host: str, job_id: str) -> client.TaskReport:
+                raise NotImplementedError
+
+            def cancel(self, host: str, job_id: str) -> None:
+                with lock:
+                    tells[0] += 1
+                at_once.wait()  # passes only when a hundred calls are under way
+                raise client.HostDown("no answer")
+
+        conductor = precacher.AggregatePrecacher(self.database, Slow(), host=self.time.host)
+        with self.assertLogs("imagecache_lib.precache", "WARNING"):
+            self.assertEqual(400, conductor.cancel(work.id).count()[SKIPPED])
+        self.assertEqual(200, tells[0])
+        learned: list[str] = []
+        plan = conductor.plan(
+            work.hosts, ["image-a"], learned=lambda name, answer: learned.append(f"{name}: {answer}")
+        )
+        self.assertEqual(200, len(plan.unreachable))
+        self.assertEqual(200, len(learned))
+
+    def test_a_plan_says_who_does_not_answer_before_all_have(self) -> None:
+        slow = Stop()
+        self.hosts.hosts["one"].before = lambda _call: slow()
+
+        def down(_call: str) -> None:
+            raise client.HostDown("no answer")
+
+        self.hosts.hosts["two"].before = down
+        learned: list[str] = []
+
+        def note(name: str, answer: object) -> None:
+            learned.append(name)
+            if len(learned) == 2:
+                slow.go_on()
+
+        plan = self.precacher().plan(["one", "two", "three"], self.IMAGES, learned=note)
+        self.assertEqual({"two", "three"}, set(learned[:2]))
+        self.assertEqual(["two"], list(plan.unreachable))
+
+
+class SlotTest(JobCase):
+    def test_hosts_that_do_not_answer_take_half_of_the_calls_at_most(self) -> None:
+        names = [f"down-{number}" for number in range(8)] + ["good"]
+        self.hosts = type(self.hosts)(names)
+        waiting, most, lock = [0], [0], threading.Lock()
+
+        def down(_call: str) -> None:
+            with lock:
+                waiting[0] += 1
+                most[0] = max(most[0], waiting[0])
+            threading.Event().wait(0.02)
+            with lock:
+                waiting[0] -= 1
+            raise client.HostDown("no answer")
+
+        for name in names[:8]:
+            self.hosts.hosts[name].before = down
+        first = iter(range(8))
+        good = self.hosts.hosts["good"]
+
+        def note(_call: str) -> None:
+            if next(first, None) is not None:
+                most[0] = 0  # what counts is what happens once they are known to be down
+
+        good.before = note
+        ended = self.run_job(concurrency=4, deadline=self.time.now + 600)
+        self.assertEqual([CACHED] * 2, self.results(ended, "good"))
+        self.assertEqual(16, ended.count()[SKIPPED])
+        self.assertLessEqual(most[0], 4)
+
+    def test_more_hosts_are_at_work_than_threads_call_them(self) -> None:
+        names = [f"host-{number}" for number in range(300)]
+        self.hosts = type(self.hosts)(names)
+        for fake in self.hosts.hosts.values():
+            fake.idle = True
+        most = [0]
+
+        def before(_call: str) -> None:
+            most[0] = max(most[0], threading.active_count())
+            if sum(bool(fake.begun) for fake in self.hosts.hosts.values()) == 300:
+                for fake in self.hosts.hosts.values():
+                    fake.idle = False
+
+        for fake in self.hosts.hosts.values():
+            fake.before = before
+        ended = self.run_job(concurrency=300)
+        self.assertEqual(600, ended.count()[CACHED])
+        self.assertLess(most[0], 200)
+
+
+class AgentFaultsTest(AgentCase):
+    def test_a_sick_image_lets_others_go_first(self) -> None:
+        agent = self.agent()
+        self.source.fail_describe(*[errors.SourceError("busy")] * 3)
+        agent.begin(client.HostTask("sick", (ID,), retries=5))
+        order: list[str] = []
+        agent.begin(client.HostTask("healthy", (OTHER_ID,)))
+        over = threading.Event()
+        while len(order) < 2:
+            for name in ("sick", "healthy"):
+                if name not in order and all(cell.result for cell in agent.poll(name).values()):
+                    order.append(name)
+            over.wait(0.005)
+        self.assertEqual(CACHED, agent.poll("sick")[ID].result)
+        self.assertEqual(CACHED, agent.poll("healthy")[OTHER_ID].result)
+
+    def test_a_sick_image_lets_the_others_of_its_own_task_go_first(self) -> None:
+        paused = Stop()
+        self.pause = paused
+        agent = self.agent()
+        self.source.fail_describe(errors.SourceError("busy"))
+        agent.begin(client.HostTask("job", (ID, OTHER_ID), retries=5))
+        paused.wait()  # nothing is left to do but to wait for the retry
+        cells = agent.poll("job")
+        paused.go_on()
+        self.assertEqual([None, CACHED], [cell.result for cell in cells.values()])
+        self.assertIn("to be tried again", cells[ID].reason)
+        self.assertEqual(CACHED, self.wait(agent, "job")[ID].result)
+
+    def host(self, **options: object) -> System:
+        slept = [0.0]
+
+        def sleep(seconds: float) -> None:
+            pause = getattr(self, "pause", None)
+            if pause is not None:
+                self.pause = None
+                pause()
+            slept[0] += seconds
+
+        own = {"sleep": sleep, "clock": lambda: time.time() + self.offset + slept[0]}
+        return super(AgentCase, self).host(**{**own, **options})
+
+    offset = 0.0
+    pause: Stop | None = None
+
+    def test_a_cancellation_stops_the_fetch_that_an_earlier_attempt_began(self) -> None:
+        agent = self.agent()
+        stop = self.points.stop_at("transfer.chunk")
+        agent.begin(client.HostTask("job", (ID,)))
+        stop.wait()
+        agent.begin(client.HostTask("job", (ID,), attempt=1))  # left, and resumed
+        agent.cancel("job")
+        stop.go_on()
+        self.assertEqual(SKIPPED, self.wait(agent, "job")[ID].result)
+        self.assertEqual([], self.in_flight())
+
+    def test_the_agents_end_stops_the_fetch_that_an_earlier_attempt_began(self) -> None:
+        agent = self.agent()
+        stop = self.points.stop_at("transfer.chunk")
+        agent.begin(client.HostTask("job", (ID,)))
+        stop.wait()
+        agent.begin(client.HostTask("job", (ID,), attempt=1))
+        ending = Running(agent.stop)
+        stop.go_on()
+        ending.result()
+        self.assertEqual([], self.in_flight())
+
+    def test_times_are_by_the_agents_own_clock(self) -> None:
+        for off in (-86400.0, 86400.0):
+            with self.subTest(off=off):
+                self.offset = off
+                self.source = FakeSource({ID: raw_image(1)})
+                agent = self.agent()
+                now = time.time()
+                task = client.HostTask(
+                    f"job{off}",
+                    (ID,),
+                    deadline=now + 600,
+                    pin_until=now + 6000,
+                    deadline_in=600,
+                    pin_for=6000,
+                )
+                with self.assertLogs("imagecache_lib.precache.agent", "WARNING") as logged:
+                    cells = self.finish(agent, task)
+                self.assertFalse(cells[ID].result is SKIPPED or cells[ID].result is ERROR, cells)
+                self.assertIn(f"{off:+.0f} s off", logged.output[0])
+
+    def test_an_old_conductors_times_are_taken_as_they_are(self) -> None:
+        cells = self.finish(self.agent(), client.HostTask("job", (ID,), deadline=time.time() - 5))
+        self.assertEqual(SKIPPED, cells[ID].result)
+
+    def test_a_flood_of_tasks_is_refused_for_now(self) -> None:
+        agent = self.agent()
+        stop = self.points.stop_at("transfer.chunk")
+        agent.begin(client.HostTask("job-0", (ID,)))
+        stop.wait()
+        for number in range(1, 100):
+            agent.begin(client.HostTask(f"job-{number}", (OTHER_ID,)))
+        with self.assertRaisesRegex(client.HostBusy, "100 unfinished"):
+            agent.begin(client.HostTask("one more", (ID,)))
+        stop.go_on()
+        for number in range(100):
+            self.wait(agent, f"job-{number}")
+        self.finish(agent, client.HostTask("one more", (ID,)))
+
+    def test_every_start_of_an_agent_is_another_instance(self) -> None:
+        one, other = self.agent(), self.agent()
+        self.assertEqual(one.info().instance, one.info().instance)
+        self.assertNotEqual(one.info().instance, other.info().instance)
+        self.assertIsInstance(one, HostAgent)
+        self.assertLess(abs(one.info().clock - time.time()), 60)
+        self.assertTrue(os.path.isdir(self.instances))

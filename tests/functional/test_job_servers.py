@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs on real servers, MariaDB and PostgreSQL: what conductors on several machines share."""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import sqlalchemy as sa
+from alembic import autogenerate
+from alembic.migration import MigrationContext
+
+from imagecache_lib import errors
+from imagecache_lib.precache import client, job, lease, schema
+from imagecache_lib.precache.database import Change, JobDatabase
+from imagecache_lib.precache.precacher import AggregatePrecacher
+from tests.lab.mariadb import MariaDb, running_mariadb
+from tests.lab.postgresql import PostgreSql, running_postgresql
+from tests.support.cache_case import Running, Stop
+
+Server = MariaDb | PostgreSql
+CACHED = job.Cell(job.Result.CACHED, "", 7, 7)
+
+
+@pytest.fixture(scope="module", params=["mariadb", "postgresql"])
+def running(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A running server. Tests share it."""
+    # Not below pytest's directory, which only its user may enter: PostgreSQL runs as another.
+    with tempfile.TemporaryDirectory(prefix="jobs-", dir="/var/tmp") as name:
+        home = pathlib.Path(name)
+        home.chmod(0o755)
+        start = running_mariadb if request.param == "mariadb" else running_postgresql
+        with start(home) as found:
+            yield found
+
+
+@pytest.fixture
+def server(running: Server) -> Iterator[Server]:
+    """A server without tables."""
+    engine = sa.create_engine(running.url)
+    with engine.begin() as connection:
+        found = sa.MetaData()
+        found.reflect(connection)
+        found.drop_all(connection)
+    engine.dispose()
+    yield running
+
+
+class Agents(client.HostClient):
+    """Hosts that cache everything the first time they are asked."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.before: Callable[[], object] = lambda: None
+
+    def survey(self, host: str, image_ids: Sequence[str]) -> client.Survey:
+        raise NotImplementedError
+
+    def begin(self, host: str, task: client.HostTask) -> None:
+        self.before()
+        self.begun.append(host)
+
+    def poll(self, host: str, job_id: str) -> client.TaskReport:
+        return client.TaskReport(dict.fromkeys(("image-a", "image-b"), CACHED))
+
+    def cancel(self, host: str, job_id: str) -> None:
+        raise NotImplementedError
+
+
+def start(database: JobDatabase, hosts: int = 5) -> job.Job:
+    names = [f"host-{number}" for number in range(hosts)]
+    return database.add("racks", names, ["image-a", "image-b"], job.Terms(concurrency=hosts), now=1.5)
+
+
+def test_a_job_comes_to_its_end(server: Server) -> None:
+    database, agents = JobDatabase(server.url), Agents()
+    work = start(database, hosts=50)
+    assert AggregatePrecacher(database, agents).run(work.id).count()[job.Result.CACHED] == 100
+    (listed,) = JobDatabase(server.url, change_schema=False).summaries()
+    assert (listed.hosts, listed.images, listed.is_over, listed.created) == (50, 2, True, 1.5)
+    assert database.prune(2.0) == 1
+    assert database.summaries() == []
+
+
+def test_the_longest_names_and_the_oddest_words_fit(server: Server) -> None:
+    database = JobDatabase(server.url)
+    image = "\N{GRINNING FACE}" * 256
+    made = database.add("\N{GRINNING FACE}", ["H" * 253, "h" * 253], [image], job.Terms(), now=1.0)
+    assert database.take_lease(made.id, "r" * 255, database.lease_of(made.id))
+    odd = job.Cell(job.Result.ERROR, "a\0b\ud800\N{GRINNING FACE}" * 5000, job.LARGEST, job.LARGEST)
+    database.keep(made.id, "r" * 255, [Change(0, 0, odd.storable())])
+    found = database.get(made.id).cells["H" * 253][image]
+    assert (found.result, found.received, found.total) == (odd.result, job.LARGEST, job.LARGEST)
+    assert found.reason.startswith("a\N{REPLACEMENT CHARACTER}b?\N{GRINNING FACE}")
+
+
+def test_two_that_start_at_the_same_moment_make_the_tables_once(server: Server) -> None:
+    failures: list[BaseException] = []
+    at_once = threading.Barrier(4)
+
+    def connect() -> None:
+        at_once.wait()
+        try:
+            JobDatabase(server.url)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=connect) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert JobDatabase(server.url).summaries() == []
+
+
+def test_the_tables_are_those_that_the_release_describes(server: Server) -> None:
+    JobDatabase(server.url)
+    with sa.create_engine(server.url).connect() as connection:
+        difference = autogenerate.compare_metadata(MigrationContext.configure(connection), schema.METADATA)
+    assert difference == []
+
+
+def test_of_two_that_take_a_dead_ones_job_one_has_it(server: Server) -> None:
+    database = JobDatabase(server.url)
+    work = start(database)
+    assert database.take_lease(work.id, "dead", database.lease_of(work.id))
+    seen, at_once, taken = database.lease_of(work.id), threading.Barrier(8), []
+
+    def take(runner: str) -> None:
+        at_once.wait()
+        taken.append(database.take_lease(work.id, runner, seen))
+
+    threads = [threading.Thread(target=take, args=(f"runner-{number}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == [False] * 7 + [True]
+    with pytest.raises(lease.LeaseLost):
+        database.keep(work.id, "dead", [Change(0, 0, CACHED)])
+    assert database.get(work.id).cells["host-0"]["image-a"].result is None
+
+
+def test_a_server_that_restarts_costs_no_result(server: Server) -> None:
+    database, agents = JobDatabase(server.url), Agents()
+    work = start(database, hosts=1)
+    agents.before = at_work = Stop()
+    running = Running(lambda: AggregatePrecacher(database, agents).run(work.id))
+    at_work.wait()
+    server.stop()
+    # Started here: a server of these tests ends with the thread that started it.
+    server.start()
+    at_work.go_on()
+    assert running.result().count()[job.Result.CACHED] == 2
+
+
+def test_a_server_that_is_gone_is_said_with_what_to_do(server: Server) -> None:
+    database = JobDatabase(server.url)
+    work = start(database)
+    server.stop()
+    try:
+        with pytest.raises(errors.ConfigError, match="job database failed") as caught:
+            database.get(work.id)
+        assert "jobs:jobs" not in str(caught.value)
+    finally:
+        server.start()
+    assert database.get(work.id) == work
+
+
+def test_a_later_release_changed_the_tables(server: Server) -> None:
+    database = JobDatabase(server.url)
+    work = start(database)
+    assert database.take_lease(work.id, "runner", database.lease_of(work.id))
+    with sa.create_engine(server.url).begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0099'")
+    with pytest.raises(errors.ConfigError, match="upgrade"):
+        JobDatabase(server.url)
+    with pytest.raises(errors.ConfigError, match="upgrade"):
+        database.keep(work.id, "runner", [])

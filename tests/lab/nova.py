@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nova's own image cache, called in an environment of its own, over the same directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+from typing import Any
+
+import imagecache_lib
+from tests.lab.environment import environment
+
+HERE = pathlib.Path(__file__).parent
+
+
+class Nova:
+    """Nova with one configuration. Each call is a process of its own.
+
+    :param instances_path: the directory that both use.
+    :param options: of nova.conf: ``default_ephemeral_format``, ``virt_mkfs``.
+    """
+
+    def __init__(self, instances_path: str | os.PathLike[str], **options: Any) -> None:
+        self._configuration = {"instances_path": os.fspath(instances_path), **options}
+        self._python = environment("nova", HERE / "nova-requirements.txt") / "bin/python"
+
+    def call(self, action: str, **arguments: Any) -> Any:
+        """Return what a function of :mod:`tests.lab.nova_side` returns.
+
+        :param action: the function.
+        """
+        asked = {"configuration": self._configuration, "action": action, "arguments": arguments}
+        sources = str(pathlib.Path(imagecache_lib.__file__).parent.parent)
+        path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+        done = subprocess.run(
+            [self._python, "-P", HERE / "nova_side.py"],
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": sources, "PATH": path},
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout.splitlines()[-1])

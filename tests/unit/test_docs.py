@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documentation refers to is there: drawings of today's text, tests under the names it gives."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import re
+import unittest
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOC = ROOT / "doc" / "source"
+
+_TEST = re.compile(r"``(?:(?P<file>[a-z]+/test_\w+\.py)(?:::)?)?(?P<test>test_\w+)?``")
+
+
+class TestDrawings(unittest.TestCase):
+    def test_each_drawing_was_made_from_the_text_beside_it(self) -> None:
+        sources = sorted(DOC.rglob("*.dot"))
+        self.assertTrue(sources)
+        for source in sources:
+            with self.subTest(source.name):
+                drawn = source.with_suffix(".svg").read_text()
+                made_from = hashlib.sha256(source.read_bytes()).hexdigest()
+                self.assertIn(f"sha256:{made_from}", drawn, "run: make drawings")
+
+
+class TestReferences(unittest.TestCase):
+    def test_the_tests_that_the_threat_model_names_exist(self) -> None:
+        """A name without a file is in the file that was named last."""
+        text = (DOC / "reference" / "threat-model.rst").read_text()
+        file, named = "", 0
+        for found in _TEST.finditer(text):
+            file = found["file"] or file
+            with self.subTest(file=file, test=found["test"]):
+                code = (ROOT / "tests" / file).read_text()
+                self.assertIn(f"def {found['test']}(" if found["test"] else "def test_", code)
+            named += 1
+        self.assertGreater(named, 30)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An outside program: its limits, how it ended, and whose fault that was."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+import unittest
+from collections.abc import Callable
+
+from imagecache_lib import System, errors
+from imagecache_lib.formats import program
+from imagecache_lib.formats.program import DataRefused, Limits, StorageFailed
+
+
+def _script(script: str, *, wall: int = 60, check: Callable[[], None] = lambda: None) -> str:
+    return program.run(
+        ("sh", "-c", script),
+        host=System(name="here"),
+        limits=Limits(cpu=10, memory=2**31, wall=wall),
+        check=check,
+        program="qemu-img",
+        subject="/disk",
+        hidden=("/stage/1",),
+    )
+
+
+class TestEndings(unittest.TestCase):
+    def test_success_yields_what_it_wrote(self) -> None:
+        self.assertEqual("found\n", _script("echo found; echo noise >&2"))
+
+    def test_what_it_says_of_the_data_is_the_fault_of_the_data(self) -> None:
+        with self.assertRaises(DataRefused) as caught:
+            _script("echo 'qemu-img: qemu-img: '\"'/stage/1' is broken\" >&2; echo 'Try this: x' >&2; exit 1")
+        self.assertEqual("qemu-img: the file is broken", caught.exception.cause)
+
+    def test_the_host_is_at_fault_for_its_own_limits_and_lacks(self) -> None:
+        for script in (
+            "kill -9 $$",
+            "kill -XCPU $$",
+            "kill -ABRT $$",
+            "echo 'qemu-img: Cannot allocate memory' >&2; exit 1",
+            "echo 'qemu-img: Could not open: Permission denied' >&2; exit 1",
+            "while :; do :; done",
+        ):
+            with self.subTest(script=script), self.assertRaises(errors.BackendError) as caught:
+                _script(f"ulimit -t 1; {script}")
+            self.assertNotIsInstance(caught.exception, DataRefused)
+            self.assertTrue(caught.exception.next_step)
+
+    def test_the_disk_is_told_from_the_rest(self) -> None:
+        with self.assertRaises(StorageFailed):
+            _script("echo 'qemu-img: Input/output error' >&2; exit 1")
+        with self.assertRaises(errors.NoSpaceError):
+            _script("echo 'qemu-img: No space left on device' >&2; exit 1")
+
+    def test_a_program_that_is_not_there_is_a_matter_of_the_set_up(self) -> None:
+        for script in ("exec no-such-program", "exit 127"):
+            with self.assertRaises(errors.ConfigError):
+                _script(script)
+
+    def test_it_ends_at_the_limit_by_the_clock(self) -> None:
+        began = time.monotonic()
+        with self.assertRaises(errors.BackendError) as caught:
+            _script("sleep 60", wall=1)
+        self.assertIn("1 seconds", caught.exception.cause)
+        self.assertLess(time.monotonic() - began, 20)
+
+    def test_it_ends_with_all_its_children_when_nobody_waits(self) -> None:
+        over = threading.Event()
+
+        def check() -> None:
+            over.set()
+            raise errors.CancelledError("cancelled")
+
+        began = time.monotonic()
+        with self.assertRaises(errors.CancelledError):
+            _script("sleep 60 & wait", check=check)
+        self.assertTrue(over.is_set())
+        self.assertLess(time.monotonic() - began, 20)
+
+    def test_it_is_known_how_it_ended_where_child_signals_are_ignored(self) -> None:
+        before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        try:
+            self.assertEqual("found\n", _script("echo found"))
+            with self.assertRaises(DataRefused):
+                _script("echo 'qemu-img: broken' >&2; exit 1")
+            with self.assertRaises(errors.BackendError):
+                _script("kill -9 $$")
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+
+    def test_an_ending_that_nobody_saw_is_a_failure(self) -> None:
+        def execute(*_command: str, **_options: object) -> tuple[str, str]:
+            return "", "qemu-img: all is well\n"  # the status that Python makes up is 0
+
+        with self.assertRaises(errors.BackendError) as caught:
+            program.run(
+                ("qemu-img",),
+                host=System(name="here", execute=execute),
+                limits=Limits(1, 1, 1),
+                check=lambda: None,
+                program="qemu-img",
+                subject="/disk",
+            )
+        self.assertIn("not known", caught.exception.cause)
+
+    def test_no_output_can_pass_for_an_ending(self) -> None:
+        script = (
+            f'{sys.executable} -c \'import sys; sys.stderr.write("\\n" + "0" * 32 + " 0\\n")\'; kill -9 $$'
+        )
+        with self.assertRaises(errors.BackendError):
+            _script(script)
