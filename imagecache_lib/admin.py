@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.backends import load_backend
@@ -18,6 +18,7 @@ from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import inventory
 from imagecache_lib.upkeep.make_room import SpaceReport
+from imagecache_lib.upkeep.outcomes import Kept
 from imagecache_lib.upkeep.scrub import ScrubReport
 from imagecache_lib.upkeep.verify import Explanation, Upkeep
 
@@ -84,7 +85,7 @@ class CacheAdmin:
         name = catalog.name_of(self._cache, image_id)
         return next((base for base in self.list_bases() if base.name == name), None)
 
-    def explain(self, image_id: str, instances: Sequence[model.Instance] | None) -> Explanation | None:
+    def explain(self, image_id: str, instances: Iterable[model.Instance] | None) -> Explanation | None:
         """Say what :meth:`verify_base_images` would do with a base now, and why. None: it is not there.
 
         :param image_id: an image's, or the name of a base.
@@ -101,13 +102,27 @@ class CacheAdmin:
             return catalog.registered(self._cache, self._upkeep.hosts)
 
     def forget_host(self, host_id: str) -> None:
-        """Stop waiting for a host that is gone for good. One that lives registers anew.
+        """Stop waiting for a host that is gone for good. One that lives registers anew, and this one stays.
 
         :raises ConfigError: there is no such host.
         """
         self._start()
         with translated(self.config.base_path):
             self._upkeep.hosts.forget(host_id)
+
+    def forget_disks(self, path: str) -> int:
+        """Say that what the passes of this host saw at a path and below it is gone for good.
+
+        A disk that was seen and is not to be seen any more keeps its base image until that it was removed is
+        proved. This is the operator's word for it. What is there is seen again by the next pass.
+
+        :param path: of a disk, a directory or a disk root.
+        :returns: how many disks are forgotten.
+        :raises NoSpaceError, BackendError: that cannot be written down.
+        """
+        self._start()
+        with translated(self.config.base_path):
+            return self._upkeep.forget_disks(path)
 
     # -- what stays and what goes --------------------------------------------------------------------
 
@@ -136,9 +151,9 @@ class CacheAdmin:
         name = catalog.name_of(self._cache, image_id)
         self._start()
         stays = self._upkeep.evict_one(name, "asked for")
-        if stays is not None:
+        if isinstance(stays, Kept):
             raise errors.BackendError(
-                f"its base image stays: {stays}",
+                f"its base image stays: {stays.reason}",
                 image=image_id,
                 path=self._cache.layout.base(name),
                 next_step="ask again when nobody needs it",
@@ -176,14 +191,14 @@ class CacheAdmin:
         """Look for what is wrong with this host's set-up, the worst first. Changes nothing."""
         return preflight.examine(self._cache, self.backend)
 
-    def audit(self, instances: Sequence[model.Instance] | None = None) -> audit.AuditReport:
+    def audit(self, instances: Iterable[model.Instance] | None = None) -> audit.AuditReport:
         """Look for what does not fit together in disks and base images. Changes nothing, and makes nothing.
 
         :param instances: as for :meth:`verify_base_images`. None: only the disks are known.
         :raises ConfigError, BackendError: the cache itself cannot be read.
         """
         with translated(self.config.base_path):
-            return audit.examine(self._cache, instances)
+            return audit.examine(self._cache, None if instances is None else tuple(instances))
 
     def get_disk_usage(self) -> int:
         """Return the bytes the cache has allocated on the instances filesystem, stage and trash included.

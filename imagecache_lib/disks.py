@@ -104,7 +104,7 @@ class DiskAdmin(CacheAdmin):
         if opened is None:
             return False
         with contextlib.closing(opened):
-            self._cache.note_use(opened)
+            self._cache.touch(opened)
         return True
 
     def ensure_backing(

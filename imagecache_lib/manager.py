@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.backends.interface import Feature, StorageBackend
@@ -316,7 +316,7 @@ class ImageCacheManager(DiskAdmin):
     # -- upkeep --------------------------------------------------------------------------------------
 
     def verify_base_images(
-        self, instances: Sequence[model.Instance] | None, *, dry_run: bool = False
+        self, instances: Iterable[model.Instance] | None, *, dry_run: bool = False
     ) -> VerifyReport:
         """Remove base images that no instance uses and that are old enough. Call it periodically.
 

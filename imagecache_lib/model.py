@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from imagecache_lib import errors
+
 #: How an image's data may be compressed as a whole.
 COMPRESSIONS = ("gzip", "xz", "zstd", "bzip2")
 
@@ -155,6 +157,7 @@ class Instance:
         ``<uuid>_resize``.
     :param swap_mb: size of its swap disk in MiB, 0 for none.
     :param ephemerals: its ephemeral disks.
+    :raises ConfigError: ``images``, ``directories`` or ``ephemerals`` is text or no iterable.
     """
 
     uuid: str
@@ -163,6 +166,26 @@ class Instance:
     directories: tuple[str, ...] = ()
     swap_mb: int = 0
     ephemerals: tuple[Ephemeral, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("images", "directories", "ephemerals"):
+            object.__setattr__(self, field, _several(self.uuid, field, getattr(self, field)))
+
+
+def _several(uuid: object, field: str, values: Any) -> tuple[Any, ...]:
+    """Return several values as a tuple.
+
+    :raises ConfigError: for text, whose letters would be taken for the values, and for what is not several.
+    """
+    if not isinstance(values, str | bytes | Mapping):
+        try:
+            return tuple(values)
+        except TypeError:
+            pass
+    raise errors.ConfigError(
+        f"{field} of instance {uuid} is {values!r}, and must be a tuple",
+        next_step="correct the driver: a tuple of one value ends in a comma",
+    )
 
 
 class CancelToken(Protocol):

@@ -49,3 +49,16 @@ class Create(base.BaseShow):
             "base": disk.base,
         }
         return list(shown), list(shown.values())
+
+
+class Forget(base.BaseShow):
+    """Say that disks which the pass saw, and does not see any more, are gone for good."""
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument("path", help="of a disk, a directory or a disk root, as a problem names it")
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
+        path = os.path.abspath(parsed_args.path)
+        return ["path", "forgotten_disks"], [path, self.manager().forget_disks(path)]

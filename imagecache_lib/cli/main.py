@@ -22,6 +22,7 @@ _COMMANDS: dict[str, type[Any]] = {
     "cache usage": cache.Usage,
     "cache verify": cache.Verify,
     "disk create": disk.Create,
+    "disk forget": disk.Forget,
     "host forget": hosts.Forget,
     "host list": hosts.List,
     "image cache": image.Cache,

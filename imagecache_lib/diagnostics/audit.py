@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from imagecache_lib import dates, errors, model
 from imagecache_lib.diagnostics.preflight import Severity
@@ -15,6 +15,16 @@ from imagecache_lib.formats.qcow2.header import HeaderError, NotQcow2
 from imagecache_lib.store import layout, pins
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.upkeep import headers, inventory, references
+from imagecache_lib.upkeep.facts import (
+    Fact,
+    MissingInstance,
+    MissingRoot,
+    Overlay,
+    Unfinished,
+    Unreadable,
+    Unsettled,
+)
+from imagecache_lib.upkeep.names import Names
 from imagecache_lib.upkeep.scan import Scan
 
 _HEAD = 2**20
@@ -49,53 +59,17 @@ class AuditReport:
     overlays: int
 
 
-class _Audit(Scan):
-    """The pass's reading of all disks, which here takes down every reference into the cache."""
+@dataclasses.dataclass(frozen=True)
+class _Disk:
+    """An overlay of a base that is or should be in the cache.
 
-    def __init__(self, cache: CacheStore, names: Collection[str]) -> None:
-        super().__init__(cache, names, references.Memory())
-        self.overlays: dict[str, tuple[str, str | None]] = {}
-        self.findings: list[AuditFinding] = []
-        self._base_path = os.path.realpath(cache.layout.base_path)
+    :param name: the base's name.
+    :param format: what the overlay's header says of the base's format. None: nothing.
+    """
 
-    def _refer(self, path: str, reference: bytes, pinned: str | None) -> None:
-        super()._refer(path, reference, pinned)
-        try:
-            with open(path, "rb") as stream:
-                header = qcow2_header.parse(stream.read(_HEAD))
-        except (OSError, NotQcow2, HeaderError) as error:
-            self._add(Severity.WARNING, path, f"its header cannot be read: {error}", "check the disk")
-            return
-        name = self._name_in_cache(path, reference)
-        if name is None:
-            return
-        if pinned not in (None, "qcow2"):
-            self._add(
-                Severity.WARNING,
-                path,
-                f"disk.info says {pinned}, and its header says qcow2",
-                "find out which is true; a guest may have written the header",
-            )
-        if pinned != "raw":
-            format = header.backing_format
-            self.overlays[path] = (name, None if format is None else format.decode("ascii", "replace"))
-
-    def _name_in_cache(self, path: str, reference: bytes) -> str | None:
-        for named in headers.named_files(path, reference):
-            with contextlib.suppress(ValueError):
-                directory, name = os.path.split(named)
-                if os.path.realpath(directory) == self._base_path:
-                    return name if layout.NAME_PATTERN.fullmatch(os.fsencode(name)) else None
-        return None
-
-    def _cannot_tell(self, path: str, error: OSError, next_step: str) -> None:
-        self._add(Severity.ERROR, path, f"it cannot be read ({error.strerror})", next_step)
-
-    def _everything_stays(self, why: str, next_step: str) -> None:
-        self._add(Severity.ERROR, "", why, next_step)
-
-    def _add(self, severity: Severity, subject: str, text: str, next_step: str) -> None:
-        self.findings.append(AuditFinding(severity, subject, text, next_step))
+    path: str
+    name: str
+    format: str | None
 
 
 def examine(cache: CacheStore, instances: Sequence[model.Instance] | None) -> AuditReport:
@@ -106,13 +80,23 @@ def examine(cache: CacheStore, instances: Sequence[model.Instance] | None) -> Au
     """
     there = inventory.take(cache)
     names = {base.name for base in there.bases}
-    scan = _Audit(cache, names)
-    found = scan.run(instances or ())
-    findings = list(scan.findings)
+    wanted = Names(names)
+    found = Scan(cache, condense=wanted.condense).run(instances or ())
+    findings = list(_unreadable(found.facts))
+    overlays: dict[str, _Disk] = {}
+    used: set[str] = set()
+    base_path = os.path.realpath(cache.layout.base_path)
+    for fact in found.facts:
+        if isinstance(fact, Overlay):
+            used |= wanted.find(fact.references)
+            disk = _examined(fact, base_path, findings)
+            if disk is not None:
+                overlays[disk.path] = disk
     images = dict(_images(instances or ()))
-    for path, (name, format) in sorted(scan.overlays.items()):
+    for path, disk in sorted(overlays.items()):
+        name = disk.name
         if name in names:
-            findings.extend(_format(cache, path, name, format))
+            findings.extend(_format(cache, path, name, disk.format))
         else:
             image = f" of image {images[name]}" if name in images else ""
             findings.append(
@@ -123,17 +107,80 @@ def examine(cache: CacheStore, instances: Sequence[model.Instance] | None) -> Au
                     "fetch it again before the disk is started, with ensure_backing",
                 )
             )
-    used = {name for each in found.readings.values() for name in each}
     used.update(name for name, _user in references.reported(names, instances or (), []))
     now = cache.host.clock()
     for base in there.bases:
         if base.name not in used and pins.reason(cache, base.name, now) is None:
             text = f"nothing refers to it: {base.allocated} bytes, last used {dates.date(base.last_use)}"
             findings.append(AuditFinding(Severity.INFO, base.name, text))
-    findings.extend(_leftovers(cache, there, found.unfinished, now))
+    unfinished = sorted({fact.path for fact in found.facts if isinstance(fact, Unfinished)})
+    findings.extend(_leftovers(cache, there, unfinished, now))
     rank = list(Severity)
     findings.sort(key=lambda each: (rank.index(each.severity), each.subject))
-    return AuditReport(tuple(findings), len(names), len(scan.overlays))
+    return AuditReport(tuple(findings), len(names), len(overlays))
+
+
+def _unreadable(facts: Iterable[Fact]) -> Iterator[AuditFinding]:
+    """Yield what keeps the pass from telling what is referred to."""
+    for fact in facts:
+        if isinstance(fact, Unreadable):
+            yield AuditFinding(
+                Severity.ERROR, fact.path, f"it cannot be read ({fact.cause})", "make it readable"
+            )
+        elif isinstance(fact, MissingRoot):
+            next_step = "mount it, or take it out of disk_roots"
+            yield AuditFinding(Severity.ERROR, fact.path, f"it cannot be read ({fact.cause})", next_step)
+        elif isinstance(fact, MissingInstance):
+            yield AuditFinding(
+                Severity.ERROR,
+                "",
+                f"instance {fact.uuid} is on this host and has no directory",
+                "mount its disk root, add it to disk_roots, or correct what the driver reports",
+            )
+        elif isinstance(fact, Unsettled):
+            yield AuditFinding(
+                Severity.ERROR, fact.path, "it changed all the while it was read", "audit again"
+            )
+
+
+def _examined(overlay: Overlay, base_path: str, findings: list[AuditFinding]) -> _Disk | None:
+    """Return what a disk says of its base. Returns None if its base is not in this cache.
+
+    :param findings: gets what is wrong with its header.
+    """
+    path = overlay.path
+    try:
+        with open(path, "rb") as stream:
+            header = qcow2_header.parse(stream.read(_HEAD))
+    except (OSError, NotQcow2, HeaderError) as error:
+        text = f"its header cannot be read: {error}"
+        findings.append(AuditFinding(Severity.WARNING, path, text, "check the disk"))
+        return None
+    name = _name_in_cache(path, overlay.references[0], base_path)
+    if name is None:
+        return None
+    if overlay.pinned not in (None, "qcow2"):
+        findings.append(
+            AuditFinding(
+                Severity.WARNING,
+                path,
+                f"disk.info says {overlay.pinned}, and its header says qcow2",
+                "find out which is true; a guest may have written the header",
+            )
+        )
+    if overlay.pinned == "raw":
+        return None
+    format = header.backing_format
+    return _Disk(path, name, None if format is None else format.decode("ascii", "replace"))
+
+
+def _name_in_cache(path: str, reference: bytes, base_path: str) -> str | None:
+    for named in headers.named_files(path, reference):
+        with contextlib.suppress(ValueError):
+            directory, name = os.path.split(named)
+            if os.path.realpath(directory) == base_path:
+                return name if layout.NAME_PATTERN.fullmatch(os.fsencode(name)) else None
+    return None
 
 
 def _images(instances: Iterable[model.Instance]) -> Iterator[tuple[str, str]]:
@@ -182,7 +229,7 @@ def _leftovers(
         with contextlib.suppress(FileNotFoundError):
             age = _age(now - os.stat(path, follow_symlinks=False).st_mtime)
             yield AuditFinding(Severity.INFO, path, f"unfinished, {age} old")
-    for name in there.odd:
+    for name in there.unknown:
         yield AuditFinding(
             Severity.WARNING,
             name,

@@ -106,7 +106,7 @@ def _described(cache: CacheStore, entry: inventory.Entry) -> CachedBase:
 
 def registered(cache: CacheStore, hosts: Hosts) -> tuple[RegisteredHost, ...]:
     """Return every registered host, by name."""
-    entries = {thrown.entry for thrown in trash.find(cache)}
+    entries = {entry.id for entry in trash.find(cache)}
     found = [
         RegisteredHost(
             host_id,

@@ -165,7 +165,7 @@ def _roots(cache: CacheStore) -> Iterator[Finding]:
 
 
 def _entries(cache: CacheStore) -> Iterator[Finding]:
-    for name in inventory.take(cache).odd:
+    for name in inventory.take(cache).unknown:
         path = cache.layout.base(name)
         yield _warning(f"{path} is nothing that belongs into a cache, and is not touched.", "Move it away.")
 

@@ -17,6 +17,9 @@ from imagecache_lib.system import durable, locks
 
 NAME = "compute_nodes"
 
+#: A host that was silent for so long is taken for gone.
+SILENT_SECONDS = 86400
+
 #: Nova's lock around its registry, without the prefix that all its locks have.
 LOCK = "storage-registry-lock"
 
@@ -42,6 +45,22 @@ def refresh(cache: CacheStore) -> None:
         known[cache.host.name] = cache.host.clock()
         mode = stat.S_IMODE(os.stat(path).st_mode)
         durable.write_file(path, json.dumps(known).encode(), mode=mode)
+
+
+def living(cache: CacheStore) -> list[str]:
+    """Return the names of the hosts that wrote their entry within a day, by this host's clock.
+
+    A registry that is not there or cannot be read names none.
+    """
+    try:
+        data = durable.read_file(os.path.join(cache.config.instances_path, NAME))
+    except OSError:
+        return []
+    known = (_parse(data) if data is not None else None) or {}
+    now = cache.host.clock()
+    return sorted(
+        name for name, then in known.items() if isinstance(then, int | float) and now - then < SILENT_SECONDS
+    )
 
 
 def _parse(data: bytes) -> dict[str, object] | None:

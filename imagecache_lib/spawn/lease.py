@@ -149,7 +149,7 @@ class Leases:
 
     def _lease(self, request: BaseRequest, fit: Fit, production: Production | None) -> Lease:
         """Return the lease on a base image in the cache."""
-        self._cache.note_use(fit.opened)
+        self._cache.touch(fit.opened)
         if production is None:
             self._cache.observers(events.Hit(request.name, request.label))
         base = _base_image(request, fit.record, fit.opened.path, fit.opened.fd)

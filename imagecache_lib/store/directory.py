@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import stat
@@ -16,7 +17,7 @@ import threading
 
 from imagecache_lib import errors, events
 from imagecache_lib.config import CacheConfig
-from imagecache_lib.store import evidence, layout
+from imagecache_lib.store import evidence, layout, membership
 from imagecache_lib.system import durable
 from imagecache_lib.system.host import System
 
@@ -33,15 +34,25 @@ class OpenBase:
     :param path: its absolute path.
     :param fd: open for reading.
     :param stat: of the descriptor.
+    :param cache: where it lies. None: in the trash.
     """
 
     name: str
     path: str
     fd: int
     stat: os.stat_result
+    cache: CacheStore | None = None
 
     def is_current(self) -> bool:
-        """Whether the name still means this very file."""
+        """Whether the name still means this very file.
+
+        An evictor asks who shares the cache after it has taken the name away. This host is a member before it
+        looks at the name: so whoever evicts the base later waits for this host.
+
+        :raises OSError: this host was forgotten while it lives, and cannot register again.
+        """
+        if self.cache is not None:
+            self.cache.ensure_member()
         try:
             now = os.stat(self.path, follow_symlinks=False)
         except FileNotFoundError:
@@ -88,6 +99,18 @@ class CacheStore:
             self._started = True
             return True
 
+    @functools.cached_property
+    def host_id(self) -> str:
+        """The id of this host among those who share the cache."""
+        return membership.host_id(self.host.name)
+
+    def ensure_member(self) -> None:
+        """Be registered, should an operator have forgotten this host while it lives.
+
+        :raises OSError: this host cannot be registered.
+        """
+        membership.ensure(self.layout, self.host_id, self.host.name)
+
     def exists(self) -> bool:
         """Whether there is a cache yet."""
         return os.path.isdir(self.layout.base_path)
@@ -102,6 +125,12 @@ class CacheStore:
                 path=instances,
                 next_step="create or mount it, owned by the service's user",
             ) from None
+        except OSError as error:
+            raise errors.ConfigError(
+                f"the instances directory cannot be looked at: {error.strerror}",
+                path=instances,
+                next_step="let the service's user enter every directory above it",
+            ) from error
         if os.geteuid() == 0 and owner != 0:
             # Files made by root here would lock the service out of its own cache.
             raise errors.ConfigError(
@@ -113,7 +142,8 @@ class CacheStore:
     def _make_directories(self) -> None:
         where = self.layout
         try:
-            os.makedirs(where.locks_path, exist_ok=True)
+            os.makedirs(os.path.dirname(where.locks_path), exist_ok=True)
+            _make_directory(where.locks_path, layout.LOCKS_DIR_MODE)
             _make_directory(where.base_path, layout.BASE_DIR_MODE)
             for path in (where.private, where.records, where.stages, where.trash, where.hosts, where.pins):
                 _make_directory(path, layout.PRIVATE_DIR_MODE)
@@ -131,7 +161,14 @@ class CacheStore:
             )
 
     def _check_version(self) -> None:
-        found = durable.read_file(self.layout.version)
+        try:
+            found = durable.read_file(self.layout.version)
+        except OSError as error:
+            raise errors.ConfigError(
+                f"the cache's layout version cannot be read: {error.strerror}",
+                path=self.layout.version,
+                next_step="make it readable for the service's user",
+            ) from error
         if found is None:
             durable.write_file(self.layout.version, b"%d\n" % layout.VERSION)
             return
@@ -170,7 +207,7 @@ class CacheStore:
         if not stat.S_ISREG(found.st_mode):
             os.close(fd)
             raise _odd_entry(path, "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file")
-        return OpenBase(name, path, fd, found)
+        return OpenBase(name, path, fd, found, self)
 
     def record_of(self, base: OpenBase) -> evidence.Record | None:
         """Return the evidence that was written for this very file. None: there is none.
@@ -211,7 +248,7 @@ class CacheStore:
         """Put a record in its place, durably."""
         durable.write_file(self.layout.record(record.name), record.to_json())
 
-    def note_use(self, base: OpenBase) -> None:
+    def touch(self, base: OpenBase) -> None:
         """Note that the base is used now.
 
         The base's own mtime is what Nova looks at; where it may not be changed, since libvirt gave the file

@@ -48,7 +48,8 @@ def check_seen(target: str, config: CacheConfig) -> None:
         f"the target {target} is outside every disk root ({', '.join(config.roots)}): the periodic pass would"
         " not see the disk, and would remove its base image",
         path=target,
-        next_step=f"add {directory}, or a directory above it, to disk_roots",
+        next_step="set disk_roots on every host to"
+        f" {','.join((*config.roots, directory))}, or to a directory above {directory} in its place",
     )
 
 

@@ -9,48 +9,14 @@ then read its own references, and cleared it. A silent host blocks that until an
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 
 from imagecache_lib import errors
 from imagecache_lib.store import trash
 from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.membership import HostFile, parse
 from imagecache_lib.system import durable
-
-
-@dataclasses.dataclass(frozen=True)
-class HostFile:
-    """What a host says of itself.
-
-    :param id: its file's name, without the ending.
-    :param name: the host's name.
-    :param roots: what each disk root was when it was last read: ``[st_dev, f_fsid]`` by path.
-    :param cleared: entries of the trash that nothing on this host refers to.
-    """
-
-    id: str
-    name: str
-    roots: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    cleared: frozenset[str] = frozenset()
-
-    def to_json(self) -> bytes:
-        fields = {"name": self.name, "roots": dict(self.roots), "cleared": sorted(self.cleared)}
-        return json.dumps(fields).encode() + b"\n"
-
-
-def parse(host_id: str, data: bytes) -> HostFile | None:
-    """Return a host's file. None for anything torn or unknown: that host then clears nothing."""
-    try:
-        fields = json.loads(data)
-        name, cleared = fields["name"], fields["cleared"]
-        roots = {str(path): (int(pair[0]), int(pair[1])) for path, pair in fields["roots"].items()}
-    except (ValueError, OverflowError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
-        return None
-    if not isinstance(name, str) or not isinstance(cleared, list):
-        return None
-    return HostFile(host_id, name, roots, frozenset(str(each) for each in cleared))
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -70,7 +36,7 @@ class Hosts:
 
     def __init__(self, cache: CacheStore) -> None:
         self._cache = cache
-        self.id = host_id(cache.host.name)
+        self.id = cache.host_id
 
     @property
     def mark(self) -> str:
@@ -105,32 +71,46 @@ class Hosts:
     def forget(self, host_id: str) -> None:
         """Remove the file of a host that will not come back.
 
+        This host itself stays a member. What a host saw of its disks is remembered, should it come back.
+
         :raises ConfigError: there is no such host.
         """
+        unknown = errors.ConfigError(
+            f"no host with the id {host_id!r} is registered", next_step="list the hosts to see the ids"
+        )
+        # An id is a name in one directory, and nothing that leads elsewhere.
+        if host_id not in self.all():
+            raise unknown
+        if host_id == self.id:
+            self.register()
+            return
         try:
             os.unlink(self._cache.layout.host(host_id))
         except FileNotFoundError:
-            raise errors.ConfigError(
-                f"no host with the id {host_id} is registered", next_step="list the hosts to see the ids"
-            ) from None
+            raise unknown from None
 
-    def clear(
-        self, entries: Iterable[str], *, withdrawn: Container[str], among: Iterable[trash.Trashed]
+    def forget_roots(self, kept: Collection[str]) -> None:
+        """Forget what each disk root was, but for these."""
+        own = self.own()
+        roots = {path: root for path, root in own.roots.items() if path in kept}
+        if roots != dict(own.roots):
+            self.write(dataclasses.replace(own, roots=roots))
+
+    def acknowledge(
+        self, entries: Iterable[str], *, revoked: Container[str], among: Iterable[trash.TrashEntry]
     ) -> None:
         """Say that nothing here refers to these entries, which were in the trash before the reading.
 
-        :param withdrawn: entries for which that is no longer so.
+        :param revoked: entries for which that is no longer so.
         :param among: everything that is in the trash; what is not is forgotten.
         """
         own = self.own()
         cleared = {*entries, *own.cleared}
-        there = frozenset(
-            each.entry for each in among if each.entry in cleared and each.entry not in withdrawn
-        )
-        if there != own.cleared and len(self.all()) > 1:
+        there = frozenset(each.id for each in among if each.id in cleared and each.id not in revoked)
+        if there != own.cleared:
             self.write(dataclasses.replace(own, cleared=there))
 
-    def not_cleared_by(self, entry: str, hosts: Mapping[str, HostFile | None]) -> list[HostRef]:
+    def pending_acks(self, entry: str, hosts: Mapping[str, HostFile | None]) -> list[HostRef]:
         """Return the other hosts that have not cleared an entry of the trash.
 
         :param hosts: as :meth:`all` returned it.
@@ -147,12 +127,3 @@ class Hosts:
         except OSError:
             return None
         return parse(host_id, data) if data is not None else None
-
-
-def host_id(name: str) -> str:
-    """Return the id that this host always has.
-
-    Two hosts of one name differ in /etc/machine-id (see machine-id(5)), two clones of one machine in name.
-    """
-    machine = durable.read_file("/etc/machine-id") or b""
-    return hashlib.sha256(machine.strip() + b"\0" + name.encode()).hexdigest()[:32]

@@ -20,7 +20,8 @@ readable by Nova::
         trash/<name>.<id>/base  renamed away, not yet proven unreferenced
         spare/                  empty: what a base is evicted into when the filesystem is full
         hosts/<id>.json         each host that shares the storage writes its own and no other
-        hosts/<id>.readings     what that host's last pass read in its instance directories
+        hosts/<id>.scan         what that host's last pass saw of its disks, and its driver's last report
+        hosts/<id>.readings     the same for the release before, which rewrites it: names by path of disk
         pins/<name>/<sha1 of the owner>.json    that, and until when, an owner wants a base to stay
         pins/<name>.json        the same of all owners, as earlier releases keep it
     <instances_path>/locks/nova-<name>                   lock files: Nova's names, never unlinked by us
@@ -56,6 +57,21 @@ file was not touched for an hour.
 ``user.imagecache.id`` attribute, and inode and size must match. Otherwise the base counts as adopted: it is
 checked as far as it can be before its first use, and never proves a certificate.
 
+*What a pass saw* counts until its absence is proved, so ``hosts/<id>.scan`` keeps, for each disk that refers
+to a base, the identity of its directory and of every one above it: device, inode, the filesystem's own id,
+and whether a mount or a link led there. A disk that is not seen any more is forgotten only by what
+:mod:`imagecache_lib.upkeep.absence` calls a proof. The file ends in ``.scan``, since every ``.json`` is a
+member.
+
+*Two releases on one directory.* The release before this one knows neither ``hosts/<id>.scan`` nor that the
+driver's report is remembered. It reads and replaces ``hosts/<id>.readings``, which is written beside it with
+the same disks, those that are not to be seen included, so that it keeps what it always kept, and no less.
+What it writes there counts for this release too: a disk that only it saw is remembered without the identity
+of its directory, and stays until it is seen again, its instance leaves the report, or an operator says so.
+
+*A damaged* ``.scan`` is replaced by what ``.readings`` says, and the other way round. If neither can be read,
+everything stays.
+
 What a crash leaves, and who repairs it
 ---------------------------------------
 
@@ -74,7 +90,7 @@ Checksums go where their record goes, a step before it. Whoever finds none, or t
 a base was damaged on disk, and says so.
 
 A torn or unknown record is treated as absent; a torn or unknown pin or host file as *keep*. Modes do not
-depend on the umask: bases 0644, ``_base`` 0755, ``.imagecache`` 0700.
+depend on the umask: bases 0644, ``_base`` and ``locks`` 0755, ``.imagecache`` 0700.
 """
 
 from __future__ import annotations
@@ -96,6 +112,7 @@ ID_ATTRIBUTE = "user.imagecache.id"
 
 BASE_MODE = 0o644
 BASE_DIR_MODE = 0o755
+LOCKS_DIR_MODE = 0o755
 PRIVATE_DIR_MODE = 0o700
 
 #: Nova's names for files in flight.
@@ -268,6 +285,9 @@ class Layout:
 
     def readings(self, host_id: str) -> str:
         return os.path.join(self.hosts, f"{host_id}.readings")
+
+    def last_scan(self, host_id: str) -> str:
+        return os.path.join(self.hosts, f"{host_id}.scan")
 
     def pins_of(self, name: str) -> str:
         """The directory of a base's pins."""

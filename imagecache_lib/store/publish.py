@@ -30,7 +30,7 @@ def publish(sealed: SealedStage, cache: CacheStore) -> bool:
         with translated(base):
             cache.host.trace(TracePoint.PUBLISH_BEGIN)
             # Overlays may refer to what is being evicted: it gets its name back, and stays.
-            trash.reclaim(cache, stage.name)
+            trash.cancel_evictions(cache, stage.name)
             cache.host.trace(TracePoint.PUBLISH_LINK)
             if not _link(stage, base):
                 return False

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from imagecache_lib import errors, events
 from imagecache_lib.store import layout, pins, publish, stage, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import atomic_file, locks
+
+LOG = logging.getLogger(__name__)
 
 _STAGE = re.compile(r"[0-9a-f]{32}")
 _OPEN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -24,6 +27,10 @@ def recover(cache: CacheStore, observers: events.Observers) -> None:
     What lies in the trash needs references, and is left to the next pass, and to whoever wants it.
     """
     now = cache.filesystem_now()
+    for path in stage.unreadable(cache):
+        LOG.warning(
+            "%s cannot be read. Nothing is evicted until it goes; make it readable, or remove it", path
+        )
     _finish_publications(cache, observers)
     _sweep_stages(cache, observers, now)
     _sweep_leftovers(cache, now)
@@ -114,7 +121,7 @@ def _sweep_leftovers(cache: CacheStore, now: float) -> None:
 
 def _sweep_records(cache: CacheStore, now: float) -> None:
     """Remove records and checksums of bases that are gone: an evictor died in between, or Nova evicted."""
-    kept = {thrown.name for thrown in trash.find(cache)}
+    kept = {entry.name for entry in trash.find(cache)}
     for entry in os.listdir(cache.layout.records):
         name, _, kind = entry.rpartition(".")
         known = kind in ("json", "sums") and layout.classify(name) is not layout.Kind.UNKNOWN

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -20,6 +21,8 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable, locks, sparse
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
+
+LOG = logging.getLogger(__name__)
 
 #: Start writing back once this much has arrived, so that the final fsync finds little to do.
 _WRITEBACK = 16 * 2**20
@@ -195,17 +198,44 @@ def side_file(cache: CacheStore) -> BinaryIO:
 
 
 def iter_stages(cache: CacheStore) -> Iterator[tuple[str, StageInfo]]:
-    """Yield the id and the note of every stage there is."""
+    """Yield the id and the note of every stage there is. A note that cannot be read counts as torn."""
+    for stage_id, info in _infos(cache):
+        if isinstance(info, StageInfo):
+            yield stage_id, info
+
+
+def unreadable(cache: CacheStore) -> list[str]:
+    """Return the paths of notes that cannot be read, of stages that are there: they may be any base's."""
+    return [
+        cache.layout.stage_record(stage_id)
+        for stage_id, info in _infos(cache)
+        if info is _UNREADABLE and os.path.lexists(cache.layout.stage(stage_id))
+    ]
+
+
+class _Unreadable:
+    """What stands for a note that cannot be read."""
+
+
+_UNREADABLE = _Unreadable()
+
+
+def _infos(cache: CacheStore) -> Iterator[tuple[str, StageInfo | _Unreadable | None]]:
+    """Yield the id of each stage and its note, or None for one that is torn."""
     try:
         entries = os.listdir(cache.layout.stages)
     except FileNotFoundError:
         return
     for entry in entries:
         if entry.endswith(".json"):
-            data = durable.read_file(os.path.join(cache.layout.stages, entry))
-            note = parse_info(data) if data is not None else None
-            if note is not None:
-                yield entry.removesuffix(".json"), note
+            stage_id, path = entry.removesuffix(".json"), os.path.join(cache.layout.stages, entry)
+            try:
+                data = durable.read_file(path)
+            except OSError as error:
+                LOG.debug("The note of an image in flight, %s, cannot be read: %s", path, error.strerror)
+                yield stage_id, _UNREADABLE
+                continue
+            yield stage_id, parse_info(data) if data is not None else None
 
 
 def progress(cache: CacheStore, name: str) -> list[tuple[str, int, int]]:

@@ -20,6 +20,7 @@ import ctypes
 import dataclasses
 import errno
 import os
+import stat
 
 from imagecache_lib.store import evidence, layout, stage
 from imagecache_lib.store.directory import CacheStore, OpenBase
@@ -37,7 +38,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Trashed:
+class TrashEntry:
     """One file in the trash.
 
     :param name: the base it was.
@@ -48,7 +49,7 @@ class Trashed:
     directory: str
 
     @property
-    def entry(self) -> str:
+    def id(self) -> str:
         """Its name in the trash."""
         return os.path.basename(self.directory)
 
@@ -59,39 +60,39 @@ class Trashed:
         return self.directory if os.path.isfile(self.directory) else inner
 
 
-def throw(cache: CacheStore, name: str, *, mark: str = "") -> Trashed | None:
+def move_in(cache: CacheStore, name: str, *, mark: str = "") -> TrashEntry | None:
     """Rename a base into the trash. None: it is gone already, or just being published.
 
     :param mark: hex digits that the entry's id shall begin with.
     :raises OSError: as rename(2).
     """
     trash_id = (mark + durable.new_id())[:_ID_LENGTH]
-    thrown = Trashed(name, cache.layout.trashed(name, trash_id))
-    _announce(cache, thrown)
+    entry = TrashEntry(name, cache.layout.trashed(name, trash_id))
+    _write_intent(cache, entry)
     cache.host.trace(TracePoint.EVICT_ANNOUNCED)
     try:
         if not _is_being_published(cache, name):
             cache.host.trace(TracePoint.EVICT_RENAME)
-            os.rename(cache.layout.base(name), thrown.path)
-            return thrown
+            os.rename(cache.layout.base(name), entry.path)
+            return entry
     except FileNotFoundError:
         pass
     except BaseException:
-        _withdraw(thrown)
+        _drop_intent(entry)
         raise
-    _withdraw(thrown)
+    _drop_intent(entry)
     return None
 
 
-def _announce(cache: CacheStore, thrown: Trashed) -> None:
+def _write_intent(cache: CacheStore, entry: TrashEntry) -> None:
     try:
-        os.mkdir(thrown.directory, layout.PRIVATE_DIR_MODE)
+        os.mkdir(entry.directory, layout.PRIVATE_DIR_MODE)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         # On a full filesystem nothing can be made, and eviction is what helps.
         try:
-            os.rename(_spare(cache), thrown.directory)
+            os.rename(_spare(cache), entry.directory)
         except FileNotFoundError:
             raise error from None
 
@@ -100,71 +101,84 @@ def _spare(cache: CacheStore) -> str:
     return os.path.join(cache.layout.private, "spare")
 
 
-def _withdraw(thrown: Trashed) -> None:
+def _drop_intent(entry: TrashEntry) -> None:
     with contextlib.suppress(OSError):
-        os.rmdir(thrown.directory)
+        os.rmdir(entry.directory)
 
 
 def _is_being_published(cache: CacheStore, name: str) -> bool:
-    return any(note.name == name and note.record is not None for _stage_id, note in stage.iter_stages(cache))
+    return name in being_published(cache) or bool(stage.unreadable(cache))
 
 
-def _entries(cache: CacheStore, name: str | None) -> list[Trashed]:
-    """What has a strange name is not ours to touch."""
+def being_published(cache: CacheStore) -> set[str]:
+    """Return the names of the bases whose publishers have a complete stage."""
+    return {info.name for _stage_id, info in stage.iter_stages(cache) if info.record is not None}
+
+
+def _entries(cache: CacheStore, name: str | None) -> list[TrashEntry]:
+    """Return the entries. One not named ``<base>.<32 hex digits>`` is skipped: something else made it."""
     try:
         entries = os.listdir(cache.layout.trash)
     except FileNotFoundError:
         return []
     found = []
-    for entry in entries:
-        base, _, trash_id = entry.rpartition(".")
+    for file_name in entries:
+        base, _, trash_id = file_name.rpartition(".")
         known = layout.classify(base) is not layout.Kind.UNKNOWN and len(trash_id) == _ID_LENGTH
         if known and name in (None, base):
-            found.append(Trashed(base, os.path.join(cache.layout.trash, entry)))
+            found.append(TrashEntry(base, os.path.join(cache.layout.trash, file_name)))
     return found
 
 
-def find(cache: CacheStore, name: str | None = None) -> list[Trashed]:
+def find(cache: CacheStore, name: str | None = None) -> list[TrashEntry]:
     """Return what lies in the trash, of one base or of all."""
-    return [thrown for thrown in _entries(cache, name) if os.path.lexists(thrown.path)]
+    return [entry for entry in _entries(cache, name) if _is_regular(entry.path)]
 
 
-def open_entry(thrown: Trashed) -> OpenBase | None:
+def _is_regular(path: str) -> bool:
+    """Whether a path is a file. Nothing else was ever moved in, and nothing else may get a base's name."""
+    try:
+        return stat.S_ISREG(os.stat(path, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def open_entry(entry: TrashEntry) -> OpenBase | None:
     """Open a file in the trash. None: it is gone.
 
     :raises OSError: as open(2).
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        fd = os.open(thrown.path, flags)
+        fd = os.open(entry.path, flags)
     except FileNotFoundError:
         return None
     try:
-        return OpenBase(thrown.name, thrown.path, fd, os.fstat(fd))
+        return OpenBase(entry.name, entry.path, fd, os.fstat(fd))
     except BaseException:
         os.close(fd)
         raise
 
 
-def reclaim(cache: CacheStore, name: str) -> None:
+def cancel_evictions(cache: CacheStore, name: str) -> None:
     """Stop every eviction of a base that is under way, and put back what was renamed already.
 
     To be called by a publisher whose stage is complete: no eviction of the name begins until that is gone.
 
     :raises OSError: the base cannot be put back.
     """
-    for thrown in _entries(cache, name):
+    for entry in _entries(cache, name):
         try:
-            os.rmdir(thrown.directory)
+            os.rmdir(entry.directory)
         except FileNotFoundError:
             continue
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-            restore(cache, thrown)
+            restore(cache, entry)
 
 
-def restore(cache: CacheStore, thrown: Trashed) -> bool:
+def restore(cache: CacheStore, entry: TrashEntry) -> bool:
     """Give a file its name back. False: the name is taken by another file, or the file is gone.
 
     The trash's own name goes afterwards; a crash in between leaves one file with two names, which
@@ -172,23 +186,25 @@ def restore(cache: CacheStore, thrown: Trashed) -> bool:
 
     :raises OSError: as link(2).
     """
-    base = cache.layout.base(thrown.name)
+    base = cache.layout.base(entry.name)
+    if not _is_regular(entry.path):
+        return False
     try:
-        os.link(thrown.path, base, follow_symlinks=False)
+        os.link(entry.path, base, follow_symlinks=False)
     except FileExistsError:
-        if not is_restored(cache, thrown):
+        if not is_restored(cache, entry):
             return False
     except FileNotFoundError:
         return False
     except PermissionError:
         # fs.protected_hardlinks (the kernel's sysctl/fs.rst) forbids a link to a file of another user, and
         # libvirt gave the base to QEMU's. A rename is still allowed.
-        if not _rename_back(thrown.path, base):
+        if not _rename_back(entry.path, base):
             return False
     durable.sync_directory(cache.layout.base_path)
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(thrown.path)
-    _withdraw(thrown)
+        os.unlink(entry.path)
+    _drop_intent(entry)
     return True
 
 
@@ -209,31 +225,31 @@ def _rename_back(path: str, base: str) -> bool:
     return True
 
 
-def is_restored(cache: CacheStore, thrown: Trashed) -> bool:
+def is_restored(cache: CacheStore, entry: TrashEntry) -> bool:
     """Whether the file has its base name back, beside the one here.
 
     A network filesystem's client may still find the base's name for a second after another host renamed it
     into the trash; that file has one name only.
     """
     try:
-        found = os.stat(thrown.path)
-        return found.st_nlink > 1 and os.path.samestat(found, os.stat(cache.layout.base(thrown.name)))
+        found = os.stat(entry.path)
+        return found.st_nlink > 1 and os.path.samestat(found, os.stat(cache.layout.base(entry.name)))
     except FileNotFoundError:
         return False
 
 
-def unlink(cache: CacheStore, thrown: Trashed) -> None:
+def unlink(cache: CacheStore, entry: TrashEntry) -> None:
     """Remove a file for good, its record and its checksums unless the name has a base again."""
-    found = os.stat(thrown.path, follow_symlinks=False)
-    os.unlink(thrown.path)
+    found = os.stat(entry.path, follow_symlinks=False)
+    os.unlink(entry.path)
     cache.host.trace(TracePoint.EVICT_UNLINKED)
-    _withdraw(thrown)
-    record = cache.layout.record(thrown.name)
+    _drop_intent(entry)
+    record = cache.layout.record(entry.name)
     data = durable.read_file(record)
     described = evidence.parse(data) if data is not None else None
     is_its = described is None or described.inode == found.st_ino
-    if is_its and not os.path.lexists(cache.layout.base(thrown.name)):
-        for path in (record, cache.layout.sums(thrown.name)):
+    if is_its and not os.path.lexists(cache.layout.base(entry.name)):
+        for path in (record, cache.layout.sums(entry.name)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
@@ -243,9 +259,9 @@ def sweep(cache: CacheStore, *, now: float) -> None:
 
     And have a directory in reserve, for the day on which the filesystem is full.
     """
-    for thrown in _entries(cache, None):
+    for entry in _entries(cache, None):
         with contextlib.suppress(OSError):
-            if now - os.stat(thrown.directory).st_mtime >= cache.config.stage_idle_seconds:
-                os.rmdir(thrown.directory)
+            if now - os.stat(entry.directory).st_mtime >= cache.config.stage_idle_seconds:
+                os.rmdir(entry.directory)
     with contextlib.suppress(OSError):
         os.mkdir(_spare(cache), layout.PRIVATE_DIR_MODE)

@@ -235,7 +235,7 @@ def without_waiting(path: str, *, host: System) -> Iterator[bool]:
 def is_taken(path: str, *, host: System) -> bool:
     """Whether any process holds the lock, shared or exclusive. Makes no lock file."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return False
     try:

@@ -12,15 +12,18 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from imagecache_lib import errors, events
 from imagecache_lib.store import trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import HostRef, Hosts
+from imagecache_lib.store.membership import HostFile
 from imagecache_lib.system import locks
 from imagecache_lib.system.trace import TracePoint
-from imagecache_lib.upkeep.policy import Decision
+from imagecache_lib.upkeep import members, policy
+from imagecache_lib.upkeep.outcomes import Evicted, Kept
+from imagecache_lib.upkeep.policy import Decided, Decision, Fate, InTrash, TrashDecision
 from imagecache_lib.upkeep.references import References
 
 LOG = logging.getLogger(__name__)
@@ -28,8 +31,14 @@ LOG = logging.getLogger(__name__)
 #: Why a base stays that somebody holds.
 LEASED = "leased: it is being used or fetched now"
 
-#: Why a base goes that an older pass renamed away.
-LEFT = "left in the trash, and nobody needs it"
+#: Why a base stays that somebody is about to publish.
+PUBLISHED_NOW = "leased: it is being published now"
+
+#: Lock that an evictor of a host shares for as long as a base may lie in the trash only because of it.
+_LOCK = "imagecache-evict-{mark}"
+
+#: How long an evictor waits for a start of the same host that looks for leftovers, in seconds.
+_PATIENCE = 1.0
 
 #: Reads all references to these names.
 Reading = Callable[[Collection[str]], References]
@@ -53,6 +62,38 @@ class Outcome:
     blocked_by: tuple[HostRef, ...] = ()
 
 
+def foresee(decided: Decided, others: tuple[HostRef, ...]) -> list[Outcome]:
+    """Return the outcomes that :func:`evict` has if nothing happens meanwhile.
+
+    :param others: the other hosts, which have to look at what is renamed away now.
+    """
+    outcomes = []
+    for victim in decided.plan.victims:
+        name, allocated = victim.entry.name, victim.entry.allocated
+        if others:
+            outcomes.append(Outcome(name, False, policy.until(others), allocated))
+        else:
+            outcomes.append(Outcome(name, True, victim.reason, allocated))
+    for decision in decided.trash:
+        outcomes.append(_outcome(decision, {}))
+    return outcomes
+
+
+def _outcome(decision: TrashDecision, reasons: Mapping[str, str]) -> Outcome:
+    """Return what becomes of a base in the trash once its decision is carried out.
+
+    :param reasons: why those were renamed that this eviction renamed, by entry.
+    """
+    entry = decision.entry
+    if decision.fate is Fate.PUT_BACK:
+        return Outcome(entry.name, False, f"put back: {decision.reason}")
+    if decision.fate is Fate.WAITS:
+        # A host that had a whole pass to look and did not may be lost.
+        silent = () if entry.id in reasons else entry.waiting
+        return Outcome(entry.name, False, decision.reason, entry.allocated, silent)
+    return Outcome(entry.name, True, reasons.get(entry.id, decision.reason), entry.allocated)
+
+
 def evict(
     victims: Iterable[Decision],
     read: Reading,
@@ -66,7 +107,8 @@ def evict(
 ) -> list[Outcome]:
     """Remove the victims of a plan that nobody needs after all, and what older passes left in the trash.
 
-    One base that cannot be removed stops no other.
+    One base that cannot be removed stops no other. If anything ends this early, an interrupt included, what
+    was renamed here is put back.
 
     :param read: reads all references anew; called once, after the renames.
     :param locked: the caller holds the victims' locks.
@@ -75,40 +117,57 @@ def evict(
     """
     outcomes = []
     reasons = {}
-    for victim in victims:
-        name = victim.entry.name
+    moved: list[trash.TrashEntry] = []
+    lock = cache.layout.lock(_LOCK.format(mark=hosts.mark))
+    with locks.waiting(lock, shared=True, host=cache.host, stall_timeout=_PATIENCE):
         try:
-            thrown = _throw(name, cache, hosts, locked=locked)
-        except OSError as error:
-            outcomes.append(Outcome(name, False, f"it cannot be removed: {error.strerror}"))
-            continue
-        except errors.BackendError as error:
-            outcomes.append(Outcome(name, False, f"it cannot be locked: {error}"))
-            continue
-        if isinstance(thrown, trash.Trashed):
-            cache.host.trace(TracePoint.EVICT_RENAMED)
-            reasons[thrown.entry] = victim.reason
-        elif thrown is not None:
-            outcomes.append(Outcome(name, False, thrown))
-    found = [each for each in trash.find(cache) if only is None or each.name in only]
-    return outcomes + _empty(found, read, cache, hosts, observers, reasons, remove=remove)
+            for victim in victims:
+                name = victim.entry.name
+                went = _move_in(name, cache, hosts, moved, locked=locked)
+                if isinstance(went, trash.TrashEntry):
+                    cache.host.trace(TracePoint.EVICT_RENAMED)
+                    reasons[went.id] = victim.reason
+                elif isinstance(went, Kept):
+                    outcomes.append(Outcome(name, False, went.reason))
+            found = [each for each in trash.find(cache) if only is None or each.name in only]
+            return outcomes + _empty(found, read, cache, hosts, observers, reasons, remove=remove)
+        except BaseException:
+            for entry in moved:
+                # A guest whose base lies in the trash cannot start. What cannot be put back now is, by the
+                # next start or pass.
+                with contextlib.suppress(OSError):
+                    trash.restore(cache, entry)
+            raise
 
 
-def _throw(name: str, cache: CacheStore, hosts: Hosts, *, locked: bool) -> trash.Trashed | str | None:
-    """Rename a base into the trash. Text: why it stays. None: it is gone already."""
-    with contextlib.ExitStack() as stack:
-        if not locked:
-            lock = locks.without_waiting(cache.layout.lock(name), host=cache.host)
-            if not stack.enter_context(lock):
-                return LEASED
-        thrown = trash.throw(cache, name, mark=hosts.mark)
-    if thrown is None and os.path.lexists(cache.layout.base(name)):
-        return "leased: it is being published now"
-    return thrown
+def _move_in(
+    name: str, cache: CacheStore, hosts: Hosts, moved: list[trash.TrashEntry], *, locked: bool
+) -> trash.TrashEntry | Kept | Evicted:
+    """Rename a base into the trash.
+
+    :param moved: gets the entry.
+    :returns: the entry; or why the base stays; or that somebody else evicted it.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            if not locked:
+                lock = locks.without_waiting(cache.layout.lock(name), host=cache.host)
+                if not stack.enter_context(lock):
+                    return Kept(LEASED)
+            entry = trash.move_in(cache, name, mark=hosts.mark)
+            if entry is not None:
+                moved.append(entry)
+    except OSError as error:
+        return Kept(f"it cannot be removed: {error.strerror}")
+    except errors.BackendError as error:
+        return Kept(f"it cannot be locked: {error}")
+    if entry is not None:
+        return entry
+    return Kept(PUBLISHED_NOW) if os.path.lexists(cache.layout.base(name)) else Evicted()
 
 
 def _empty(
-    found: Sequence[trash.Trashed],
+    found: Sequence[trash.TrashEntry],
     read: Reading,
     cache: CacheStore,
     hosts: Hosts,
@@ -120,94 +179,103 @@ def _empty(
     """Put back or unlink what lies in the trash, by references that are read now."""
     if not found:
         return []
-    references = read({thrown.name for thrown in found})
+    references = read({entry.name for entry in found})
     cache.host.trace(TracePoint.EVICT_READ)
-    stays = None if remove else "remove_unused_base_images is off"
-    needed = {
-        thrown.entry: reason
-        for thrown in found
-        if (reason := who_needs(thrown, references, cache) or stays) is not None
+    judged = {
+        entry.id: policy.decide_trash(described, references, remove=remove)
+        for entry, described in describe(found, cache, {}, hosts)
     }
-    unneeded = [thrown.entry for thrown in found if thrown.entry not in needed]
+    needed = {id for id, decision in judged.items() if decision.fate is Fate.PUT_BACK}
     try:
-        hosts.clear(unneeded, withdrawn=needed, among=trash.find(cache))
+        if len(members.of(cache, hosts)) > 1:
+            hosts.acknowledge(judged.keys() - needed, revoked=needed, among=trash.find(cache))
     except OSError as error:
-        # On a full filesystem nothing can be written, and what all cleared before is what can go.
+        # On a full filesystem nothing can be written, and what all acknowledged before is what can go.
         LOG.warning("The other hosts cannot be told what is not needed here: %s", error)
-    others = hosts.all()
     outcomes = []
-    for thrown in found:
-        try:
-            if thrown.entry in needed:
-                outcomes.append(_put_back(thrown, needed[thrown.entry], cache))
-            else:
-                waiting = hosts.not_cleared_by(thrown.entry, others)
-                outcomes.append(_unlink(thrown, reasons, waiting, cache, observers))
-        except FileNotFoundError:
-            continue  # somebody else put it back, or unlinked it
-        except OSError as error:
-            why = f"in the trash, and cannot be moved: {error.strerror}"
-            outcomes.append(Outcome(thrown.name, False, why))
+    for entry, described in describe(found, cache, members.of(cache, hosts), hosts):
+        decision = judged.get(entry.id)
+        if decision is None:
+            continue
+        if decision.fate is not Fate.PUT_BACK:
+            decision = policy.decide_trash(described, references, remove=remove)
+        with contextlib.suppress(FileNotFoundError):  # somebody else put it back, or unlinked it
+            outcomes.append(_carry_out(entry, decision, reasons, cache, observers))
     return outcomes
 
 
-def who_needs(thrown: trash.Trashed, references: References, cache: CacheStore) -> str | None:
-    """Return who needs a file in the trash, as a clause. None: nobody does."""
-    if trash.is_restored(cache, thrown):
-        return "somebody who wanted it linked it back"
-    if (user := references.users.get(thrown.name)) is not None:
-        return user
-    if references.unknown is not None:
-        return references.unknown
-    with contextlib.suppress(FileNotFoundError):
-        if os.stat(thrown.path, follow_symlinks=False).st_nlink > 1:
-            return "another hard link refers to it"
-    return None
+def describe(
+    found: Iterable[trash.TrashEntry],
+    cache: CacheStore,
+    registered: Mapping[str, HostFile | None],
+    hosts: Hosts,
+) -> Iterator[tuple[trash.TrashEntry, InTrash]]:
+    """Yield what has to be known of entries of the trash to decide about them. One that is gone is left out.
+
+    :param registered: the hosts that have to look, as :func:`members.of` returned them.
+    """
+    for entry in found:
+        try:
+            status = os.stat(entry.path, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        yield (
+            entry,
+            InTrash(
+                entry.name,
+                entry.id,
+                allocated=status.st_blocks * 512,
+                links=status.st_nlink,
+                restored=trash.is_restored(cache, entry),
+                waiting=tuple(hosts.pending_acks(entry.id, registered)),
+            ),
+        )
 
 
-def _put_back(thrown: trash.Trashed, reason: str, cache: CacheStore) -> Outcome:
-    if trash.restore(cache, thrown):
-        return Outcome(thrown.name, False, f"put back: {reason}")
-    return Outcome(
-        thrown.name, False, f"kept in the trash, since its name is taken by another file: {reason}"
-    )
-
-
-def _unlink(
-    thrown: trash.Trashed,
+def _carry_out(
+    entry: trash.TrashEntry,
+    decision: TrashDecision,
     reasons: Mapping[str, str],
-    waiting: Sequence[HostRef],
     cache: CacheStore,
     observers: events.Observers,
 ) -> Outcome:
-    allocated = os.stat(thrown.path, follow_symlinks=False).st_blocks * 512
-    if waiting:
-        names = ", ".join(host.name for host in waiting)
-        # A host that had a whole pass to look and did not may be lost.
-        silent = () if thrown.entry in reasons else tuple(waiting)
-        return Outcome(
-            thrown.name, False, f"in the trash until these hosts have looked too: {names}", allocated, silent
-        )
-    cache.host.trace(TracePoint.EVICT_UNLINK)
-    trash.unlink(cache, thrown)
-    reason = reasons.get(thrown.entry, LEFT)
-    observers(events.Evicted(thrown.name, reason=reason, allocated=allocated))
-    return Outcome(thrown.name, True, reason, allocated)
+    outcome = _outcome(decision, reasons)
+    try:
+        if decision.fate is Fate.PUT_BACK:
+            if trash.restore(cache, entry):
+                return outcome
+            taken = f"kept in the trash, since its name is taken by another file: {decision.reason}"
+            return Outcome(entry.name, False, taken)
+        if decision.fate is Fate.GOES:
+            cache.host.trace(TracePoint.EVICT_UNLINK)
+            trash.unlink(cache, entry)
+            observers(events.Evicted(entry.name, reason=outcome.reason, allocated=outcome.allocated))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        why = f"in the trash, and cannot be moved: {error.strerror}"
+        return Outcome(entry.name, False, why)
+    return outcome
 
 
 def put_back_own(cache: CacheStore, hosts: Hosts) -> list[str]:
     """Put back what this host renamed away and had not cleared when it was killed. Returns the names.
 
-    A guest whose base lies in the trash cannot start. References are read again by the next pass.
+    A guest whose base lies in the trash cannot start. References are read again by the next pass. While
+    another process of this host evicts, what is in the trash is that one's.
     """
-    cleared = hosts.own().cleared
-    return [
-        thrown.name
-        for thrown in trash.find(cache)
-        if thrown.entry.rpartition(".")[2].startswith(hosts.mark)
-        and thrown.entry not in cleared
-        and trash.restore(cache, thrown)
-    ]
+    lock = cache.layout.lock(_LOCK.format(mark=hosts.mark))
+    with locks.without_waiting(lock, host=cache.host) as alone:
+        if not alone:
+            return []
+        cleared = hosts.own().cleared
+        return [
+            entry.name
+            for entry in trash.find(cache)
+            if entry.id.rpartition(".")[2].startswith(hosts.mark)
+            and entry.id not in cleared
+            and trash.restore(cache, entry)
+        ]
 
 
 def sweep_foreign_stages(

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What single files on a host say: a backing reference, where a chain leads, which format is pinned.
+"""What single files on a host say: the texts that may name another file, and which format is pinned.
 
-Headers are hostile input: a guest may write one into its raw disk. They are searched, and nothing but regular
-files is opened because of them.
+Headers are hostile input: a guest may write one into its raw disk. They are searched, and nothing else.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import stat
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
+from urllib.parse import unquote_to_bytes
 
 from imagecache_lib.formats.qcow2 import header
 from imagecache_lib.formats.qcow2.header import HeaderError, Truncated
@@ -20,93 +20,165 @@ from imagecache_lib.system import durable
 #: As much of each file as is read at first; the header of nearly every overlay is within.
 HEAD = 4096
 
-#: An unparseable header may still hold a name; it is looked for in this much of the file.
-_DEEP = 2**20
+#: What a read must return before a missing magic proves anything.
+_SHORTEST = 8
 
-#: Backing chains that leave the disk roots are followed this far.
-_LONGEST_CHAIN = 32
+#: A qcow2 header with its names may take a whole cluster, and QEMU allows clusters of so many bytes. An
+#: unparseable header may still hold a name, which is looked for in as much of the file.
+_DEEP = 2**21
 
-_OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+#: Beginnings of the other formats that can name another file, and in how much of the file the names lie.
+_OTHERS = {
+    b"QED\0": 2**16,
+    b"KDMV": 2**20,
+    b"COWD": 2**20,
+    b"# Di": 2**20,
+    b"cone": 2**16,
+    b"vhdx": 2**22,
+}
+
+#: Where a version 3 header has its incompatible features, of which bit 2 says that there is a data file.
+_FEATURES_AT = 79
+
+_ESCAPE = re.compile(rb"\\u([0-9a-fA-F]{4})|\\(.)", re.DOTALL)
+
+_QUOTED = re.compile(r"""(["'])((?:(?!\1)[^\\]|\\.)*)\1""")
+
+#: QEMU takes what stands before a colon for a protocol: what is meant is no file on this host.
+_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+#: A backing file's name has at most 1,023 bytes, and what is longer is a broken header.
+_LONGEST_REFERENCE = 4095
+
+#: An escape may be escaped again, when a name in JSON holds JSON.
+_MOST_LAYERS = 4
 
 
-def backing(fd: int, head: bytes) -> bytes | None:
-    """Return what may hold a cached name: the backing string, or of a broken header all that is near it."""
+def read_head(fd: int) -> bytes:
+    """Return the first bytes of a file, or nothing of one that cannot refer to another.
+
+    :raises OSError: as read(2).
+    """
+    head = os.read(fd, HEAD)
+    if 0 < len(head) < _SHORTEST:
+        head = read_at(fd, HEAD)
+    if head[:4] != header.MAGIC and head[:4] not in _OTHERS:
+        return b""
+    # A filesystem may return less than there is.
+    return head if len(head) == HEAD else read_at(fd, HEAD)
+
+
+def read_at(fd: int, length: int) -> bytes:
+    """Return so many bytes from the beginning of a file, or all there are, however few each read returns."""
+    parts: list[bytes] = []
+    done = 0
+    while done < length and (part := os.pread(fd, length - done, done)):
+        parts.append(part)
+        done += len(part)
+    return b"".join(parts)
+
+
+def references(fd: int, head: bytes) -> tuple[bytes, ...]:
+    """Return the texts in a header that may name another file.
+
+    Of a header that cannot be parsed, and of formats other than qcow2, that is all that is near it.
+
+    :param head: as :func:`read_head` returned it, not empty.
+    :raises OSError: as pread(2).
+    """
+    if head[:4] != header.MAGIC:
+        # Names in UTF-16, of either order, become readable without the zeros.
+        text = read_at(fd, _OTHERS[head[:4]])
+        return (text, text.replace(b"\0", b""))
     try:
-        return header.backing_reference(head)
-    except Truncated as error:
-        more = os.pread(fd, min(error.needed, _DEEP), 0)
-        try:
-            return header.backing_reference(more)
-        except HeaderError:
-            return os.pread(fd, _DEEP, 0)
+        backing, whole = _backing(fd, head)
     except HeaderError:
-        return os.pread(fd, _DEEP, 0)
+        return (read_at(fd, _DEEP),)
+    named = () if backing is None else (backing,)
+    if len(whole) > _FEATURES_AT and whole[7] == 3 and whole[_FEATURES_AT] & 4:
+        return (*named, *_data_file(fd))
+    return named
 
 
-def _backing_of(path: str) -> bytes | None:
-    """Return the backing reference of a file that a chain leads to, if it is a regular file that has one."""
+def _backing(fd: int, head: bytes) -> tuple[bytes | None, bytes]:
     try:
-        # A guest may have written the name: nothing that is no regular file is even opened.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return None
-        fd = os.open(path, _OPEN)
-    except (OSError, ValueError):
-        return None
+        return header.backing_reference(head), head
+    except Truncated as error:
+        more = read_at(fd, max(HEAD, min(error.needed, _DEEP)))
+        return header.backing_reference(more), more
+
+
+def _data_file(fd: int) -> tuple[bytes, ...]:
+    whole = read_at(fd, _DEEP)
     try:
-        head = os.read(fd, HEAD)
-        return backing(fd, head) if head.startswith(header.MAGIC) else None
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
+        named = header.parse(whole).extensions.get(header.EXTENSION_DATA_FILE)
+    except (HeaderError, header.NotQcow2):
+        return (whole,)
+    # Without its extension the name of the data file is the caller's to give.
+    return () if named is None else (named,)
+
+
+def spellings(text: bytes) -> Iterator[bytes]:
+    """Yield a text as it stands, and as its escapes, its per cent signs and its capitals mean.
+
+    QEMU decodes JSON more leniently than the standard does, so that escapes are decoded wherever they stand.
+    """
+    yield text
+    for _layer in range(_MOST_LAYERS):
+        decoded = _ESCAPE.sub(_unescaped, text) if b"\\" in text else text
+        if b"%" in decoded:
+            yield decoded
+            decoded = unquote_to_bytes(decoded)
+        if decoded == text:
+            break
+        text = decoded
+        yield text
+    if (lower := text.lower()) != text:
+        yield lower
+
+
+def _unescaped(match: re.Match[bytes]) -> bytes:
+    digits, plain = match.group(1), match.group(2)
+    return chr(int(digits, 16)).encode("utf-8", "replace") if digits is not None else bytes(plain)
 
 
 def named_files(path: str, reference: bytes) -> list[str]:
-    """Return the paths of the files that a backing reference in the file ``path`` may mean."""
-    if reference.startswith(b"json:"):
-        try:
-            named = list(_texts(json.loads(reference.removeprefix(b"json:"))))
-        except (ValueError, RecursionError):
-            return []
-    else:
-        named = [os.fsdecode(reference)]
+    """Return the paths of the files on this host that a reference in the file ``path`` may mean."""
+    if len(reference) > _LONGEST_REFERENCE or b"\0" in reference:
+        return []
+    named = list(_filenames(os.fsdecode(reference)))
     directory = os.path.dirname(path)
-    return [os.path.join(directory, each.removeprefix("file:")) for each in named]
+    return [os.path.join(directory, each) for each in named if each and "\0" not in each]
 
 
-def _texts(value: object) -> Iterator[str]:
-    """Yield every text in a JSON value: QEMU nests a file's name in many ways."""
+def _filenames(text: str) -> Iterator[str]:
+    if text.startswith("json:"):
+        try:
+            yield from _texts(json.loads(text.removeprefix("json:")), "")
+        except (ValueError, RecursionError):
+            # QEMU's own parser takes more for JSON, such as single quotes.
+            for match in _QUOTED.finditer(text):
+                quoted = re.sub(r"\\(.)", r"\1", match.group(2))
+                if "/" in quoted:
+                    yield from _filenames(quoted)
+    elif text.startswith("file:"):
+        yield text.removeprefix("file:")
+    elif not _PROTOCOL.match(text):
+        yield text
+
+
+def _texts(value: object, key: str) -> Iterator[str]:
+    """Yield every file name in a JSON value: QEMU nests them in many ways."""
     if isinstance(value, str):
-        yield value
+        # What else there is are names of drivers and of options.
+        if key.rpartition(".")[2] == "filename" or "/" in value:
+            yield from _filenames(value)
     elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _texts(inner)
+        for inner_key, inner in value.items():
+            yield from _texts(inner, str(inner_key))
     elif isinstance(value, list):
         for inner in value:
-            yield from _texts(inner)
-
-
-def follow(path: str, reference: bytes, names_in: Callable[[bytes], set[str]]) -> Iterator[str]:
-    """Yield the cached names that a chain leads to which leaves the disk roots.
-
-    :param path: the disk that it begins with.
-    :param reference: what its header says.
-    :param names_in: finds cached names in a text.
-    """
-    seen: set[str] = set()
-    pending = named_files(path, reference)
-    while pending and len(seen) < _LONGEST_CHAIN:
-        path = pending.pop()
-        if path in seen:
-            continue
-        seen.add(path)
-        following = _backing_of(path)
-        if not following:
-            continue
-        names = names_in(following)
-        yield from names
-        if not names:
-            pending.extend(named_files(path, following))
+            yield from _texts(inner, key)
 
 
 class Formats:

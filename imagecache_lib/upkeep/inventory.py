@@ -38,19 +38,19 @@ class Inventory:
 
     :param bases: the base images.
     :param foreign_stages: what Nova has or had in flight.
-    :param odd: names that are something else than they should be, or that nobody knows. Not touched.
+    :param unknown: names that are something else than they should be, or that nobody knows. Not touched.
     """
 
     bases: tuple[Entry, ...]
     foreign_stages: tuple[Entry, ...]
-    odd: tuple[str, ...]
+    unknown: tuple[str, ...]
 
 
 def take(cache: CacheStore) -> Inventory:
     """List the cache. An entry that vanishes meanwhile is left out."""
     bases: list[Entry] = []
     foreign: list[Entry] = []
-    odd: list[str] = []
+    unknown: list[str] = []
     noted = _notes_of_use(cache)
     try:
         entries = os.scandir(cache.layout.base_path)
@@ -66,13 +66,13 @@ def take(cache: CacheStore) -> Inventory:
             except FileNotFoundError:
                 continue
             if kind is layout.Kind.UNKNOWN or not stat.S_ISREG(status.st_mode):
-                odd.append(found.name)
+                unknown.append(found.name)
                 continue
             entry = _entry(cache, found.name, kind, status, noted.get(found.name, 0.0))
             (foreign if kind is layout.Kind.FOREIGN_STAGE else bases).append(entry)
     by_name = lambda entry: entry.name  # noqa: E731
     return Inventory(
-        tuple(sorted(bases, key=by_name)), tuple(sorted(foreign, key=by_name)), tuple(sorted(odd))
+        tuple(sorted(bases, key=by_name)), tuple(sorted(foreign, key=by_name)), tuple(sorted(unknown))
     )
 
 
@@ -149,23 +149,26 @@ def disk_usage(cache: CacheStore) -> int:
 
 
 def allocated(cache: CacheStore) -> int:
-    """Return the allocated bytes of everything under the cache's directory, each file counted once."""
+    """Return the allocated bytes of everything under the cache's directory, each file counted once.
+
+    What lies in a directory that may not be read is not counted: nothing of the cache is there.
+    """
     total = 0
     counted: set[int] = set()
     pending = [cache.layout.base_path]
     while pending:
         try:
             entries = os.scandir(pending.pop())
-        except FileNotFoundError:
-            continue
+        except (FileNotFoundError, PermissionError):
+            continue  # lost+found of a filesystem of its own is root's
         with entries:
             for found in entries:
-                if found.is_dir(follow_symlinks=False):
-                    pending.append(found.path)
-                    continue
                 try:
+                    if found.is_dir(follow_symlinks=False):
+                        pending.append(found.path)
+                        continue
                     status = found.stat(follow_symlinks=False)
-                except FileNotFoundError:
+                except (FileNotFoundError, PermissionError):
                     continue
                 if status.st_ino not in counted:
                     counted.add(status.st_ino)

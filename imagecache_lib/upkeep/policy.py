@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which bases may go. Values in, a plan out: no clock, no disk, no surprise."""
+"""Which bases may go. Values in, a plan out: no clock, no disk, no surprise.
+
+:func:`decide` is the whole of it. A dry run returns what it says, and a pass carries that out; what lies in
+the trash is decided once more by :func:`decide_trash`, from the references that are read after the renames.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import enum
+from collections.abc import Iterable, Mapping
 
 from imagecache_lib import dates
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import layout
+from imagecache_lib.store.hosts import HostRef
 from imagecache_lib.upkeep.inventory import Entry
 from imagecache_lib.upkeep.references import References
+
+#: Why a base goes that an older pass renamed away.
+LEFT = "left in the trash, and nobody needs it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +96,64 @@ class Decision:
 
 
 @dataclasses.dataclass(frozen=True)
+class InTrash:
+    """A base that lies in the trash.
+
+    :param name: the base it was.
+    :param id: the entry's name in the trash.
+    :param allocated: bytes on disk.
+    :param links: how many names the file has.
+    :param restored: it has its base name back, beside the one in the trash.
+    :param waiting: other hosts that have not said yet that nothing of theirs refers to it.
+    """
+
+    name: str
+    id: str
+    allocated: int = 0
+    links: int = 1
+    restored: bool = False
+    waiting: tuple[HostRef, ...] = ()
+
+
+class Fate(enum.Enum):
+    """What is to happen to a base in the trash."""
+
+    #: It gets its name back.
+    PUT_BACK = "put back"
+    #: It stays in the trash until other hosts have looked.
+    WAITS = "waits"
+    #: It is unlinked.
+    GOES = "goes"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrashDecision:
+    """What is to happen to one base in the trash, and why."""
+
+    entry: InTrash
+    fate: Fate
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Situation:
+    """What a pass decides about, beside the references.
+
+    :param bases: the base images that have their names.
+    :param trash: those that were renamed away.
+    :param space: how full it is.
+    :param held: for bases that are in use this moment, by whom, as a clause.
+    :param others: the other hosts, each of which has to look before anything is unlinked.
+    """
+
+    bases: tuple[Entry, ...]
+    trash: tuple[InTrash, ...] = ()
+    space: Space = dataclasses.field(default_factory=Space)
+    held: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    others: tuple[HostRef, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class EvictionPlan:
     """A decision for each base, sorted by name."""
 
@@ -95,6 +162,64 @@ class EvictionPlan:
     @property
     def victims(self) -> tuple[Decision, ...]:
         return tuple(decision for decision in self.decisions if decision.evict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    """What a pass does.
+
+    :param plan: with the bases that have their names.
+    :param trash: with those in the trash, in the order of :attr:`Situation.trash`.
+    """
+
+    plan: EvictionPlan
+    trash: tuple[TrashDecision, ...]
+
+
+def decide(situation: Situation, references: References, limits: Limits, *, now: float) -> Decided:
+    """Decide what a pass does with every base.
+
+    :param now: epoch seconds of the filesystem's clock.
+    """
+    planned = plan(situation.bases, references, limits, now=now, space=situation.space)
+    decisions = tuple(
+        dataclasses.replace(decision, evict=False, reason=situation.held[decision.entry.name])
+        if decision.evict and decision.entry.name in situation.held
+        else decision
+        for decision in planned.decisions
+    )
+    trash = tuple(decide_trash(entry, references, remove=limits.remove) for entry in situation.trash)
+    return Decided(EvictionPlan(decisions), trash)
+
+
+def decide_trash(entry: InTrash, references: References, *, remove: bool) -> TrashDecision:
+    """Decide what happens to a base in the trash.
+
+    :param remove: False: nothing goes.
+    """
+    if (reason := _why_it_is_put_back(entry, references)) is not None:
+        return TrashDecision(entry, Fate.PUT_BACK, reason)
+    if not remove:
+        return TrashDecision(entry, Fate.PUT_BACK, "remove_unused_base_images is off")
+    if entry.waiting:
+        return TrashDecision(entry, Fate.WAITS, until(entry.waiting))
+    return TrashDecision(entry, Fate.GOES, LEFT)
+
+
+def _why_it_is_put_back(entry: InTrash, references: References) -> str | None:
+    if entry.restored:
+        return "somebody who wanted it linked it back"
+    if (user := references.users.get(entry.name)) is not None:
+        return user
+    if references.unknown is not None:
+        return references.unknown
+    return "another hard link refers to it" if entry.links > 1 else None
+
+
+def until(hosts: Iterable[HostRef]) -> str:
+    """Return why a base that nothing on this host refers to is not unlinked yet, as a clause."""
+    names = ", ".join(host.name for host in hosts)
+    return f"in the trash until these hosts have looked too: {names}"
 
 
 def plan(

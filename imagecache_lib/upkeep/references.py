@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who needs which base. A reference that cannot be determined counts as one: unknown means keep.
 
-The sources are independent of each other: what the driver reports, the disks of every instance
-directory, pins, and a QEMU that has the base open. Hard links are in the inventory, leases in the locks.
+The sources are independent of each other: what the driver reports or last reported, the disks of every
+instance directory, pins, and a QEMU that has the base open. Hard links are in the inventory, leases in the
+locks.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from imagecache_lib import errors, model
-from imagecache_lib.store import layout, pins, trash
+from imagecache_lib.store import last_scan, layout, pins, trash
 from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.last_scan import LastScan
 from imagecache_lib.system import locks
+from imagecache_lib.upkeep.disks import Disks
+from imagecache_lib.upkeep.follow import Follower
+from imagecache_lib.upkeep.names import Names
 from imagecache_lib.upkeep.scan import Scan
 
 #: QEMU's lock bytes on its images: permissions and shared permissions, from its block/file-posix.c.
@@ -29,63 +34,71 @@ class References:
     :param users: for each base that is needed, one who needs it, as a clause.
     :param unknown: why no base may go, as a clause. None: everything is known.
     :param problems: what could not be determined, a sentence each with what to do.
-    :param readings: cached names by the path of the disk that refers to them; what to remember.
-    :param roots: what each disk root was found to be: ``(st_dev, f_fsid)``.
+    :param seen: what to remember of this reading.
     :param unfinished: paths of disks in the making, or of what is left of one.
     """
 
     users: Mapping[str, str]
     unknown: str | None = None
     problems: tuple[str, ...] = ()
-    readings: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    roots: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    seen: LastScan = dataclasses.field(default_factory=LastScan)
     unfinished: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """What the last pass saw.
-
-    :param readings: cached names by path of the disk.
-    :param roots: what each disk root was.
-    """
-
-    readings: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    roots: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 def collect(
     cache: CacheStore,
     names: Collection[str],
     instances: Sequence[model.Instance] | None,
-    memory: Memory,
+    last: LastScan,
     *,
+    follower: Follower,
     now: float,
 ) -> References:
     """Read all references to these names.
 
     :param names: bases in the cache and in the trash.
-    :param instances: what the driver reports. None: it could not tell, so everything is needed.
+    :param instances: what the driver reports or last reported. None: it could not tell, so everything is
+        needed.
+    :param last: what the last pass saw.
     :param now: epoch seconds of the filesystem's clock, for pins that expire.
     """
+    report = instances if instances is not None else last.report or ()
+    wanted = Names(names)
+    former = [root for root in last.roots if root not in cache.config.roots]
+    found = Scan(cache, former, condense=wanted.condense).run(report)
+    disks = Disks(cache, found, last, report, names=wanted, follower=follower)
+    targets = dict(_files_of(cache, names))
     users: dict[str, str] = {}
-    found = Scan(cache, names, memory).run(instances or ())
-    for path, referred in found.readings.items():
-        for name in referred:
-            users.setdefault(name, f"used by the disk {path}")
-    problems = list(found.problems)
-    for name, user in reported(names, instances or (), problems):
+    for name, user in disks.users(targets):
+        if name in names:
+            users.setdefault(name, user)
+    problems = list(disks.problems)
+    for name, user in reported(names, report, problems):
+        users.setdefault(name, user)
+    for name, user in _of_other_hosts(cache, names):
         users.setdefault(name, user)
     for name in set(pins.names(cache)).intersection(names):
         if (pinned := pins.reason(cache, name, now)) is not None:
             users.setdefault(name, pinned)
     for name in _open_in_qemu(cache, set(names).difference(users)):
         users[name] = "open in a running QEMU"
-    unknown = found.unknown
+    unknown = disks.unknown
     if instances is None:
         unknown = "the driver could not tell which instances there are"
         problems.insert(0, f"Nothing is evicted: {unknown}.")
-    return References(users, unknown, tuple(problems), found.readings, found.roots, tuple(found.unfinished))
+    return References(users, unknown, tuple(problems), disks.seen(instances), tuple(disks.unfinished))
+
+
+def _files_of(cache: CacheStore, names: Collection[str]) -> Iterator[tuple[tuple[int, int], str]]:
+    """Yield ``(st_dev, st_ino)`` and the name of each base, in the cache or in the trash."""
+    paths = [(name, cache.layout.base(name)) for name in names]
+    paths += [(entry.name, entry.path) for entry in trash.find(cache)]
+    for name, path in paths:
+        try:
+            found = os.stat(path, follow_symlinks=False)
+        except OSError:
+            continue
+        yield (found.st_dev, found.st_ino), name
 
 
 def reported(
@@ -120,10 +133,30 @@ def reported(
                     yield name, user
 
 
+def _of_other_hosts(cache: CacheStore, names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield what the last passes of the other hosts saw in use.
+
+    Nothing is unlinked before those hosts have looked again. But while a base lies in the trash, a guest on
+    it cannot be started, and QEMU does not know that it could be put back.
+    """
+    try:
+        members = os.listdir(cache.layout.hosts)
+    except FileNotFoundError:
+        return
+    for entry in members:
+        host_id = entry.removesuffix(".json")
+        if host_id in (entry, cache.host_id):
+            continue
+        for path, referred in last_scan.load_readings(cache.layout, host_id).items():
+            for name in referred:
+                if name in names:
+                    yield name, f"used by the disk {path} of another host, as its last pass saw it"
+
+
 def _open_in_qemu(cache: CacheStore, names: Collection[str]) -> Iterable[str]:
     """Yield what a QEMU on this host has open, in the cache or in the trash."""
     paths = [(name, cache.layout.base(name)) for name in names]
-    paths += [(thrown.name, thrown.path) for thrown in trash.find(cache) if thrown.name in names]
+    paths += [(entry.name, entry.path) for entry in trash.find(cache) if entry.name in names]
     return (name for name, path in paths if _has_qemu_locks(path))
 
 

@@ -1,332 +1,405 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading which bases the disks on this host refer to: every regular file of every instance directory.
+"""Reading the disks on this host: every file of every directory below the disk roots, as facts.
 
-A reference is any cached name that occurs in a backing string, with no path resolved, so that other mount
-paths, relative and ``json:`` references all count. Each file gives one of three outcomes: it refers to
-nothing, it refers to these names, or it cannot be told. Only a file that cannot be read cannot be told: a
-guest may write any header into its raw disk, and must not stop eviction with it.
+A disk whose base had its name when the reading began was there by then, if only under the name of a disk in
+the making. What has to be ruled out is that a rename hides it from the reading, of a file or of any directory
+above it. So known instances are opened by name; and when everything was read, every directory is looked at a
+second time: one that changed is listed again, and whatever is new in it is read, until no directory has
+changed. What lay where when such a look began was then read, since its directory is unchanged since it was
+listed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
-import json
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from imagecache_lib import model
-from imagecache_lib.formats.qcow2 import header
 from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.directory import CacheStore
-from imagecache_lib.store.hosts import host_id
+from imagecache_lib.store.last_scan import Boundary, Identity, SeenDirectory
 from imagecache_lib.system import atomic_file
+from imagecache_lib.system.filesystem_id import FilesystemIds
+from imagecache_lib.system.statx import Statx
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.upkeep import headers
-
-if TYPE_CHECKING:
-    from imagecache_lib.upkeep.references import Memory
+from imagecache_lib.upkeep.facts import (
+    DanglingLink,
+    Fact,
+    Found,
+    LinkedFile,
+    MissingInstance,
+    MissingRoot,
+    NotADirectoryName,
+    Overlay,
+    ReadDirectory,
+    Unfinished,
+    Unreadable,
+    Unsettled,
+)
 
 #: Nova's other names for an instance's directory, while it is moved and while it is deleted.
-_SUFFIXES = ("", "_resize", "_del", "")
+SUFFIXES = ("", "_resize", "_del", "")
 
-#: A directory that changed while it was listed is read again, this often.
+#: Directories that change while they are read are looked at again, this often.
 _MOST_ROUNDS = 64
 
-_WAIT = "wait for the next pass"
+#: A directory's time of change that is younger than this proves nothing: the coarsest filesystems count whole
+#: seconds, FAT two. In nanoseconds.
+_GRANULARITY = 2 * 10**9
 
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """What a scan found.
+class _Directory:
+    """A directory that is being read.
 
-    :param readings: cached names by path of the disk that refers to them.
-    :param unknown: why nothing may be evicted, as a clause. None: all could be read.
-    :param problems: what could not be read, a sentence each with what to do.
-    :param roots: what each disk root is: ``(st_dev, f_fsid)``.
-    :param unfinished: paths of disks in the making, or of what is left of one.
+    :ivar prefix: what the paths of its entries begin with.
+    :ivar entries: the inode of each name, by its last listing.
+    :ivar changed: its ``st_mtime_ns`` before that listing.
+    :ivar settled: its time of change tells whether it has changed since. False: only another listing does.
+    :ivar listed: it was listed at least once.
     """
 
-    readings: dict[str, tuple[str, ...]]
-    unknown: str | None
-    problems: list[str]
-    roots: dict[str, tuple[int, int]]
-    unfinished: list[str]
+    def __init__(self, seen: SeenDirectory, status: os.stat_result) -> None:
+        self.seen = seen
+        self.prefix = seen.path if seen.path.endswith("/") else seen.path + "/"
+        self.formats = headers.Formats(seen.path)
+        self.entries: dict[str, int] = {}
+        self.changed = status.st_mtime_ns
+        self.settled = False
+        self.listed = False
 
 
 class Scan:
     """One reading of all disk roots. Not reusable.
 
-    A disk whose base had its name when the reading began was there by then, if only under the name of a disk
-    in the making. What has to be ruled out is that a rename hides it from the reading. One of the file: a
-    directory that changed meanwhile is read again. One of the directory: known instances are opened by name,
-    and a root is listed until it held still.
+    :param former_roots: disk roots that a former pass read, besides those that are configured.
+    :param condense: makes of long texts what matters of them, so that what guests wrote takes no memory.
     """
 
-    def __init__(self, cache: CacheStore, names: Collection[str], memory: Memory) -> None:
+    def __init__(
+        self,
+        cache: CacheStore,
+        former_roots: Collection[str] = (),
+        *,
+        condense: Callable[[tuple[bytes, ...]], tuple[bytes, ...]] = lambda texts: texts,
+    ) -> None:
         self._host = cache.host
-        self._roots = cache.config.roots
-        self._names = frozenset(names)
-        # Names that are no sha1 are few, and looked for one by one.
-        self._short = [name for name in names if not layout.SHA1_ANYWHERE.match(name.encode())]
-        self._memory = memory
-        self._host_id = host_id(cache.host.name)
-        self._readings: dict[str, tuple[str, ...]] = {}
-        self._unknown: str | None = None
-        self._problems: list[str] = []
-        self._found_roots: dict[str, tuple[int, int]] = {}
-        self._unfinished: list[str] = []
-        # What is ours counts as visited: it holds no disks, however it is reached.
-        self._visited = disk_roots.own_directories(cache.config)
+        self._condense = condense
+        self._configured = cache.config.roots
+        self._roots = (*self._configured, *(root for root in former_roots if root not in self._configured))
+        # What is ours holds no disks, however it is reached.
+        self._own = disk_roots.own_directories(cache.config)
+        self._clock_device, self._now = _filesystem_clock(cache)
+        self._filesystems = FilesystemIds()
+        self._statx = Statx()
+        self._facts: list[Fact] = []
+        self._found_roots: dict[str, Identity] = {}
+        self._lost: dict[str, int] = {}
+        self._directories: dict[tuple[int, int], _Directory] = {}
+        self._tops: dict[str, _Directory] = {}
+        self._again = False
 
     def run(self, instances: Sequence[model.Instance]) -> Found:
-        """Read everything once: known instances by name first, then whatever else there is."""
-        present = [root for root in self._roots if self._is_there(root, instances)]
+        """Read everything: known instances by name first, then whatever else there is."""
+        for root in self._roots:
+            self._open_root(root)
         for instance in instances:
-            self._read_instance(instance, present)
+            self._read_instance(instance)
         self._host.trace(TracePoint.REFERENCES_KNOWN)
-        for root in present:
-            self._read_root(root)
+        for root, top in self._tops.items():
+            self._list(top, root)
+        self._settle()
         self._host.trace(TracePoint.REFERENCES_SCANNED)
-        return Found(
-            self._readings, self._unknown, self._problems, self._found_roots, sorted(set(self._unfinished))
-        )
+        read = tuple(ReadDirectory(each.seen, each.entries) for each in self._directories.values())
+        return Found(tuple(self._facts), self._found_roots, read, self._lost)
 
-    # -- roots and directories -----------------------------------------------------------------------
+    # -- roots and instances -------------------------------------------------------------------------
 
-    def _is_there(self, root: str, instances: Sequence[model.Instance]) -> bool:
-        """Whether a disk root is mounted: an empty mount point would look like a host without disks."""
+    def _open_root(self, root: str) -> None:
         try:
-            status = os.stat(root)
-            now = (status.st_dev, _fsid(root))
+            fd = os.open(root, _OPEN | os.O_DIRECTORY)
         except OSError as error:
-            self._cannot_tell(root, error, "mount it, or take it out of disk_roots")
-            if root in self._memory.roots:
-                self._found_roots[root] = self._memory.roots[root]
-            return False
-        before = self._memory.roots.get(root)
-        moved = before is not None and before[0] != now[0] and before[1] != now[1]
-        if moved and not self._is_vouched_for(root, instances):
-            self._everything_stays(
-                f"the disk root {root} is on another device than before",
-                "mount what belongs there; if this is right, run once:"
-                f" imagecache host forget {self._host_id}",
-            )
-            self._found_roots[root] = before if before is not None else now
-            return True
-        self._found_roots[root] = now
-        return True
+            cause = error.strerror or str(error)
+            self._facts.append(MissingRoot(root, cause, root in self._configured))
+            return
+        try:
+            status = os.fstat(fd)
+            identity = self._identity(fd, status, Boundary.NONE)
+        finally:
+            os.close(fd)
+        self._found_roots[root] = identity
+        self._tops[root] = _Directory(SeenDirectory(root, identity), status)
+        self._note_lost_and_found(root)
 
-    def _is_vouched_for(self, root: str, instances: Sequence[model.Instance]) -> bool:
-        """Whether a root is the one it was, though its device's numbers changed, as they may at a boot.
+    def _note_lost_and_found(self, root: str) -> None:
+        """Note when fsck last put something aside on a root's filesystem, if that is not below the root."""
+        top, device = os.path.realpath(root), self._found_roots[root].device
+        while (above := os.path.dirname(top)) != top and _device(above) == device:
+            top = above
+        if top != os.path.realpath(root):
+            self._lost_and_found(top)
 
-        A disk that was read in it before is there, or there are local instances, and all are in it.
-        """
-        beneath = os.path.join(root, "")
-        if any(path.startswith(beneath) and os.path.lexists(path) for path in self._memory.readings):
-            return True
-        local = [instance for instance in instances if instance.host == self._host.name]
-        return bool(local) and all(
-            any(os.path.isdir(os.path.join(root, name)) for name in _directories(instance))
-            for instance in local
-        )
+    def _lost_and_found(self, top: str) -> None:
+        try:
+            found = os.stat(os.path.join(top, layout.LOST_AND_FOUND), follow_symlinks=False)
+        except OSError:
+            return
+        self._lost[top] = found.st_mtime_ns
 
-    def _read_instance(self, instance: model.Instance, roots: list[str]) -> None:
+    def _read_instance(self, instance: model.Instance) -> None:
         """Read an instance's directories by name: a rename during a directory scan can hide an entry."""
         for name in (instance.uuid, *instance.directories):
             if not _is_directory_name(name):
-                self._problems.append(
-                    f"The driver reports {name!r} as a directory of instance {instance.uuid!r}, which is"
-                    " no name of one. It is passed over. Correct what the driver reports."
-                )
+                self._facts.append(NotADirectoryName(instance.uuid, name))
         found = False
-        for root in roots:
-            for name in _directories(instance):
-                found = self._read_tree(os.path.join(root, name)) or found
+        names = tuple(directory_names(instance))
+        for root, top in self._tops.items():
+            prefix = os.path.join(root, "")
+            first = False
+            for number, name in enumerate(names):
+                if first and number % len(SUFFIXES) == len(SUFFIXES) - 1:
+                    continue  # it was there under this name at first
+                there = self._read_tree(prefix + name, top.seen)
+                first = there if number % len(SUFFIXES) == 0 else first
+                found = found or there
         if not found and instance.host == self._host.name:
-            self._everything_stays(
-                f"instance {instance.uuid} is on this host and has no directory",
-                "mount its disk root, add it to disk_roots, or correct what the driver reports",
-            )
+            self._facts.append(MissingInstance(str(instance.uuid)))
 
-    def _read_root(self, root: str) -> None:
-        """Read a root until its listing held still. What was read before is not read again."""
-        for _round in range(_MOST_ROUNDS):
-            try:
-                fd = os.open(root, _OPEN | os.O_DIRECTORY)
-                try:
-                    before = os.fstat(fd).st_mtime_ns
-                    inner, _vanished = self._read_entries(root, fd)
-                    for path in inner:
-                        lost = os.path.basename(path) == layout.LOST_AND_FOUND
-                        if not lost or os.access(path, os.R_OK | os.X_OK):
-                            self._read_tree(path)
-                    if os.fstat(fd).st_mtime_ns == before:
-                        return
-                finally:
-                    os.close(fd)
-            except OSError as error:
-                self._cannot_tell(root, error, "mount it, or make it readable")
-                return
-        self._everything_stays(f"{root} changed all the while it was read", _WAIT)
+    # -- directories ---------------------------------------------------------------------------------
 
-    def _read_tree(self, path: str) -> bool:
-        """Read a directory and all below it. False: there is none of that name."""
-        inner = self._read_directory(path)
-        if inner is None:
-            return False
-        pending = list(inner)
+    def _read_tree(self, path: str, above: SeenDirectory, *, link: bool = False) -> bool:
+        """Read a directory and all below it. Returns False if there is none of that name."""
+        pending = [(path, above, link)]
+        found = False
         while pending:
-            pending.extend(self._read_directory(pending.pop()) or ())
-        return True
+            inner = self._read_directory(*pending.pop())
+            found = found or inner is not None
+            pending.extend(inner or ())
+        return found
 
-    def _read_directory(self, path: str) -> Sequence[str] | None:
+    def _read_directory(
+        self, path: str, above: SeenDirectory, link: bool
+    ) -> list[tuple[str, SeenDirectory, bool]] | None:
         """Read a directory's files, and return its directories. None: there is none of that name."""
+        try:
+            if link:
+                fd = os.open(path, _OPEN | os.O_DIRECTORY)
+            else:
+                fd = os.open(path, _OPEN | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            self._again = True  # it may have another name now, which the listing missed
+            return None
+        except NotADirectoryError:
+            # So says the kernel of a link, too, where a directory is asked for.
+            if not link and os.path.islink(path):
+                return self._read_directory(path, above, True)
+            self._again = True  # it may have another name now, which the listing missed
+            return None
+        except OSError as error:
+            if error.errno == errno.ELOOP and not link:
+                return self._read_directory(path, above, True)
+            if error.errno != errno.ELOOP:  # a link that leads to itself
+                self._unreadable_directory(path, error)
+            return []
+        try:
+            status = os.fstat(fd)
+            key = (status.st_dev, status.st_ino)
+            if key in self._own or key in self._directories:
+                return []
+            boundary = Boundary.LINK if link else Boundary.NONE
+            seen = SeenDirectory(path, self._identity(fd, status, boundary, above), above)
+            directory = self._directories[key] = _Directory(seen, status)
+            return self._read_entries(directory, fd)
+        except OSError as error:
+            self._unreadable_directory(path, error)
+            return []
+        finally:
+            os.close(fd)
+
+    def _list(self, directory: _Directory, path: str) -> None:
+        """List a directory, and read what is new in it."""
         try:
             fd = os.open(path, _OPEN | os.O_DIRECTORY)
         except (FileNotFoundError, NotADirectoryError):
-            return None
+            self._again = True
+            return
         except OSError as error:
-            if error.errno == errno.ELOOP:
-                return None  # a link that leads nowhere
-            self._cannot_tell(path, error, "make it readable")
-            return ()
+            self._unreadable_directory(path, error)
+            return
         try:
             status = os.fstat(fd)
-            if (status.st_dev, status.st_ino) in self._visited:
-                return ()
-            self._visited.add((status.st_dev, status.st_ino))
-            for _round in range(_MOST_ROUNDS):
-                inner, vanished = self._read_entries(path, fd)
-                now = os.fstat(fd)
-                if not vanished and now.st_mtime_ns == status.st_mtime_ns:
-                    return inner
-                status = now
+            key = (status.st_dev, status.st_ino)
+            if key in self._own or self._directories.setdefault(key, directory) is not directory:
+                return
+            directory.changed = status.st_mtime_ns
+            inner = self._read_entries(directory, fd)
         except OSError as error:
-            self._cannot_tell(path, error, "make it readable")
-            return ()
+            self._unreadable_directory(path, error)
+            return
         finally:
             os.close(fd)
-        self._everything_stays(f"{path} changed all the while it was read", _WAIT)
-        return ()
+        for each in inner:
+            self._read_tree(each[0], each[1], link=each[2])
 
-    def _read_entries(self, path: str, fd: int) -> tuple[list[str], bool]:
-        """Read a directory's files once. Returns its directories, and whether a file had gone when opened.
-
-        A file that is gone may have been given another name, which the listing missed.
-        """
-        formats = headers.Formats(path)
-        inner: list[str] = []
-        vanished = False
-        with os.scandir(fd) as entries:
-            for entry in entries:
+    def _read_entries(self, directory: _Directory, fd: int) -> list[tuple[str, SeenDirectory, bool]]:
+        """Read the files that are new in a directory, and return its new directories."""
+        inner: list[tuple[str, SeenDirectory, bool]] = []
+        before, entries = directory.entries, {}
+        path, seen = directory.seen.path, directory.seen
+        with os.scandir(fd) as found:
+            for entry in found:
+                name = entry.name
+                inode = entries[name] = entry.inode()
+                if before.get(name) == inode:
+                    continue
                 if entry.is_file(follow_symlinks=False):
-                    vanished = self._read_file(path, entry.name, fd, formats) or vanished
+                    self._read_file(directory, name, fd, inode)
                 elif entry.is_dir(follow_symlinks=False):
-                    inner.append(os.path.join(path, entry.name))
+                    if name == layout.LOST_AND_FOUND and not _is_open(name, fd):
+                        self._lost_and_found(path)
+                    else:
+                        inner.append((directory.prefix + name, seen, False))
                 elif entry.is_symlink():
-                    self._read_link(path, entry.name, fd, formats, inner)
-        return inner, vanished
+                    self._read_link(directory, name, fd, inode, inner)
+                elif stat.S_ISBLK(entry.stat(follow_symlinks=False).st_mode):
+                    self._read_file(directory, name, fd, inode)
+        if entries != before and directory.listed:
+            self._again = True
+        directory.entries, directory.listed = entries, True
+        # Another directory's clock is another server's, and its granularity unknown.
+        identity = seen.identity
+        directory.settled = (
+            identity is not None
+            and identity.device == self._clock_device
+            and directory.changed < self._now - _GRANULARITY
+        )
+        return inner
 
-    def _read_link(
-        self, directory: str, name: str, directory_fd: int, formats: headers.Formats, inner: list[str]
-    ) -> None:
-        path = os.path.join(directory, name)
+    def _settle(self) -> None:
+        """Look at every directory again, until none has changed."""
+        for _round in range(_MOST_ROUNDS):
+            self._again = False
+            for directory in list(self._directories.values()):
+                self._look_again(directory)
+            if not self._again:
+                return
+        self._facts.append(Unsettled(next(iter(self._tops), "")))
+
+    def _look_again(self, directory: _Directory) -> None:
+        path, identity = directory.seen.path, directory.seen.identity
+        assert identity is not None
         try:
-            mode = os.stat(name, dir_fd=directory_fd).st_mode
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                self._dangling(path)
-            elif error.errno != errno.ELOOP:
-                self._unreadable(path, error)
+            status = os.stat(path)
+        except OSError:
+            status = None
+        if status is None or (status.st_dev, status.st_ino) != (identity.device, identity.inode):
+            # It was renamed or removed, and the directory above has changed: it is read anew where it is
+            # found.
+            self._directories.pop((identity.device, identity.inode))
+            self._again = True
+            if directory.seen.above is None:
+                configured = path in self._configured
+                self._facts.append(MissingRoot(path, "it went away while it was read", configured))
             return
-        if stat.S_ISDIR(mode):
-            inner.append(path)
-        elif stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-            # Nothing else is opened: opening alone does something to some devices.
-            self._read_file(directory, name, directory_fd, formats)
+        if directory.settled and status.st_mtime_ns == directory.changed:
+            return
+        self._list(directory, path)
+
+    def _identity(
+        self, fd: int, status: os.stat_result, boundary: Boundary, above: SeenDirectory | None = None
+    ) -> Identity:
+        is_mount, born = self._statx.of_directory(fd)
+        if boundary is Boundary.NONE and above is not None and above.identity is not None:
+            other = status.st_dev != above.identity.device
+            boundary = Boundary.MOUNT if is_mount or other else boundary
+        fsid = self._filesystems.of(fd, status.st_dev)
+        return Identity(status.st_dev, status.st_ino, fsid, boundary, born)
 
     # -- files ---------------------------------------------------------------------------------------
 
-    def _read_file(self, directory: str, name: str, directory_fd: int, formats: headers.Formats) -> bool:
-        """Read a file. True: it is gone. Most are no overlay, and cost an open, a read and a close."""
+    def _read_link(
+        self,
+        directory: _Directory,
+        name: str,
+        directory_fd: int,
+        inode: int,
+        inner: list[tuple[str, SeenDirectory, bool]],
+    ) -> None:
+        path = os.path.join(directory.seen.path, name)
+        try:
+            status = os.stat(name, dir_fd=directory_fd)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                self._facts.append(DanglingLink(path))
+            elif error.errno != errno.ELOOP:
+                self._facts.append(Unreadable(path, error.strerror or str(error), False, inode))
+            return
+        if stat.S_ISDIR(status.st_mode):
+            inner.append((path, directory.seen, True))
+        elif stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
+            # Nothing else is opened: opening alone does something to some devices.
+            self._facts.append(LinkedFile(path, directory.seen, (status.st_dev, status.st_ino), inode))
+            self._read_file(directory, name, directory_fd, inode)
+
+    def _read_file(self, directory: _Directory, name: str, directory_fd: int, inode: int) -> None:
+        """Read a file. Most are no overlay, and cost an open, a read and a close."""
         if name.endswith(".new") and atomic_file.UNFINISHED.fullmatch(name):
-            self._unfinished.append(os.path.join(directory, name))
+            self._facts.append(Unfinished(os.path.join(directory.seen.path, name)))
             self._host.trace(TracePoint.REFERENCES_UNFINISHED)
         try:
             fd = os.open(name, _OPEN, dir_fd=directory_fd)
             try:
-                head = os.read(fd, headers.HEAD)
-                if not head.startswith(header.MAGIC):
-                    return False
-                reference = headers.backing(fd, head)
+                head = headers.read_head(fd)
+                if not head:
+                    return
+                references = self._condense(headers.references(fd, head))
+                born = self._statx.born(fd) if references else 0
             finally:
                 os.close(fd)
         except FileNotFoundError:
-            return True
-        except OSError as error:
-            self._unreadable(os.path.join(directory, name), error)
-            return False
-        if reference:
-            path = os.path.join(directory, name)
-            self._refer(path, reference, formats.of(path))
-        return False
-
-    def _refer(self, path: str, reference: bytes, pinned: str | None) -> None:
-        if pinned == "raw":
-            return  # whatever header its guest wrote into it
-        found = self._cached_names(reference) or set(headers.follow(path, reference, self._cached_names))
-        if found:
-            self._readings[path] = tuple(sorted(found.union(self._readings.get(path, ()))))
-
-    def _cached_names(self, text: bytes) -> set[str]:
-        found = set()
-        for match in layout.SHA1_ANYWHERE.finditer(text):
-            for name in (match.group(1), match.group(1) + match.group(2)):
-                if (candidate := name.decode()) in self._names:
-                    found.add(candidate)
-        found.update(name for name in self._short if name.encode() in text)
-        return found
-
-    # -- what cannot be told -------------------------------------------------------------------------
-
-    def _unreadable(self, path: str, error: OSError) -> None:
-        if (before := self._memory.readings.get(path)) is not None:
-            self._readings[path] = before
-            self._problems.append(
-                f"{path} cannot be read ({error.strerror}): what it referred to before stays."
-                " Make it readable."
-            )
+            self._again = True  # it may have another name now, which the listing missed
             return
-        self._cannot_tell(path, error, "make it readable, or remove it if it is nobody's")
+        except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM):  # a device that is not there
+                self._unreadable_file(directory, name, directory_fd, inode, error)
+            return
+        if references:
+            path = directory.prefix + name
+            self._facts.append(Overlay(path, directory.seen, references, directory.formats, inode, born))
 
-    def _dangling(self, path: str) -> None:
-        """A link that leads nowhere: what was last read behind it stays, since that may be unmounted."""
-        beneath = path + "/"
-        for known, names in self._memory.readings.items():
-            if known == path or known.startswith(beneath):
-                self._readings[known] = names
-                self._problems.append(
-                    f"{known} cannot be read, since {path} leads nowhere: what it referred to before stays."
-                    " Mount what the link leads to, or remove it."
-                )
+    # -- what cannot be read -------------------------------------------------------------------------
 
-    def _cannot_tell(self, path: str, error: OSError, next_step: str) -> None:
-        self._everything_stays(f"{path} cannot be read ({error.strerror})", next_step)
+    def _unreadable_file(
+        self, directory: _Directory, name: str, directory_fd: int, inode: int, error: OSError
+    ) -> None:
+        size = None
+        try:
+            status = os.stat(name, dir_fd=directory_fd)
+            size = status.st_size if stat.S_ISREG(status.st_mode) else None
+        except OSError:
+            pass  # its size is not known then
+        path, cause = os.path.join(directory.seen.path, name), error.strerror or str(error)
+        born = self._statx.born_at(directory_fd, name)
+        self._facts.append(Unreadable(path, cause, False, inode, born, size))
 
-    def _everything_stays(self, why: str, next_step: str) -> None:
-        self._problems.insert(0, f"Nothing is evicted: {why}. To go on: {next_step}.")
-        if self._unknown is None:
-            self._unknown = why
+    def _unreadable_directory(self, path: str, error: OSError) -> None:
+        try:
+            owner = os.stat(path).st_uid
+        except OSError:
+            owner = os.geteuid()
+        rights = (os.R_OK, os.W_OK, os.X_OK)
+        foreign = owner != os.geteuid() and not any(os.access(path, right) for right in rights)
+        self._facts.append(Unreadable(path, error.strerror or str(error), True, foreign=foreign))
 
 
-def _directories(instance: model.Instance) -> Iterator[str]:
+def directory_names(instance: model.Instance) -> Iterator[str]:
+    """Yield the names that an instance's directory may have, in the order in which to look for them."""
     for name in filter(_is_directory_name, (instance.uuid, *instance.directories)):
-        for suffix in _SUFFIXES:
+        for suffix in SUFFIXES:
             yield name + suffix
 
 
@@ -341,20 +414,21 @@ def _is_directory_name(name: object) -> bool:
     return True
 
 
-def _fsid(path: str) -> int:
-    """The filesystem's own id, which for most survives that its device gets another number."""
-    return int(os.statvfs(path).f_fsid)
+def _is_open(name: str, directory_fd: int) -> bool:
+    return os.access(name, os.R_OK | os.X_OK, dir_fd=directory_fd)
 
 
-def load(data: bytes | None) -> dict[str, tuple[str, ...]]:
-    """Return remembered readings. What is torn remembers nothing, and then nothing is forgiven."""
+def _device(path: str) -> int:
     try:
-        found = json.loads(data) if data is not None else {}
-        return {str(path): tuple(str(name) for name in names) for path, names in found.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return {}
+        return os.stat(path).st_dev
+    except OSError:
+        return -1
 
 
-def dump(readings: Mapping[str, Sequence[str]]) -> bytes:
-    """Return readings as they are remembered."""
-    return json.dumps({path: list(names) for path, names in sorted(readings.items())}).encode()
+def _filesystem_clock(cache: CacheStore) -> tuple[int, int]:
+    """Return the device of the cache's filesystem, and the time by its own clock in nanoseconds."""
+    try:
+        status = os.stat(cache.layout.private)
+    except OSError:
+        return -1, 0
+    return status.st_dev, status.st_mtime_ns

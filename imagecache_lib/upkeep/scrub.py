@@ -29,6 +29,8 @@ from imagecache_lib.system import durable, locks, sparse
 from imagecache_lib.system.rate import Pace
 from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import inventory
+from imagecache_lib.upkeep.evict import LEASED
+from imagecache_lib.upkeep.outcomes import Evicted, Kept
 
 #: Read so much at once: a whole number of granules, and of every device's blocks.
 _PIECE = 2**20
@@ -49,9 +51,9 @@ class Verdict(enum.Enum):
 
     #: What is on disk is what was written.
     SOUND = "sound"
-    #: It is not, or cannot be read.
+    #: It is not, or reading it fails twice as a disk's reads fail.
     DAMAGED = "damaged"
-    #: There is nothing to compare it with.
+    #: There is nothing to compare it with, or it cannot be read now.
     UNVERIFIABLE = "unverifiable"
     #: It left the cache meanwhile.
     GONE = "gone"
@@ -94,8 +96,8 @@ class ScrubReport:
         return sum(base.read for base in self.bases)
 
 
-#: Evicts a base whose lock is held if nobody needs it. None: it is gone; otherwise why it stays.
-Evict = Callable[[str, str], str | None]
+#: Evicts a base whose lock is held if nobody needs it.
+Evict = Callable[[str, str], Evicted | Kept]
 
 
 def scrub(
@@ -167,7 +169,9 @@ def _scrub_one(
             return ScrubbedBase(name, Verdict.UNVERIFIABLE, "nobody witnessed how it was made")
         found = reader.submit(_check, opened, record, cache, limit).result()
         if found.verdict is Verdict.DAMAGED:
-            return _condemn(found, opened, cache, observers, evict)
+            return _quarantine(found, opened, cache, observers, evict)
+        if found.verdict is Verdict.SOUND and record.damaged:
+            _acquit(opened, cache)
         return found
 
 
@@ -183,6 +187,10 @@ def _check(opened: OpenBase, record: evidence.Record, cache: CacheStore, limit: 
         with contextlib.closing(content):
             wrong = content.differs_from(sums) if sums is not None else content.has_other_digest(record)
     except OSError as error:
+        if error.errno != errno.EIO:
+            # A server that does not answer says nothing about the data.
+            why = f"it cannot be read now: {error.strerror}"
+            return ScrubbedBase(record.name, Verdict.UNVERIFIABLE, why, content.read, record.image_id)
         wrong = f"it cannot be read: {error.strerror}"
     if wrong is not None:
         return ScrubbedBase(record.name, Verdict.DAMAGED, wrong, content.read, record.image_id)
@@ -254,6 +262,15 @@ class _Content:
                 offset += count
 
     def _read(self, offset: int, length: int) -> int:
+        try:
+            return self._read_once(offset, length)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+        # One failed read may be the cable's or the path's; a second one is the disk's.
+        return self._read_once(offset, length)
+
+    def _read_once(self, offset: int, length: int) -> int:
         if self._direct >= 0:
             whole = -(-length // _ALIGNMENT) * _ALIGNMENT
             try:
@@ -295,7 +312,7 @@ def _be_modest() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
-def _condemn(
+def _quarantine(
     found: ScrubbedBase,
     opened: OpenBase,
     cache: CacheStore,
@@ -308,15 +325,23 @@ def _condemn(
         shared=False,
         host=cache.host,
         stall_timeout=cache.config.lock_timeout,
-    ):
+    ) as locked:
         if not opened.is_current():
             return dataclasses.replace(found, verdict=Verdict.GONE, detail="it was evicted meanwhile")
         record = cache.record_of(opened)
         if record is not None and not record.damaged:
             _mark(dataclasses.replace(record, damaged=True), cache)
-        stays = evict(found.name, f"damaged on disk: {found.detail}")
+        went = evict(found.name, f"damaged on disk: {found.detail}") if locked else Kept(LEASED)
+        stays = went.reason if isinstance(went, Kept) else None
     observers(events.Damaged(found.name, found.image_id, detail=found.detail, stays=stays))
     return dataclasses.replace(found, stays=stays)
+
+
+def _acquit(opened: OpenBase, cache: CacheStore) -> None:
+    """Take back the mark of a base that is sound after all."""
+    record = cache.record_of(opened)
+    if record is not None and record.damaged and opened.is_current():
+        _mark(dataclasses.replace(record, damaged=False), cache)
 
 
 def _mark(record: evidence.Record, cache: CacheStore) -> None:

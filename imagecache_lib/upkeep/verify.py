@@ -7,21 +7,24 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.nova import compute_nodes
-from imagecache_lib.store import recover, trash
+from imagecache_lib.store import last_scan, recover, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import HostRef, Hosts
-from imagecache_lib.system import durable, locks
+from imagecache_lib.store.last_scan import LastScan
+from imagecache_lib.system import locks
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
-from imagecache_lib.upkeep import evict, inventory, policy, scan, scrub
+from imagecache_lib.upkeep import evict, inventory, members, policy, scrub
 from imagecache_lib.upkeep import make_room as room
-from imagecache_lib.upkeep import references as reference_module
+from imagecache_lib.upkeep import references as references_module
+from imagecache_lib.upkeep.follow import Follower
 from imagecache_lib.upkeep.make_room import SpaceReport
-from imagecache_lib.upkeep.references import Memory, References
+from imagecache_lib.upkeep.outcomes import Evicted, Kept
+from imagecache_lib.upkeep.references import References
 
 LOG = logging.getLogger(__name__)
 
@@ -97,6 +100,23 @@ class Explanation:
     problems: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """Everything that a pass decides by, read once."""
+
+    inventory: inventory.Inventory
+    situation: policy.Situation
+    references: References
+    limits: policy.Limits
+    read: evict.Reading
+    last: LastScan
+    image_ids: dict[str, str | None]
+    now: float
+
+    def decide(self) -> policy.Decided:
+        return policy.decide(self.situation, self.references, self.limits, now=self.now)
+
+
 class Upkeep:
     """Everything that is done to the cache as a whole. Safe to share between threads.
 
@@ -107,6 +127,7 @@ class Upkeep:
         self._cache = cache
         self._observers = cache.observers
         self._hosts = Hosts(cache)
+        self._follower = Follower()
 
     @property
     def hosts(self) -> Hosts:
@@ -119,42 +140,43 @@ class Upkeep:
         for name in evict.put_back_own(self._cache, self._hosts):
             self._observers(events.Recovered(name, what="put back, since its eviction was interrupted"))
 
-    def verify(self, instances: Sequence[model.Instance] | None, *, dry_run: bool) -> VerifyReport:
+    def verify(self, instances: Iterable[model.Instance] | None, *, dry_run: bool) -> VerifyReport:
         """Evict what nobody needs any more.
 
         :param instances: all instances on this host; on shared storage those of all hosts. None: unknown.
         :raises NoSpaceError, BackendError: the filesystem failed.
         """
+        reported = None if instances is None else tuple(instances)
         with translated(self._cache.layout.base_path):
-            return self._verify(instances, dry_run=dry_run)
+            if dry_run:
+                look = self._look(reported, self._cache.filesystem_now())
+                decided = look.decide()
+                return self._report(
+                    look, decided, evict.foresee(decided, look.situation.others), dry_run=True
+                )
+            return self._verify(reported)
 
-    def _verify(self, instances: Sequence[model.Instance] | None, *, dry_run: bool) -> VerifyReport:
+    def _verify(self, instances: tuple[model.Instance, ...] | None) -> VerifyReport:
         now = self._cache.filesystem_now()
-        found = inventory.take(self._cache)
-        thrown = trash.find(self._cache)
-        if not dry_run:
-            self._tidy(found, now)
-        read = self._reader(instances, now)
-        references = read({*(base.name for base in found.bases), *(each.name for each in thrown)})
-        self._cache.host.trace(TracePoint.VERIFY_READ)
-        limits = policy.Limits.of(self._cache.config)
-        plan = policy.plan(found.bases, references, limits, now=now, space=self._space(found))
-        # Their records go with them.
-        going = {*(victim.entry.name for victim in plan.victims), *(each.name for each in thrown)}
-        image_ids = {name: self.image_id(name) for name in going}
-        if dry_run:
-            outcomes = self._foresee(plan, thrown, references)
-        else:
-            recover.sweep_unfinished_disks(self._cache, self._observers, references.unfinished, now=now)
-            self._remember(references)
-            self._refresh(plan, now)
-            outcomes = evict.evict(
-                plan.victims, read, self._cache, self._hosts, self._observers, remove=limits.remove
-            )
-        return self._report(plan, outcomes, references, found, image_ids, dry_run=dry_run)
+        self._tidy(now)
+        look = self._look(instances, now)
+        decided = look.decide()
+        recover.sweep_unfinished_disks(self._cache, self._observers, look.references.unfinished, now=now)
+        self._save_scan(look)
+        self._refresh(decided.plan, now)
+        outcomes = evict.evict(
+            decided.plan.victims,
+            look.read,
+            self._cache,
+            self._hosts,
+            self._observers,
+            remove=look.limits.remove,
+        )
+        return self._report(look, decided, outcomes, dry_run=False)
 
-    def _tidy(self, found: inventory.Inventory, now: float) -> None:
+    def _tidy(self, now: float) -> None:
         """Everything that needs no references."""
+        found = inventory.take(self._cache)
         recover.recover(self._cache, self._observers)
         self._hosts.register()
         try:
@@ -167,10 +189,8 @@ class Upkeep:
 
     def evict_one(
         self, name: str, reason: str, *, floor_age: float = 0.0, locked: bool = False
-    ) -> str | None:
-        """Evict one base if nobody needs it. None: it is gone; otherwise why it stays, as a clause.
-
-        Without the driver's report: an instance that has no disk yet loses nothing but time.
+    ) -> Evicted | Kept:
+        """Evict one base if nobody needs it, the driver's last report included.
 
         :param floor_age: seconds of disuse below which it stays all the same.
         :param locked: the caller holds its lock.
@@ -180,44 +200,44 @@ class Upkeep:
             now = self._cache.filesystem_now()
             entry = inventory.look(self._cache, name)
             if entry is None:
-                return None
-            read = self._reader((), now)
+                return Evicted()
+            read = self._reader_between_passes(now)
             needed = policy.needed(entry, read([name]))
             if needed is not None:
-                return needed
+                return Kept(needed)
             if now - entry.last_use < floor_age:
-                return "it was fetched or used a moment ago"
+                return Kept("it was fetched or used a moment ago")
             self._cache.host.trace(TracePoint.VERIFY_READ)
             victim = policy.Decision(entry, True, reason)
             outcomes = evict.evict(
                 [victim], read, self._cache, self._hosts, self._observers, locked=locked, only={name}
             )
-        return next((each.reason for each in outcomes if not each.gone), None)
+        return next((Kept(each.reason) for each in outcomes if not each.gone), Evicted())
 
-    def explain(self, name: str, instances: Sequence[model.Instance] | None) -> Explanation | None:
-        """Say what a pass would do with a base now, and why. None: it is not there."""
-        report = self.verify(instances, dry_run=True)
+    def explain(self, name: str, instances: Iterable[model.Instance] | None) -> Explanation | None:
+        """Say what a pass would do with a base now, and why. Returns None if it is not there."""
+        look = self._look(None if instances is None else tuple(instances), self._cache.filesystem_now())
+        decided = look.decide()
+        outcomes = evict.foresee(decided, look.situation.others)
+        report = self._report(look, decided, outcomes, dry_run=True)
         base = next((each for each in report.bases if each.name == name), None)
-        entry = inventory.look(self._cache, name)
+        entry = next((each for each in look.situation.bases if each.name == name), None)
         if base is None or entry is None:
             return None
-        now = self._cache.filesystem_now()
-        references = self._reader(instances, now)([name])
-        limits = policy.Limits.of(self._cache.config)
-        obstacles = policy.obstacles(entry, references, limits, now=now)
+        obstacles = policy.obstacles(entry, look.references, look.limits, now=look.now)
         return Explanation(base, obstacles, report.problems)
 
     def evict_unfit(self, name: str, reason: str) -> bool:
-        """Evict a base that does not serve, under its exclusive lock. False: it stays."""
+        """Evict a base that does not serve, under its exclusive lock. Returns False if it stays."""
         floor_age = self._cache.config.space_minimum_age_seconds
-        return self.evict_one(name, reason, floor_age=floor_age, locked=True) is None
+        return isinstance(self.evict_one(name, reason, floor_age=floor_age, locked=True), Evicted)
 
     def scrub(
         self, *, rate: int | None, names: Collection[str] | None, cancel: model.CancelToken | None
     ) -> scrub.ScrubReport:
         """Check the content of bases, and evict those that are damaged and unused."""
 
-        def evict_locked(name: str, reason: str) -> str | None:
+        def evict_locked(name: str, reason: str) -> Evicted | Kept:
             return self.evict_one(name, reason, locked=True)
 
         return scrub.scrub(self._cache, self._observers, evict_locked, rate=rate, names=names, cancel=cancel)
@@ -226,41 +246,94 @@ class Upkeep:
         """Evict what a fetch needs the room of, as far as policy allows. Returns the bytes freed."""
         with translated(self._cache.layout.base_path):
             now = self._cache.filesystem_now()
-            read = self._reader((), now)
+            read = self._reader_between_passes(now)
             return room.make(wanted, read, self._cache, self._hosts, self._observers, now=now)
 
     def space(self) -> SpaceReport:
         """Look how full the cache's filesystem is."""
         now = self._cache.filesystem_now()
-        return room.report(self._reader((), now), self._cache, now=now)
+        return room.report(self._reader_between_passes(now), self._cache, now=now)
+
+    def forget_disks(self, path: str) -> int:
+        """Forget the disks that were seen at a path and below it, and the disk root if it is one.
+
+        Returns how many disks are forgotten. What is there is seen again by the next pass.
+        """
+        before = self._load_last_scan()
+        after = before.without(path)
+        self._hosts.forget_roots(after.roots)
+        last_scan.replace(self._cache.layout, self._hosts.id, after)
+        return len(before.disks) - len(after.disks)
 
     # -- the steps -----------------------------------------------------------------------------------
 
-    def _reader(self, instances: Sequence[model.Instance] | None, now: float) -> evict.Reading:
-        memory = self._recall()
+    def _look(self, instances: tuple[model.Instance, ...] | None, now: float) -> _Look:
+        """Read everything that a pass decides by."""
+        found = inventory.take(self._cache)
+        last = self._load_last_scan()
+        read = self._reader(instances, last, now)
+        trashed = trash.find(self._cache)
+        references = read({*(base.name for base in found.bases), *(each.name for each in trashed)})
+        self._cache.host.trace(TracePoint.VERIFY_READ)
+        registered = members.of(self._cache, self._hosts)
+        situation = policy.Situation(
+            bases=found.bases,
+            trash=tuple(
+                described
+                for _entry, described in evict.describe(trashed, self._cache, registered, self._hosts)
+            ),
+            space=self._space(found),
+            held=self._held(base.name for base in found.bases if base.name not in references.users),
+            others=tuple(self._hosts.pending_acks("", registered)),
+        )
+        names = {*(base.name for base in found.bases), *(each.name for each in trashed)}
+        image_ids = {name: self.image_id(name) for name in names}
+        limits = policy.Limits.of(self._cache.config)
+        return _Look(found, situation, references, limits, read, last, image_ids, now)
 
+    def _held(self, names: Iterable[str]) -> dict[str, str]:
+        """Return those of these bases that somebody holds this moment, and how."""
+        locked = {
+            name: evict.LEASED
+            for name in names
+            if locks.is_taken(self._cache.layout.lock(name), host=self._cache.host)
+        }
+        return {**dict.fromkeys(trash.being_published(self._cache), evict.PUBLISHED_NOW), **locked}
+
+    def _reader(
+        self, instances: tuple[model.Instance, ...] | None, last: LastScan, now: float
+    ) -> evict.Reading:
         def read(names: Collection[str]) -> References:
-            return reference_module.collect(self._cache, names, instances, memory, now=now)
+            return references_module.collect(
+                self._cache, names, instances, last, follower=self._follower, now=now
+            )
 
         return read
 
-    def _recall(self) -> Memory:
-        data = durable.read_file(self._cache.layout.readings(self._hosts.id), limit=2**30)
-        return Memory(scan.load(data), self._hosts.own().roots)
+    def _reader_between_passes(self, now: float) -> evict.Reading:
+        """Return a reading that knows the driver's last report."""
+        last = self._load_last_scan()
+        if last.report_unknown is not None:
+            last = dataclasses.replace(last, unreadable=last.unreadable or last.report_unknown)
+        return self._reader(tuple(last.report or ()), last, now)
 
-    def _remember(self, references: References) -> None:
-        """Keep what was read, for the day on which a disk cannot be read or a root is not mounted."""
+    def _load_last_scan(self) -> LastScan:
+        return last_scan.load_last_scan(self._cache.layout, self._hosts.id, self._hosts.own().roots)
+
+    def _save_scan(self, look: _Look) -> None:
+        """Keep what was seen, for the day on which a disk cannot be read or a root is not mounted."""
+        seen = look.references.seen
+        if look.last.unreadable is not None:
+            return  # what cannot be read now may be read again, and must not be replaced by less
         try:
             own = self._hosts.own()
-            if dict(own.roots) != dict(references.roots):
-                self._hosts.write(dataclasses.replace(own, roots=dict(references.roots)))
-            path = self._cache.layout.readings(self._hosts.id)
-            data = scan.dump(references.readings)
-            if data != durable.read_file(path, limit=2**30):
-                durable.write_file(path, data)
+            roots = {path: (root.device, root.fsid) for path, root in seen.roots.items()}
+            if dict(own.roots) != roots:
+                self._hosts.write(dataclasses.replace(own, roots=roots))
+            last_scan.save_last_scan(self._cache.layout, self._hosts.id, look.last, seen)
         except OSError as error:
             # Most likely the disk is full, which must not stop what makes room.
-            LOG.warning("What was read in the instance directories cannot be remembered: %s", error)
+            LOG.warning("What was seen in the instance directories cannot be remembered: %s", error)
 
     def _refresh(self, plan: policy.EvictionPlan, now: float) -> None:
         """Note the use of what is in use, so that its age counts from now, for Nova too.
@@ -274,27 +347,7 @@ class Upkeep:
                 opened = self._cache.open_base(decision.entry.name)
                 if opened is not None:
                     with contextlib.closing(opened):
-                        self._cache.note_use(opened)
-
-    def _foresee(
-        self,
-        plan: policy.EvictionPlan,
-        thrown: Sequence[trash.Trashed],
-        references: References,
-    ) -> list[evict.Outcome]:
-        """Return what :func:`evict.evict` would do now."""
-        outcomes = [
-            evict.Outcome(victim.entry.name, False, evict.LEASED)
-            for victim in plan.victims
-            if locks.is_taken(self._cache.layout.lock(victim.entry.name), host=self._cache.host)
-        ]
-        for each in thrown:
-            if (reason := evict.who_needs(each, references, self._cache)) is not None:
-                outcomes.append(evict.Outcome(each.name, False, f"put back: {reason}"))
-            elif self._cache.config.remove_unused_base_images:
-                allocated = os.stat(each.path, follow_symlinks=False).st_blocks * 512
-                outcomes.append(evict.Outcome(each.name, True, evict.LEFT, allocated))
-        return outcomes
+                        self._cache.touch(opened)
 
     def _space(self, found: inventory.Inventory) -> policy.Space:
         status = os.statvfs(self._cache.layout.base_path)
@@ -303,48 +356,47 @@ class Upkeep:
         )
 
     def _report(
-        self,
-        plan: policy.EvictionPlan,
-        outcomes: Sequence[evict.Outcome],
-        references: References,
-        found: inventory.Inventory,
-        image_ids: dict[str, str | None],
-        *,
-        dry_run: bool,
+        self, look: _Look, decided: policy.Decided, outcomes: Sequence[evict.Outcome], *, dry_run: bool
     ) -> VerifyReport:
         became = {outcome.name: outcome for outcome in outcomes}
         bases = []
-        for decision in plan.decisions:
+        for decision in decided.plan.decisions:
             entry = decision.entry
             outcome = became.pop(entry.name, None)
             evicted = outcome.gone if outcome is not None else decision.evict and dry_run
             reason = outcome.reason if outcome is not None else decision.reason
-            image_id = image_ids.get(entry.name) or self.image_id(entry.name)
+            image_id = look.image_ids.get(entry.name)
             bases.append(BaseReport(entry.name, evicted, reason, entry.allocated, image_id))
         for outcome in became.values():
-            image_id = image_ids.get(outcome.name)
+            image_id = look.image_ids.get(outcome.name)
             bases.append(BaseReport(outcome.name, outcome.gone, outcome.reason, outcome.allocated, image_id))
-        odd = [
+        unknown = [
             f"{self._cache.layout.base(name)} is nothing that belongs into the cache. Move it away."
-            for name in found.odd
+            for name in look.inventory.unknown
         ]
-        problems = (*references.problems, *self._silent(outcomes), *odd)
+        problems = (*look.references.problems, *_silent(outcomes), *unknown)
         return VerifyReport(tuple(sorted(bases, key=lambda base: base.name)), problems, dry_run)
-
-    def _silent(self, outcomes: Sequence[evict.Outcome]) -> list[str]:
-        """Return a sentence for each host that keeps bases in the trash by silence."""
-        held: dict[HostRef, list[int]] = {}
-        for outcome in outcomes:
-            for host in outcome.blocked_by:
-                held.setdefault(host, []).append(outcome.allocated)
-        return [
-            f"Host {host.name} has not looked at {len(sizes)} evicted base images, which hold"
-            f" {sum(sizes)} bytes. Let its periodic pass run; if it will not come back, run:"
-            f" imagecache host forget {host.id}"
-            for host, sizes in sorted(held.items())
-        ]
 
     def image_id(self, name: str) -> str | None:
         """Return the image a base was made from, as its record says."""
         record = self._cache.read_record(name)
         return record.image_id if record is not None else None
+
+
+def _silent(outcomes: Sequence[evict.Outcome]) -> list[str]:
+    """Return a sentence for each host that keeps bases in the trash by silence."""
+    held: dict[HostRef, list[int]] = {}
+    for outcome in outcomes:
+        for host in outcome.blocked_by:
+            held.setdefault(host, []).append(outcome.allocated)
+    return [
+        f"Host {host.name} has not looked at {len(sizes)} evicted base images, which hold"
+        f" {sum(sizes)} bytes. Let its periodic pass run; if it will not come back, " + _how_to_forget(host)
+        for host, sizes in sorted(held.items())
+    ]
+
+
+def _how_to_forget(host: HostRef) -> str:
+    if host.id.startswith(members.BY_NOVA):
+        return f"take it out of {compute_nodes.NAME}, where Nova last named it within a day"
+    return f"run: imagecache host forget {host.id}"

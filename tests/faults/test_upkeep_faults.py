@@ -7,11 +7,15 @@ Needs root.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pathlib
+import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -170,17 +174,21 @@ def test_a_base_that_libvirt_gave_to_qemu_can_be_put_back(cache: Cache) -> None:
     give_to_nobody(cache.instances)
     os.chown(cache.base, 12345, 12345)
     inode = cache.base.stat().st_ino
+    made = cache.instances.parent / "made"
+    cache.overlay(made)
+    made.chmod(0o644)
+    os.chown(made, NOBODY, NOBODY)
+
+    def appear(point: str) -> None:
+        if point == "evict:renamed":
+            (cache.instances / "uuid").mkdir()
+            shutil.copy(made, cache.instances / "uuid" / "disk")
 
     def survive() -> bool:
         manager = ic.ImageCacheManager(
             ic.CacheConfig(instances_path=str(cache.instances)),
             FakeSource({}),
-            host=ic.System(
-                name="here",
-                trace=lambda point: (
-                    cache.overlay(cache.instances / "uuid" / "disk") if point == "evict:renamed" else None
-                ),
-            ),
+            host=ic.System(name="here", trace=appear),
             observers=(),
         )
         manager.verify_base_images([])
@@ -255,3 +263,171 @@ def test_on_a_full_shared_filesystem_goes_what_the_other_host_has_cleared(tmp_pa
         fill_up(tmp_path / "instances")
         report = host("there").verify_base_images([])
         assert [base.name for base in report.evicted] == [layout.base_name("one")]
+
+
+def test_a_console_log_of_root_s_stops_nothing(cache: Cache) -> None:
+    directory = cache.instances / "uuid"
+    directory.mkdir()
+    give_to_nobody(cache.instances)
+    for name in ("console.log", "console.log.0"):
+        (directory / name).write_bytes(b"login:" * 100)
+        (directory / name).chmod(0o600)
+    assert as_nobody(lambda: cache.verify().problems == () and not cache.base.exists())
+
+
+def test_an_unreadable_file_of_a_reported_instance_keeps_its_images_and_no_others(cache: Cache) -> None:
+    disk = cache.instances / "uuid" / "disk"
+    cache.overlay(disk)
+    give_to_nobody(cache.instances)
+    os.chown(disk, 0, 0)
+    disk.chmod(0o600)
+
+    def kept(*images: str) -> bool:
+        report = cache.manager().verify_base_images([ic.Instance("uuid", "here", images=images)])
+        return cache.base.exists() and f"{disk} cannot be read" in report.problems[0]
+
+    assert as_nobody(lambda: kept(ID))
+    cache.grow_old()
+    assert not as_nobody(lambda: kept("another"))
+
+
+def test_a_directory_of_another_service_stops_nothing(cache: Cache) -> None:
+    give_to_nobody(cache.instances)
+    (cache.instances / "service").mkdir(mode=0o700)
+    assert as_nobody(lambda: len(cache.verify().problems) == 1 and not cache.base.exists())
+
+
+def test_a_closed_directory_that_may_be_an_instance_s_keeps_everything(cache: Cache) -> None:
+    give_to_nobody(cache.instances)
+    (cache.instances / "11111111-2222-4333-8444-555555555555").mkdir(mode=0o700)
+    assert as_nobody(lambda: "Nothing is evicted" in cache.verify().problems[0] and cache.base.exists())
+
+
+def test_a_note_that_cannot_be_read_stops_no_call(cache: Cache) -> None:
+    give_to_nobody(cache.instances)
+    note = cache.base.parent / ".imagecache" / "stage" / f"{'0' * 32}.json"
+    note.write_text("{}")
+    note.chmod(0o600)
+
+    def go_on() -> bool:
+        manager = cache.manager()
+        hit = manager.cache_image(ID) is ic.CacheResult.EXISTING
+        cache.grow_old()
+        manager.verify_base_images([])
+        return hit and not cache.base.exists() and manager.cache_image(ID) is ic.CacheResult.CACHED
+
+    assert as_nobody(go_on)
+
+
+def test_the_note_of_an_image_in_flight_that_cannot_be_read_may_be_of_any_base(cache: Cache) -> None:
+    give_to_nobody(cache.instances)
+    stage = cache.base.parent / ".imagecache" / "stage" / ("0" * 32)
+    stage.write_bytes(b"")
+    note = stage.with_suffix(".json")
+    note.write_text("{}")
+    note.chmod(0o600)
+    assert as_nobody(lambda: cache.verify() is not None and cache.base.exists())
+
+
+def test_a_pin_that_cannot_be_read_keeps_its_base_and_stops_nothing(cache: Cache) -> None:
+    give_to_nobody(cache.instances)
+    pin = cache.base.parent / ".imagecache" / "pins" / f"{NAME}.json"
+    pin.write_text("{}")
+    pin.chmod(0o600)
+
+    def kept() -> bool:
+        manager = cache.manager()
+        report = manager.verify_base_images([])
+        listed = [base.name for base in manager.list_bases()] == [NAME]
+        return listed and str(pin) in report.bases[0].reason
+
+    assert as_nobody(kept)
+
+
+def test_what_is_closed_in_the_caches_own_filesystem_is_not_counted(cache: Cache) -> None:
+    give_to_nobody(cache.instances)
+    for name in ("lost+found", "backup"):
+        (cache.base.parent / name).mkdir(mode=0o700)
+    assert as_nobody(lambda: cache.manager().get_space().used > 0 and cache.manager().get_disk_usage() > 0)
+
+
+def test_a_disk_that_is_a_block_device_node_counts(cache: Cache, tmp_path: pathlib.Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(4 * 2**20))
+    command = ["losetup", "--find", "--show", image]
+    device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        cache.overlay(pathlib.Path(device))
+        (cache.instances / "uuid").mkdir()
+        os.mknod(cache.instances / "uuid" / "disk", 0o660 | stat.S_IFBLK, os.stat(device).st_rdev)
+        cache.verify()
+        assert cache.base.exists()
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def test_a_path_in_a_header_that_does_not_answer_stops_no_pass(cache: Cache, tmp_path: pathlib.Path) -> None:
+    """A guest may have written it into its raw disk."""
+    hung = tmp_path / "hung"
+    hung.mkdir()
+    connection = os.open("/dev/fuse", os.O_RDWR)
+    libc = ctypes.CDLL(None, use_errno=True)
+    options = f"fd={connection},rootmode=40000,user_id=0,group_id=0".encode()
+    try:
+        if libc.mount(b"hung", os.fsencode(hung), b"fuse", 0, options):
+            pytest.skip(f"no FUSE here: {os.strerror(ctypes.get_errno())}")
+        for instance in ("one", "two"):
+            disk = cache.instances / instance / "disk"
+            disk.parent.mkdir()
+            names = ["-F", "raw", "-b", hung / "x", disk, "1M"]
+            subprocess.run(["qemu-img", "create", "-q", "-u", "-f", "qcow2", *names], check=True)
+        begun = time.monotonic()
+        cache.verify()
+        assert not cache.base.exists()
+        assert time.monotonic() - begun < 60
+    finally:
+        os.close(connection)  # which ends whoever waits for an answer
+        libc.umount2(os.fsencode(hung), 2)
+
+
+@pytest.mark.parametrize("inode_size", ["128", "256"])
+def test_a_rename_below_the_first_level_hides_no_disk(tmp_path: pathlib.Path, inode_size: str) -> None:
+    """With inodes of 128 bytes ext4 counts whole seconds, so that a second change in one leaves no trace."""
+    image, mount = tmp_path / "image", tmp_path / "mount"
+    mount.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(64 * 2**20)
+    subprocess.run(["mkfs.ext4", "-q", "-I", inode_size, image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, mount], check=True)
+    try:
+        for attempt in range(4):  # the order of a listing is the filesystem's
+            cache = Cache(mount / f"instances-{attempt}")
+            cache.instances.mkdir()
+            rename_while_reading(cache, f"uuid-{attempt}")
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+def rename_while_reading(cache: Cache, name: str) -> None:
+    """Make a disk between the two readings, and give its directory another name within the second."""
+    cache.fill()
+    pool = cache.instances / "pool"
+    for marker in ("aaa", "zzz"):
+        (pool / marker).mkdir(parents=True)
+        (pool / marker / f".x.{'0' * 32}.new").write_bytes(b"")
+    seen: list[str] = []
+    made = cache.instances.parent / "made"
+    cache.overlay(made)
+
+    def trace(point: str) -> None:
+        seen.append(point)
+        if point == "verify:read":
+            (pool / name).mkdir()
+            shutil.copy(made, pool / name / "disk")
+        elif point == "references:unfinished" and "evict:renamed" in seen and (pool / name).exists():
+            (pool / name).rename(pool / f"{name}_resize")
+
+    config = ic.CacheConfig(instances_path=str(cache.instances))
+    host = ic.System(name="here", trace=trace)
+    ic.ImageCacheManager(config, FakeSource({}), host=host, observers=()).verify_base_images([])
+    assert cache.base.exists()

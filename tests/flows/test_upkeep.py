@@ -8,6 +8,7 @@ import os
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import errors
@@ -45,9 +46,9 @@ class UpkeepCase(CacheCase):
         return path
 
     def verify(
-        self, instances: Sequence[ic.Instance] | None = (), *, dry_run: bool = False, **options: object
+        self, instances: Sequence[ic.Instance] | None = (), *, dry_run: bool = False, **options: Any
     ) -> VerifyReport:
-        return self.manager(**options).verify_base_images(instances, dry_run=dry_run)  # type: ignore[arg-type]
+        return self.manager(**options).verify_base_images(instances, dry_run=dry_run)
 
     def reason(self, report: VerifyReport, name: str = NAME) -> str:
         return next(base.reason for base in report.bases if base.name == name)
@@ -188,13 +189,18 @@ class TestWhatIsRead(UpkeepCase):
         (self.instances / "uuid" / "disk").write_bytes(b"QFI\xfb" + b"\xff" * 9000 + os.fsencode(base))
         self.assertKept(base, self.verify(), "uuid/disk")
 
-    def test_a_raw_disk_refers_to_nothing_whatever_its_guest_wrote(self) -> None:
-        base = self.cached()
-        disk = self.instances / "uuid" / "disk"
-        files.overlay(disk, str(base))
-        (disk.parent / "disk.info").write_text(json.dumps({str(disk): "raw"}))
-        self.verify()
-        self.assertFalse(base.exists())
+    def test_a_disk_that_is_pinned_raw_counts_by_the_names_in_it_and_no_more(self) -> None:
+        base, other = self.cached(), self.cached(OTHER_ID)
+        between = self.directory / "elsewhere" / "between"
+        files.overlay(between, other)
+        for instance, backing in (("a", base), ("b", between)):
+            disk = self.instances / instance / "disk"
+            files.overlay(disk, backing)
+            (disk.parent / "disk.info").write_text(json.dumps({str(disk): "raw"}))
+        report = self.verify()
+        self.assertKept(base, report, "a/disk")
+        self.assertFalse(other.exists(), "a path that its guest may have written was followed")
+        self.assertEqual((), report.problems)
 
     def test_a_torn_disk_info_pins_nothing(self) -> None:
         base = self.cached()
@@ -242,13 +248,14 @@ class TestWhatCannotBeTold(UpkeepCase):
         base = self.cached()
         self.assertKept(base, self.verify(None), "the driver could not tell")
 
-    def test_a_reported_instance_without_a_directory_keeps_everything(self) -> None:
-        base = self.cached()
-        report = self.verify([ic.Instance("gone", "here")])
-        self.assertKept(base, report, "instance gone is on this host")
+    def test_a_reported_instance_without_a_directory_keeps_its_images_and_no_others(self) -> None:
+        base, other = self.cached(), self.cached(OTHER_ID)
+        report = self.verify([ic.Instance("gone", "here", images=(ID,))])
+        self.assertKept(base, report, "used by instance gone on here")
+        self.assertIn("Instance gone is on this host and has no directory", report.problems[0])
         self.assertIn("disk_roots", report.problems[0])
-        self.verify([ic.Instance("gone", "elsewhere")])
-        self.assertFalse(base.exists())
+        self.assertFalse(other.exists())
+        self.assertEqual((), self.verify([ic.Instance("gone", "elsewhere")]).problems)
 
     def test_a_missing_disk_root_keeps_everything_and_stays_remembered(self) -> None:
         base = self.cached()
@@ -282,7 +289,7 @@ class TestWhatCannotBeTold(UpkeepCase):
         manager = self.manager()
         manager.pin(ID, owner="me")
         manager.unpin(ID, owner="me")
-        self.assertKept(base, self.verify(), "pins are unreadable")
+        self.assertKept(base, self.verify(), "unreadable")
 
     def test_pins_keep_until_they_expire(self) -> None:
         base = self.cached()
@@ -324,8 +331,8 @@ class TestWhatCannotBeTold(UpkeepCase):
                 # As the only name there is, it would make up a directory for an instance without one.
                 instance = ic.Instance(bad, "here")  # type: ignore[arg-type]
                 report = self.verify([instance], dry_run=True)
-                self.assertIn("has no directory", report.problems[0])
-                self.assertEqual((), report.evicted)
+                self.assertIn("has no directory", " ".join(report.problems))
+                self.assertEqual([NAME], [each.name for each in report.evicted])
 
 
 class TestWhatGoes(UpkeepCase):
@@ -386,16 +393,15 @@ class TestWhatGoes(UpkeepCase):
         self.assertTrue(base.exists())
 
     def test_an_eviction_that_was_killed_is_undone_at_the_next_start(self) -> None:
-        class Killed(BaseException):
-            pass
-
-        def kill() -> None:
-            raise Killed
-
         base = self.cached()
-        self.points.at("evict:renamed", kill)
-        with self.assertRaises(Killed):
-            self.verify()
+        child = os.fork()
+        if child == 0:
+            self.points.at("evict:renamed", lambda: os._exit(9))
+            try:
+                self.verify()
+            finally:
+                os._exit(1)
+        self.assertEqual(9, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         self.assertFalse(base.exists())
         self.manager().get_disk_usage()
         self.manager().pin(OTHER_ID, owner="start")
@@ -534,9 +540,10 @@ class TestSharedStorage(UpkeepCase):
     def test_another_hosts_disk_puts_it_back(self) -> None:
         base = self.cached()
         roots = self.directory / "theirs"
-        files.overlay(roots / "uuid" / "disk", str(base))
+        roots.mkdir()
         there = self.on("there", disk_roots=(str(roots),))
         there.verify_base_images(None)
+        files.overlay(roots / "uuid" / "disk", str(base))
         self.unused()
         self.verify()
         self.assertFalse(base.exists())

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Being a member of those who share a cache: one file for each host, which nobody else writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+
+from imagecache_lib.store import layout
+from imagecache_lib.system import durable
+
+
+@dataclasses.dataclass(frozen=True)
+class HostFile:
+    """What a host says of itself.
+
+    :param id: its file's name, without the ending.
+    :param name: the host's name.
+    :param roots: what each disk root was when it was last read: ``[st_dev, f_fsid]`` by path. The release
+        before reads it; ``hosts/<id>.scan`` says more.
+    :param cleared: entries of the trash that nothing on this host refers to.
+    """
+
+    id: str
+    name: str
+    roots: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    cleared: frozenset[str] = frozenset()
+
+    def to_json(self) -> bytes:
+        fields = {"name": self.name, "roots": dict(self.roots), "cleared": sorted(self.cleared)}
+        return json.dumps(fields).encode() + b"\n"
+
+
+def parse(host_id: str, data: bytes) -> HostFile | None:
+    """Return a host's file. None: it is torn or unknown, and that host acknowledges nothing."""
+    try:
+        fields = json.loads(data)
+        name, cleared = fields["name"], fields["cleared"]
+        roots = {str(path): (int(pair[0]), int(pair[1])) for path, pair in fields["roots"].items()}
+    except (ValueError, OverflowError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        return None
+    if not isinstance(name, str) or not isinstance(cleared, list):
+        return None
+    return HostFile(host_id, name, roots, frozenset(str(each) for each in cleared))
+
+
+def host_id(name: str) -> str:
+    """Return the id that this host always has.
+
+    Two hosts of one name differ in /etc/machine-id (see machine-id(5)), two clones of one machine in name.
+    """
+    try:
+        machine = durable.read_file("/etc/machine-id") or b""
+    except OSError:
+        machine = b""
+    return hashlib.sha256(machine.strip() + b"\0" + name.encode()).hexdigest()[:32]
+
+
+def ensure(where: layout.Layout, own_id: str, name: str) -> None:
+    """Have a file, if only since an operator forgot this host while it was alive.
+
+    :raises OSError: it cannot be written.
+    """
+    path = where.host(own_id)
+    try:
+        # A network filesystem's client may answer a stat(2) from what it knew; an open(2) asks the server.
+        os.close(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+    except FileNotFoundError:
+        durable.write_file(path, HostFile(own_id, name).to_json())
+    except OSError:
+        return  # it is there, and what it says is not the question here

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a disk that was seen and is not seen now was removed. Pure: what is not there is not thereby
+deleted.
+
+It was removed if
+
+(a) the same directory was read to its end without it; or
+(b) its directory is gone or another one, was where no mount and no link led, and the directory above is the
+    same and was read, or is itself proved gone in this way; or
+(c) its instance was in an earlier report, and is not in the last one; or
+(d) an operator says so, which takes it out of what is remembered.
+
+A volume that is not mounted, a link that leads elsewhere, another mount namespace, a root that is another
+directory than before, and what fsck moved into a ``lost+found`` that cannot be read prove nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Collection, Iterator
+
+from imagecache_lib.store.last_scan import Boundary, Identity, LastScan, SeenDirectory, SeenDisk
+from imagecache_lib.upkeep.facts import Found, ReadDirectory
+
+
+@dataclasses.dataclass(frozen=True)
+class RootMoved:
+    """A disk root that is another directory than before, and for which nothing vouches."""
+
+    path: str
+
+
+def same(one: Identity, other: Identity) -> bool:
+    """Whether two identities are of one directory, as far as numbers tell.
+
+    A device's number may be given to another filesystem; the filesystem's own id tells then, if it has one.
+    """
+    if not _same_numbers(one, other):
+        return False
+    if one.fsid and other.fsid:
+        return one.fsid == other.fsid
+    return one.device == other.device
+
+
+def _same_numbers(one: Identity, other: Identity) -> bool:
+    """Whether two directories are the same one if their filesystem is the same one."""
+    return one.inode == other.inode and (one.born == other.born or 0 in (one.born, other.born))
+
+
+class Absence:
+    """What a reading proves about the disks that it did not find.
+
+    :param last: what the last pass saw.
+    :param found: what was read now.
+    :param reported: uuids in the driver's last report. None: there was none.
+    """
+
+    def __init__(self, last: LastScan, found: Found, reported: Collection[str] | None) -> None:
+        self._reported = None if reported is None else frozenset(reported)
+        self._renumbered = _renumbered(last, found)
+        self._by_path = {each.seen.path: each for each in found.directories}
+        self._by_inode: dict[int, list[ReadDirectory]] = {}
+        for each in found.directories:
+            if each.seen.identity is not None:
+                self._by_inode.setdefault(each.seen.identity.inode, []).append(each)
+        # An older release did not look at what fsck puts aside.
+        knows = any(root.inode for root in last.roots.values())
+        self._lost = [top for top, changed in found.lost.items() if knows and last.lost.get(top) != changed]
+
+    def is_proved(self, disk: SeenDisk) -> bool:
+        """Whether a disk that was not seen now was removed."""
+        if self._reported is not None and disk.instance is not None and disk.instance not in self._reported:
+            return True
+        if any(_is_below(disk.path, top) for top in self._lost):
+            return False
+        directory = disk.directory
+        if self._read_now(directory) is not None:
+            return True
+        while directory.above is not None and self._is_gone(directory):
+            if self._read_now(directory.above) is not None:
+                return True
+            directory = directory.above
+        return False
+
+    def _is_gone(self, directory: SeenDirectory) -> bool:
+        """Whether a directory that was not read is gone or another one, if the one above it is the same."""
+        if directory.identity is None or directory.identity.boundary is not Boundary.NONE:
+            return False
+        now = self._by_path.get(directory.path)
+        if now is not None:
+            # Something may be mounted over it, or it was moved away and a link left in its place.
+            return now.seen.identity is not None and now.seen.identity.boundary is Boundary.NONE
+        assert directory.above is not None
+        above = self._read_now(directory.above)
+        return above is None or os.path.basename(directory.path) not in above.entries
+
+    def _read_now(self, directory: SeenDirectory) -> ReadDirectory | None:
+        """Return the same directory as it was read now, under whatever name."""
+        if directory.identity is None:
+            return None
+        identity = self._renumbered_identity(directory.identity)
+        for each in self._by_inode.get(identity.inode, ()):
+            if each.seen.identity is not None and same(identity, each.seen.identity):
+                return each
+        return None
+
+    def _renumbered_identity(self, identity: Identity) -> Identity:
+        device = self._renumbered.get((identity.device, identity.fsid))
+        if device is None:
+            return identity
+        return dataclasses.replace(identity, device=device[0], fsid=device[1])
+
+    def moved_roots(self, last: LastScan, found: Found) -> Iterator[RootMoved]:
+        """Yield the roots that are other directories than before, whoever may vouch for them."""
+        for path, now in found.roots.items():
+            before = last.roots.get(path)
+            if before is not None and not self._is_same_root(before, now):
+                yield RootMoved(path)
+
+    def _is_same_root(self, before: Identity, now: Identity) -> bool:
+        if before.inode == 0:  # an older release wrote down no inode
+            return before.device == now.device or (before.fsid == now.fsid and now.fsid != 0)
+        return same(self._renumbered_identity(before), now)
+
+
+def _renumbered(last: LastScan, found: Found) -> dict[tuple[int, int], tuple[int, int]]:
+    """Return devices that got another number, as they may at a boot, by what they were.
+
+    The numbers of a directory's inode, and of one that was seen below it, are what they were: the filesystem
+    is the same one, though its device's number is not.
+    """
+    renumbered: dict[tuple[int, int], tuple[int, int]] = {}
+    roots = {path: now for path, now in found.roots.items() if _is_only_renumbered(last.roots.get(path), now)}
+    if not roots:
+        return renumbered
+    seen: dict[str, Identity] = {}
+    for disk in last.disks.values():
+        directory: SeenDirectory | None = disk.directory
+        while directory is not None and directory.path not in seen:
+            if directory.identity is not None:
+                seen[directory.path] = directory.identity
+            directory = directory.above
+    for root, now in roots.items():
+        before = last.roots[root]
+        for each in found.directories:
+            old, new = seen.get(each.seen.path), each.seen.identity
+            if old is None or new is None or each.seen.path == root or not _is_below(each.seen.path, root):
+                continue
+            if _same_numbers(old, new) and (old.device, new.device) == (before.device, now.device):
+                renumbered[(before.device, before.fsid)] = (now.device, now.fsid)
+                break
+    return renumbered
+
+
+def _is_only_renumbered(before: Identity | None, now: Identity) -> bool:
+    """Whether a root may be the same, on a filesystem whose own id is its device's number, as that of xfs."""
+    return (
+        before is not None
+        and _same_numbers(before, now)
+        and before.device != now.device
+        and before.fsid in (0, before.device)
+        and now.fsid in (0, now.device)
+    )
+
+
+def _is_below(path: str, root: str) -> bool:
+    return path.startswith(root.rstrip("/") + "/")

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the facts of a reading mean for the bases: which disk refers to which, and what cannot be told.
+
+What cannot be told keeps as little as is safe: what that very file referred to before; in the directory of a
+reported instance, that instance's images; else everything.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from imagecache_lib import model
+from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.last_scan import LastScan, SeenDisk
+from imagecache_lib.upkeep import headers
+from imagecache_lib.upkeep import names as names_module
+from imagecache_lib.upkeep.absence import Absence
+from imagecache_lib.upkeep.facts import (
+    DanglingLink,
+    Fact,
+    Found,
+    LinkedFile,
+    MissingInstance,
+    MissingRoot,
+    NotADirectoryName,
+    Overlay,
+    Unfinished,
+    Unreadable,
+    Unsettled,
+)
+from imagecache_lib.upkeep.follow import CannotTell, Follower, Looked
+from imagecache_lib.upkeep.names import Names
+from imagecache_lib.upkeep.scan import directory_names
+
+#: A chain of backing files is followed this far. QEMU opens every file of it, and gives up long before.
+_LONGEST_CHAIN = 1000
+
+#: Files of hypervisors and services that lie beside disks, and are none.
+_NO_DISK = re.compile(r".*\.log(\.\d+)?|disk\.info|.*\.xml|.*\.pid|.*\.fifo")
+
+#: A file shorter than this has no header that names another.
+_SHORTEST_HEADER = 72
+
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
+_WAIT = "wait for the next pass"
+
+
+class Disks:
+    """The references of one reading.
+
+    :ivar problems: what could not be determined, a sentence each with what to do, the worst first.
+    :ivar unknown: why no base may go, as a clause. None: everything is known.
+    :ivar unfinished: paths of disks in the making, or of what is left of one.
+    """
+
+    def __init__(
+        self,
+        cache: CacheStore,
+        found: Found,
+        last: LastScan,
+        report: Sequence[model.Instance],
+        *,
+        names: Names,
+        follower: Follower,
+    ) -> None:
+        self._host_name = cache.host.name
+        self._roots = cache.config.roots
+        self._found = found
+        self._last = last
+        self._report = report
+        self._names = names
+        self._follower = follower
+        self._owners = {name: str(each.uuid) for each in report for name in directory_names(each)}
+        self._looked: dict[str, Looked | CannotTell | None] = {}
+        self._overlays = {fact.path for fact in found.facts if isinstance(fact, Overlay)}
+        self._disks: dict[str, SeenDisk] = {}
+        self._pending: list[str] = []
+        uuids = [str(each.uuid) for each in report] if report or last.report else None
+        self._absence = Absence(last, found, uuids)
+        moved = self._absence.moved_roots(last, found)
+        self._moved = [each.path for each in moved if not self._is_vouched_for(each.path)]
+        self.problems: list[str] = []
+        self.unknown: str | None = None
+        self.unfinished = sorted({each.path for each in found.facts if isinstance(each, Unfinished)})
+        if last.unreadable is not None:
+            self._everything_stays(
+                last.unreadable, "make it readable, or remove it once every disk root is mounted"
+            )
+
+    def users(self, targets: Mapping[tuple[int, int], str]) -> Iterator[tuple[str, str]]:
+        """Yield the name of each base that a disk refers to, and which disk, as a clause.
+
+        :param targets: the bases' names by ``(st_dev, st_ino)``.
+        """
+        for fact in self._found.facts:
+            yield from self._users_of(fact, targets)
+        for disk in self._not_proved():
+            self._disks[disk.path] = disk
+            self._pending.append(disk.path)
+            for name in disk.names:
+                yield name, f"used by the disk {disk.path}, which is not to be seen now"
+        for root in self._moved:
+            self._everything_stays(
+                f"the disk root {root} is another directory than before, or on another device",
+                f"mount what belongs there; if this is right, run once: imagecache disk forget {root}",
+            )
+
+    def _users_of(self, fact: Fact, targets: Mapping[tuple[int, int], str]) -> Iterator[tuple[str, str]]:
+        if isinstance(fact, Overlay):
+            for name in self._refers_to(fact, targets):
+                yield name, f"used by the disk {fact.path}"
+        elif isinstance(fact, LinkedFile):
+            if (linked := targets.get(fact.target)) is not None:
+                disk = SeenDisk(fact.path, (linked,), fact.directory, fact.inode, 0, self._owner(fact.path))
+                self._disks.setdefault(fact.path, disk)
+                yield linked, f"used by the link {fact.path}"
+        elif isinstance(fact, Unreadable):
+            for name in self._kept_for(fact):
+                yield name, f"used by the disk {fact.path}"
+        else:
+            self._note(fact)
+
+    def seen(self, instances: Sequence[model.Instance] | None) -> LastScan:
+        """Return what to remember of this reading.
+
+        :param instances: what the driver reported now. None: nothing.
+        """
+        last, found = self._last, self._found
+        pending = [path for path in self._pending if self._disks[path].directory.identity is not None]
+        roots = {path: found.roots[path] for path in found.roots if path not in self._moved}
+        for path, identity in last.roots.items():
+            if path in self._moved or path not in found.roots:
+                roots[path] = identity
+        for path in [path for path in roots if path not in self._roots]:
+            if not _any_below(self._disks, path):
+                del roots[path]  # neither configured nor of any disk
+        lost = dict(found.lost)
+        # What fsck put aside since explains the absence of what was there before, until that is found.
+        lost.update({top: then for top, then in last.lost.items() if _any_below(pending, top)})
+        lost.update({top: 0 for top in found.lost if top not in last.lost and _any_below(pending, top)})
+        return LastScan(self._disks, roots, lost, tuple(instances) if instances is not None else last.report)
+
+    # -- what refers ---------------------------------------------------------------------------------
+
+    def _refers_to(self, overlay: Overlay, targets: Mapping[tuple[int, int], str]) -> set[str]:
+        path = overlay.path
+        exact = [self._names.exact(reference) for reference in overlay.references]
+        names = {name for name in exact if name is not None}
+        if None in exact:
+            names |= self._names.find(overlay.references)
+            # A disk that is pinned raw counts by the names in it and no more: its guest wrote the header.
+            if overlay.pinned != "raw" and not self._follow(overlay, targets, names):
+                names |= self._chain_cannot_be_read(overlay)
+        remembered = names | names_module.lasting(overlay.references) if None in exact else names
+        if remembered:
+            self._disks[path] = SeenDisk(
+                path,
+                tuple(sorted(remembered)),
+                overlay.directory,
+                overlay.inode,
+                overlay.born,
+                self._owner(path),
+            )
+        return names
+
+    def _follow(self, overlay: Overlay, targets: Mapping[tuple[int, int], str], names: set[str]) -> bool:
+        """Add the names that a chain leads to outside of the roots. Returns False if it cannot be read."""
+        seen: set[str] = set()
+        complete = True
+        pending = [each for text in overlay.references for each in headers.named_files(overlay.path, text)]
+        while pending:
+            path = os.path.normpath(pending.pop())
+            if path in seen or path in self._overlays:
+                continue  # what is below the disk roots was read
+            if len(seen) >= _LONGEST_CHAIN:
+                return False
+            seen.add(path)
+            looked = self._look(path)
+            if looked is None or isinstance(looked, CannotTell):
+                complete = complete and looked is None
+                continue
+            if (name := targets.get(looked.target)) is not None:
+                names.add(name)
+                continue
+            names |= self._names.find(looked.references)
+            pending.extend(each for text in looked.references for each in headers.named_files(path, text))
+        return complete
+
+    def _look(self, path: str) -> Looked | CannotTell | None:
+        if path not in self._looked:
+            answer = self._follower.look(path)
+            self._looked[path] = answer if isinstance(answer, Looked | CannotTell) else None
+        return self._looked[path]
+
+    def _chain_cannot_be_read(self, overlay: Overlay) -> set[str]:
+        """Return what a disk referred to before whose backing files cannot all be read now."""
+        before = self._last.disks.get(overlay.path)
+        if before is not None:
+            self.problems.append(
+                f"The backing files of {overlay.path} cannot all be read: what it referred to before stays."
+                " Make them readable."
+            )
+            return set(before.names)
+        if overlay.pinned == "qcow2" and self._owner(overlay.path) is None:
+            # Its format is known, so that no guest wrote this; and it was never read while its chain was
+            # there.
+            self._everything_stays(
+                f"the backing files of {overlay.path} cannot all be read",
+                "make them readable, or remove the disk if it is not needed",
+            )
+        return set()
+
+    def _owner(self, path: str) -> str | None:
+        """Return the uuid of the reported instance in whose directory a path lies."""
+        if not self._owners:
+            return None
+        for part in path.split("/"):
+            if (owner := self._owners.get(part)) is not None:
+                return owner
+        return None
+
+    # -- what is not there ---------------------------------------------------------------------------
+
+    def _not_proved(self) -> list[SeenDisk]:
+        """Return the disks that were seen before, are not seen now, and that nothing proves to be removed."""
+        read = {fact.path for fact in self._found.facts if isinstance(fact, Unreadable)}
+        missing = [
+            disk
+            for path in self._last.disks
+            if path not in self._disks and path not in read
+            if not self._absence.is_proved(disk := self._last.disks[path])
+        ]
+        links = [fact.path for fact in self._found.facts if isinstance(fact, DanglingLink)]
+        told: dict[str, list[str]] = {}
+        for disk in missing:
+            told.setdefault(os.path.dirname(disk.path), []).append(disk.path)
+        for directory, paths in sorted(told.items()):
+            link = next((each for each in links if _is_at_or_below(paths[0], each)), None)
+            why = (
+                f"since {link} leads nowhere"
+                if link is not None
+                else "and nothing proves that it was removed"
+            )
+            more = f" (and {len(paths) - 1} others there)" if len(paths) > 1 else ""
+            self.problems.append(
+                f"{paths[0]}{more} is not to be seen now, {why}: what it referred to before stays. Mount what"
+                f" belongs there; if it is gone for good, run once: imagecache disk forget {directory}"
+            )
+        return missing
+
+    def _is_vouched_for(self, root: str) -> bool:
+        """Whether a root that is another directory than before is the right one all the same.
+
+        A disk that was read in it before is there, or there are local instances, and all are in it.
+        """
+        if any(_is_below(path, root) and path in self._overlays for path in self._last.disks):
+            return True
+        local = [instance for instance in self._report if instance.host == self._host_name]
+        return bool(local) and all(
+            any(os.path.isdir(os.path.join(root, name)) for name in directory_names(instance))
+            for instance in local
+        )
+
+    # -- what cannot be told -------------------------------------------------------------------------
+
+    def _kept_for(self, fact: Unreadable) -> tuple[str, ...]:
+        """Return the names that a file which cannot be read may refer to."""
+        if not fact.is_directory and _is_no_disk(fact):
+            return ()
+        before = self._last.disks.get(fact.path)
+        if before is not None:
+            self._disks[fact.path] = before
+            if _is_same_file(before, fact):
+                self.problems.append(
+                    f"{fact.path} cannot be read ({fact.cause}): what it referred to before stays."
+                    " Make it readable."
+                )
+                return before.names
+        owner = self._owner(fact.path)
+        if owner is not None:
+            self.problems.append(
+                f"{fact.path} cannot be read ({fact.cause}): the images of instance {owner} stay. Make it"
+                " readable."
+            )
+        elif fact.foreign and not _UUID.search(fact.path):
+            self.problems.append(
+                f"{fact.path} cannot be read ({fact.cause}), and is taken for a directory of another service."
+                " Make it readable if it holds disks."
+            )
+        else:
+            self._everything_stays(
+                f"{fact.path} cannot be read ({fact.cause})",
+                "make it readable, or remove it if it is nobody's",
+            )
+        return before.names if before is not None else ()
+
+    def _note(self, fact: Fact) -> None:
+        if isinstance(fact, MissingRoot):
+            if fact.configured:
+                self._everything_stays(
+                    f"{fact.path} cannot be read ({fact.cause})", "mount it, or take it out of disk_roots"
+                )
+        elif isinstance(fact, MissingInstance):
+            self.problems.append(
+                f"Instance {fact.uuid} is on this host and has no directory: its images stay. Mount its disk"
+                " root, add it to disk_roots, or correct what the driver reports."
+            )
+        elif isinstance(fact, NotADirectoryName):
+            self.problems.append(
+                f"The driver reports {fact.name!r} as a directory of instance {fact.uuid!r}, which is no name"
+                " of one. It is passed over. Correct what the driver reports."
+            )
+        elif isinstance(fact, Unsettled):
+            self._everything_stays(f"{fact.path} changed all the while it was read", _WAIT)
+
+    def _everything_stays(self, why: str, next_step: str) -> None:
+        self.problems.insert(0, f"Nothing is evicted: {why}. To go on: {next_step}.")
+        if self.unknown is None:
+            self.unknown = why
+
+
+def _is_no_disk(fact: Unreadable) -> bool:
+    """Whether a file that cannot be read is none of a guest's disks all the same."""
+    if fact.size is not None and fact.size < _SHORTEST_HEADER:
+        return True
+    return _NO_DISK.fullmatch(os.path.basename(fact.path)) is not None
+
+
+def _is_same_file(before: SeenDisk, fact: Unreadable) -> bool:
+    """Whether a file is the one that was read before, as far as is known."""
+    if before.inode == 0 or fact.inode == 0:
+        return True
+    if before.inode != fact.inode:
+        return False
+    return before.born == fact.born or 0 in (before.born, fact.born)
+
+
+def _is_below(path: str, root: str) -> bool:
+    return path.startswith(root.rstrip("/") + "/")
+
+
+def _is_at_or_below(path: str, root: str) -> bool:
+    return path == root or _is_below(path, root)
+
+
+def _any_below(paths: Iterable[str], root: str) -> bool:
+    return any(_is_at_or_below(path, root) for path in paths)

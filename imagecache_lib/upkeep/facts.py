@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a reading of the disk roots found, as plain values, which references and audit fold."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from imagecache_lib.store.last_scan import Identity, SeenDirectory
+from imagecache_lib.upkeep.headers import Formats
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlay:
+    """A file whose header refers to others.
+
+    :param directory: where it was found.
+    :param references: the texts that may name what it refers to: a backing file, an external data file, or of
+        a header that cannot be parsed, all that is near it.
+    :param formats: the formats that the ``disk.info`` beside it pins.
+    :param inode: ``st_ino``.
+    :param born: ``stx_btime`` in nanoseconds. 0: unknown.
+    """
+
+    path: str
+    directory: SeenDirectory
+    references: tuple[bytes, ...]
+    formats: Formats
+    inode: int
+    born: int
+
+    @property
+    def pinned(self) -> str | None:
+        """Its format by the ``disk.info`` beside it, which is read now. None: none is pinned."""
+        return self.formats.of(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinkedFile:
+    """A symbolic link in a disk root that leads to a file.
+
+    :param target: ``(st_dev, st_ino)`` of that file.
+    """
+
+    path: str
+    directory: SeenDirectory
+    target: tuple[int, int]
+    inode: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """A file or a directory that cannot be read.
+
+    :param cause: the error's text.
+    :param is_directory: False: it is a file, or a link to something that cannot be told.
+    :param inode: ``st_ino``. 0: unknown.
+    :param born: ``stx_btime`` in nanoseconds. 0: unknown.
+    :param size: apparent bytes of a regular file. None: it is none, or its size is unknown.
+    :param foreign: it belongs to another user, and this one may neither list nor enter nor write it.
+    """
+
+    path: str
+    cause: str
+    is_directory: bool
+    inode: int = 0
+    born: int = 0
+    size: int | None = None
+    foreign: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DanglingLink:
+    """A symbolic link that leads nowhere."""
+
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MissingRoot:
+    """A disk root that is not there, or cannot be read.
+
+    :param configured: False: the configuration no longer names it, and a former pass read it.
+    """
+
+    path: str
+    cause: str
+    configured: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class MissingInstance:
+    """An instance that the driver reports on this host, and that has no directory in any disk root."""
+
+    uuid: str
+
+
+@dataclasses.dataclass(frozen=True)
+class NotADirectoryName:
+    """A name that the driver reports as an instance's directory, and that cannot be one."""
+
+    uuid: object
+    name: object
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfinished:
+    """A disk in the making, or what is left of one."""
+
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsettled:
+    """A disk root below which names changed all the while it was read."""
+
+    path: str
+
+
+Fact = (
+    Overlay
+    | LinkedFile
+    | Unreadable
+    | DanglingLink
+    | MissingRoot
+    | MissingInstance
+    | NotADirectoryName
+    | Unfinished
+    | Unsettled
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadDirectory:
+    """A directory that was read to its end.
+
+    :param entries: the inode of each name in it, as its listing has them.
+    """
+
+    seen: SeenDirectory
+    entries: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """All that a reading found.
+
+    :param facts: in the order in which they were met.
+    :param roots: which directory each disk root is that is there.
+    :param directories: every directory that was read.
+    :param lost: ``st_mtime_ns`` of each ``lost+found`` that was not read, by the path of its filesystem's
+        top.
+    """
+
+    facts: tuple[Fact, ...]
+    roots: Mapping[str, Identity]
+    directories: tuple[ReadDirectory, ...]
+    lost: Mapping[str, int]

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking at files outside of the disk roots, to which the headers of disks lead, without waiting for ever.
+
+A guest may have written the header, and with it the path: of a mount that does not answer, of a device, of
+whatever it likes. So each look is made in a thread that is given up after a while, nothing but a regular file
+is opened, and while one look has not come back no other is begun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+import threading
+from collections.abc import Callable
+
+from imagecache_lib.upkeep import headers
+
+#: How long a look may take, in seconds.
+_LIMIT = 3.0
+
+_OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclasses.dataclass(frozen=True)
+class Looked:
+    """A regular file.
+
+    :param target: its ``(st_dev, st_ino)``.
+    :param references: the texts in its header that may name another file.
+    """
+
+    target: tuple[int, int]
+    references: tuple[bytes, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    """There is something of that name, and it is no regular file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CannotTell:
+    """It is not there, cannot be read, or does not answer.
+
+    :param cause: a clause.
+    """
+
+    cause: str
+
+
+Answer = Looked | Nothing | CannotTell
+
+
+class Follower:
+    """Looks at files. Safe to share between threads.
+
+    :param limit: seconds that a look may take.
+    :param looks: looks at one file, however long that takes. None: with stat(2) and open(2).
+    """
+
+    def __init__(self, limit: float = _LIMIT, *, looks: Callable[[str], Answer] | None = None) -> None:
+        self._limit = limit
+        self._looks = looks or _look
+        self._lock = threading.Lock()
+        self._given_up: threading.Thread | None = None
+
+    def look(self, path: str) -> Answer:
+        """Look at a file."""
+        with self._lock:
+            if self._given_up is not None and self._given_up.is_alive():
+                return CannotTell("a file that was looked at before it does not answer")
+            answers: list[Answer] = []
+            # A daemon: the interpreter does not wait for it when it ends.
+            thread = threading.Thread(
+                target=lambda: answers.append(self._looks(path)), name="imagecache-follow", daemon=True
+            )
+            thread.start()
+            thread.join(self._limit)
+            self._given_up = thread if thread.is_alive() else None
+            return answers[0] if answers else CannotTell("it does not answer")
+
+
+def _look(path: str) -> Answer:
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            return Nothing()
+        fd = os.open(path, _OPEN)
+        try:
+            found = os.fstat(fd)
+            head = headers.read_head(fd)
+            references = headers.references(fd, head) if head else ()
+        finally:
+            os.close(fd)
+    except (OSError, ValueError) as error:
+        return CannotTell(getattr(error, "strerror", None) or str(error))
+    return Looked((found.st_dev, found.st_ino), references)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which cached names occur in texts that came out of headers. Pure: values in, names out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable
+
+from imagecache_lib.store import layout
+from imagecache_lib.upkeep import headers
+
+_LENGTH = 40
+_RUN = re.compile(rb"[0-9a-f]{40,}")
+#: A backing file's name has at most 1,023 bytes.
+_LONG = 4096
+
+_SUFFIX = re.compile(rb"_(?:\d+|sm)")
+
+
+class Names:
+    """Finds the names of bases in texts.
+
+    :param names: the names to look for.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        encoded = {name.encode() for name in names}
+        self._known = frozenset(encoded)
+        self._originals = frozenset(name[:_LENGTH] for name in encoded if _RUN.fullmatch(name[:_LENGTH]))
+        # Names that are no sha1 are few, and looked for one by one.
+        self._short = [name for name in encoded if not _RUN.match(name)]
+
+    def find(self, texts: Iterable[bytes]) -> set[str]:
+        """Return the names that occur anywhere in the texts, however they are spelled."""
+        found: set[bytes] = set()
+        for text in texts:
+            for spelling in headers.spellings(text):
+                found |= self._in(spelling)
+        return {name.decode() for name in found}
+
+    def condense(self, texts: tuple[bytes, ...]) -> tuple[bytes, ...]:
+        """Make of long texts, which come out of broken headers, their beginnings and the names in them."""
+        if all(len(text) <= _LONG for text in texts):
+            return texts
+        return (*(text[:_LONG] for text in texts), *(name.encode() for name in self.find(texts)))
+
+    def exact(self, reference: bytes) -> str | None:
+        """Return the name that a reference as it stands ends in, if it is a plain path of one."""
+        name = reference.rpartition(b"/")[2]
+        if name in self._known:
+            return name.decode()
+        return None
+
+    def _in(self, text: bytes) -> set[bytes]:
+        found = {name for name in self._short if name in text}
+        for run in _RUN.finditer(text):
+            # A name is found wherever it begins, even within a longer run of hex digits.
+            digits, start = run.group(), run.start()
+            windows = {digits[at : at + _LENGTH] for at in range(len(digits) - _LENGTH + 1)}
+            for original in self._originals.intersection(windows):
+                found |= self._resized(original, digits, text, start)
+        return found
+
+    def _resized(self, original: bytes, digits: bytes, text: bytes, start: int) -> set[bytes]:
+        found = {original} & self._known
+        at = digits.find(original)
+        while at >= 0:
+            suffix = _SUFFIX.match(text, start + at + _LENGTH)
+            if suffix is not None and (resized := original + suffix.group()) in self._known:
+                found.add(resized)
+            at = digits.find(original, at + 1)
+        return found
+
+
+def lasting(references: Iterable[bytes]) -> set[str]:
+    """Return the names that references end in and that bases may have, there or not."""
+    found = set()
+    for reference in references:
+        name = reference.rpartition(b"/")[2]
+        if layout.NAME_PATTERN.fullmatch(name):
+            found.add(os.fsdecode(name))
+    return found

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk that the last pass saw and that is not to be seen now: what proves that it was removed, and what
+does not.
+
+Mounts are real, which needs root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+import imagecache_lib as ic
+from imagecache_lib import errors
+from imagecache_lib.store import layout
+from imagecache_lib.testing.sources import FakeSource
+from imagecache_lib.upkeep.verify import VerifyReport
+from tests.support import files
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
+NAME = layout.base_name(ID)
+OLD = 2 * 86400
+
+
+class Host:
+    """A host with a base that nobody has used for long, and disks on it."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        self.instances = directory / "instances"
+        self.instances.mkdir()
+        self.base = self.instances / "_base" / NAME
+        self.private = self.instances / "_base" / ".imagecache"
+        self.manager().cache_image(ID)
+
+    def manager(self, name: str = "here", **options: Any) -> ic.ImageCacheManager:
+        config = ic.CacheConfig(instances_path=str(self.instances), **options)
+        source = FakeSource({ID: b"x" * 65536})
+        return ic.ImageCacheManager(config, source, host=ic.System(name=name), observers=())
+
+    def disk(self, path: pathlib.Path) -> pathlib.Path:
+        files.overlay(path, self.base)
+        return path
+
+    def verify(self, report: Sequence[ic.Instance] | None = (), **options: Any) -> VerifyReport:
+        for path in (self.base, self.private / "records" / f"{NAME}.json"):
+            if path.exists():
+                files.age(path, seconds=OLD)
+        return self.manager(**options).verify_base_images(report)
+
+    def keeps(self, report: Sequence[ic.Instance] | None = (), **options: Any) -> bool:
+        """Whether two passes leave the base, the second of which sees no more than the first."""
+        for _pass in range(2):
+            self.verify(report, **options)
+        return self.base.exists()
+
+
+@pytest.fixture
+def host(tmp_path: pathlib.Path) -> Host:
+    return Host(tmp_path)
+
+
+@contextlib.contextmanager
+def mounted(where: pathlib.Path, *source: str | pathlib.Path) -> Iterator[None]:
+    where.mkdir(parents=True, exist_ok=True)
+    what = ["--bind", *map(str, source)] if source else ["-t", "tmpfs", "tmpfs"]
+    command = ["mount", *what, str(where)]
+    subprocess.run(command, check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", where], check=True)
+
+
+# -- what proves nothing -----------------------------------------------------------------------------
+
+
+@needs_root
+def test_a_volume_that_is_not_mounted_on_an_instance_directory_is_no_deletion(host: Host) -> None:
+    with mounted(host.instances / "uuid"):
+        host.disk(host.instances / "uuid" / "disk")
+        host.verify()
+    report = host.verify()
+    assert host.keeps()
+    assert "uuid/disk is not to be seen now" in report.problems[0]
+    assert "imagecache disk forget" in report.problems[0]
+
+
+@needs_root
+def test_a_bind_mount_of_the_same_filesystem_that_is_missing_is_no_deletion(host: Host) -> None:
+    real = host.directory / "real"
+    real.mkdir()
+    with mounted(host.instances / "pool", real):
+        host.disk(host.instances / "pool" / "uuid" / "disk")
+        host.verify()
+    assert host.keeps()
+
+
+@needs_root
+def test_a_disk_root_whose_bind_mount_is_missing_keeps_everything(host: Host) -> None:
+    real, root = host.directory / "real", host.directory / "root"
+    real.mkdir()
+    roots = (str(host.instances), str(root))
+    with mounted(root, real):
+        host.disk(root / "uuid" / "disk")
+        host.verify(disk_roots=roots)
+    assert host.keeps(disk_roots=roots)
+    assert "another directory" in host.verify(disk_roots=roots).problems[0]
+
+
+@needs_root
+def test_something_mounted_over_an_instance_directory_is_no_deletion(host: Host) -> None:
+    host.disk(host.instances / "uuid" / "disk")
+    host.verify()
+    with mounted(host.instances / "uuid"):
+        assert host.keeps()
+
+
+@needs_root
+def test_a_mount_namespace_that_lacks_a_mount_deletes_nothing(host: Host) -> None:
+    with mounted(host.instances / "uuid"):
+        host.disk(host.instances / "uuid" / "disk")
+        host.verify()
+        code = (
+            "import sys, imagecache_lib as ic\n"
+            "from imagecache_lib.testing.sources import FakeSource\n"
+            "config = ic.CacheConfig(instances_path=sys.argv[1])\n"
+            "host = ic.System(name='here')\n"
+            "ic.ImageCacheManager(config, FakeSource({}), host=host, observers=()).verify_base_images([])\n"
+        )
+        files.age(host.base, host.private / "records" / f"{NAME}.json", seconds=OLD)
+        script = 'umount "$1" && shift && exec "$@"'
+        command = ["unshare", "-m", "sh", "-c", script, "sh", str(host.instances / "uuid")]
+        subprocess.run([*command, sys.executable, "-c", code, str(host.instances)], check=True)
+        assert host.base.exists()
+
+
+@needs_root
+def test_a_link_to_a_volume_that_is_not_mounted_is_no_deletion(host: Host) -> None:
+    volume = host.directory / "volume"
+    volume.mkdir()
+    (host.instances / "uuid").symlink_to(volume)
+    with mounted(volume):
+        host.disk(host.instances / "uuid" / "disk")
+        host.verify()
+    assert host.keeps()
+
+
+def test_a_link_below_a_mount_point_that_leads_nowhere_is_no_deletion(host: Host) -> None:
+    volume = host.directory / "volume"
+    (volume / "inner").mkdir(parents=True)
+    (host.instances / "uuid").symlink_to(volume / "inner")
+    host.disk(host.instances / "uuid" / "disk")
+    host.verify()
+    volume.rename(host.directory / "elsewhere")
+    assert host.keeps()
+
+
+def test_a_root_that_is_another_directory_of_the_same_filesystem_is_no_deletion(host: Host) -> None:
+    root = host.directory / "root"
+    root.mkdir()
+    host.disk(root / "uuid" / "disk")
+    host.verify(disk_roots=(str(root),))
+    root.rename(host.directory / "root.real")
+    root.mkdir()
+    assert host.keeps(disk_roots=(str(root),))
+
+
+def test_a_root_that_the_configuration_no_longer_names_is_read_all_the_same(host: Host) -> None:
+    other = host.directory / "other"
+    other.mkdir()
+    disk = host.disk(host.instances / "uuid" / "disk")
+    host.verify()
+    assert host.keeps(disk_roots=(str(other),))
+    disk.unlink()
+    host.verify(disk_roots=(str(other),))
+    assert not host.base.exists(), "a root without disks is forgotten"
+
+
+def test_a_root_that_the_configuration_no_longer_names_and_that_is_gone_keeps_its_disks(host: Host) -> None:
+    other = host.directory / "other"
+    host.disk(other / "uuid" / "disk")
+    host.verify(disk_roots=(str(host.instances), str(other)))
+    other.rename(host.directory / "unmounted")
+    assert host.keeps()
+
+
+def test_two_processes_with_different_roots_do_not_blind_each_other(host: Host) -> None:
+    other = host.directory / "other"
+    host.disk(other / "uuid" / "disk")
+    host.verify(disk_roots=(str(host.instances), str(other)))
+    with pytest.raises(errors.BackendError, match="other/uuid/disk"):
+        host.manager().evict_image(ID)
+    host.verify()
+    other.rename(host.directory / "unmounted")
+    assert host.keeps()
+
+
+@needs_root
+def test_what_fsck_put_aside_is_no_deletion(host: Host) -> None:
+    """A lost+found is root's, and the service's user cannot look into it."""
+    with contextlib.ExitStack() as stack:
+        os.chmod(host.directory, 0o755)
+        host.disk(host.instances / "uuid" / "disk")
+        give_to(host.instances, 65534)
+        stack.enter_context(open_to_others(host.directory))
+        assert as_user(65534, lambda: host.verify() is not None and host.base.exists())
+        (host.instances / "lost+found").mkdir(mode=0o700)
+        (host.instances / "uuid").rename(host.instances / "lost+found" / "#12")
+        assert as_user(65534, host.keeps)
+
+
+@contextlib.contextmanager
+def open_to_others(directory: pathlib.Path) -> Iterator[None]:
+    """Let other users reach what is below a directory of pytest's."""
+    closed = {above: above.stat().st_mode & 0o7777 for above in directory.parents if above.stat().st_uid == 0}
+    opened = [above for above, mode in closed.items() if mode & 0o005 != 0o005]
+    for above in opened:
+        above.chmod(closed[above] | 0o055)
+    try:
+        yield
+    finally:
+        for above in opened:
+            above.chmod(closed[above])
+
+
+def give_to(directory: pathlib.Path, user: int) -> None:
+    for parent, directories, names in os.walk(directory):
+        for name in (".", *directories, *names):
+            os.chown(os.path.join(parent, name), user, user)
+
+
+def as_user(user: int, function: Callable[[], bool]) -> bool:
+    child = os.fork()
+    if child == 0:
+        code = 2
+        try:
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+            code = 0 if function() else 1
+        finally:
+            os._exit(code)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 1), "the child failed"
+    return status == 0
+
+
+# -- what proves that it was removed ------------------------------------------------------------------
+
+
+def test_a_disk_that_is_gone_from_the_same_directory_was_removed(host: Host) -> None:
+    disk = host.disk(host.instances / "uuid" / "disk")
+    host.verify()
+    disk.unlink()
+    assert not host.keeps()
+
+
+def test_an_instance_directory_that_is_gone_was_removed(host: Host) -> None:
+    host.disk(host.instances / "pool" / "uuid" / "disk")
+    host.verify()
+    shutil.rmtree(host.instances / "pool")
+    assert not host.keeps()
+
+
+def test_a_rebuild_proves_that_the_former_disk_was_removed(host: Host) -> None:
+    host.disk(host.instances / "uuid" / "disk")
+    host.verify()
+    shutil.rmtree(host.instances / "uuid")
+    (host.instances / "uuid").mkdir()
+    (host.instances / "uuid" / "disk").write_bytes(bytes(4096))
+    assert not host.keeps()
+
+
+def test_an_evacuation_and_the_way_back_prove_that_the_former_disk_was_removed(host: Host) -> None:
+    host.disk(host.instances / "uuid" / "disk")
+    host.verify([ic.Instance("uuid", "here")])
+    shutil.rmtree(host.instances / "uuid")
+    host.verify([ic.Instance("uuid", "there")])
+    (host.instances / "uuid").mkdir()
+    assert not host.keeps([ic.Instance("uuid", "here")])
+
+
+def test_a_resize_and_the_way_back_leave_one_disk_remembered(host: Host) -> None:
+    host.disk(host.instances / "uuid" / "disk")
+    host.verify()
+    (host.instances / "uuid").rename(host.instances / "uuid_resize")
+    assert host.keeps(), "the disk is there under its directory's other name"
+    (host.instances / "uuid_resize").rename(host.instances / "uuid")
+    host.verify()
+    shutil.rmtree(host.instances / "uuid")
+    assert not host.keeps()
+
+
+@needs_root
+def test_an_instance_that_left_the_report_proves_that_its_volume_is_not_wanted(host: Host) -> None:
+    with mounted(host.instances / "uuid"):
+        host.disk(host.instances / "uuid" / "disk")
+        host.verify([ic.Instance("uuid", "here")])
+    assert host.keeps([ic.Instance("uuid", "here")])
+    assert host.keeps(None)
+    assert not host.keeps([ic.Instance("another", "there")])
+
+
+@needs_root
+def test_an_operator_says_that_a_volume_is_gone_for_good(host: Host) -> None:
+    with mounted(host.instances / "uuid"):
+        host.disk(host.instances / "uuid" / "disk")
+        host.verify()
+    assert host.manager().forget_disks(str(host.instances / "elsewhere")) == 0
+    assert host.keeps()
+    assert host.manager().forget_disks(str(host.instances / "uuid")) == 1
+    assert not host.keeps()
+
+
+def test_an_operator_says_that_a_root_was_replaced(host: Host) -> None:
+    root = host.directory / "root"
+    host.disk(root / "uuid" / "disk")
+    roots = (str(host.instances), str(root))
+    host.verify(disk_roots=roots)
+    shutil.rmtree(root)
+    root.mkdir()
+    assert host.keeps(disk_roots=roots)
+    host.manager(disk_roots=roots).forget_disks(str(root))
+    assert not host.keeps(disk_roots=roots)
+
+
+# -- what is kept on disk ------------------------------------------------------------------------------
+
+
+def kept_file(host: Host, ending: str) -> pathlib.Path:
+    (found,) = (host.private / "hosts").glob(f"*.{ending}")
+    return found
+
+
+@needs_root
+def test_one_damaged_file_forgets_nothing(host: Host) -> None:
+    for ending in ("scan", "readings"):
+        with mounted(host.instances / "uuid"):
+            host.disk(host.instances / "uuid" / "disk")
+            host.verify()
+        kept_file(host, ending).write_bytes(b"{")
+        assert host.keeps(), ending
+
+
+@needs_root
+def test_everything_stays_while_all_that_was_seen_is_damaged(host: Host) -> None:
+    with mounted(host.instances / "uuid"):
+        host.disk(host.instances / "uuid" / "disk")
+        host.verify()
+    for ending in ("scan", "readings"):
+        kept_file(host, ending).write_bytes(b"{")
+    assert host.keeps()
+    report = host.verify()
+    assert str(kept_file(host, "scan")) in report.problems[0]
+    for ending in ("scan", "readings"):
+        kept_file(host, ending).unlink()
+    host.verify()
+    assert not host.base.exists(), "an operator who removes them says that nothing is missing"
+
+
+@needs_root
+def test_what_only_the_release_before_saw_counts(host: Host) -> None:
+    host.verify([])
+    host.manager().cache_image(ID)
+    missing = str(host.instances / "uuid" / "disk")
+    kept_file(host, "readings").write_text(json.dumps({missing: [NAME]}))
+    assert host.keeps()
+    host.manager().forget_disks(missing)
+    assert not host.keeps()
+
+
+@needs_root
+def test_the_release_before_is_told_of_disks_that_are_not_to_be_seen_now(host: Host) -> None:
+    with mounted(host.instances / "uuid"):
+        disk = host.disk(host.instances / "uuid" / "disk")
+        host.verify()
+    host.verify()
+    assert json.loads(kept_file(host, "readings").read_text()) == {str(disk): [NAME]}
