@@ -354,7 +354,7 @@ def test_what_is_closed_in_the_caches_own_filesystem_is_not_counted(cache: Cache
 def test_a_disk_that_is_a_block_device_node_counts(cache: Cache, tmp_path: pathlib.Path) -> None:
     image = tmp_path / "image"
     image.write_bytes(bytes(4 * 2**20))
-    command = ["losetup", "--find", "--show", image]
+    command = ["losetup", "--find", "--show", str(image)]
     device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     try:
         cache.overlay(pathlib.Path(device))
@@ -379,7 +379,7 @@ def test_a_path_in_a_header_that_does_not_answer_stops_no_pass(cache: Cache, tmp
         for instance in ("one", "two"):
             disk = cache.instances / instance / "disk"
             disk.parent.mkdir()
-            names = ["-F", "raw", "-b", hung / "x", disk, "1M"]
+            names = ["-F", "raw", "-b", str(hung / "x"), str(disk), "1M"]
             subprocess.run(["qemu-img", "create", "-q", "-u", "-f", "qcow2", *names], check=True)
         begun = time.monotonic()
         cache.verify()

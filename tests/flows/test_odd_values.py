@@ -12,7 +12,7 @@ from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib.precache import agent, client, job
-from imagecache_lib.store import checksums, hosts, layout
+from imagecache_lib.store import checksums, layout, membership
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
 from tests.support.cache_case import ID, OTHER_ID, CacheCase
@@ -135,7 +135,7 @@ class TestDisksThatAGuestMayHaveWritten(CacheCase):
 class TestHostFiles(CacheCase):
     def test_a_number_that_is_none_counts_as_torn(self) -> None:
         data = b'{"name": "there", "cleared": [], "roots": {"/disks": [Infinity, 1]}}'
-        self.assertIsNone(hosts.parse("0" * 32, data))
+        self.assertIsNone(membership.parse("0" * 32, data))
 
 
 def _vmdk(virtual_size: int) -> bytes:
