@@ -118,10 +118,10 @@ class OtherUsersTest(DatabaseCase):
             if self.now > 1040:
                 locked.close()
 
-        agents_begin = agents.begin
+        first, agents_begin = iter([True]), agents.begin
 
         def begin(host: str, task: client.HostTask) -> None:
-            if not agents.begun:
+            if next(first, False):
                 locked.enter_context(self.transaction("BEGIN IMMEDIATE"))
             agents_begin(host, task)
 
@@ -140,10 +140,10 @@ class OtherUsersTest(DatabaseCase):
         database, agents = self.database(), Agents()
         work = self.start(database)
         locked = contextlib.ExitStack()
-        begin = agents.begin
+        first, begin = iter([True]), agents.begin
 
         def lock(host: str, task: client.HostTask) -> None:
-            if not agents.begun:
+            if next(first, False):
                 locked.enter_context(self.transaction("BEGIN IMMEDIATE"))
             begin(host, task)
 
