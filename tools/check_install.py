@@ -27,6 +27,7 @@ BROUGHT = {
     "cli": "cliff",
     "fast": "deflate",
     "glance": "keystoneauth1",
+    "jobs": "sqlalchemy",
     "messaging": "oslo_messaging",
     "prometheus": "prometheus_client",
     "signatures": "cursive",
