@@ -21,7 +21,7 @@ from imagecache_lib import errors, events, model
 from imagecache_lib.backends.interface import Feature, StorageBackend
 from imagecache_lib.disks import DiskAdmin
 from imagecache_lib.ingest import generate
-from imagecache_lib.ingest.call import require_fit
+from imagecache_lib.ingest.fit import require_fit
 from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.spawn import cloning
 from imagecache_lib.spawn.reuse import check_file, require_reuse, reuse_disk
