@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handing the chunks of a transfer to something slow, on a thread of its own."""
+"""What goes on beside a transfer: something slow, on a thread of its own, or nothing."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from imagecache_lib import errors
 from imagecache_lib.system.waiter import Waiter
@@ -18,6 +18,8 @@ _LOOK_EVERY = 0.25
 
 #: Seconds that an abandoned consumer is waited for; it ends after the chunk that it is at.
 _LINGER = 5.0
+
+_Result = TypeVar("_Result")
 
 
 class Updated(Protocol):
@@ -106,3 +108,23 @@ class Aside:
             raise errors.BackendError(
                 f"{self._name} failed with {type(self._error).__name__}: {self._error}"
             ) from self._error
+
+
+class Ignoring(Generic[_Result]):
+    """A :class:`~imagecache_lib.ingest.stream.Consumer` where there is nothing to do.
+
+    :param result: what became of it.
+    """
+
+    def __init__(self, result: _Result) -> None:
+        self._result = result
+
+    def feed(self, chunk: bytes) -> None:
+        """Take the next chunk and do nothing with it."""
+
+    def finish(self) -> _Result:
+        """Return the result that was given."""
+        return self._result
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -6,8 +6,8 @@ from __future__ import annotations
 import hashlib
 
 from imagecache_lib import errors, model
-from imagecache_lib.ingest.aside import Aside
-from imagecache_lib.ingest.stream import Consumer, Ignoring
+from imagecache_lib.ingest.aside import Aside, Ignoring
+from imagecache_lib.ingest.stream import Consumer
 from imagecache_lib.system.waiter import Waiter
 
 _STRONG_ENOUGH = frozenset(hashlib.algorithms_guaranteed)

@@ -14,7 +14,7 @@ from imagecache_lib.ingest.certificates import CertificateStore
 from imagecache_lib.ingest.decode import Work
 from imagecache_lib.ingest.pipeline import Pipeline
 from imagecache_lib.ingest.stream import Content
-from imagecache_lib.sources.transfer import StartAgain, Transfer
+from imagecache_lib.sources.transfer import StartAgain
 from imagecache_lib.store.evidence import Requirements
 
 LOG = logging.getLogger(__name__)
@@ -33,9 +33,16 @@ def fill(
     transfer = call.transfer()
     while True:  # every pass draws on the transfer's one retry budget
         work.stage.clear()
-        work.reservation.raise_to(transfer.image.size or 0)
+        image = transfer.image  # the answer with the data may have told another length
+        work.reservation.raise_to(image.size or 0)
         try:
-            return _pass(work, transfer, call, requirements, certificate_store)
+            pipeline = Pipeline(
+                image, requirements, work, certificate_store=certificate_store, disk_size=call.size
+            )
+            with contextlib.closing(pipeline), contextlib.closing(transfer.chunks()) as chunks:
+                for chunk in chunks:
+                    pipeline.feed(chunk)
+                return pipeline.finish()
         except StartAgain:
             continue
         except Unstreamable as error:
@@ -46,18 +53,3 @@ def fill(
         except errors.ImageRejected:
             if not transfer.grant_clean_pass():
                 raise
-
-
-def _pass(
-    work: Work,
-    transfer: Transfer,
-    call: Call,
-    requirements: Requirements,
-    certificate_store: CertificateStore | None,
-) -> Content:
-    image = transfer.image  # the answer with the data may have told another length
-    pipeline = Pipeline(image, requirements, work, certificate_store=certificate_store, disk_size=call.size)
-    with contextlib.closing(pipeline), contextlib.closing(transfer.chunks()) as chunks:
-        for chunk in chunks:
-            pipeline.feed(chunk)
-        return pipeline.finish()

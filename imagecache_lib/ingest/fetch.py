@@ -59,9 +59,8 @@ class Ingest:
 
     def request(self, call: Call, use: evidence.Use) -> BaseRequest:
         """Return what a call asks of a lease."""
-        requirements = call.requirements(use)
-        producer = ImageProducer(self, call, requirements)
-        return BaseRequest(call.name, requirements, producer, call.waiter, image_id=call.image_id)
+        producer = ImageProducer(self, call, use)
+        return BaseRequest(call.name, producer.requirements, producer, call.waiter, image_id=call.image_id)
 
     @contextlib.contextmanager
     def slot(self, stage: Stage, waiter: Waiter) -> Iterator[None]:
@@ -92,12 +91,12 @@ class _Copy:
 class ImageProducer:
     """Makes the base image of one call: a :class:`~imagecache_lib.ingest.producer.Producer`."""
 
-    def __init__(self, ingest: Ingest, call: Call, requirements: evidence.Requirements) -> None:
+    def __init__(self, ingest: Ingest, call: Call, use: evidence.Use) -> None:
         self._ingest = ingest
         self._cache = ingest.cache
         self._call = call
-        self._requirements = requirements
-        self._use = requirements.use
+        self._use = use
+        self.requirements = call.requirements(use)
 
     def unmet(self, opened: OpenBase) -> Unmet | None:
         """Return None: a record says all that is known of a fetched image."""
@@ -167,7 +166,7 @@ class ImageProducer:
                 self._cache.host.trace(TracePoint.INGEST_RESERVED)
                 rules = Rules.of(self._cache.config)
                 work = Work(stage, self._cache, reservation, self._ingest.converter, rules, self._call.waiter)
-                content = download.fill(work, self._call, self._requirements, self._ingest.certificates)
+                content = download.fill(work, self._call, self.requirements, self._ingest.certificates)
             else:
                 content = twin.content
             record = self._seal(stage, image, content)

@@ -14,10 +14,11 @@ import dataclasses
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.ingest import decompress, digest, signing
+from imagecache_lib.ingest.aside import Ignoring
 from imagecache_lib.ingest.certificates import CertificateStore
 from imagecache_lib.ingest.content import ContentStage
 from imagecache_lib.ingest.decode import Work
-from imagecache_lib.ingest.stream import UNVERIFIED, Consumer, Content, Ignoring, VerifiedSignature
+from imagecache_lib.ingest.stream import UNVERIFIED, Consumer, Content, VerifiedSignature
 from imagecache_lib.store.evidence import Requirements
 
 #: Tell observers how far a transfer is every so many bytes.
@@ -72,14 +73,14 @@ class Pipeline:
                     most=config.max_virtual_size,
                     reservation=work.reservation,
                 )
+            self._digest = digest.checking(image.digest, waiter)
+            closing.callback(self._digest.close)
             self._signature: Consumer[VerifiedSignature] = Ignoring(UNVERIFIED)
             if requirements.signed:
                 assert certificate_store is not None  # else it was refused before anything was fetched
                 trusted = requirements.trusted_certs
                 self._signature = signing.Verification(image, certificate_store, trusted, waiter)
             closing.callback(self._signature.close)
-            self._digest = digest.checking(image.digest, waiter)
-            closing.callback(self._digest.close)
             self._closing = closing.pop_all()
 
     def feed(self, chunk: bytes) -> None:

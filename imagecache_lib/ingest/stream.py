@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 
 
@@ -58,23 +57,3 @@ class Consumer(Protocol[Result_co]):
 
     def close(self) -> None:
         """Let go of everything, whether finished or not. Called once or more."""
-
-
-class Ignoring(Generic[Result]):
-    """A :class:`Consumer` where there is nothing to do.
-
-    :param result: what became of it.
-    """
-
-    def __init__(self, result: Result) -> None:
-        self._result = result
-
-    def feed(self, chunk: bytes) -> None:
-        """Take the next chunk and do nothing with it."""
-
-    def finish(self) -> Result:
-        """Return the result that was given."""
-        return self._result
-
-    def close(self) -> None:
-        """Do nothing."""
