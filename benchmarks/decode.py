@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 
 from imagecache_lib.formats.qcow2 import decoder, inflate
+from imagecache_lib.formats.qcow2.spill import Spill
 from imagecache_lib.system import sparse
 
 _PIECE = 2**20
@@ -126,7 +127,7 @@ def decode(image: str, out: str, chosen: inflate.Inflate | None) -> None:
             open(image, "rb", buffering=0) as source,
             decoder.StreamDecoder(
                 sparse.SparseFile(descriptor),
-                spill=tempfile.TemporaryFile,
+                spill=Spill(tempfile.TemporaryFile),
                 file_size=os.path.getsize(image),
                 max_virtual_size=2**44,
                 inflate=chosen,

@@ -25,6 +25,7 @@ def feed(clusters: int, directory: str, *, threads: int) -> None:
     :param directory: for the files that are written, all unlinked.
     """
     from imagecache_lib.formats.qcow2 import decoder
+    from imagecache_lib.formats.qcow2.spill import Spill
     from imagecache_lib.system import sparse
 
     per_table = _CLUSTER // 8
@@ -40,7 +41,7 @@ def feed(clusters: int, directory: str, *, threads: int) -> None:
         _nameless(directory) as out,
         decoder.StreamDecoder(
             sparse.SparseFile(out.fileno()),
-            spill=lambda: _nameless(directory),
+            spill=Spill(lambda: _nameless(directory)),
             file_size=first_data + size,
             max_virtual_size=size,
             threads=threads,

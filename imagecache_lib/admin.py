@@ -52,23 +52,8 @@ class CacheAdmin:
         told = events.Observers([LogObserver()] if observers is None else observers)
         self._cache = CacheStore(config, self.host, told)
         self._upkeep = Upkeep(self._cache)
-        self._backends: dict[str, StorageBackend] = {}
         self._starting = threading.Lock()
         self._started = False
-
-    def _backend_of(self, backend: StorageBackend | str | None) -> StorageBackend:
-        """Return the backend of one call. None: the manager's.
-
-        :raises ConfigError: it is unknown or its configuration cannot work.
-        """
-        if isinstance(backend, StorageBackend):
-            return backend
-        if backend is None or backend == self.backend.name:
-            return self.backend
-        with self._starting:
-            if backend not in self._backends:
-                self._backends[backend] = load_backend(backend, self.config, self.host)
-            return self._backends[backend]
 
     # -- what is there -------------------------------------------------------------------------------
 

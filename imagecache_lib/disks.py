@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Sequence
 
 from imagecache_lib import events, model
 from imagecache_lib.admin import CacheAdmin
+from imagecache_lib.backends import load_backend
 from imagecache_lib.backends.interface import StorageBackend
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.ingest import certificates, generate, resized
@@ -50,6 +52,8 @@ class DiskAdmin(CacheAdmin):
         self._ingest = Ingest(self._cache, self._upkeep, certificate_store=certificate_store)
         self._generator = generate.Generator(self._cache, self._upkeep)
         self._leases = Leases(self._cache, self._upkeep)
+        self._backends: dict[str, StorageBackend] = {}
+        self._loading = threading.Lock()
 
     def inspect_disk(self, target: str, *, backend: StorageBackend | str | None = None) -> model.Disk:
         """Return what an existing disk is: its format, its size, and the base it needs.
@@ -159,6 +163,20 @@ class DiskAdmin(CacheAdmin):
             if image_id is None:
                 backing.check_made_on(disk_path, lease.base.fd)
             return dataclasses.replace(lease.base, fd=None)
+
+    def _backend_of(self, backend: StorageBackend | str | None) -> StorageBackend:
+        """Return the backend of one call. None: the manager's.
+
+        :raises ConfigError: it is unknown or its configuration cannot work.
+        """
+        if isinstance(backend, StorageBackend):
+            return backend
+        if backend is None or backend == self.backend.name:
+            return self.backend
+        with self._loading:
+            if backend not in self._backends:
+                self._backends[backend] = load_backend(backend, self.config, self.host)
+            return self._backends[backend]
 
     def _call(
         self,

@@ -3,11 +3,11 @@
 
 *Spawn* (:meth:`ImageCacheManager.create_disk`): a backend that clones clones → otherwise the base image is
 leased, which fetches it first if it is not there → the backend prepares the disk → the base still has its
-name → the disk gets its own.
+name → the disk gets its own (:func:`~imagecache_lib.spawn.make.make_disk`).
 
 *Upkeep* (:meth:`ImageCacheManager.verify_base_images`): what crashes left is put right → everything in the
 cache is listed → everything that refers to it is read → a plan says what may go → it goes, unless a second
-reading finds that somebody came to need it.
+reading finds that something came to need it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.backends.interface import Feature, StorageBackend
 from imagecache_lib.disks import DiskAdmin
 from imagecache_lib.ingest import generate
-from imagecache_lib.ingest.call import require_fit
-from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.spawn import cloning
-from imagecache_lib.spawn.reuse import check_file, require_reuse, reuse_disk
+from imagecache_lib.spawn.make import make_disk, make_file
+from imagecache_lib.spawn.reuse import check_file, grown, is_reused, require_reuse
 from imagecache_lib.store import pins
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.system import atomic_file
-from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep.verify import VerifyReport
 
 LOG = logging.getLogger(__name__)
@@ -72,43 +70,14 @@ class ImageCacheManager(DiskAdmin):
         call = self._call(image_id, request, stored_format=storage.base_format, size=size)
         base = self._ingest.request(call, Use.DISK)
         with base.named():
-            storage.check_target(target)
-            if storage.exists(target):
-                require_reuse(target, if_exists)
-                return reuse_disk(
-                    storage,
-                    target,
-                    size,
-                    lambda: self.ensure_backing(target, image_id=image_id, backend=storage, request=request),
-                )
+            if is_reused(storage, target, if_exists):
+                self.ensure_backing(target, image_id=image_id, backend=storage, request=request)
+                return grown(storage, target, size)
             if Feature.CLONE in storage.features:
                 disk = cloning.clone(call, storage, target, size, self._cache)
                 if disk is not None:
                     return disk
-            return self._make(storage, base, target, size)
-
-    def _make(
-        self,
-        storage: StorageBackend,
-        base: BaseRequest,
-        target: str,
-        size: int | None = None,
-        *,
-        shared: bool = True,
-    ) -> model.Disk:
-        """Make a disk from a base image, over again should the base leave the cache meanwhile.
-
-        :param shared: the base may lie in the cache; False: the disk gets a copy of its own.
-        """
-        acquire = self._leases.acquire if shared else self._leases.acquire_private_copy
-        while True:
-            with acquire(base) as lease:
-                require_fit(base.label, lease.base.virtual_size, size)
-                prepare = storage.prepare_standalone if lease.private else storage.prepare
-                with prepare(lease.base, target, size) as pending:
-                    if lease.is_current():
-                        return pending.commit()
-            base.retries.spend(self._vanished())
+            return make_disk(self._leases, storage, base, target, size)
 
     def create_swap(
         self,
@@ -128,9 +97,11 @@ class ImageCacheManager(DiskAdmin):
         """
         storage = self._backend_of(backend)
         wanted = generate.swap(size_mb, share=Feature.OVERLAY in storage.features)
-        return self._generate(
-            storage, wanted, target, if_exists, lambda: self.ensure_backing(target, backend=storage)
-        )
+        self._start()
+        if is_reused(storage, target, if_exists):
+            self.ensure_backing(target, backend=storage)
+            return storage.inspect(target)
+        return self._generate(storage, wanted, target)
 
     def create_ephemeral(
         self,
@@ -165,31 +136,15 @@ class ImageCacheManager(DiskAdmin):
             config=self.config,
             share=Feature.OVERLAY in storage.features,
         )
-        return self._generate(
-            storage,
-            wanted,
-            target,
-            if_exists,
-            lambda: self.ensure_backing(target, os_type=os_type, fs=fs, label=label, backend=storage),
-            grow=True,
-        )
-
-    def _generate(
-        self,
-        storage: StorageBackend,
-        wanted: generate.Generation,
-        target: str,
-        if_exists: str,
-        ensure_backing: Callable[[], object],
-        *,
-        grow: bool = False,
-    ) -> model.Disk:
         self._start()
-        storage.check_target(target)
-        if storage.exists(target):
-            require_reuse(target, if_exists)
-            return reuse_disk(storage, target, wanted.size if grow else None, ensure_backing)
-        return self._make(storage, self._generator.request(wanted), target, shared=wanted.shared)
+        if is_reused(storage, target, if_exists):
+            self.ensure_backing(target, os_type=os_type, fs=fs, label=label, backend=storage)
+            return grown(storage, target, wanted.size)
+        return self._generate(storage, wanted, target)
+
+    def _generate(self, storage: StorageBackend, wanted: generate.Generation, target: str) -> model.Disk:
+        request = self._generator.request(wanted)
+        return make_disk(self._leases, storage, request, target, shared=wanted.shared)
 
     def fetch_file(
         self,
@@ -212,22 +167,7 @@ class ImageCacheManager(DiskAdmin):
             if os.path.lexists(path):
                 require_reuse(path, if_exists)
                 return check_file(path)
-            while True:
-                with self._leases.acquire(base) as lease, atomic_file.unfinished(path, self.host) as file:
-                    assert lease.base.fd is not None  # a leased base is open
-                    with translated(path):
-                        atomic_file.copy_content(lease.base.fd, file.fd)
-                    file.seal()
-                    if lease.is_current():
-                        return file.commit()
-                base.retries.spend(self._vanished())
-
-    def _vanished(self) -> errors.BackendError:
-        return errors.BackendError(
-            "its base image left the cache each time a disk was made from it",
-            path=self._cache.layout.base_path,
-            next_step="find out what removes files from the cache",
-        )
+            make_file(self._leases, base, path, self.host)
 
     @contextlib.contextmanager
     def fetch_or_reuse(
@@ -235,7 +175,7 @@ class ImageCacheManager(DiskAdmin):
     ) -> Iterator[model.BaseImage]:
         """Lease a base image, for drivers that make their disks themselves.
 
-        Yields the base image. While the lease is held nobody evicts it, as far as locks work. That it is
+        Yields the base image. While the lease is held, no evictor takes it, as far as locks work. That it is
         still there is checked at the end.
 
         :raises LeaseLostError: at the end, if the base left the cache meanwhile: throw away what was made.
@@ -267,15 +207,15 @@ class ImageCacheManager(DiskAdmin):
     def cache_image(
         self, image_id: str, *, pin_until: float | None = None, request: model.Request | None = None
     ) -> model.CacheResult:
-        """Have an image in the cache before anybody needs it. As :meth:`precache_image`."""
+        """Have an image in the cache before any disk needs it. As :meth:`precache_image`."""
         return self.precache_image(image_id, pin_until=pin_until, request=request).result
 
     def precache_image(
         self, image_id: str, *, pin_until: float | None = None, request: model.Request | None = None
     ) -> model.CacheReport:
-        """Have an image in the cache before anybody needs it, and tell what that took.
+        """Have an image in the cache before any disk needs it, and tell what that took.
 
-        :param pin_until: epoch seconds until which it stays even if nobody uses it.
+        :param pin_until: epoch seconds until which it stays even if nothing uses it.
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: it is not cached.
         """
         call = self._call(image_id, request)
@@ -299,7 +239,7 @@ class ImageCacheManager(DiskAdmin):
     def is_cached(self, image_id: str) -> bool:
         """Whether a disk could be made from the image without fetching it.
 
-        True too for a base that nobody has checked yet, which is checked before its first use.
+        True too for a base that was not checked yet, which is checked before its first use.
         """
         call = self._call(image_id, None, stored_format=self.backend.base_format)
         base = self._ingest.request(call, Use.DISK)

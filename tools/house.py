@@ -396,11 +396,11 @@ FIGURES = (
     Figure("modules at the package's top beside its packages", modules_at_top, 21, 9, True),
     Figure("import circles", import_circles, 3, 0, True),
     Figure("arrows that run back up", upward_arrows, 6, 0, True),
-    Figure("lines of manager.py", lines_of_manager, 571, 300, False),
-    Figure("parameters that are injected callables", injected_callables, 66, 25, False),
-    Figure("functions whose success is None and whose failure is text", text_verdicts, 13, 0, False),
+    Figure("lines of manager.py", lines_of_manager, 571, 300, True),
+    Figure("parameters that are injected callables", injected_callables, 66, 25, True),
+    Figure("functions whose success is None and whose failure is text", text_verdicts, 13, 0, True),
     Figure("files that import stage for stage.translated", importers_of_stage, 15, 0, True),
-    Figure("climbs back up on the way of create_disk", climbs, 16, 8, False),
+    Figure("climbs back up on the way of create_disk", climbs, 16, 8, True),
 )
 
 

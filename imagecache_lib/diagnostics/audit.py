@@ -110,7 +110,7 @@ def examine(cache: CacheStore, instances: Sequence[model.Instance] | None) -> Au
     used.update(name for name, _user in references.reported(names, instances or (), []))
     now = cache.host.clock()
     for base in there.bases:
-        if base.name not in used and pins.reason(cache, base.name, now) is None:
+        if base.name not in used and pins.look(cache, base.name, now) is None:
             text = f"nothing refers to it: {base.allocated} bytes, last used {dates.date(base.last_use)}"
             findings.append(AuditFinding(Severity.INFO, base.name, text))
     unfinished = sorted({fact.path for fact in found.facts if isinstance(fact, Unfinished)})

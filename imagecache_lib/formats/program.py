@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from oslo_concurrency import processutils
 
 from imagecache_lib import errors
-from imagecache_lib.system.host import System
+from imagecache_lib.system.waiter import Waiter
 
 #: Seconds between two looks whether anybody still waits for the program.
 _LOOK_EVERY = 0.25
@@ -76,9 +76,8 @@ class Limits:
 def run(
     words: tuple[str, ...],
     *,
-    host: System,
     limits: Limits,
-    check: Callable[[], None],
+    waiter: Waiter,
     program: str,
     subject: str,
     hidden: tuple[str, ...] = (),
@@ -87,7 +86,7 @@ def run(
 
     :param words: the program and its arguments, perhaps behind those of another that runs it.
     :param program: the program's name, with which its messages begin.
-    :param check: raises once the caller no longer waits. That ends the program, and is raised.
+    :param waiter: the caller. Once it no longer waits, the program is ended, and the error says so.
     :param subject: path of the file that errors are about.
     :param hidden: texts that are cut from what the program says, such as paths.
     :raises DataRefused: what the program says is about the data.
@@ -105,9 +104,9 @@ def run(
     # Messages are matched, so they must not be translated.
     environment = {**os.environ, "LC_ALL": "C"}
     try:
-        with _watched(check) as watch:
+        with _watched(waiter) as watch:
             try:
-                out, err = host.execute(*command, env_variables=environment, on_execute=watch)
+                out, err = waiter.system.execute(*command, env_variables=environment, on_execute=watch)
             except processutils.ProcessExecutionError as error:
                 raise _wrapper_failed(error, limits, subject) from error
             except OSError as error:
@@ -121,8 +120,8 @@ def run(
 
 
 @contextlib.contextmanager
-def _watched(check: Callable[[], None]) -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
-    """Yield what watches a process from its start, and kills it once ``check`` raises; that is raised."""
+def _watched(waiter: Waiter) -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
+    """Yield what watches a process from its start, and kills it once nobody waits for it."""
     over = threading.Event()
     watchers: list[threading.Thread] = []
     reasons: list[errors.ImageCacheError] = []
@@ -130,7 +129,7 @@ def _watched(check: Callable[[], None]) -> Iterator[Callable[[subprocess.Popen[b
     def watch(process: subprocess.Popen[bytes]) -> None:
         while not over.wait(_LOOK_EVERY):
             try:
-                check()
+                waiter.check()
             except errors.ImageCacheError as reason:
                 reasons.append(reason)
                 _kill(process)

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable
 from typing import Any
 
 from imagecache_lib import errors
@@ -24,6 +23,7 @@ from imagecache_lib.formats.reader import OpenFile
 from imagecache_lib.formats.sandbox import Sandbox
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 
 __all__ = ["DataRefused", "DiskFile", "QemuImg", "StorageFailed"]
 
@@ -35,15 +35,11 @@ _CONVERT = ("convert", "-n", "--target-is-zero", "-W", "-m", "8")
 _NAMES_A_FILE = ("backing-filename", "full-backing-filename", "backing-image")
 
 
-def _always() -> None:
-    """Wait as long as it takes."""
-
-
 class QemuImg:
     """Runs qemu-img within the limits of the configuration. Safe to share between threads."""
 
     def __init__(self, config: CacheConfig, host: System) -> None:
-        self._host = host
+        self._patient = Waiter(host)  # a caller that waits as long as it takes
         self._sandbox = Sandbox("qemu-img", host)
         self._looking = _limits(config.images_cpu_time_limit, config.images_address_space_limit)
         self._working = _limits(config.convert_cpu_time_limit, config.convert_address_space_limit)
@@ -52,17 +48,19 @@ class QemuImg:
         """Return why qemu-img is not shut in on this host, as a clause. Empty where it is."""
         return self._sandbox.problem()
 
-    def virtual_size(self, disk: DiskFile, *, check: Callable[[], None] = _always) -> int:
+    def virtual_size(self, disk: DiskFile, *, waiter: Waiter | None = None) -> int:
         """Return how many bytes a guest sees.
+
+        :param waiter: the caller. None: one that waits as long as it takes.
 
         :raises DataRefused: it cannot be read as that, is encrypted, or another file belongs to it.
         :raises BackendError: the host is at fault.
         """
-        found = self._json(disk, self._looking, check, "info", "--force-share", "--output=json")
+        found = self._json(disk, self._looking, waiter, "info", "--force-share", "--output=json")
         _require_alone(found, disk.path)
         return _number(found, "virtual-size", disk.path)
 
-    def mapped_bytes(self, disk: DiskFile, *, check: Callable[[], None]) -> int:
+    def mapped_bytes(self, disk: DiskFile, *, waiter: Waiter) -> int:
         """Return how many bytes of a disk are data, in clusters of 64 KiB: the most it takes as a raw file.
 
         :raises DataRefused: it cannot be read as that.
@@ -71,13 +69,13 @@ class QemuImg:
         # For raw, measure says the virtual size; for qcow2 it counts data, and some bytes of tables for each
         # 64 KiB. The map would be exact, and has a line for each extent: a vmdk of two megabytes, whose grain
         # tables are all one, fills gigabytes with it.
-        found = self._json(disk, self._working, check, "measure", "--output=json", "-O", "qcow2")
+        found = self._json(disk, self._working, waiter, "measure", "--output=json", "-O", "qcow2")
         return _number(found, "required", disk.path)
 
-    def convert_to_raw(self, source: DiskFile, target: str, *, check: Callable[[], None]) -> None:
+    def convert_to_raw(self, source: DiskFile, target: str, *, waiter: Waiter) -> None:
         """Convert into an existing, empty raw file that has the virtual size already; zeros stay holes.
 
-        :param check: raises once nobody waits any more; that ends the conversion, and is raised.
+        :param waiter: the caller. Once it no longer waits, the conversion ends with the error that says so.
         :raises ImageRejected: the source is damaged.
         :raises NoSpaceError: the filesystem is full.
         :raises StorageFailed: the disk failed.
@@ -87,7 +85,7 @@ class QemuImg:
         with translated(target):
             size = os.stat(target).st_size
         try:
-            self._run(source, (*_CONVERT, "-O", "raw"), self._working, check, out)
+            self._run(source, (*_CONVERT, "-O", "raw"), self._working, waiter, out)
         except DataRefused as error:
             raise errors.ImageRejected(
                 f"it cannot be converted from {source.format}: {error.cause}",
@@ -103,7 +101,7 @@ class QemuImg:
         :raises BackendError: qemu-img failed.
         :raises NoSpaceError: the filesystem is full.
         """
-        self._run(source, (*_CONVERT, "-O", target.format), self._working, _always, target)
+        self._run(source, (*_CONVERT, "-O", target.format), self._working, None, target)
 
     def resize(self, disk: DiskFile, size: int) -> None:
         """Grow a disk to ``size`` bytes.
@@ -111,12 +109,10 @@ class QemuImg:
         :raises BackendError: qemu-img failed.
         :raises NoSpaceError: the filesystem is full.
         """
-        self._run(disk, ("resize", "-q"), self._working, _always, writes=True, behind=(str(size),))
+        self._run(disk, ("resize", "-q"), self._working, None, writes=True, behind=(str(size),))
         alone = dataclasses.replace(disk, backing=None)  # qemu-img info opens no backing file
         words = ("info", "--force-share", "--output=json")
-        now = _number(
-            self._json(alone, self._looking, _always, *words, overlay=True), "virtual-size", disk.path
-        )
+        now = _number(self._json(alone, self._looking, None, *words, overlay=True), "virtual-size", disk.path)
         if now != size:
             raise errors.BackendError(
                 f"the disk has {now} bytes after it was resized to {size}", path=disk.path
@@ -128,7 +124,7 @@ class QemuImg:
         :raises BackendError: qemu-img failed; the overlay still has its backing file.
         :raises NoSpaceError: the filesystem is full.
         """
-        self._run(disk, ("rebase", "-b", ""), self._working, _always, writes=True)
+        self._run(disk, ("rebase", "-b", ""), self._working, None, writes=True)
         with translated(disk.path), contextlib.closing(OpenFile.at(disk.path)) as file:
             contained.require(file, disk.format, path=disk.path)
 
@@ -136,11 +132,11 @@ class QemuImg:
         self,
         disk: DiskFile,
         limits: Limits,
-        check: Callable[[], None],
+        waiter: Waiter | None,
         *words: str,
         overlay: bool = False,
     ) -> dict[str, Any]:
-        out = self._run(disk, words, limits, check, overlay=overlay)
+        out = self._run(disk, words, limits, waiter, overlay=overlay)
         try:
             found: dict[str, Any] = json.loads(out)
         except (ValueError, RecursionError):
@@ -152,7 +148,7 @@ class QemuImg:
         disk: DiskFile,
         words: tuple[str, ...],
         limits: Limits,
-        check: Callable[[], None],
+        waiter: Waiter | None,
         out: DiskFile | None = None,
         *,
         writes: bool = False,
@@ -182,9 +178,8 @@ class QemuImg:
         hidden = (*(each.to_option() for each in shown), *paths)
         return program.run(
             command,
-            host=self._host,
             limits=limits,
-            check=check,
+            waiter=waiter or self._patient,
             program="qemu-img",
             subject=disk.path,
             hidden=hidden,

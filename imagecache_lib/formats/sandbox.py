@@ -14,6 +14,7 @@ from imagecache_lib import errors
 from imagecache_lib.formats import program
 from imagecache_lib.formats.program import Limits
 from imagecache_lib.system.host import System
+from imagecache_lib.system.waiter import Waiter
 
 #: What programs and their libraries lie in. Read-only, and whatever of it exists.
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
@@ -60,9 +61,8 @@ class Sandbox:
             # Run like any other program: bwrap never ends where SIGCHLD is ignored.
             program.run(
                 (*self._walls(), "--", self._program, "--version"),
-                host=self._host,
                 limits=_TRIAL,
-                check=lambda: None,
+                waiter=Waiter(self._host),
                 program="bwrap",
                 subject=self._program,
             )

@@ -14,7 +14,7 @@ import os
 from imagecache_lib import errors, model
 from imagecache_lib.formats import inspection
 from imagecache_lib.formats.inspection import Rules
-from imagecache_lib.formats.qemu_img import QemuImg
+from imagecache_lib.formats.qemu_img import DiskFile, QemuImg
 from imagecache_lib.ingest import decode, digest
 from imagecache_lib.ingest.call import Call
 from imagecache_lib.store import directory, evidence
@@ -159,7 +159,8 @@ def _settled(
         return finding
     if not finding.one_size:
         raise errors.ImageRejected(f"not all programs read the same size from this {finding.format}")
-    size = decode.settle(base.fd, base.path, finding.format, Rules.of(cache.config), converter, call.check)
+    disk = DiskFile(base.path, finding.format)
+    size = decode.settle(base.fd, disk, Rules.of(cache.config), converter, call.waiter)
     return dataclasses.replace(finding, virtual_size=size)
 
 
@@ -202,7 +203,7 @@ def _compare(
     if use is evidence.Use.FILE and not as_it_came and image.size is not None:
         raise errors.ImageRejected(f"it has {base.stat.st_size} bytes and the image has {image.size}")
     if as_it_came and image.digest is not None:
-        with contextlib.closing(digest.checking(image.digest, call.check)) as hashed:
+        with contextlib.closing(digest.checking(image.digest, call.waiter)) as hashed:
             for chunk in inspection.chunks_of(base.fd):
                 call.check()
                 hashed.feed(chunk)

@@ -3,30 +3,14 @@
 
 from __future__ import annotations
 
-from imagecache_lib import errors, model
+from imagecache_lib import model
 from imagecache_lib.config import CacheConfig
+from imagecache_lib.ingest.fit import require_fit
 from imagecache_lib.sources import transfer
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import evidence, layout
 from imagecache_lib.system.host import System
 from imagecache_lib.system.waiter import Waiter
-
-
-def require_fit(label: str, virtual_size: int, size: int | None) -> None:
-    """Refuse an image that is larger than the disk that is to be made of it.
-
-    :param label: what the message calls the image.
-    :param size: virtual size of the disk in bytes. None: as large as the image.
-    :raises DiskTooSmallError: it is.
-    """
-    if size is not None and size < virtual_size:
-        raise errors.DiskTooSmallError(
-            f"its virtual size is {virtual_size} bytes and the disk shall have {size}",
-            image=label,
-            next_step="choose a larger disk (flavor)",
-            size=size,
-            virtual_size=virtual_size,
-        )
 
 
 class Call:
@@ -36,6 +20,7 @@ class Call:
 
     :ivar name: the base's name in the cache.
     :ivar stored_format: qemu's name of the format the base must have. None: any will do.
+    :ivar size: virtual size in bytes of the disk that is wanted. None: whatever the image has.
     :ivar waiter: the caller, which may cancel the call or have a deadline.
     :param size: virtual size of the disk that is wanted, in bytes. None: whatever the image has.
     :param made: a disk was made from the image before. It needs the base that it was made on, whichever
@@ -60,7 +45,7 @@ class Call:
         self.request = request
         self.stored_format = stored_format
         self.waiter = Waiter(host, image_id, request.deadline, request.cancel)
-        self._size = size
+        self.size = size
         self._made = made
         self._source = request.source or source
         self._config = config
@@ -102,7 +87,7 @@ class Call:
 
         :raises DiskTooSmallError: it is.
         """
-        require_fit(self.image_id, virtual_size, self._size)
+        require_fit(self.image_id, virtual_size, self.size)
 
     def check(self) -> None:
         """Raise if the caller no longer waits, as :meth:`Waiter.check`."""

@@ -4,22 +4,26 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Callable
 from typing import Protocol
 
 from imagecache_lib import errors
+from imagecache_lib.config import CacheConfig
 from imagecache_lib.formats import vhd
 from imagecache_lib.formats.inspection import Ending, Finding, Rules
 from imagecache_lib.formats.qcow2.decoder import StreamDecoder
+from imagecache_lib.formats.qcow2.spill import Spill
 from imagecache_lib.formats.qemu_img import DataRefused, DiskFile, QemuImg
 from imagecache_lib.formats.reader import OpenFile
 from imagecache_lib.ingest.stream import Consumer
 from imagecache_lib.store import stage as stages
 from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import Stage, StageGone
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 
 #: A guest's disk is counted in sectors of this size, so a raw image ends on a whole one.
 SECTOR = 512
@@ -82,17 +86,32 @@ class PassThrough:
         pass
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the decoders of one pass work with.
+
+    :param stage: is filled.
+    :param reservation: of the stage; raised before more is written than was known to come.
+    :param rules: of inspection, as far as they are judged on a whole file.
+    :param whole: convert an image as a whole: decoding it as it arrives was tried and is not possible.
+    """
+
+    stage: Stage
+    cache: CacheStore
+    reservation: Reservation
+    converter: QemuImg
+    rules: Rules
+    waiter: Waiter
+    whole: bool = False
+
+
 class Keep:
     """Stores an image in the format that it has, once qemu-img opens what came."""
 
-    def __init__(
-        self, stage: Stage, finding: Finding, *, rules: Rules, converter: QemuImg, check: Callable[[], None]
-    ) -> None:
+    def __init__(self, finding: Finding, work: Work) -> None:
         self.source_format = self.stored_format = finding.format
-        self._stage = stage
-        self._rules = rules
-        self._converter = converter
-        self._check = check
+        self._stage = work.stage
+        self._work = work
         self._offset = 0
 
     def feed(self, chunk: bytes) -> None:
@@ -103,14 +122,8 @@ class Keep:
         with translated(self._stage.path):
             self._stage.content.truncate(self._offset)
         try:
-            return settle(
-                self._stage.fd,
-                self._stage.path,
-                self.stored_format,
-                self._rules,
-                self._converter,
-                self._check,
-            )
+            disk = DiskFile(self._stage.path, self.stored_format)
+            return settle(self._stage.fd, disk, self._work.rules, self._work.converter, self._work.waiter)
         except errors.ImageCacheError as error:
             if not self._stage.is_at_path():
                 raise StageGone from error
@@ -120,21 +133,19 @@ class Keep:
         pass
 
 
-def settle(
-    fd: int, path: str, format: str, rules: Rules, converter: QemuImg, check: Callable[[], None]
-) -> int:
+def settle(fd: int, disk: DiskFile, rules: Rules, converter: QemuImg, waiter: Waiter) -> int:
     """Return the virtual size of a whole image on which its own header and the program that serves it agree.
 
-    :param fd: the file at ``path``, open for reading.
+    :param fd: the disk's file, open for reading.
     :raises ImageRejected: they do not, or the program does not open it, or the rules refuse it.
     :raises BackendError: the host is at fault.
     """
-    stated = rules.judge(OpenFile(fd), format).virtual_size
+    stated = rules.judge(OpenFile(fd), disk.format).virtual_size
     try:
-        seen = converter.virtual_size(DiskFile(path, format), check=check)
+        seen = converter.virtual_size(disk, waiter=waiter)
     except DataRefused as error:
         raise errors.ImageRejected(
-            f"it cannot be opened as {format}: {error.cause}",
+            f"it cannot be opened as {disk.format}: {error.cause}",
             next_step="have its owner upload a good image under a new id",
         ) from error
     if seen != stated:
@@ -154,21 +165,14 @@ class Qcow2Stream:
     source_format = "qcow2"
     stored_format = "raw"
 
-    def __init__(
-        self,
-        stage: Stage,
-        *,
-        cache: CacheStore,
-        file_size: int | None,
-        reserve: Callable[[int], None],
-    ) -> None:
-        self._stage = stage
-        self._reserve = reserve
+    def __init__(self, work: Work, file_size: int | None) -> None:
+        self._stage = work.stage
+        self._reservation = work.reservation
         self._decoder = StreamDecoder(
-            stage.content,
-            spill=lambda: stages.side_file(cache),
+            work.stage.content,
+            spill=Spill(lambda: stages.side_file(work.cache)),
             file_size=file_size,
-            max_virtual_size=cache.config.max_virtual_size,
+            max_virtual_size=work.cache.config.max_virtual_size,
         )
 
     def feed(self, chunk: bytes) -> None:
@@ -177,8 +181,7 @@ class Qcow2Stream:
         self._stage.taken(len(chunk))
         # The tables say what will be stored, long before the data they map has come.
         needed = self._decoder.mapped_bytes + self._decoder.spilled_bytes
-        if needed > self._stage.reserved:
-            self._reserve(needed)
+        self._reservation.raise_to(needed)
 
     def finish(self) -> int:
         with translated(self._stage.path):
@@ -196,25 +199,11 @@ class SpoolAndConvert:
 
     stored_format = "raw"
 
-    def __init__(
-        self,
-        stage: Stage,
-        finding: Finding,
-        *,
-        cache: CacheStore,
-        rules: Rules,
-        converter: QemuImg,
-        reserve: Callable[[int], None],
-        check: Callable[[], None],
-    ) -> None:
+    def __init__(self, finding: Finding, work: Work) -> None:
         self.source_format = finding.format
-        self._stage = stage
-        self._check = check
-        self._rules = rules
-        self._converter = converter
-        self._reserve = reserve
-        self._cache = cache
-        self._spool = Stage(cache, stage.name)
+        self._work = work
+        self._stage = stage = work.stage
+        self._spool = Stage(work.cache, stage.name)
         # What was reserved for the download is filled by the spool now; the stage needs its own later.
         self._spool.reserved, stage.reserved = stage.reserved, 0
         self._offset = 0
@@ -232,25 +221,24 @@ class SpoolAndConvert:
     def finish(self) -> int:
         with translated(self._spool.path):
             os.ftruncate(self._spool.fd, self._offset)
-        self._cache.host.trace(TracePoint.CONVERT)
+        self._work.cache.host.trace(TracePoint.CONVERT)
         try:
             return self._convert()
         except errors.ImageCacheError as error:
             if not self._spool.is_at_path() or not self._stage.is_at_path():
-                # No fault of the image: somebody swept away what qemu-img was to open.
+                # No fault of the image: another program swept away what qemu-img was to open.
                 raise StageGone from error
             raise
 
     def _convert(self) -> int:
+        work = self._work
         source = DiskFile(self._spool.path, self.source_format)
-        virtual_size = settle(
-            self._spool.fd, self._spool.path, source.format, self._rules, self._converter, self._check
-        )
+        virtual_size = settle(self._spool.fd, source, work.rules, work.converter, work.waiter)
         with translated(self._stage.path):
             os.ftruncate(self._stage.fd, virtual_size)
         # What the spool has allocated is gone from the free space already.
-        self._reserve(self._decoded_bytes(source))
-        self._converter.convert_to_raw(source, self._stage.path, check=self._check)
+        work.reservation.raise_to(self._decoded_bytes(source))
+        work.converter.convert_to_raw(source, self._stage.path, waiter=work.waiter)
         self._stage.read_back()
         return virtual_size
 
@@ -258,7 +246,7 @@ class SpoolAndConvert:
         """Return how much it will be: the others store data as it is, and take no less room than it."""
         if source.format in _COMPRESSING:
             with contextlib.suppress(DataRefused):  # the conversion will say what is wrong
-                return self._converter.mapped_bytes(source, check=self._check)
+                return self._work.converter.mapped_bytes(source, waiter=self._work.waiter)
         return self._spool.allocated
 
     def close(self) -> None:
@@ -266,36 +254,39 @@ class SpoolAndConvert:
             self._spool.discard()
 
 
-def choose(
-    finding: Finding | None,
-    stage: Stage,
-    *,
-    to_raw: bool,
-    whole: bool,
-    file_size: int | None,
-    cache: CacheStore,
-    rules: Rules,
-    converter: QemuImg,
-    reserve: Callable[[int], None],
-    check: Callable[[], None],
-) -> Decoder:
+def choose(finding: Finding | None, work: Work, *, wanted: str | None, file_size: int | None) -> Decoder:
     """Return how an image becomes what is stored.
 
-    :param finding: what the content is. None: a plain file, such as a kernel, which nobody looks into.
-    :param to_raw: store it as raw, whatever it is.
-    :param whole: do not decode it as it arrives: that was tried and is not possible.
+    :param finding: what the content is. None: a plain file, such as a kernel, which is not looked into.
+    :param wanted: qemu's name of the format that the base must have. None: any will do.
     :param file_size: of the image's data in bytes, if it is known.
-    :param reserve: raises the stage's reservation to so many bytes, or raises NoSpaceError.
-    :param check: raises once nobody waits any more.
+    :raises ImageRejected: the format that is wanted is neither raw nor the image's own.
     """
     if finding is None:
-        return PassThrough(stage)
+        return PassThrough(work.stage)
+    to_raw = _is_converted(finding, wanted, work.cache.config)
     if finding.format == "raw" or finding.ending is not Ending.NONE:
-        return PassThrough(stage, finding.ending)
+        return PassThrough(work.stage, finding.ending)
     if not to_raw:
-        return Keep(stage, finding, rules=rules, converter=converter, check=check)
-    if finding.format == "qcow2" and not whole:
-        return Qcow2Stream(stage, cache=cache, file_size=file_size, reserve=reserve)
-    return SpoolAndConvert(
-        stage, finding, cache=cache, rules=rules, converter=converter, reserve=reserve, check=check
-    )
+        return Keep(finding, work)
+    if finding.format == "qcow2" and not work.whole:
+        return Qcow2Stream(work, file_size)
+    return SpoolAndConvert(finding, work)
+
+
+def _is_converted(finding: Finding, wanted: str | None, config: CacheConfig) -> bool:
+    """Whether the image is stored as raw, whatever it is.
+
+    :raises ImageRejected: the format that is wanted is neither raw nor the image's own.
+    """
+    # What programs read different sizes from is the same for all of them once it is raw.
+    keepable = finding.one_size and finding.ending is not Ending.DEMANDED
+    if wanted is None:
+        return config.force_raw_images or not keepable
+    if wanted != "raw" and (wanted != finding.format or not keepable):
+        kept = finding.format if keepable else "raw"
+        raise errors.ImageRejected(
+            f"it is {finding.format}, to be stored as {kept}, and its overlay needs a base that is {wanted}",
+            next_step="find out which image the overlay was made from",
+        )
+    return wanted == "raw"

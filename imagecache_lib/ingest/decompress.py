@@ -15,16 +15,19 @@ refusing what was written with larger windows: :data:`ZSTD_WINDOW` and :data:`XZ
 from __future__ import annotations
 
 import bz2
+import dataclasses
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from imagecache_lib import errors, model
 from imagecache_lib.config import CacheConfig
-from imagecache_lib.ingest.call import Call
+from imagecache_lib.ingest.stream import Consumer, Content
 from imagecache_lib.store import evidence
+from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.system import sparse
+from imagecache_lib.system.waiter import Waiter
 
 #: Most bytes in one piece of what is produced.
 PIECE = 2**20
@@ -175,27 +178,32 @@ class _Zstd:
 
 
 class Unpacking:
-    """Turns the bytes of one compressed image into the image's own, as they come.
+    """Turns the bytes of one compressed image into the image's own, as they come, and hands them on.
+
+    A :class:`~imagecache_lib.ingest.stream.Consumer`, whose result is the next one's.
 
     :param compression: one of :data:`model.COMPRESSIONS`, or :data:`ANY`.
-    :param call: asked with each piece whether anybody still waits for it.
+    :param following: takes what is unpacked, in pieces of at most :data:`PIECE` bytes.
+    :param waiter: the caller, asked with each piece whether it still waits.
     :param most: most bytes to produce.
-    :param reserve: raises the stage's reservation to so many bytes, or raises NoSpaceError.
+    :param reservation: raised as what is unpacked grows.
     :raises ConfigError: what unpacks Zstandard is not installed.
     """
 
     def __init__(
         self,
         compression: str,
-        call: Call,
+        following: Consumer[Content],
         *,
+        waiter: Waiter,
         most: int,
-        reserve: Callable[[int], None],
+        reservation: Reservation,
     ) -> None:
         self._compression = compression
-        self._call = call
+        self._following = following
+        self._waiter = waiter
         self._most = most
-        self._reserve = reserve
+        self._reservation = reservation
         self._zstandard = _zstandard() if compression == "zstd" else None
         self._member: _Member | None = None
         self._members = 0
@@ -207,17 +215,12 @@ class Unpacking:
         self._reserved = 0
 
     @property
-    def produced(self) -> int:
-        """How many bytes were produced."""
-        return self._produced
-
-    @property
     def compression(self) -> str:
         """How the data is compressed; :data:`ANY` until its first bytes have come."""
         return self._compression
 
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """Take the next bytes as they came, and yield what they make.
+    def feed(self, chunk: bytes) -> None:
+        """Take the next bytes as they came, and hand on what they make.
 
         :raises ImageRejected: they are damaged, are something else, or make too much.
         :raises NoSpaceError: there is no room for what they make.
@@ -233,14 +236,15 @@ class Unpacking:
                     return
                 self._head = b""
                 self._member = self._next_member(chunk)
-            yield from self._bounded(self._member, chunk)
+            for piece in self._bounded(self._member, chunk):
+                self._following.feed(piece)
             if not self._member.ended:
                 return
             chunk, self._member = self._member.unused, None
             self._members += 1
 
-    def finish(self) -> None:
-        """Check that the data ended where it should.
+    def finish(self) -> Content:
+        """Check that the data ended where it should. Returns what became of it.
 
         :raises ImageRejected: it did not.
         """
@@ -248,6 +252,12 @@ class Unpacking:
             raise self._bad("it ends early")
         if self._head or self._padding % 4:
             raise self._bad("something else follows it" if self._members else _NOT_COMPRESSED)
+        content = self._following.finish()
+        return dataclasses.replace(content, source_format=f"{content.source_format}+{self._compression}")
+
+    def close(self) -> None:
+        """Let go of what takes the pieces."""
+        self._following.close()
 
     def _without_padding(self, data: bytes) -> bytes:
         """Take off the zeros that xz allows behind a stream."""
@@ -299,7 +309,7 @@ class Unpacking:
                 yield piece
 
     def _account(self, piece: bytes) -> None:
-        self._call.check()
+        self._waiter.check()
         self._produced += len(piece)
         if self._produced > self._most:
             raise self._bad(f"it unpacks to more than {self._most} bytes")
@@ -308,7 +318,7 @@ class Unpacking:
         self._data += sum(last - first for first, last in sparse.data_runs(piece, 0))
         if self._data > self._reserved:
             self._reserved = self._data + _ROOM_STEP
-            self._reserve(self._reserved)
+            self._reservation.raise_to(self._reserved)
 
     def _bad(self, what: str) -> errors.ImageRejected:
         kind = "compressed" if self._compression == ANY else self._compression

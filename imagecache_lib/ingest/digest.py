@@ -4,45 +4,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 
 from imagecache_lib import errors, model
-from imagecache_lib.ingest.stream import Aside, Consumer
+from imagecache_lib.ingest.aside import Aside, Ignoring
+from imagecache_lib.ingest.stream import Consumer
+from imagecache_lib.system.waiter import Waiter
 
 _STRONG_ENOUGH = frozenset(hashlib.algorithms_guaranteed)
 
 
-def checking(expected: model.Digest | None, check: Callable[[], None]) -> Consumer[None]:
+def checking(expected: model.Digest | None, waiter: Waiter) -> Consumer[None]:
     """Return what compares an image with what its source says of it, or does nothing if that is nothing.
 
-    :param check: raises once the caller no longer waits.
+    :param waiter: the caller, which may stop waiting.
     :raises ImageRejected: the algorithm is unknown here.
     """
-    return Unchecked() if expected is None else StreamDigest(expected, check)
-
-
-class Unchecked:
-    """Stands for a digest where there is nothing to compare with."""
-
-    def feed(self, chunk: bytes) -> None:
-        """Take the next chunk and do nothing with it."""
-
-    def finish(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
+    return Ignoring(None) if expected is None else StreamDigest(expected, waiter)
 
 
 class StreamDigest:
     """Hashes chunks on a thread of its own.
 
     :param expected: what the source says.
-    :param check: raises once the caller no longer waits.
+    :param waiter: the caller, which may stop waiting.
     :raises ImageRejected: the algorithm is unknown here.
     """
 
-    def __init__(self, expected: model.Digest, check: Callable[[], None]) -> None:
+    def __init__(self, expected: model.Digest, waiter: Waiter) -> None:
         self._expected = expected
         if expected.algorithm not in _STRONG_ENOUGH or expected.algorithm.startswith("shake"):
             raise errors.ImageRejected(
@@ -51,7 +39,7 @@ class StreamDigest:
             )
         # md5 is what old images have; it detects damage, which is what it is used for here.
         self._hash = hashlib.new(expected.algorithm, usedforsecurity=False)
-        self._aside = Aside(self._hash.update, "imagecache-digest", check)
+        self._aside = Aside(self._hash, "imagecache-digest", waiter)
 
     def feed(self, chunk: bytes) -> None:
         """Take the next chunk, which must not change afterwards."""

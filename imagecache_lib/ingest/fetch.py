@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.formats import qemu_img
-from imagecache_lib.formats.qcow2.decoder import Unstreamable
-from imagecache_lib.ingest import adopt, certificates, decompress, dedup, signing
+from imagecache_lib.formats.inspection import Rules
+from imagecache_lib.ingest import adopt, certificates, decompress, dedup, download, signing
 from imagecache_lib.ingest.call import Call
-from imagecache_lib.ingest.pipeline import Content, Intake
+from imagecache_lib.ingest.decode import Work
 from imagecache_lib.ingest.producer import BaseRequest
-from imagecache_lib.sources import transfer
+from imagecache_lib.ingest.stream import Content
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
@@ -29,16 +28,8 @@ from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import Waiter
 
-LOG = logging.getLogger(__name__)
-
-#: Tell observers how far a transfer is every so many bytes.
-_TELL_EVERY = 16 * 2**20
-
 #: How often one that waits for a slot looks whether its caller still waits, in seconds.
 _SLOT_SLICE = 0.25
-
-#: Reserve in steps of this many bytes while the source does not say how large the image is.
-_UNKNOWN_SIZE_STEP = 16 * 2**20
 
 
 class Ingest:
@@ -69,7 +60,7 @@ class Ingest:
     def request(self, call: Call, use: evidence.Use) -> BaseRequest:
         """Return what a call asks of a lease."""
         producer = ImageProducer(self, call, use)
-        return BaseRequest(call.name, call.requirements(use), producer, call.waiter, image_id=call.image_id)
+        return BaseRequest(call.name, producer.requirements, producer, call.waiter, image_id=call.image_id)
 
     @contextlib.contextmanager
     def slot(self, stage: Stage, waiter: Waiter) -> Iterator[None]:
@@ -105,6 +96,7 @@ class ImageProducer:
         self._cache = ingest.cache
         self._call = call
         self._use = use
+        self.requirements = call.requirements(use)
 
     def unmet(self, opened: OpenBase) -> Unmet | None:
         """Return None: a record says all that is known of a fetched image."""
@@ -172,7 +164,9 @@ class ImageProducer:
             if twin is None:
                 reservation.raise_to(image.size or 0)
                 self._cache.host.trace(TracePoint.INGEST_RESERVED)
-                content = self._fill(stage, reservation)
+                rules = Rules.of(self._cache.config)
+                work = Work(stage, self._cache, reservation, self._ingest.converter, rules, self._call.waiter)
+                content = download.fill(work, self._call, self.requirements, self._ingest.certificates)
             else:
                 content = twin.content
             record = self._seal(stage, image, content)
@@ -231,61 +225,6 @@ class ImageProducer:
                 error.next_step = "have its owner upload a good image under a new id"
             self._cache.observers(events.Rejected(self._call.name, self._call.image_id, reason=error.cause))
 
-    def _fill(self, stage: Stage, reservation: Reservation) -> Content:
-        """Pass over the data until it is whole. A clean restart is granted where a resume may be to blame."""
-        fetch = self._call.transfer()
-        whole = False
-        while True:  # every pass draws on the transfer's one retry budget
-            stage.clear()
-            image = fetch.image  # the answer with the data may have told another length
-            reservation.raise_to(image.size or 0)
-            try:
-                with contextlib.ExitStack() as stack:
-                    taken = Intake(
-                        stage,
-                        self._call,
-                        image,
-                        self._use,
-                        self._cache,
-                        self._ingest.converter,
-                        reserve=reservation.raise_to,
-                        certificate_store=self._ingest.certificates,
-                        whole=whole,
-                    )
-                    stack.callback(taken.close)
-                    chunks = self._watched(fetch, image, reservation)
-                    for chunk in stack.enter_context(contextlib.closing(chunks)):
-                        taken.take(chunk)
-                    return taken.finish()
-            except transfer.StartAgain:
-                continue
-            except Unstreamable as error:
-                LOG.info(
-                    "Image %s is fetched once more, to be converted as a whole: %s",
-                    self._call.image_id,
-                    error.cause,
-                )
-                whole = True
-            except errors.ImageRejected:
-                if not fetch.grant_clean_pass():
-                    raise
-
-    def _watched(
-        self, fetch: transfer.Transfer, image: model.Image, reservation: Reservation
-    ) -> Generator[bytes]:
-        """Yield the chunks; reserve as they come if their number is unknown, and tell how far it is."""
-        told = 0
-        with contextlib.closing(fetch.chunks()) as chunks:
-            for chunk in chunks:
-                if image.size is None and fetch.offset > reservation.reserved:
-                    reservation.raise_to(fetch.offset + _UNKNOWN_SIZE_STEP)
-                yield chunk
-                if fetch.offset - told >= _TELL_EVERY or fetch.offset == image.size:
-                    told = fetch.offset
-                    self._cache.observers(
-                        events.Progress(self._call.name, self._call.image_id, received=told, total=image.size)
-                    )
-
     def _seal(self, stage: Stage, image: model.Image, content: Content) -> evidence.Record:
         """Make data and evidence durable, in this order, before anything can refer to them."""
         base_id = stage.seal()
@@ -306,8 +245,8 @@ class ImageProducer:
             digest=digest,
             digest_checked=digest is not None,
             inspected=content.inspected,
-            certificates=content.vouching.chain,
-            signed_by=content.vouching.signed_by,
+            certificates=content.signature.chain,
+            signed_by=content.signature.signed_by,
         )
         stage.write_info(record)
         self._cache.host.trace(TracePoint.INGEST_SEALED)

@@ -1,107 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to an image's bytes as they flow by: digest, inspection, decoding. One object for one pass."""
+"""What happens to an image's bytes as they flow by. One object for one pass, and one chain of stages::
+
+Pipeline: counts what arrived, reserves, tells observers
+    digest, signature (ingest/digest.py, ingest/signing.py)
+    Unpacking, if the image is compressed as a whole (ingest/decompress.py)
+        ContentStage: inspection (formats/inspection.py), then a decoder (ingest/decode.py)
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 
-from imagecache_lib import errors, model
-from imagecache_lib.formats.inspection import Ending, Finding, Inspection, Rules, Uninspected
-from imagecache_lib.formats.qemu_img import QemuImg
-from imagecache_lib.ingest import certificates, decode, decompress, digest, signing
-from imagecache_lib.ingest.call import Call
-from imagecache_lib.ingest.stream import Consumer
-from imagecache_lib.store import directory as store
-from imagecache_lib.store import evidence
-from imagecache_lib.store.stage import Stage
+from imagecache_lib import errors, events, model
+from imagecache_lib.ingest import decompress, digest, signing
+from imagecache_lib.ingest.aside import Ignoring
+from imagecache_lib.ingest.certificates import CertificateStore
+from imagecache_lib.ingest.content import ContentStage
+from imagecache_lib.ingest.decode import Work
+from imagecache_lib.ingest.stream import UNVERIFIED, Consumer, Content, VerifiedSignature
+from imagecache_lib.store.evidence import Requirements
 
-_NOBODY = signing.Vouching()
+#: Tell observers how far a transfer is every so many bytes.
+_TELL_EVERY = 16 * 2**20
 
-
-@dataclasses.dataclass(frozen=True)
-class Content:
-    """What a pass found.
-
-    :param source_format: what the source's content is (``gpt`` counts as raw); ``raw+gzip`` if it came
-        compressed.
-    :param stored_format: qemu's name of what the stage file holds.
-    :param virtual_size: in bytes.
-    :param received: bytes of the source. 0: they were in the cache already.
-    :param inspected: version of the inspection rules it passed. None: it was not inspected as a disk.
-    :param vouching: who signed it, as far as that was verified.
-    """
-
-    source_format: str
-    stored_format: str
-    virtual_size: int
-    received: int
-    inspected: int | None
-    vouching: signing.Vouching = _NOBODY
+#: Reserve in steps of this many bytes while the source does not say how large the image is.
+_UNKNOWN_SIZE_STEP = 16 * 2**20
 
 
-class Intake:
+class Pipeline:
     """Takes the chunks of one pass, in order, and fills the stage file.
 
-    :param reserve: raises the stage's reservation to so many bytes, or raises NoSpaceError.
+    :param image: as the source describes it.
+    :param requirements: what the base image has to prove.
+    :param work: what its decoder works with.
     :param certificate_store: for images whose signature must be verified.
-    :param whole: convert it as a whole, since decoding it as it arrives was tried and is not possible.
+    :param disk_size: virtual size in bytes of the disk that is wanted. None: whatever the image has.
+    :raises ImageRejected: what the source says of the image rules it out.
+    :raises ConfigError: what unpacks it is not installed.
     """
 
     def __init__(
         self,
-        stage: Stage,
-        call: Call,
         image: model.Image,
-        use: evidence.Use,
-        cache: store.CacheStore,
-        converter: QemuImg,
+        requirements: Requirements,
+        work: Work,
         *,
-        reserve: Callable[[int], None],
-        certificate_store: certificates.CertificateStore | None,
-        whole: bool,
+        certificate_store: CertificateStore | None,
+        disk_size: int | None,
     ) -> None:
-        self._stage = stage
-        self._call = call
         self._image = image
-        self._cache = cache
-        self._converter = converter
-        self._reserve = reserve
-        self._whole = whole
-        self._rules = Rules.of(cache.config)
-        compression = decompress.compression_of(image, use, cache.config)
-        self._unpacking = (
-            decompress.Unpacking(compression, call, most=cache.config.max_virtual_size, reserve=reserve)
-            if compression is not None
-            else None
-        )
-        # Of the content, which is what is inspected and decoded.
-        self._content_size = image.size if self._unpacking is None else None
-        self._finding: Finding | None = None
-        self._decoder: decode.Decoder | None = None
-        self._held: list[bytes] = []
+        self._work = work
         self._received = 0
+        self._told = 0
+        config, waiter = work.cache.config, work.waiter
+        compression = decompress.compression_of(image, requirements.use, config)
         with contextlib.ExitStack() as closing:
-            self._inspection = self._inspector(use)
-            closing.callback(self._inspection.close)
-            self._digest = digest.checking(image.digest, call.check)
+            self._content: Consumer[Content] = ContentStage(
+                image,
+                requirements,
+                work,
+                # Of the content, which is what is inspected and decoded.
+                content_size=image.size if compression is None else None,
+                disk_size=disk_size,
+            )
+            closing.callback(self._content.close)
+            if compression is not None:
+                self._content = decompress.Unpacking(
+                    compression,
+                    self._content,
+                    waiter=waiter,
+                    most=config.max_virtual_size,
+                    reservation=work.reservation,
+                )
+            self._digest = digest.checking(image.digest, waiter)
             closing.callback(self._digest.close)
-            self._verification = self._verifier(certificate_store)
-            closing.callback(self._verification.close)
+            self._signature: Consumer[VerifiedSignature] = Ignoring(UNVERIFIED)
+            if requirements.signed:
+                assert certificate_store is not None  # else it was refused before anything was fetched
+                trusted = requirements.trusted_certs
+                self._signature = signing.Verification(image, certificate_store, trusted, waiter)
+            closing.callback(self._signature.close)
             self._closing = closing.pop_all()
 
-    def _inspector(self, use: evidence.Use) -> Inspection | Uninspected:
-        return Inspection(self._image.disk_format, self._rules) if use is evidence.Use.DISK else Uninspected()
-
-    def _verifier(self, store: certificates.CertificateStore | None) -> Consumer[signing.Vouching]:
-        if not self._call.demands_signature:
-            return signing.Unverified()
-        assert store is not None  # else it was refused before anything was fetched
-        return signing.Verification(self._image, store, self._call.trusted_certs, self._call.check)
-
-    def take(self, chunk: bytes) -> None:
-        """Take the next chunk. The first ones are held back until they show what the image is.
+    def feed(self, chunk: bytes) -> None:
+        """Take the next chunk as it came.
 
         :raises ImageRejected: as soon as the bytes show that the image is bad.
         :raises DiskTooSmallError: as soon as they show that it is larger than the disk.
@@ -109,103 +92,28 @@ class Intake:
         :raises Unstreamable: it has to be converted as a whole.
         """
         self._received += len(chunk)
+        reservation = self._work.reservation
+        if self._image.size is None and self._received > reservation.reserved:
+            reservation.raise_to(self._received + _UNKNOWN_SIZE_STEP)
         self._digest.feed(chunk)
-        self._verification.feed(chunk)
-        if self._unpacking is None:
-            self._take_content(chunk)
-            return
-        for piece in self._unpacking.feed(chunk):
-            self._take_content(piece)
-            if self._finding is not None and self._finding.format == "raw":
-                self._call.require_fit(self._unpacking.produced)
-
-    def _take_content(self, chunk: bytes) -> None:
-        self._inspection.feed(chunk)
-        if self._decoder is not None:
-            self._decoder.feed(chunk)
-            return
-        self._held.append(chunk)
-        if isinstance(self._inspection, Uninspected) or self._inspection.finding is not None:
-            self._begin_decoding()
+        self._signature.feed(chunk)
+        self._content.feed(chunk)
+        if self._received - self._told >= _TELL_EVERY or self._received == self._image.size:
+            self._told = self._received
+            name = self._work.stage.name
+            self._work.cache.observers(
+                events.Progress(name, self._image.id, received=self._received, total=self._image.size)
+            )
 
     def finish(self) -> Content:
-        """Check the whole and complete the stage file. Raises as :meth:`take`."""
+        """Check the whole and complete the stage file. Returns what is in it. Raises as :meth:`feed`."""
         if self._received == 0:
             raise errors.ImageRejected("it has no data", next_step="have its owner upload its data")
-        if self._unpacking is not None:
-            self._unpacking.finish()
-        self._inspection.finish()
         # Before the decoder completes, which for some formats is the expensive part.
         self._digest.finish()
-        vouching = self._verification.finish()
-        decoder = self._decoder or self._begin_decoding()
-        virtual_size = decoder.finish()
-        if self._finding is not None:
-            self._call.require_fit(virtual_size)
-        strict = self._finding is not None and self._rules.strict
-        source_format = decoder.source_format
-        if self._unpacking is not None:
-            source_format = f"{source_format}+{self._unpacking.compression}"
-        return Content(
-            source_format,
-            decoder.stored_format,
-            virtual_size,
-            self._received,
-            inspected=evidence.INSPECTION_RULES if strict else None,
-            vouching=vouching,
-        )
+        signature = self._signature.finish()
+        return dataclasses.replace(self._content.finish(), received=self._received, signature=signature)
 
     def close(self) -> None:
         """Let go of everything but the stage file."""
         self._closing.close()
-
-    def _begin_decoding(self) -> decode.Decoder:
-        self._finding = self._inspection.finding
-        self._require_fit()
-        self._decoder = decoder = decode.choose(
-            self._finding,
-            self._stage,
-            to_raw=self._to_raw(),
-            whole=self._whole,
-            file_size=self._content_size,
-            cache=self._cache,
-            rules=self._rules,
-            converter=self._converter,
-            reserve=self._reserve,
-            check=self._call.check,
-        )
-        self._closing.callback(decoder.close)
-        for chunk in self._held:
-            decoder.feed(chunk)
-        self._held.clear()
-        return decoder
-
-    def _require_fit(self) -> None:
-        """Refuse what the disk is too small for before it is downloaded, as far as its beginning tells."""
-        if self._finding is None:
-            return
-        virtual_size = self._finding.virtual_size
-        if self._finding.format == "raw" and self._finding.ending is Ending.NONE:
-            virtual_size = self._content_size  # raw bytes of a disk are as many as the guest sees
-        if virtual_size is not None:
-            self._call.require_fit(virtual_size)
-
-    def _to_raw(self) -> bool:
-        """Whether the image is converted.
-
-        :raises ImageRejected: the format that the call needs is neither raw nor the image's own.
-        """
-        wanted = self._call.stored_format
-        found = self._finding
-        # What programs read different sizes from is the same for all of them once it is raw.
-        keepable = found is not None and found.one_size and found.ending is not Ending.DEMANDED
-        if wanted is None:
-            return self._cache.config.force_raw_images or not keepable
-        if found is not None and wanted != "raw" and (wanted != found.format or not keepable):
-            kept = found.format if keepable else "raw"
-            raise errors.ImageRejected(
-                f"it is {found.format}, to be stored as {kept}, and its overlay needs a "
-                f"base that is {wanted}",
-                next_step="find out which image the overlay was made from",
-            )
-        return wanted == "raw"

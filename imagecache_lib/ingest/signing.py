@@ -7,14 +7,14 @@ The properties ``img_signature``, ``img_signature_hash_method``, ``img_signature
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 from imagecache_lib import errors, model
 from imagecache_lib.ingest import certificates
-from imagecache_lib.ingest.stream import Aside
+from imagecache_lib.ingest.aside import Aside
+from imagecache_lib.ingest.stream import VerifiedSignature
+from imagecache_lib.system.waiter import Waiter
 
 _PROPERTIES = (
     "img_signature",
@@ -26,36 +26,9 @@ _PROPERTIES = (
 _RETRY_IS_USELESS = "have its owner sign it anew, with a trusted certificate"
 
 
-@dataclasses.dataclass(frozen=True)
-class Vouching:
-    """Who vouches for an image's bytes.
-
-    :param signed_by: id of the certificate whose key signed them. None: the signature was not verified.
-    :param chain: ids of the trusted certificates that lead from there to a root, which is trusted itself.
-        Empty: whether the certificate is trusted was not asked.
-    """
-
-    signed_by: str | None = None
-    chain: tuple[str, ...] = ()
-
-
 def is_possible() -> bool:
     """Whether what verifies signatures is installed."""
     return importlib.util.find_spec("cursive") is not None
-
-
-class Unverified:
-    """Stands for a verification where no signature is demanded."""
-
-    def feed(self, chunk: bytes) -> None:
-        """Take the next chunk and do nothing with it."""
-
-    def finish(self) -> Vouching:
-        """Return that nobody vouches for the image."""
-        return Vouching()
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 class Verification:
@@ -63,7 +36,7 @@ class Verification:
 
     :param trusted: ids of the certificates of which some must lead from the image's to a root. None: whether
         it is trusted does not matter.
-    :param check: raises once the caller no longer waits.
+    :param waiter: the caller, which may stop waiting.
     :raises ImageRejected: the image is not signed, or not with a certificate that is known and trusted.
     :raises SourceError: a certificate cannot be got now.
     """
@@ -73,7 +46,7 @@ class Verification:
         image: model.Image,
         store: certificates.CertificateStore,
         trusted: tuple[str, ...] | None,
-        check: Callable[[], None],
+        waiter: Waiter,
     ) -> None:
         lacking = [name for name in _PROPERTIES if not isinstance(image.properties.get(name), str)]
         if lacking:
@@ -85,12 +58,12 @@ class Verification:
         signature, hash_method, key_type, certificate_id = (image.properties[name] for name in _PROPERTIES)
         certificate = _load(store, certificate_id)
         chain = () if trusted is None else _chain(certificate, store, trusted)
-        self.vouching = Vouching(certificate_id, chain)
+        self._signature = VerifiedSignature(certificate_id, chain)
         try:
             self._verifier = _verifier(certificate, signature, hash_method, key_type)
         except exception.SignatureVerificationError as error:
             raise _rejected(error) from error
-        self._aside = Aside(self._verifier.update, "imagecache-signature", check)
+        self._aside = Aside(self._verifier, "imagecache-signature", waiter)
 
     def feed(self, chunk: bytes) -> None:
         """Take the next chunk, which must not change afterwards."""
@@ -100,8 +73,8 @@ class Verification:
         """End the thread."""
         self._aside.close()
 
-    def finish(self) -> Vouching:
-        """Call after the last chunk.
+    def finish(self) -> VerifiedSignature:
+        """Return who signed the image. Call after the last chunk.
 
         :raises ImageRejected: the signature is not that of these bytes.
         """
@@ -112,10 +85,10 @@ class Verification:
             self._verifier.verify()
         except InvalidSignature:
             raise errors.ImageRejected(
-                f"its signature does not verify with certificate {self.vouching.signed_by}",
+                f"its signature does not verify with certificate {self._signature.signed_by}",
                 next_step=_RETRY_IS_USELESS,
             ) from None
-        return self.vouching
+        return self._signature
 
 
 def _load(store: certificates.CertificateStore, certificate_id: str) -> Any:

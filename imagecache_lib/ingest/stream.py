@@ -1,29 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What takes an image's bytes in flight, and how chunks are handed to something slow beside the transfer."""
+"""The stages that an image's bytes pass one after the other, and what comes out at the end."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable
+import dataclasses
 from typing import Protocol, TypeVar
-
-from imagecache_lib import errors
-
-#: How many chunks may wait. The transfer waits for the consumer beyond that.
-_WAITING = 8
-
-#: Seconds between two looks whether the caller still waits.
-_LOOK_EVERY = 0.25
-
-#: Seconds that an abandoned consumer is waited for; it ends after the chunk that it is at.
-_LINGER = 5.0
 
 Result_co = TypeVar("Result_co", covariant=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class VerifiedSignature:
+    """Who signed an image's bytes, as far as that was verified.
+
+    :param signed_by: id of the certificate whose key signed them. None: the signature was not verified.
+    :param chain: ids of the trusted certificates that lead from there to a root, which is trusted itself.
+        Empty: whether the certificate is trusted was not asked.
+    """
+
+    signed_by: str | None = None
+    chain: tuple[str, ...] = ()
+
+
+UNVERIFIED = VerifiedSignature()
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a pass over an image's bytes found.
+
+    :param source_format: what the source's content is (``gpt`` counts as raw); ``raw+gzip`` if it came
+        compressed.
+    :param stored_format: qemu's name of what the stage file holds.
+    :param virtual_size: in bytes.
+    :param received: bytes of the source. 0: they were in the cache already.
+    :param inspected: version of the inspection rules it passed. None: it was not inspected as a disk.
+    :param signature: who signed it, as far as that was verified.
+    """
+
+    source_format: str
+    stored_format: str
+    virtual_size: int
+    received: int = 0
+    inspected: int | None = None
+    signature: VerifiedSignature = UNVERIFIED
+
+
 class Consumer(Protocol[Result_co]):
-    """Takes the chunks of one image in order: inspection, digest, signature, decoder."""
+    """Takes the chunks of one image in order: a digest, an inspection, what unpacks, what decodes."""
 
     def feed(self, chunk: bytes) -> None:
         """Take the next chunk, which does not change afterwards."""
@@ -33,84 +57,3 @@ class Consumer(Protocol[Result_co]):
 
     def close(self) -> None:
         """Let go of everything, whether finished or not. Called once or more."""
-
-
-class Aside:
-    """Hands chunks to something slow, in order, on a thread of its own.
-
-    Nothing here waits without a limit, and a signal that raises at any point wedges nothing: chunks, and the
-    slots that bound their number, travel through ``queue.SimpleQueue``, whose operations are atomic.
-
-    :param consume: what it raises is raised by :meth:`feed` or :meth:`finish`.
-    :param check: raises once the caller no longer waits.
-    """
-
-    def __init__(self, consume: Callable[[bytes], object], name: str, check: Callable[[], None]) -> None:
-        self._consume = consume
-        self._check = check
-        self._name = name
-        self._chunks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._slots: queue.SimpleQueue[None] = queue.SimpleQueue()
-        for _slot in range(_WAITING):
-            self._slots.put(None)
-        self._ended: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._error: BaseException | None = None
-        self._abandoned = False
-        self._over = False
-        threading.Thread(target=self._run, name=name, daemon=True).start()
-
-    def feed(self, chunk: bytes) -> None:
-        """Take the next chunk, which must not change afterwards.
-
-        :raises BackendError: the consumer failed.
-        """
-        self._wait_for(self._slots)
-        self._require_sound()
-        self._chunks.put(chunk)
-
-    def finish(self) -> None:
-        """Wait until everything is consumed, and end the thread.
-
-        :raises BackendError: the consumer failed.
-        """
-        if not self._over:
-            self._chunks.put(None)
-            self._wait_for(self._ended)
-            self._over = True
-        self._require_sound()
-
-    def close(self) -> None:
-        """End the thread, whatever is left to consume."""
-        if self._over:
-            return
-        self._over = self._abandoned = True
-        self._chunks.put(None)
-        try:
-            self._ended.get(timeout=_LINGER)
-        except queue.Empty:
-            return  # it is a daemon, and holds nothing that anybody waits for
-
-    def _run(self) -> None:
-        while (chunk := self._chunks.get()) is not None:
-            if self._error is None and not self._abandoned:
-                try:
-                    self._consume(chunk)
-                except BaseException as error:
-                    self._error = error
-            self._slots.put(None)
-        self._ended.put(None)
-
-    def _wait_for(self, what: queue.SimpleQueue[None]) -> None:
-        while True:
-            try:
-                return what.get(timeout=_LOOK_EVERY)
-            except queue.Empty:
-                self._check()
-
-    def _require_sound(self) -> None:
-        if isinstance(self._error, errors.ImageCacheError):
-            raise self._error
-        if self._error is not None:
-            raise errors.BackendError(
-                f"{self._name} failed with {type(self._error).__name__}: {self._error}"
-            ) from self._error

@@ -11,10 +11,9 @@ import collections
 import dataclasses
 import logging
 import os
-import random as random_module
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from imagecache_lib import errors, events, manager, model
 from imagecache_lib.backends.interface import Feature
@@ -171,7 +170,6 @@ class HostAgent:
     :param max_bytes: the most that one task may bring onto this host's disk, in bytes, checked before each
         image against its length and what the task took so far. 0: no limit of its own.
     :param fallbacks: sources tried when an image is gone from the manager's.
-    :param random: uniform in [0, 1), for the back-off's jitter.
     """
 
     def __init__(
@@ -181,13 +179,11 @@ class HostAgent:
         watch: Watch,
         max_bytes: int = 0,
         fallbacks: Sequence[ImageSource] = (),
-        random: Callable[[], float] = random_module.random,
     ) -> None:
         self._cache = cache
         self._watch = watch
         self._max_bytes = max_bytes
         self._fallbacks = tuple(fallbacks)
-        self._random = random
         self._host = cache.host
         self._tasks: collections.OrderedDict[str, _Task] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -338,7 +334,7 @@ class HostAgent:
                 task.postpone(attempt, self._host.clock() + self._delay(attempt))
 
     def _delay(self, attempt: _Attempt) -> float:
-        longest = min(_LONGEST_DELAY, _FIRST_DELAY * 2**attempt.failures) * (0.5 + self._random() / 2)
+        longest = min(_LONGEST_DELAY, _FIRST_DELAY * 2**attempt.failures) * (0.5 + self._host.random() / 2)
         if attempt.asked.deadline is None:
             return float(longest)
         return float(min(longest, max(0.0, attempt.asked.deadline - self._host.clock())))

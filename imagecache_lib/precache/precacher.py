@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
-import random as random_module
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
@@ -64,7 +63,6 @@ class AggregatePrecacher:
     :param hosts: reaches the agents.
     :param observers: called with what happens, one event after the other, in a thread of their own; what they
         raise is logged.
-    :param random: uniform in [0, 1), for jitter.
     """
 
     def __init__(
@@ -74,13 +72,11 @@ class AggregatePrecacher:
         *,
         host: System | None = None,
         observers: Sequence[JobObserver] = (),
-        random: Callable[[], float] = random_module.random,
     ) -> None:
         self._database = database
         self._hosts = hosts
         self._host = host or System()
         self._observers = tuple(observers)
-        self._random = random
         self._running: dict[str, JobProgress] = {}
 
     def plan(
@@ -195,7 +191,6 @@ class AggregatePrecacher:
             host=self._host,
             done=done,
             leave=leave,
-            random=self._random,
         )
         self._running[job_id] = progress
         try:

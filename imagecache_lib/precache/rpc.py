@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import oslo_messaging
@@ -119,7 +119,7 @@ class RpcHostClient(client.HostClient):
     def _call(self, host: str, method: str, timeout: float, version: str = "", **arguments: Any) -> Any:
         target = self._client.prepare(server=host, timeout=timeout, version=version or self._version)
         try:
-            return self._bounded(host, lambda: target.call({}, method, **arguments), timeout)
+            return self._bounded(host, target, method, arguments, timeout)
         except errors.ImageCacheError:
             raise
         except oslo_messaging.RemoteError as error:
@@ -138,8 +138,10 @@ class RpcHostClient(client.HostClient):
                 next_step="check the message bus and transport_url",
             ) from error
 
-    def _bounded(self, host: str, call: Callable[[], Any], timeout: float) -> Any:
-        """Return what a call returns, or give it up when the message bus takes no message for too long.
+    def _bounded(
+        self, host: str, target: Any, method: str, arguments: Mapping[str, Any], timeout: float
+    ) -> Any:
+        """Return what a target answers, or give the call up when the message bus takes no message for too long.
 
         :raises HostDown: the message bus takes no messages.
         """
@@ -148,7 +150,7 @@ class RpcHostClient(client.HostClient):
 
         def run() -> None:
             try:
-                answers.append(call())
+                answers.append(target.call({}, method, **arguments))
             except Exception as error:
                 failures.append(error)
             finally:

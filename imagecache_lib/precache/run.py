@@ -12,7 +12,6 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import queue
-import random as random_module
 from collections.abc import Callable
 
 from imagecache_lib import errors, model
@@ -66,7 +65,6 @@ class JobRun:
     :param writer: keeps it.
     :param done: called with a host whose images all have a result.
     :param leave: once it is set, the run returns, and the hosts go on by themselves.
-    :param random: uniform in [0, 1).
     """
 
     def __init__(
@@ -78,7 +76,6 @@ class JobRun:
         host: System,
         done: Callable[[str], None],
         leave: model.CancelToken,
-        random: Callable[[], float] = random_module.random,
     ) -> None:
         self._progress = progress
         self._work = progress.job
@@ -87,14 +84,13 @@ class JobRun:
         self._host = host
         self._done = done
         self._leave = leave
-        self._random = random
         self._visits: queue.SimpleQueue[Visit | None] = queue.SimpleQueue()
         self._stopping = False
         now, terms = host.clock(), self._work.terms
         pending = [name for name in self._work.hosts if not progress.is_host_over(name)]
         self._calls = max(1, min(terms.concurrency, _MOST_CALLS, len(pending)))
         self._slots = Slots(
-            [HostState(name, now + random() * terms.jitter) for name in pending],
+            [HostState(name, now + host.random() * terms.jitter) for name in pending],
             slots=terms.concurrency,
             calls=self._calls,
         )
@@ -238,7 +234,7 @@ class JobRun:
             self._forgotten(state)
 
     def _look_again(self, state: HostState) -> None:
-        pause = POLL * (0.5 + self._random()) if state.begun else 0.0
+        pause = POLL * (0.5 + self._host.random()) if state.begun else 0.0
         self._slots.keep(state, self._host.clock() + pause)
 
     def _fail(self, state: HostState, failure: Exception) -> None:
@@ -317,7 +313,7 @@ class JobRun:
         state.failures += 1
 
     def _delay(self, failures: int) -> float:
-        return min(POLL_DOWN * 2.0 ** min(failures, 8), LONGEST_POLL_DOWN) * (0.5 + self._random())
+        return min(POLL_DOWN * 2.0 ** min(failures, 8), LONGEST_POLL_DOWN) * (0.5 + self._host.random())
 
     # -- ends ----------------------------------------------------------------------------------------
 

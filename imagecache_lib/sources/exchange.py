@@ -44,15 +44,16 @@ class Disconnected(errors.SourceError):
     """The server took the request and closed the connection without an answer."""
 
 
-class Send(Protocol):
-    """Send one request, follow nothing, and return the answer with its body unread."""
+class Sender(Protocol):
+    """Sends requests."""
 
-    def __call__(
+    def send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
-    ) -> requests.Response: ...
+    ) -> requests.Response:
+        """Send one request, follow nothing, and return the answer with its body unread."""
 
 
-class SessionSend:
+class SessionSender:
     """Sends through a requests session: the caller's, or one of its own per process.
 
     Of its own it makes one per process, because a forked child that reads from its parent's connections
@@ -68,7 +69,7 @@ class SessionSend:
         self._timeout = timeout
         self._own: tuple[int, requests.Session] | None = None
 
-    def __call__(
+    def send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> requests.Response:
         return self._session().request(
@@ -84,9 +85,9 @@ class SessionSend:
             verify=self._trust(),
         )
 
-    def stranger(self) -> SessionSend:
+    def stranger(self) -> SessionSender:
         """Return what sends to other origins: none of the session's headers, cookies, or credentials."""
-        return SessionSend(None, verify=self._trust(), timeout=self._timeout)
+        return SessionSender(None, verify=self._trust(), timeout=self._timeout)
 
     def _trust(self) -> bool | str:
         # Given with the call: of a session's own verify, requests lets REQUESTS_CA_BUNDLE take the place.
@@ -121,12 +122,12 @@ class _Authorization(requests.auth.AuthBase):
 class Web:
     """How one source speaks HTTP.
 
-    :param send: for the origins that the source was configured with. May carry credentials.
+    :param sender: for the origins that the source was configured with. May carry credentials.
     :param elsewhere: for other origins that these redirect to; must carry none. None: refuse to go there.
     """
 
-    send: Send
-    elsewhere: Send | None = None
+    sender: Sender
+    elsewhere: Sender | None = None
 
 
 def shown(url: str) -> str:
@@ -169,12 +170,12 @@ def exchange(
     :raises SourceRefused: a redirect that must not be followed; TLS that does not verify.
     :raises SourceError: no answer.
     """
-    send = web.send
+    sender = web.sender
     url, own = _without_credentials(url)
     home = _origin(url)
     for _ in range(MOST_REDIRECTS + 1):
         sent = {**own, **headers} if _origin(url) == home else headers
-        response = _send(send, method, url, sent, body, image_id)
+        response = _send(sender, method, url, sent, body, image_id)
         with contextlib.closing(response):
             location = response.headers.get("Location")
             if method == "HEAD":
@@ -192,7 +193,7 @@ def exchange(
                     next_step="configure the address it redirects to",
                 )
             # For good: a stranger that redirects back must not make us show our credentials again.
-            send = web.elsewhere
+            sender = web.elsewhere
         url = target
     raise SourceRefused(
         f"more than {MOST_REDIRECTS} redirects, the last from {shown(url)}",
@@ -202,11 +203,11 @@ def exchange(
 
 
 def _send(
-    send: Send, method: str, url: str, headers: Mapping[str, str], body: bytes | None, image_id: str
+    sender: Sender, method: str, url: str, headers: Mapping[str, str], body: bytes | None, image_id: str
 ) -> requests.Response:
     for left in reversed(range(_SENDS)):
         try:
-            return send(method, url, headers, body)
+            return sender.send(method, url, headers, body)
         except errors.ImageCacheError:
             raise
         except Exception as error:  # whatever a caller's session raises is foreign

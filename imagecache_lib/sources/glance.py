@@ -96,10 +96,10 @@ class GlanceSource(ImageSource):
         # Redirects to another origin are refused rather than followed without the token: Glance never
         # sends any, and one that a proxy sends would only end in a puzzling 401.
         if self._session is not None:
-            self._web = exchange.Web(_KeystoneSend(self._session, timeout))
+            self._web = exchange.Web(_KeystoneSender(self._session, timeout))
         else:
             trusted: bool | str = cafile if verify and cafile is not None else verify
-            self._web = exchange.Web(exchange.SessionSend(None, verify=trusted, timeout=timeout))
+            self._web = exchange.Web(exchange.SessionSender(None, verify=trusted, timeout=timeout))
         # The endpoint that answered last. A lost update costs one attempt at an endpoint that is down.
         self._first = 0
 
@@ -229,14 +229,14 @@ class GlanceSource(ImageSource):
         return _root(str(endpoint))
 
 
-class _KeystoneSend:
+class _KeystoneSender:
     """Sends through a keystoneauth1 session, which adds the token and renews it after a 401."""
 
     def __init__(self, session: Any, timeout: exchange.Timeout) -> None:
         self._session = session
         self._timeout = timeout
 
-    def __call__(
+    def send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> requests.Response:
         # log=False: the session would log all headers, and reads a body to log it.

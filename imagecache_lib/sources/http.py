@@ -71,8 +71,8 @@ class HttpSource(ImageSource):
             exchange.check_url(image.url)
             interface.check_compression(image.compression)
         self._images = dict(images)
-        send = exchange.SessionSend(session, verify=verify, timeout=timeout)
-        self._web = exchange.Web(send, send.stranger())
+        sender = exchange.SessionSender(session, verify=verify, timeout=timeout)
+        self._web = exchange.Web(sender, sender.stranger())
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> ImageSource:

@@ -69,7 +69,7 @@ class PeerSource(ImageSource):
         self._trusted = trusted
         self._headers = {"Authorization": f"Bearer {token}", "Accept-Encoding": "identity"}
         # No other origin: a peer that redirects is none.
-        self._web = exchange.Web(exchange.SessionSend(None, verify=verify, timeout=timeout))
+        self._web = exchange.Web(exchange.SessionSender(None, verify=verify, timeout=timeout))
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> ImageSource:

@@ -8,7 +8,6 @@ outranks it, up to a limit.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources.interface import SourceBusy, SourceRefused
@@ -33,12 +32,12 @@ class DeadlinePassed(errors.SourceError):
 class SourceBudget(RetryBudget):
     """The retries of one transfer or question, with the waiting between them.
 
+    :ivar system: the host.
     :param image_id: the image that errors are about.
-    :param host: whose clock and sleep are used.
+    :param host: whose clock, sleep and chance are used.
     :param retries: failures in a row after which another attempt is made.
     :param deadline: epoch seconds, or None for no limit.
     :param cancel: ends the waiting once it is set.
-    :param random: uniform in [0, 1), for the jitter.
     """
 
     def __init__(
@@ -49,14 +48,12 @@ class SourceBudget(RetryBudget):
         retries: int,
         deadline: float | None,
         cancel: model.CancelToken | None,
-        random: Callable[[], float],
     ) -> None:
         super().__init__(retries)
         self._image_id = image_id
-        self._host = host
+        self.system = host
         self._deadline = deadline
         self._cancel = cancel
-        self._random = random
 
     def check(self, cause: errors.ImageCacheError | None = None, ahead: float = 0.0) -> None:
         """Raise if the request is cancelled, or its deadline is less than ``ahead`` seconds away.
@@ -67,7 +64,7 @@ class SourceBudget(RetryBudget):
         """
         if self._cancel is not None and self._cancel.is_set():
             raise errors.CancelledError("the request was cancelled", image=self._image_id)
-        if self._deadline is not None and self._host.clock() + ahead >= self._deadline:
+        if self._deadline is not None and self.system.clock() + ahead >= self._deadline:
             reason = f"; the last failure: {cause.cause}" if cause is not None else ""
             raise DeadlinePassed(
                 f"the request's deadline passed before the image was here{reason}",
@@ -99,7 +96,7 @@ class SourceBudget(RetryBudget):
     def _delay(self, failure: errors.ImageCacheError) -> float:
         # Full jitter: hosts that failed together must not come back together.
         ceiling = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(self._spent - 1, 16))
-        delay = self._random() * ceiling
+        delay = self.system.random() * ceiling
         asked = failure.retry_after if isinstance(failure, SourceBusy) else None
         if asked is None:
             return delay
@@ -115,6 +112,6 @@ class SourceBudget(RetryBudget):
         self.check(failure, ahead=seconds)
         while seconds > 0:
             piece = min(seconds, _PIECE)
-            self._host.sleep(piece)
+            self.system.sleep(piece)
             seconds -= piece
             self.check(failure)

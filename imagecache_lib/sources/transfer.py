@@ -21,8 +21,7 @@ The loop ends: every pass draws on the one retry budget that the :class:`Transfe
 from __future__ import annotations
 
 import logging
-import random as random_module
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import checked
@@ -57,7 +56,6 @@ def describe(
     retries: int = 3,
     deadline: float | None = None,
     cancel: model.CancelToken | None = None,
-    random: Callable[[], float] = random_module.random,
 ) -> tuple[ImageSource, model.Image]:
     """Return the first source that has the image, and what it says of it. The image is active.
 
@@ -72,9 +70,7 @@ def describe(
     """
 
     def ask(candidate: ImageSource) -> model.Image:
-        budget = SourceBudget(
-            image_id, host=host, retries=retries, deadline=deadline, cancel=cancel, random=random
-        )
+        budget = SourceBudget(image_id, host=host, retries=retries, deadline=deadline, cancel=cancel)
         return _describe(candidate, image_id, budget)
 
     try:
@@ -130,7 +126,6 @@ class Transfer:
     :param cancel: looked at before every chunk.
     :param max_size: most bytes to accept when ``image.size`` is unknown. None: no limit.
     :param rate: bytes per second to take at most. None: no limit.
-    :param random: uniform in [0, 1), for the back-off's jitter.
     """
 
     def __init__(
@@ -144,17 +139,14 @@ class Transfer:
         cancel: model.CancelToken | None = None,
         max_size: int | None = None,
         rate: int | None = None,
-        random: Callable[[], float] = random_module.random,
     ) -> None:
         self._source = source
         self.image = image
         self._host = host
         self._max_size = max_size
         self._limit = max_size if image.size is None else image.size
-        self._budget = SourceBudget(
-            image.id, host=host, retries=retries, deadline=deadline, cancel=cancel, random=random
-        )
-        self._pace = Pace(rate, host=host, check=self._budget.check)
+        self._budget = SourceBudget(image.id, host=host, retries=retries, deadline=deadline, cancel=cancel)
+        self._pace = Pace(rate, self._budget)
         self._resume_refused = False
         self._may_resume = checked.can_resume(source, image)
         self._furthest = 0

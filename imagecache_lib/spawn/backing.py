@@ -128,12 +128,12 @@ def generation(
     doubt = _contradiction(needed, kind, label)
     if doubt is not None and fs is None:
         raise errors.BackendError(
-            doubt,
+            doubt.cause,
             path=disk_path,
             next_step="ask with fs, and name the filesystem that its base was made with",
         )
-    cause = doubt or _obstacle(needed, kind, label, told=told)
-    impossible = None if cause is None else _cannot_be_made(cause, disk_path)
+    unfit = doubt or _obstacle(needed, kind, label, told=told)
+    impossible = None if unfit is None else _cannot_be_made(unfit.cause, disk_path)
     return Generation(needed.name, size, kind, shared=True, publishable=True, impossible=impossible)
 
 
@@ -153,30 +153,43 @@ def _is_bases(seen: Signature, label: str | None) -> bool:
     return seen.label is not None and (seen.label == label or _OUR_LABELS.fullmatch(seen.label) is not None)
 
 
-def _contradiction(needed: Backing, kind: str | None, label: str | None) -> str | None:
-    """Return how the overlay contradicts what its base is said to be, as a clause. None: it does not."""
+@dataclasses.dataclass(frozen=True)
+class _Unfit:
+    """A base cannot be what is asked for. ``cause`` says why, as a clause."""
+
+    cause: str
+
+
+def _contradiction(needed: Backing, kind: str | None, label: str | None) -> _Unfit | None:
+    """Return how the overlay contradicts what its base is said to be. None if it does not."""
     seen = needed.seen
     if seen is None or kind is None or seen.kind == kind or not _is_bases(seen, label):
         return None
-    return f"it holds {seen.kind} with the label {seen.label!r}, and is said to have been made on {kind}"
+    return _Unfit(
+        f"it holds {seen.kind} with the label {seen.label!r}, and is said to have been made on {kind}"
+    )
 
 
-def _obstacle(needed: Backing, kind: str | None, label: str | None, *, told: bool) -> str | None:
-    """Return why no host can make the base of an overlay anew, as a clause. None: every host can."""
+def _obstacle(needed: Backing, kind: str | None, label: str | None, *, told: bool) -> _Unfit | None:
+    """Return why no host can make the base of an overlay anew. None if every host can."""
     if kind is None and told:
-        return "an operator's command made it, and nothing tells whether that would make the same again"
+        return _Unfit(
+            "an operator's command made it, and nothing tells whether that would make the same again"
+        )
     if kind is None:
-        return "nothing tells which filesystem it had: say so with os_type or fs, as the disk was asked for"
+        return _Unfit(
+            "nothing tells which filesystem it had: say so with os_type or fs, as the disk was asked for"
+        )
     if not generate.can_be_shared(kind):
-        return f"no two hosts make {kind} alike"
+        return _Unfit(f"no two hosts make {kind} alike")
     if label not in (None, LABEL):
-        return f"its label is {label!r}, and only {LABEL!r} is the same on every host"
+        return _Unfit(f"its label is {label!r}, and only {LABEL!r} is the same on every host")
     seen = needed.seen
     if seen is None or seen.kind != kind or not _is_bases(seen, label):
         return None
     if seen.identity == generate.IDENTITIES[kind]:
         return None
-    return "it is another host's, whose filesystem no other host can make"
+    return _Unfit("it is another host's, whose filesystem no other host can make")
 
 
 def _cannot_be_made(cause: str, disk_path: str) -> errors.BackendError:

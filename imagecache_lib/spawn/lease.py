@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.ingest.producer import BaseRequest
@@ -139,11 +139,7 @@ class Leases:
 
     def _fill(self, request: BaseRequest, *, bypass: bool) -> SealedStage | Production | None:
         """Do under the exclusive lock what makes the next look a hit, or make a private copy."""
-
-        def is_there() -> bool:
-            return lookup.is_there(self._cache, request)
-
-        with self._locked(request, shared=False, stop_waiting_if=is_there) as locked:
+        with self._locked(request, shared=False) as locked:
             self._cache.host.trace(TracePoint.LEASE_EXCLUSIVE)
             return self._filler.fill(request, bypass=bypass, locked=locked)
 
@@ -168,24 +164,16 @@ class Leases:
 
     # -- locks ---------------------------------------------------------------------------------------
 
-    def _locked(
-        self, request: BaseRequest, *, shared: bool, stop_waiting_if: Callable[[], bool] = lambda: False
-    ) -> contextlib.AbstractContextManager[bool]:
+    def _locked(self, request: BaseRequest, *, shared: bool) -> contextlib.AbstractContextManager[bool]:
         return locks.waiting(
             self._cache.layout.lock(request.name),
             shared=shared,
             host=self._cache.host,
             stall_timeout=self._cache.config.lock_timeout,
             waiter=request.waiter,
-            progress=lambda: self._progress(request),
-            stop_waiting_if=stop_waiting_if,
+            # Who waits for the exclusive lock waits in vain once another made the base.
+            watched=_BeingMade(self._cache, request, ends_wait=not shared),
         )
-
-    def _progress(self, request: BaseRequest) -> object:
-        """Return something that changes while anybody gets on with making the base."""
-        with contextlib.suppress(OSError):
-            return stage.progress(self._cache, request.name)
-        return None
 
     def _vanished(self, request: BaseRequest) -> errors.BackendError:
         return errors.BackendError(
@@ -194,6 +182,25 @@ class Leases:
             path=self._cache.layout.base(request.name),
             next_step="find out what removes files from the cache",
         )
+
+
+class _BeingMade:
+    """A base image that another process may be making."""
+
+    def __init__(self, cache: CacheStore, request: BaseRequest, *, ends_wait: bool) -> None:
+        self._cache = cache
+        self._request = request
+        self._ends_wait = ends_wait
+
+    def progress(self) -> object:
+        """Return something that changes while any process gets on with making the base."""
+        with contextlib.suppress(OSError):
+            return stage.progress(self._cache, self._request.name)
+        return None
+
+    def is_done(self) -> bool:
+        """Whether a base that serves is there, so that the exclusive lock is not needed any more."""
+        return self._ends_wait and lookup.is_there(self._cache, self._request)
 
 
 def _stands_aside(found: evidence.Unmet | None, request: BaseRequest) -> bool:

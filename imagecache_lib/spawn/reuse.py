@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
 
 from imagecache_lib import errors, model
 from imagecache_lib.backends.interface import StorageBackend
@@ -23,25 +22,32 @@ def require_reuse(target: str, if_exists: str) -> None:
         )
 
 
-def reuse_disk(
-    backend: StorageBackend, target: str, size: int | None, ensure_backing: Callable[[], object]
-) -> model.Disk:
-    """Make sure of an existing disk's base, and grow the disk. Nothing else of it changes.
+def is_reused(backend: StorageBackend, target: str, if_exists: str) -> bool:
+    """Whether a disk is there already, to be used again.
 
-    :param size: bytes that it has at least. None: as many as it has.
-    :param ensure_backing: makes sure of its base, if it has one.
-    :raises BackendError: the disk cannot be read, or may have lost its content.
+    :raises DiskExistsError: it is there, and may not be used again.
+    :raises BackendError: the target cannot be one, or a crash may have taken the disk's content.
     """
+    backend.check_target(target)
+    if not backend.exists(target):
+        return False
+    require_reuse(target, if_exists)
     if not backend.ensure_durable(target):
         raise errors.BackendError(
             "the host restarted soon after the disk was made, and its content was not synced before",
             path=target,
             next_step="remove the disk and make it anew; with sync_copied_disks this cannot happen",
         )
+    return True
+
+
+def grown(backend: StorageBackend, target: str, size: int | None) -> model.Disk:
+    """Grow an existing disk, and return it. Nothing else of it changes.
+
+    :param size: bytes that it has at least. None: as many as it has.
+    :raises NoSpaceError, BackendError: the disk cannot be read, or does not grow.
+    """
     disk = backend.inspect(target)
-    if disk.format == "qcow2":
-        # Whatever its header names: a guest may have written one into a disk whose format nobody pinned.
-        ensure_backing()
     if size is not None and size > disk.virtual_size:
         return backend.resize(disk, size)
     return disk

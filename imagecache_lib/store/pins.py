@@ -37,7 +37,7 @@ _MOST_TURNS = 100
 
 @dataclasses.dataclass(frozen=True)
 class Pin:
-    """Somebody's wish that a base stays.
+    """An owner's wish that a base stays.
 
     :param owner: who wishes it. An owner has one pin on a base at most.
     :param expires: epoch seconds of the filesystem's clock. None: until it is taken away.
@@ -123,26 +123,34 @@ def read(cache: CacheStore, name: str) -> PinFile | None:
     return PinFile(image_id, tuple(pins[owner] for owner in sorted(pins)))
 
 
-def reason(cache: CacheStore, name: str, now: float) -> str | None:
-    """Describe the unexpired pins of a base, as a clause. Returns None if there are none.
+@dataclasses.dataclass(frozen=True)
+class Pinned:
+    """A base has pins that hold. ``reason`` describes them, as a clause."""
+
+    reason: str
+
+
+def look(cache: CacheStore, name: str, now: float) -> Pinned | None:
+    """Return the unexpired pins of a base. Returns None if there are none.
 
     A pin file that cannot be read counts as a pin.
     """
     try:
         found = _files(cache, name)
     except OSError as error:
-        return f"its pins cannot be read: {error.strerror}; see {cache.layout.pins_of(name)}"
+        return Pinned(f"its pins cannot be read: {error.strerror}; see {cache.layout.pins_of(name)}")
     for path, held in found:
         if held.pins == (Pin(UNREADABLE),):
-            return f"its pins are unreadable; remove {path} if they are not wanted"
+            return Pinned(f"its pins are unreadable; remove {path} if they are not wanted")
     known = read(cache, name)
     holding = [pin for pin in known.pins if not pin.is_over(now)] if known is not None else []
     if not holding:
         return None
-    return "pinned by " + ", ".join(
+    owners = (
         f"{pin.owner} until {dates.date(pin.expires)}" if pin.expires is not None else pin.owner
         for pin in holding
     )
+    return Pinned(f"pinned by {', '.join(owners)}")
 
 
 def names(cache: CacheStore) -> list[str]:
@@ -183,7 +191,7 @@ def _load(path: str) -> PinFile | None:
     if data is None:
         if not os.path.lexists(path):
             return None
-        data = b""  # whatever that is, somebody may have meant a pin
+        data = b""  # whatever that is, it may be meant as a pin
     return parse(data) or PinFile("", (Pin(UNREADABLE),))
 
 

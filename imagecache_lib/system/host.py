@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import socket
 import time
 from collections.abc import Callable
@@ -49,15 +50,20 @@ def _sleep(seconds: float) -> None:
     time.sleep(seconds)
 
 
+def _random() -> float:
+    return random.random()  # noqa: S311  it spreads load, and guards nothing
+
+
 @dataclasses.dataclass(frozen=True)
 class System:
-    """Clocks, sleep, name, subprocess runner and trace points of the host.
+    """Clocks, sleep, chance, name, subprocess runner and trace points of the host.
 
     :param name: the host's name as the driver reports it in :class:`~imagecache_lib.Instance`.
     :param boot_id: random id of the kernel's current run; empty if it cannot be told.
     :param clock: epoch seconds, for deadlines. Ages are measured against the filesystem's clock instead.
     :param monotonic: seconds since any moment, for durations: nobody can set this clock.
     :param sleep: takes seconds.
+    :param random: uniform in [0, 1), so that hosts that failed together do not come back together.
     :param execute: runs a command: :func:`oslo_concurrency.processutils.execute` or what behaves like it.
     :param trace: called with a :class:`~imagecache_lib.system.trace.TracePoint` as execution reaches it.
         Tests stop there to make an interleaving happen; in production it does nothing.
@@ -70,6 +76,7 @@ class System:
     clock: Callable[[], float] = _clock
     monotonic: Callable[[], float] = _monotonic
     sleep: Callable[[float], None] = _sleep
+    random: Callable[[], float] = _random
     execute: Callable[..., tuple[str, str]] = _execute
     trace: Callable[[TracePoint], None] = _no_trace
     locking: bool = True

@@ -15,7 +15,8 @@ import logging
 import os
 import struct
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 import fasteners
 
@@ -173,6 +174,26 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
         return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
 
 
+class Watched(Protocol):
+    """What the holder of a lock works on, as those see it who wait for the lock."""
+
+    def progress(self) -> object:
+        """Return any value that changes while the holder gets on."""
+
+    def is_done(self) -> bool:
+        """Whether what the lock is wanted for was done meanwhile, which ends the wait."""
+
+
+class _Unwatched:
+    """Stands for a holder whose work cannot be seen."""
+
+    def progress(self) -> object:
+        return None
+
+    def is_done(self) -> bool:
+        return False
+
+
 @contextlib.contextmanager
 def waiting(
     path: str,
@@ -181,8 +202,7 @@ def waiting(
     host: System,
     stall_timeout: float,
     waiter: Waiter | None = None,
-    progress: Callable[[], object] = lambda: None,
-    stop_waiting_if: Callable[[], bool] = lambda: False,
+    watched: Watched | None = None,
 ) -> Iterator[bool]:
     """Hold a lock for the body; yields whether it was got.
 
@@ -190,8 +210,7 @@ def waiting(
     work and nothing else, as long as the body evicts nothing that the lock's holder may be using.
 
     :param waiter: who waits. None: somebody who waits as long as it takes.
-    :param progress: any value that changes while the holder gets on.
-    :param stop_waiting_if: whether another did meanwhile what the lock is wanted for, which ends the wait.
+    :param watched: what the holder works on. None: that cannot be told.
     :raises CancelledError, LockTimeoutError: the waiter no longer waits.
     :raises BackendError: the lock file cannot be opened.
     """
@@ -201,14 +220,15 @@ def waiting(
         if not got:
             host.trace(TracePoint.LOCK_WAITING)
             # Not by the clock of the day: one that is set back must not make anybody wait for the past.
-            seen, since = progress(), host.monotonic()
+            work = watched or _Unwatched()
+            seen, since = work.progress(), host.monotonic()
             while not got and host.monotonic() - since < stall_timeout:
                 if waiter is not None:
                     waiter.check()
                 got = lock.acquire(timeout=min(_SLICE, stall_timeout))
-                if not got and stop_waiting_if():
+                if not got and work.is_done():
                     break
-                if (now_seen := progress()) != seen:
+                if (now_seen := work.progress()) != seen:
                     seen, since = now_seen, host.monotonic()
             else:
                 if not got:

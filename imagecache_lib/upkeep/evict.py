@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from imagecache_lib import errors, events
 from imagecache_lib.store import trash
@@ -24,7 +24,7 @@ from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.upkeep import members, policy
 from imagecache_lib.upkeep.outcomes import Evicted, Kept
 from imagecache_lib.upkeep.policy import Decided, Decision, Fate, InTrash, TrashDecision
-from imagecache_lib.upkeep.references import References
+from imagecache_lib.upkeep.references import ReferenceReader
 
 LOG = logging.getLogger(__name__)
 
@@ -39,9 +39,6 @@ _LOCK = "imagecache-evict-{mark}"
 
 #: How long an evictor waits for a start of the same host that looks for leftovers, in seconds.
 _PATIENCE = 1.0
-
-#: Reads all references to these names.
-Reading = Callable[[Collection[str]], References]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +93,7 @@ def _outcome(decision: TrashDecision, reasons: Mapping[str, str]) -> Outcome:
 
 def evict(
     victims: Iterable[Decision],
-    read: Reading,
+    reader: ReferenceReader,
     cache: CacheStore,
     hosts: Hosts,
     observers: events.Observers,
@@ -110,7 +107,7 @@ def evict(
     One base that cannot be removed stops no other. If anything ends this early, an interrupt included, what
     was renamed here is put back.
 
-    :param read: reads all references anew; called once, after the renames.
+    :param reader: reads all references anew, once, after the renames.
     :param locked: the caller holds the victims' locks.
     :param only: leave everything else in the trash alone.
     :param remove: False: whatever is in the trash gets its name back.
@@ -130,7 +127,7 @@ def evict(
                 elif isinstance(went, Kept):
                     outcomes.append(Outcome(name, False, went.reason))
             found = [each for each in trash.find(cache) if only is None or each.name in only]
-            return outcomes + _empty(found, read, cache, hosts, observers, reasons, remove=remove)
+            return outcomes + _empty(found, reader, cache, hosts, observers, reasons, remove=remove)
         except BaseException:
             for entry in moved:
                 # A guest whose base lies in the trash cannot start. What cannot be put back now is, by the
@@ -168,7 +165,7 @@ def _move_in(
 
 def _empty(
     found: Sequence[trash.TrashEntry],
-    read: Reading,
+    reader: ReferenceReader,
     cache: CacheStore,
     hosts: Hosts,
     observers: events.Observers,
@@ -179,7 +176,7 @@ def _empty(
     """Put back or unlink what lies in the trash, by references that are read now."""
     if not found:
         return []
-    references = read({entry.name for entry in found})
+    references = reader.read({entry.name for entry in found})
     cache.host.trace(TracePoint.EVICT_READ)
     judged = {
         entry.id: policy.decide_trash(described, references, remove=remove)

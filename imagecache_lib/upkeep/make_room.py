@@ -10,6 +10,7 @@ from imagecache_lib.store import reservations
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import Hosts
 from imagecache_lib.upkeep import evict, inventory, policy
+from imagecache_lib.upkeep.references import ReferenceReader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class SpaceReport:
 
 def make(
     wanted: int,
-    read: evict.Reading,
+    reader: ReferenceReader,
     cache: CacheStore,
     hosts: Hosts,
     observers: events.Observers,
@@ -44,23 +45,23 @@ def make(
 ) -> int:
     """Evict unused bases until so many bytes are freed, the least recently used first. Returns how many were.
 
-    :param read: reads all references.
+    :param reader: reads all references.
     """
     if not cache.config.remove_unused_base_images:
         return 0  # not even what an earlier pass left in the trash
-    freed = _freed(evict.evict((), read, cache, hosts, observers))
+    freed = _freed(evict.evict((), reader, cache, hosts, observers))
     if freed < wanted:
-        relief = _plan(wanted - freed, read, cache, now)
-        freed += _freed(evict.evict(relief.victims, read, cache, hosts, observers))
+        relief = _plan(wanted - freed, reader, cache, now)
+        freed += _freed(evict.evict(relief.victims, reader, cache, hosts, observers))
     return freed
 
 
-def report(read: evict.Reading, cache: CacheStore, *, now: float) -> SpaceReport:
+def report(reader: ReferenceReader, cache: CacheStore, *, now: float) -> SpaceReport:
     """Look how full it is.
 
-    :param read: reads all references.
+    :param reader: reads all references.
     """
-    everything = _plan(2**63, read, cache, now)
+    everything = _plan(2**63, reader, cache, now)
     return SpaceReport(
         used=inventory.allocated(cache),
         reserved=reservations.outstanding(cache),
@@ -70,9 +71,9 @@ def report(read: evict.Reading, cache: CacheStore, *, now: float) -> SpaceReport
     )
 
 
-def _plan(wanted: int, read: evict.Reading, cache: CacheStore, now: float) -> policy.EvictionPlan:
+def _plan(wanted: int, reader: ReferenceReader, cache: CacheStore, now: float) -> policy.EvictionPlan:
     bases = inventory.take(cache).bases
-    references = read([entry.name for entry in bases])
+    references = reader.read([entry.name for entry in bases])
     return policy.relieve(bases, references, policy.Limits.of(cache.config), now=now, wanted=wanted)
 
 

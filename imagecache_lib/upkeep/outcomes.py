@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,3 +20,15 @@ class Kept:
     """
 
     reason: str
+
+
+class BaseEvictor(Protocol):
+    """Evicts single base images."""
+
+    def evict_one(self, name: str, reason: str, *, locked: bool = False) -> Evicted | Kept:
+        """Evict a base image if nothing needs it.
+
+        :param reason: why it goes, as a clause.
+        :param locked: the caller holds its lock.
+        :raises NoSpaceError, BackendError: the filesystem failed.
+        """

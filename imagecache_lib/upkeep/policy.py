@@ -16,6 +16,7 @@ from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import layout
 from imagecache_lib.store.hosts import HostRef
 from imagecache_lib.upkeep.inventory import Entry
+from imagecache_lib.upkeep.outcomes import Kept
 from imagecache_lib.upkeep.references import References
 
 #: Why a base goes that an older pass renamed away.
@@ -197,8 +198,8 @@ def decide_trash(entry: InTrash, references: References, *, remove: bool) -> Tra
 
     :param remove: False: nothing goes.
     """
-    if (reason := _why_it_is_put_back(entry, references)) is not None:
-        return TrashDecision(entry, Fate.PUT_BACK, reason)
+    if (kept := _needed_in_trash(entry, references)) is not None:
+        return TrashDecision(entry, Fate.PUT_BACK, kept.reason)
     if not remove:
         return TrashDecision(entry, Fate.PUT_BACK, "remove_unused_base_images is off")
     if entry.waiting:
@@ -206,14 +207,15 @@ def decide_trash(entry: InTrash, references: References, *, remove: bool) -> Tra
     return TrashDecision(entry, Fate.GOES, LEFT)
 
 
-def _why_it_is_put_back(entry: InTrash, references: References) -> str | None:
+def _needed_in_trash(entry: InTrash, references: References) -> Kept | None:
+    """Return why a base in the trash gets its name back. None if nothing needs it."""
     if entry.restored:
-        return "somebody who wanted it linked it back"
+        return Kept("a request that wanted it linked it back")
     if (user := references.users.get(entry.name)) is not None:
-        return user
+        return Kept(user)
     if references.unknown is not None:
-        return references.unknown
-    return "another hard link refers to it" if entry.links > 1 else None
+        return Kept(references.unknown)
+    return Kept("another hard link refers to it") if entry.links > 1 else None
 
 
 def until(hosts: Iterable[HostRef]) -> str:
@@ -253,9 +255,10 @@ def relieve(
     """
     decisions = {}
     for entry in entries:
-        user = needed(entry, references)
-        stays = user or "there is room enough without it, or it was used a moment ago"
-        decisions[entry.name] = Decision(entry, False, stays, in_use=entry.name in references.users)
+        kept = needed(entry, references) or Kept(
+            "there is room enough without it, or it was used a moment ago"
+        )
+        decisions[entry.name] = Decision(entry, False, kept.reason, in_use=entry.name in references.users)
     if limits.remove:
         only_wanted = dataclasses.replace(limits, max_size=0, free_low=0)
         _relieve(decisions, references, only_wanted, now, Space(wanted=wanted))
@@ -263,8 +266,8 @@ def relieve(
 
 
 def _decide(entry: Entry, references: References, limits: Limits, now: float) -> Decision:
-    if (user := needed(entry, references)) is not None:
-        return Decision(entry, False, user, in_use=entry.name in references.users)
+    if (kept := needed(entry, references)) is not None:
+        return Decision(entry, False, kept.reason, in_use=entry.name in references.users)
     age = now - entry.last_use
     if age < limits.age(entry):
         return Decision(entry, False, f"unused, too young by {dates.span(limits.age(entry) - age)}")
@@ -291,14 +294,14 @@ def _relieve(
             pressure -= entry.allocated
 
 
-def needed(entry: Entry, references: References) -> str | None:
-    """Return who needs a base, whatever its age, as a clause. None: nobody does."""
+def needed(entry: Entry, references: References) -> Kept | None:
+    """Return what keeps a base, whatever its age. None if nothing does."""
     if (user := references.users.get(entry.name)) is not None:
-        return user
+        return Kept(user)
     if references.unknown is not None:
-        return references.unknown
+        return Kept(references.unknown)
     if entry.links > 1:
-        return f"the file has {entry.links} names: another hard link refers to it"
+        return Kept(f"the file has {entry.links} names: another hard link refers to it")
     return None
 
 

@@ -78,8 +78,8 @@ def collect(
     for name, user in _of_other_hosts(cache, names):
         users.setdefault(name, user)
     for name in set(pins.names(cache)).intersection(names):
-        if (pinned := pins.reason(cache, name, now)) is not None:
-            users.setdefault(name, pinned)
+        if (pinned := pins.look(cache, name, now)) is not None:
+            users.setdefault(name, pinned.reason)
     for name in _open_in_qemu(cache, set(names).difference(users)):
         users[name] = "open in a running QEMU"
     unknown = disks.unknown
@@ -170,3 +170,23 @@ def _has_qemu_locks(path: str) -> bool:
         return bool(locks.is_locked(fd, *_QEMU_BYTES))
     finally:
         os.close(fd)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceReader:
+    """Reads who refers to base images, as often as it is asked.
+
+    :param instances: all instances on this host; on shared storage those of all hosts. None: unknown.
+    :param last: what the last pass saw.
+    :param now: epoch seconds of the filesystem's clock.
+    """
+
+    cache: CacheStore
+    instances: Sequence[model.Instance] | None
+    last: LastScan
+    follower: Follower
+    now: float
+
+    def read(self, names: Collection[str]) -> References:
+        """Read all references to these base images anew."""
+        return collect(self.cache, names, self.instances, self.last, follower=self.follower, now=self.now)

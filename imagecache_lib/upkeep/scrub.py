@@ -20,7 +20,7 @@ import mmap
 import os
 import platform
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.store import checksums, evidence
@@ -28,9 +28,10 @@ from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable, locks, sparse
 from imagecache_lib.system.rate import Pace
 from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 from imagecache_lib.upkeep import inventory
 from imagecache_lib.upkeep.evict import LEASED
-from imagecache_lib.upkeep.outcomes import Evicted, Kept
+from imagecache_lib.upkeep.outcomes import BaseEvictor, Kept
 
 #: Read so much at once: a whole number of granules, and of every device's blocks.
 _PIECE = 2**20
@@ -96,14 +97,10 @@ class ScrubReport:
         return sum(base.read for base in self.bases)
 
 
-#: Evicts a base whose lock is held if nobody needs it.
-Evict = Callable[[str, str], Evicted | Kept]
-
-
 def scrub(
     cache: CacheStore,
     observers: events.Observers,
-    evict: Evict,
+    evictor: BaseEvictor,
     *,
     rate: int | None,
     names: Collection[str] | None = None,
@@ -115,25 +112,16 @@ def scrub(
     :param names: bases to check. None: all.
     :param cancel: once set, what was found so far is returned; the next scrub goes on where this one ended.
     """
-    cancelled = cancel or threading.Event()
-    limit = Pace(rate, host=cache.host, check=lambda: _stop_if(cancelled))
+    waiter = Waiter(cache.host, cancel=cancel)
+    limit = Pace(rate, waiter)
     found = []
-    # A thread of its own: its priority is lowered, and nobody else's.
+    # A thread of its own: its priority is lowered, and no other thread's.
     reading = concurrent.futures.ThreadPoolExecutor(1, "imagecache-scrub", _be_modest)
-    with reading as reader, contextlib.suppress(_Cancelled):
+    with reading as reader, contextlib.suppress(errors.CancelledError):
         for name in _in_order(cache, names):
-            _stop_if(cancelled)
-            found.append(_scrub_one(name, cache, observers, evict, reader, limit))
+            waiter.check()
+            found.append(_scrub_one(name, cache, observers, evictor, reader, limit))
     return ScrubReport(tuple(found))
-
-
-class _Cancelled(Exception):
-    """The caller no longer waits."""
-
-
-def _stop_if(cancelled: model.CancelToken) -> None:
-    if cancelled.is_set():
-        raise _Cancelled
 
 
 def _in_order(cache: CacheStore, names: Collection[str] | None) -> list[str]:
@@ -153,7 +141,7 @@ def _scrub_one(
     name: str,
     cache: CacheStore,
     observers: events.Observers,
-    evict: Evict,
+    evictor: BaseEvictor,
     reader: concurrent.futures.Executor,
     limit: Pace,
 ) -> ScrubbedBase:
@@ -166,10 +154,10 @@ def _scrub_one(
     with contextlib.closing(opened), translated(opened.path):
         record = cache.record_of(opened)
         if record is None:
-            return ScrubbedBase(name, Verdict.UNVERIFIABLE, "nobody witnessed how it was made")
+            return ScrubbedBase(name, Verdict.UNVERIFIABLE, "it carries no record of how it was made")
         found = reader.submit(_check, opened, record, cache, limit).result()
         if found.verdict is Verdict.DAMAGED:
-            return _quarantine(found, opened, cache, observers, evict)
+            return _quarantine(found, opened, cache, observers, evictor)
         if found.verdict is Verdict.SOUND and record.damaged:
             _acquit(opened, cache)
         return found
@@ -179,26 +167,46 @@ def _check(opened: OpenBase, record: evidence.Record, cache: CacheStore, limit: 
     sums_path = cache.layout.sums(record.name)
     data = durable.read_file(sums_path, limit=checksums.LIMIT)
     sums = checksums.parse(data, record.base_id) if data is not None else None
-    if sums is None and (record.converted or record.digest is None):
-        why = "there are no checksums of it, and no digest of its very bytes"
-        return ScrubbedBase(record.name, Verdict.UNVERIFIABLE, why, image_id=record.image_id)
+    digest = None if record.converted else record.digest
     content = _Content(opened, limit)
+
+    def scrubbed(verdict: Verdict, detail: str) -> ScrubbedBase:
+        return ScrubbedBase(record.name, verdict, detail, content.read, record.image_id)
+
     try:
         with contextlib.closing(content):
-            wrong = content.differs_from(sums) if sums is not None else content.has_other_digest(record)
+            if sums is not None:
+                compared = content.compare_with_sums(sums)
+            elif digest is not None:
+                compared = content.compare_with_digest(digest)
+            else:
+                why = "there are no checksums of it, and no digest of its very bytes"
+                return scrubbed(Verdict.UNVERIFIABLE, why)
     except OSError as error:
         if error.errno != errno.EIO:
             # A server that does not answer says nothing about the data.
-            why = f"it cannot be read now: {error.strerror}"
-            return ScrubbedBase(record.name, Verdict.UNVERIFIABLE, why, content.read, record.image_id)
-        wrong = f"it cannot be read: {error.strerror}"
-    if wrong is not None:
-        return ScrubbedBase(record.name, Verdict.DAMAGED, wrong, content.read, record.image_id)
+            return scrubbed(Verdict.UNVERIFIABLE, f"it cannot be read now: {error.strerror}")
+        compared = _Damaged(f"it cannot be read: {error.strerror}")
+    if isinstance(compared, _Damaged):
+        return scrubbed(Verdict.DAMAGED, compared.how)
     if sums is not None:
         with contextlib.suppress(OSError):
             os.utime(sums_path)
-    how = "its checksums match" if sums is not None else "its digest matches"
-    return ScrubbedBase(record.name, Verdict.SOUND, how, content.read, record.image_id)
+    return scrubbed(Verdict.SOUND, compared.how)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sound:
+    """A base's content is what was written. ``how`` tells by what that is known, as a clause."""
+
+    how: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Damaged:
+    """A base's content is not what was written. ``how`` tells where it differs, as a clause."""
+
+    how: str
 
 
 class _Content:
@@ -224,31 +232,32 @@ class _Content:
         if self._direct >= 0:
             os.close(self._direct)
 
-    def differs_from(self, sums: checksums.Checksums) -> str | None:
-        """Return where it is not what was written, as a clause. None: nowhere."""
+    def compare_with_sums(self, sums: checksums.Checksums) -> _Sound | _Damaged:
+        """Compare it with checksums of what was written."""
         now = checksums.Checksums()
         for offset, data in self._pieces():
             now.add(data, offset)
         wrong = now.differing(sums)
         if not wrong:
-            return None
+            return _Sound("its checksums match")
         first = wrong[0] * checksums.GRANULE
-        return f"{len(wrong)} of its granules of {checksums.GRANULE} bytes are wrong, the first at {first}"
+        return _Damaged(
+            f"{len(wrong)} of its granules of {checksums.GRANULE} bytes are wrong, the first at {first}"
+        )
 
-    def has_other_digest(self, record: evidence.Record) -> str | None:
-        """Return how its digest differs from the source's, as a clause. None: it does not."""
-        assert record.digest is not None  # nobody asks otherwise
-        algorithm = record.digest.algorithm
+    def compare_with_digest(self, digest: model.Digest) -> _Sound | _Damaged:
+        """Compare it with the source's digest."""
+        algorithm = digest.algorithm
         hashed = hashlib.new(algorithm, usedforsecurity=False)
         end = 0
         for offset, data in self._pieces():
-            _feed_zeros(hashed.update, offset - end)
+            _hash_zeros(hashed, offset - end)
             hashed.update(data)
             end = offset + len(data)
-        _feed_zeros(hashed.update, self._size - end)
-        if hashed.hexdigest() == record.digest.value.lower():
-            return None
-        return f"its {algorithm} is {hashed.hexdigest()}, the source's was {record.digest.value}"
+        _hash_zeros(hashed, self._size - end)
+        if hashed.hexdigest() == digest.value.lower():
+            return _Sound("its digest matches")
+        return _Damaged(f"its {algorithm} is {hashed.hexdigest()}, the source's was {digest.value}")
 
     def _pieces(self) -> Iterator[tuple[int, memoryview]]:
         """Yield everything that is no hole, by offset. The data is valid until the next piece."""
@@ -296,10 +305,10 @@ def _some(count: int) -> int:
     return count
 
 
-def _feed_zeros(update: Callable[[bytes], None], count: int) -> None:
+def _hash_zeros(hashed: hashlib._Hash, count: int) -> None:
     zeros = bytes(min(count, _PIECE))
     while count > 0:
-        update(zeros[:count])
+        hashed.update(zeros[:count])
         count -= len(zeros)
 
 
@@ -317,7 +326,7 @@ def _quarantine(
     opened: OpenBase,
     cache: CacheStore,
     observers: events.Observers,
-    evict: Evict,
+    evictor: BaseEvictor,
 ) -> ScrubbedBase:
     """Mark a damaged base, so that no new request is served from it, and evict it if nobody needs it."""
     with locks.waiting(
@@ -331,7 +340,11 @@ def _quarantine(
         record = cache.record_of(opened)
         if record is not None and not record.damaged:
             _mark(dataclasses.replace(record, damaged=True), cache)
-        went = evict(found.name, f"damaged on disk: {found.detail}") if locked else Kept(LEASED)
+        went = (
+            evictor.evict_one(found.name, f"damaged on disk: {found.detail}", locked=True)
+            if locked
+            else Kept(LEASED)
+        )
         stays = went.reason if isinstance(went, Kept) else None
     observers(events.Damaged(found.name, found.image_id, detail=found.detail, stays=stays))
     return dataclasses.replace(found, stays=stays)

@@ -20,11 +20,10 @@ from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import evict, inventory, members, policy, scrub
 from imagecache_lib.upkeep import make_room as room
-from imagecache_lib.upkeep import references as references_module
 from imagecache_lib.upkeep.follow import Follower
 from imagecache_lib.upkeep.make_room import SpaceReport
 from imagecache_lib.upkeep.outcomes import Evicted, Kept
-from imagecache_lib.upkeep.references import References
+from imagecache_lib.upkeep.references import ReferenceReader, References
 
 LOG = logging.getLogger(__name__)
 
@@ -108,7 +107,7 @@ class _Look:
     situation: policy.Situation
     references: References
     limits: policy.Limits
-    read: evict.Reading
+    reader: ReferenceReader
     last: LastScan
     image_ids: dict[str, str | None]
     now: float
@@ -166,7 +165,7 @@ class Upkeep:
         self._refresh(decided.plan, now)
         outcomes = evict.evict(
             decided.plan.victims,
-            look.read,
+            look.reader,
             self._cache,
             self._hosts,
             self._observers,
@@ -201,16 +200,16 @@ class Upkeep:
             entry = inventory.look(self._cache, name)
             if entry is None:
                 return Evicted()
-            read = self._reader_between_passes(now)
-            needed = policy.needed(entry, read([name]))
+            reader = self._reader_between_passes(now)
+            needed = policy.needed(entry, reader.read([name]))
             if needed is not None:
-                return Kept(needed)
+                return needed
             if now - entry.last_use < floor_age:
                 return Kept("it was fetched or used a moment ago")
             self._cache.host.trace(TracePoint.VERIFY_READ)
             victim = policy.Decision(entry, True, reason)
             outcomes = evict.evict(
-                [victim], read, self._cache, self._hosts, self._observers, locked=locked, only={name}
+                [victim], reader, self._cache, self._hosts, self._observers, locked=locked, only={name}
             )
         return next((Kept(each.reason) for each in outcomes if not each.gone), Evicted())
 
@@ -236,18 +235,14 @@ class Upkeep:
         self, *, rate: int | None, names: Collection[str] | None, cancel: model.CancelToken | None
     ) -> scrub.ScrubReport:
         """Check the content of bases, and evict those that are damaged and unused."""
-
-        def evict_locked(name: str, reason: str) -> Evicted | Kept:
-            return self.evict_one(name, reason, locked=True)
-
-        return scrub.scrub(self._cache, self._observers, evict_locked, rate=rate, names=names, cancel=cancel)
+        return scrub.scrub(self._cache, self._observers, self, rate=rate, names=names, cancel=cancel)
 
     def make_room(self, wanted: int) -> int:
         """Evict what a fetch needs the room of, as far as policy allows. Returns the bytes freed."""
         with translated(self._cache.layout.base_path):
             now = self._cache.filesystem_now()
-            read = self._reader_between_passes(now)
-            return room.make(wanted, read, self._cache, self._hosts, self._observers, now=now)
+            reader = self._reader_between_passes(now)
+            return room.make(wanted, reader, self._cache, self._hosts, self._observers, now=now)
 
     def space(self) -> SpaceReport:
         """Look how full the cache's filesystem is."""
@@ -271,9 +266,9 @@ class Upkeep:
         """Read everything that a pass decides by."""
         found = inventory.take(self._cache)
         last = self._load_last_scan()
-        read = self._reader(instances, last, now)
+        reader = self._reader(instances, last, now)
         trashed = trash.find(self._cache)
-        references = read({*(base.name for base in found.bases), *(each.name for each in trashed)})
+        references = reader.read({*(base.name for base in found.bases), *(each.name for each in trashed)})
         self._cache.host.trace(TracePoint.VERIFY_READ)
         registered = members.of(self._cache, self._hosts)
         situation = policy.Situation(
@@ -289,7 +284,7 @@ class Upkeep:
         names = {*(base.name for base in found.bases), *(each.name for each in trashed)}
         image_ids = {name: self.image_id(name) for name in names}
         limits = policy.Limits.of(self._cache.config)
-        return _Look(found, situation, references, limits, read, last, image_ids, now)
+        return _Look(found, situation, references, limits, reader, last, image_ids, now)
 
     def _held(self, names: Iterable[str]) -> dict[str, str]:
         """Return those of these bases that somebody holds this moment, and how."""
@@ -302,16 +297,11 @@ class Upkeep:
 
     def _reader(
         self, instances: tuple[model.Instance, ...] | None, last: LastScan, now: float
-    ) -> evict.Reading:
-        def read(names: Collection[str]) -> References:
-            return references_module.collect(
-                self._cache, names, instances, last, follower=self._follower, now=now
-            )
+    ) -> ReferenceReader:
+        return ReferenceReader(self._cache, instances, last, self._follower, now)
 
-        return read
-
-    def _reader_between_passes(self, now: float) -> evict.Reading:
-        """Return a reading that knows the driver's last report."""
+    def _reader_between_passes(self, now: float) -> ReferenceReader:
+        """Return a reader that knows the driver's last report."""
         last = self._load_last_scan()
         if last.report_unknown is not None:
             last = dataclasses.replace(last, unreadable=last.unreadable or last.report_unknown)

@@ -84,7 +84,7 @@ class DatabaseCase(TestCase):
         return found
 
     def host(self) -> System:
-        return System(name="conductor", clock=lambda: self.now, sleep=self.sleep)
+        return System(name="conductor", clock=lambda: self.now, sleep=self.sleep, random=lambda: 0.5)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -127,7 +127,7 @@ class OtherUsersTest(DatabaseCase):
 
         agents.begin = begin  # type: ignore[method-assign]
         conductor = AggregatePrecacher(
-            database, agents, host=System(clock=lambda: self.now, sleep=look), random=lambda: 0.5
+            database, agents, host=System(clock=lambda: self.now, sleep=look, random=lambda: 0.5)
         )
         with self.assertLogs("imagecache_lib.precache", "INFO") as logged:
             ended = conductor.run(work.id)
@@ -148,7 +148,7 @@ class OtherUsersTest(DatabaseCase):
             begin(host, task)
 
         agents.begin = lock  # type: ignore[method-assign]
-        conductor = AggregatePrecacher(database, agents, host=self.host(), random=lambda: 0.5)
+        conductor = AggregatePrecacher(database, agents, host=self.host())
         with locked, self.assertRaisesRegex(errors.ConfigError, "resume") as caught:
             conductor.run(work.id)
         self.assertIn("locked", str(caught.exception))

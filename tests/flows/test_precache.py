@@ -36,7 +36,7 @@ class Time:
     def __init__(self) -> None:
         self.now = 1000.0
         self._lock = threading.Lock()
-        self.host = System(name="conductor", clock=lambda: self.now, sleep=self.sleep)
+        self.host = System(name="conductor", clock=lambda: self.now, sleep=self.sleep, random=lambda: 0.5)
 
     def sleep(self, seconds: float) -> None:
         with self._lock:
@@ -172,7 +172,6 @@ class JobCase(unittest.TestCase):
             self.hosts,
             host=self.time.host,
             observers=(self.told.append,),
-            random=lambda: 0.5,
         )
 
     def start(self, *names: str, **terms: object) -> job.Job:
@@ -490,7 +489,9 @@ class EndTest(JobCase):
         for name, fake in self.hosts.hosts.items():
             fake.before = note(name)
         precacher.AggregatePrecacher(
-            self.database, self.hosts, host=self.time.host, random=lambda: next(spread, 0.5)
+            self.database,
+            self.hosts,
+            host=dataclasses.replace(self.time.host, random=lambda: next(spread, 0.5)),
         ).run(work.id)
         self.assertEqual(["one", "three", "two"], sorted(begun, key=lambda name: begun[name]))
         self.assertGreaterEqual(begun["two"], 1000 + 54)
@@ -504,10 +505,10 @@ class AgentCase(CacheCase):
             manager.config,
             self.source,
             backend="qcow2",
-            host=manager.host,
+            host=dataclasses.replace(manager.host, random=lambda: 0.0),
             observers=(self.events.append, watch),
         )
-        agent = HostAgent(manager, watch=watch, random=lambda: 0.0, **options)  # type: ignore[arg-type]
+        agent = HostAgent(manager, watch=watch, **options)  # type: ignore[arg-type]
         self.addCleanup(agent.stop)
         return agent
 

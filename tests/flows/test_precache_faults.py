@@ -146,10 +146,8 @@ class TwoConductorsTest(JobCase):
     def other(self) -> tuple[precacher.AggregatePrecacher, Time]:
         """Return a conductor on another machine, with a clock of its own."""
         its = Time()
-        its.host = System(name="other", clock=lambda: its.now, sleep=its.sleep)
-        return precacher.AggregatePrecacher(
-            JobDatabase(self.path), self.hosts, host=its.host, random=lambda: 0.5
-        ), its
+        its.host = System(name="other", clock=lambda: its.now, sleep=its.sleep, random=lambda: 0.5)
+        return precacher.AggregatePrecacher(JobDatabase(self.path), self.hosts, host=its.host), its
 
     def test_one_runs_and_the_other_watches(self) -> None:
         work = self.start("one", "two", concurrency=2)

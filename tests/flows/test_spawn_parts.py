@@ -140,7 +140,7 @@ class TestInspection(CacheCase):
 
 class TestDigest(unittest.TestCase):
     def hashed(self, expected: model.Digest | None, *chunks: bytes) -> str | None:
-        hashing = digest.checking(expected, lambda: None)
+        hashing = digest.checking(expected, Waiter(System(name="here")))
         self.addCleanup(hashing.close)
         for chunk in chunks:
             hashing.feed(chunk)
@@ -165,7 +165,7 @@ class TestDigest(unittest.TestCase):
 
     def test_no_thread_is_left_whatever_happens(self) -> None:
         before = set(threading.enumerate())
-        hashing = digest.StreamDigest(model.Digest("md5", "0"), lambda: None)
+        hashing = digest.StreamDigest(model.Digest("md5", "0"), Waiter(System(name="here")))
         hashing.feed(b"x")
         hashing.close()
         hashing.close()

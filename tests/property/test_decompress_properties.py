@@ -14,12 +14,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagecache_lib import errors, model
-from imagecache_lib.config import CacheConfig
+from imagecache_lib import errors
 from imagecache_lib.ingest import decompress
-from imagecache_lib.ingest.call import Call
 from imagecache_lib.system.host import System
-from imagecache_lib.testing.sources import FakeSource
+from imagecache_lib.system.waiter import Waiter
+from tests.support.chain import Collected, EndlessRoom
 
 PACK: Mapping[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
@@ -29,18 +28,17 @@ PACK: Mapping[str, Callable[[bytes], bytes]] = {
 }
 NAMES = st.sampled_from(sorted(PACK))
 CUTS = st.lists(st.integers(0, 10**6), max_size=9)
-CONFIG = CacheConfig(instances_path="/instances")
 
 
 def unpack(packed: bytes, compression: str, cuts: list[int]) -> bytes:
-    call = Call("x", model.Request(), source=FakeSource({}), config=CONFIG, host=System(name="here"))
-    unpacking = decompress.Unpacking(compression, call, most=2**20, reserve=lambda amount: None)
+    found = Collected()
+    waiter = Waiter(System(name="here"))
+    unpacking = decompress.Unpacking(compression, found, waiter=waiter, most=2**20, reservation=EndlessRoom())
     edges = sorted({0, len(packed), *(cut % (len(packed) + 1) for cut in cuts)})
-    found = b"".join(
-        piece for first, last in itertools.pairwise(edges) for piece in unpacking.feed(packed[first:last])
-    )
+    for first, last in itertools.pairwise(edges):
+        unpacking.feed(packed[first:last])
     unpacking.finish()
-    return found
+    return b"".join(found.pieces)
 
 
 class TestUnpacking(unittest.TestCase):

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 
 from imagecache_lib.formats.qcow2 import decoder, header, walk
+from imagecache_lib.formats.qcow2.spill import Spill
 from imagecache_lib.system import sparse
 
 COMPRESSED = 1 << 62
@@ -215,7 +216,7 @@ def decode(
     with tempfile.TemporaryFile() as out:
         with decoder.StreamDecoder(
             sparse.SparseFile(out.fileno()),
-            spill=tempfile.TemporaryFile,
+            spill=Spill(tempfile.TemporaryFile),
             file_size=len(image) if file_size else None,
             max_virtual_size=max_virtual_size,
             threads=2,

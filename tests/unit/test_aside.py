@@ -7,14 +7,30 @@ import signal
 import threading
 import time
 import unittest
+from collections.abc import Callable
 
 from imagecache_lib import errors
-from imagecache_lib.ingest.stream import Aside
+from imagecache_lib.ingest.aside import Aside, Updated
+from imagecache_lib.system.host import System
+from imagecache_lib.system.waiter import Waiter
+
+PATIENT = Waiter(System(name="here"))
+
+
+class Consuming:
+    """Hands what it is updated with to a function."""
+
+    def __init__(self, consume: Callable[[bytes], object]) -> None:
+        self._consume = consume
+
+    def update(self, data: bytes, /) -> object:
+        return self._consume(data)
 
 
 class TestAside(unittest.TestCase):
-    def aside(self, consume: object, check: object = lambda: None) -> Aside:
-        found = Aside(consume, "test", check)  # type: ignore[arg-type]
+    def aside(self, consume: Callable[[bytes], object], waiter: Waiter = PATIENT) -> Aside:
+        updated: Updated = Consuming(consume)
+        found = Aside(updated, "test", waiter)
         self.addCleanup(found.close)
         return found
 
@@ -42,10 +58,10 @@ class TestAside(unittest.TestCase):
         hanging = threading.Event()
         self.addCleanup(hanging.set)
 
-        def check() -> None:
-            raise errors.CancelledError("cancelled")
-
-        aside = self.aside(lambda _chunk: hanging.wait(60), check)
+        cancel = threading.Event()
+        cancel.set()
+        waiter = Waiter(System(name="here"), cancel=cancel)
+        aside = self.aside(lambda _chunk: hanging.wait(60), waiter)
         with self.assertRaises(errors.CancelledError):
             for _number in range(100):
                 aside.feed(b"x")
@@ -58,7 +74,7 @@ class TestAside(unittest.TestCase):
         before = signal.signal(signal.SIGALRM, interrupt)
         self.addCleanup(signal.signal, signal.SIGALRM, before)
         for round in range(200):
-            aside = Aside(hash, "test", lambda: None)
+            aside = Aside(Consuming(hash), "test", PATIENT)
             began = time.monotonic()
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0.0005 + round * 0.00001)

@@ -22,10 +22,11 @@ import zstandard
 from imagecache_lib import errors, model
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.ingest import decompress
-from imagecache_lib.ingest.call import Call
+from imagecache_lib.ingest.stream import Consumer, Content
 from imagecache_lib.store import evidence
 from imagecache_lib.system.host import System
-from imagecache_lib.testing.sources import FakeSource
+from imagecache_lib.system.waiter import Waiter
+from tests.support.chain import Collected, Counted, EndlessRoom
 
 MIB = 2**20
 CONFIG = CacheConfig(instances_path="/instances")
@@ -46,24 +47,29 @@ def skippable_frame(content: bytes) -> bytes:
 
 class UnpackingCase(unittest.TestCase):
     def setUp(self) -> None:
-        self.reserved: list[int] = []
+        self.room = EndlessRoom()
 
-    def unpacking(self, compression: str, *, most: int = 2**40, **options: Any) -> decompress.Unpacking:
-        request = model.Request(**options)
-        call = Call("x", request, source=FakeSource({}), config=CONFIG, host=System(name="here"))
-        return decompress.Unpacking(compression, call, most=most, reserve=self.reserved.append)
+    def unpacking(
+        self,
+        compression: str,
+        following: Consumer[Content],
+        *,
+        most: int = 2**40,
+        cancel: model.CancelToken | None = None,
+    ) -> decompress.Unpacking:
+        waiter = Waiter(System(name="here"), cancel=cancel)
+        return decompress.Unpacking(compression, following, waiter=waiter, most=most, reservation=self.room)
 
     def unpack(
         self, packed: bytes, compression: str = decompress.ANY, *, step: int = MIB, **options: Any
     ) -> bytes:
-        unpacking = self.unpacking(compression, **options)
-        pieces = []
+        found = Collected()
+        unpacking = self.unpacking(compression, found, **options)
         for start in range(0, len(packed), step):
-            for piece in unpacking.feed(packed[start : start + step]):
-                self.assertLessEqual(len(piece), decompress.PIECE)
-                pieces.append(piece)
+            unpacking.feed(packed[start : start + step])
         unpacking.finish()
-        return b"".join(pieces)
+        self.assertLessEqual(max(map(len, found.pieces), default=0), decompress.PIECE)
+        return b"".join(found.pieces)
 
     def refused(self, packed: bytes, compression: str, words: str, **options: Any) -> None:
         with self.assertRaisesRegex(errors.ImageRejected, words) as caught:
@@ -83,10 +89,11 @@ class TestGoodData(UnpackingCase):
 
     def test_the_first_bytes_tell_how_it_is_packed(self) -> None:
         for name, pack in PACK.items():
-            unpacking = self.unpacking(decompress.ANY)
-            self.assertEqual(DATA, b"".join(unpacking.feed(pack(DATA))))
-            unpacking.finish()
-            self.assertEqual(name, unpacking.compression)
+            found = Collected()
+            unpacking = self.unpacking(decompress.ANY, found)
+            unpacking.feed(pack(DATA))
+            self.assertEqual(f"raw+{name}", unpacking.finish().source_format)
+            self.assertEqual(DATA, b"".join(found.pieces))
 
     def test_of_nothing_is_nothing(self) -> None:
         for name, pack in PACK.items():
@@ -128,11 +135,11 @@ class TestGoodData(UnpackingCase):
     def test_room_is_reserved_as_it_grows_for_what_is_no_zeros(self) -> None:
         data = random.Random(1).randbytes(MIB)
         self.unpack(gzip.compress(data + bytes(200 * MIB), 1), "gzip")
-        self.assertEqual([True], [MIB <= amount < 200 * MIB for amount in self.reserved])
-        self.reserved.clear()
+        self.assertEqual([True], [MIB <= amount < 200 * MIB for amount in self.room.amounts])
+        self.room.amounts.clear()
         self.unpack(gzip.compress(b"x" * (130 * MIB), 1), "gzip")
-        self.assertGreaterEqual(self.reserved[-1], 130 * MIB)
-        self.assertEqual(sorted(self.reserved), self.reserved)
+        self.assertGreaterEqual(self.room.amounts[-1], 130 * MIB)
+        self.assertEqual(sorted(self.room.amounts), self.room.amounts)
 
 
 class TestHostileData(UnpackingCase):
@@ -186,8 +193,7 @@ class TestHostileData(UnpackingCase):
     def test_bombs_are_cut_at_the_ratio(self) -> None:
         frames = PACK["zstd"](bytes(256 * MIB)) * 8
         with self.assertRaisesRegex(errors.ImageRejected, "unpack to more than"):
-            for _piece in self.unpacking("zstd").feed(frames):
-                pass
+            self.unpacking("zstd", Counted()).feed(frames)
 
     def test_bombs_take_no_memory(self) -> None:
         # One Zstandard frame of blocks that each repeat a byte 131072 times: 4 bytes make 128 KiB.
@@ -196,11 +202,10 @@ class TestHostileData(UnpackingCase):
         zeros = bytes(128 * MIB)
         bombs = {"zstd": frame, "gzip": gzip.compress(zeros, 1), "xz": lzma.compress(zeros, preset=0)}
         for name, packed in bombs.items():
-            unpacking = self.unpacking(name, most=100 * MIB)
+            unpacking = self.unpacking(name, Counted(), most=100 * MIB)
             tracemalloc.start()
             with self.subTest(name=name), self.assertRaises(errors.ImageRejected):
-                for _piece in unpacking.feed(packed):
-                    pass
+                unpacking.feed(packed)
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             self.assertLess(peak, 80 * MIB, name)

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from imagecache_lib import errors
 from imagecache_lib.system import locks
@@ -201,6 +201,20 @@ class TestUnlinkedFiles(LockCase):
         self.assertEqual([f"nova-{NAME}"], os.listdir(os.path.dirname(self.path)))
 
 
+class Work:
+    """What the holder of a lock works on."""
+
+    def __init__(self, progress: Callable[[], object] = lambda: None, *, done: bool = False) -> None:
+        self._progress = progress
+        self._done = done
+
+    def progress(self) -> object:
+        return self._progress()
+
+    def is_done(self) -> bool:
+        return self._done
+
+
 class TestWaiting(LockCase):
     def test_after_the_stall_timeout_a_waiter_goes_on_without(self) -> None:
         logged = self.assertLogs("imagecache_lib.system.locks", "WARNING")
@@ -216,7 +230,7 @@ class TestWaiting(LockCase):
                 shared=False,
                 host=self.host,
                 stall_timeout=0.3,
-                progress=lambda: changes.pop(0) if len(changes) > 1 else 3,
+                watched=Work(progress=lambda: changes.pop(0) if len(changes) > 1 else 3),
             )
             with waiting as got:
                 self.assertFalse(got)
@@ -233,7 +247,7 @@ class TestWaiting(LockCase):
     def test_a_wait_whose_reason_is_gone_ends(self) -> None:
         with self.take():
             waiting = locks.waiting(
-                self.path, shared=False, host=self.host, stall_timeout=60, stop_waiting_if=lambda: True
+                self.path, shared=False, host=self.host, stall_timeout=60, watched=Work(done=True)
             )
             with waiting as got:
                 self.assertFalse(got)

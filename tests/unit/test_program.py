@@ -8,19 +8,19 @@ import sys
 import threading
 import time
 import unittest
-from collections.abc import Callable
 
 from imagecache_lib import System, errors
 from imagecache_lib.formats import program
 from imagecache_lib.formats.program import DataRefused, Limits, StorageFailed
+from imagecache_lib.model import CancelToken
+from imagecache_lib.system.waiter import Waiter
 
 
-def _script(script: str, *, wall: int = 60, check: Callable[[], None] = lambda: None) -> str:
+def _script(script: str, *, wall: int = 60, cancel: CancelToken | None = None) -> str:
     return program.run(
         ("sh", "-c", script),
-        host=System(name="here"),
         limits=Limits(cpu=10, memory=2**31, wall=wall),
-        check=check,
+        waiter=Waiter(System(name="here"), cancel=cancel),
         program="qemu-img",
         subject="/disk",
         hidden=("/stage/1",),
@@ -69,16 +69,11 @@ class TestEndings(unittest.TestCase):
         self.assertLess(time.monotonic() - began, 20)
 
     def test_it_ends_with_all_its_children_when_nobody_waits(self) -> None:
-        over = threading.Event()
-
-        def check() -> None:
-            over.set()
-            raise errors.CancelledError("cancelled")
-
+        cancel = threading.Event()
+        cancel.set()
         began = time.monotonic()
         with self.assertRaises(errors.CancelledError):
-            _script("sleep 60 & wait", check=check)
-        self.assertTrue(over.is_set())
+            _script("sleep 60 & wait", cancel=cancel)
         self.assertLess(time.monotonic() - began, 20)
 
     def test_it_is_known_how_it_ended_where_child_signals_are_ignored(self) -> None:
@@ -99,9 +94,8 @@ class TestEndings(unittest.TestCase):
         with self.assertRaises(errors.BackendError) as caught:
             program.run(
                 ("qemu-img",),
-                host=System(name="here", execute=execute),
                 limits=Limits(1, 1, 1),
-                check=lambda: None,
+                waiter=Waiter(System(name="here", execute=execute)),
                 program="qemu-img",
                 subject="/disk",
             )

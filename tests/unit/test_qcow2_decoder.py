@@ -10,6 +10,7 @@ import unittest
 from typing import Any
 
 from imagecache_lib.formats.qcow2 import decoder, header, inflate
+from imagecache_lib.formats.qcow2.spill import Spill
 from imagecache_lib.system import sparse
 from tests.support import qcow2_images
 from tests.support.qcow2_images import Cluster
@@ -133,7 +134,7 @@ class ImagesThatQemuConverted(WithImages):
         with tempfile.TemporaryFile() as out:
             decoding = decoder.StreamDecoder(
                 sparse.SparseFile(out.fileno()),
-                spill=tempfile.TemporaryFile,
+                spill=Spill(tempfile.TemporaryFile),
                 file_size=None,
                 max_virtual_size=2**40,
                 inflate=inflate.zlib_inflate,

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from imagecache_lib import errors
 from imagecache_lib.formats.qcow2 import decoder
+from imagecache_lib.formats.qcow2.spill import Spill
 from imagecache_lib.system import sparse
 from tests.support import qcow2_images
 from tests.support.qcow2_images import Cluster
@@ -24,6 +25,7 @@ _FRAGMENTED = """
 import array, random, sys, tempfile
 from imagecache_lib.system import sparse
 from imagecache_lib.formats.qcow2 import decoder, header, inflate
+from imagecache_lib.formats.qcow2.spill import Spill
 
 def peak():
     with open("/proc/self/status") as status:
@@ -44,7 +46,10 @@ fields = header.V2_FIELDS.pack(
 inflate.fastest_deflate()
 before = peak()
 with tempfile.TemporaryFile() as out, decoder.StreamDecoder(
-    sparse.SparseFile(out.fileno()), spill=tempfile.TemporaryFile, file_size=None, max_virtual_size=2**44
+    sparse.SparseFile(out.fileno()),
+    spill=Spill(tempfile.TemporaryFile),
+    file_size=None,
+    max_virtual_size=2**44,
 ) as decoding:
     decoding.write(fields.ljust(SIZE, b"\\0"))
     decoding.write(packed((3 + i) * SIZE for i in range(TABLES)).ljust(2 * SIZE, b"\\0"))
@@ -100,7 +105,7 @@ class Space(unittest.TestCase):
             raise AssertionError("nothing has to be set aside")
 
         return decoder.StreamDecoder(
-            sparse.SparseFile(descriptor), spill=no_side_file, file_size=None, max_virtual_size=2**40
+            sparse.SparseFile(descriptor), spill=Spill(no_side_file), file_size=None, max_virtual_size=2**40
         )
 
 
@@ -127,7 +132,7 @@ class Failures(unittest.TestCase):
             with tempfile.TemporaryFile() as out:
                 decoding = decoder.StreamDecoder(
                     sparse.SparseFile(out.fileno()),
-                    spill=tempfile.TemporaryFile,
+                    spill=Spill(tempfile.TemporaryFile),
                     file_size=len(image),
                     max_virtual_size=2**40,
                     threads=threads,

@@ -12,6 +12,7 @@ import zlib
 
 from imagecache_lib import errors
 from imagecache_lib.formats.qcow2 import decoder, header
+from imagecache_lib.formats.qcow2.spill import Spill
 from imagecache_lib.system import sparse
 from tests.support import qcow2_images
 from tests.support.qcow2_images import Cluster
@@ -141,7 +142,7 @@ class WhatIsRefused(unittest.TestCase):
         with tempfile.TemporaryFile() as out:
             decoding = decoder.StreamDecoder(
                 sparse.SparseFile(out.fileno()),
-                spill=tempfile.TemporaryFile,
+                spill=Spill(tempfile.TemporaryFile),
                 file_size=len(image) - SIZE,
                 max_virtual_size=2**40,
             )

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from imagecache_lib import CacheConfig, System, errors
 from imagecache_lib.formats.qemu_img import DiskFile, QemuImg
 from imagecache_lib.formats.sandbox import Sandbox
+from imagecache_lib.system.waiter import Waiter
 
 _INTRUDER = """\
 #!/bin/sh
@@ -80,7 +81,7 @@ class TestSandbox(unittest.TestCase):
         self.put("qemu-img", script)
         with _first_in_path(self.programs), contextlib.suppress(errors.BackendError):  # it changes the size
             qemu_img = QemuImg(CacheConfig(instances_path="/unused"), self.host)
-            qemu_img.convert_to_raw(DiskFile(str(source), "raw"), str(out), check=lambda: None)
+            qemu_img.convert_to_raw(DiskFile(str(source), "raw"), str(out), waiter=Waiter(self.host))
         said = out.read_text().splitlines()
         self.assertEqual(["refused"] * 6 + ["source is readable"], said)
         self.assertFalse(beside.exists())

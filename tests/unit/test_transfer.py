@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import random
 import threading
@@ -29,7 +30,7 @@ class Time:
         self.now = 1000.0
         self.slept = 0.0
         self.on_sleep: Callable[[], None] = lambda: None
-        self.host = System(name="here", clock=lambda: self.now, sleep=self.sleep)
+        self.host = System(name="here", clock=lambda: self.now, sleep=self.sleep, random=lambda: 1.0)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -53,7 +54,7 @@ class TransferCase(unittest.TestCase):
 
     def transfer(self, source: ImageSource | None = None, **options: object) -> transfer.Transfer:
         source = source or self.source
-        arguments = {"host": self.time.host, "random": lambda: 1.0, **options}
+        arguments = {"host": self.time.host, **options}
         return transfer.Transfer(source, source.describe(ID), **arguments)  # type: ignore[arg-type]
 
 
@@ -176,12 +177,15 @@ class TestBudget(TransferCase):
         self.source.fail_open(*[errors.SourceError("down") for _ in range(9)])
         draws = iter([1.0, 0.5, 0.0, 1.0])
         with self.assertRaises(errors.SourceError):
-            fetch(self.transfer(retries=4, random=lambda: next(draws)))
+            host = dataclasses.replace(self.time.host, random=lambda: next(draws))
+            fetch(self.transfer(retries=4, host=host))
         self.assertAlmostEqual(0.5 + 0.5 + 0.0 + 4.0, self.time.slept)
 
     def test_waits_as_long_as_the_server_asks(self) -> None:
         self.source.fail_open(SourceBusy("HTTP 503", retry_after=7.0))
-        self.assertEqual(DATA, fetch(self.transfer(random=lambda: 0.0)))
+        self.assertEqual(
+            DATA, fetch(self.transfer(host=dataclasses.replace(self.time.host, random=lambda: 0.0)))
+        )
         self.assertAlmostEqual(7.0, self.time.slept)
 
     def test_does_not_wait_an_hour(self) -> None:
@@ -275,7 +279,7 @@ class TestDeadlineAndCancel(TransferCase):
 
 class TestDescribe(TransferCase):
     def describe(self, *fallbacks: ImageSource, **options: object) -> tuple[ImageSource, model.Image]:
-        arguments = {"host": self.time.host, "random": lambda: 1.0, "fallbacks": fallbacks, **options}
+        arguments = {"host": self.time.host, "fallbacks": fallbacks, **options}
         return transfer.describe(self.source, ID, **arguments)  # type: ignore[arg-type]
 
     def test_retries_what_may_pass(self) -> None:

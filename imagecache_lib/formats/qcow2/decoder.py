@@ -14,9 +14,7 @@ end.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from types import TracebackType
-from typing import BinaryIO
 
 from imagecache_lib import errors
 from imagecache_lib.formats.qcow2 import header as header_module
@@ -90,8 +88,7 @@ class StreamDecoder:
     """Takes a qcow2 file in pieces of any size and writes the disk it holds.
 
     :param out: takes the disk's content. Nothing is synced.
-    :param spill: opens an empty file for reading and writing, preferably unlinked; called at most once, and
-        only if more than 8 MiB have to be set aside.
+    :param spill: takes what has to be set aside. It is closed with the decoder.
     :param file_size: bytes the whole file has, if known: tables that point outside are then refused at once.
     :param max_virtual_size: bytes above which the image is refused.
     :param inflate: inflates deflate clusters; None means the fastest that is installed.
@@ -104,7 +101,7 @@ class StreamDecoder:
         self,
         out: Sink,
         *,
-        spill: Callable[[], BinaryIO],
+        spill: Spill,
         file_size: int | None,
         max_virtual_size: int,
         inflate: Inflate | None = None,
@@ -112,7 +109,7 @@ class StreamDecoder:
         map_bytes: int = MAP_BYTES,
     ) -> None:
         self._out = out
-        self._spill = Spill(spill)
+        self._spill = spill
         self._file_size = file_size
         self._max_virtual_size = max_virtual_size
         self._inflate = inflate

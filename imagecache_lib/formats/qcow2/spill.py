@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stream passed before anybody knew whether it is wanted: a little in memory, more in a file."""
+"""What a stream passed before a table told whether it is wanted: a little in memory, more in a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _MAX_PIECES = 2**19
 class Spill:
     """Bytes of the stream, kept by their offset in it.
 
-    :param open_file: opens an empty file for reading and writing, called once at most.
+    :param open_file: opens an empty file for reading and writing, preferably unlinked. Called at most once,
+        and only if more than 8 MiB have to be kept.
     """
 
     def __init__(self, open_file: Callable[[], BinaryIO]) -> None:

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether an image fits on the disk that is to be made of it."""
+
+from __future__ import annotations
+
+from imagecache_lib import errors
+
+
+def require_fit(label: str, virtual_size: int, size: int | None) -> None:
+    """Refuse an image that is larger than the disk that is to be made of it.
+
+    :param label: what the message calls the image.
+    :param size: virtual size of the disk in bytes. None: as large as the image.
+    :raises DiskTooSmallError: it is.
+    """
+    if size is not None and size < virtual_size:
+        raise errors.DiskTooSmallError(
+            f"its virtual size is {virtual_size} bytes and the disk shall have {size}",
+            image=label,
+            next_step="choose a larger disk (flavor)",
+            size=size,
+            virtual_size=virtual_size,
+        )
