@@ -1,9 +1,9 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: Apache-2.0
-"""Write the report of this host's instances, as ``imagecache cache verify --instances FILE`` reads it, from libvirt.
+"""Write the report of this host's instances, for ``imagecache cache verify --instances FILE``, from libvirt.
 
-The report names every domain that libvirt has defined, running or not: uuid, host, the images that Nova noted in
-the domain's metadata, and the names of the directories that its disks lie in. It is replaced in one step, so that
+The report names every domain that libvirt has defined, running or not: uuid, host, the images that Nova noted
+in the domain's metadata, and the names of the directories that its disks lie in. It is replaced in one step:
 nobody reads half of one. Where libvirt does not answer the old report is removed: no report means that nothing
 is evicted, and an old one would say that instances made since do not exist.
 
@@ -23,9 +23,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
-#: The namespace of what Nova writes into a domain's metadata, in all its versions: nova/virt/libvirt/config.py.
+#: Namespaces of what Nova writes into a domain's metadata: nova/virt/libvirt/config.py.
 NOVA = "{http://openstack.org/xmlns/libvirt/nova/1.1}"
 OLD_NOVA = "{http://openstack.org/xmlns/libvirt/nova/1.0}"
 #: Seconds that libvirt may take for one answer.
@@ -49,10 +49,10 @@ class Libvirt:
         """Return the uuids of all domains, whatever their state."""
         return self._virsh("list", "--all", "--uuid").split()
 
-    def description(self, uuid: str) -> ElementTree.Element | None:
+    def description(self, uuid: str) -> ET.Element | None:
         """Return a domain's XML. None: it was undefined meanwhile."""
         try:
-            return ElementTree.fromstring(self._virsh("dumpxml", uuid))
+            return ET.fromstring(self._virsh("dumpxml", uuid))
         except ReportError:
             if uuid not in self.uuids():
                 return None
@@ -78,7 +78,7 @@ class Libvirt:
         return finished.stdout
 
 
-def instance(domain: ElementTree.Element, host: str) -> dict[str, Any]:
+def instance(domain: ET.Element, host: str) -> dict[str, Any]:
     """Return a domain as an instance of the report."""
     uuid = domain.findtext("uuid") or ""
     if not uuid:
@@ -91,7 +91,7 @@ def instance(domain: ElementTree.Element, host: str) -> dict[str, Any]:
     return found
 
 
-def _images(domain: ElementTree.Element) -> Iterator[str]:
+def _images(domain: ET.Element) -> Iterator[str]:
     for namespace in (NOVA, OLD_NOVA):
         for root in domain.iterfind(f"metadata/{namespace}instance/{namespace}root"):
             # The other type is a volume, whose id is no image's.
@@ -99,7 +99,7 @@ def _images(domain: ElementTree.Element) -> Iterator[str]:
                 yield root.get("uuid", "")
 
 
-def _directories(domain: ElementTree.Element) -> Iterator[str]:
+def _directories(domain: ET.Element) -> Iterator[str]:
     """Yield the names of the directories that files of the domain lie in: Nova's is the uuid."""
     for source in domain.iterfind("devices/disk/source"):
         if source.get("file"):
@@ -114,7 +114,7 @@ def report(libvirt: Libvirt, host: str) -> list[dict[str, Any]]:
     described = (libvirt.description(uuid) for uuid in libvirt.uuids())
     try:
         return [instance(domain, host) for domain in described if domain is not None]
-    except ElementTree.ParseError as error:
+    except ET.ParseError as error:
         raise ReportError(f"libvirt describes a domain in no XML: {error}") from error
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The systemd units that the project ships: their restrictions are tight, and take nothing from the cache.
 
-A real systemd applies them. What cannot be tried by it here: the agent's readiness on a real bus (tests/process
-does that without a unit), and the timers.
+A real systemd applies them. What it does not try: the agent's readiness on a real bus, which tests/process
+does without a unit, and the timers.
 """
 
 from __future__ import annotations
@@ -43,14 +43,23 @@ shut_in = QemuImg(config, manager.host).sandbox_problem()
 with manager.fetch_or_reuse("vmdk") as base:
     content = open(base.path, "rb").read(6)
 manager.evict_image("vmdk")
-print(json.dumps({"reasons": reasons, "problems": list(report.problems), "sandbox": shut_in, "read": content.decode()}))
+told = {"reasons": reasons, "problems": list(report.problems), "sandbox": shut_in}
+told["read"] = content.decode()
+print(json.dumps(told))
 """
 
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_a_unit_is_exposed_to_little(name: str) -> None:
     analyze = needs.program("systemd-analyze")
-    command = [analyze, "security", "--offline=true", "--no-pager", "--threshold=40", UNITS / name]
+    command: list[str | pathlib.Path] = [
+        analyze,
+        "security",
+        "--offline=true",
+        "--no-pager",
+        "--threshold=40",
+        UNITS / name,
+    ]
     judged = subprocess.run(command, capture_output=True, text=True, check=False)
     assert judged.returncode == 0, judged.stdout[-300:] + judged.stderr
 
@@ -61,7 +70,9 @@ def test_systemd_finds_no_fault_with_the_units(tmp_path: pathlib.Path) -> None:
         # The commands are not installed here; any will do.
         text = path.read_text().replace("/usr/local/bin/imagecache-instances", "/bin/true")
         (tmp_path / path.name).write_text(text.replace("/usr/local/bin/imagecache", "/bin/true"))
-    units = [path for path in sorted(tmp_path.iterdir()) if path.suffix in (".service", ".timer")]
+    units: list[str | pathlib.Path] = [
+        path for path in sorted(tmp_path.iterdir()) if path.suffix in (".service", ".timer")
+    ]
     environment = {**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"}
     verified = subprocess.run(
         [analyze, "verify", "--man=no", *units], capture_output=True, text=True, env=environment, check=False

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real systemd that applies a unit's restrictions to the unit's command, as process 1 of namespaces of its own.
+"""A real systemd that applies a unit's restrictions to its command, as process 1 of namespaces of its own.
 
-It is given a directory of units and nothing else of the machine's, and a cgroup of its own. It ends with the unit
-that it was started for, and everything in it ends with it.
+It is given a directory of units and nothing else of the machine's, and a cgroup of its own. It ends with the
+unit that it was started for, and everything in it ends with it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run_unit(name: str, units: Mapping[str, str], *, home: pathlib.Path, seconds
     """Run a unit of ``Type=oneshot`` to its end, and return what it said.
 
     :param units: their texts by name. The named one is wanted; drop-ins are ``NAME.d/FILE.conf``.
-    :param home: a directory that everybody may enter; its ``instances`` is seen as ``/var/lib/nova/instances``.
+    :param home: a directory that everybody may enter; its ``instances`` is seen as the service's own.
     :raises AssertionError: the unit failed, with what it and systemd said.
     """
     needs.root()

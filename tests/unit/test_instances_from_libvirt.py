@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report that the example makes of libvirt's domains is one that the command reads, and never half a one."""
+"""The report that the example makes of libvirt's domains is one that the command reads, and a whole one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,14 @@ class TestReport(unittest.TestCase):
 
     def run_it(self) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PATH": f"{self.home}:{os.environ['PATH']}", "ANSWERS": str(self.home)}
-        command = [sys.executable, PROGRAM, "--host", "compute-7", "--output", self.output]
+        command: list[str | pathlib.Path] = [
+            sys.executable,
+            PROGRAM,
+            "--host",
+            "compute-7",
+            "--output",
+            self.output,
+        ]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
     def test_a_domain_is_reported_with_its_image_and_its_directory(self) -> None:
@@ -63,7 +70,7 @@ class TestReport(unittest.TestCase):
         virsh = self.home / "virsh"
         # The first list names it, later ones do not, and it has no description.
         virsh.write_text(
-            f"{VIRSH.splitlines()[0]}\ncase $* in *list*) cat $ANSWERS/list; : > $ANSWERS/list;; *) exit 1; esac\n"
+            "#!/bin/sh\ncase $* in *list*) cat $ANSWERS/list; : > $ANSWERS/list;; *) exit 1; esac\n"
         )
         self.answer("list", f"{UUID}\n")
         self.assertEqual(0, self.run_it().returncode)
