@@ -5,7 +5,7 @@ SUITE is a Debian release's code name. A root filesystem that holds its essentia
 nothing else is made once and kept outside of the checkout, with the packages that were downloaded, under a
 hash of all that decides what is needed. Each run unpacks it afresh, clones the commit that is checked out
 here, and installs everything as a new user would: with sudo as a user, and as root, who then makes the
-targets, such as ``test``.
+targets, such as ``test``. Before that the page on installing is pasted into a tree of its own.
 
 It happens in a mount and a process namespace, on a filesystem in a file that has no name any more: the kernel
 clears up, however this ends.
@@ -40,6 +40,8 @@ NAMESPACES = (
 )
 #: A tree that was not used for so long is removed, in seconds.
 UNUSED = 7 * 86400
+#: Its blocks of bash are run, in the order in which they are read.
+INSTALL_PAGE = "doc/source/admin/installing.rst"
 #: What `make demo` may take when all is set up, beside the demonstration itself, in seconds.
 SET_UP_AGAIN = 2.0
 #: What a root filesystem holds; sudo is for the user, and removed for root.
@@ -186,7 +188,7 @@ class Checks:
 
     def check(self, tree: Tree, user: str, script: str) -> str:
         """Run a script in the clone, and remember whether it failed. Returns what it said."""
-        title = f"{self.suite}, {user}: {script}"
+        title = f"{self.suite}, {user}: {' '.join(script.split())[:60]}"
         print(f"-- {title}", flush=True)
         began = time.monotonic()
         code, said = tree.execute(user, f"cd imagecache-lib; {script}")
@@ -208,6 +210,11 @@ class Checks:
         code, said = tree.execute(user, "git clone --quiet /commit.bundle imagecache-lib 2>&1")
         if code:
             self.failed.append(f"{self.suite}, {user}: git clone: {said}")
+
+    def as_operator(self, tree: Tree) -> None:
+        """The page on installing, pasted by root."""
+        self.clone(tree, "root")
+        self.check(tree, "root", pasted(ROOT / INSTALL_PAGE))
 
     def as_user(self, tree: Tree) -> None:
         """The demonstration, without rights, and by somebody who may become root with sudo."""
@@ -242,10 +249,21 @@ class Checks:
             print(f"   {took - float(shown[1]):.1f} s beside the demonstration itself", flush=True)
 
 
+def pasted(page: pathlib.Path) -> str:
+    """Return what a reader pastes from a page: its blocks of bash, one after the other."""
+    lines, taking = [], False
+    for line in page.read_text().splitlines():
+        if line and not line.startswith(" "):
+            taking = line == ".. code-block:: bash"
+        elif taking:
+            lines.append(line.removeprefix("    "))
+    return "\n".join(lines)
+
+
 def inside(chosen: argparse.Namespace) -> int:
     kept, commit = chosen.inside
     checks = Checks(chosen.suite, chosen.targets, commit, chosen.results)
-    for attempt in (checks.as_user, checks.as_root):
+    for attempt in (checks.as_operator, checks.as_user, checks.as_root):
         with unpacked(kept, chosen.suite) as tree:
             attempt(tree)
     for failure in checks.failed:

@@ -197,7 +197,8 @@ def foreign_files(wheel: pathlib.Path) -> list[str]:
     """Return what the wheel holds beside the package and its metadata: tests, say."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    own = ("imagecache_lib/", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/")
+    distribution = "-".join(wheel.name.split("-")[:2])
+    own = ("imagecache_lib/", f"{distribution}.dist-info/", f"{distribution}.data/data/share/imagecache-lib/")
     return [name for name in names if not name.startswith(own) or "/tests/" in name]
 
 
