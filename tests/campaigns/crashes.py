@@ -3,8 +3,8 @@
 
 An operation is recorded once (:mod:`tests.support.recorded_calls`); its states are built one after the other
 (:mod:`tests.support.crash_states`) where it ran, since overlays hold absolute paths. In each, before anything
-is repaired, whatever has a base's name must be whole. Then the host starts again: what was acknowledged must be
-there, the documented retry of what was not must work, and after passes that come long later nothing may be
+is repaired, whatever has a base's name must be whole. Then the host starts again: what was acknowledged must
+be there, the documented retry of what was not must work, and after passes that come long later nothing may be
 left over, no overlay may lack its base, and what nobody needs any more must go.
 """
 
@@ -286,7 +286,7 @@ _INODE = re.compile(rb'(inode\\*": )\d+')
 
 
 def _bind(paths: list[pathlib.Path]) -> None:
-    """Let records name the inodes that their bases have now: a disk keeps them, and building them anew did not."""
+    """Let records name the inodes that their bases have now: a power cut changes none, and building did."""
     inodes = {}
     for path in paths:
         with contextlib.suppress(OSError):
@@ -524,9 +524,16 @@ class Crashes:
             for position, step in enumerate(self.recording.steps[: last + 1])
             if position not in present and not type(step).__name__.startswith(("Sync", "Mark"))
         ]
-        there = [path if found is None else f"{path} {len(found[1].data)}" for path, found in sorted(state.items())]
+        there = [
+            path if found is None else f"{path} {len(found[1].data)}" for path, found in sorted(state.items())
+        ]
         return "\n".join(
-            ["a promise is broken after this power cut", f"acknowledged: {sorted(marks)}"]
-            + [f"the last step that arrived is {last}, and before it these were lost:", *lost]
-            + ["there was:", *(f"  {each}" for each in there)]
+            (
+                "a promise is broken after this power cut",
+                f"acknowledged: {sorted(marks)}",
+                f"the last step that arrived is {last}, and before it these were lost:",
+                *lost,
+                "there was:",
+                *(f"  {each}" for each in there),
+            )
         )

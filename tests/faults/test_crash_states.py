@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever a power cut leaves of an operation, the next start repairs it and every promise holds.
 
-A sample of the states of each operation, and of some pairs of operations. A campaign checks all states of each
-operation, and many of each pair.
+A sample of the states of each operation, and of some pairs of operations. A campaign checks all states of
+each operation, and many of each pair.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def test_every_state_that_a_power_cut_leaves_is_repaired(
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("name", campaign.pick(sample=random.Random(SEED).sample(list(PAIRS), 4), whole=list(PAIRS)))
+@pytest.mark.parametrize(
+    "name", campaign.pick(sample=random.Random(SEED).sample(list(PAIRS), 4), whole=list(PAIRS))
+)
 def test_states_between_two_operations_are_repaired(
     directory: pathlib.Path, name: str, record_property: Callable[[str, Any], None]
 ) -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every state of a directory that a power cut may leave, of a recorded run. Pure: no file is touched.
 
-The rules are those of ALICE (Pillai and others, OSDI 2014) and CrashMonkey (Mohan and others, OSDI 2018), for a
-filesystem that promises no more than POSIX does: of what was done since the last sync any part may be there.
+The rules are those of ALICE (Pillai and others, OSDI 2014) and CrashMonkey (Mohan and others, OSDI 2018), for
+a filesystem that promises no more than POSIX does: of what was done since the last sync any part may be there.
 A part is one change of names, one piece of 4 KiB of a file's data, one change of its size, or one of its
-attributes. fsync(2) of a file makes its data, size and attributes durable, fdatasync(2) its data and size, and
-fsync of a directory its names: never the names of a file that was synced. link(2) and rename(2) are atomic.
+attributes. fsync(2) of a file makes its data, size and attributes durable, fdatasync(2) its data and size,
+and fsync of a directory its names: never the names of a file that was synced. link(2) and rename(2) are atomic.
 
 Two rules more say that the filesystem itself is whole afterwards: a directory that is not empty is not gone,
 and where a file moved into a directory, that directory is there.
@@ -17,7 +17,6 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Union
 
 #: What a disk writes in one go.
 PIECE = 4096
@@ -86,7 +85,7 @@ class Mark:
     text: str
 
 
-Step = Union[Names, Data, Size, Attribute, SyncFile, SyncDirectory, Mark]
+Step = Names | Data | Size | Attribute | SyncFile | SyncDirectory | Mark
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +193,7 @@ class Recording:
         return found
 
     def all_states(self, cut: int) -> Iterator[frozenset[int]]:
-        """Yield what may be there at a moment, but for what nobody could see: parts of files without a name."""
+        """Yield what may be there at a moment; of files without a name nobody could see a part."""
         durable, waiting = self.parts(cut)
         names = [each for each in waiting if isinstance(self.steps[each], Names)]
         others = [each for each in waiting if not isinstance(self.steps[each], Names)]

@@ -34,8 +34,8 @@ from tests.support.crash_states import (
     pieces,
 )
 
-#: All calls that change a file, a name or an attribute, or that say which file a descriptor is. What is none of
-#: those that are understood ends the recording with an error.
+#: All calls that change a file, a name or an attribute, or that say which file a descriptor is. One that is
+#: not understood ends the recording with an error.
 _CALLS = (
     "open,openat,creat,close,dup,dup2,dup3,fcntl,lseek,write,pwrite64,writev,pwritev,pwritev2,ftruncate,truncate,"
     "fallocate,fsync,fdatasync,sync,syncfs,rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,"
@@ -115,7 +115,9 @@ def record(root: pathlib.Path, function: Callable[[], object], *, ignored: Seque
     watched = _Watched(root, ignored)
     with tempfile.TemporaryDirectory() as directory:
         log = os.path.join(directory, "log")
-        status = attached(function, ["-xx", "-s", "100000000", "-e", "signal=none", "-e", f"trace={_CALLS}", "-o", log])
+        status = attached(
+            function, ["-xx", "-s", "100000000", "-e", "signal=none", "-e", f"trace={_CALLS}", "-o", log]
+        )
         with open(log, encoding="ascii") as file:
             for name, arguments, result in _calls(file):
                 watched.take(name, arguments, result)
@@ -390,7 +392,9 @@ class _Watched:
             assert int(arguments[4]) not in self._open, "a file is written through memory"
 
     def _on_clone(self, arguments: list[str], _result: int) -> None:
-        assert "CLONE_THREAD" in " ".join(arguments), "another process was started, whose files are not followed"
+        assert "CLONE_THREAD" in " ".join(arguments), (
+            "another process was started, whose files are not followed"
+        )
 
 
 def _vector(argument: str) -> bytes:
