@@ -21,6 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import imagecache_lib as ic
 from imagecache_lib import errors
+from imagecache_lib.backends.file import FileBackend
+from imagecache_lib.backends.qcow2 import Qcow2Backend
+from imagecache_lib.backends.raw import RawBackend
 from imagecache_lib.formats.qcow2 import header
 from imagecache_lib.nova import disk_info
 from imagecache_lib.store import evidence, layout, pins
@@ -42,7 +45,10 @@ _CONTENT = {layout.base_name(image_id): data for image_id, data in IMAGES.items(
 
 _LATER = 48 * 3600
 
-#: Of the manager of a world: options of its configuration.
+#: Made here and not looked up by their names, which reads files of every installed distribution.
+_BACKENDS: Mapping[str, type[FileBackend]] = {"qcow2": Qcow2Backend, "raw": RawBackend}
+
+#: Something that is done in a world.
 Operation = Callable[["World"], object]
 
 
@@ -88,7 +94,8 @@ class World:
     ) -> ic.ImageCacheManager:
         more = {} if trace is None else {"trace": trace}
         host = ic.System(name="here", boot_id=boot_id, **more)  # type: ignore[arg-type]
-        return ic.ImageCacheManager(self.config, self.source, host=host, observers=())
+        backend = _BACKENDS["qcow2"](self.config, host)
+        return ic.ImageCacheManager(self.config, self.source, backend, host=host, observers=())
 
     def path(self, disk: Disk) -> pathlib.Path:
         return self.instance / disk.name
@@ -96,9 +103,8 @@ class World:
     def make(self, manager: ic.ImageCacheManager, disk: Disk, *, if_exists: str = "error") -> None:
         target = str(self.path(disk))
         if disk.backend:
-            manager.create_disk(
-                disk.image_id, target, size=disk.size, backend=disk.backend, if_exists=if_exists
-            )
+            backend = _BACKENDS[disk.backend](self.config, manager.host)
+            manager.create_disk(disk.image_id, target, size=disk.size, backend=backend, if_exists=if_exists)
         else:
             manager.fetch_file(disk.image_id, target, if_exists=if_exists)
 
@@ -197,7 +203,9 @@ class World:
             if disk.backend:
                 # The disk is marked with its format. Its entry for Nova may be lost, and must not be wrong.
                 assert pinned.get(str(self.path(disk)), disk.backend) == disk.backend, pinned
-                found_disk = manager.inspect_disk(str(self.path(disk)), backend=disk.backend)
+                found_disk = manager.inspect_disk(
+                    str(self.path(disk)), backend=_BACKENDS[disk.backend](self.config, manager.host)
+                )
                 assert found_disk.format == disk.backend, found_disk
         self._check_bases()
 
@@ -382,7 +390,7 @@ def _pass(world: World) -> None:
 def _remove(disk: Disk) -> Operation:
     def run(world: World) -> None:
         manager = world.manager()
-        manager.remove_disk(manager.inspect_disk(str(world.path(disk)), backend=disk.backend))
+        manager.remove_disk(manager.inspect_disk(str(world.path(disk))))
 
     return run
 

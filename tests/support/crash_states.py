@@ -2,10 +2,10 @@
 """Every state of a directory that a power cut may leave, of a recorded run. Pure: no file is touched.
 
 The rules are those of ALICE (Pillai and others, OSDI 2014) and CrashMonkey (Mohan and others, OSDI 2018), for
-a filesystem that promises no more than POSIX does: of what was done since the last sync any part may be there.
-A part is one change of names, one piece of 4 KiB of a file's data, one change of its size, or one of its
-attributes. fsync(2) of a file makes its data, size and attributes durable, fdatasync(2) its data and size,
-and fsync of a directory its names: never the names of a file that was synced. link(2) and rename(2) are atomic.
+a filesystem that promises no more than POSIX does: of what was done since the last sync any part may be
+there. A part is one change of names, one piece of 4 KiB of a file's data, one change of its size, or one of its
+attributes. fsync(2) of a file makes its data, size and attributes durable, fdatasync(2) its data and size, and
+fsync of a directory its names: never the names of a file that was synced. link(2) and rename(2) are atomic.
 
 Two rules more say that the filesystem itself is whole afterwards: a directory that is not empty is not gone,
 and where a file moved into a directory, that directory is there.
