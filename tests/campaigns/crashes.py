@@ -473,6 +473,10 @@ PAIRS: Mapping[str, Scene] = {
 }
 
 
+def _is_in_flight(path: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{32}|\..+\.new", os.path.basename(path)) is not None
+
+
 class Crashes:
     """The crash states of one scene."""
 
@@ -486,10 +490,13 @@ class Crashes:
         self._seen: set[tuple[State, ...] | object] = set()
 
     def everything(self) -> Iterator[tuple[frozenset[int], frozenset[str]]]:
-        """Yield all states that can be told apart, with what was acknowledged before each."""
+        """Yield all states that can be told apart, with what was acknowledged before each.
+
+        Of a file in flight, whose content nobody looks at, all or nothing of what waits is there.
+        """
         for cut in self.recording.cuts():
             marks = self.recording.marks(cut)
-            for present in self.recording.all_states(cut):
+            for present in self.recording.all_states(cut, is_whole=_is_in_flight):
                 if self._is_new(present, marks):
                     yield present, marks
 

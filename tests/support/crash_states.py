@@ -3,9 +3,10 @@
 
 The rules are those of ALICE (Pillai and others, OSDI 2014) and CrashMonkey (Mohan and others, OSDI 2018), for
 a filesystem that promises no more than POSIX does: of what was done since the last sync any part may be
-there. A part is one change of names, one piece of 4 KiB of a file's data, one change of its size, or one of its
-attributes. fsync(2) of a file makes its data, size and attributes durable, fdatasync(2) its data and size, and
-fsync of a directory its names: never the names of a file that was synced. link(2) and rename(2) are atomic.
+there. A part is one change of names, one piece of 4 KiB of a file's data, one change of its size, or one of
+its attributes. fsync(2) of a file makes its data, size and attributes durable, fdatasync(2) its data and
+size, and fsync of a directory its names: never the names of a file that was synced. link(2) and rename(2)
+are atomic.
 
 Two rules more say that the filesystem itself is whole afterwards: a directory that is not empty is not gone,
 and where a file moved into a directory, that directory is there.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 #: What a disk writes in one go.
 PIECE = 4096
@@ -192,17 +193,30 @@ class Recording:
                     pending.append(makers[directory])
         return found
 
-    def all_states(self, cut: int) -> Iterator[frozenset[int]]:
-        """Yield what may be there at a moment; of files without a name nobody could see a part."""
+    def all_states(
+        self, cut: int, *, is_whole: Callable[[str], bool] = lambda _path: False
+    ) -> Iterator[frozenset[int]]:
+        """Yield what may be there at a moment; of files without a name nobody could see a part.
+
+        :param is_whole: says of a path that nobody reads what is in a file of that name. Of a file that has
+            no other name everything that waits is there, or nothing.
+        """
         durable, waiting = self.parts(cut)
         names = [each for each in waiting if isinstance(self.steps[each], Names)]
         others = [each for each in waiting if not isinstance(self.steps[each], Names)]
         for chosen in _subsets(names):
             present = durable | chosen
-            seen = {node for _path, node in _reachable(self._names(present))}
-            visible = [each for each in others if self._node(each) in seen]
-            for more in _subsets(visible):
-                yield present | more
+            paths: dict[int, list[str]] = {}
+            for path, node in _reachable(self._names(present)):
+                paths.setdefault(node, []).append(path)
+            groups: dict[int, list[int]] = {}
+            for each in others:
+                node = self._node(each)
+                if node in paths:
+                    together = all(is_whole(path) for path in paths[node])
+                    groups.setdefault(-node if together else each, []).append(each)
+            for choice in _subsets(list(groups)):
+                yield present.union(*(groups[each] for each in choice))
 
     def count(self, cut: int) -> int:
         """Return how many subsets there are at a moment, those that look alike counted each."""
