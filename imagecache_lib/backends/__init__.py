@@ -19,7 +19,14 @@ def load_backend(name: str, config: CacheConfig, host: System) -> StorageBackend
 
     :raises ConfigError: nobody registered one, or it cannot be loaded or configured.
     """
-    found = importlib.metadata.entry_points(group=GROUP)
+    try:
+        found = importlib.metadata.entry_points(group=GROUP)
+    except OSError as error:
+        # It reads what every installed distribution says of itself, which takes descriptors and a sound disk.
+        raise errors.ConfigError(
+            f"what the installed packages provide cannot be read: {error}",
+            next_step="check the disk that Python is installed on, and the limit of open files",
+        ) from error
     if name not in found.names:
         raise errors.ConfigError(
             f"there is no storage backend {name!r}; there are: {', '.join(sorted(found.names))}",
@@ -27,7 +34,7 @@ def load_backend(name: str, config: CacheConfig, host: System) -> StorageBackend
         )
     try:
         kind: type[StorageBackend] = found[name].load()
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise errors.ConfigError(
             f"the storage backend {name!r} cannot be loaded: {error}", next_step="install what it needs"
         ) from error

@@ -14,7 +14,7 @@ import json
 import os
 import re
 
-from imagecache_lib import dates
+from imagecache_lib import dates, errors
 from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable, locks
@@ -222,6 +222,23 @@ def _remove(cache: CacheStore, name: str, owner: str) -> None:
         durable.sync_directory(cache.layout.pins_of(name))
     with contextlib.suppress(OSError):  # others' pins are in it
         os.rmdir(cache.layout.pins_of(name))
+
+
+def sweep(cache: CacheStore, *, now: float) -> None:
+    """Remove the directories that a crash left empty, before their first pin or after their last one.
+
+    And what stands for them before earlier releases, which would keep the base for ever.
+    """
+    for name in names(cache):
+        directory = cache.layout.pins_of(name)
+        with contextlib.suppress(OSError):
+            if now - os.stat(directory).st_mtime >= cache.config.stage_idle_seconds:
+                os.rmdir(directory)  # a writer whose directory goes makes it anew
+        # What cannot be put right now is, in a later pass.
+        with contextlib.suppress(OSError, errors.BackendError):
+            held = _load(cache.layout.former_pins(name))
+            if held is not None:
+                _show_earlier_releases(cache, name, held.image_id)
 
 
 def _show_earlier_releases(

@@ -34,6 +34,7 @@ def recover(cache: CacheStore, observers: events.Observers) -> None:
     _finish_publications(cache, observers)
     _sweep_stages(cache, observers, now)
     _sweep_leftovers(cache, now)
+    pins.sweep(cache, now=now)
     _sweep_records(cache, now)
     trash.sweep(cache, now=now)
 
