@@ -4,8 +4,8 @@
 
 The report names every domain that libvirt has defined, running or not: uuid, host, the images that Nova noted
 in the domain's metadata, and the names of the directories that its disks lie in. It is replaced in one step:
-nobody reads half of one. Where libvirt does not answer the old report is removed: no report means that nothing
-is evicted, and an old one would say that instances made since do not exist.
+nobody reads half of one. Where libvirt does not answer the old report is removed: no report means that
+nothing is evicted, and an old one would say that instances made since do not exist.
 
 It needs ``virsh`` (Debian: libvirt-clients) and Python's own library, and connects read-only.
 """

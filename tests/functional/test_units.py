@@ -28,7 +28,8 @@ SERVICES = sorted(path.name for path in UNITS.glob("*.service"))
 MIB = 2**20
 INSTANCES = "/var/lib/nova/instances"
 
-#: Prints, as JSON, the references that a pass reads, whether qemu-img is shut in, and what a conversion gives.
+#: Prints, as JSON, the references that a pass reads, whether qemu-img is shut in, and what a conversion
+#: gives.
 PROBE = """
 import json, os, sys
 import imagecache_lib as ic
