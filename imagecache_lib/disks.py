@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from imagecache_lib import events, model
 from imagecache_lib.admin import CacheAdmin
 from imagecache_lib.backends import load_backend
+from imagecache_lib.backends.chain import ChainReader
 from imagecache_lib.backends.interface import StorageBackend
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.ingest import certificates, generate, resized
@@ -54,6 +55,7 @@ class DiskAdmin(CacheAdmin):
         self._leases = Leases(self._cache, self._upkeep)
         self._backends: dict[str, StorageBackend] = {}
         self._loading = threading.Lock()
+        self._chains = ChainReader(self._cache)
 
     def inspect_disk(self, target: str, *, backend: StorageBackend | str | None = None) -> model.Disk:
         """Return what an existing disk is: its format, its size, and the base it needs.
@@ -78,7 +80,8 @@ class DiskAdmin(CacheAdmin):
         """Cut a disk loose from its base image.
 
         :param backend: of this disk. None: the manager's.
-        :raises NoSpaceError, BackendError: the disk still needs its base.
+        :raises NoSpaceError, BackendError: the disk still needs its base. One with internal snapshots is
+            refused, since they would lose what they have of it.
         """
         return self._backend_of(backend).flatten(disk)
 
@@ -126,6 +129,8 @@ class DiskAdmin(CacheAdmin):
 
         Makes exactly the name and the format that the overlay's header embeds, if that is this image's
         base in this cache; a header that says anything else is refused, since a guest may have written it.
+        The header may name the base in any of the ways that QEMU writes, and other overlays in the disk's
+        directory may lie between, as external snapshots leave them.
 
         :param image_id: the image that the disk was made from. None: :meth:`create_swap` or
             :meth:`create_ephemeral` made it, and its base is made anew, byte for byte.
@@ -143,7 +148,7 @@ class DiskAdmin(CacheAdmin):
         """
         if self.inspect_disk(disk_path, backend=backend).format != "qcow2":
             return None  # whatever header its guest wrote into it
-        needed = backing.wanted(disk_path, image_id, self._cache.layout)
+        needed = backing.wanted(disk_path, image_id, self._chains, self._cache.layout)
         if needed is None:
             return None
         disk_roots.check_seen(disk_path, self.config)
@@ -161,7 +166,7 @@ class DiskAdmin(CacheAdmin):
         with self._leases.acquire(base, bypass=False) as lease:
             assert lease.base.fd is not None  # a leased base is open
             if image_id is None:
-                backing.check_made_on(disk_path, lease.base.fd)
+                backing.check_made_on(disk_path, lease.base.fd, self._chains)
             return dataclasses.replace(lease.base, fd=None)
 
     def _backend_of(self, backend: StorageBackend | str | None) -> StorageBackend:

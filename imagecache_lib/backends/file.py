@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Self
 
 from imagecache_lib import errors, model
-from imagecache_lib.backends import chain, interface
+from imagecache_lib.backends import interface
+from imagecache_lib.backends.chain import HEADER_BYTES, ChainReader
 from imagecache_lib.backends.interface import Feature, PendingDisk, StorageBackend
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.formats import qemu_img
@@ -24,10 +25,6 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import atomic_file, attributes
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
-
-#: As much of a disk as a qcow2 header that any tool writes.
-_HEADER_BYTES = 65536
-
 
 #: Extended attribute of a disk whose content was not synced before it got its name: the boot id of the host
 #: that made it, and when it was made, in epoch seconds of its filesystem.
@@ -46,7 +43,7 @@ class FileBackend(StorageBackend):
         self._host = host
         self._formats = disk_info.DiskInfo(config, host)
         self._qemu_img = qemu_img.QemuImg(config, host)
-        self._cache = CacheStore(config, host)
+        self._chains = ChainReader(CacheStore(config, host))
 
     @classmethod
     def from_config(cls, config: CacheConfig, host: System) -> Self:
@@ -119,7 +116,7 @@ class FileBackend(StorageBackend):
             fd = _open_disk(target)
             try:
                 size = os.fstat(fd).st_size
-                data = os.pread(fd, _HEADER_BYTES, 0)
+                data = os.pread(fd, HEADER_BYTES, 0)
                 marked = attributes.read(fd, FORMAT_MARK)
             finally:
                 os.close(fd)
@@ -140,11 +137,21 @@ class FileBackend(StorageBackend):
                 path=target,
                 next_step="find out where the disk came from; convert it if it is trusted",
             )
-        return model.Disk(target, "qcow2", header.virtual_size, _cached_name(header.backing_file)), header
+        return model.Disk(target, "qcow2", header.virtual_size, self._base_of(target, header)), header
+
+    def _base_of(self, target: str, header: Header) -> str | None:
+        """Return the name of the base that a disk needs, as far as its header is one to believe."""
+        found = layout.NAME_PATTERN.search(os.path.basename(header.backing_file or b""))
+        if found is not None:
+            return found.group().decode()
+        try:
+            return self._chains.read(target, header).base
+        except errors.ImageCacheError:
+            return None  # that is for whoever needs the base to say
 
     def _chain(self, target: str, format: str, header: Header | None) -> DiskFile:
         """Return a disk as qemu-img is to open it, with the base under it."""
-        return DiskFile(target, format) if header is None else chain.stated(target, header, self._cache)
+        return DiskFile(target, format) if header is None else self._chains.stated(target, header)
 
     def _format(self, target: str, data: bytes) -> str:
         looks_like_qcow2 = data.startswith(qcow2_header.MAGIC)
@@ -240,8 +247,3 @@ def _open_disk(path: str, flags: int = os.O_RDONLY) -> int:
     except BaseException:
         os.close(fd)
         raise
-
-
-def _cached_name(backing_file: bytes | None) -> str | None:
-    found = layout.NAME_PATTERN.search(os.path.basename(backing_file)) if backing_file else None
-    return found.group().decode() if found else None

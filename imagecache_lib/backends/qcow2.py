@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from imagecache_lib import model
+from imagecache_lib import errors, model
 from imagecache_lib.backends import file, interface
 from imagecache_lib.backends.interface import Feature, PendingDisk
 from imagecache_lib.formats.qcow2 import overlay, standalone
@@ -76,5 +76,13 @@ class Qcow2Backend(file.FileBackend):
     def flatten(self, disk: model.Disk) -> model.Disk:
         current, header = self._read(disk.target)
         if header is not None and header.backing_file is not None:
+            if header.snapshot_count:
+                # What is copied is what the disk has now. Its snapshots have their own view of the base.
+                raise errors.BackendError(
+                    f"the disk has internal snapshots, of which {header.snapshot_count} would lose what they"
+                    " have of the base image",
+                    path=disk.target,
+                    next_step="delete them, or copy each into an image of its own, with qemu-img",
+                )
             self._qemu_img.flatten(self._chain(disk.target, current.format, header))
         return model.Disk(disk.target, current.format, current.virtual_size)

@@ -11,6 +11,7 @@ import stat
 import struct
 
 from imagecache_lib import errors
+from imagecache_lib.backends.chain import HEADER_BYTES, Chain, ChainReader
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.formats import superblock
 from imagecache_lib.formats.qcow2 import header as qcow2_header
@@ -19,8 +20,6 @@ from imagecache_lib.formats.superblock import Signature
 from imagecache_lib.ingest import generate
 from imagecache_lib.ingest.generate import GIB, LABEL, MIB, Generation
 from imagecache_lib.store import layout
-
-_HEADER_BYTES = 65536
 
 #: Of an entry of the L1 and L2 tables, from QEMU's docs/interop/qcow2.rst.
 _OFFSET = 0x00FFFFFFFFFFFE00
@@ -52,8 +51,8 @@ class Backing:
     untouched: bool = False
 
 
-def wanted(disk_path: str, image_id: str | None, where: layout.Layout) -> Backing | None:
-    """Return what a disk's header demands of its base. None: it has no base.
+def wanted(disk_path: str, image_id: str | None, chains: ChainReader, where: layout.Layout) -> Backing | None:
+    """Return what a disk's header, or that of an overlay under it, demands of its base. None: it has no base.
 
     :param image_id: the image that the disk was made from. None: it is a swap or an ephemeral disk.
     :raises BackendError: the disk cannot be read, or its header names anything but this image's base, or a
@@ -65,30 +64,29 @@ def wanted(disk_path: str, image_id: str | None, where: layout.Layout) -> Backin
         with os.fdopen(fd, "rb", buffering=0) as file:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file")
-            header = qcow2_header.parse(file.read(_HEADER_BYTES))
-            if image_id is None:
-                seen = superblock.read(_first_cluster(fd, header))
-                untouched = _is_empty(fd, header)
-            else:
-                seen, untouched = None, False
+            header = qcow2_header.parse(file.read(HEADER_BYTES))
+        chain = chains.read(disk_path, header)
+        seen, untouched = (None, False) if image_id is not None else _shown_by(chain)
     except NotQcow2:
         return None
+    except errors.BackendError as error:
+        error.image = image_id
+        raise
     except (OSError, ValueError, struct.error, HeaderError) as error:
         raise errors.BackendError(
             f"the disk cannot be read: {error}", image=image_id, path=disk_path, next_step="check the disk"
         ) from error
-    if header.backing_file is None:
+    if chain.base is None:
         return None
-    name = _cached(os.fsdecode(header.backing_file), disk_path, image_id, where)
-    if header.backing_format is None:
+    _require_expected(chain.base, disk_path, image_id, where)
+    if chain.base_format is None:
         raise errors.BackendError(
             "its header does not say which format its base image has, so that a guest could choose it",
             image=image_id,
             path=disk_path,
             next_step="rebase it with an explicit backing format",
         )
-    format = header.backing_format.decode("ascii", "replace")
-    return Backing(name, format, header.virtual_size, seen, untouched)
+    return Backing(chain.base, chain.base_format, header.virtual_size, seen, untouched)
 
 
 def generation(
@@ -201,9 +199,8 @@ def _cannot_be_made(cause: str, disk_path: str) -> errors.BackendError:
     )
 
 
-def _cached(named: str, disk_path: str, image_id: str | None, where: layout.Layout) -> str:
-    """Return the name in the cache that a header's path means."""
-    name = os.path.basename(named)
+def _require_expected(name: str, disk_path: str, image_id: str | None, where: layout.Layout) -> None:
+    """Refuse a base that the caller did not ask for."""
     if image_id is not None:
         expected = f"this image's base image {where.base(layout.base_name(image_id))!r}"
         original, _, resized = name.partition("_")
@@ -213,17 +210,16 @@ def _cached(named: str, disk_path: str, image_id: str | None, where: layout.Layo
     else:
         expected = f"a swap or ephemeral base in {where.base_path!r}"
         right = layout.classify(name) in (layout.Kind.SWAP, layout.Kind.EPHEMERAL)
-    if not right or not os.path.isabs(named) or "\0" in named or not _same_place(named, where.base(name)):
+    if not right:
         raise errors.BackendError(
-            f"its header names {named!r}, which is not {expected}",
+            f"its header names {where.base(name)!r}, which is not {expected}",
             image=image_id,
             path=disk_path,
             next_step="find out where the disk came from; rebase it if it is trusted",
         )
-    return name
 
 
-def check_made_on(disk_path: str, base_fd: int) -> None:
+def check_made_on(disk_path: str, base_fd: int, chains: ChainReader) -> None:
     """Refuse an overlay on a filesystem that was made on another base of the same name.
 
     Nova's bases have a UUID of their own each. A guest's writes on one of them, over the metadata of another,
@@ -235,8 +231,9 @@ def check_made_on(disk_path: str, base_fd: int) -> None:
     """
     try:
         with open(disk_path, "rb") as file:
-            head = _first_cluster(file.fileno(), qcow2_header.parse(file.read(_HEADER_BYTES)))
-        made_on, here = superblock.read(head), superblock.read(os.pread(base_fd, superblock.LENGTH, 0))
+            header = qcow2_header.parse(file.read(HEADER_BYTES))
+        made_on, _ = _shown_by(chains.read(disk_path, header))
+        here = superblock.read(os.pread(base_fd, superblock.LENGTH, 0))
     except (OSError, struct.error, HeaderError) as error:
         raise errors.BackendError(
             f"the disk cannot be read: {error}", path=disk_path, next_step="check the disk"
@@ -249,6 +246,19 @@ def check_made_on(disk_path: str, base_fd: int) -> None:
             path=disk_path,
             next_step="flatten it on the host that it came from, and move it again",
         )
+
+
+def _shown_by(chain: Chain) -> tuple[Signature | None, bool]:
+    """Return the filesystem that overlays show of themselves, and whether nothing was written into them."""
+    untouched = True
+    for layer in chain.layers:
+        with open(layer.path, "rb") as file:
+            head = _first_cluster(file.fileno(), layer.header)
+            # What an internal snapshot has is the guest's too.
+            untouched &= not layer.header.snapshot_count and _is_empty(file.fileno(), layer.header)
+        if head:
+            return superblock.read(head), False
+    return None, untouched
 
 
 def _is_empty(fd: int, header: Header) -> bool:
@@ -265,10 +275,3 @@ def _first_cluster(fd: int, header: Header) -> bytes:
         if not at or entry & _COMPRESSED:
             return b""
     return os.pread(fd, min(superblock.LENGTH, header.cluster_size), at)
-
-
-def _same_place(one: str, other: str) -> bool:
-    """Whether two paths name one entry of one directory, however the directory is reached."""
-    if os.path.basename(one) != os.path.basename(other):
-        return False
-    return os.path.realpath(os.path.dirname(one)) == os.path.realpath(os.path.dirname(other))

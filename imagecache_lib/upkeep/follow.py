@@ -11,13 +11,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
-import threading
 from collections.abc import Callable
 
+from imagecache_lib.system import bounded
+from imagecache_lib.system.bounded import Bounded
 from imagecache_lib.upkeep import headers
-
-#: How long a look may take, in seconds.
-_LIMIT = 3.0
 
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -59,26 +57,16 @@ class Follower:
     :param looks: looks at one file, however long that takes. None: with stat(2) and open(2).
     """
 
-    def __init__(self, limit: float = _LIMIT, *, looks: Callable[[str], Answer] | None = None) -> None:
-        self._limit = limit
+    def __init__(self, limit: float = bounded.LIMIT, *, looks: Callable[[str], Answer] | None = None) -> None:
+        self._bounded = Bounded(limit)
         self._looks = looks or _look
-        self._lock = threading.Lock()
-        self._given_up: threading.Thread | None = None
 
     def look(self, path: str) -> Answer:
         """Look at a file."""
-        with self._lock:
-            if self._given_up is not None and self._given_up.is_alive():
-                return CannotTell("a file that was looked at before it does not answer")
-            answers: list[Answer] = []
-            # A daemon: the interpreter does not wait for it when it ends.
-            thread = threading.Thread(
-                target=lambda: answers.append(self._looks(path)), name="imagecache-follow", daemon=True
-            )
-            thread.start()
-            thread.join(self._limit)
-            self._given_up = thread if thread.is_alive() else None
-            return answers[0] if answers else CannotTell("it does not answer")
+        if self._bounded.is_stuck:
+            return CannotTell("a file that was looked at before it does not answer")
+        answers = self._bounded.call(lambda: self._looks(path))
+        return answers[0] if answers else CannotTell("it does not answer")
 
 
 def _look(path: str) -> Answer:

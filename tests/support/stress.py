@@ -146,7 +146,7 @@ def _recover(mounts: Sequence[pathlib.Path]) -> None:
     """Let every host start anew and run its pass, long after, until all had their say."""
     problems: list[str] = []
     for _round in range(3):
-        # What another host's last pass saw keeps a base, and counts as a use, until that host has looked again.
+        # What another host saw in its last pass keeps a base, and counts as a use, until it has looked again.
         _age_everything(mounts[0])
         # A host that has not looked yet is a problem of the first rounds.
         problems = []

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls that may never return, such as a look at a path on a mount that does not answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+#: How long a call may take, in seconds.
+LIMIT = 3.0
+
+
+class Bounded:
+    """Makes calls that are given up after a while. Safe to share between threads.
+
+    Each is made in a thread of its own. While one that was given up has not come back, no other is begun, so
+    that they do not gather.
+
+    :param limit: seconds that a call may take.
+    """
+
+    def __init__(self, limit: float = LIMIT) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._given_up: threading.Thread | None = None
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a call that was given up has not come back."""
+        return self._given_up is not None and self._given_up.is_alive()
+
+    def call(self, function: Callable[[], T]) -> list[T]:
+        """Return what a function returns, as a list of one. An empty list: it raised, or does not answer."""
+        with self._lock:
+            if self.is_stuck:
+                return []
+            answers: list[T] = []
+            # A daemon: the interpreter does not wait for it when it ends.
+            thread = threading.Thread(
+                target=lambda: answers.append(function()), name="imagecache-bounded", daemon=True
+            )
+            thread.start()
+            thread.join(self._limit)
+            self._given_up = thread if thread.is_alive() else None
+            return answers
