@@ -14,6 +14,7 @@ in any case. Agents of earlier releases are asked all the time.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import queue
 import random as random_module
@@ -134,13 +135,11 @@ class JobRun:
         pause = min(_TICK, max(_SHORTEST, self._slots.next_due(now) - now))
         if not self._slots.calls_under_way and not self._writer.is_busy:
             self._host.sleep(pause)
-            return
-        try:
-            self._settle(self._arrivals.get(timeout=pause))
+            pause = 0.0
+        with contextlib.suppress(queue.Empty):
+            self._settle(self._arrivals.get(block=pause > 0, timeout=pause))
             while True:
                 self._settle(self._arrivals.get_nowait())
-        except queue.Empty:
-            return
 
     # -- ends that do not come from the host ---------------------------------------------------------
 
