@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from imagecache_lib import errors, manager, model
 from imagecache_lib.cli import base, bus, peers, sources, values
-from imagecache_lib.precache.agent import HostAgent, Watch
+from imagecache_lib.precache.agent import HostAgent
+from imagecache_lib.precache.watch import Watch
 from imagecache_lib.store import layout
 
 if TYPE_CHECKING:

@@ -42,6 +42,13 @@ def transport(config_files: Sequence[str]) -> Any | None:
     return rpc.transport(opts.global_conf(config_files))
 
 
+def mailboxes(config_files: Sequence[str]) -> Any:
+    """Return the transport on which a conductor listens to agents, where there is a message bus."""
+    from imagecache_lib.precache import mailbox
+
+    return mailbox.transport(opts.global_conf(config_files))
+
+
 def job_notifier(config_files: Sequence[str], host: str) -> Callable[[Any], None]:
     """Return an observer of jobs that notifies. Without a driver in the configuration it sends nothing.
 

@@ -18,8 +18,9 @@ from imagecache_lib import errors, opts
 from imagecache_lib.cli import base, bus, sources, values
 from imagecache_lib.cli.job_display import JobDisplay
 from imagecache_lib.precache import client, job, job_rows, jobs_url, reader
-from imagecache_lib.precache.agent import HostAgent, Watch
+from imagecache_lib.precache.agent import HostAgent
 from imagecache_lib.precache.in_process import InProcessClient
+from imagecache_lib.precache.watch import Watch
 
 if TYPE_CHECKING:
     from imagecache_lib.precache.database import JobDatabase
@@ -141,7 +142,7 @@ class _HostsCommand(_JobCommand):
 
             files = self.app.options.config_file
             notify = bus.job_notifier(files, opts.from_files(files)[1].name)
-            hosts = rpc.RpcHostClient(found, topic=arguments.topic)
+            hosts = rpc.RpcHostClient(found, topic=arguments.topic, mailboxes=bus.mailboxes(files))
             yield AggregatePrecacher(database, hosts, observers=[notify])
             return
         if images is None:

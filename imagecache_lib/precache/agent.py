@@ -15,9 +15,11 @@ import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from imagecache_lib import errors, events, manager, model
+from imagecache_lib import errors, manager, model
 from imagecache_lib.backends.interface import Feature
 from imagecache_lib.precache import client, job
+from imagecache_lib.precache.tasks import Attempt, Task
+from imagecache_lib.precache.watch import Watch
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
 from imagecache_lib.system import durable
@@ -46,122 +48,6 @@ _SKEW = 60.0
 _CANCELLED = job.Cell(job.Result.SKIPPED, "the task was cancelled")
 
 
-class Watch:
-    """An observer that knows how far images are. Give it to the manager and to its agent."""
-
-    _MOST = 1000
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._seen: collections.OrderedDict[str, tuple[int, int | None]] = collections.OrderedDict()
-
-    def __call__(self, event: events.Event) -> None:
-        if event.image_id is None:
-            return
-        match event:
-            case events.Progress(received=received, total=total):
-                self._keep(event.image_id, received, total)
-            case events.Fetched(received=received):
-                self._keep(event.image_id, received, received)
-
-    def _keep(self, image_id: str, received: int, total: int | None) -> None:
-        with self._lock:
-            self._seen[image_id] = (received, total)
-            self._seen.move_to_end(image_id)
-            while len(self._seen) > self._MOST:
-                self._seen.popitem(last=False)
-
-    def forget(self, image_id: str) -> None:
-        """Begin anew with an image."""
-        with self._lock:
-            self._seen.pop(image_id, None)
-
-    def progress(self, image_id: str) -> tuple[int, int | None]:
-        """Return the bytes of an image that came, and those it has in all."""
-        with self._lock:
-            return self._seen.get(image_id, (0, None))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Retry:
-    """An image that failed in a way that may pass.
-
-    :param not_before: epoch seconds.
-    :param failures: how often it failed so far.
-    """
-
-    not_before: float
-    failures: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Attempt:
-    """What is needed to try one image: the task's state when the try began.
-
-    :param cancelled: set when the task is to stop.
-    :param failures: how often the image failed before.
-    """
-
-    asked: client.HostTask
-    cancelled: threading.Event
-    image_id: str
-    failures: int
-
-    def is_late(self, now: float) -> bool:
-        return self.asked.deadline is not None and now >= self.asked.deadline
-
-
-class _Task:
-    """A task at work. Guarded by the agent's lock."""
-
-    def __init__(self, asked: client.HostTask) -> None:
-        self.asked = asked
-        self.cells = {image_id: job.Cell() for image_id in asked.image_ids}
-        self.cancelled = threading.Event()
-        self.thread: threading.Thread | None = None
-        self.current: str | None = None
-        self.spent = 0
-        self._retries: dict[str, _Retry] = {}
-
-    @property
-    def is_over(self) -> bool:
-        return all(cell.result is not None for cell in self.cells.values())
-
-    def extend(self, asked: client.HostTask) -> None:
-        """Go on with what is asked now: more images, or another attempt at those that failed."""
-        again = asked.attempt > self.asked.attempt
-        for image_id in asked.image_ids:
-            cell = self.cells.setdefault(image_id, job.Cell())
-            if again and cell.result is not None and cell.result.is_failure:
-                self.cells[image_id] = job.Cell()
-        if again:
-            self.asked = asked
-            self._retries.clear()
-            # One that was not cancelled is what a fetch under way looks at: the next cancellation, or the
-            # agent's end, must reach that fetch whichever attempt began it.
-            if self.cancelled.is_set():
-                self.cancelled = threading.Event()
-
-    def next(self, now: float) -> _Attempt | None:
-        """Return the image to try now. Returns None if all others have a result, or wait for a retry."""
-        self.current = None
-        for image_id, cell in self.cells.items():
-            retry = self._retries.get(image_id, _Retry(0.0, 0))
-            if cell.result is None and (retry.not_before <= now or self.cancelled.is_set()):
-                self.current = image_id
-                return _Attempt(self.asked, self.cancelled, image_id, retry.failures)
-        return None
-
-    def postpone(self, attempt: _Attempt, not_before: float) -> None:
-        """Let other images go first, until it may be tried again."""
-        self._retries[attempt.image_id] = _Retry(not_before, attempt.failures + 1)
-
-    def seconds_to_next(self, now: float) -> float:
-        """Return for how long there is nothing to do."""
-        pending = [self._retries[image_id] for image_id, cell in self.cells.items() if cell.result is None]
-        return max(0.0, min((retry.not_before for retry in pending), default=now) - now)
-
-
 class HostAgent:
     """Works on tasks. Safe to share between threads.
 
@@ -185,11 +71,13 @@ class HostAgent:
         self._max_bytes = max_bytes
         self._fallbacks = tuple(fallbacks)
         self._host = cache.host
-        self._tasks: collections.OrderedDict[str, _Task] = collections.OrderedDict()
+        self._tasks: collections.OrderedDict[str, Task] = collections.OrderedDict()
         self._lock = threading.Lock()
         #: One image at a time on this host, however many conductors ask.
         self._slot = threading.Lock()
         self._instance = durable.new_id()
+        #: Set whenever an image ends, for who waits for that.
+        self.image_ended = threading.Event()
 
     # -- what a conductor may ask --------------------------------------------------------------------
 
@@ -231,18 +119,19 @@ class HostAgent:
             known = self._tasks.get(task.job_id)
             if known is None:
                 self._require_capacity()
-                known = self._tasks[task.job_id] = _Task(task)
+                known = self._tasks[task.job_id] = Task(task)
             else:
                 _require_few({*known.cells, *task.image_ids})
                 known.extend(task)
+            known.watched_until = self._host.clock() + client.WATCHED_SECONDS
             if known.thread is None and not known.is_over:
                 known.thread = threading.Thread(
                     target=self._work, args=(known,), name=f"imagecache-task-{task.job_id}", daemon=True
                 )
                 known.thread.start()
 
-    def poll(self, job_id: str) -> Mapping[str, job.Cell]:
-        """Return how far a task is, by image id.
+    def poll(self, job_id: str) -> client.TaskReport:
+        """Return how far a task is.
 
         :raises UnknownTask: it was never begun here, or before a restart.
         """
@@ -251,11 +140,36 @@ class HostAgent:
                 task = self._tasks[job_id]
             except KeyError:
                 raise client.UnknownTask(f"this host knows no task of job {job_id}") from None
-            cells = dict(task.cells)
-            current = task.current
-        if current is not None and cells[current].result is None:
-            received, total = self._watch.progress(current)
-            cells[current] = dataclasses.replace(cells[current], received=received, total=total)
+            task.watched_until = self._host.clock() + client.WATCHED_SECONDS
+            return client.TaskReport(self._cells(task), self.info(), task.asked.attempt, task.number)
+
+    def changes(self) -> Sequence[tuple[str, client.HostReport]]:
+        """Return what changed since this was called last, in the tasks that a conductor watches.
+
+        Each report comes with the mailbox that it is for.
+        """
+        found = []
+        with self._lock:
+            now = self._host.clock()
+            for job_id, task in self._tasks.items():
+                mailbox = task.report_to(now)
+                if mailbox is not None and (changed := task.changes(self._cells(task))):
+                    report = client.TaskReport(changed, self.info(), task.asked.attempt, task.number)
+                    found.append((mailbox, client.HostReport(self._host.name, job_id, report)))
+        return found
+
+    def unsent(self, told: client.HostReport) -> None:
+        """Have what a report says reported again: it could not be sent."""
+        with self._lock:
+            task = self._tasks.get(told.job_id)
+            if task is not None:
+                task.untold(told.report.cells)
+
+    def _cells(self, task: Task) -> Mapping[str, job.Cell]:
+        cells = dict(task.cells)
+        if task.current is not None and cells[task.current].result is None:
+            received, total = self._watch.progress(task.current)
+            cells[task.current] = dataclasses.replace(cells[task.current], received=received, total=total)
         return cells
 
     def cancel(self, job_id: str) -> None:
@@ -299,7 +213,7 @@ class HostAgent:
 
     # -- the work ------------------------------------------------------------------------------------
 
-    def _work(self, task: _Task) -> None:
+    def _work(self, task: Task) -> None:
         while True:
             with self._lock:
                 attempt = task.next(self._host.clock())
@@ -316,7 +230,7 @@ class HostAgent:
                 cell = self._cache_one(task, attempt)
             self._keep(task, attempt, cell)
 
-    def _keep(self, task: _Task, attempt: _Attempt, cell: job.Cell) -> None:
+    def _keep(self, task: Task, attempt: Attempt, cell: job.Cell) -> None:
         LOG.info(
             "Job %s, image %s: %s %s",
             attempt.asked.job_id,
@@ -332,14 +246,16 @@ class HostAgent:
             task.cells[attempt.image_id] = cell
             if cell.result is None:
                 task.postpone(attempt, self._host.clock() + self._delay(attempt))
+            else:
+                self.image_ended.set()
 
-    def _delay(self, attempt: _Attempt) -> float:
+    def _delay(self, attempt: Attempt) -> float:
         longest = min(_LONGEST_DELAY, _FIRST_DELAY * 2**attempt.failures) * (0.5 + self._host.random() / 2)
         if attempt.asked.deadline is None:
             return float(longest)
         return float(min(longest, max(0.0, attempt.asked.deadline - self._host.clock())))
 
-    def _cache_one(self, task: _Task, attempt: _Attempt) -> job.Cell:
+    def _cache_one(self, task: Task, attempt: Attempt) -> job.Cell:
         """Try an image once. Returns a cell without a result if it is to be tried again."""
         if attempt.cancelled.is_set():
             return _CANCELLED
@@ -359,7 +275,7 @@ class HostAgent:
             LOG.exception("Pre-caching image %s failed", attempt.image_id)
             return job.Cell(job.Result.ERROR, f"{type(error).__name__}: {error}")
 
-    def _try(self, task: _Task, attempt: _Attempt) -> job.Cell:
+    def _try(self, task: Task, attempt: Attempt) -> job.Cell:
         image_id, asked = attempt.image_id, attempt.asked
         self._watch.forget(image_id)
         request = model.Request(
@@ -376,7 +292,7 @@ class HostAgent:
         received, total = self._watch.progress(image_id)
         return job.Cell(job.Result(report.result.value), "", max(received, report.received), total)
 
-    def _require_budget(self, task: _Task, image_id: str, request: model.Request) -> None:
+    def _require_budget(self, task: Task, image_id: str, request: model.Request) -> None:
         if not self._max_bytes or self._cache.is_cached(image_id):
             return
         size = self._cache.describe_image(image_id, request=request).size or 0

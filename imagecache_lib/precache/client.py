@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 from imagecache_lib import errors
 from imagecache_lib.precache.job import Cell
@@ -18,10 +20,12 @@ class AgentInfo:
     :param instance: random, and new whenever the agent starts: two agents that call themselves by one host's
         name, and one that restarts again and again, are told apart by it.
     :param clock: epoch seconds, by the agent's clock, when it answered.
+    :param reports: it says by itself how far a task is, if the task says where to.
     """
 
     instance: str
     clock: float
+    reports: bool = False
 
 
 class HostDown(errors.SourceError):
@@ -59,6 +63,8 @@ class HostTask:
     :param deadline_in: the deadline in seconds from now. An agent that knows it does not look at the other,
         which is by the conductor's clock.
     :param pin_for: the end of the pin in seconds from now, likewise.
+    :param report_to: the conductor's mailbox, to which an agent that can reports what changed. An agent
+        whose conductor has not asked for :data:`WATCHED_SECONDS` reports no longer.
     """
 
     job_id: str
@@ -70,6 +76,7 @@ class HostTask:
     retries: int = 3
     deadline_in: float | None = None
     pin_for: float | None = None
+    report_to: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +101,44 @@ class Survey:
 class TaskReport:
     """How far a host's task is.
 
-    :param cells: by image id.
+    :param cells: by image id. All of the task's in an answer, those that changed in what an agent says by
+        itself.
     :param agent: which agent says so, if it says who it is.
+    :param attempt: of the job, for which this is so.
+    :param number: of the agent's last report on the task; this is at least as new. What an agent says by
+        itself is one more than what it said before.
     """
 
     cells: Mapping[str, Cell]
     agent: AgentInfo | None = dataclasses.field(default=None, compare=False)
+    attempt: int = 0
+    number: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class HostReport:
+    """What an agent says by itself. It may get lost, come twice, or after a later one.
+
+    :param host: the name of its host.
+    :param job_id: whose task it is about.
+    """
+
+    host: str
+    job_id: str
+    report: TaskReport
+
+
+class Inbox(Protocol):
+    """Takes reports, from any thread. A :class:`queue.SimpleQueue` is one."""
+
+    def put(self, item: HostReport) -> None: ...
+
+
+#: Seconds for which an agent reports on a task since a conductor asked about it last.
+WATCHED_SECONDS = 150.0
+
+#: A conductor asks about a task at least this often, in seconds, although the agent reports by itself.
+ASKED_SECONDS = 60.0
 
 
 class HostClient(abc.ABC):
@@ -107,6 +146,17 @@ class HostClient(abc.ABC):
 
     Every method answers soon: the work itself goes on in the agent.
     """
+
+    @contextlib.contextmanager
+    def listening(self, inbox: Inbox) -> Iterator[str | None]:
+        """Bring what agents report by themselves to an inbox during the body.
+
+        Yields the mailbox to name in their tasks; None if agents cannot be heard this way. Not to be heard
+        is no failure: agents are asked then.
+
+        :param inbox: takes the reports on all tasks that name the mailbox.
+        """
+        yield None
 
     @abc.abstractmethod
     def survey(self, host: str, image_ids: Sequence[str]) -> Survey:

@@ -31,7 +31,7 @@ class InProcessClient(client.HostClient):
     def poll(self, host: str, job_id: str) -> client.TaskReport:
         agent = self._agent(host)
         try:
-            return client.TaskReport(agent.poll(job_id), agent.info())
+            return agent.poll(job_id)
         except client.UnknownTask as error:
             error.agent = agent.info()
             raise

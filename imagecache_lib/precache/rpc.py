@@ -8,9 +8,10 @@ that one; only the ``main`` of a process should.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import oslo_messaging
@@ -19,14 +20,13 @@ from oslo_config import cfg
 from imagecache_lib import errors
 from imagecache_lib.precache import client, wire
 from imagecache_lib.precache.agent import HostAgent
+from imagecache_lib.precache.mailbox import Mailbox, RpcSender
+from imagecache_lib.precache.reporter import Reporter
 
 TOPIC = "imagecache"
 
-#: Raise the minor number for what an older side may ignore, the major for what it must not.
-VERSION = "1.1"
-
 #: What agents of the first releases speak. All calls but ``begin`` are the same in it.
-_OLDEST = "1.0"
+_OLDEST = wire.VERSIONS[-1]
 
 #: Seconds that an agent may take to answer. To survey it asks the image service, for ten seconds at most; the
 #: agents of the first release did so for twenty.
@@ -69,6 +69,8 @@ class RpcHostClient(client.HostClient):
     :param timeout: seconds to wait for an answer.
     :param publish_seconds: seconds beyond that to wait for the message bus to take the message.
     :param version: that agents must speak, but for its minor number.
+    :param mailboxes: a transport as :func:`imagecache_lib.precache.mailbox.transport` makes it, on which to
+        listen to agents that report by themselves. Without one all are asked.
     """
 
     def __init__(
@@ -79,7 +81,10 @@ class RpcHostClient(client.HostClient):
         timeout: float = _TIMEOUT,
         publish_seconds: float = _PUBLISH_SECONDS,
         version: str = _OLDEST,
+        mailboxes: Any | None = None,
     ) -> None:
+        self._topic = topic
+        self._mailboxes = mailboxes
         self._timeout = timeout
         self._publish_seconds = publish_seconds
         self._version = version
@@ -89,29 +94,40 @@ class RpcHostClient(client.HostClient):
             transport, oslo_messaging.Target(topic=topic, version=version), timeout=timeout, retry=1
         )
 
+    @contextlib.contextmanager
+    def listening(self, inbox: client.Inbox) -> Iterator[str | None]:
+        if self._mailboxes is None:
+            yield None
+            return
+        mailbox = Mailbox(self._mailboxes, inbox, topic=self._topic)
+        mailbox.open()
+        try:
+            yield mailbox.name
+        finally:
+            mailbox.close()
+
     def survey(self, host: str, image_ids: Sequence[str]) -> client.Survey:
         timeout = max(self._timeout, _SURVEY_TIMEOUT)
         answer = self._call(host, "survey", timeout, image_ids=list(image_ids))
         return dataclasses.replace(wire.to_survey(wire.result_of(answer)), agent=wire.agent_of(answer))
 
     def begin(self, host: str, task: client.HostTask) -> client.AgentInfo | None:
-        try:
-            answer = self._call(host, "begin", self._timeout, version=VERSION, task=wire.from_task(task))
-        except client.HostUnsupported:
-            # It may speak the version before, in which a task has absolute times only.
-            old = wire.from_task(task, oldest=True)
-            answer = self._call(host, "begin", self._timeout, task=old)
-        wire.result_of(answer)
-        return wire.agent_of(answer)
+        versions = wire.VERSIONS if task.report_to is not None else wire.VERSIONS[1:]
+        for version in versions:
+            fields = wire.from_task(task, version=version)
+            try:
+                answer = self._call(host, "begin", self._timeout, version=version, task=fields)
+            except client.HostUnsupported:
+                # It may speak the version before.
+                if version == _OLDEST:
+                    raise
+                continue
+            wire.result_of(answer)
+            return wire.agent_of(answer)
+        raise AssertionError("the oldest version either answers or raises")
 
     def poll(self, host: str, job_id: str) -> client.TaskReport:
-        answer = self._call(host, "poll", self._timeout, job_id=job_id)
-        who = wire.agent_of(answer)
-        try:
-            return client.TaskReport(wire.to_cells(wire.result_of(answer)), who)
-        except client.UnknownTask as error:
-            error.agent = who
-            raise
+        return wire.to_poll(self._call(host, "poll", self._timeout, job_id=job_id))
 
     def cancel(self, host: str, job_id: str) -> None:
         wire.result_of(self._call(host, "cancel", self._timeout, job_id=job_id))
@@ -199,13 +215,16 @@ def _failure_of(host: str, kind: str) -> errors.ImageCacheError:
 class _Endpoint:
     """What a conductor may call. The arguments come from the bus."""
 
-    target = oslo_messaging.Target(version=VERSION)
+    target = oslo_messaging.Target(version=wire.VERSION)
 
     def __init__(self, agent: HostAgent) -> None:
         self._agent = agent
 
+    def _who(self) -> client.AgentInfo:
+        return dataclasses.replace(self._agent.info(), reports=True)
+
     def _answered(self, ask: Callable[[], Any]) -> Any:
-        return wire.answered(ask, self._agent.info())
+        return wire.answered(ask, self._who())
 
     @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def survey(self, _context: Any, image_ids: Any) -> Any:
@@ -217,7 +236,7 @@ class _Endpoint:
 
     @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def poll(self, _context: Any, job_id: Any) -> Any:
-        return self._answered(lambda: wire.from_cells(self._agent.poll(wire.to_job_id(job_id))))
+        return wire.polled(lambda: self._agent.poll(wire.to_job_id(job_id)), self._who())
 
     @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def cancel(self, _context: Any, job_id: Any) -> Any:
@@ -225,7 +244,7 @@ class _Endpoint:
 
 
 class AgentServer:
-    """Serves an agent on a transport.
+    """Serves an agent on a transport, and reports to conductors what changes.
 
     :param transport: from :func:`oslo_messaging.get_rpc_transport`.
     :param name: the host's, under which conductors know it.
@@ -239,6 +258,7 @@ class AgentServer:
             [_Endpoint(agent)],
             access_policy=oslo_messaging.ExplicitRPCAccessPolicy,
         )
+        self._reporter = Reporter(agent, RpcSender(transport, topic=topic))
 
     def start(self) -> None:
         """Listen, in threads.
@@ -252,8 +272,10 @@ class AgentServer:
                 f"the message bus fails with {type(error).__name__}",
                 next_step="check the message bus and transport_url",
             ) from error
+        self._reporter.start()
 
     def stop(self) -> None:
-        """Take no more calls, and answer those that came."""
+        """Report nothing more, take no more calls, and answer those that came."""
+        self._reporter.stop()
         self._server.stop()
         self._server.wait()

@@ -5,42 +5,30 @@ A host at work holds one of as many *slots* as the job's concurrency allows. It 
 decides, and a pool of others makes the calls. A host that is down gives its slot to another and comes back
 later. One that was at work and falls silent keeps its slot for a while: its download goes on, and the job's
 rate was shared out with it in mind.
+
+Agents say by themselves what changed. That may get lost, come twice or late, so it is no more than a reason
+not to ask: a host is asked when it was not heard for a while or a report of it is missing, and now and then
+in any case. Agents of earlier releases are asked all the time.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from imagecache_lib import errors, model
 from imagecache_lib.precache import client, job
 from imagecache_lib.precache.calls import Call, Stop, Visit
+from imagecache_lib.precache.patience import SILENCE, Patience
 from imagecache_lib.precache.progress import JobProgress
 from imagecache_lib.precache.slots import HostState, Slots
 from imagecache_lib.precache.writer import JobWriter
 from imagecache_lib.system.host import System
 
 LOG = logging.getLogger(__name__)
-
-#: Seconds between two looks at a host that works.
-POLL = 1.0
-
-#: Seconds before a host that is down is asked again: at first, doubled each time, and at most.
-POLL_DOWN = 5.0
-LONGEST_POLL_DOWN = 30.0
-
-#: Seconds for which a host that was at work and does not answer keeps its slot.
-SILENCE = 60.0
-
-#: Without a deadline, a host that is down is given up after so many seconds, and one that cannot take a task
-#: because it has too many.
-PATIENCE = 600.0
-BUSY_PATIENCE = 3600.0
-
-#: Seconds after the deadline in which a host may still say itself how its images ended.
-GRACE = 15.0
 
 #: How often an agent may forget its task without finishing an image in between.
 MOST_RESTARTS = 5
@@ -84,7 +72,9 @@ class JobRun:
         self._host = host
         self._done = done
         self._leave = leave
-        self._visits: queue.SimpleQueue[Visit | None] = queue.SimpleQueue()
+        self._arrivals: queue.SimpleQueue[Visit | client.HostReport | None] = queue.SimpleQueue()
+        self._mailbox: str | None = None
+        self._patience = Patience(self._work.terms, host)
         self._stopping = False
         now, terms = host.clock(), self._work.terms
         pending = [name for name in self._work.hosts if not progress.is_host_over(name)]
@@ -102,14 +92,17 @@ class JobRun:
         :raises ConfigError: the database fails.
         """
         try:
-            with concurrent.futures.ThreadPoolExecutor(self._calls, "imagecache-hosts") as pool:
+            with (
+                self._hosts.listening(self._arrivals) as self._mailbox,
+                concurrent.futures.ThreadPoolExecutor(self._calls, "imagecache-hosts") as pool,
+            ):
                 while self._slots.hosts_left and not self._leave.is_set():
                     self._writer.tick(self._wake)
                     self._end_early()
                     self._make_calls(pool)
                     self._wait()
             while self._slots.calls_under_way:
-                self._settle(self._visits.get())
+                self._settle(self._arrivals.get())
         except BaseException:
             self._writer.abandon()
             raise
@@ -117,7 +110,7 @@ class JobRun:
 
     def _wake(self) -> None:
         """Have the deciding thread look at everything again."""
-        self._visits.put(None)
+        self._arrivals.put(None)
 
     def _make_calls(self, pool: concurrent.futures.Executor) -> None:
         while (state := self._slots.take(self._host.clock())) is not None:
@@ -129,7 +122,7 @@ class JobRun:
             pending = self._progress.pending(state.name)
             task = None if state.begun or stop is not None else self._task(pending)
             call = Call(self._hosts, self._work.id, state.name, task=task, stop=stop)
-            pool.submit(lambda call=call: self._visits.put(call.make()))  # type: ignore[misc]
+            pool.submit(lambda call=call: self._arrivals.put(call.make()))  # type: ignore[misc]
 
     def _wait(self) -> None:
         """Wait for a call, a write, or the moment at which something is due."""
@@ -139,13 +132,11 @@ class JobRun:
         pause = min(_TICK, max(_SHORTEST, self._slots.next_due(now) - now))
         if not self._slots.calls_under_way and not self._writer.is_busy:
             self._host.sleep(pause)
-            return
-        try:
-            self._settle(self._visits.get(timeout=pause))
+            pause = 0.0
+        with contextlib.suppress(queue.Empty):
+            self._settle(self._arrivals.get(block=pause > 0, timeout=pause))
             while True:
-                self._settle(self._visits.get_nowait())
-        except queue.Empty:
-            return
+                self._settle(self._arrivals.get_nowait())
 
     # -- ends that do not come from the host ---------------------------------------------------------
 
@@ -178,7 +169,7 @@ class JobRun:
             if state.begun:
                 return Stop(job.Result.SKIPPED, "the job was cancelled")
             self._end(state, job.Result.SKIPPED, "the job was cancelled")
-        elif now >= self._last_moment(state):
+        elif now >= self._patience.last_moment(state):
             if state.trouble:
                 self._end(state, job.Result.SKIPPED, state.trouble)
             elif not state.begun:
@@ -188,20 +179,16 @@ class JobRun:
                 return Stop(job.Result.ERROR, "the deadline passed while the host was at work")
         return None
 
-    def _last_moment(self, state: HostState) -> float:
-        """Return when a host is given up, in epoch seconds."""
-        deadline = self._work.terms.deadline
-        if deadline is not None:
-            return deadline + (GRACE if state.begun and not state.trouble else 0.0)
-        if state.down_since is not None:
-            return state.down_since + PATIENCE
-        return state.busy_since + BUSY_PATIENCE if state.busy_since is not None else float("inf")
+    # -- what hosts say ------------------------------------------------------------------------------
 
-    # -- what a call brought -------------------------------------------------------------------------
+    def _settle(self, arrival: Visit | client.HostReport | None) -> None:
+        match arrival:
+            case Visit():
+                self._settle_call(arrival)
+            case client.HostReport():
+                self._hear(arrival)
 
-    def _settle(self, visit: Visit | None) -> None:
-        if visit is None:  # woken up
-            return
+    def _settle_call(self, visit: Visit) -> None:
         state = self._slots.returned(visit.host)
         if visit.failure is not None and not isinstance(visit.failure, Exception):
             raise visit.failure
@@ -216,7 +203,36 @@ class JobRun:
         if self._progress.is_host_over(state.name):
             self._finished(state)
         elif not state.is_scheduled:
-            self._look_again(state)
+            self._slots.keep(state, self._patience.next_look(state, self._host.clock()))
+
+    def _hear(self, told: client.HostReport) -> None:
+        """Take note of what an agent says by itself, if that is news."""
+        state, report, who = self._slots.find(told.host), told.report, told.report.agent
+        if (
+            state is None
+            or who is None
+            or (told.job_id, report.attempt) != (self._work.id, self._work.attempt)
+        ):
+            return
+        number = state.numbers.get(who.instance, 0)
+        # Another instance is one that has ended since, or a second one under the host's name, which calls
+        # find out.
+        if report.number <= number or state.instances[-1:] not in ([], [who.instance]):
+            return
+        state.numbers[who.instance] = report.number
+        state.reports = True
+        # Why an image was skipped depends on who told the host to stop: that is asked.
+        cells = {name: cell for name, cell in report.cells.items() if cell.result is not job.Result.SKIPPED}
+        self._keep(state, cells)
+        self._answers(state)
+        if self._slots.is_called(state.name):
+            return  # what the call brings decides how it goes on
+        if self._progress.is_host_over(state.name):
+            self._finished(state)
+            return
+        now = self._host.clock()
+        has_gap = report.number > number + 1 or len(cells) < len(report.cells)
+        self._slots.wake(state, now if has_gap else self._patience.next_look(state, now))
 
     def _record(self, state: HostState, visit: Visit) -> None:
         assert visit.report is not None
@@ -224,18 +240,33 @@ class JobRun:
         if visit.stop is not None:
             # What the host skipped because it was told to stop ends with the reason for that.
             cells = {name: cell for name, cell in cells.items() if cell.result is not job.Result.SKIPPED}
-        if self._progress.record(state.name, cells):
-            state.restarts = 0
-        if visit.failure is None and state.down_since is not None:
-            LOG.info("Host %s answers again", state.name)
+        self._keep(state, cells)
         if visit.failure is None:
-            state.down_since, state.busy_since, state.failures, state.trouble = None, None, 0, ""
+            self._answers(state)
+        self._compare(state, visit.report)
         if not set(self._progress.pending(state.name)) <= set(visit.report.cells):
             self._forgotten(state)
 
-    def _look_again(self, state: HostState) -> None:
-        pause = POLL * (0.5 + self._host.random()) if state.begun else 0.0
-        self._slots.keep(state, self._host.clock() + pause)
+    def _keep(self, state: HostState, cells: Mapping[str, job.Cell]) -> None:
+        if self._progress.record(state.name, cells):
+            state.restarts = 0
+
+    def _answers(self, state: HostState) -> None:
+        if state.down_since is not None:
+            LOG.info("Host %s answers again", state.name)
+        state.down_since, state.busy_since, state.failures, state.trouble = None, None, 0, ""
+
+    def _compare(self, state: HostState, report: client.TaskReport) -> None:
+        """Find out from an answer whether what the agent says by itself is heard."""
+        state.ask_by = self._patience.ask_by(self._host.clock())
+        who = report.agent
+        if who is None or not who.reports or self._mailbox is None:
+            state.reports = False
+            return
+        # At the begin of a task there is nothing to be heard yet. Later, what it said and was not heard is
+        # lost, or on its way: it is asked more often until something is heard.
+        state.reports = report.number <= state.numbers.get(who.instance, 0)
+        state.numbers[who.instance] = report.number
 
     def _fail(self, state: HostState, failure: Exception) -> None:
         match failure:
@@ -298,9 +329,9 @@ class JobRun:
         state.trouble = f"the host is down: {error}"
         self._progress.set_reason(state.name, state.trouble)
         if state.begun and now - state.down_since <= SILENCE:
-            self._slots.keep(state, min(now + self._delay(0), self._last_moment(state)))
+            self._slots.keep(state, self._patience.next_try(state, now, failures=0))
         else:
-            self._slots.give_away(state, min(now + self._delay(state.failures), self._last_moment(state)))
+            self._slots.give_away(state, self._patience.next_try(state, now, failures=state.failures))
             state.failures += 1
 
     def _is_busy(self, state: HostState, error: Exception) -> None:
@@ -309,11 +340,8 @@ class JobRun:
         state.busy_since = state.busy_since or now
         state.trouble = f"the host is busy: {error}"
         self._progress.set_reason(state.name, state.trouble)
-        self._slots.give_away(state, min(now + self._delay(state.failures), self._last_moment(state)))
+        self._slots.give_away(state, self._patience.next_try(state, now, failures=state.failures))
         state.failures += 1
-
-    def _delay(self, failures: int) -> float:
-        return min(POLL_DOWN * 2.0 ** min(failures, 8), LONGEST_POLL_DOWN) * (0.5 + self._host.random())
 
     # -- ends ----------------------------------------------------------------------------------------
 
@@ -337,4 +365,5 @@ class JobRun:
             retries=terms.retries,
             deadline_in=None if terms.deadline is None else max(0.0, terms.deadline - now),
             pin_for=None if terms.pin_until is None else max(0.0, terms.pin_until - now),
+            report_to=self._mailbox,
         )

@@ -44,6 +44,9 @@ class HostState:
     :param instances: of the agents that answered by its name, in order, without repetitions in a row.
     :param stop: how it is to be stopped with the next call, if it is to be.
     :param skew_told: that its clock is off was logged.
+    :param reports: its agent says by itself what changes, and is heard.
+    :param ask_by: epoch seconds by which it is asked in any case.
+    :param numbers: by instance, the number of the last report that was heard of it.
     """
 
     name: str
@@ -57,6 +60,9 @@ class HostState:
     instances: list[str] = dataclasses.field(default_factory=list)
     stop: Stop | None = None
     skew_told: bool = False
+    reports: bool = False
+    ask_by: float = 0.0
+    numbers: dict[str, int] = dataclasses.field(default_factory=dict)
     lane: Lane = Lane.WAITING
     entry: int | None = None
 
@@ -95,6 +101,14 @@ class Slots:
     def calls_under_way(self) -> int:
         """How many calls were taken and have not returned."""
         return len(self._under_way)
+
+    def find(self, name: str) -> HostState | None:
+        """Return a host that is not done. Returns None for all others."""
+        return self._states.get(name)
+
+    def is_called(self, name: str) -> bool:
+        """Whether a call on a host is under way."""
+        return name in self._under_way
 
     def waiting(self) -> list[HostState]:
         """Return the hosts that hold no slot, and on which no call is under way."""
@@ -138,6 +152,13 @@ class Slots:
         """Plan the next call on a host that gives its slot to another."""
         self._free_slots += 1
         self._push(state, Lane.PUT_OFF, moment)
+
+    def wake(self, state: HostState, moment: float) -> None:
+        """Plan the next call on a host that turned out to be there, anew, whether it holds a slot or not."""
+        if state.lane is Lane.PUT_OFF:
+            self._push(state, Lane.WAITING, moment)
+        elif state.lane is not Lane.WAITING:
+            self.keep(state, moment)
 
     def remove(self, state: HostState) -> None:
         """Forget a host that is done."""

@@ -6,6 +6,10 @@ where a host fetches from or what it writes. An answer is ``{"result": ...}`` or
 travels as the kind that says who must act, with its text, and without a traceback. Beside either, an agent
 that speaks version 1.1 says who it is: ``"agent": {"instance": ..., "clock": ...}``. Version 1.0 knows
 neither that nor a task's ``deadline_in`` and ``pin_for``, which a conductor leaves out for such an agent.
+
+Since version 1.2 a task may name the conductor's mailbox in ``report_to``, and the agent sends to it what
+changed: ``{"host": ..., "job_id": ..., "attempt": ..., "number": ..., "agent": ..., "cells": ...}``. The
+answer to ``poll`` has ``attempt`` and ``number`` beside its result. Whoever knows less ignores these.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,21 +49,30 @@ _KINDS: dict[str, type[errors.ImageCacheError]] = {
 _MOST_RETRIES = 100
 _LONGEST_ID = 128
 
-#: Fields of a task that version 1.0 does not know.
-_SINCE_1_1 = ("deadline_in", "pin_for")
+#: Raise the minor number for what an older side may ignore, the major for what it must not.
+VERSION = "1.2"
+
+#: Fields of a task that earlier versions do not know and refuse, with the first that knows them.
+_SINCE = {"deadline_in": "1.1", "pin_for": "1.1", "report_to": "1.2"}
+
+#: The versions of agents, the newest first.
+VERSIONS = ("1.2", "1.1", "1.0")
+
+#: A mailbox is a random id. It becomes part of a queue's name, so it is nothing else.
+_MAILBOX = re.compile("[0-9a-f]{32}")
 
 
 class Malformed(errors.BackendError):
     """What arrived is not what should be said."""
 
 
-def from_task(task: client.HostTask, *, oldest: bool = False) -> dict[str, Any]:
+def from_task(task: client.HostTask, *, version: str = VERSION) -> dict[str, Any]:
     """Return a task as it travels.
 
-    :param oldest: for an agent that speaks version 1.0.
+    :param version: that the agent speaks, one of :data:`VERSIONS`.
     """
     fields = {**dataclasses.asdict(task), "image_ids": list(task.image_ids)}
-    return {name: value for name, value in fields.items() if not (oldest and name in _SINCE_1_1)}
+    return {name: value for name, value in fields.items() if _SINCE.get(name, version) <= version}
 
 
 def to_task(found: Any) -> client.HostTask:
@@ -82,6 +96,7 @@ def to_task(found: Any) -> client.HostTask:
         retries=_integer(fields.get("retries", 0), "retries", most=_MOST_RETRIES),
         deadline_in=_moment(fields.get("deadline_in"), "deadline_in"),
         pin_for=_moment(fields.get("pin_for"), "pin_for"),
+        report_to=_mailbox(fields.get("report_to")),
     )
 
 
@@ -161,6 +176,55 @@ def to_cells(found: Any) -> dict[str, job.Cell]:
     return {str(key): _cell(fields) for key, fields in _mapping(found, "a progress report").items()}
 
 
+def from_report(told: client.HostReport) -> dict[str, Any]:
+    """Return what an agent says by itself, as it travels."""
+    assert told.report.agent is not None
+    return {
+        "host": told.host,
+        "job_id": told.job_id,
+        "attempt": told.report.attempt,
+        "number": told.report.number,
+        "agent": dataclasses.asdict(told.report.agent),
+        "cells": from_cells(told.report.cells),
+    }
+
+
+def to_report(found: Any) -> client.HostReport:
+    """Return the report that arrived.
+
+    :raises Malformed: it is none, or does not say which agent it is from.
+    """
+    fields = _mapping(found, "a report")
+    host, who = fields.get("host"), agent_of(fields)
+    if not isinstance(host, str) or who is None:
+        raise Malformed("the report does not say who sent it", next_step="upgrade the agent")
+    return client.HostReport(
+        host, to_job_id(fields.get("job_id")), _task_report(fields, to_cells(fields.get("cells")), who)
+    )
+
+
+def to_poll(answer: Any) -> client.TaskReport:
+    """Return what an agent answered to a poll.
+
+    :raises UnknownTask, ImageCacheError: the agent says so.
+    :raises Malformed: it is no such answer.
+    """
+    who = agent_of(answer)
+    try:
+        cells = to_cells(result_of(answer))
+    except client.UnknownTask as error:
+        error.agent = who
+        raise
+    return _task_report(answer, cells, who)
+
+
+def _task_report(
+    fields: Mapping[str, Any], cells: Mapping[str, job.Cell], who: client.AgentInfo | None
+) -> client.TaskReport:
+    attempt, number = (_integer(fields.get(name, 0), name) for name in ("attempt", "number"))
+    return client.TaskReport(cells, who, attempt, number)
+
+
 def _cell(found: Any) -> job.Cell:
     fields = _mapping(found, "a result")
     result, total = fields.get("result"), fields.get("total")
@@ -188,15 +252,27 @@ def answered(ask: Callable[[], Any], who: client.AgentInfo) -> dict[str, Any]:
     return {**_outcome(ask), "agent": dataclasses.asdict(who)}
 
 
+def polled(ask: Callable[[], client.TaskReport], who: client.AgentInfo) -> dict[str, Any]:
+    """Return what a poll returns or raises, as it travels."""
+    numbers: dict[str, int] = {}
+
+    def cells() -> dict[str, Any]:
+        report = ask()
+        numbers.update(attempt=report.attempt, number=report.number)
+        return from_cells(report.cells)
+
+    return {**answered(cells, who), **numbers}
+
+
 def agent_of(answer: Any) -> client.AgentInfo | None:
     """Return which agent an answer is from. An agent that speaks version 1.0 does not say."""
     told = answer.get("agent") if isinstance(answer, Mapping) else None
     if not isinstance(told, Mapping):
         return None
     instance, clock = told.get("instance"), told.get("clock")
-    if not isinstance(instance, str) or not isinstance(clock, int | float) or not math.isfinite(clock):
+    if not isinstance(instance, str) or not _is_moment(clock):
         return None
-    return client.AgentInfo(instance[:_LONGEST_ID], float(clock))
+    return client.AgentInfo(instance[:_LONGEST_ID], float(clock or 0), told.get("reports") is True)
 
 
 def _outcome(ask: Callable[[], Any]) -> dict[str, Any]:
@@ -249,13 +325,24 @@ def _mapping(found: Any, what: str) -> Mapping[Any, Any]:
 
 def _integer(found: Any, what: str, *, most: int = job.LARGEST) -> int:
     if type(found) is not int or not 0 <= found <= most:
-        raise Malformed(f"{what} is {found!r}", next_step="upgrade the side that sent it")
+        raise Malformed(f"{what} is {found!r:.100}", next_step="upgrade the side that sent it")
     return found
+
+
+def _mailbox(found: Any) -> str | None:
+    if found is None or (isinstance(found, str) and _MAILBOX.fullmatch(found)):
+        return found
+    raise Malformed("report_to is no mailbox", next_step="upgrade the side that sent it")
 
 
 def _moment(found: Any, what: str) -> float | None:
     if found is None:
         return None
-    if type(found) not in (int, float) or not math.isfinite(found) or found < 0:
-        raise Malformed(f"{what} is {found!r}", next_step="upgrade the side that sent it")
+    if not _is_moment(found):
+        raise Malformed(f"{what} is {found!r:.100}", next_step="upgrade the side that sent it")
     return float(found)
+
+
+def _is_moment(found: Any) -> bool:
+    # An integer may be too large for a float, which math.isfinite() answers with an OverflowError.
+    return type(found) in (int, float) and 0 <= found <= job.LARGEST and math.isfinite(found)

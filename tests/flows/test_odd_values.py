@@ -12,6 +12,7 @@ from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib.precache import agent, client, job
+from imagecache_lib.precache.watch import Watch
 from imagecache_lib.store import checksums, layout, membership
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
@@ -211,14 +212,14 @@ class TestBombs(CacheCase):
 
     def test_a_task_of_ever_more_images_is_refused(self) -> None:
         stop = self.points.stop_at("ingest:reserved")
-        host = agent.HostAgent(self.manager(), watch=agent.Watch())
+        host = agent.HostAgent(self.manager(), watch=Watch())
         host.begin(client.HostTask("job", (ID,)))
         stop.wait()
         many = tuple(f"image-{number}" for number in range(job.MOST_IMAGES - 1))
         host.begin(client.HostTask("job", many))
         with self.assertRaisesRegex(ic.BackendError, "at most"):
             host.begin(client.HostTask("job", (OTHER_ID,)))
-        self.assertEqual({ID, *many}, set(host.poll("job")))
+        self.assertEqual({ID, *many}, set(host.poll("job").cells))
         host.cancel("job")
         stop.go_on()
         host.stop()

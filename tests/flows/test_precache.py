@@ -14,10 +14,11 @@ import unittest
 from collections.abc import Callable, Mapping, Sequence
 
 from imagecache_lib import errors, model
-from imagecache_lib.precache import client, job, job_events, precacher, run
-from imagecache_lib.precache.agent import HostAgent, Watch
+from imagecache_lib.precache import client, job, job_events, patience, precacher
+from imagecache_lib.precache.agent import HostAgent
 from imagecache_lib.precache.database import Change, JobDatabase
 from imagecache_lib.precache.in_process import InProcessClient
+from imagecache_lib.precache.watch import Watch
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
 from tests.support.cache_case import ID, OTHER_ID, CacheCase, raw_image
@@ -364,14 +365,14 @@ class DownTest(JobCase):
         self.assertEqual([SKIPPED] * 2, self.results(ended, "two"))
         self.assertEqual({"the host is down: no answer"}, self.reasons(ended, "two"))
         self.assertEqual(4, ended.count()[CACHED])
-        self.assertLess(self.time.now, deadline + 2 * run.POLL_DOWN)
+        self.assertLess(self.time.now, deadline + 2 * patience.POLL_DOWN)
         self.assertTrue(ended.has_failed)
 
     def test_without_a_deadline_patience_ends(self) -> None:
         self.down("two", self.time.now + 10_000)
         ended = self.run_job()
         self.assertEqual([SKIPPED] * 2, self.results(ended, "two"))
-        self.assertLess(self.time.now, 1000 + run.PATIENCE + 100)
+        self.assertLess(self.time.now, 1000 + patience.PATIENCE + 100)
 
     def test_the_status_says_meanwhile_what_is_wrong(self) -> None:
         self.down("two", self.time.now + 60)
@@ -519,7 +520,7 @@ class AgentCase(CacheCase):
     def wait(self, agent: HostAgent, job_id: str) -> Mapping[str, job.Cell]:
         over = threading.Event()
         while True:
-            cells = agent.poll(job_id)
+            cells = agent.poll(job_id).cells
             if all(cell.result is not None for cell in cells.values()):
                 return cells
             over.wait(0.01)
@@ -616,7 +617,7 @@ class AgentTest(AgentCase):
         stop = self.points.stop_at("transfer.chunk")
         agent.begin(client.HostTask("job", (ID,)))
         stop.wait()
-        cell = agent.poll("job")[ID]
+        cell = agent.poll("job").cells[ID]
         self.assertEqual((None, 16 * 2**20, large), (cell.result, cell.received, cell.total))
         stop.go_on()
         self.assertEqual(large, self.wait(agent, "job")[ID].received)

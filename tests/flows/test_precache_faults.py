@@ -8,7 +8,7 @@ import threading
 import time
 
 from imagecache_lib import errors
-from imagecache_lib.precache import client, job, lease, precacher, run
+from imagecache_lib.precache import client, job, lease, patience, precacher, run
 from imagecache_lib.precache.agent import HostAgent
 from imagecache_lib.precache.database import JobDatabase
 from imagecache_lib.precache.slots import HostState, Slots
@@ -104,7 +104,7 @@ class BusyTest(JobCase):
         self.hosts.hosts["one"].before = before
         ended = self.run_job()
         self.assertEqual(6, ended.count()[CACHED])
-        self.assertLess(self.time.now, until + 2 * run.LONGEST_POLL_DOWN)
+        self.assertLess(self.time.now, until + 2 * patience.LONGEST_POLL_DOWN)
 
     def test_a_host_that_stays_busy_is_skipped_in_the_end(self) -> None:
         def before(_call: str) -> None:
@@ -389,11 +389,11 @@ class AgentFaultsTest(AgentCase):
         over = threading.Event()
         while len(order) < 2:
             for name in ("sick", "healthy"):
-                if name not in order and all(cell.result for cell in agent.poll(name).values()):
+                if name not in order and all(cell.result for cell in agent.poll(name).cells.values()):
                     order.append(name)
             over.wait(0.005)
-        self.assertEqual(CACHED, agent.poll("sick")[ID].result)
-        self.assertEqual(CACHED, agent.poll("healthy")[OTHER_ID].result)
+        self.assertEqual(CACHED, agent.poll("sick").cells[ID].result)
+        self.assertEqual(CACHED, agent.poll("healthy").cells[OTHER_ID].result)
 
     def test_a_sick_image_lets_the_others_of_its_own_task_go_first(self) -> None:
         paused = Stop()
@@ -402,7 +402,7 @@ class AgentFaultsTest(AgentCase):
         self.source.fail_describe(errors.SourceError("busy"))
         agent.begin(client.HostTask("job", (ID, OTHER_ID), retries=5))
         paused.wait()  # nothing is left to do but to wait for the retry
-        cells = agent.poll("job")
+        cells = agent.poll("job").cells
         paused.go_on()
         self.assertEqual([None, CACHED], [cell.result for cell in cells.values()])
         self.assertIn("to be tried again", cells[ID].reason)

@@ -381,7 +381,8 @@ def test_left_resumed_and_cancelled_it_stops(fleet: Fleet, glance: glance_lab.Gl
     images = make_images(glance, 90 * MIB)
     fleet.start_agent("alpha")
     stage = fleet.instances("alpha") / "_base" / ".imagecache" / "stage"
-    left = fleet.start(["alpha"], images, "--rate", "1M")
+    # So slow that it cannot end before it is cancelled, however busy the machine is.
+    left = fleet.start(["alpha"], images, "--rate", "256K")
     fleet.wait_for(lambda: stage.is_dir() and any(stage.iterdir()))
     left.send_signal(signal.SIGINT)
     fleet.finish(left, code=10)
@@ -392,6 +393,28 @@ def test_left_resumed_and_cancelled_it_stops(fleet: Fleet, glance: glance_lab.Gl
     assert ended["alpha", images[0]]["Result"] == "skipped"
     fleet.wait_for(lambda: not any(stage.iterdir()))
     assert not fleet.has("alpha", images[0])
+
+
+def mailboxes(rabbit: rabbit_lab.Rabbit, topic: str) -> dict[str, str]:
+    """Return the queues of conductors with their arguments."""
+    listed = rabbit.control("-q", "list_queues", "name", "arguments").splitlines()
+    rows = [line.split("\t", 1) for line in listed if line.startswith(f"{topic}-conductor-")]
+    return {row[0]: row[-1] for row in rows}
+
+
+def test_agents_report_to_a_queue_that_expires_with_its_conductor(
+    fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit
+) -> None:
+    images = make_images(glance, MIB, 6 * MIB)
+    fleet.start_agent("alpha")
+    running = fleet.start(["alpha"], images, "--rate", "1M")
+    fleet.wait_for(lambda: fleet.has("alpha", images[0]))
+    running.kill()
+    running.wait()
+    fleet.wait_for(lambda: len(mailboxes(rabbit, fleet.topic)) == 1)  # those without an expiry vanish
+    assert all("x-expires" in arguments for arguments in mailboxes(rabbit, fleet.topic).values())
+    ended = fleet.finish(fleet.resume())
+    assert {row["Result"] for row in ended.values()} == {"cached"}
 
 
 def test_two_that_resume_one_job_fetch_once(fleet: Fleet, glance: glance_lab.Glance) -> None:

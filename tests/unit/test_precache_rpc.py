@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
 import threading
 import unittest
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import oslo_messaging
@@ -20,14 +21,19 @@ TASK = client.HostTask(
     "a1", ("image-a", "image-b"), attempt=2, rate=5, deadline=7.5, pin_until=9.0, retries=4
 )
 CELLS = {"image-a": job.Cell(job.Result.CACHED, "", 5, 5), "image-b": job.Cell(None, "soon", 1, None)}
-WHO = client.AgentInfo("an-instance", 5.0)
+WHO = client.AgentInfo("an-instance", 5.0, reports=True)
 SURVEY = client.Survey(("image-a",), {"image-b": 7, "image-c": None}, 99, {"image-d": "it is gone"})
+
+
+REPORT = wire.from_report(client.HostReport("one", "a1", client.TaskReport(CELLS, WHO, 2, 3)))
 
 
 class ScriptedAgent:
     """Answers, or raises what it was told to."""
 
     def __init__(self) -> None:
+        self.image_ended = threading.Event()
+        self.changed: list[tuple[str, client.HostReport]] = []
         self.asked: list[Any] = []
         self.raises: BaseException | None = None
 
@@ -46,12 +52,19 @@ class ScriptedAgent:
     def begin(self, task: client.HostTask) -> None:
         self._note(task)
 
-    def poll(self, job_id: str) -> Mapping[str, job.Cell]:
+    def poll(self, job_id: str) -> client.TaskReport:
         self._note(job_id)
-        return CELLS
+        return client.TaskReport(CELLS, WHO, attempt=2, number=7)
 
     def cancel(self, job_id: str) -> None:
         self._note(job_id)
+
+    def changes(self) -> Sequence[tuple[str, client.HostReport]]:
+        changed, self.changed = self.changed, []
+        return changed
+
+    def unsent(self, told: client.HostReport) -> None:
+        raise AssertionError(told)
 
 
 class FirstRelease:
@@ -70,6 +83,12 @@ class FirstRelease:
     @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def poll(self, _context: Any, job_id: Any) -> Any:
         return {"result": wire.from_cells(CELLS)}
+
+
+class SecondRelease(FirstRelease):
+    """An agent's endpoint that knows version 1.1."""
+
+    target = oslo_messaging.Target(version="1.1")
 
 
 class StuckClient:
@@ -113,9 +132,41 @@ class RpcTest(unittest.TestCase):
         self.assertEqual(SURVEY, self.client.survey("one", ["image-a"]))
         self.assertEqual(WHO, self.client.begin("one", TASK))
         report = self.client.poll("one", "a1")
-        self.assertEqual((CELLS, WHO), (report.cells, report.agent))
+        self.assertEqual((CELLS, WHO, 2, 7), (report.cells, report.agent, report.attempt, report.number))
         self.client.cancel("one", "a1")
         self.assertEqual([("image-a",), TASK, "a1", "a1"], self.agent.asked)
+
+    def test_what_an_agent_says_by_itself_arrives_while_it_is_listened_to(self) -> None:
+        inbox: queue.SimpleQueue[client.HostReport] = queue.SimpleQueue()
+        told = client.HostReport("one", "a1", client.TaskReport(CELLS, WHO, attempt=2, number=3))
+        ours = rpc.RpcHostClient(self.transport, mailboxes=self.transport)
+        with ours.listening(inbox) as box:
+            assert box is not None
+            self.agent.changed = [(box, told)]
+            self.agent.image_ended.set()
+            heard = inbox.get(timeout=60)
+        self.assertEqual((told, WHO), (heard, heard.report.agent))
+
+    def test_without_a_transport_for_it_nobody_is_listened_to(self) -> None:
+        with self.client.listening(queue.SimpleQueue()) as box:
+            self.assertIsNone(box)
+
+    def test_an_agent_of_the_second_release_is_begun_without_a_mailbox(self) -> None:
+        transport = oslo_messaging.get_rpc_transport(cfg.CONF, url=f"fake://{self.id()}-second/")
+        self.addCleanup(transport.cleanup)
+        second = SecondRelease()
+        server = oslo_messaging.get_rpc_server(
+            transport,
+            oslo_messaging.Target(topic=rpc.TOPIC, server="second"),
+            [second],
+            access_policy=oslo_messaging.ExplicitRPCAccessPolicy,
+        )
+        server.start()
+        self.addCleanup(server.stop)
+        task = dataclasses.replace(TASK, deadline_in=5.0, report_to="0" * 32)
+        rpc.RpcHostClient(transport, timeout=5.0).begin("second", task)
+        self.assertEqual(5.0, second.tasks[0]["deadline_in"])
+        self.assertNotIn("report_to", second.tasks[0])
 
     def test_an_error_arrives_as_the_kind_that_says_who_acts(self) -> None:
         for error in (
@@ -190,7 +241,7 @@ class RpcTest(unittest.TestCase):
         ours = rpc.RpcHostClient(transport, timeout=5.0)
         task = dataclasses.replace(TASK, deadline_in=5.0, pin_for=9.0)
         self.assertIsNone(ours.begin("old", task))
-        self.assertEqual([wire.from_task(TASK, oldest=True)], old.tasks)
+        self.assertEqual([wire.from_task(TASK, version="1.0")], old.tasks)
         report = ours.poll("old", "a1")
         self.assertEqual((CELLS, None), (report.cells, report.agent))
 
@@ -198,11 +249,11 @@ class RpcTest(unittest.TestCase):
         plain = oslo_messaging.get_rpc_client(
             self.transport, oslo_messaging.Target(topic=rpc.TOPIC, version="1.0", server="one"), timeout=5
         )
-        answer = plain.call({}, "begin", task=wire.from_task(TASK, oldest=True))
+        answer = plain.call({}, "begin", task=wire.from_task(TASK, version="1.0"))
         self.assertEqual((None, "error" in answer), (answer["result"], False))
         self.assertEqual([TASK], self.agent.asked)
         self.agent.raises = client.HostBusy("later")
-        error = plain.call({}, "begin", task=wire.from_task(TASK, oldest=True))["error"]
+        error = plain.call({}, "begin", task=wire.from_task(TASK, version="1.0"))["error"]
         self.assertEqual(("HostBusy", "later"), (error["kind"], error["cause"]))
 
     def test_a_host_that_does_not_answer_is_down(self) -> None:
@@ -245,6 +296,9 @@ class WireTest(unittest.TestCase):
             ("deadline", float("nan")),
             ("deadline", float("inf")),
             ("pin_until", -1),
+            ("pin_until", 10**400),
+            ("report_to", "reply_of_another_service"),
+            ("report_to", 5),
         ):
             with self.subTest(name=name, value=value), self.assertRaises(wire.Malformed):
                 wire.to_task({**good, name: value})
@@ -268,6 +322,22 @@ class WireTest(unittest.TestCase):
             ),
             (wire.to_cells, (None, {"a": None}, {"a": {"result": "perhaps"}}, {"a": {"received": -5}})),
             (wire.result_of, (None, [], {"error": "text"})),
+            (
+                wire.to_report,
+                (
+                    None,
+                    {},
+                    {**REPORT, "agent": None},
+                    {**REPORT, "agent": {"instance": "a", "clock": 10**400}},
+                    {**REPORT, "agent": {"instance": "a", "clock": float("nan")}},
+                    {**REPORT, "host": 5},
+                    {**REPORT, "job_id": "a\nb"},
+                    {**REPORT, "number": -1},
+                    {**REPORT, "attempt": "1"},
+                    {**REPORT, "cells": []},
+                    {**REPORT, "cells": {"a": {"result": "perhaps"}}},
+                ),
+            ),
         )
         for parse, wrong in parsers:
             for found in wrong:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a host is looked at next, and for how long it is waited for. Decides only: no calls, no clock."""
+
+from __future__ import annotations
+
+from imagecache_lib.precache import client, job
+from imagecache_lib.precache.slots import HostState
+from imagecache_lib.system.host import System
+
+#: Seconds between two looks at a host that works and does not report by itself.
+POLL = 1.0
+
+#: Seconds of silence after which a host that reports by itself is asked: more than three of its periods.
+QUIET = 15.0
+
+#: Seconds before a host that is down is asked again: at first, doubled each time, and at most.
+POLL_DOWN = 5.0
+LONGEST_POLL_DOWN = 30.0
+
+#: Seconds for which a host that was at work and does not answer keeps its slot.
+SILENCE = 60.0
+
+#: Without a deadline, a host that is down is given up after so many seconds, and one that cannot take a task
+#: because it has too many.
+PATIENCE = 600.0
+BUSY_PATIENCE = 3600.0
+
+#: Seconds after the deadline in which a host may still say itself how its images ended.
+GRACE = 15.0
+
+
+class Patience:
+    """What one run of a job has with its hosts.
+
+    :param host: its randomness keeps hosts from being asked all at the same time.
+    """
+
+    def __init__(self, terms: job.Terms, host: System) -> None:
+        self._deadline = terms.deadline
+        self._random = host.random
+
+    def next_look(self, state: HostState, now: float) -> float:
+        """Return when a host that was just heard is to be asked."""
+        if not state.begun:
+            return now
+        if not state.reports:
+            return now + POLL * (0.5 + self._random())
+        moment = min(now + QUIET * (1.0 + 0.5 * self._random()), state.ask_by)
+        return min(moment, self.last_moment(state))
+
+    def ask_by(self, now: float) -> float:
+        """Return by when a host that was just asked is to be asked again, although it reports by itself."""
+        return now + client.ASKED_SECONDS * (0.5 + 0.5 * self._random())
+
+    def last_moment(self, state: HostState) -> float:
+        """Return when a host is given up, in epoch seconds."""
+        if self._deadline is not None:
+            return self._deadline + (GRACE if state.begun and not state.trouble else 0.0)
+        if state.down_since is not None:
+            return state.down_since + PATIENCE
+        return state.busy_since + BUSY_PATIENCE if state.busy_since is not None else float("inf")
+
+    def next_try(self, state: HostState, now: float, *, failures: int) -> float:
+        """Return when a host that does not answer, or has too many tasks, is to be asked again.
+
+        :param failures: how often in a row it was put off.
+        """
+        pause = min(POLL_DOWN * 2.0 ** min(failures, 8), LONGEST_POLL_DOWN) * (0.5 + self._random())
+        return min(now + pause, self.last_moment(state))

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A task at work on a host: how far it is, what comes next, what a conductor has not heard yet. No I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterable, Mapping
+
+from imagecache_lib.precache import client, job
+
+
+@dataclasses.dataclass(frozen=True)
+class Retry:
+    """An image that failed in a way that may pass.
+
+    :param not_before: epoch seconds.
+    :param failures: how often it failed so far.
+    """
+
+    not_before: float
+    failures: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """What is needed to try one image: the task's state when the try began.
+
+    :param cancelled: set when the task is to stop.
+    :param failures: how often the image failed before.
+    """
+
+    asked: client.HostTask
+    cancelled: threading.Event
+    image_id: str
+    failures: int
+
+    def is_late(self, now: float) -> bool:
+        return self.asked.deadline is not None and now >= self.asked.deadline
+
+
+class Task:
+    """A task at work. Guarded by the agent's lock.
+
+    :ivar watched_until: epoch seconds until which what changes is reported.
+    """
+
+    def __init__(self, asked: client.HostTask) -> None:
+        self.asked = asked
+        self.watched_until = 0.0
+        self.number = 0
+        self._told: dict[str, job.Cell] = {}
+        self._report_to = asked.report_to
+        self.cells = {image_id: job.Cell() for image_id in asked.image_ids}
+        self.cancelled = threading.Event()
+        self.thread: threading.Thread | None = None
+        self.current: str | None = None
+        self.spent = 0
+        self._retries: dict[str, Retry] = {}
+
+    @property
+    def is_over(self) -> bool:
+        return all(cell.result is not None for cell in self.cells.values())
+
+    def extend(self, asked: client.HostTask) -> None:
+        """Go on with what is asked now: more images, or another attempt at those that failed."""
+        again = asked.attempt > self.asked.attempt
+        if asked.report_to != self._report_to:
+            # Another conductor, or another run of it, to which nothing was told yet.
+            self._report_to, self._told = asked.report_to, {}
+        for image_id in asked.image_ids:
+            cell = self.cells.setdefault(image_id, job.Cell())
+            if again and cell.result is not None and cell.result.is_failure:
+                self.cells[image_id] = job.Cell()
+        if again:
+            self.asked = asked
+            self._retries.clear()
+            # One that was not cancelled is what a fetch under way looks at: the next cancellation, or the
+            # agent's end, must reach that fetch whichever attempt began it.
+            if self.cancelled.is_set():
+                self.cancelled = threading.Event()
+
+    def next(self, now: float) -> Attempt | None:
+        """Return the image to try now. Returns None if all others have a result, or wait for a retry."""
+        self.current = None
+        for image_id, cell in self.cells.items():
+            retry = self._retries.get(image_id, Retry(0.0, 0))
+            if cell.result is None and (retry.not_before <= now or self.cancelled.is_set()):
+                self.current = image_id
+                return Attempt(self.asked, self.cancelled, image_id, retry.failures)
+        return None
+
+    def postpone(self, attempt: Attempt, not_before: float) -> None:
+        """Let other images go first, until it may be tried again."""
+        self._retries[attempt.image_id] = Retry(not_before, attempt.failures + 1)
+
+    def seconds_to_next(self, now: float) -> float:
+        """Return for how long there is nothing to do."""
+        pending = [self._retries[image_id] for image_id, cell in self.cells.items() if cell.result is None]
+        return max(0.0, min((retry.not_before for retry in pending), default=now) - now)
+
+    # -- what a conductor has not heard --------------------------------------------------------------
+
+    def report_to(self, now: float) -> str | None:
+        """Return the mailbox of the conductor that watches the task, if one does."""
+        return self._report_to if now < self.watched_until else None
+
+    def changes(self, cells: Mapping[str, job.Cell]) -> Mapping[str, job.Cell]:
+        """Return those of the cells that are not as they were told last, and count them as told."""
+        changed = {image_id: cell for image_id, cell in cells.items() if self._told.get(image_id) != cell}
+        if changed:
+            self._told.update(changed)
+            self.number += 1
+        return changed
+
+    def untold(self, image_ids: Iterable[str]) -> None:
+        """Count cells as not told: the report on them could not be sent."""
+        for image_id in image_ids:
+            self._told.pop(image_id, None)
