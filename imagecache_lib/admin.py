@@ -141,7 +141,7 @@ class CacheAdmin:
                 f"its base image stays: {stays.reason}",
                 image=image_id,
                 path=self._cache.layout.base(name),
-                next_step="ask again when nobody needs it",
+                next_step="ask again when nothing needs it",
             )
 
     def scrub(

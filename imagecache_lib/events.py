@@ -107,7 +107,7 @@ class Adopted(Event):
     """A base image that another program had made passed its check before its first use here."""
 
     level = logging.INFO
-    counter = ("adopted", "Base images of somebody else that passed their check")
+    counter = ("adopted", "Base images of another program that passed their check")
 
 
 @dataclasses.dataclass(frozen=True)

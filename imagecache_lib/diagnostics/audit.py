@@ -233,7 +233,7 @@ def _leftovers(
         yield AuditFinding(
             Severity.WARNING,
             name,
-            "no base image, and nobody knows what it is",
+            "no base image, and not known what it is",
             "find out who put it there, and move it away",
         )
 

@@ -157,8 +157,7 @@ class RpcHostClient(client.HostClient):
     def _bounded(
         self, host: str, target: Any, method: str, arguments: Mapping[str, Any], timeout: float
     ) -> Any:
-        """Return what a target answers, or give the call up when the message bus takes no message for too
-        long.
+        """Return what a target answers, or give the call up when the bus takes no message for too long.
 
         :raises HostDown: the message bus takes no messages.
         """

@@ -57,7 +57,7 @@ def _clone(
     cache: CacheStore,
 ) -> model.Disk:
     if call.demands_signature:
-        raise CannotClone("its signature is demanded, and nobody reads what is cloned")
+        raise CannotClone("its signature is demanded, and what is cloned is not read")
     source, image = call.describe()
     if decompress.compression_of(image, evidence.Use.DISK, cache.config) is not None:
         raise CannotClone("it is compressed")

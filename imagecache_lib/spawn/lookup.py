@@ -12,7 +12,7 @@ from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.store.evidence import Unmet
 from imagecache_lib.system.translate import translated
 
-_UNWITNESSED = Unmet("nobody witnessed how it was made", can_recheck=True)
+_UNWITNESSED = Unmet("it carries no record of how it was made", can_recheck=True)
 
 
 @dataclasses.dataclass(frozen=True)

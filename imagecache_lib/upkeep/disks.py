@@ -15,7 +15,6 @@ from imagecache_lib import model
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.last_scan import LastScan, SeenDisk
 from imagecache_lib.upkeep import headers
-from imagecache_lib.upkeep import names as names_module
 from imagecache_lib.upkeep.absence import Absence
 from imagecache_lib.upkeep.facts import (
     DanglingLink,
@@ -31,7 +30,7 @@ from imagecache_lib.upkeep.facts import (
     Unsettled,
 )
 from imagecache_lib.upkeep.follow import CannotTell, Follower, Looked
-from imagecache_lib.upkeep.names import Names
+from imagecache_lib.upkeep.names import Names, lasting
 from imagecache_lib.upkeep.scan import directory_names
 
 #: A chain of backing files is followed this far. QEMU opens every file of it, and gives up long before.
@@ -154,7 +153,7 @@ class Disks:
             # A disk that is pinned raw counts by the names in it and no more: its guest wrote the header.
             if overlay.pinned != "raw" and not self._follow(overlay, targets, names):
                 names |= self._chain_cannot_be_read(overlay)
-        remembered = names | names_module.lasting(overlay.references) if None in exact else names
+        remembered = names | lasting(overlay.references) if None in exact else names
         if remembered:
             self._disks[path] = SeenDisk(
                 path,
@@ -293,7 +292,7 @@ class Disks:
         else:
             self._everything_stays(
                 f"{fact.path} cannot be read ({fact.cause})",
-                "make it readable, or remove it if it is nobody's",
+                "make it readable, or remove it if no instance needs it",
             )
         return before.names if before is not None else ()
 

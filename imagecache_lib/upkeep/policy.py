@@ -20,7 +20,7 @@ from imagecache_lib.upkeep.outcomes import Kept
 from imagecache_lib.upkeep.references import References
 
 #: Why a base goes that an older pass renamed away.
-LEFT = "left in the trash, and nobody needs it"
+LEFT = "left in the trash, and nothing needs it"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,19 @@ import dataclasses
 from types import TracebackType
 
 from imagecache_lib import errors
-from imagecache_lib.formats.qcow2 import header as header_module
-from imagecache_lib.formats.qcow2 import inflate as inflate_module
 from imagecache_lib.formats.qcow2 import tables
-from imagecache_lib.formats.qcow2.header import Compression, Header, Incompatible, NotQcow2, Truncated
-from imagecache_lib.formats.qcow2.inflate import Inflate
+from imagecache_lib.formats.qcow2.header import (
+    EXTENSION_ENCRYPTION,
+    KNOWN_INCOMPATIBLE,
+    V2_LENGTH,
+    Compression,
+    Header,
+    Incompatible,
+    NotQcow2,
+    Truncated,
+    parse,
+)
+from imagecache_lib.formats.qcow2.inflate import Inflate, fastest_deflate, zstd
 from imagecache_lib.formats.qcow2.output import Output
 from imagecache_lib.formats.qcow2.pool import InflatePool, default_threads
 from imagecache_lib.formats.qcow2.spill import Spill
@@ -57,13 +65,13 @@ def check(header: Header, max_virtual_size: int) -> None:
     features = header.incompatible_features
     for refused, cause in (
         (header.crypt_method, "is encrypted"),
-        (header_module.EXTENSION_ENCRYPTION in header.extensions, "is encrypted"),
+        (EXTENSION_ENCRYPTION in header.extensions, "is encrypted"),
         (header.backing_file_offset, "has a backing file"),
         (features & Incompatible.DATA_FILE, "keeps its data in another file"),
         (features & Incompatible.CORRUPT, "is marked corrupt"),
         (
-            features & ~header_module.KNOWN_INCOMPATIBLE,
-            f"needs unknown features (bit mask {features & ~header_module.KNOWN_INCOMPATIBLE:#x})",
+            features & ~KNOWN_INCOMPATIBLE,
+            f"needs unknown features (bit mask {features & ~KNOWN_INCOMPATIBLE:#x})",
         ),
         (
             header.compression_type > max(Compression),
@@ -81,7 +89,7 @@ def check(header: Header, max_virtual_size: int) -> None:
 
 def supports(header: Header) -> bool:
     """Whether what is installed can decode it. False: qemu-img has to, from the whole file."""
-    return header.compression_type == Compression.DEFLATE or inflate_module.zstd() is not None
+    return header.compression_type == Compression.DEFLATE or zstd() is not None
 
 
 class StreamDecoder:
@@ -118,7 +126,7 @@ class StreamDecoder:
         self._header: Header | None = None
         self._walk: Walk | None = None
         self._start = bytearray()
-        self._needed = header_module.V2_LENGTH
+        self._needed = V2_LENGTH
 
     def __enter__(self) -> StreamDecoder:
         return self
@@ -191,7 +199,7 @@ class StreamDecoder:
 
     def _parse_header(self, *, final: bool) -> None:
         try:
-            header = header_module.parse(bytes(self._start))
+            header = parse(bytes(self._start))
         except NotQcow2 as error:
             raise errors.ImageRejected("the data is no qcow2 image") from error
         except Truncated as error:
@@ -210,11 +218,11 @@ class StreamDecoder:
 
     def _choose_inflate(self, header: Header) -> Inflate:
         if header.compression_type == Compression.DEFLATE:
-            return self._inflate or inflate_module.fastest_deflate()
-        zstd = inflate_module.zstd()
-        if zstd is None:
+            return self._inflate or fastest_deflate()
+        inflate = zstd()
+        if inflate is None:
             raise Unstreamable(
                 "a zstd-compressed qcow2 image cannot be decoded as it arrives",
                 next_step="install the zstd extra, or convert it with qemu-img",
             )
-        return zstd
+        return inflate
