@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 
 import imagecache_lib as ic
 from imagecache_lib import errors, model
+from imagecache_lib.store import layout
 from tests.campaigns import crashes
 from tests.campaigns.crashes import A, B, Disk, Scene, World
 from tests.support.recorded_calls import attached
@@ -100,7 +101,7 @@ def _ensure(world: World) -> None:
 
 def _lost_its_base(world: World) -> None:
     crashes.SCENES["evict what is in use"].prepare(world)
-    for path in (world.bases / crashes.layout.base_name(A),):
+    for path in (world.bases / layout.base_name(A),):
         path.unlink()
 
 
