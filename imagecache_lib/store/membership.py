@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 
+from imagecache_lib import errors
 from imagecache_lib.store import layout
 from imagecache_lib.system import durable
 
@@ -51,11 +52,18 @@ def host_id(name: str) -> str:
     """Return the id that this host always has.
 
     Two hosts of one name differ in /etc/machine-id (see machine-id(5)), two clones of one machine in name.
+
+    :raises ConfigError: that file is there and cannot be read. Under another id this host would register a
+        second time, and for the first one eviction would wait until an operator forgets it.
     """
     try:
         machine = durable.read_file("/etc/machine-id") or b""
-    except OSError:
-        machine = b""
+    except OSError as error:
+        raise errors.ConfigError(
+            f"the machine's id cannot be read: {error.strerror}",
+            path="/etc/machine-id",
+            next_step="make it readable for the service's user, and check the limit of open files",
+        ) from error
     return hashlib.sha256(machine.strip() + b"\0" + name.encode()).hexdigest()[:32]
 
 
