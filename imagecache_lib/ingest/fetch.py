@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Generator, Iterator
+from typing import Protocol
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.formats import qemu_img
@@ -41,12 +42,24 @@ _SLOT_SLICE = 0.25
 _UNKNOWN_SIZE_STEP = 16 * 2**20
 
 
+class DiskOps(Protocol):
+    """What limits how many fetch and convert at a time: a :class:`threading.Semaphore` will do."""
+
+    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        """Take one of what is left. Returns False if there was none for so many seconds."""
+
+    def release(self) -> None:
+        """Give it back."""
+
+
 class Ingest:
     """Brings images into stage files. Safe to share between threads.
 
     :param evictor: asked for room.
     :param certificate_store: for images whose signature must be verified. None: those in
         ``certificates_path``, and without that such images are refused.
+    :param disk_ops: limits how many fetch and convert at a time, together with whoever else draws on it.
+        None: ``max_concurrent_disk_ops`` of this process, whichever backends their disks have.
     """
 
     def __init__(
@@ -55,6 +68,7 @@ class Ingest:
         evictor: Evictor,
         *,
         certificate_store: certificates.CertificateStore | None = None,
+        disk_ops: DiskOps | None = None,
     ) -> None:
         config = cache.config
         if certificate_store is None and config.certificates_path is not None:
@@ -64,7 +78,9 @@ class Ingest:
         self.converter = qemu_img.QemuImg(config, cache.host)
         self.certificates = certificate_store
         limit = config.max_concurrent_disk_ops
-        self._slots = threading.BoundedSemaphore(limit) if limit else None
+        self._slots: DiskOps | None = threading.BoundedSemaphore(limit) if limit else None
+        if disk_ops is not None:
+            self._slots = disk_ops
 
     def request(self, call: Call, use: evidence.Use) -> BaseRequest:
         """Return what a call asks of a lease."""
@@ -77,7 +93,7 @@ class Ingest:
         if self._slots is None:
             yield
             return
-        while not self._slots.acquire(timeout=_SLOT_SLICE):
+        while not self._slots.acquire(True, _SLOT_SLICE):
             waiter.check()
             stage.touch()
         try:
@@ -105,6 +121,9 @@ class ImageProducer:
         self._cache = ingest.cache
         self._call = call
         self._use = use
+        self._certificates: certificates.CertificateStore | None = (
+            call.request.certificates or ingest.certificates
+        )
 
     def unmet(self, opened: OpenBase) -> Unmet | None:
         """Return None: a record says all that is known of a fetched image."""
@@ -117,11 +136,11 @@ class ImageProducer:
         """
         if not self._call.demands_signature:
             return
-        if self._ingest.certificates is None:
+        if self._certificates is None:
             raise errors.ConfigError(
                 "a verified signature is demanded, and there is nowhere to get certificates from",
                 image=self._call.image_id,
-                next_step="set certificates_path, or give the manager a certificate store",
+                next_step="set certificates_path, or give the manager or the request a certificate store",
             )
         if not signing.is_possible():
             raise errors.ConfigError(
@@ -129,6 +148,10 @@ class ImageProducer:
                 image=self._call.image_id,
                 next_step="install imagecache-lib[signatures]",
             )
+
+    def authorize(self) -> None:
+        """Ask the request's source about a base that is in the cache, as :meth:`Call.authorize`."""
+        self._call.authorize()
 
     def produce(self) -> SealedStage:
         """Fetch the image into a stage file of its own, which is the caller's to publish or discard.
@@ -249,7 +272,7 @@ class ImageProducer:
                         self._cache,
                         self._ingest.converter,
                         reserve=reservation.raise_to,
-                        certificate_store=self._ingest.certificates,
+                        certificate_store=self._certificates,
                         whole=whole,
                     )
                     stack.callback(taken.close)
