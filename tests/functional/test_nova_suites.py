@@ -27,7 +27,7 @@ def outcomes(tests: list[str], tmp_path: pathlib.Path) -> dict[str, str]:
         "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
         "TMPDIR": str(tmp_path),
     }
-    command = [python, "-P", HERE / "nova_suites.py", answer, *tests]
+    command = [str(python), "-P", str(HERE / "nova_suites.py"), str(answer), *tests]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **more})
     assert answer.exists(), done.stderr[-4000:]
     found: dict[str, str] = json.loads(answer.read_text())
