@@ -13,6 +13,8 @@ from imagecache_lib import errors
 
 GIB = 2**30
 
+_CHOICES = {"preallocate_images": ("none", "space"), "authorize_hits": ("no", "open", "closed")}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
@@ -65,6 +67,12 @@ class CacheConfig:
     #: Absolute path of a directory of certificates, ``<id>.pem``, for managers that are not given a store; or
     #: None if the host has no certificates.
     certificates_path: str | None = None
+
+    #: Ask the request's own source before an image that is in the cache is used: ``no``, ``open`` (a source
+    #: that does not answer in time changes nothing) or ``closed`` (then the image is not used).
+    authorize_hits: str = "no"
+    #: Seconds to wait for that answer.
+    authorize_timeout: float = 10.0
 
     # -- disks ---------------------------------------------------------------------------------------
     #: ``none`` or ``space``: allocate a disk's whole virtual size when it is made.
@@ -145,8 +153,7 @@ class CacheConfig:
             or self.subdirectory_name in (".", "..")
         ):
             raise _wrong("subdirectory_name", self.subdirectory_name, "must be one directory's name")
-        if self.preallocate_images not in ("none", "space"):
-            raise _wrong("preallocate_images", self.preallocate_images, "must be none or space")
+        self._require_choices()
         if self.manager_interval < -1:
             raise _wrong("manager_interval", self.manager_interval, "must be -1 or more")
         if self.precache_concurrency < 1:
@@ -157,6 +164,11 @@ class CacheConfig:
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and value < 0 and field.name != "manager_interval":
                 raise _wrong(field.name, value, "must not be negative")
+
+    def _require_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise _wrong(name, getattr(self, name), f"must be one of {', '.join(choices)}")
 
     @property
     def base_path(self) -> str:

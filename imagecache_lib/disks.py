@@ -16,13 +16,14 @@ from imagecache_lib.backends.interface import StorageBackend
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.ingest import certificates, generate, resized
 from imagecache_lib.ingest.call import Call
-from imagecache_lib.ingest.fetch import Ingest
+from imagecache_lib.ingest.fetch import DiskOps, Ingest
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.spawn import backing
 from imagecache_lib.spawn.lease import Leases
 from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.system.host import System
+from imagecache_lib.system.waiter import EitherToken
 
 
 class DiskAdmin(CacheAdmin):
@@ -33,6 +34,8 @@ class DiskAdmin(CacheAdmin):
     :param backend: a storage backend, or the name of one. None: the configuration's.
     :param host: clock, sleep, host name and the like; the default is this machine's.
     :param certificate_store: knows the certificates of signed images. None: those in ``certificates_path``.
+    :param disk_ops: a semaphore that limits fetching and converting, shared with the driver's own work. None:
+        ``max_concurrent_disk_ops`` is the limit of this manager, for all backends together.
     :param observers: called with what happens. None: a
         :class:`~imagecache_lib.observers.log.LogObserver` alone.
     :raises ConfigError: the backend is unknown or its configuration cannot work.
@@ -46,16 +49,28 @@ class DiskAdmin(CacheAdmin):
         *,
         host: System | None = None,
         certificate_store: certificates.CertificateStore | None = None,
+        disk_ops: DiskOps | None = None,
         observers: Sequence[events.Observer] | None = None,
     ) -> None:
         super().__init__(config, backend, host=host, observers=observers)
         self.source = source
-        self._ingest = Ingest(self._cache, self._upkeep, certificate_store=certificate_store)
-        self._generator = generate.Generator(self._cache, self._upkeep)
+        self._stopping = threading.Event()
+        self._ingest = Ingest(
+            self._cache, self._upkeep, certificate_store=certificate_store, disk_ops=disk_ops
+        )
+        self._generator = generate.Generator(self._cache, self._upkeep, cancel=self._stopping)
         self._leases = Leases(self._cache, self._upkeep)
         self._backends: dict[str, StorageBackend] = {}
         self._loading = threading.Lock()
         self._chains = ChainReader(self._cache)
+
+    def shutdown(self) -> None:
+        """Cancel what is in flight, and whatever is asked later: the process is about to end.
+
+        Each call that fetches or waits raises :class:`CancelledError` within a second or so of the source's
+        next byte, and leaves nothing behind. Disks that exist, and leases that are held, are not touched.
+        """
+        self._stopping.set()
 
     def inspect_disk(self, target: str, *, backend: StorageBackend | str | None = None) -> model.Disk:
         """Return what an existing disk is: its format, its size, and the base it needs.
@@ -192,9 +207,11 @@ class DiskAdmin(CacheAdmin):
         size: int | None = None,
         made: bool = False,
     ) -> Call:
+        request = request or model.Request()
+        request = dataclasses.replace(request, cancel=EitherToken(self._stopping, request.cancel))
         call = Call(
             image_id,
-            request or model.Request(),
+            request,
             source=self.source,
             config=self.config,
             host=self.host,

@@ -202,6 +202,8 @@ class Request:
     :param source: used instead of the manager's source.
     :param trusted_certs: ids of certificates that are trusted: some of them, a root among them, must vouch
         for the certificate that signed the image. With None no certificate is demanded.
+    :param certificates: a :class:`~imagecache_lib.CertificateStore` that is asked instead of the manager's,
+        such as a key manager that the caller's own credential opens. With None the manager's is asked.
     :param fallbacks: sources tried in order when the image is gone from the first.
     :param deadline: epoch seconds after which the call gives up with :class:`LockTimeoutError` or
         :class:`SourceError`. With None the call has no deadline.
@@ -211,6 +213,7 @@ class Request:
 
     source: Any = None  # ImageSource; typed loosely because sources import this module
     trusted_certs: tuple[str, ...] | None = None
+    certificates: Any = None  # CertificateStore, likewise
     fallbacks: tuple[Any, ...] = ()
     deadline: float | None = None
     cancel: CancelToken | None = None

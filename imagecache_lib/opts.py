@@ -54,6 +54,8 @@ _FIELDS = {
         "convert_cpu_time_limit",
         "convert_address_space_limit",
         "lock_timeout",
+        "authorize_hits",
+        "authorize_timeout",
         "stage_idle_seconds",
         "foreign_stage_idle_seconds",
     ),
@@ -103,9 +105,10 @@ def register_opts(conf: cfg.ConfigOpts) -> None:
                 continue
 
 
-def config_from(conf: cfg.ConfigOpts) -> CacheConfig:
+def config_from(conf: cfg.ConfigOpts, *, backend: str | None = None) -> CacheConfig:
     """Return the configuration that ``conf`` holds, registering what it lacks.
 
+    :param backend: of managers that are not given one. None: the one that ``images_type`` stands for.
     :raises ConfigError: a value cannot be read, or cannot work.
     """
     register_opts(conf)
@@ -113,7 +116,7 @@ def config_from(conf: cfg.ConfigOpts) -> CacheConfig:
         values: dict[str, Any] = {
             name: _plain(_group(conf, group)[name]) for group, names in _FIELDS.items() for name in names
         }
-        values["backend"] = _backend(conf)
+        values["backend"] = backend or _backend(conf)
         # Nova's unit is GiB.
         values["images_address_space_limit"] = conf.libvirt.images_address_space_limit * config.GIB
     except (cfg.Error, ValueError) as error:
@@ -547,6 +550,24 @@ def _new_opts() -> Sequence[cfg.Opt]:
             min=0,
             help="Seconds to wait for another process that fetches the same image and gets no further, "
             "before it is fetched a second time.",
+        ),
+        cfg.StrOpt(
+            "authorize_hits",
+            default=default["authorize_hits"],
+            choices=[
+                ("no", "What is in the cache is used without asking"),
+                ("open", "Ask; if there is no answer in time, use it"),
+                ("closed", "Ask; if there is no answer in time, do not use it"),
+            ],
+            help="Whether the image service is asked, with the token of the request, before a disk is made "
+            "of an image that is in the cache. An image that was deleted there is refused then, too. Disks "
+            "that exist keep their base image without asking.",
+        ),
+        cfg.FloatOpt(
+            "authorize_timeout",
+            default=default["authorize_timeout"],
+            min=0,
+            help="Seconds to wait for the answer to authorize_hits.",
         ),
         integer(
             "stage_idle_seconds",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Self
 
 from imagecache_lib import errors, model
@@ -36,11 +36,19 @@ _WRITTEN_BACK = 3600
 
 
 class FileBackend(StorageBackend):
-    """Disks that are files on the host. Targets are absolute paths in existing directories."""
+    """Disks that are files on the host. Targets are absolute paths in existing directories.
 
-    def __init__(self, config: CacheConfig, host: System) -> None:
+    :param grow_filesystem: called with the path of each raw disk that has just grown, in which a filesystem
+        may lie without any partition: what grows it. A new disk does not have its name yet then. None: a
+        filesystem stays as large as it was.
+    """
+
+    def __init__(
+        self, config: CacheConfig, host: System, *, grow_filesystem: Callable[[str], None] | None = None
+    ) -> None:
         self._config = config
         self._host = host
+        self._grow_filesystem = grow_filesystem
         self._formats = disk_info.DiskInfo(config, host)
         self._qemu_img = qemu_img.QemuImg(config, host)
         self._chains = ChainReader(CacheStore(config, host))
@@ -74,6 +82,8 @@ class FileBackend(StorageBackend):
                 atomic_file.copy_content(base.fd, file.fd)
                 if base.format == "raw":
                     self._grow_raw(file.fd, wanted)
+                    if wanted > base.virtual_size:
+                        self._let_filesystem_grow(file.path)
                 elif wanted > base.virtual_size:
                     self._qemu_img.resize(DiskFile(file.path, base.format), wanted)
             # An empty swap area or filesystem is a few blocks, and nobody could tell that they were lost.
@@ -104,6 +114,18 @@ class FileBackend(StorageBackend):
                 raise
         if size > before:
             os.ftruncate(fd, size)
+
+    def _let_filesystem_grow(self, path: str) -> None:
+        if self._grow_filesystem is None:
+            return
+        try:
+            self._grow_filesystem(path)
+        except errors.ImageCacheError:
+            raise
+        except Exception as error:  # whatever the driver's function raises
+            raise errors.BackendError(
+                f"the filesystem in it could not be grown: {error}", path=path, next_step="check the image"
+            ) from error
 
     # -- disks that exist ----------------------------------------------------------------------------
 
@@ -202,6 +224,7 @@ class FileBackend(StorageBackend):
                         self._grow_raw(fd, size)
                     finally:
                         os.close(fd)
+                self._let_filesystem_grow(disk.target)
             else:
                 self._qemu_img.resize(self._chain(disk.target, current.format, header), size)
         return model.Disk(disk.target, current.format, max(size, current.virtual_size), current.base)

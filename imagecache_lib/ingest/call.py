@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
-from imagecache_lib import model
+import logging
+
+from imagecache_lib import errors, model
 from imagecache_lib.config import CacheConfig
+from imagecache_lib.ingest import authorize
 from imagecache_lib.ingest.fit import require_fit
 from imagecache_lib.sources import transfer
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import evidence, layout
 from imagecache_lib.system.host import System
 from imagecache_lib.system.waiter import Waiter
+
+LOG = logging.getLogger(__name__)
 
 
 class Call:
@@ -109,6 +114,25 @@ class Call:
                 cancel=self.request.cancel,
             )
         return self._described
+
+    def authorize(self) -> None:
+        """Ask the caller's source about an image that need not be fetched, if that is configured.
+
+        A disk that was made before keeps its base, whatever the source says today. The question takes
+        ``authorize_timeout`` seconds at most, however long its source takes to answer.
+
+        :raises ImageNotFound: the source does not have it for this caller.
+        :raises SourceError: the source does not answer, and ``authorize_hits`` says ``closed``.
+        """
+        if self._config.authorize_hits == "no" or self._made or self._described is not None:
+            return
+        answer = authorize.Question(self._source, self.image_id, self._host)
+        try:
+            answer.wait(self._config.authorize_timeout, self.check)
+        except errors.SourceError as error:
+            if self._config.authorize_hits == "closed":
+                raise
+            LOG.warning("Image %s is served from the cache without leave: %s", self.image_id, error)
 
     def transfer(self) -> transfer.Transfer:
         """Return a transfer of the image's data.

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import threading
 from collections.abc import Iterator
+from typing import Protocol
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.formats import qemu_img
@@ -32,12 +33,24 @@ from imagecache_lib.system.waiter import Waiter
 _SLOT_SLICE = 0.25
 
 
+class DiskOps(Protocol):
+    """What limits how many fetch and convert at a time: a :class:`threading.Semaphore` will do."""
+
+    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        """Take one of what is left. Returns False if there was none for so many seconds."""
+
+    def release(self) -> None:
+        """Give it back."""
+
+
 class Ingest:
     """Brings images into stage files. Safe to share between threads.
 
     :param evictor: asked for room.
     :param certificate_store: for images whose signature must be verified. None: those in
         ``certificates_path``, and without that such images are refused.
+    :param disk_ops: limits how many fetch and convert at a time, together with whoever else draws on it.
+        None: ``max_concurrent_disk_ops`` of this process, whichever backends their disks have.
     """
 
     def __init__(
@@ -46,6 +59,7 @@ class Ingest:
         evictor: Evictor,
         *,
         certificate_store: certificates.CertificateStore | None = None,
+        disk_ops: DiskOps | None = None,
     ) -> None:
         config = cache.config
         if certificate_store is None and config.certificates_path is not None:
@@ -55,7 +69,9 @@ class Ingest:
         self.converter = qemu_img.QemuImg(config, cache.host)
         self.certificates = certificate_store
         limit = config.max_concurrent_disk_ops
-        self._slots = threading.BoundedSemaphore(limit) if limit else None
+        self._slots: DiskOps | None = threading.BoundedSemaphore(limit) if limit else None
+        if disk_ops is not None:
+            self._slots = disk_ops
 
     def request(self, call: Call, use: evidence.Use) -> BaseRequest:
         """Return what a call asks of a lease."""
@@ -68,7 +84,7 @@ class Ingest:
         if self._slots is None:
             yield
             return
-        while not self._slots.acquire(timeout=_SLOT_SLICE):
+        while not self._slots.acquire(True, _SLOT_SLICE):
             waiter.check()
             stage.touch()
         try:
@@ -97,6 +113,9 @@ class ImageProducer:
         self._call = call
         self._use = use
         self.requirements = call.requirements(use)
+        self._certificates: certificates.CertificateStore | None = (
+            call.request.certificates or ingest.certificates
+        )
 
     def unmet(self, opened: OpenBase) -> Unmet | None:
         """Return None: a record says all that is known of a fetched image."""
@@ -109,11 +128,11 @@ class ImageProducer:
         """
         if not self._call.demands_signature:
             return
-        if self._ingest.certificates is None:
+        if self._certificates is None:
             raise errors.ConfigError(
                 "a verified signature is demanded, and there is nowhere to get certificates from",
                 image=self._call.image_id,
-                next_step="set certificates_path, or give the manager a certificate store",
+                next_step="set certificates_path, or give the manager or the request a certificate store",
             )
         if not signing.is_possible():
             raise errors.ConfigError(
@@ -121,6 +140,10 @@ class ImageProducer:
                 image=self._call.image_id,
                 next_step="install imagecache-lib[signatures]",
             )
+
+    def authorize(self) -> None:
+        """Ask the request's source about a base that is in the cache, as :meth:`Call.authorize`."""
+        self._call.authorize()
 
     def produce(self) -> SealedStage:
         """Fetch the image into a stage file of its own, which is the caller's to publish or discard.
@@ -166,7 +189,7 @@ class ImageProducer:
                 self._cache.host.trace(TracePoint.INGEST_RESERVED)
                 rules = Rules.of(self._cache.config)
                 work = Work(stage, self._cache, reservation, self._ingest.converter, rules, self._call.waiter)
-                content = download.fill(work, self._call, self.requirements, self._ingest.certificates)
+                content = download.fill(work, self._call, self.requirements, self._certificates)
             else:
                 content = twin.content
             record = self._seal(stage, image, content)

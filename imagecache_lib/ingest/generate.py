@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 
 from oslo_concurrency import processutils
 
-from imagecache_lib import errors
+from imagecache_lib import errors, model
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.formats import superblock
 from imagecache_lib.formats.superblock import Signature
@@ -327,17 +327,21 @@ class Generator:
     """Makes swap areas and empty filesystems. Safe to share between threads.
 
     :param evictor: asked for room.
+    :param cancel: set once the process is about to end.
     """
 
-    def __init__(self, cache: CacheStore, evictor: Evictor) -> None:
+    def __init__(
+        self, cache: CacheStore, evictor: Evictor, *, cancel: model.CancelToken | None = None
+    ) -> None:
         self._cache = cache
         self._evictor = evictor
+        self._cancel = cancel
 
     def request(self, wanted: Generation) -> BaseRequest:
         """Return what is asked of a lease for a generation. There is no deadline."""
         # Its bytes are wanted as they are: there is nothing to inspect in what is made here.
         requirements = evidence.Requirements(evidence.Use.FILE)
-        waiter = Waiter(self._cache.host)
+        waiter = Waiter(self._cache.host, cancel=self._cancel)
         producer = GenerationProducer(wanted, self._cache, self._evictor, waiter)
         return BaseRequest(wanted.name, requirements, producer, waiter, publishable=wanted.publishable)
 
@@ -358,6 +362,9 @@ class GenerationProducer:
         """
         if self._wanted.impossible is not None:
             raise self._wanted.impossible
+
+    def authorize(self) -> None:
+        """Do nothing: there is no image that anybody could be denied."""
 
     def produce(self) -> SealedStage:
         """Make it in a stage file, which is the caller's to publish or discard.

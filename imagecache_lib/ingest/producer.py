@@ -33,6 +33,9 @@ class Producer(Protocol):
         :raises BackendError: it cannot be read.
         """
 
+    def authorize(self) -> None:
+        """Raise if the caller may not have what is in the cache already."""
+
     def produce(self) -> SealedStage:
         """Make the base image in a stage file, which is the caller's to publish or to discard.
 

@@ -61,6 +61,9 @@ class ResizedProducer:
         """
         raise self._refusal()
 
+    def authorize(self) -> None:
+        """Do nothing: its disk is there already."""
+
     def produce(self) -> SealedStage:
         """Refuse to make one.
 

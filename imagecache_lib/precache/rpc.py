@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import oslo_messaging
@@ -222,24 +222,32 @@ class _Endpoint:
     def _who(self) -> client.AgentInfo:
         return dataclasses.replace(self._agent.info(), reports=True)
 
-    def _answered(self, ask: Callable[[], Any]) -> Any:
-        return wire.answered(ask, self._who())
-
     @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def survey(self, _context: Any, image_ids: Any) -> Any:
-        return self._answered(lambda: wire.from_survey(self._agent.survey(wire.to_image_ids(image_ids))))
+        with wire.answering(self._who()) as answer:
+            answer["result"] = wire.from_survey(self._agent.survey(wire.to_image_ids(image_ids)))
+        return answer
 
     @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def begin(self, _context: Any, task: Any) -> Any:
-        return self._answered(lambda: self._agent.begin(wire.to_task(task)))
+        with wire.answering(self._who()) as answer:
+            self._agent.begin(wire.to_task(task))
+            answer["result"] = None
+        return answer
 
     @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def poll(self, _context: Any, job_id: Any) -> Any:
-        return wire.polled(lambda: self._agent.poll(wire.to_job_id(job_id)), self._who())
+        with wire.answering(self._who()) as answer:
+            report = self._agent.poll(wire.to_job_id(job_id))
+            answer.update(result=wire.from_cells(report.cells), attempt=report.attempt, number=report.number)
+        return answer
 
     @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def cancel(self, _context: Any, job_id: Any) -> Any:
-        return self._answered(lambda: self._agent.cancel(wire.to_job_id(job_id)))
+        with wire.answering(self._who()) as answer:
+            self._agent.cancel(wire.to_job_id(job_id))
+            answer["result"] = None
+        return answer
 
 
 class AgentServer:

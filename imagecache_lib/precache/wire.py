@@ -14,11 +14,12 @@ answer to ``poll`` has ``attempt`` and ``number`` beside its result. Whoever kno
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from imagecache_lib import errors
@@ -244,24 +245,25 @@ def _cell(found: Any) -> job.Cell:
     ).storable()
 
 
-def answered(ask: Callable[[], Any], who: client.AgentInfo) -> dict[str, Any]:
-    """Return what a call returns or raises, as it travels.
+@contextlib.contextmanager
+def answering(who: client.AgentInfo) -> Iterator[dict[str, Any]]:
+    """Yield an answer as it travels, for the body to put its ``result`` into.
+
+    What the body raises becomes the answer's ``error``, and goes no further.
 
     :param who: answers.
     """
-    return {**_outcome(ask), "agent": dataclasses.asdict(who)}
-
-
-def polled(ask: Callable[[], client.TaskReport], who: client.AgentInfo) -> dict[str, Any]:
-    """Return what a poll returns or raises, as it travels."""
-    numbers: dict[str, int] = {}
-
-    def cells() -> dict[str, Any]:
-        report = ask()
-        numbers.update(attempt=report.attempt, number=report.number)
-        return from_cells(report.cells)
-
-    return {**answered(cells, who), **numbers}
+    answer: dict[str, Any] = {"agent": dataclasses.asdict(who)}
+    try:
+        yield answer
+    except errors.ImageCacheError as error:
+        answer["error"] = _from_error(error)
+    except Exception as error:
+        LOG.exception("A call failed")
+        unforeseen = errors.BackendError(
+            f"the agent failed with {type(error).__name__}", next_step="read its log"
+        )
+        answer["error"] = _from_error(unforeseen)
 
 
 def agent_of(answer: Any) -> client.AgentInfo | None:
@@ -273,19 +275,6 @@ def agent_of(answer: Any) -> client.AgentInfo | None:
     if not isinstance(instance, str) or not _is_moment(clock):
         return None
     return client.AgentInfo(instance[:_LONGEST_ID], float(clock or 0), told.get("reports") is True)
-
-
-def _outcome(ask: Callable[[], Any]) -> dict[str, Any]:
-    try:
-        return {"result": ask()}
-    except errors.ImageCacheError as error:
-        return {"error": _from_error(error)}
-    except Exception as error:
-        LOG.exception("A call failed")
-        unforeseen = errors.BackendError(
-            f"the agent failed with {type(error).__name__}", next_step="read its log"
-        )
-        return {"error": _from_error(unforeseen)}
 
 
 def result_of(answer: Any) -> Any:

@@ -74,7 +74,10 @@ class Leases:
         :raises: whatever the request's producer raises.
         """
         with request.named(), contextlib.ExitStack() as stack:
-            yield self._acquire(stack, request, bypass=bypass)
+            lease = self._acquire(stack, request, bypass=bypass)
+            if lease.production is None:
+                request.producer.authorize()
+            yield lease
 
     @contextlib.contextmanager
     def acquire_cached(self, request: BaseRequest) -> Iterator[Lease]:

@@ -10,6 +10,22 @@ from imagecache_lib.system.host import System
 
 
 @dataclasses.dataclass(frozen=True)
+class EitherToken:
+    """Set once the process is about to end, or the caller has given up.
+
+    :param stopping: of the process.
+    :param cancel: the caller's. None: it never gives up.
+    """
+
+    stopping: model.CancelToken
+    cancel: model.CancelToken | None
+
+    def is_set(self) -> bool:
+        """Whether either is."""
+        return self.stopping.is_set() or (self.cancel is not None and self.cancel.is_set())
+
+
+@dataclasses.dataclass(frozen=True)
 class Waiter:
     """A caller that waits. Whatever takes long asks :meth:`check` now and then.
 

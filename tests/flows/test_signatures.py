@@ -197,6 +197,15 @@ class TestSignatures(SignatureCase):
         ic.ImageCacheManager(config, self.signed, certificate_store=Store()).cache_image(ID)
         self.assertEqual("leaf", self.record_of().signed_by)
 
+    def test_certificates_may_come_with_the_request(self) -> None:
+        class Store:
+            def get(self, certificate_id: str) -> bytes:
+                return {"leaf": certificate("leaf", RSA_KEY)}[certificate_id]
+
+        manager = self.manager(verify_glance_signatures=True, certificates_path=None)
+        manager.cache_image(ID, request=ic.Request(source=self.signed, certificates=Store()))
+        self.assertEqual("leaf", self.record_of().signed_by)
+
     def test_a_certificate_that_is_none_is_refused(self) -> None:
         self.put("leaf", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
         with self.assertRaisesRegex(ic.ImageRejected, "leaf cannot be read"):

@@ -69,6 +69,8 @@ NEW: dict[tuple[str, str], object] = {
     ("image_cache", "convert_cpu_time_limit"): 3600,
     ("image_cache", "convert_address_space_limit"): 8 * GIB,
     ("image_cache", "lock_timeout"): 600.0,
+    ("image_cache", "authorize_hits"): "no",
+    ("image_cache", "authorize_timeout"): 10.0,
     ("image_cache", "stage_idle_seconds"): 3600,
     ("image_cache", "foreign_stage_idle_seconds"): 86400,
 }
@@ -170,6 +172,8 @@ class ConfigFromTest(OptsCase):
             convert_cpu_time_limit = 9
             convert_address_space_limit = 10
             lock_timeout = 11.5
+            authorize_hits = closed
+            authorize_timeout = 4
             stage_idle_seconds = 12
             foreign_stage_idle_seconds = 13
             """.replace("            ", "")

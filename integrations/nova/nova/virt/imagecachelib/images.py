@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nova's image types with disks that the library makes. Everything else that they do stays Nova's.
+
+All of Nova's disks come through ``Image.cache``: new ones and those that are there, from an image or made by
+mkfs, in a spawn, a rescue, a resize, a migration, an unshelve and a hard reboot.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nova.virt.disk import api as disk_api
+from nova.virt.image import model as image_model
+from nova.virt.imagecachelib import caches
+from nova.virt.libvirt import imagebackend
+from oslo_concurrency import processutils
+from oslo_log import log as logging
+
+from imagecache_lib.backends.interface import StorageBackend
+from imagecache_lib.backends.raw import RawBackend
+
+LOG = logging.getLogger(__name__)
+
+#: Disks that are an image's bytes as they came. A rescue's have a suffix.
+_FILES = ("kernel", "ramdisk")
+
+
+def grow_filesystem(path: str) -> None:
+    """Grow an ext filesystem that fills a raw disk, as Nova's ``disk.extend`` does. Others are left alone."""
+    image = image_model.LocalFileImage(path, image_model.FORMAT_RAW)
+    try:
+        if disk_api.is_image_extendable(image):
+            disk_api.resize2fs(path, run_as_root=False, check_exit_code=[0])
+    except (processutils.ProcessExecutionError, OSError) as error:
+        # The disk is as good as without it: the guest can grow its filesystem itself.
+        LOG.debug("The filesystem in %s is not grown: %s", path, error)
+
+
+class Cached:
+    """Mixed into an image type of Nova's.
+
+    :ivar fallback_host: a host whose cache may have what Glance has no more; set by the driver for one call.
+    :ivar only_base: the image's base is all that is wanted, since the driver rebases the disk onto it.
+    """
+
+    fallback_host: str | None = None
+    only_base = False
+    backend_name: str
+
+    @property
+    def target(self) -> str:
+        """What the library's backend calls the disk."""
+        return self.path
+
+    def storage(self) -> StorageBackend | str:
+        """Return the library's backend for the disk."""
+        return self.backend_name
+
+    def cache(self, fetch_func, filename, size=None, safe=False, *args, **kwargs) -> None:
+        """Make the disk, or make sure of its base and grow it, as Nova's method of that name.
+
+        :param fetch_func: Nova's function for the base. What it was asked for tells what the disk is.
+        :param size: bytes that the disk has at least. None or 0: as many as its base.
+        """
+        wanted = {**getattr(fetch_func, "keywords", {}), **kwargs}
+        with caches.translated(wanted.get("image_id") or filename):
+            if wanted.get("image_id") is not None:
+                self._from_image(wanted, size or None)
+            elif "swap_mb" in wanted:
+                caches.CACHES.manager().create_swap(
+                    self.target, size_mb=int(wanted["swap_mb"]), if_exists="reuse", backend=self.storage()
+                )
+            elif "ephemeral_size" in wanted:
+                self._ephemeral(wanted, size)
+            else:
+                super().cache(fetch_func, filename, size, safe, *args, **kwargs)
+        self._made()
+
+    def _from_image(self, wanted: dict[str, Any], size: int | None) -> None:
+        manager, image_id = caches.CACHES.manager(), wanted["image_id"]
+        request = caches.request(wanted.get("context"), wanted.get("trusted_certs"), self.fallback_host)
+        name = getattr(self, "disk_name", None) or ""
+        if name.split(".")[0] in _FILES:
+            manager.fetch_file(image_id, self.target, if_exists="reuse", request=request)
+        elif self.only_base:
+            manager.cache_image(image_id, request=request)
+        else:
+            manager.create_disk(
+                image_id, self.target, size=size, if_exists="reuse", backend=self.storage(), request=request
+            )
+
+    def _ephemeral(self, wanted: dict[str, Any], size: int | None) -> None:
+        manager, backend = caches.CACHES.manager(), self.storage()
+        os_type, fs, label = (wanted.get(key) for key in ("os_type", "specified_fs", "fs_label"))
+        if not self.exists():
+            disk = manager.create_ephemeral(
+                self.target,
+                size_gb=int(wanted["ephemeral_size"]),
+                os_type=os_type,
+                fs=fs,
+                label=label,
+                backend=backend,
+            )
+        else:
+            disk = manager.inspect_disk(self.target, backend=backend)
+            # A disk whose base is here shows what it was made on better than its guest's type does, which a
+            # block device mapping may have overruled. Without the base, the type is all that tells.
+            told = None if manager.note_use(disk, backend=backend) else os_type
+            manager.ensure_backing(self.target, os_type=told, fs=fs, label=label, backend=backend)
+        if size and size > disk.virtual_size:
+            manager.resize_disk(disk, size, backend=backend)
+
+    def _made(self) -> None:
+        """Bring the object up to date with its disk."""
+
+
+class Flat(Cached, imagebackend.Flat):
+    backend_name = "raw"
+
+    def storage(self) -> StorageBackend:
+        manager = caches.CACHES.manager()
+        return RawBackend(manager.config, manager.host, grow_filesystem=grow_filesystem)
+
+    def _made(self) -> None:
+        self.correct_format()
+
+
+class Qcow2(Cached, imagebackend.Qcow2):
+    backend_name = "qcow2"
+
+
+class Rbd(Cached, imagebackend.Rbd):
+    backend_name = "rbd"
+
+    @property
+    def target(self) -> str:
+        return self.rbd_name
+
+
+class Backend(imagebackend.Backend):
+    """Nova's choice of image types, with three of them exchanged."""
+
+    def __init__(self, use_cow: bool) -> None:
+        super().__init__(use_cow)
+        ours = {imagebackend.Flat: Flat, imagebackend.Qcow2: Qcow2, imagebackend.Rbd: Rbd}
+        self.BACKEND = {name: ours.get(kind, kind) for name, kind in self.BACKEND.items()}

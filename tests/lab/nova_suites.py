@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs in Nova's own environment: Nova's tests with the adapter's classes in the place of Nova's.
+
+Called with the ids of tests, or of modules of tests; writes one JSON object, of each test's outcome by id, to
+the file that is named first. Only tests patch: a service loads the adapter by ``compute_driver`` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import unittest
+import warnings
+
+warnings.simplefilter("ignore")
+os.environ["OS_NOVA_DISABLE_EVENTLET_PATCHING"] = "true"
+
+import nova.tests.unit  # noqa: E402  forbids eventlet, before anything loads it
+import nova.virt  # noqa: E402
+import testtools  # noqa: E402
+from nova import exception  # noqa: E402
+from nova.virt.libvirt import driver, imagebackend, imagecache  # noqa: E402
+
+import imagecache_lib as ic  # noqa: E402
+from imagecache_lib.sources.interface import CannotResume, NotPermitted  # noqa: E402
+
+# Where pip would have put it.
+nova.virt.__path__.append(os.environ["IMAGECACHE_ADAPTER"])
+
+from nova.virt.imagecachelib import driver as adapted  # noqa: E402
+from nova.virt.imagecachelib import images, sources, upkeep  # noqa: E402
+
+
+class ImageApiSource(ic.ImageSource):
+    """``nova.image.glance.API``, which is what Nova's tests put fakes in the place of."""
+
+    def __init__(self, context):
+        self._context = context
+
+    def describe(self, image_id):
+        try:
+            found = imagebackend.IMAGE_API.get(self._context, image_id, include_locations=True)
+        except exception.ImageNotFound as error:
+            raise ic.ImageNotFound(str(error), image=image_id) from error
+        except exception.ImageNotAuthorized as error:
+            raise NotPermitted(str(error), image=image_id) from error
+        return ic.Image(
+            image_id,
+            disk_format=found.get("disk_format"),
+            container_format=found.get("container_format"),
+            status=found.get("status") or "active",
+            properties=found.get("properties", {}),
+        )
+
+    @contextlib.contextmanager
+    def open(self, image, offset=0):
+        if offset:
+            raise CannotResume("nova.image.glance has no ranges", image=image.id)
+        yield iter(imagebackend.IMAGE_API.download(self._context, image.id))
+
+
+def install():
+    """Put the adapter's classes where the tests look for Nova's.
+
+    Two classes keep their names and get methods: one says ``super(ImageCacheManager, self)``, which would
+    recurse for ever, and tests patch static methods of the other, which a subclass would not show.
+    """
+    sources.glance = ImageApiSource
+    backend = imagebackend.Backend
+    own = {"Flat": images.Flat, "Qcow2": images.Qcow2, "Rbd": images.Rbd}
+
+    def init(self, use_cow):
+        original(self, use_cow)
+        kinds = {getattr(imagebackend, name): kind for name, kind in own.items()}
+        self.BACKEND = {name: kinds.get(kind, kind) for name, kind in self.BACKEND.items()}
+
+    original = backend.__init__
+    for name, kind in own.items():
+        setattr(imagebackend, name, kind)
+    backend.__init__ = init
+    for ours, theirs, names in (
+        (upkeep.ImageCacheManager, imagecache.ImageCacheManager, ("update", "get_disk_usage")),
+        (adapted.LibvirtDriver, driver.LibvirtDriver, ("cache_image", "_try_fetch_image")),
+    ):
+        for name in names:
+            setattr(theirs, name, vars(ours)[name])
+    fetch = driver.LibvirtDriver._try_fetch_image_cache
+
+    def _try_fetch_image_cache(self, image, *args, fallback_from_host=None):
+        args, fallback = (args[:6], args[6]) if len(args) > 6 else (args, fallback_from_host)
+        if isinstance(image, images.Cached):
+            image.fallback_host, fallback = fallback, None
+        fetch(self, image, *args, fallback_from_host=fallback)
+
+    driver.LibvirtDriver._try_fetch_image_cache = _try_fetch_image_cache
+
+
+class Outcomes(testtools.TestResult):
+    """What became of each test, by id: ``ok``, ``skipped``, or the last line of its error."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+
+    def _failed(self, test, err=None, details=None):
+        text = str(err[1]) if err else "".join(each.as_text() for each in (details or {}).values() if each)
+        lines = [line for line in text.strip().splitlines() if line]
+        self.found[test.id()] = lines[-1][:300] if lines else "failed"
+
+    addError = addFailure = addUnexpectedSuccess = _failed
+
+    def addSkip(self, test, reason=None, details=None):
+        self.found.setdefault(test.id(), "skipped")
+
+    def addSuccess(self, test, details=None):
+        self.found.setdefault(test.id(), "ok")
+
+    addExpectedFailure = addSuccess
+
+
+def main():
+    answer, *names = sys.argv[1:]
+    if os.environ.get("IMAGECACHE_ADAPTER_OFF") != "1":
+        install()
+    result = Outcomes()
+    unittest.TestLoader().loadTestsFromNames(names).run(result)
+    with open(answer, "w") as file:
+        json.dump(result.found, file)
+    os._exit(0)  # Nova's threads do not end by themselves
+
+
+if __name__ == "__main__":
+    main()
