@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -21,8 +22,15 @@ def outcomes(tests: list[str], tmp_path: pathlib.Path) -> dict[str, str]:
     """Return what became of each test, by id."""
     python = environment("nova-suites", HERE / "nova-suites-requirements.txt") / "bin/python"
     answer = tmp_path / "outcomes.json"
+    # What says which backends there are lies beside the sources only where the package is installed.
+    metadata = tmp_path / "metadata/imagecache_lib-0.dist-info"
+    metadata.mkdir(parents=True)
+    for name in ("METADATA", "entry_points.txt"):
+        text = importlib.metadata.distribution("imagecache-lib").read_text(name)
+        assert text is not None
+        (metadata / name).write_text(text)
     more = {
-        "PYTHONPATH": str(SOURCES),
+        "PYTHONPATH": f"{SOURCES}:{metadata.parent}",
         "IMAGECACHE_ADAPTER": str(ADAPTER),
         "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
         "TMPDIR": str(tmp_path),
