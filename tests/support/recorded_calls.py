@@ -89,6 +89,7 @@ def attached(function: Callable[[], object], options: Sequence[str]) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     except BaseException:
         os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
         raise
     finally:
         assert tracer.stderr is not None
