@@ -15,8 +15,6 @@ _RUN = re.compile(rb"[0-9a-f]{40,}")
 #: A backing file's name has at most 1,023 bytes.
 _LONG = 4096
 
-_SUFFIX = re.compile(rb"_(?:\d+|sm)")
-
 
 class Names:
     """Finds the names of bases in texts.
@@ -27,7 +25,11 @@ class Names:
     def __init__(self, names: Collection[str]) -> None:
         encoded = {name.encode() for name in names}
         self._known = frozenset(encoded)
-        self._originals = frozenset(name[:_LENGTH] for name in encoded if _RUN.fullmatch(name[:_LENGTH]))
+        # Names that begin with a sha1, the resized ones of an original beside it.
+        self._by_original: dict[bytes, list[bytes]] = {}
+        for name in encoded:
+            if _RUN.fullmatch(name[:_LENGTH]):
+                self._by_original.setdefault(name[:_LENGTH], []).append(name)
         # Names that are no sha1 are few, and looked for one by one.
         self._short = [name for name in encoded if not _RUN.match(name)]
 
@@ -58,17 +60,16 @@ class Names:
             # A name is found wherever it begins, even within a longer run of hex digits.
             digits, start = run.group(), run.start()
             windows = {digits[at : at + _LENGTH] for at in range(len(digits) - _LENGTH + 1)}
-            for original in self._originals.intersection(windows):
-                found |= self._resized(original, digits, text, start)
+            for original in windows.intersection(self._by_original):
+                found |= self._beginning_with(original, digits, text, start)
         return found
 
-    def _resized(self, original: bytes, digits: bytes, text: bytes, start: int) -> set[bytes]:
-        found = {original} & self._known
+    def _beginning_with(self, original: bytes, digits: bytes, text: bytes, start: int) -> set[bytes]:
+        found: set[bytes] = set()
         at = digits.find(original)
         while at >= 0:
-            suffix = _SUFFIX.match(text, start + at + _LENGTH)
-            if suffix is not None and (resized := original + suffix.group()) in self._known:
-                found.add(resized)
+            # Whatever follows: a name that is read out of a longer one keeps a base for nothing, at worst.
+            found.update(name for name in self._by_original[original] if text.startswith(name, start + at))
             at = digits.find(original, at + 1)
         return found
 
