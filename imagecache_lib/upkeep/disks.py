@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from imagecache_lib import model
+from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.last_scan import LastScan, SeenDisk
 from imagecache_lib.upkeep import headers
@@ -67,6 +68,7 @@ class Disks:
     ) -> None:
         self._host_name = cache.host.name
         self._roots = cache.config.roots
+        self._base_path = cache.layout.base_path
         self._found = found
         self._last = last
         self._report = report
@@ -174,6 +176,9 @@ class Disks:
             path = os.path.normpath(pending.pop())
             if path in seen or path in self._overlays:
                 continue  # what is below the disk roots was read
+            directory, name = os.path.split(path)
+            if directory == self._base_path and layout.NAME_PATTERN.fullmatch(name.encode()):
+                continue  # a base that is gone: it referred to nothing
             if len(seen) >= _LONGEST_CHAIN:
                 return False
             seen.add(path)
@@ -181,8 +186,8 @@ class Disks:
             if looked is None or isinstance(looked, CannotTell):
                 complete = complete and looked is None
                 continue
-            if (name := targets.get(looked.target)) is not None:
-                names.add(name)
+            if (base := targets.get(looked.target)) is not None:
+                names.add(base)
                 continue
             names |= self._names.find(looked.references)
             pending.extend(each for text in looked.references for each in headers.named_files(path, text))

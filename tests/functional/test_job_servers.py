@@ -119,7 +119,7 @@ def test_two_that_start_at_the_same_moment_make_the_tables_once(server: Server) 
 
 def test_the_tables_are_those_that_the_release_describes(server: Server) -> None:
     JobDatabase(server.url)
-    with sa.create_engine(server.url).connect() as connection:
+    with sa.create_engine(server.url, poolclass=sa.NullPool).connect() as connection:
         difference = autogenerate.compare_metadata(MigrationContext.configure(connection), schema.METADATA)
     assert difference == []
 
@@ -175,7 +175,7 @@ def test_a_later_release_changed_the_tables(server: Server) -> None:
     database = JobDatabase(server.url)
     work = start(database)
     assert database.take_lease(work.id, "runner", database.lease_of(work.id))
-    with sa.create_engine(server.url).begin() as connection:
+    with sa.create_engine(server.url, poolclass=sa.NullPool).begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0099'")
     with pytest.raises(errors.ConfigError, match="upgrade"):
         JobDatabase(server.url)
