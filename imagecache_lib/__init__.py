@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from imagecache_lib.backends.interface import Feature, PendingDisk, StorageBackend
     from imagecache_lib.config import CacheConfig
     from imagecache_lib.diagnostics.audit import AuditFinding, AuditReport
-    from imagecache_lib.diagnostics.catalog import CachedBase, RegisteredHost
+    from imagecache_lib.diagnostics.catalog import CachedBase, PinnedImage, RegisteredHost
     from imagecache_lib.diagnostics.preflight import Finding, Severity
+    from imagecache_lib.diagnostics.survey import Reason, State, Survey, SurveyedBase
     from imagecache_lib.errors import (
         BackendError,
         CacheEntryError,
@@ -113,6 +114,8 @@ _HOMES = {
     "NoSpaceError": "errors",
     "PendingDisk": "backends.interface",
     "Pin": "store.pins",
+    "PinnedImage": "diagnostics.catalog",
+    "Reason": "diagnostics.survey",
     "RegisteredHost": "diagnostics.catalog",
     "Request": "model",
     "ScrubReport": "upkeep.scrub",
@@ -120,7 +123,10 @@ _HOMES = {
     "Severity": "diagnostics.preflight",
     "SourceError": "errors",
     "SpaceReport": "upkeep.make_room",
+    "State": "diagnostics.survey",
     "StorageBackend": "backends.interface",
+    "Survey": "diagnostics.survey",
+    "SurveyedBase": "diagnostics.survey",
     "System": "system.host",
     "Verdict": "upkeep.scrub",
     "VerifyReport": "upkeep.verify",
@@ -169,6 +175,8 @@ __all__ = [
     "NoSpaceError",
     "PendingDisk",
     "Pin",
+    "PinnedImage",
+    "Reason",
     "RegisteredHost",
     "Request",
     "ScrubReport",
@@ -176,7 +184,10 @@ __all__ = [
     "Severity",
     "SourceError",
     "SpaceReport",
+    "State",
     "StorageBackend",
+    "Survey",
+    "SurveyedBase",
     "System",
     "Verdict",
     "VerifyReport",

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import typing
 from collections.abc import Collection, Iterable
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.backends import load_backend
 from imagecache_lib.backends.interface import StorageBackend
 from imagecache_lib.config import CacheConfig
-from imagecache_lib.diagnostics import audit, catalog, preflight
+from imagecache_lib.diagnostics import catalog
 from imagecache_lib.observers.log import LogObserver
 from imagecache_lib.store import layout, pins
 from imagecache_lib.store.directory import CacheStore
@@ -20,7 +22,10 @@ from imagecache_lib.upkeep import inventory
 from imagecache_lib.upkeep.make_room import SpaceReport
 from imagecache_lib.upkeep.outcomes import Kept
 from imagecache_lib.upkeep.scrub import ScrubReport
-from imagecache_lib.upkeep.verify import Explanation, Upkeep
+from imagecache_lib.upkeep.verify import Explanation, Upkeep, VerifyReport
+
+if typing.TYPE_CHECKING:
+    from imagecache_lib.diagnostics import audit, preflight, survey
 
 
 class CacheAdmin:
@@ -58,9 +63,32 @@ class CacheAdmin:
     # -- what is there -------------------------------------------------------------------------------
 
     def list_bases(self) -> tuple[catalog.CachedBase, ...]:
-        """Return every base image in the cache, sorted by name, with its evidence and its pins."""
+        """Return every base image in the cache, sorted by name, with its evidence and its pins.
+
+        :raises ConfigError: the instances directory is not there.
+        :raises BackendError: the cache cannot be read.
+        """
+        self._require_instances()
         with translated(self.config.base_path):
             return catalog.listed(self._cache)
+
+    def survey(self, instances: Iterable[model.Instance] | None = None) -> survey.Survey:
+        """Look at the whole cache: the state of each base image, and where the space went. Changes nothing.
+
+        :param instances: as for :meth:`verify_base_images`. None: as the driver last reported them.
+        :raises ConfigError: the instances directory is not there.
+        :raises BackendError: the cache cannot be read.
+        """
+        from imagecache_lib.diagnostics import survey
+
+        self._require_instances()
+        with translated(self.config.base_path):
+            return survey.take(self._cache, lambda names: self._upkeep.references_now(names, instances))
+
+    def list_pins(self) -> tuple[catalog.PinnedImage, ...]:
+        """Return every pin, whether its image is in the cache or not."""
+        with translated(self.config.base_path):
+            return catalog.all_pins(self._cache)
 
     def show_base(self, image_id: str) -> catalog.CachedBase | None:
         """Return an image's base. None: it is not in the cache.
@@ -127,6 +155,29 @@ class CacheAdmin:
         self._start()
         return pins.remove(self._cache, name, image_id, owner)
 
+    def prune(
+        self,
+        instances: Iterable[model.Instance] | None = None,
+        *,
+        older_than: float = 0.0,
+        until_free: int = 0,
+        dry_run: bool = False,
+    ) -> VerifyReport:
+        """Remove base images that nothing needs before they reach their age, to make room now.
+
+        What is leased, pinned, referred to, or was used within ``space_minimum_age_seconds`` stays.
+
+        :param instances: as for :meth:`verify_base_images`. None: as the driver last reported them; an
+            instance that was never reported and has no disk yet loses nothing but time.
+        :param older_than: seconds since its last use for which a base image stays.
+        :param until_free: stop when so many bytes of the filesystem are free, the least recently used first.
+            0: everything goes that may.
+        :param dry_run: change nothing, and report what would be done.
+        :raises ConfigError, BackendError: the cache itself cannot be read.
+        """
+        self._start()
+        return self._upkeep.prune(instances, older_than=older_than, until_free=until_free, dry_run=dry_run)
+
     def evict_image(self, image_id: str) -> None:
         """Remove an image's base now, whatever its age, if nobody needs it. One that is absent is fine.
 
@@ -174,6 +225,8 @@ class CacheAdmin:
 
     def preflight(self) -> list[preflight.Finding]:
         """Look for what is wrong with this host's set-up, the worst first. Changes nothing."""
+        from imagecache_lib.diagnostics import preflight
+
         return preflight.examine(self._cache, self.backend)
 
     def audit(self, instances: Iterable[model.Instance] | None = None) -> audit.AuditReport:
@@ -182,6 +235,8 @@ class CacheAdmin:
         :param instances: as for :meth:`verify_base_images`. None: only the disks are known.
         :raises ConfigError, BackendError: the cache itself cannot be read.
         """
+        from imagecache_lib.diagnostics import audit
+
         with translated(self.config.base_path):
             return audit.examine(self._cache, None if instances is None else tuple(instances))
 
@@ -205,6 +260,15 @@ class CacheAdmin:
         self._start()
         with translated(self.config.base_path):
             return self._upkeep.space()
+
+    def _require_instances(self) -> None:
+        if not os.path.isdir(self.config.instances_path):
+            raise errors.ConfigError(
+                "the instances directory does not exist",
+                path=self.config.instances_path,
+                next_step="correct instances_path, or create or mount the directory, owned by the "
+                "service's user",
+            )
 
     def _start(self) -> None:
         """Make what is missing and repair what a crash left, the first time."""

@@ -8,16 +8,21 @@ means there. What Nova lacks is in ``[image_cache]``, beside what it has.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
+import re
 import socket
 from collections.abc import Sequence
 from typing import Any
 
-from oslo_config import cfg
+from oslo_config import cfg, types
 
-from imagecache_lib import config, errors
+from imagecache_lib import config, dates, errors
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.system.host import System
+
+#: How oslo.config says where a value comes from.
+_LOCATION = re.compile(r"LocationInfo\(location=<[^>]*>, detail='?([^')]*)'?\)")
 
 #: ``images_type`` to the name of a backend; ``default`` depends on ``use_cow_images``.
 _BACKENDS = {"raw": "raw", "flat": "raw", "qcow2": "qcow2", "rbd": "rbd"}
@@ -78,6 +83,14 @@ _FIELDS = {
 }
 
 
+class Size(types.Integer):
+    """A size in bytes, or with a binary unit, such as ``20G``."""
+
+    def __call__(self, value: Any) -> int:
+        found = super().__call__(dates.parse_size(value) if isinstance(value, str) else value)
+        return int(found or 0)
+
+
 def list_opts() -> list[tuple[str, list[cfg.Opt]]]:
     """Return every option by group: the entry point ``oslo.config.opts``."""
     return [
@@ -121,7 +134,7 @@ def config_from(conf: cfg.ConfigOpts, *, backend: str | None = None) -> CacheCon
         values["images_address_space_limit"] = conf.libvirt.images_address_space_limit * config.GIB
     except (cfg.Error, ValueError) as error:
         raise errors.ConfigError(
-            f"the configuration cannot be read: {error}", next_step="correct the configuration file"
+            f"the configuration cannot be read: {_plainly(error)}", next_step="correct the configuration file"
         ) from error
     return CacheConfig(**values)
 
@@ -136,7 +149,7 @@ def host_from(conf: cfg.ConfigOpts) -> System:
         name = str(conf.host)
     except (cfg.Error, ValueError) as error:
         raise errors.ConfigError(
-            f"the option host cannot be read: {error}", next_step="correct the configuration file"
+            f"the option host cannot be read: {_plainly(error)}", next_step="correct the configuration file"
         ) from error
     return dataclasses.replace(System(), name=name)
 
@@ -155,6 +168,34 @@ def from_files(paths: Sequence[str] = (), *, instances_path: str | None = None) 
     if instances_path is not None:
         conf.set_override("instances_path", os.path.abspath(instances_path))
     return config_from(conf), host_from(conf)
+
+
+def misspelt(paths: Sequence[str] = ()) -> list[str]:
+    """Return a sentence for each option of ``[image_cache]`` in the files that nobody knows.
+
+    Groups that are Nova's alone are not looked at: what this library does not know of them is Nova's.
+
+    :param paths: as for :func:`from_files`.
+    :raises ConfigError: a file cannot be read.
+    """
+    conf = cfg.ConfigOpts()
+    _read(conf, paths)
+    known = {option.dest for _group, options in list_opts() if _group == "image_cache" for option in options}
+    found = []
+    for path in conf.config_file or ():
+        sections: dict[str, dict[str, list[str]]] = {}
+        try:
+            cfg.ConfigParser(path, sections).parse()
+        except (cfg.Error, OSError) as error:
+            raise errors.ConfigError(
+                f"the configuration cannot be read: {error}", path=path, next_step="correct the file"
+            ) from error
+        for name in sorted(sections.get("image_cache", {})):
+            if name.replace("-", "_") not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                meant = f"; {near[0]} is one" if near else ""
+                found.append(f"{path} sets {name} in [image_cache], and there is no such option{meant}.")
+    return found
 
 
 def global_conf(paths: Sequence[str] = ()) -> cfg.ConfigOpts:
@@ -185,8 +226,13 @@ def _read(conf: cfg.ConfigOpts, paths: Sequence[str]) -> None:
         conf(arguments, project="imagecache", prog="imagecache")
     except (cfg.Error, OSError) as error:
         raise errors.ConfigError(
-            f"the configuration cannot be read: {error}", next_step="correct --config-file"
+            f"the configuration cannot be read: {_plainly(error)}", next_step="correct --config-file"
         ) from error
+
+
+def _plainly(error: Exception) -> str:
+    """Return what oslo.config says, with the file where it has an object of Python."""
+    return _LOCATION.sub(lambda found: found[1] or "the command line", " ".join(str(error).split()))
 
 
 def _group(conf: cfg.ConfigOpts, group: str) -> Any:
@@ -480,6 +526,9 @@ def _new_opts() -> Sequence[cfg.Opt]:
     def integer(name: str, words: str) -> cfg.Opt:
         return cfg.IntOpt(name, default=default[name], min=0, help=words)
 
+    def size(name: str, words: str) -> cfg.Opt:
+        return cfg.Opt(name, type=Size(min=0), default=default[name], help=f"{words} 20G stands for 20 GiB.")
+
     return [
         cfg.ListOpt(
             "disk_roots",
@@ -499,16 +548,16 @@ def _new_opts() -> Sequence[cfg.Opt]:
             "that signed them and those that are trusted. Unset: only what the driver provides, such as a "
             "key manager.",
         ),
-        integer(
+        size(
             "max_cache_size",
             "Bytes that the cache may allocate. Above, unused images go before their age. 0: no limit.",
         ),
-        integer(
+        size(
             "free_space_low",
             "Bytes of the filesystem that shall stay free. Below, unused images go "
             "before their age, and nothing is fetched that would not fit. 0: no limit.",
         ),
-        integer(
+        size(
             "free_space_high",
             "Bytes that shall be free again once images are removed for "
             "free_space_low. 0: as many as free_space_low says.",
@@ -518,7 +567,7 @@ def _new_opts() -> Sequence[cfg.Opt]:
             "No lack of space removes an image that was used or fetched "
             "less than this many seconds ago: its disk may be on its way from another host.",
         ),
-        integer(
+        size(
             "scrub_rate",
             "Bytes per second that a scrub reads of the cached images to find what the "
             "disk damaged. It looks at 100 GiB in 53 minutes with the default. 0: no limit.",
@@ -530,7 +579,7 @@ def _new_opts() -> Sequence[cfg.Opt]:
             "Without, making a disk does not wait for the storage; if the host loses power soon after, the "
             "disk may be there without its content, and is refused where it would be reused.",
         ),
-        integer("max_virtual_size", "Bytes above which an image's virtual size is refused."),
+        size("max_virtual_size", "Bytes above which an image's virtual size is refused."),
         cfg.BoolOpt(
             "decompress_images",
             default=default["decompress_images"],
@@ -540,7 +589,7 @@ def _new_opts() -> Sequence[cfg.Opt]:
         integer(
             "convert_cpu_time_limit", "CPU seconds that a qemu-img or mkfs may take which makes something."
         ),
-        integer(
+        size(
             "convert_address_space_limit",
             "Address space in bytes that a qemu-img or mkfs may take which makes something.",
         ),

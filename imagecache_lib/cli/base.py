@@ -4,23 +4,36 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import logging
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from cliff import command, lister, show
 
-from imagecache_lib import errors, events, manager, model, opts
-from imagecache_lib.cli import progress
+from imagecache_lib import admin, errors, events, model, opts
+from imagecache_lib.cli import formats, values
+from imagecache_lib.config import CacheConfig
 from imagecache_lib.observers.log import LogObserver
-from imagecache_lib.sources import file
-from imagecache_lib.sources.interface import ImageSource
+from imagecache_lib.store import layout
+from imagecache_lib.store import pins as model_pins
+from imagecache_lib.system.host import System
+
+if TYPE_CHECKING:
+    from imagecache_lib import manager
+    from imagecache_lib.diagnostics.survey import Reason
+    from imagecache_lib.sources.interface import ImageSource
 
 LOG = logging.getLogger("imagecache")
 
 #: Done, and something needs an operator.
 ATTENTION = 10
+
+#: Fewer letters than this name no image by how its id begins.
+_FEWEST_LETTERS = 4
 
 #: Exit codes by error; the first that fits. 1 is for an error that is none of the library's, 2 for a wrong
 #: command line.
@@ -49,6 +62,19 @@ class Base(command.Command):
     #: What to exit with although nothing was raised.
     exit_code = 0
 
+    #: The instances directory must be there. False for what says itself that it is not.
+    needs_instances = True
+
+    #: Command lines for the help, without the name of the program.
+    examples: tuple[str, ...] = ()
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        if self.examples:
+            parser.formatter_class = argparse.RawDescriptionHelpFormatter
+            parser.epilog = "examples:\n" + "\n".join(f"  imagecache {line}" for line in self.examples)
+        return parser
+
     def run(self, parsed_args: argparse.Namespace) -> int:
         try:
             return super().run(parsed_args) or self.exit_code
@@ -67,6 +93,14 @@ class Base(command.Command):
         self.app.stderr.write(f"{self.app.NAME}: {text}\n")
         self.app.stderr.flush()
 
+    def admin(self) -> admin.CacheAdmin:
+        """Return what needs no image source: looking, keeping, evicting, checking.
+
+        :raises ConfigError: the configuration cannot be read, or cannot work.
+        """
+        config, host = self._configured()
+        return admin.CacheAdmin(config, host=host, observers=[LogObserver()])
+
     def manager(
         self,
         source: ImageSource | None = None,
@@ -81,33 +115,158 @@ class Base(command.Command):
         :param progress_shown: tell how far transfers are.
         :raises ConfigError: the configuration cannot be read, or cannot work.
         """
-        options = self.app.options
-        config, host = opts.from_files(options.config_file, instances_path=options.instances_path)
+        from imagecache_lib import manager
+        from imagecache_lib.cli import progress
+        from imagecache_lib.sources import file
+
+        config, host = self._configured()
         all_observers: list[events.Observer] = [LogObserver(), *observers]
-        if progress_shown and options.verbose_level > 0:
+        if progress_shown and self.app.options.verbose_level > 0:
             # First, so that its line is gone when the log writes one.
             all_observers.insert(0, progress.ProgressObserver(self.app.stderr))
         return manager.ImageCacheManager(
             config, source or file.FileSource({}), host=host, observers=all_observers
         )
 
+    def _configured(self) -> tuple[CacheConfig, System]:
+        options = self.app.options
+        config, host = opts.from_files(options.config_file, instances_path=options.instances_path)
+        if self.needs_instances and not os.path.isdir(config.instances_path):
+            raise errors.ConfigError(
+                "the instances directory does not exist",
+                path=config.instances_path,
+                next_step="correct instances_path, or create or mount it, owned by the service's user",
+            )
+        return config, host
+
+    def _load_hooks(self) -> None:
+        # cliff looks for other packages' hooks among the entry points of all that is installed: there are
+        # none.
+        self._hooks = []
+
 
 class BaseLister(Base, lister.Lister):
     """A command that shows a table."""
+
+    #: Columns that a narrow table does without, the least important first.
+    droppable: tuple[str, ...] = ()
+
+    #: Columns for programs only.
+    machine_only: tuple[str, ...] = ()
+
+    def _load_formatter_plugins(self) -> Any:
+        return formats.Formats(formats.LIST)
+
+    def produce_output(
+        self, parsed_args: argparse.Namespace, column_names: Sequence[str], data: Iterable[Sequence[Any]]
+    ) -> int:
+        parsed_args.droppable = self.droppable
+        if parsed_args.formatter == "table" and not parsed_args.columns:
+            hidden = {column_names.index(name) for name in self.machine_only if name in column_names}
+            column_names = _without(column_names, hidden)
+            data = [_without(row, hidden) for row in data]
+        try:
+            return super().produce_output(parsed_args, column_names, data)
+        except ValueError as error:
+            raise errors.ConfigError(
+                f"there is no column {', '.join(parsed_args.columns)}",
+                next_step=f"name some of: {', '.join(column_names)}",
+            ) from error
 
 
 class BaseShow(Base, show.ShowOne):
     """A command that shows one thing."""
 
+    def _load_formatter_plugins(self) -> Any:
+        return formats.Formats(formats.SHOW)
 
-def add_instances(parser: argparse._ActionsContainer) -> None:
-    """Let a command take the driver's report."""
+
+def _without(row: Sequence[Any], hidden: Collection[int]) -> list[Any]:
+    return [value for index, value in enumerate(row) if index not in hidden]
+
+
+def base_of(cache: admin.CacheAdmin, said: str) -> str:
+    """Return the name of the base image that an operator means.
+
+    That is an image's id, the name of a base image, or what only one base image in the cache has: an image's
+    name, or the first letters of its id or of the base's name.
+
+    :raises ImageNotFound: there is none, or there are several.
+    """
+    bases = cache.list_bases()
+    with contextlib.suppress(errors.ImageRejected):
+        exact = {said, layout.base_name(said)}
+        if found := [base for base in bases if base.name in exact]:
+            return found[0].name
+    if not said:
+        raise errors.ImageNotFound("an image's id must not be empty", next_step="see: imagecache image list")
+    named = [base.name for base in bases if base.image_name == said]
+    begun = [
+        base.name
+        for base in bases
+        if len(said) >= _FEWEST_LETTERS
+        and (base.name.startswith(said) or (base.image_id or "").startswith(said))
+    ]
+    found_names = named or begun
+    if len(found_names) == 1:
+        return found_names[0]
+    if found_names:
+        raise errors.ImageNotFound(
+            f"{len(found_names)} base images in the cache are meant by it",
+            image=values.printable(said),
+            next_step="give the whole id; see: imagecache image list -f value -c image -c name",
+        )
+    raise errors.ImageNotFound(
+        "it is not in the cache", image=values.printable(said), next_step="see: imagecache image list"
+    )
+
+
+def pin_facts(pins: Iterable[model_pins.Pin]) -> values.Facts:
+    """Return pins for a column."""
+    held = tuple(pins)
+    return values.Facts(
+        [{"owner": pin.owner, "until": values.iso(pin.expires)} for pin in held],
+        (
+            f"{pin.owner} until {values.Date(pin.expires).human_readable()}" if pin.expires else pin.owner
+            for pin in held
+        ),
+    )
+
+
+def reason_facts(reasons: Iterable[Reason]) -> values.Facts:
+    """Return reasons for a column: their code and facts for programs, clauses for people."""
+    held = tuple(reasons)
+    return values.Facts(
+        [
+            {
+                "code": reason.code,
+                "text": reason.text,
+                **{
+                    key: values.iso(value) if key == "until" and isinstance(value, int | float) else value
+                    for key, value in reason.facts.items()
+                },
+            }
+            for reason in held
+        ],
+        (reason.text for reason in held),
+    )
+
+
+def add_instances(parser: argparse._ActionsContainer, *, reads_disks: bool = False) -> None:
+    """Let a command take the driver's report.
+
+    :param reads_disks: the disks are enough for it.
+    """
+    without = (
+        "Without it the last report counts. [] says that the disks under the disk roots are all there is."
+        if reads_disks
+        else "Without it nothing can go. [] says that the disks under the disk roots are all there is."
+    )
     parser.add_argument(
         "--instances",
         metavar="FILE",
         help="JSON list of all instances on this host (on shared storage: on all hosts), each an object with "
-        "uuid, host, images, directories, swap_mb, ephemerals. Without it nothing can go. [] says that the "
-        "disks under the disk roots are all there is.",
+        f"uuid, host, images, directories, swap_mb, ephemerals. {without}",
     )
 
 
@@ -122,40 +281,84 @@ def read_instances(path: str | None) -> tuple[model.Instance, ...] | None:
     try:
         with open(path, encoding="utf-8") as stream:
             found = json.load(stream)
-        if not isinstance(found, list):
-            raise TypeError("it is not a list")
-        return tuple(_instance(each) for each in found)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise errors.ConfigError(
-            f"the report of instances cannot be read: {error}", path=path, next_step="correct the file"
-        ) from error
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(path, f"it is no JSON: {error}") from error
+    if not isinstance(found, list):
+        raise _unreadable(path, "it is not a list")
+    report = []
+    for number, fields in enumerate(found, start=1):
+        try:
+            report.append(_instance(fields))
+        except ValueError as error:
+            raise _unreadable(path, f"entry {number} {error}") from None
+    return tuple(report)
+
+
+def _unreadable(path: str, why: str) -> errors.ConfigError:
+    return errors.ConfigError(
+        f"the report of instances cannot be read: {why}", path=path, next_step="correct the file"
+    )
+
+
+_INSTANCE_FIELDS = ("uuid", "host", "images", "directories", "swap_mb", "ephemerals")
+_EPHEMERAL_FIELDS = tuple(field.name for field in dataclasses.fields(model.Ephemeral))
 
 
 def _instance(fields: Any) -> model.Instance:
-    instance = model.Instance(
-        uuid=_text(fields["uuid"]),
-        host=_text(fields["host"]),
-        images=_texts(fields.get("images", [])),
-        directories=_texts(fields.get("directories", [])),
-        swap_mb=int(fields.get("swap_mb", 0)),
-        ephemerals=tuple(model.Ephemeral(**each) for each in fields.get("ephemerals", [])),
+    """Return one entry of a report.
+
+    :raises ValueError: what is wrong with it, to be read after "entry 1".
+    """
+    _require_fields(fields, _INSTANCE_FIELDS, ("uuid", "host"))
+    ephemerals = fields.get("ephemerals", [])
+    if not isinstance(ephemerals, list):
+        raise ValueError("has ephemerals that are not a list")
+    for each in ephemerals:
+        _require_fields(each, _EPHEMERAL_FIELDS, ("size_gb",), "has an ephemeral disk that ")
+        _number(each, "size_gb")
+        for name, value in each.items():
+            if name != "size_gb" and value is not None and not isinstance(value, str):
+                raise ValueError(f"has an ephemeral disk whose {name} is not a text")
+    return model.Instance(
+        uuid=_text(fields, "uuid"),
+        host=_text(fields, "host"),
+        images=_texts(fields, "images"),
+        directories=_texts(fields, "directories"),
+        swap_mb=_number(fields, "swap_mb"),
+        ephemerals=tuple(model.Ephemeral(**each) for each in ephemerals),
     )
-    known = {"uuid", "host", "images", "directories", "swap_mb", "ephemerals"}
-    if unknown := set(fields) - known:
-        raise TypeError(f"an instance has the unknown field {min(unknown)!r}")
-    return instance
 
 
-def _text(value: Any) -> str:
+def _require_fields(fields: Any, known: Sequence[str], needed: Sequence[str], begin: str = "") -> None:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{begin}is not an object")
+    if lacking := [name for name in needed if name not in fields]:
+        raise ValueError(f"{begin}has no {lacking[0]}")
+    if unknown := sorted(set(fields) - set(known)):
+        raise ValueError(f"{begin}has the unknown field {unknown[0]}")
+
+
+def _text(fields: dict[str, Any], name: str) -> str:
+    value = fields[name]
     if not isinstance(value, str) or not value:
-        raise TypeError(f"{value!r} is not a name")
+        raise ValueError(f"has a {name} that is not a text")
     return value
 
 
-def _texts(values: Any) -> tuple[str, ...]:
-    if not isinstance(values, list):
-        raise TypeError(f"{values!r} is not a list")
-    return tuple(_text(value) for value in values)
+def _texts(fields: dict[str, Any], name: str) -> tuple[str, ...]:
+    found = fields.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(value, str) and value for value in found):
+        raise ValueError(f"has {name} that are not a list of texts")
+    return tuple(found)
+
+
+def _number(fields: dict[str, Any], name: str) -> int:
+    value = fields.get(name, 0)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"has a {name} that is not a whole number")
+    return value
 
 
 def worst(codes: Sequence[int]) -> int:

@@ -6,21 +6,30 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from imagecache_lib.cli import base
+from imagecache_lib.cli import base, values
 
 
 class List(base.BaseLister):
     """List the hosts that share the cache."""
 
+    examples = ("host list",)
+
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
-        return ["Id", "Name", "This one", "Base images waiting for it"], [
-            (host.id, host.name or "unreadable", host.is_this, host.blocks)
-            for host in self.manager().list_hosts()
+        return ["id", "name", "is_this", "base_images_waiting"], [
+            (
+                values.Id(host.id),
+                values.Label(host.name or "unreadable"),
+                values.Yes(host.is_this),
+                values.Count(host.blocks),
+            )
+            for host in self.admin().list_hosts()
         ]
 
 
 class Forget(base.Base):
     """Stop waiting for a host that is gone for good."""
+
+    examples = ("host forget 5e2b90c4d7a1f863",)
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
@@ -28,4 +37,4 @@ class Forget(base.Base):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        self.manager().forget_host(parsed_args.id)
+        self.admin().forget_host(parsed_args.id)

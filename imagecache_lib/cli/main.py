@@ -5,39 +5,45 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from cliff import app, commandmanager
 
-from imagecache_lib.cli import agent, cache, disk, hosts, image, precache
+_PACKAGE = "imagecache_lib.cli"
 
-#: Each is a :class:`cliff.command.Command`.
-_COMMANDS: dict[str, type[Any]] = {
-    "agent": agent.Agent,
-    "cache audit": cache.Audit,
-    "cache check": cache.Check,
-    "cache scrub": cache.Scrub,
-    "cache usage": cache.Usage,
-    "cache verify": cache.Verify,
-    "disk create": disk.Create,
-    "disk forget": disk.Forget,
-    "host forget": hosts.Forget,
-    "host list": hosts.List,
-    "image cache": image.Cache,
-    "image evict": image.Evict,
-    "image explain": image.Explain,
-    "image list": image.List,
-    "image pin": image.Pin,
-    "image show": image.Show,
-    "image unpin": image.Unpin,
-    "precache cancel": precache.Cancel,
-    "precache list": precache.List,
-    "precache plan": precache.Plan,
-    "precache resume": precache.Resume,
-    "precache start": precache.Start,
-    "precache status": precache.Status,
+#: Where the class of each command is, a :class:`cliff.command.Command`: only the one that runs is loaded.
+COMMANDS: dict[str, str] = {
+    "agent": "agent:Agent",
+    "cache audit": "cache:Audit",
+    "cache check": "cache:Check",
+    "cache scrub": "cache:Scrub",
+    "cache usage": "space:Usage",
+    "cache verify": "cache:Verify",
+    "complete": "completion:Complete",
+    "df": "space:Df",
+    "disk create": "disk:Create",
+    "disk forget": "disk:Forget",
+    "disk repair": "disk:Repair",
+    "help": "help:Help",
+    "host forget": "hosts:Forget",
+    "host list": "hosts:List",
+    "image cache": "image:Cache",
+    "image evict": "image:Evict",
+    "image explain": "image:Explain",
+    "image list": "image:List",
+    "image pin": "image:Pin",
+    "image pins": "image:Pins",
+    "image show": "image:Show",
+    "image unpin": "image:Unpin",
+    "precache cancel": "precache:Cancel",
+    "precache list": "precache:List",
+    "precache plan": "precache:Plan",
+    "precache resume": "precache:Resume",
+    "precache start": "precache:Start",
+    "precache status": "precache:Status",
+    "prune": "space:Prune",
 }
 
 
@@ -48,15 +54,21 @@ class ImageCacheApp(app.App):
 
     def __init__(self) -> None:
         # The commands are listed above. cliff's own way, entry points, would search every installed package.
-        manager = commandmanager.CommandManager("imagecache_lib.cli", convert_underscores=False)
-        for name, command in _COMMANDS.items():
-            manager.add_command(name, command)
+        manager = commandmanager.CommandManager(convert_underscores=False)
         super().__init__(
             description="The image cache of this host.",
             version=importlib.metadata.version("imagecache-lib"),
             command_manager=manager,
             deferred_help=True,
         )
+        for name, where in COMMANDS.items():
+            manager.commands[name] = importlib.metadata.EntryPoint(name, f"{_PACKAGE}.{where}", _PACKAGE)
+
+    def configure_logging(self) -> None:
+        super().configure_logging()
+        # What they have to say of each other is nothing to an operator.
+        for name in ("stevedore", "cliff", "urllib3", "keystoneauth"):
+            logging.getLogger(name).setLevel(logging.WARNING)
 
     def build_option_parser(
         self, description: str | None, version: str | None, argparse_kwargs: dict[str, object] | None = None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from imagecache_lib import errors, model
@@ -49,9 +50,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--disk-format", metavar="FORMAT", help="what --http and --file are said to be")
 
 
-def chosen(arguments: argparse.Namespace, images: list[str]) -> ImageSource:
+def chosen(arguments: argparse.Namespace, images: list[str], *, needed: bool = True) -> ImageSource:
     """Return the source that the command line names.
 
+    :param needed: False if it may turn out that nothing has to be fetched: then a command line that names
+        none is an error only once something has to.
     :raises ConfigError: it names none, or one that cannot work.
     """
     if arguments.source_option and not arguments.source:
@@ -79,7 +82,33 @@ def chosen(arguments: argparse.Namespace, images: list[str]) -> ImageSource:
         return glance.GlanceSource(
             arguments.glance_endpoint, token=os.environ.get("OS_TOKEN"), cafile=os.environ.get("OS_CACERT")
         )
+    if not needed and not _is_in(os.environ):
+        return _NoSource()
     return _from_environment(os.environ)
+
+
+class _NoSource(ImageSource):
+    """Has no image, and says what to name on the command line."""
+
+    def describe(self, image_id: str) -> model.Image:
+        raise _no_source(image_id)
+
+    def open(self, image: model.Image, offset: int = 0) -> AbstractContextManager[Iterator[bytes]]:
+        raise _no_source(image.id)
+
+
+def _no_source(image_id: str | None = None) -> errors.ConfigError:
+    return errors.ConfigError(
+        "there is no source for images",
+        image=image_id,
+        next_step="set OS_AUTH_URL and the other OS_ variables, or give --glance-endpoint, --http, "
+        "--file or --source",
+    )
+
+
+def _is_in(environment: Mapping[str, str]) -> bool:
+    """Whether the variables of OpenStack's clients are meant to say where to authenticate."""
+    return bool(environment.get("OS_AUTH_URL") or environment.get("OS_AUTH_TYPE"))
 
 
 def load(name: str, options: Sequence[str], environment: Mapping[str, str]) -> ImageSource:
@@ -129,12 +158,8 @@ def _option(text: str, environment: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _from_environment(environment: Mapping[str, str]) -> ImageSource:
-    if "OS_AUTH_URL" not in environment:
-        raise errors.ConfigError(
-            "there is no source for images",
-            next_step="set OS_AUTH_URL and the other OS_ variables, or give --glance-endpoint, --http, "
-            "--file or --source",
-        )
+    if not _is_in(environment):
+        raise _no_source()
     try:
         from keystoneauth1 import exceptions, loading, session
     except ImportError:
@@ -143,6 +168,7 @@ def _from_environment(environment: Mapping[str, str]) -> ImageSource:
             next_step="install imagecache-lib[glance], or give --glance-endpoint with OS_TOKEN",
         ) from None
     kind = environment.get("OS_AUTH_TYPE") or ("token" if "OS_TOKEN" in environment else "password")
+    _require_user(kind, environment)
     try:
         loader: Any = loading.get_plugin_loader(kind)
         given = {option.dest: _variable(environment, option.dest) for option in loader.get_options()}
@@ -156,6 +182,21 @@ def _from_environment(environment: Mapping[str, str]) -> ImageSource:
         interface=environment.get("OS_INTERFACE") or _DEFAULT_INTERFACE,
         region_name=environment.get("OS_REGION_NAME") or None,
     )
+
+
+def _require_user(kind: str, environment: Mapping[str, str]) -> None:
+    """Refuse what no identity service can accept, before it is asked.
+
+    :raises ConfigError: a variable is not set.
+    """
+    if kind not in ("password", "v3password", "v2password"):
+        return
+    for names in (("OS_AUTH_URL",), ("OS_USERNAME", "OS_USER_ID"), ("OS_PASSWORD",)):
+        if not any(environment.get(name) for name in names):
+            raise errors.ConfigError(
+                f"{' or '.join(names)} is not set, which the identity service needs",
+                next_step="source the file with the OS_ variables of your project",
+            )
 
 
 def _variable(environment: Mapping[str, str], name: str) -> str | None:

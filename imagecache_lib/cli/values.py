@@ -7,22 +7,25 @@ import argparse
 import datetime as dt
 import re
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from cliff import columns
 
 from imagecache_lib import dates
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+#: Returns an amount of bytes in a binary unit that suits it: ``1.5 GiB``.
+shown = dates.size
 
 
 def size(text: str) -> int:
     """Return bytes from ``20G``: binary units K, M, G, T, or none."""
-    found = re.fullmatch(r"(\d+)([KMGT]?)", text.strip().upper())
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write bytes, or 20G for 20 GiB")
-    return int(found[1]) * _UNITS[found[2]]
+    try:
+        return dates.parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def duration(text: str) -> int:
@@ -47,15 +50,6 @@ def moment(text: str) -> float:
         ) from None
 
 
-def shown(amount: float) -> str:
-    """Return an amount of bytes in a binary unit that suits it: ``1.5 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(amount) < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.1f} TiB"
-
-
 class Bytes(columns.FormattableColumn[Any]):
     """An amount of bytes, or None where it is unknown."""
 
@@ -75,7 +69,10 @@ class Date(columns.FormattableColumn[Any]):
     def machine_readable(self) -> Any:
         if self._value is None:
             return None
-        return dt.datetime.fromtimestamp(self._value, dt.UTC).isoformat()
+        try:
+            return dt.datetime.fromtimestamp(self._value, dt.UTC).isoformat()
+        except (ValueError, OverflowError, OSError):
+            return self._value  # no calendar has a date for it
 
 
 class Lines(columns.FormattableColumn[Any]):
@@ -86,3 +83,97 @@ class Lines(columns.FormattableColumn[Any]):
 
     def machine_readable(self) -> Any:
         return list(self._value)
+
+
+class Ago(Date):
+    """A time in epoch seconds that tables show as how long ago it was.
+
+    :param now: epoch seconds.
+    """
+
+    def __init__(self, value: float | None, now: float) -> None:
+        super().__init__(value)
+        self._now = now
+
+    def human_readable(self) -> str:
+        return "" if self._value is None else brief_span(self._now - self._value)
+
+
+class Count(columns.FormattableColumn[Any]):
+    """A number, which tables leave out where it is 0."""
+
+    def human_readable(self) -> str:
+        return str(self._value) if self._value else ""
+
+    def machine_readable(self) -> Any:
+        return self._value
+
+
+class Id(columns.FormattableColumn[Any]):
+    """An id, of which a narrow table shows as many letters as tell it from the others."""
+
+    def human_readable(self) -> str:
+        return printable(self._value or "")
+
+    def machine_readable(self) -> Any:
+        return self._value
+
+
+class Label(Id):
+    """A name, which a narrow table cuts."""
+
+
+class Word(columns.FormattableColumn[Any]):
+    """One of a few words, which machines get with underscores."""
+
+    def human_readable(self) -> str:
+        return str(self._value).replace("_", " ")
+
+    def machine_readable(self) -> Any:
+        return self._value
+
+
+class Facts(columns.FormattableColumn[Any]):
+    """Objects or lists of them, each with a text for people.
+
+    :param value: what machines get.
+    :param texts: what people read, a line each.
+    """
+
+    def __init__(self, value: Any, texts: Iterable[str]) -> None:
+        super().__init__(value)
+        self._texts = tuple(texts)
+
+    def human_readable(self) -> str:
+        return "\n".join(self._texts)
+
+    def machine_readable(self) -> Any:
+        return self._value
+
+
+def brief_span(seconds: float) -> str:
+    """Return seconds in their largest unit, rounded down: ``3 min``, ``12 d``."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit}"
+    return f"{max(0, int(seconds))} s"
+
+
+def iso(when: float | None) -> str | None:
+    """Return epoch seconds as ISO 8601 in UTC, as machines get it."""
+    return None if when is None else Date(when).machine_readable()
+
+
+def printable(text: str) -> str:
+    """Return text without what moves a terminal's cursor."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+class Yes(columns.FormattableColumn[bool]):
+    """Whether something is so."""
+
+    def human_readable(self) -> str:
+        return "yes" if self._value else "no"
+
+    def machine_readable(self) -> bool:
+        return self._value

@@ -104,14 +104,17 @@ def examine(cache: CacheStore, instances: Sequence[model.Instance] | None) -> Au
                     Severity.ERROR,
                     path,
                     f"its base image {name}{image} is missing",
-                    "fetch it again before the disk is started, with ensure_backing",
+                    f"before the disk is started, run: imagecache disk repair {path}",
                 )
             )
     used.update(name for name, _user in references.reported(names, instances or (), []))
     now = cache.host.clock()
     for base in there.bases:
+        findings.extend(_damage(cache, base.name))
         if base.name not in used and pins.look(cache, base.name, now) is None:
-            text = f"nothing refers to it: {base.allocated} bytes, last used {dates.date(base.last_use)}"
+            text = (
+                f"nothing refers to it: {dates.size(base.allocated)}, last used {dates.date(base.last_use)}"
+            )
             findings.append(AuditFinding(Severity.INFO, base.name, text))
     unfinished = sorted({fact.path for fact in found.facts if isinstance(fact, Unfinished)})
     findings.extend(_leftovers(cache, there, unfinished, now))
@@ -181,6 +184,18 @@ def _name_in_cache(path: str, reference: bytes, base_path: str) -> str | None:
             if os.path.realpath(directory) == base_path:
                 return name if layout.NAME_PATTERN.fullmatch(os.fsencode(name)) else None
     return None
+
+
+def _damage(cache: CacheStore, name: str) -> Iterator[AuditFinding]:
+    with contextlib.suppress(errors.CacheEntryError):  # said where its format is looked at
+        record = cache.evidence_of(name)
+        if record is not None and record.damaged:
+            yield AuditFinding(
+                Severity.ERROR,
+                name,
+                "a scrub found it damaged on disk: disks that need it may read wrong bytes",
+                "restore or rebuild the instances that use it, then evict it",
+            )
 
 
 def _images(instances: Iterable[model.Instance]) -> Iterator[tuple[str, str]]:

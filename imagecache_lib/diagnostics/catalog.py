@@ -9,7 +9,7 @@ import os
 
 from imagecache_lib import errors, model
 from imagecache_lib.store import layout, pins, trash
-from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.directory import CacheStore, read_name
 from imagecache_lib.store.hosts import Hosts
 from imagecache_lib.upkeep import inventory
 
@@ -34,6 +34,8 @@ class CachedBase:
     :param inspected: its content was inspected as a disk.
     :param certificates: ids of the certificates that vouch for it.
     :param pins: who wants it to stay.
+    :param image_name: the image service's name of the image when it was fetched, if that is known.
+    :param damaged: a scrub found that the disk changed its content. No new disk is made from it.
     """
 
     name: str
@@ -51,6 +53,24 @@ class CachedBase:
     inspected: bool = False
     certificates: tuple[str, ...] = ()
     pins: tuple[pins.Pin, ...] = ()
+    image_name: str | None = None
+    damaged: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PinnedImage:
+    """A pin, whether its image is in the cache or not.
+
+    :param name: name of the image's base.
+    :param image_id: the image, or None if the pin does not tell.
+    :param pin: who pins it, and until when.
+    :param cached: the base is in the cache.
+    """
+
+    name: str
+    image_id: str | None
+    pin: pins.Pin
+    cached: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +95,12 @@ def listed(cache: CacheStore) -> tuple[CachedBase, ...]:
 
 
 def _described(cache: CacheStore, entry: inventory.Entry) -> CachedBase:
-    record = None
+    record = name = None
     with contextlib.suppress(errors.CacheEntryError):  # QEMU's user may own it, and nobody else read it
-        record = cache.evidence_of(entry.name)
+        opened = cache.open_base(entry.name)
+        if opened is not None:
+            with contextlib.closing(opened):
+                record, name = cache.record_of(opened), read_name(opened.fd)
     pinned = pins.read(cache, entry.name)
     base = CachedBase(
         name=entry.name,
@@ -88,6 +111,7 @@ def _described(cache: CacheStore, entry: inventory.Entry) -> CachedBase:
         links=entry.links,
         image_id=(pinned.image_id or None) if pinned is not None else None,
         pins=pinned.pins if pinned is not None else (),
+        image_name=name,
     )
     if record is None:
         return base
@@ -101,6 +125,17 @@ def _described(cache: CacheStore, entry: inventory.Entry) -> CachedBase:
         digest=record.digest if record.digest_checked else None,
         inspected=record.inspected is not None,
         certificates=record.certificates,
+        damaged=record.damaged,
+    )
+
+
+def all_pins(cache: CacheStore) -> tuple[PinnedImage, ...]:
+    """Return every pin, by base and owner. One that cannot be read has the owner :data:`pins.UNREADABLE`."""
+    return tuple(
+        PinnedImage(name, held.image_id or None, pin, os.path.lexists(cache.layout.base(name)))
+        for name in pins.names(cache)
+        if (held := pins.read(cache, name)) is not None
+        for pin in held.pins
     )
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 from oslo_concurrency import processutils
 
-from imagecache_lib import dates
+from imagecache_lib import dates, errors
 from imagecache_lib.backends.interface import StorageBackend
 from imagecache_lib.formats.sandbox import Sandbox
 from imagecache_lib.store import directory as store
@@ -36,6 +36,10 @@ _OLDEST_QEMU = (5, 0)
 
 #: Less than this is a warning where the operator says nothing.
 _LITTLE_SPACE = 2**30
+
+#: And less than this an error: hardly any image is smaller.
+_NO_SPACE = 128 * 2**20
+
 _FEW_INODES = 1000
 
 #: Clocks further apart than this many seconds confuse those who read dates.
@@ -149,8 +153,8 @@ def _layout(cache: CacheStore) -> Iterator[Finding]:
         return  # said already: it is not ours
     if found is not None and (not found.strip().isdigit() or int(found) > layout.VERSION):
         yield _error(
-            f"The cache was written by a newer release: its layout is {found[:20]!r}, and this one knows "
-            f"{layout.VERSION}.",
+            "The cache was written by a newer release: its layout is "
+            f"{found[:20].decode('ascii', 'replace').strip()}, and this one knows {layout.VERSION}.",
             "Upgrade imagecache_lib on this host.",
         )
 
@@ -165,7 +169,17 @@ def _roots(cache: CacheStore) -> Iterator[Finding]:
 
 
 def _entries(cache: CacheStore) -> Iterator[Finding]:
-    for name in inventory.take(cache).unknown:
+    there = inventory.take(cache)
+    for base in there.bases:
+        with contextlib.suppress(errors.CacheEntryError):
+            record = cache.evidence_of(base.name)
+            if record is not None and record.damaged:
+                yield _error(
+                    f"Base image {base.name} is damaged on disk.",
+                    "Restore or rebuild the instances that use it, then evict it: imagecache image show "
+                    f"{base.name}",
+                )
+    for name in there.unknown:
         path = cache.layout.base(name)
         yield _warning(f"{path} is nothing that belongs into a cache, and is not touched.", "Move it away.")
 
@@ -318,17 +332,17 @@ def _space(cache: CacheStore) -> Iterator[Finding]:
     free = found.f_bavail * found.f_frsize
     wanted = max(_LITTLE_SPACE, cache.config.free_space_low)
     if free < wanted:
-        yield _warning(
-            f"{free / 2**30:.1f} GiB are free on the filesystem of {path}, less than {wanted / 2**30:.1f}: "
-            "images may not fit.",
-            "Make room, or evict images.",
-        )
+        text = f"{dates.size(free)} are free on the filesystem of {path}, less than {dates.size(wanted)}: "
+        if free < _NO_SPACE:
+            yield _error(f"{text}no image fits.", "Make room: imagecache prune.")
+        else:
+            yield _warning(f"{text}images may not fit.", "Make room: imagecache prune.")
     if found.f_files and found.f_favail < _FEW_INODES:
         yield _warning(f"{found.f_favail} inodes are free on the filesystem of {path}.", "Remove files.")
     total = found.f_blocks * found.f_frsize
     if cache.config.free_space_low > total:
         yield _error(
-            f"free_space_low is above the {total / 2**30:.1f} GiB that the filesystem has, so nothing is "
+            f"free_space_low is above the {dates.size(total)} that the filesystem has, so nothing is "
             "fetched.",
             "Lower it.",
         )

@@ -20,7 +20,7 @@ from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.ingest.stream import Content
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import evidence
-from imagecache_lib.store.directory import CacheStore, OpenBase
+from imagecache_lib.store.directory import CacheStore, OpenBase, write_name
 from imagecache_lib.store.evictor import Evictor
 from imagecache_lib.store.evidence import Unmet
 from imagecache_lib.store.reservations import Reservation
@@ -250,6 +250,7 @@ class ImageProducer:
 
     def _seal(self, stage: Stage, image: model.Image, content: Content) -> evidence.Record:
         """Make data and evidence durable, in this order, before anything can refer to them."""
+        write_name(stage.fd, image.properties.get("name"))
         base_id = stage.seal()
         with translated(stage.path):
             found = os.fstat(stage.fd)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from imagecache_lib import errors
+from imagecache_lib import dates, errors
 
 
 def require_fit(label: str, virtual_size: int, size: int | None) -> None:
@@ -15,7 +15,7 @@ def require_fit(label: str, virtual_size: int, size: int | None) -> None:
     """
     if size is not None and size < virtual_size:
         raise errors.DiskTooSmallError(
-            f"its virtual size is {virtual_size} bytes and the disk shall have {size}",
+            f"its virtual size is {dates.size(virtual_size)} and the disk shall have {dates.size(size)}",
             image=label,
             next_step="choose a larger disk (flavor)",
             size=size,

@@ -7,6 +7,7 @@ textfile collector instead.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import prometheus_client
 
 from imagecache_lib import errors, events
+from imagecache_lib.diagnostics.survey import State, Survey
 
 _PREFIX = "imagecache"
 
@@ -27,6 +29,8 @@ class MetricsObserver:
     :param registry: the registry that gets the metrics, or None for the process's own. A registry takes each
         name once.
     :param clock: epoch seconds.
+    :param counting: False for a process that soon ends, whose counters would begin at 0 each time: only
+        gauges.
     """
 
     def __init__(
@@ -34,9 +38,11 @@ class MetricsObserver:
         registry: prometheus_client.CollectorRegistry | None = None,
         *,
         clock: Callable[[], float] = time.time,
+        counting: bool = True,
     ) -> None:
         self.registry = registry or prometheus_client.REGISTRY
         self._clock = clock
+        self._counting = prometheus_client.CollectorRegistry() if not counting else self.registry
         self._counters = {
             kind: self._counter(*kind.counter) for kind in events.KINDS if kind.counter is not None
         }
@@ -46,12 +52,24 @@ class MetricsObserver:
             f"{_PREFIX}_fetch_seconds",
             "From the first request for an image to its last byte on disk",
             buckets=_FETCH_BUCKETS,
-            registry=self.registry,
+            registry=self._counting,
         )
         self._bases = self._gauge("bases", "Base images after the last pass")
         self._allocated = self._gauge("bases_bytes", "Bytes on disk of all base images after the last pass")
         self._problems = self._gauge("problems", "What needs an operator, after the last pass")
         self._passed = self._gauge("last_pass_timestamp_seconds", "When the last pass ended")
+        self._size = self._gauge("filesystem_size_bytes", "Size of the cache's filesystem")
+        self._free = self._gauge("filesystem_free_bytes", "What the service may still allocate of it")
+        self._reserved = self._gauge("reserved_bytes", "Promised to images in flight, and not allocated yet")
+        self._bytes = self._gauge("bytes", "Bytes on disk by what keeps them", "state")
+        self._images = self._gauge("images", "Base images by what keeps them", "state")
+        self._damaged = self._gauge("damaged_bases", "Base images in the cache that a scrub found damaged")
+        self._scrubbed = self._gauge(
+            "last_scrub_timestamp_seconds", "When a scrub of the whole cache last ended"
+        )
+        self._evictions = self._counter("evictions", "Base images removed, by why", "reason")
+        build = self._gauge("build_info", "Always 1; which release this is", "version")
+        build.labels(importlib.metadata.version("imagecache-lib")).set(1)
 
     def __call__(self, event: events.Event) -> None:
         counter = self._counters.get(type(event))
@@ -61,13 +79,28 @@ class MetricsObserver:
             case events.Fetched(received=received, seconds=seconds):
                 self._received.inc(received)
                 self._fetch.observe(seconds)
-            case events.Evicted(allocated=allocated):
+            case events.Evicted(allocated=allocated, reason=reason):
                 self._reclaimed.inc(allocated)
+                self._evictions.labels(_why_evicted(reason)).inc()
             case events.PassFinished(kept=kept, allocated=allocated, problems=problems):
                 self._bases.set(kept)
                 self._allocated.set(allocated)
                 self._problems.set(len(problems))
                 self._passed.set(self._clock())
+
+    def see(self, survey: Survey) -> None:
+        """Set the gauges of what is known now."""
+        self._size.set(survey.size)
+        self._free.set(survey.free)
+        self._reserved.set(survey.reserved)
+        for state in State:
+            self._bytes.labels(state.value).set(survey.bytes_of(state))
+            self._images.labels(state.value).set(len([each for each in survey.bases if each.state is state]))
+        self._bytes.labels("trash").set(survey.trash)
+        self._bytes.labels("in_flight").set(survey.stage)
+        self._damaged.set(len(survey.damaged))
+        if survey.last_scrub is not None:
+            self._scrubbed.set(survey.last_scrub)
 
     def write_textfile(self, path: str | os.PathLike[str]) -> None:
         """Write all that the registry has into a file, in one step.
@@ -85,8 +118,24 @@ class MetricsObserver:
                 next_step="check the directory and its owner",
             ) from error
 
-    def _counter(self, name: str, text: str) -> prometheus_client.Counter:
-        return prometheus_client.Counter(f"{_PREFIX}_{name}", text, registry=self.registry)
+    def _counter(self, name: str, text: str, *labels: str) -> prometheus_client.Counter:
+        return prometheus_client.Counter(f"{_PREFIX}_{name}", text, labels, registry=self._counting)
 
-    def _gauge(self, name: str, text: str) -> prometheus_client.Gauge:
-        return prometheus_client.Gauge(f"{_PREFIX}_{name}", text, registry=self.registry)
+    def _gauge(self, name: str, text: str, *labels: str) -> prometheus_client.Gauge:
+        return prometheus_client.Gauge(f"{_PREFIX}_{name}", text, labels, registry=self.registry)
+
+
+#: What an eviction's reason contains, and the word that metrics have for it.
+_REASONS = (
+    ("damaged", "damaged"),
+    ("asked for", "asked"),
+    ("needs the room", "space"),
+    ("max_cache_size", "space"),
+    ("free_space_low", "space"),
+    ("in the trash", "interrupted"),
+    ("unused since", "age"),
+)
+
+
+def _why_evicted(reason: str) -> str:
+    return next((word for part, word in _REASONS if part in reason), "unfit")

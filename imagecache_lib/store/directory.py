@@ -18,10 +18,13 @@ import threading
 from imagecache_lib import errors, events
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import evidence, layout, membership
-from imagecache_lib.system import durable
+from imagecache_lib.system import attributes, durable
 from imagecache_lib.system.host import System
 
 LOG = logging.getLogger(__name__)
+
+#: Letters of an image's name that are kept: as many as Glance allows.
+_LONGEST_NAME = 255
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -174,7 +177,8 @@ class CacheStore:
             return
         if not found.strip().isdigit() or int(found) > layout.VERSION:
             raise errors.ConfigError(
-                f"the cache has layout version {found[:20]!r}, this release knows {layout.VERSION}",
+                f"the cache has layout version {found[:20].decode('ascii', 'replace').strip()}, "
+                f"this release knows {layout.VERSION}",
                 path=self.layout.version,
                 next_step="upgrade imagecache_lib on this host",
             )
@@ -295,6 +299,28 @@ def write_id(fd: int, base_id: str) -> bool:
             return False
         raise
     return True
+
+
+def read_name(fd: int) -> str | None:
+    """Return the name that the image service had for a base file's image, or None if the file carries
+    none."""
+    with contextlib.suppress(OSError):
+        return attributes.read(fd, layout.NAME_ATTRIBUTE) or None
+    return None
+
+
+def write_name(fd: int, name: object) -> None:
+    """Let a base file carry the image service's name of its image, as far as there is one and that is
+    possible.
+
+    :param name: as the image service says it: nothing about it is trusted.
+    """
+    if not isinstance(name, str):
+        return
+    shown = "".join(each if each.isprintable() else "\ufffd" for each in name[:_LONGEST_NAME]).strip()
+    if shown:
+        with contextlib.suppress(OSError, UnicodeEncodeError):  # it is for people, and fails no fetch
+            attributes.write(fd, layout.NAME_ATTRIBUTE, shown)
 
 
 def mark(fd: int) -> str:

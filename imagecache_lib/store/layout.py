@@ -22,6 +22,7 @@ readable by Nova::
         hosts/<id>.json         each host that shares the storage writes its own and no other
         hosts/<id>.scan         what that host's last pass saw of its disks, and its driver's last report
         hosts/<id>.readings     the same for the release before, which rewrites it: names by path of disk
+        scrubbed                empty: its mtime is when a scrub of the whole cache last ended
         pins/<name>/<sha1 of the owner>.json    that, and until when, an owner wants a base to stay
         pins/<name>.json        the same of all owners, as earlier releases keep it
     <instances_path>/locks/nova-<name>                   lock files: Nova's names, never unlinked by us
@@ -72,6 +73,11 @@ of its directory, and stays until it is seen again, its instance leaves the repo
 *A damaged* ``.scan`` is replaced by what ``.readings`` says, and the other way round. If neither can be read,
 everything stays.
 
+*The image service's name of an image* is the attribute ``user.imagecache.name`` of the base file, in UTF-8:
+for people, and evidence of nothing. It is no field of the record, since earlier releases take a record with a
+field that they do not know for torn, and adopt the base: what a scrub or a certificate said of it would be
+lost. Earlier releases ignore the attribute and the file ``scrubbed``, and keep both.
+
 What a crash leaves, and who repairs it
 ---------------------------------------
 
@@ -109,6 +115,9 @@ VERSION = 1
 
 #: Extended attribute that binds a base file to its record.
 ID_ATTRIBUTE = "user.imagecache.id"
+
+#: Extended attribute with the name that the image service has for the image.
+NAME_ATTRIBUTE = "user.imagecache.name"
 
 BASE_MODE = 0o644
 BASE_DIR_MODE = 0o755
@@ -256,6 +265,10 @@ class Layout:
     @property
     def hosts(self) -> str:
         return os.path.join(self.private, "hosts")
+
+    @property
+    def scrubbed(self) -> str:
+        return os.path.join(self.private, "scrubbed")
 
     @property
     def pins(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from imagecache_lib import errors
+from imagecache_lib import dates, errors
 from imagecache_lib.store import stage as stages
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.evictor import Evictor
@@ -155,7 +155,7 @@ class _Refusal:
 
     def error(self, cache: CacheStore) -> errors.NoSpaceError:
         return errors.NoSpaceError(
-            f"it needs {self._wanted} bytes more and {self._room} are left",
+            f"it needs {dates.size(self._wanted)} more and {dates.size(self._room)} are left",
             path=cache.layout.base_path,
-            next_step="make room, evict images, or choose a larger filesystem",
+            next_step="make room with imagecache prune, or choose a larger filesystem",
         )

@@ -17,7 +17,7 @@ def read(fd: int, name: str) -> str | None:
     :raises OSError: as fgetxattr(2).
     """
     try:
-        return os.getxattr(fd, name).decode("ascii", "replace")
+        return os.getxattr(fd, name).decode("utf-8", "replace")
     except OSError as error:
         if error.errno in _NONE:
             return None

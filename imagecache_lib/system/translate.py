@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import pwd
 from collections.abc import Iterator
 
 from imagecache_lib import errors
@@ -25,8 +27,22 @@ def translated(path: str) -> Iterator[None]:
             raise errors.NoSpaceError(
                 "the filesystem is full", path=path, next_step="make room, then ask again"
             ) from error
+        where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise errors.BackendError(
+                f"permission denied for {_user()}",
+                path=where,
+                next_step="run as the service's user, or correct the owner and mode",
+            ) from error
         raise errors.BackendError(
             f"the filesystem failed: {error.strerror or error}",
-            path=path,
+            path=where,
             next_step="check the disk and its mount options, then ask again",
         ) from error
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return f"uid {os.geteuid()}"

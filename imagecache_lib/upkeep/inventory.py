@@ -153,9 +153,14 @@ def allocated(cache: CacheStore) -> int:
 
     What lies in a directory that may not be read is not counted: nothing of the cache is there.
     """
+    return allocated_under(cache.layout.base_path)
+
+
+def allocated_under(path: str) -> int:
+    """Return the allocated bytes of all files under a directory, each counted once. 0 if it is not there."""
     total = 0
     counted: set[int] = set()
-    pending = [cache.layout.base_path]
+    pending = [path]
     while pending:
         try:
             entries = os.scandir(pending.pop())

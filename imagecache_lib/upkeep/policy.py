@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Iterable, Mapping
 
 from imagecache_lib import dates
@@ -57,9 +58,29 @@ class Limits:
             free_high=max(config.free_space_high, config.free_space_low),
         )
 
+    def for_prune(self, *, older_than: float, until_free: int) -> Limits:
+        """Return the limits of an operator's request to make room now.
+
+        :param older_than: seconds since its last use for which a base stays; never less than ``floor_age``.
+        :param until_free: bytes of the filesystem at which it is enough. 0: everything goes that may.
+        """
+        age = max(older_than, self.floor_age)
+        return Limits(
+            remove=self.remove,
+            original_age=math.inf if until_free else age,
+            resized_age=math.inf if until_free else age,
+            floor_age=age,
+            free_low=until_free,
+            free_high=until_free,
+        )
+
     def age(self, entry: Entry) -> float:
         """Seconds after its last use at which this base goes without any pressure."""
-        return self.resized_age if entry.kind is layout.Kind.RESIZED else self.original_age
+        return self.age_of(entry.kind)
+
+    def age_of(self, kind: layout.Kind) -> float:
+        """Seconds after its last use at which a base of that kind goes without any pressure."""
+        return self.resized_age if kind is layout.Kind.RESIZED else self.original_age
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +290,10 @@ def _decide(entry: Entry, references: References, limits: Limits, now: float) ->
     if (kept := needed(entry, references)) is not None:
         return Decision(entry, False, kept.reason, in_use=entry.name in references.users)
     age = now - entry.last_use
+    if limits.age(entry) == math.inf:
+        return Decision(
+            entry, False, "unused, and there is room enough without it, or it was used a moment ago"
+        )
     if age < limits.age(entry):
         return Decision(entry, False, f"unused, too young by {dates.span(limits.age(entry) - age)}")
     unused = f"unused since {dates.date(entry.last_use)}"

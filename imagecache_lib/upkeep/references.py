@@ -23,6 +23,9 @@ from imagecache_lib.upkeep.follow import Follower
 from imagecache_lib.upkeep.names import Names
 from imagecache_lib.upkeep.scan import Scan
 
+#: How a running QEMU needs a base image, as a clause.
+OPEN_IN_QEMU = "open in a running QEMU"
+
 #: QEMU's lock bytes on its images: permissions and shared permissions, from its block/file-posix.c.
 _QEMU_BYTES = (100, 200)
 
@@ -81,7 +84,7 @@ def collect(
         if (pinned := pins.look(cache, name, now)) is not None:
             users.setdefault(name, pinned.reason)
     for name in _open_in_qemu(cache, set(names).difference(users)):
-        users[name] = "open in a running QEMU"
+        users[name] = OPEN_IN_QEMU
     unknown = disks.unknown
     if instances is None:
         unknown = "the driver could not tell which instances there are"

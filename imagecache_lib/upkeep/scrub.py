@@ -121,6 +121,8 @@ def scrub(
         for name in _in_order(cache, names):
             waiter.check()
             found.append(_scrub_one(name, cache, observers, evictor, reader, limit))
+        if names is None:
+            durable.write_file(cache.layout.scrubbed, b"")
     return ScrubReport(tuple(found))
 
 

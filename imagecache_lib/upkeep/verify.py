@@ -186,6 +186,53 @@ class Upkeep:
             self._cache, self._observers, [entry.name for entry in found.foreign_stages], now=now
         )
 
+    def prune(
+        self,
+        instances: Iterable[model.Instance] | None,
+        *,
+        older_than: float,
+        until_free: int,
+        dry_run: bool,
+    ) -> VerifyReport:
+        """Evict what nobody needs before its age, as an operator asks.
+
+        :param instances: as for :meth:`verify`. None: as the driver last reported them.
+        :param older_than: seconds since its last use for which a base stays.
+        :param until_free: bytes of the filesystem at which it is enough. 0: everything goes that may.
+        :raises NoSpaceError, BackendError: the filesystem failed.
+        """
+        limits = policy.Limits.of(self._cache.config)
+        limits = limits.for_prune(older_than=older_than, until_free=until_free)
+        with translated(self._cache.layout.base_path):
+            now = self._cache.filesystem_now()
+            look = dataclasses.replace(self._look_anytime(instances, now), limits=limits)
+            decided = look.decide()
+            if dry_run:
+                outcomes = evict.foresee(decided, look.situation.others)
+            else:
+                outcomes = evict.evict(
+                    decided.plan.victims,
+                    look.reader,
+                    self._cache,
+                    self._hosts,
+                    self._observers,
+                    remove=limits.remove,
+                )
+            return self._report(look, decided, outcomes, dry_run=dry_run)
+
+    def references_now(
+        self, names: Collection[str], instances: Iterable[model.Instance] | None
+    ) -> tuple[References, tuple[model.Instance, ...]]:
+        """Return who refers to these bases, and the instances that this was read with. Changes nothing.
+
+        :param instances: as for :meth:`verify`. None: as the driver last reported them.
+        """
+        now = self._cache.host.clock()
+        if instances is not None:
+            reported = tuple(instances)
+            return self._reader(reported, self._load_last_scan(), now).read(names), reported
+        return self._reader_between_passes(now).read(names), tuple(self._load_last_scan().report or ())
+
     def evict_one(
         self, name: str, reason: str, *, floor_age: float = 0.0, locked: bool = False
     ) -> Evicted | Kept:
@@ -262,11 +309,26 @@ class Upkeep:
 
     # -- the steps -----------------------------------------------------------------------------------
 
-    def _look(self, instances: tuple[model.Instance, ...] | None, now: float) -> _Look:
-        """Read everything that a pass decides by."""
+    def _look_anytime(self, instances: Iterable[model.Instance] | None, now: float) -> _Look:
+        """Read everything that a pass decides by, with the driver's last report if there is no other."""
+        if instances is not None:
+            return self._look(tuple(instances), now)
+        return self._look(None, now, reader=self._reader_between_passes(now))
+
+    def _look(
+        self,
+        instances: tuple[model.Instance, ...] | None,
+        now: float,
+        *,
+        reader: ReferenceReader | None = None,
+    ) -> _Look:
+        """Read everything that a pass decides by.
+
+        :param reader: reads all references. None: one that knows these instances.
+        """
         found = inventory.take(self._cache)
         last = self._load_last_scan()
-        reader = self._reader(instances, last, now)
+        reader = reader or self._reader(instances, last, now)
         trashed = trash.find(self._cache)
         references = reader.read({*(base.name for base in found.bases), *(each.name for each in trashed)})
         self._cache.host.trace(TracePoint.VERIFY_READ)

@@ -67,14 +67,17 @@ def cli(tmp_path: pathlib.Path) -> Cli:
 
 def test_an_image_is_cached_listed_shown_pinned_and_evicted(cli: Cli) -> None:
     arguments = ("image", "cache", IMAGE, "--file", str(cli.data), "--digest", cli.digest)
-    assert cli.json(*arguments) == [{"Image": IMAGE, "Result": "cached"}]
-    assert cli.json(*arguments) == [{"Image": IMAGE, "Result": "existing"}]
+    assert cli.json(*arguments) == [{"image": IMAGE, "result": "cached", "reason": None}]
+    assert cli.json(*arguments) == [{"image": IMAGE, "result": "existing", "reason": None}]
     (listed,) = cli.json("image", "list", "--long")
-    assert (listed["Image"], listed["Virtual size"], listed["Digest"]) == (IMAGE, 2**20, cli.digest)
+    assert (listed["image"], listed["size"], listed["digest"]) == (IMAGE, 2**20, cli.digest)
     cli.run("image", "pin", IMAGE, "--for", "7d", "--owner", "night-shift")
     shown = cli.json("image", "show", IMAGE)
     assert shown["origin"] == "fetched"
-    assert shown["pins"][0].startswith("night-shift until 2")
+    (pin,) = shown["pins"]
+    assert (pin["owner"], pin["until"][:2]) == ("night-shift", "20")
+    (reason,) = [each for each in shown["reasons"] if each["code"] == "pinned"]
+    assert (reason["owner"], reason["until"]) == ("night-shift", pin["until"])
     assert "night-shift" in cli.run("image", "evict", IMAGE, code=11).stderr
     cli.run("image", "unpin", IMAGE, "--owner", "night-shift")
     cli.run("image", "evict", IMAGE)
@@ -110,17 +113,17 @@ def test_verify_only_says_what_it_would_do(cli: Cli, tmp_path: pathlib.Path) -> 
     assert "--instances" in unknown.stderr
     assert base.exists()
     (fate,) = cli.json("cache", "verify", "--instances", str(nobody))
-    assert fate["Fate"] == "would be evicted"
+    assert fate["fate"] == "would be evicted"
     assert base.exists()
     (fate,) = cli.json("cache", "verify", "--instances", str(nobody), "--evict")
-    assert fate["Fate"] == "evicted"
+    assert fate["fate"] == "evicted"
     assert not base.exists()
 
 
 def test_a_pass_leaves_its_figures_for_prometheus(cli: Cli, tmp_path: pathlib.Path) -> None:
     cli.cache()
     figures = tmp_path / "imagecache.prom"
-    cli.run("cache", "verify", "--textfile", str(figures), code=10)
+    assert "--evict" in cli.run("cache", "verify", "--textfile", str(figures), code=7).stderr
     assert not figures.exists()
     cli.run("cache", "verify", "--evict", "--textfile", str(figures), code=10)
     assert "\nimagecache_bases 1.0\n" in figures.read_text()
@@ -132,7 +135,7 @@ def test_what_instances_use_stays_and_is_explained(cli: Cli, tmp_path: pathlib.P
     report = tmp_path / "instances.json"
     report.write_text(json.dumps([{"uuid": "u-1", "host": "elsewhere", "images": [IMAGE]}]))
     (fate,) = cli.json("cache", "verify", "--evict", "--instances", str(report))
-    assert (fate["Fate"], "u-1" in fate["Reason"]) == ("kept", True)
+    assert (fate["fate"], "u-1" in fate["reason"]) == ("kept", True)
     explained = cli.json("image", "explain", IMAGE, "--instances", str(report))
     assert explained["next_pass"] == "keeps it"
     assert any("u-1" in line for line in explained["kept_by"])
@@ -177,13 +180,13 @@ def test_usage_counts_what_is_there(cli: Cli) -> None:
 
 def test_check_says_what_to_do(cli: Cli) -> None:
     found = cli.json("cache", "check")
-    assert not [each for each in found if each["Severity"] == "error"]
+    assert not [each for each in found if each["severity"] == "error"]
     assert list(cli.instances.iterdir()) == [cli.instances / "vm"]
     (cli.instances / "vm").rmdir()
     cli.instances.rmdir()
     (finding,) = cli.json("cache", "check", code=10)
-    assert finding["Severity"] == "error"
-    assert finding["What to do"].startswith("Create")
+    assert finding["severity"] == "error"
+    assert finding["what_to_do"].startswith("Create")
 
 
 def test_audit_finds_a_disk_without_its_base_and_changes_nothing(cli: Cli) -> None:
@@ -195,16 +198,16 @@ def test_audit_finds_a_disk_without_its_base_and_changes_nothing(cli: Cli) -> No
     subprocess.run([*words, str(disk), "1M"], check=True)
     before = sorted(cli.instances.rglob("*"))
     (finding,) = cli.json("cache", "audit", code=10)
-    assert (finding["Severity"], finding["Subject"]) == ("error", str(disk))
-    assert missing.name in finding["Finding"]
+    assert (finding["severity"], finding["subject"]) == ("error", str(disk))
+    assert missing.name in finding["finding"]
     assert sorted(cli.instances.rglob("*")) == before
 
 
 def test_hosts_are_listed_and_forgotten(cli: Cli) -> None:
     (host,) = cli.json("host", "list")
-    assert host["This one"] is True
+    assert host["is_this"] is True
     assert "list the hosts" in cli.run("host", "forget", "nobody", code=7).stderr
-    cli.run("host", "forget", host["Id"])
+    cli.run("host", "forget", host["id"])
 
 
 def test_errors_are_one_line_and_have_a_code(cli: Cli, tmp_path: pathlib.Path) -> None:
@@ -234,14 +237,14 @@ def test_one_bad_image_does_not_stop_the_others(cli: Cli) -> None:
     found = cli.run(
         "image", "cache", "a", "b", "--glance-endpoint", "http://127.0.0.1:9", "-f", "value", code=5
     )
-    assert found.stdout == "a error\nb error\n"
+    assert [line.split()[:2] for line in found.stdout.splitlines()] == [["a", "error"], ["b", "error"]]
 
 
 def test_a_source_is_found_by_its_entry_point(cli: Cli, tmp_path: pathlib.Path) -> None:
     table = tmp_path / "table.json"
     table.write_text(json.dumps({IMAGE: {"path": str(cli.data), "digest": cli.digest}}))
     words = ("image", "cache", IMAGE, "--source", "file", "--source-option", f"table={table}")
-    assert cli.json(*words) == [{"Image": IMAGE, "Result": "cached"}]
+    assert cli.json(*words) == [{"image": IMAGE, "result": "cached", "reason": None}]
 
 
 def test_another_package_brings_a_source(cli: Cli, tmp_path: pathlib.Path) -> None:
@@ -267,7 +270,7 @@ def test_another_package_brings_a_source(cli: Cli, tmp_path: pathlib.Path) -> No
     options = ("secret=env:THEIRS", f"image={IMAGE}", f"path={cli.data}")
     words = [word for option in options for word in ("--source-option", option)]
     found = cli.json("image", "cache", IMAGE, "--source", "theirs", *words)
-    assert found == [{"Image": IMAGE, "Result": "cached"}]
+    assert found == [{"image": IMAGE, "result": "cached", "reason": None}]
     for name, text in (("broken", "KeyError"), ("odd", "no image source"), ("absent", "theirs")):
         assert text in cli.run("image", "cache", IMAGE, "--source", name, code=7).stderr
 
@@ -294,9 +297,15 @@ def test_the_configuration_is_oslo_configs(cli: Cli, tmp_path: pathlib.Path) -> 
 
 
 def test_bash_completes_it(cli: Cli) -> None:
-    completion = cli.run("complete").stdout
-    assert "image" in completion
-    assert "verify" in completion
+    assert "complete -F _imagecache imagecache" in cli.run("complete").stdout
+    cli.cache()
+    for words, wanted in (
+        (("im",), "image"),
+        (("image", "l"), "list"),
+        (("image", "list", "--fi"), "--filter"),
+        (("image", "evict", "1"), IMAGE),
+    ):
+        assert cli.run("complete", "--words", "--", *words).stdout.splitlines() == [wanted], words
 
 
 def test_help_without_a_command(cli: Cli) -> None:

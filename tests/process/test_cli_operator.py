@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an operator sees and does with the real ``imagecache`` command: tables, wrong ids, room, repairs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+
+import pytest
+
+from tests.process.test_cli import IMAGE, Cli
+
+UUID = "318ac4fb-a140-4405-8167-ad782f983e48"
+OTHER = "a0c1d7e2-77aa-4b1c-9a52-0d6c3f4be901"
+NAME_ATTRIBUTE = "user.imagecache.name"
+
+
+@pytest.fixture
+def cli(tmp_path: pathlib.Path) -> Cli:
+    return Cli(tmp_path)
+
+
+def base_of(cli: Cli, image: str) -> pathlib.Path:
+    return cli.instances / "_base" / hashlib.sha1(image.encode(), usedforsecurity=False).hexdigest()
+
+
+def age(cli: Cli, image: str) -> None:
+    base = base_of(cli, image)
+    for path in (base, cli.instances / "_base/.imagecache/records" / f"{base.name}.json"):
+        os.utime(path, (0, 0))
+
+
+def damage(cli: Cli, image: str) -> None:
+    with open(base_of(cli, image), "r+b") as stream:
+        stream.write(b"wrong")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("image", "evict", "nope"),
+        ("image", "show", "nope"),
+        ("image", "explain", "nope"),
+        ("image", "unpin", "nope"),
+        ("cache", "scrub", "nope"),
+    ],
+)
+def test_a_wrong_id_is_an_error_in_one_line(cli: Cli, words: tuple[str, ...]) -> None:
+    cli.cache()
+    stderr = cli.run(*words, code=3).stderr
+    assert len(stderr.splitlines()) == 1
+    assert "nope" in stderr
+
+
+@pytest.mark.parametrize(
+    "words", [("image", "list"), ("df",), ("prune",), ("cache", "verify"), ("image", "evict", IMAGE)]
+)
+def test_an_instances_directory_that_is_not_there_is_an_error(cli: Cli, words: tuple[str, ...]) -> None:
+    stderr = cli.run("--instances-path", "/nonexistent", *words, code=7).stderr
+    assert "/nonexistent" in stderr
+    assert len(stderr.splitlines()) == 1
+
+
+def test_an_empty_cache_is_said_to_be_empty(cli: Cli) -> None:
+    found = cli.run("image", "list")
+    assert (found.stdout, "no base images in" in found.stderr) == ("", True)
+    assert not (cli.instances / "_base").exists()
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_list_fits_the_terminal_and_what_it_shows_names_the_image(cli: Cli, width: int) -> None:
+    for image, name in ((UUID, "ubuntu-24.04-server-cloudimg"), (OTHER, "\u65e5\u672c\u8a9e \x1b[2J")):
+        cli.cache(image)
+        os.setxattr(base_of(cli, image), NAME_ATTRIBUTE, name.encode())
+    cli.environment["COLUMNS"] = str(width)
+    lines = cli.run("image", "list").stdout.splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= width
+    assert lines[0].split()[0] == "IMAGE"
+    assert "\x1b" not in "".join(lines)
+    shown = next(line.split()[0] for line in lines if line.startswith("318ac4fb"))
+    assert cli.json("image", "show", shown)["image"] == UUID
+
+
+def test_a_name_or_first_letters_mean_an_image_only_while_they_mean_one(cli: Cli) -> None:
+    for image in (UUID, OTHER):
+        cli.cache(image)
+        os.setxattr(base_of(cli, image), NAME_ATTRIBUTE, b"twice")
+    assert "2 base images" in cli.run("image", "evict", "twice", code=3).stderr
+    cli.run("image", "evict", "318", code=3)
+    cli.run("image", "evict", "318a")
+    cli.run("image", "evict", "twice")
+    assert cli.json("image", "list") == []
+
+
+def test_the_list_is_filtered(cli: Cli) -> None:
+    for image in (UUID, OTHER):
+        cli.cache(image)
+    age(cli, OTHER)
+    assert (
+        cli.run("image", "list", "-q", "--filter", "state=reclaimable,size>512K,age>30d").stdout
+        == f"{OTHER}\n"
+    )
+    assert cli.run("image", "list", "-q", "--filter", "state=young").stdout == f"{UUID}\n"
+    cli.run("image", "list", "--filter", "state=odd", code=2)
+
+
+def test_pins_are_listed_with_and_without_their_image(cli: Cli) -> None:
+    cli.cache()
+    assert "not in the cache" in cli.run("image", "pin", "later").stderr
+    cli.run("image", "pin", IMAGE, "--owner", "alice")
+    assert {(each["image"], each["owner"], each["cached"]) for each in cli.json("image", "pins")} == {
+        ("later", "operator", False),
+        (IMAGE, "alice", True),
+    }
+
+
+def test_damage_is_shown_wherever_one_looks(cli: Cli) -> None:
+    cli.cache()
+    source = ("--file", str(cli.data))
+    cli.run("disk", "create", IMAGE, str(cli.instances / "vm/disk"), *source)
+    damage(cli, IMAGE)
+    cli.run("cache", "scrub", code=10)
+    (listed,) = cli.json("image", "list")
+    assert (listed["state"], listed["damaged"], listed["used_by"]) == ("damaged", True, 1)
+    assert cli.json("image", "show", IMAGE)["damaged"] is True
+    assert cli.json("df")["damaged"] == 1
+    (fate,) = cli.json("cache", "verify", code=10)
+    assert fate["damaged"] is True
+    for command in ("audit", "check"):
+        found = cli.json("cache", command, code=10)
+        assert any("damaged" in each["finding"] for each in found), command
+
+
+def test_prune_names_what_goes_and_why_the_rest_stays(cli: Cli) -> None:
+    for image in (UUID, OTHER):
+        cli.cache(image)
+    age(cli, OTHER)
+    assert "--yes" in cli.run("prune", code=7).stderr
+    planned = {each["image"]: each for each in cli.json("prune", "--dry-run")}
+    assert planned[OTHER]["fate"] == "would be removed"
+    assert planned[UUID]["fate"] == "stays"
+    assert [reason["code"] for reason in planned[UUID]["reasons"]] == ["young"]
+    assert base_of(cli, OTHER).exists()
+    cli.run("image", "pin", OTHER)
+    assert all(each["fate"] == "stays" for each in cli.json("prune", "--yes"))
+    cli.run("image", "unpin", OTHER)
+    assert "free, less than" in cli.run("prune", "--yes", "--until-free", "999T", code=10).stderr
+    assert not base_of(cli, OTHER).exists()
+    assert base_of(cli, UUID).exists()
+
+
+def test_prune_never_removes_what_a_disk_needs(cli: Cli) -> None:
+    cli.cache()
+    cli.run("disk", "create", IMAGE, str(cli.instances / "vm/disk"))
+    age(cli, IMAGE)
+    (row,) = cli.json("prune", "--yes", "--until-free", "999T", code=10)
+    assert (row["fate"], row["reasons"][0]["code"]) == ("stays", "disk")
+    assert base_of(cli, IMAGE).exists()
+
+
+def test_a_missing_base_is_repaired(cli: Cli) -> None:
+    cli.cache()
+    disk = cli.instances / "vm/disk"
+    cli.run("disk", "create", IMAGE, str(disk))
+    base_of(cli, IMAGE).unlink()
+    assert "--image" in cli.run("disk", "repair", str(disk), code=7).stderr
+    assert "no source" in cli.run("disk", "repair", str(disk), "--image", IMAGE, code=7).stderr
+    words = ("disk", "repair", str(disk), "--image", IMAGE, "--file", str(cli.data))
+    assert cli.json(*words)["base"] == base_of(cli, IMAGE).name
+    assert base_of(cli, IMAGE).exists()
+
+
+def test_sizes_have_units_in_options_and_in_the_configuration(cli: Cli, tmp_path: pathlib.Path) -> None:
+    cli.cache()
+    cli.run("cache", "scrub", "--rate", "100M")
+    file = tmp_path / "imagecache.conf"
+    file.write_text("[image_cache]\nmax_cache_size = 10G\nmax_cach_size = 3\n")
+    assert cli.json("--config-file", str(file), "cache", "usage")["max_cache_size"] == 10 * 2**30
+    found = cli.json("--config-file", str(file), "cache", "check", code=10)
+    assert any("max_cach_size" in each["finding"] for each in found)
+    file.write_text("[image_cache]\nmax_cache_size = much\n")
+    stderr = cli.run("--config-file", str(file), "image", "list", code=7).stderr
+    assert "LocationInfo" not in stderr
+    assert str(file) in stderr
+
+
+def test_authentication_without_a_user_is_a_matter_of_configuration(cli: Cli) -> None:
+    cli.environment["OS_AUTH_URL"] = "http://127.0.0.1:9/v3"
+    assert "OS_USERNAME" in cli.run("image", "cache", IMAGE, code=7).stderr
+
+
+def test_a_wrong_report_is_named_by_entry(cli: Cli, tmp_path: pathlib.Path) -> None:
+    report = tmp_path / "instances.json"
+    report.write_text(json.dumps([{"uuid": "u"}]))
+    assert "entry 1 has no host" in cli.run("cache", "verify", "--instances", str(report), code=7).stderr
+
+
+def test_each_command_has_help_with_an_example(cli: Cli) -> None:
+    for command in ("image list", "df", "prune", "disk repair", "cache scrub"):
+        assert "examples:" in cli.run(*command.split(), "--help").stdout, command
+
+
+def test_the_list_loads_no_more_than_it_needs(cli: Cli) -> None:
+    code = (
+        "import sys; from imagecache_lib.cli import main; main.main(sys.argv[1:]); "
+        "print([n for n in ('requests', 'sqlalchemy', 'oslo_messaging') if n in sys.modules])"
+    )
+    words = [*cli.command()[:1], "-c", code, "--instances-path", str(cli.instances), "image", "list"]
+    found = subprocess.run(words, capture_output=True, text=True, env=cli.environment, check=True)
+    assert "requests" not in found.stdout
+    assert "sqlalchemy" not in found.stdout
