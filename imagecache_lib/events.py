@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
 LOG = logging.getLogger(__name__)
@@ -213,6 +213,28 @@ class PassFinished(Event):
     problems: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Surveyed(Event):
+    """Somebody looked at the whole cache. Its ``name`` is empty. All sizes are bytes.
+
+    :param size: of the filesystem.
+    :param free: what an unprivileged process may still allocate of it.
+    :param reserved: promised to images in flight and not allocated yet.
+    :param allocated: on disk, by what keeps it.
+    :param images: number of base images by what keeps them.
+    :param damaged: number of base images that a scrub found damaged.
+    :param last_scrub: when a scrub of the whole cache last ended, in epoch seconds, or None if none did.
+    """
+
+    size: int = 0
+    free: int = 0
+    reserved: int = 0
+    allocated: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    images: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    damaged: int = 0
+    last_scrub: float | None = None
+
+
 #: Every kind of event.
 KINDS: tuple[type[Event], ...] = (
     Hit,
@@ -229,6 +251,7 @@ KINDS: tuple[type[Event], ...] = (
     Recovered,
     Damaged,
     PassFinished,
+    Surveyed,
 )
 
 Observer = Callable[[Event], None]

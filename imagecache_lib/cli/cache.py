@@ -86,7 +86,7 @@ class Verify(base.BaseLister):
         observer = textfile_observer()
         manager = self.manager(observers=[observer])
         report = manager.verify_base_images(instances)
-        observer.see(manager.survey(instances))
+        observer(manager.survey(instances).as_event())
         observer.write_textfile(parsed_args.textfile)
         return report
 
@@ -123,7 +123,7 @@ class Scrub(base.BaseLister):
         observer = textfile_observer() if parsed_args.textfile is not None else None
         report = admin.scrub(names, rate=parsed_args.rate)
         if observer is not None:
-            observer.see(admin.survey())
+            observer(admin.survey().as_event())
             observer.write_textfile(parsed_args.textfile)
         if report.damaged:
             self.exit_code = base.ATTENTION

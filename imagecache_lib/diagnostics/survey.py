@@ -13,7 +13,7 @@ import enum
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-from imagecache_lib import dates, model
+from imagecache_lib import dates, events, model
 from imagecache_lib.diagnostics import catalog
 from imagecache_lib.store import layout, pins, reservations
 from imagecache_lib.store.directory import CacheStore
@@ -113,6 +113,22 @@ class Survey:
     def damaged(self) -> tuple[SurveyedBase, ...]:
         """The base images that a scrub found damaged."""
         return tuple(each for each in self.bases if each.base.damaged)
+
+    def as_event(self) -> events.Surveyed:
+        """Return it in figures."""
+        allocated = {state.value: self.bytes_of(state) for state in State}
+        return events.Surveyed(
+            "",
+            size=self.size,
+            free=self.free,
+            reserved=self.reserved,
+            allocated={**allocated, "trash": self.trash, "in_flight": self.stage},
+            images={
+                state.value: len([each for each in self.bases if each.state is state]) for state in State
+            },
+            damaged=len(self.damaged),
+            last_scrub=self.last_scrub,
+        )
 
 
 #: Reads who refers to these bases, and says with which instances.

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import prometheus_client
 
 from imagecache_lib import errors, events
-from imagecache_lib.diagnostics.survey import State, Survey
 
 _PREFIX = "imagecache"
 
@@ -87,20 +86,21 @@ class MetricsObserver:
                 self._allocated.set(allocated)
                 self._problems.set(len(problems))
                 self._passed.set(self._clock())
+            case events.Surveyed():
+                self._see(event)
 
-    def see(self, survey: Survey) -> None:
+    def _see(self, seen: events.Surveyed) -> None:
         """Set the gauges of what is known now."""
-        self._size.set(survey.size)
-        self._free.set(survey.free)
-        self._reserved.set(survey.reserved)
-        for state in State:
-            self._bytes.labels(state.value).set(survey.bytes_of(state))
-            self._images.labels(state.value).set(len([each for each in survey.bases if each.state is state]))
-        self._bytes.labels("trash").set(survey.trash)
-        self._bytes.labels("in_flight").set(survey.stage)
-        self._damaged.set(len(survey.damaged))
-        if survey.last_scrub is not None:
-            self._scrubbed.set(survey.last_scrub)
+        self._size.set(seen.size)
+        self._free.set(seen.free)
+        self._reserved.set(seen.reserved)
+        for state, allocated in seen.allocated.items():
+            self._bytes.labels(state).set(allocated)
+        for state, count in seen.images.items():
+            self._images.labels(state).set(count)
+        self._damaged.set(seen.damaged)
+        if seen.last_scrub is not None:
+            self._scrubbed.set(seen.last_scrub)
 
     def write_textfile(self, path: str | os.PathLike[str]) -> None:
         """Write all that the registry has into a file, in one step.

@@ -122,8 +122,16 @@ def scrub(
             waiter.check()
             found.append(_scrub_one(name, cache, observers, evictor, reader, limit))
         if names is None:
-            durable.write_file(cache.layout.scrubbed, b"")
+            _note_end(cache)
     return ScrubReport(tuple(found))
+
+
+def _note_end(cache: CacheStore) -> None:
+    """Let the time of a file say when a scrub of the whole cache last ended."""
+    try:
+        os.utime(cache.layout.scrubbed)
+    except FileNotFoundError:
+        durable.write_file(cache.layout.scrubbed, b"")
 
 
 def _in_order(cache: CacheStore, names: Collection[str] | None) -> list[str]:

@@ -40,6 +40,7 @@ class TestFinding(ScrubCase):
     def test_what_is_as_it_was_is_sound(self) -> None:
         manager = self.manager()
         manager.cache_image(ID)
+        manager.scrub()  # which makes the file whose time says when
         with self.leaves_nothing():
             base = self.found(manager)
         self.assertIs(ic.Verdict.SOUND, base.verdict)
