@@ -83,7 +83,7 @@ class CacheAdmin:
 
         self._require_instances()
         with translated(self.config.base_path):
-            return survey.take(self._cache, lambda names: self._upkeep.references_now(names, instances))
+            return survey.take(self._cache, *self._upkeep.reader_now(instances))
 
     def list_pins(self) -> tuple[catalog.PinnedImage, ...]:
         """Return every pin, whether its image is in the cache or not."""

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import enum
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from imagecache_lib import dates, events, model
 from imagecache_lib.diagnostics import catalog
@@ -19,7 +19,7 @@ from imagecache_lib.store import layout, pins, reservations
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import locks
 from imagecache_lib.upkeep import inventory, policy, references
-from imagecache_lib.upkeep.references import References
+from imagecache_lib.upkeep.references import ReferenceReader, References
 
 
 class State(enum.Enum):
@@ -131,20 +131,17 @@ class Survey:
         )
 
 
-#: Reads who refers to these bases, and says with which instances.
-Reading = Callable[[Collection[str]], tuple[References, Sequence[model.Instance]]]
-
-
-def take(cache: CacheStore, read: Reading) -> Survey:
+def take(cache: CacheStore, reader: ReferenceReader, instances: Sequence[model.Instance]) -> Survey:
     """Look at the whole cache, which need not exist yet.
 
-    :param read: reads all references.
+    :param reader: reads all references.
+    :param instances: those that the reader knows.
     :raises OSError: the cache or its filesystem cannot be read.
     """
     where = cache.layout.base_path if cache.exists() else cache.config.instances_path
     status = os.statvfs(where)
     bases = catalog.listed(cache)
-    found, instances = read([base.name for base in bases]) if bases else (References({}), ())
+    found = reader.read([base.name for base in bases]) if bases else References({})
     now = cache.host.clock()
     look = _Look(cache, found, instances, now)
     return Survey(

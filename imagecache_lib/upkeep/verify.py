@@ -220,18 +220,18 @@ class Upkeep:
                 )
             return self._report(look, decided, outcomes, dry_run=dry_run)
 
-    def references_now(
-        self, names: Collection[str], instances: Iterable[model.Instance] | None
-    ) -> tuple[References, tuple[model.Instance, ...]]:
-        """Return who refers to these bases, and the instances that this was read with. Changes nothing.
+    def reader_now(
+        self, instances: Iterable[model.Instance] | None
+    ) -> tuple[ReferenceReader, tuple[model.Instance, ...]]:
+        """Return what reads all references now, and the instances that it knows. Changes nothing.
 
         :param instances: as for :meth:`verify`. None: as the driver last reported them.
         """
         now = self._cache.host.clock()
         if instances is not None:
             reported = tuple(instances)
-            return self._reader(reported, self._load_last_scan(), now).read(names), reported
-        return self._reader_between_passes(now).read(names), tuple(self._load_last_scan().report or ())
+            return self._reader(reported, self._load_last_scan(), now), reported
+        return self._reader_between_passes(now), tuple(self._load_last_scan().report or ())
 
     def evict_one(
         self, name: str, reason: str, *, floor_age: float = 0.0, locked: bool = False
