@@ -16,6 +16,7 @@ import dataclasses
 import enum
 import errno
 import hashlib
+import logging
 import mmap
 import os
 import platform
@@ -32,6 +33,8 @@ from imagecache_lib.system.waiter import Waiter
 from imagecache_lib.upkeep import inventory
 from imagecache_lib.upkeep.evict import LEASED
 from imagecache_lib.upkeep.outcomes import BaseEvictor, Kept
+
+LOG = logging.getLogger(__name__)
 
 #: Read so much at once: a whole number of granules, and of every device's blocks.
 _PIECE = 2**20
@@ -129,9 +132,13 @@ def scrub(
 def _note_end(cache: CacheStore) -> None:
     """Let the time of a file say when a scrub of the whole cache last ended."""
     try:
-        os.utime(cache.layout.scrubbed)
-    except FileNotFoundError:
-        durable.write_file(cache.layout.scrubbed, b"")
+        try:
+            os.utime(cache.layout.scrubbed)
+        except FileNotFoundError:
+            durable.write_file(cache.layout.scrubbed, b"")
+    except OSError as error:
+        # What was found counts for more than when: a full filesystem must not take it away.
+        LOG.warning("The time of this scrub cannot be kept in %s: %s", cache.layout.scrubbed, error.strerror)
 
 
 def _in_order(cache: CacheStore, names: Collection[str] | None) -> list[str]:
