@@ -61,7 +61,9 @@ class TrashEntry:
 
 
 def move_in(cache: CacheStore, name: str, *, mark: str = "") -> TrashEntry | None:
-    """Rename a base into the trash. None: it is gone already, or just being published.
+    """Rename a base into the trash.
+
+    Returns its entry there, or None if the base is gone already or is just being published.
 
     :param mark: hex digits that the entry's id shall begin with.
     :raises OSError: as rename(2).
@@ -131,7 +133,7 @@ def _entries(cache: CacheStore, name: str | None) -> list[TrashEntry]:
 
 
 def find(cache: CacheStore, name: str | None = None) -> list[TrashEntry]:
-    """Return what lies in the trash, of one base or of all."""
+    """Return the files that lie in the trash: those of one base, or all of them."""
     return [entry for entry in _entries(cache, name) if _is_regular(entry.path)]
 
 
@@ -144,7 +146,7 @@ def _is_regular(path: str) -> bool:
 
 
 def open_entry(entry: TrashEntry) -> OpenBase | None:
-    """Open a file in the trash. None: it is gone.
+    """Open a file in the trash for reading. Returns None if it is gone.
 
     :raises OSError: as open(2).
     """
@@ -179,7 +181,7 @@ def cancel_evictions(cache: CacheStore, name: str) -> None:
 
 
 def restore(cache: CacheStore, entry: TrashEntry) -> bool:
-    """Give a file its name back. False: the name is taken by another file, or the file is gone.
+    """Give a file its name back. Returns False if another file has the name, or if the file is gone.
 
     The trash's own name goes afterwards; a crash in between leaves one file with two names, which
     :func:`is_restored` tells.
@@ -255,9 +257,9 @@ def unlink(cache: CacheStore, entry: TrashEntry) -> None:
 
 
 def sweep(cache: CacheStore, *, now: float) -> None:
-    """Remove what evictors announced and never did, since they died. One that lives merely gives up.
+    """Remove the empty directories of evictors that died before their rename. An evictor that lives gives up.
 
-    And have a directory in reserve, for the day on which the filesystem is full.
+    A directory is kept in reserve, for the day on which the filesystem is full.
     """
     for entry in _entries(cache, None):
         with contextlib.suppress(OSError):
