@@ -53,7 +53,7 @@ class Absence:
 
     :param last: what the last pass saw.
     :param found: what was read now.
-    :param reported: uuids in the driver's last report. None: there was none.
+    :param reported: uuids in the driver's last report, or None if there was no report.
     """
 
     def __init__(self, last: LastScan, found: Found, reported: Collection[str] | None) -> None:

@@ -27,7 +27,7 @@ LEFT = "left in the trash, and nothing needs it"
 class Limits:
     """What the operator allows. Bytes and seconds; a size of 0 is no limit.
 
-    :param remove: False: nothing goes.
+    :param remove: False if nothing goes.
     :param original_age: unused bases go once they are this old.
     :param resized_age: the same for legacy resized bases.
     :param floor_age: under pressure of space unused bases may go earlier, but none younger than this: it
@@ -68,7 +68,7 @@ class Space:
 
     :param used: by the cache.
     :param free: on the filesystem.
-    :param wanted: bytes that somebody needs now beside what is free.
+    :param wanted: bytes that a fetch needs now beside what is free.
     """
 
     used: int = 0
@@ -196,7 +196,7 @@ def decide(situation: Situation, references: References, limits: Limits, *, now:
 def decide_trash(entry: InTrash, references: References, *, remove: bool) -> TrashDecision:
     """Decide what happens to a base in the trash.
 
-    :param remove: False: nothing goes.
+    :param remove: False if nothing goes.
     """
     if (kept := _needed_in_trash(entry, references)) is not None:
         return TrashDecision(entry, Fate.PUT_BACK, kept.reason)
@@ -208,7 +208,7 @@ def decide_trash(entry: InTrash, references: References, *, remove: bool) -> Tra
 
 
 def _needed_in_trash(entry: InTrash, references: References) -> Kept | None:
-    """Return why a base in the trash gets its name back. None if nothing needs it."""
+    """Return why a base in the trash gets its name back, or None if nothing needs it."""
     if entry.restored:
         return Kept("a request that wanted it linked it back")
     if (user := references.users.get(entry.name)) is not None:
@@ -295,7 +295,7 @@ def _relieve(
 
 
 def needed(entry: Entry, references: References) -> Kept | None:
-    """Return what keeps a base, whatever its age. None if nothing does."""
+    """Return what keeps a base, whatever its age, or None if nothing does."""
     if (user := references.users.get(entry.name)) is not None:
         return Kept(user)
     if references.unknown is not None:

@@ -31,8 +31,8 @@ _QEMU_BYTES = (100, 200)
 class References:
     """Who needs what.
 
-    :param users: for each base that is needed, one who needs it, as a clause.
-    :param unknown: why no base may go, as a clause. None: everything is known.
+    :param users: for each base that is needed, one that needs it, as a clause.
+    :param unknown: why no base may go, as a clause, or None if everything is known.
     :param problems: what could not be determined, a sentence each with what to do.
     :param seen: what to remember of this reading.
     :param unfinished: paths of disks in the making, or of what is left of one.
@@ -57,8 +57,8 @@ def collect(
     """Read all references to these names.
 
     :param names: bases in the cache and in the trash.
-    :param instances: what the driver reports or last reported. None: it could not tell, so everything is
-        needed.
+    :param instances: what the driver reports or last reported, or None if it could not tell: then everything
+        is needed.
     :param last: what the last pass saw.
     :param now: epoch seconds of the filesystem's clock, for pins that expire.
     """
@@ -164,7 +164,7 @@ def _has_qemu_locks(path: str) -> bool:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        # Gone, or no file: nobody has it open as an image. Unreadable: it may be.
+        # If it is gone or no file, no QEMU has it open as an image. If it cannot be read, one may have.
         return error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO)
     try:
         return bool(locks.is_locked(fd, *_QEMU_BYTES))
@@ -176,7 +176,8 @@ def _has_qemu_locks(path: str) -> bool:
 class ReferenceReader:
     """Reads who refers to base images, as often as it is asked.
 
-    :param instances: all instances on this host; on shared storage those of all hosts. None: unknown.
+    :param instances: all instances on this host, on shared storage those of all hosts; or None if they are
+        unknown.
     :param last: what the last pass saw.
     :param now: epoch seconds of the filesystem's clock.
     """
