@@ -44,10 +44,10 @@ class OpenBase:
     cache: CacheStore | None = None
 
     def is_current(self) -> bool:
-        """Whether the name still means this very file.
+        """Return whether the name still means this very file.
 
-        An evictor asks who shares the cache after it has taken the name away. This host is a member before it
-        looks at the name: so whoever evicts the base later waits for this host.
+        An evictor asks which hosts share the cache after it has taken the name away. This host is a member
+        before it looks at the name: so a host that evicts the base later waits for this one.
 
         :raises OSError: this host was forgotten while it lives, and cannot register again.
         """

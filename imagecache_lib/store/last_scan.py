@@ -122,7 +122,7 @@ class LastScan:
     is_whole: bool = dataclasses.field(default=False, compare=False, repr=False)
 
     def without(self, path: str) -> LastScan:
-        """Return it without what was seen at a path and below it."""
+        """Return this scan without what was seen at a path and below it."""
         beneath = path.rstrip("/") + "/"
 
         def stays(other: str) -> bool:
@@ -249,7 +249,7 @@ def _read(path: str, parsed: Callable[[bytes], _T | None]) -> tuple[_T | None, s
 
 
 def to_json(last: LastScan, mark: list[int] | None = None) -> bytes:
-    """Return it as it is kept in ``hosts/<id>.scan``.
+    """Return a last scan as it is kept in ``hosts/<id>.scan``.
 
     :param mark: which file ``hosts/<id>.readings`` is that says the same.
     """

@@ -113,7 +113,7 @@ class Reservation:
         """
         with self._locked(ROOM_LOCK):
             while True:
-                # Whoever held this lock before may have freed more than it took.
+                # The process that held this lock before may have freed more than it took.
                 refusal = self._try(needed)
                 if refusal is None or self._evictor.make_room(refusal.short) <= 0:
                     return refusal

@@ -2,13 +2,13 @@
 """Base images that were renamed away and are not yet proven unreferenced.
 
 The rename takes the name, so that no new overlay can come to depend on the file: a spawn looks at the name
-again before its disk appears. Only then is it read once more who refers to it. Nothing is lost until the
-unlink, and whoever misses the base meanwhile links it back.
+again before its disk appears. Only then are the references to it read once more. Nothing is lost until the
+unlink, and a request that misses the base meanwhile links it back.
 
 While a file lies here its name must stay free for it, or an overlay made from it would read another file's
 bytes. So eviction and publication look out for each other, without locks. An evictor makes a directory here,
 looks for stages that are complete, and renames the base into its directory. A publisher completes its stage,
-removes the directories of its name, and links. Whoever looks second sees the other: the evictor lets the
+removes the directories of its name, and links. The one that looks second sees the other: the evictor lets the
 base be; the publisher takes the empty directory away, and with it the evictor's rename fails, or finds the
 base in it and puts that back.
 """

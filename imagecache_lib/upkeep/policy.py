@@ -64,7 +64,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """How full it is, in allocated bytes.
+    """How full the cache and its filesystem are, in allocated bytes.
 
     :param used: by the cache.
     :param free: on the filesystem.
@@ -232,7 +232,7 @@ def plan(
     now: float,
     space: Space | None = None,
 ) -> EvictionPlan:
-    """Decide for each base.
+    """Decide for each base whether it goes.
 
     A base goes if nothing refers to it, nothing is unknown, and it was not used for its age; under
     pressure of space earlier, the least recently used first, until the pressure is gone.

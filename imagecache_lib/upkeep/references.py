@@ -104,7 +104,9 @@ def _files_of(cache: CacheStore, names: Collection[str]) -> Iterator[tuple[tuple
 def reported(
     names: Iterable[str], instances: Sequence[model.Instance], problems: list[str]
 ) -> Iterable[tuple[str, str]]:
-    """Yield what the driver's report refers to. A used image needs its legacy resized bases too.
+    """Yield the name of each base that the driver's report refers to, and which instance does, as a clause.
+
+    An image that is used needs its legacy resized bases too.
 
     :param problems: gets a sentence for each id that no image can have, and so no base.
     """
@@ -134,7 +136,7 @@ def reported(
 
 
 def _of_other_hosts(cache: CacheStore, names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield what the last passes of the other hosts saw in use.
+    """Yield the name of each base that the last pass of another host saw in use, and where, as a clause.
 
     Nothing is unlinked before those hosts have looked again. But while a base lies in the trash, a guest on
     it cannot be started, and QEMU does not know that it could be put back.
@@ -154,7 +156,7 @@ def _of_other_hosts(cache: CacheStore, names: Collection[str]) -> Iterator[tuple
 
 
 def _open_in_qemu(cache: CacheStore, names: Collection[str]) -> Iterable[str]:
-    """Yield what a QEMU on this host has open, in the cache or in the trash."""
+    """Yield the names of the bases that a QEMU on this host has open, in the cache or in the trash."""
     paths = [(name, cache.layout.base(name)) for name in names]
     paths += [(entry.name, entry.path) for entry in trash.find(cache) if entry.name in names]
     return (name for name, path in paths if _has_qemu_locks(path))

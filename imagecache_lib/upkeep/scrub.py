@@ -125,7 +125,10 @@ def scrub(
 
 
 def _in_order(cache: CacheStore, names: Collection[str] | None) -> list[str]:
-    """Return which to check. A file of checksums was touched when it last proved its base sound."""
+    """Return the names of the bases to check, in order.
+
+    A file of checksums was touched when it last proved its base sound.
+    """
 
     def checked(name: str) -> float:
         try:

@@ -73,7 +73,7 @@ class VerifyReport:
         return sum(base.allocated for base in self.evicted)
 
     def as_event(self) -> events.PassFinished:
-        """Return it in figures."""
+        """Return this report as an event, in figures."""
         kept = [base for base in self.bases if not base.evicted]
         return events.PassFinished(
             "",
@@ -119,7 +119,7 @@ class _Look:
 class Upkeep:
     """Everything that is done to the cache as a whole. Safe to share between threads.
 
-    It is the :class:`~imagecache_lib.store.evictor.Evictor` of those who need room, or a name.
+    It is the :class:`~imagecache_lib.store.evictor.Evictor` of the fetches that need room, or a name.
     """
 
     def __init__(self, cache: CacheStore) -> None:
