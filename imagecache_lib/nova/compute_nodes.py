@@ -41,7 +41,7 @@ def refresh(cache: CacheStore) -> None:
         data = durable.read_file(path)
         known = _parse(data) if data is not None else None
         if known is None or not got:
-            return  # Nova writes in place: without the lock its half-written file would become everybody's
+            return  # Nova writes in place: without the lock every host would get its half-written file
         known[cache.host.name] = cache.host.clock()
         mode = stat.S_IMODE(os.stat(path).st_mode)
         durable.write_file(path, json.dumps(known).encode(), mode=mode)

@@ -2,8 +2,8 @@
 """``disk.info``: which format each disk beside it has, pinned, so that a guest cannot choose it.
 
 A guest that owns a raw disk can write a qcow2 header into it that names a file of the host as its backing
-file. Whoever probes the format then hands that file to the guest. The file is Nova's, a JSON object of
-absolute path to format, and stays readable by Nova.
+file. A program that probes the format then hands that file to the guest. ``disk.info`` is Nova's, a JSON
+object of absolute path to format, and stays readable by Nova.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAME = "disk.info"
 #: Extended attribute of a disk: its format, by QEMU's name, which a guest that owns the disk cannot change.
 FORMAT_MARK = "user.imagecache.format"
 
-#: How often what others overwrote meanwhile is put back before they are left to it.
+#: How often entries that other processes overwrote meanwhile are put back before it is left to them.
 _MOST_ROUNDS = 1000
 
 #: Locks for all of a host's disk.info files: enough for spawns to go on side by side, and few, since a lock
@@ -39,7 +39,7 @@ class Damaged(errors.BackendError):
 
 
 def parse(data: bytes) -> dict[str, str] | None:
-    """Return the formats by path. None: torn or unknown; what it pinned cannot be told."""
+    """Return the formats by path, or None if ``data`` is torn or unknown: what it pinned cannot be told."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):
@@ -50,7 +50,7 @@ def parse(data: bytes) -> dict[str, str] | None:
 
 
 def format_in(formats: Mapping[str, str], disk: str) -> str | None:
-    """Return a disk's format among those that the ``disk.info`` beside it pins. None: none is pinned.
+    """Return a disk's format among those that the ``disk.info`` beside it pins, or None if none is pinned.
 
     The directory may have another name or mount point than when the disk was made (a migration, a resize),
     so that an entry for the same file name will do.
@@ -71,9 +71,9 @@ class DiskInfo:
         self._host = host
 
     def format_of(self, disk: str) -> str | None:
-        """Return the pinned format of a disk. None: none is pinned.
+        """Return the pinned format of a disk, or None if none is pinned.
 
-        :raises Damaged: that cannot be told.
+        :raises Damaged: which format is pinned cannot be told.
         """
         return format_in(_read(_beside(disk)), disk)
 
@@ -85,8 +85,9 @@ class DiskInfo:
         not. The pin is durable before the disk can be seen, since a power cut that kept the disk and lost
         the pin would let the guest choose.
 
-        Where no locks work, two who write at once lose one entry. So the file is read back until it has the
-        entries of all the disks beside it that are marked with their format: whoever writes last sees them.
+        Where no locks work, two processes that write at once lose one entry. So the file is read back until
+        it has the entries of all the disks beside it that are marked with their format: the process that
+        writes last sees them.
 
         :raises Damaged: other disks' formats would be lost.
         :raises NoSpaceError, BackendError: the file cannot be written.
@@ -145,7 +146,10 @@ def _write(path: str, formats: Mapping[str, str]) -> None:
 
 
 def _put_back(path: str, disk: str, format: str | None) -> None:
-    """Give a disk the entry that it had. None: it had none."""
+    """Give a disk the entry that it had.
+
+    :param format: the format in that entry, or None if the disk had none.
+    """
     known = _read(path)
     if known.get(disk) == format:
         return
@@ -157,8 +161,8 @@ def _put_back(path: str, disk: str, format: str | None) -> None:
 def _complete(path: str, own: Mapping[str, str]) -> None:
     """Write entries that are missing until none is: ``own``, and those of marked disks in the directory.
 
-    The disks have their names by now. Whoever writes the file last looks for them after that, and a disk that
-    gets its name later has its own look to come.
+    The disks have their names by now. The process that writes the file last looks for them after that, and a
+    disk that gets its name later has its own look to come.
     """
     with contextlib.suppress(Damaged):  # the marks say the same, and other entries must not be lost
         for _round in range(_MOST_ROUNDS):
@@ -171,7 +175,7 @@ def _complete(path: str, own: Mapping[str, str]) -> None:
 
 
 def _marked(path: str) -> Iterator[tuple[str, str]]:
-    """Yield the disks beside a ``disk.info`` that are marked with their format, and that."""
+    """Yield the path and the format of each disk beside a ``disk.info`` that is marked with its format."""
     directory = os.path.dirname(path)
     with translated(path):
         names = os.listdir(directory)

@@ -32,8 +32,8 @@ def instances(found: Iterable[Any], *, bdms: Mappings | None = None) -> tuple[mo
 
     An instance that was deleted meanwhile is passed over; its disks are read as long as they are there.
 
-    :param bdms: called once, with the uuids of all instances: where swap and ephemeral disks are looked up.
-        None: in the flavors, of those instances that have theirs loaded.
+    :param bdms: called once, with the uuids of all instances: where swap and ephemeral disks are looked up;
+        or None to look them up in the flavors, of those instances that have theirs loaded.
     """
     listed = list(found)
     mappings = bdms([each.uuid for each in listed]) if bdms is not None and listed else None
@@ -55,7 +55,8 @@ def instance(found: Any, *, bdms: Sequence[Any] | None = None) -> model.Instance
     (``_resize``, ``_del``) are always looked for, since a state may change while the pass is under way.
 
     :param found: a ``nova.objects.Instance``.
-    :param bdms: its block device mappings. None: of its flavor, ``swap`` (MiB) and ``ephemeral_gb`` count.
+    :param bdms: its block device mappings, or None if ``swap`` (MiB) and ``ephemeral_gb`` of its flavor
+        count.
     """
     metadata: Mapping[str, str] = _loaded(found, "system_metadata") or {}
     referred = [_loaded(found, key) for key in ("image_ref", "kernel_id", "ramdisk_id")]
@@ -73,7 +74,7 @@ def instance(found: Any, *, bdms: Sequence[Any] | None = None) -> model.Instance
 
 
 def _loaded(found: Any, name: str) -> Any:
-    """Return an attribute if it is loaded. None: it is not, and reading it would load it."""
+    """Return an attribute, or None if it is not loaded: reading it would load it."""
     is_set = getattr(found, "obj_attr_is_set", None)
     if is_set is not None and not is_set(name):
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to images, in stdlib logging."""
+"""An observer that writes what happens to images to stdlib logging."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from imagecache_lib.events import (
 
 LOG = logging.getLogger(__name__)
 
-#: More faults than this are not remembered; the one that was seen the longest time ago is told again.
+#: More faults than this are not remembered: the one that was seen the longest time ago is logged again.
 _REMEMBERED = 1024
 
 
 class LogObserver:
-    """Tells stdlib logging: one INFO line per image fetched, adopted or evicted, none per hit.
+    """Logs events with stdlib logging: one INFO line per image fetched, adopted or evicted, none per hit.
 
     A fault that repeats is one WARNING until its state changes: its reason is another, the base was made anew
     or evicted, or a pass no longer finds the problem. Safe to share between threads.
@@ -104,7 +104,7 @@ class LogObserver:
 
 
 def _fault(event: Rejected | Bypassed | NotCloned | Damaged) -> str:
-    """Return a sentence about it."""
+    """Return a sentence about a fault."""
     match event:
         case Rejected(reason=reason):
             return f"Image {event.image_id} rejected: {reason}"

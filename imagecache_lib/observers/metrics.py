@@ -18,7 +18,7 @@ from imagecache_lib import errors, events
 
 _PREFIX = "imagecache"
 
-#: An image takes from a moment to an hour.
+#: Fetching an image takes from a moment to an hour.
 _FETCH_BUCKETS = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 
 
@@ -103,7 +103,7 @@ class MetricsObserver:
             self._scrubbed.set(seen.last_scrub)
 
     def write_textfile(self, path: str | os.PathLike[str]) -> None:
-        """Write all that the registry has into a file, in one step.
+        """Write all metrics of the registry into a file, which is replaced in one step.
 
         :param path: path of a file in the directory of node_exporter's textfile collector; its name must
             end in ``.prom``.

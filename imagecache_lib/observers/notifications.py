@@ -50,7 +50,7 @@ class NotificationObserver:
         try:
             getattr(self._notifier, priority)({}, f"imagecache.{what}", payload)
         except Exception as error:
-            # Which errors those are is the driver's: kombu's, amqp's, confluent_kafka's.
+            # The driver decides which errors it raises: kombu's, amqp's, confluent_kafka's.
             self._note_failure(error)
         else:
             with self._lock:
@@ -66,7 +66,7 @@ class NotificationObserver:
 def notifier(
     transport: oslo_messaging.Transport, *, host: str, driver: str | None = None
 ) -> oslo_messaging.Notifier:
-    """Return a notifier of this host.
+    """Return a notifier that sends as this host.
 
     :param transport: from :func:`oslo_messaging.get_notification_transport`. Its configuration says to which
         topics.

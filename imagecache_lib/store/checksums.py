@@ -133,7 +133,7 @@ class Checksums:
             self._pages = {page: array("I", sums) for page, sums in other._pages.items()}
 
     def to_bytes(self, base_id: str) -> bytes:
-        """Return them as they are stored, bound to a base."""
+        """Return the checksums as they are stored, bound to a base."""
         pages = sorted((number, sums) for number, sums in self._pages.items() if any(sums))
         data = bytearray(_HEADER.pack(_MAGIC, base_id.encode(), GRANULE, len(pages)))
         for number, sums in pages:

@@ -37,7 +37,7 @@ class OpenBase:
     :param path: its absolute path.
     :param fd: open for reading.
     :param stat: of the descriptor.
-    :param cache: where it lies. None: in the trash.
+    :param cache: the cache in which it has its name, or None for a file in the trash.
     """
 
     name: str
@@ -47,10 +47,10 @@ class OpenBase:
     cache: CacheStore | None = None
 
     def is_current(self) -> bool:
-        """Whether the name still means this very file.
+        """Return whether the name still means this very file.
 
-        An evictor asks who shares the cache after it has taken the name away. This host is a member before it
-        looks at the name: so whoever evicts the base later waits for this host.
+        An evictor asks which hosts share the cache after it has taken the name away. This host is a member
+        before it looks at the name: so a host that evicts the base later waits for this one.
 
         :raises OSError: this host was forgotten while it lives, and cannot register again.
         """
@@ -86,9 +86,9 @@ class CacheStore:
         self._starting = threading.Lock()
 
     def start(self) -> bool:
-        """Make what is missing and check what is there. True the first time.
+        """Make the directories that are missing and check those that are there. Returns True the first time.
 
-        :raises ConfigError: the instances directory is missing or read-only, belongs to somebody else, or the
+        :raises ConfigError: the instances directory is missing or read-only, belongs to another user, or the
             cache was written by a newer release.
         """
         if self._started:
@@ -186,7 +186,7 @@ class CacheStore:
     # -- bases ---------------------------------------------------------------------------------------
 
     def open_base(self, name: str) -> OpenBase | None:
-        """Open a base image. None: there is none.
+        """Open a base image for reading. Returns None if there is none of that name.
 
         :raises CacheEntryError: something that is no regular file has its name.
         """
@@ -214,7 +214,7 @@ class CacheStore:
         return OpenBase(name, path, fd, found, self)
 
     def record_of(self, base: OpenBase) -> evidence.Record | None:
-        """Return the evidence that was written for this very file. None: there is none.
+        """Return the evidence that was written for this very file, or None if there is none.
 
         On a filesystem without extended attributes, inode and size have to do; evidence bound so weakly
         says that the base was checked, and no longer who vouched for it.
@@ -229,7 +229,7 @@ class CacheStore:
         return record if carried == record.base_id else None
 
     def evidence_of(self, name: str) -> evidence.Record | None:
-        """Return the evidence of the base of that name, as :meth:`record_of`. None: there is none.
+        """Return the evidence of the base of that name, as :meth:`record_of`, or None if there is none.
 
         :raises CacheEntryError: something that is no regular file has its name.
         """
@@ -240,7 +240,7 @@ class CacheStore:
             return self.record_of(opened)
 
     def read_record(self, name: str) -> evidence.Record | None:
-        """Return the record of that name, whichever file it was written for. None: none can be read."""
+        """Return the record of that name, whichever file it was written for, or None if none can be read."""
         try:
             data = durable.read_file(self.layout.record(name))
         except OSError as error:
@@ -267,18 +267,18 @@ class CacheStore:
                 LOG.debug("The use of base image %s could not be noted: %s", base.path, error)
 
     def filesystem_now(self) -> float:
-        """Return the time by the filesystem's own clock, which on shared storage is the server's.
+        """Return the time in epoch seconds by the filesystem's own clock, on shared storage the server's.
 
         Nothing is made to learn it: on a full filesystem that may fail, and eviction is what helps then.
         """
-        os.utime(self.layout.private)  # ours alone, and nobody else looks at its time
+        os.utime(self.layout.private)  # the cache's own directory: no other program looks at its time
         return os.stat(self.layout.private).st_mtime
 
 
 def read_id(fd: int) -> str | None:
     """Return the random id that a base file carries; an empty one if it carries none.
 
-    None: the filesystem has no extended attributes.
+    Returns None if the filesystem has no extended attributes.
     """
     try:
         return os.getxattr(fd, layout.ID_ATTRIBUTE).decode("ascii", "replace")
@@ -291,7 +291,11 @@ def read_id(fd: int) -> str | None:
 
 
 def write_id(fd: int, base_id: str) -> bool:
-    """Give a file its random id. False: the filesystem has no extended attributes, or it is not our file."""
+    """Give a file its random id.
+
+    Returns False if the filesystem has no extended attributes or is read-only, or if this process may not
+    change the file.
+    """
     try:
         os.setxattr(fd, layout.ID_ATTRIBUTE, base_id.encode())
     except OSError as error:
@@ -324,10 +328,11 @@ def write_name(fd: int, name: object) -> None:
 
 
 def mark(fd: int) -> str:
-    """Make a base file carry a random id, if it carries none, and return what it carries.
+    """Make a base file carry a random id, if it carries none, and return the id that it carries.
 
-    Empty: nothing. A file that libvirt gave to QEMU's user cannot be marked by us, nor can any file on a
-    filesystem without extended attributes; inode and size have to bind its record then.
+    Returns an empty id if it carries none all the same: this process cannot mark a file that libvirt gave to
+    QEMU's user, nor any file on a filesystem without extended attributes. Inode and size have to bind its
+    record then.
     """
     carried = read_id(fd)
     if carried == "" and write_id(fd, fresh := durable.new_id()):

@@ -53,7 +53,7 @@ class Record:
     """Evidence of one base image.
 
     :param name: the base's name in the cache.
-    :param image_id: the image it was made from. None for what has no image: swap, ephemeral.
+    :param image_id: the image it was made from, or None for a swap or ephemeral base, which has no image.
     :param base_id: random id that the file carries as an extended attribute.
     :param inode: the file's inode number.
     :param size: the file's apparent size, in bytes.
@@ -145,10 +145,10 @@ class Requirements:
     """What a request demands of a base image.
 
     :param use: what it is wanted for.
-    :param stored_format: the format that it must have. None: any.
+    :param stored_format: the format that it must have, or None if any will do.
     :param signed: whether its signature must have been verified.
-    :param trusted_certs: certificates that are trusted. Every one of the chain that vouches for the base must
-        be among them. None: no chain is demanded.
+    :param trusted_certs: certificates that are trusted, or None if no chain is demanded. Every certificate of
+        the chain that vouches for the base must be among them.
     :param inspected: False if the operator turned deep inspection off.
     :param digest: what the data that it is made from must have, as far as that is known without asking.
     """
@@ -177,7 +177,7 @@ class Unmet:
 
 
 def unmet(record: Record, requirements: Requirements) -> Unmet | None:
-    """Return what a base image lacks. None if it serves."""
+    """Return what a base image lacks, or None if it serves."""
     lacks = list(_lacks(record, requirements))
     if not lacks:
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hosts that share a cache. Each writes its own file and nobody else's, so that nothing needs a clock.
+"""The hosts that share a cache. Each writes its own file and no other host's, so that nothing needs a clock.
 
 On shared storage no host can see all references alone: another may have instance directories that this
 one does not mount. So a base in the trash is unlinked only when every registered host has seen it there,
@@ -101,8 +101,8 @@ class Hosts:
     ) -> None:
         """Say that nothing here refers to these entries, which were in the trash before the reading.
 
-        :param revoked: entries for which that is no longer so.
-        :param among: everything that is in the trash; what is not is forgotten.
+        :param revoked: entries whose acknowledgement is withdrawn, since that is no longer so.
+        :param among: everything that is in the trash. An acknowledgement of any other entry is forgotten.
         """
         own = self.own()
         cleared = {*entries, *own.cleared}

@@ -47,11 +47,11 @@ class Identity:
     :param device: ``st_dev``, which may change at a boot.
     :param inode: ``st_ino``.
     :param fsid: a number of the filesystem that it keeps over a boot, as far as there is one: ``f_fsid`` of
-        statvfs(3), or of a network filesystem, which has none, one that is made of where it is mounted from.
-        0: there is none.
+        statvfs(3), or of a network filesystem, which has none, one that is made of where it is mounted from;
+        0 if there is none.
     :param boundary: how it hangs in the directory above it.
     :param born: ``stx_btime`` of statx(2) in nanoseconds: a new directory may get the inode of one that was
-        removed. 0: the filesystem does not keep it.
+        removed. It is 0 on a filesystem that does not keep it.
     """
 
     device: int
@@ -66,8 +66,8 @@ class SeenDirectory:
     """A directory that was read.
 
     :param path: where it was found.
-    :param identity: which directory it was. None: the release that read it did not write that down.
-    :param above: the directory in which it was found. None: it is a disk root.
+    :param identity: which directory it was, or None if an older release read it and did not write that down.
+    :param above: the directory in which it was found, or None for a disk root.
     """
 
     path: str
@@ -81,9 +81,9 @@ class SeenDisk:
 
     :param names: the bases' names.
     :param directory: the directory that it was in.
-    :param inode: ``st_ino`` of the file. 0: unknown.
-    :param born: ``stx_btime`` of statx(2) in nanoseconds: two files that had one inode differ in it.
-        0: the filesystem does not keep it.
+    :param inode: ``st_ino`` of the file, or 0 if it is unknown.
+    :param born: ``stx_btime`` of statx(2) in nanoseconds: two files that had one inode differ in it. It is 0
+        on a filesystem that does not keep it.
     :param instance: uuid of the instance whose directory it was in, as far as it was ever reported.
     """
 
@@ -103,8 +103,8 @@ class LastScan:
     :param roots: which directory each disk root was.
     :param lost: ``st_mtime_ns`` of each ``lost+found`` that was not read, by the path of its filesystem's
         top.
-    :param report: what the driver last reported. None: nothing yet.
-    :param unreadable: why what was seen cannot be told, as a clause that names the file. None: it can.
+    :param report: what the driver last reported, or None if it has not reported yet.
+    :param unreadable: why what was seen cannot be told, as a clause that names the file, or None if it can.
     :param report_unknown: why the last report cannot be told, likewise.
     :param data: what it was parsed from.
     :param fields: the same, as JSON's values.
@@ -122,7 +122,7 @@ class LastScan:
     is_whole: bool = dataclasses.field(default=False, compare=False, repr=False)
 
     def without(self, path: str) -> LastScan:
-        """Return it without what was seen at a path and below it."""
+        """Return this scan without what was seen at a path and below it."""
         beneath = path.rstrip("/") + "/"
 
         def stays(other: str) -> bool:
@@ -208,7 +208,10 @@ def replace(where: layout.Layout, host_id: str, last: LastScan) -> None:
 
 
 def _mark(path: str) -> list[int] | None:
-    """Return which file a path is: each that is written in its place has another inode or time."""
+    """Return which file a path is, or None if that cannot be told.
+
+    Each file that is written in its place has another inode or time.
+    """
     try:
         found = os.stat(path, follow_symlinks=False)
     except OSError:
@@ -217,7 +220,10 @@ def _mark(path: str) -> list[int] | None:
 
 
 def _data(path: str) -> tuple[bytes | None, str | None]:
-    """Return a file's bytes, and why it cannot be read, as a clause."""
+    """Return a file's bytes, and why it cannot be read, as a clause.
+
+    Returns None for both if there is no such file.
+    """
     try:
         if not os.path.lexists(path):
             return None, None
@@ -228,7 +234,10 @@ def _data(path: str) -> tuple[bytes | None, str | None]:
 
 
 def _read(path: str, parsed: Callable[[bytes], _T | None]) -> tuple[_T | None, str | None]:
-    """Return a file's content, and why it cannot be told, as a clause."""
+    """Return a file's content, and why it cannot be told, as a clause.
+
+    Returns None for both if there is no such file.
+    """
     data, problem = _data(path)
     if data is None:
         return None, problem
@@ -240,7 +249,7 @@ def _read(path: str, parsed: Callable[[bytes], _T | None]) -> tuple[_T | None, s
 
 
 def to_json(last: LastScan, mark: list[int] | None = None) -> bytes:
-    """Return it as it is kept in ``hosts/<id>.scan``.
+    """Return a last scan as it is kept in ``hosts/<id>.scan``.
 
     :param mark: which file ``hosts/<id>.readings`` is that says the same.
     """

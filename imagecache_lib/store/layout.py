@@ -2,9 +2,9 @@
 """The on-disk protocol: which names the cache uses and what each of them means.
 
 This module is pure: it turns ids into names and paths, and back, and touches no file. What follows is
-the protocol itself, for whoever has to read a cache directory, or to share one with this library. The
-names outside ``.imagecache`` are Nova's, so that a directory that Nova made is adopted in place and stays
-readable by Nova::
+the protocol itself, for programs and operators that have to read a cache directory, or to share one with
+this library. The names outside ``.imagecache`` are Nova's, so that a directory that Nova made is adopted in
+place and stays readable by Nova::
 
     <instances_path>/_base/<sha1 of the image id>        a base image
     <instances_path>/_base/<sha1>_<GiB>, <sha1>_sm       legacy resized bases: recognised, aged, never created
@@ -51,8 +51,8 @@ directory is lost.
 *Locks* are OFD byte-range locks on the whole of ``locks/nova-<name>``: shared to use a base, exclusive to
 fetch or to evict it. They save work; every step below is safe if all of them fail.
 
-*A stage file* belongs to whoever holds an OFD lock on it. It is a leftover when that lock is free and the
-file was not touched for an hour.
+*A stage file* belongs to the process that holds an OFD lock on it. It is a leftover when that lock is free
+and the file was not touched for an hour.
 
 *A record* is evidence only for the very file it was written for: its random id must equal the base's
 ``user.imagecache.id`` attribute, and inode and size must match. Otherwise the base counts as adopted: it is
@@ -92,8 +92,8 @@ after the rename into the trash                   references are read again: lin
 while a disk is made                              its temporary name goes after an hour; the retry works
 ================================================  ============================================================
 
-Checksums go where their record goes, a step before it. Whoever finds none, or torn ones, cannot tell whether
-a base was damaged on disk, and says so.
+Checksums go where their record goes, a step before it. A scrub that finds none, or torn ones, cannot tell
+whether a base was damaged on disk, and says so.
 
 A torn or unknown record is treated as absent; a torn or unknown pin or host file as *keep*. Modes do not
 depend on the umask: bases 0644, ``_base`` and ``locks`` 0755, ``.imagecache`` 0700.

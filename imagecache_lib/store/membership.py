@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Being a member of those who share a cache: one file for each host, which nobody else writes."""
+"""Being a member of those who share a cache: one file for each host, which no other host writes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class HostFile:
 
 
 def parse(host_id: str, data: bytes) -> HostFile | None:
-    """Return a host's file. None: it is torn or unknown, and that host acknowledges nothing."""
+    """Return a host's file, or None if it is torn or unknown: that host acknowledges nothing then."""
     try:
         fields = json.loads(data)
         name, cleared = fields["name"], fields["cleared"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pins: a base that must stay although nobody uses it yet. What cannot be read keeps the base.
+"""Pins: a base that must stay although no instance uses it yet. A file that cannot be read keeps the base.
 
 Each owner's pin of a base is a file of its own, ``pins/<name>/<sha1(owner)>.json``, which is made, replaced
 and removed in one step: no lock is needed to keep two owners apart. The form of earlier releases, one file
@@ -40,7 +40,8 @@ class Pin:
     """An owner's wish that a base stays.
 
     :param owner: who wishes it. An owner has one pin on a base at most.
-    :param expires: epoch seconds of the filesystem's clock. None: until it is taken away.
+    :param expires: when the pin ends, in epoch seconds of the filesystem's clock, or None if it holds until
+        it is removed.
     """
 
     owner: str
@@ -62,7 +63,7 @@ class PinFile:
 
 
 def parse(data: bytes) -> PinFile | None:
-    """Return the pins in ``data``. None for anything torn or unknown, which then pins for ever."""
+    """Return the pins in ``data``. Returns None for anything torn or unknown, which then pins for ever."""
     try:
         fields = json.loads(data)
         image_id = fields["image_id"]
@@ -109,7 +110,7 @@ def remove(cache: CacheStore, name: str, image_id: str, owner: str) -> bool:
 
 
 def read(cache: CacheStore, name: str) -> PinFile | None:
-    """Return all pins of a base, expired ones included. None if there are none.
+    """Return all pins of a base, expired ones included. Returns None if there are none.
 
     A file that cannot be read counts as a pin of :data:`UNREADABLE`.
 
@@ -183,7 +184,10 @@ def _files(cache: CacheStore, name: str) -> list[tuple[str, PinFile]]:
 
 
 def _load(path: str) -> PinFile | None:
-    """Return the pins in a file. None: there is no such file."""
+    """Return the pins in a file, or None if there is no such file.
+
+    A file that cannot be read or parsed holds a pin of :data:`UNREADABLE`.
+    """
     try:
         data = durable.read_file(path)
     except OSError:
@@ -191,7 +195,7 @@ def _load(path: str) -> PinFile | None:
     if data is None:
         if not os.path.lexists(path):
             return None
-        data = b""  # whatever that is, it may be meant as a pin
+        data = b""  # an entry that is no regular file may be meant as a pin
     return parse(data) or PinFile("", (Pin(UNREADABLE),))
 
 
@@ -227,7 +231,8 @@ def _remove(cache: CacheStore, name: str, owner: str) -> None:
 def sweep(cache: CacheStore, *, now: float) -> None:
     """Remove the directories that a crash left empty, before their first pin or after their last one.
 
-    And what stands for them before earlier releases, which would keep the base for ever.
+    The pin that stands for such a directory in the file of earlier releases is removed too: it would keep the
+    base for ever.
     """
     for name in names(cache):
         directory = cache.layout.pins_of(name)

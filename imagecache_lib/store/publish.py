@@ -15,7 +15,9 @@ from imagecache_lib.system.translate import translated
 
 
 def publish(sealed: SealedStage, cache: CacheStore) -> bool:
-    """Link a stage file to its base name. False: somebody else's base has the name, and stays.
+    """Link a stage file to its base name.
+
+    Returns True if the base is the stage's file now, and False if another base has the name: that one stays.
 
     A name is never replaced: link(2) fails where rename(2) would overwrite.
 
@@ -74,8 +76,8 @@ def _write_evidence(cache: CacheStore, stage_id: str, record: evidence.Record) -
 def finish(cache: CacheStore, base: OpenBase) -> evidence.Record | None:
     """Write the record of a base whose publisher died between the link and the record.
 
-    Safe beside a publisher that lives: both write the same. Returns it, or None if no stage is
-    that of this very file.
+    Safe beside a publisher that lives: both write the same. Returns the record, or None if no stage is that
+    of this very file.
     """
     carried = directory.read_id(base.fd)
     if not carried:

@@ -22,9 +22,10 @@ _LEFTOVER = re.compile(r"clock\.[0-9a-f]{32}|.+\.[0-9a-f]{32}\.new")
 
 
 def recover(cache: CacheStore, observers: events.Observers) -> None:
-    """Repair what can be repaired without anybody's references. Harmless beside any number of others.
+    """Repair what can be repaired without knowing the references of any host.
 
-    What lies in the trash needs references, and is left to the next pass, and to whoever wants it.
+    Harmless beside any number of other processes. What lies in the trash needs references, and is left to the
+    next pass, and to the next request for it.
     """
     now = cache.filesystem_now()
     for path in stage.unreadable(cache):
@@ -74,15 +75,16 @@ def _sweep_stages(cache: CacheStore, observers: events.Observers, now: float) ->
 def sweep_if_dead(path: str, cache: CacheStore, now: float) -> bool:
     """Unlink a file in flight whose owner is dead: its lock is free, and it was not touched for long.
 
-    Both, since the owner may not have its lock yet, and since locks may not work at all. The lock is taken
-    for the unlink, and the file checked to be still at its path.
+    Both are asked for, since the owner may not have its lock yet, and since locks may not work at all. The
+    lock is taken for the unlink, and the file checked to be still at its path. Returns whether the file was
+    unlinked.
     """
     own = locks.try_own
     try:
         fd = os.open(path, _OPEN | os.O_RDWR)
     except PermissionError:
         # It got its final name too before its owner died, and libvirt gave that file to QEMU's user. A lock
-        # cannot be taken through a descriptor for reading; but whether anybody has it can be asked.
+        # cannot be taken through a descriptor for reading; but whether a process holds one can be asked.
         own = _is_free
         try:
             fd = os.open(path, _OPEN | os.O_RDONLY)

@@ -39,7 +39,7 @@ def outstanding(cache: CacheStore) -> int:
 
 
 def _living(cache: CacheStore) -> list[int]:
-    """Return what each living owner has reserved and not yet allocated."""
+    """Return the bytes that each living owner has reserved and not yet allocated."""
     owed = (
         _owed(cache, stage_id, note.reserved) for stage_id, note in stages.iter_stages(cache) if note.reserved
     )
@@ -47,7 +47,7 @@ def _living(cache: CacheStore) -> list[int]:
 
 
 def _owed(cache: CacheStore, stage_id: str, reserved: int) -> int | None:
-    """Return what a stage has reserved and not yet allocated. None: its owner is dead."""
+    """Return the bytes that a stage has reserved and not yet allocated, or None if its owner is dead."""
     try:
         fd = os.open(cache.layout.stage(stage_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -107,10 +107,13 @@ class Reservation:
             cache.host.sleep(min(_SLICE, deadline - now))
 
     def _try_harder(self, needed: int) -> _Refusal | None:
-        """Have room made and try again, one caller after another. None: it is reserved."""
+        """Have room made and try again, one caller after another.
+
+        Returns why there is no room, or None once the bytes are reserved.
+        """
         with self._locked(ROOM_LOCK):
             while True:
-                # Whoever held this lock before may have freed more than it took.
+                # The process that held this lock before may have freed more than it took.
                 refusal = self._try(needed)
                 if refusal is None or self._evictor.make_room(refusal.short) <= 0:
                     return refusal

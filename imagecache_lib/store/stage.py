@@ -29,7 +29,7 @@ _WRITEBACK = 16 * 2**20
 
 
 class StageGone(Exception):
-    """Somebody swept the stage file away while it was filled: begin again."""
+    """Another process swept the stage file away while it was filled: begin again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class StageInfo:
 
 
 def parse_info(data: bytes) -> StageInfo | None:
-    """Return the note in ``data``. None for anything torn or unknown."""
+    """Return the note in ``data``, or None for anything torn or unknown."""
     try:
         fields = json.loads(data)
         name, reserved, record = fields["name"], fields["reserved"], fields["record"]
@@ -142,11 +142,14 @@ class Stage:
         return base_id
 
     def lent(self) -> contextlib.AbstractContextManager[None]:
-        """Let a program lock the file that insists on it: mkfs.ntfs locks all of it."""
+        """Give up the stage's lock on the file for the body, so that another program can lock it.
+
+        mkfs.ntfs insists on locking all of it.
+        """
         return self._owner.lent()
 
     def is_at_path(self) -> bool:
-        """Whether nobody swept it away."""
+        """Whether the stage file still is at its path: no other process swept it away."""
         try:
             return os.path.samestat(os.stat(self.path, follow_symlinks=False), os.fstat(self.fd))
         except FileNotFoundError:
@@ -239,7 +242,10 @@ def _infos(cache: CacheStore) -> Iterator[tuple[str, StageInfo | _Unreadable | N
 
 
 def progress(cache: CacheStore, name: str) -> list[tuple[str, int, int]]:
-    """Return something that changes while anybody gets on with fetching a base."""
+    """Return the id, ``st_mtime_ns`` and ``st_blocks`` of each stage file of a base, sorted.
+
+    The list changes as long as any process, on this host or another, gets on with fetching the base.
+    """
     found = []
     for stage_id, note in iter_stages(cache):
         if note.name == name:

@@ -2,13 +2,13 @@
 """Base images that were renamed away and are not yet proven unreferenced.
 
 The rename takes the name, so that no new overlay can come to depend on the file: a spawn looks at the name
-again before its disk appears. Only then is it read once more who refers to it. Nothing is lost until the
-unlink, and whoever misses the base meanwhile links it back.
+again before its disk appears. Only then are the references to it read once more. Nothing is lost until the
+unlink, and a request that misses the base meanwhile links it back.
 
 While a file lies here its name must stay free for it, or an overlay made from it would read another file's
 bytes. So eviction and publication look out for each other, without locks. An evictor makes a directory here,
 looks for stages that are complete, and renames the base into its directory. A publisher completes its stage,
-removes the directories of its name, and links. Whoever looks second sees the other: the evictor lets the
+removes the directories of its name, and links. The one that looks second sees the other: the evictor lets the
 base be; the publisher takes the empty directory away, and with it the evictor's rename fails, or finds the
 base in it and puts that back.
 """
@@ -61,7 +61,9 @@ class TrashEntry:
 
 
 def move_in(cache: CacheStore, name: str, *, mark: str = "") -> TrashEntry | None:
-    """Rename a base into the trash. None: it is gone already, or just being published.
+    """Rename a base into the trash.
+
+    Returns its entry there, or None if the base is gone already or is just being published.
 
     :param mark: hex digits that the entry's id shall begin with.
     :raises OSError: as rename(2).
@@ -131,7 +133,7 @@ def _entries(cache: CacheStore, name: str | None) -> list[TrashEntry]:
 
 
 def find(cache: CacheStore, name: str | None = None) -> list[TrashEntry]:
-    """Return what lies in the trash, of one base or of all."""
+    """Return the files that lie in the trash: those of one base, or all of them."""
     return [entry for entry in _entries(cache, name) if _is_regular(entry.path)]
 
 
@@ -144,7 +146,7 @@ def _is_regular(path: str) -> bool:
 
 
 def open_entry(entry: TrashEntry) -> OpenBase | None:
-    """Open a file in the trash. None: it is gone.
+    """Open a file in the trash for reading. Returns None if it is gone.
 
     :raises OSError: as open(2).
     """
@@ -179,7 +181,7 @@ def cancel_evictions(cache: CacheStore, name: str) -> None:
 
 
 def restore(cache: CacheStore, entry: TrashEntry) -> bool:
-    """Give a file its name back. False: the name is taken by another file, or the file is gone.
+    """Give a file its name back. Returns False if another file has the name, or if the file is gone.
 
     The trash's own name goes afterwards; a crash in between leaves one file with two names, which
     :func:`is_restored` tells.
@@ -255,9 +257,9 @@ def unlink(cache: CacheStore, entry: TrashEntry) -> None:
 
 
 def sweep(cache: CacheStore, *, now: float) -> None:
-    """Remove what evictors announced and never did, since they died. One that lives merely gives up.
+    """Remove the empty directories of evictors that died before their rename. An evictor that lives gives up.
 
-    And have a directory in reserve, for the day on which the filesystem is full.
+    A directory is kept in reserve, for the day on which the filesystem is full.
     """
     for entry in _entries(cache, None):
         with contextlib.suppress(OSError):

@@ -160,7 +160,7 @@ class UnfinishedFile:
 
 
 def share_extents(source: int, target: int) -> bool:
-    """Let an empty file share the extents of another. False: the filesystem cannot.
+    """Let an empty file share the extents of another. Returns False if the filesystem cannot do that.
 
     :param source: descriptor open for reading.
     :param target: descriptor of an empty file open for writing.

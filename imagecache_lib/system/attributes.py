@@ -12,7 +12,7 @@ _NOT_POSSIBLE = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, err
 
 
 def read(fd: int, name: str) -> str | None:
-    """Return an attribute of an open file. None if it has none, or the filesystem has no attributes.
+    """Return an attribute of an open file, or None if it has none or the filesystem has no attributes.
 
     :raises OSError: as fgetxattr(2).
     """
@@ -25,7 +25,9 @@ def read(fd: int, name: str) -> str | None:
 
 
 def write(fd: int, name: str, value: str) -> bool:
-    """Give an open file an attribute. False if the filesystem has none, or the file is another user's.
+    """Give an open file an attribute.
+
+    Returns False if the filesystem has no attributes, or if the file is another user's.
 
     :raises OSError: as fsetxattr(2).
     """

@@ -33,7 +33,10 @@ class Bounded:
         return self._given_up is not None and self._given_up.is_alive()
 
     def call(self, function: Callable[[], T]) -> list[T]:
-        """Return what a function returns, as a list of one. An empty list: it raised, or does not answer."""
+        """Return what a function returns, as a list of one.
+
+        Returns an empty list if it raised, or did not return within the limit.
+        """
         with self._lock:
             if self.is_stuck:
                 return []

@@ -35,9 +35,9 @@ def write_file(
 ) -> None:
     """Replace a small file in one step, under a temporary name that no other writer uses.
 
-    :param sync: make it durable. False where losing it in a power cut harms nothing.
-    :param sync_name: make the name durable too. False where a name that comes later says as much: the
-        journal of a filesystem keeps their order.
+    :param sync: whether to make it durable: False where losing it in a power cut harms nothing.
+    :param sync_name: whether to make the name durable too: False where a name that comes later says as much,
+        since the journal of a filesystem keeps their order.
     :raises OSError: the file cannot be written; the old one stays.
     """
     # The form of all names of files in the making, by which upkeep finds what a crash left.

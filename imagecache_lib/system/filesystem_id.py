@@ -18,7 +18,7 @@ class FilesystemIds:
         self._sources: dict[str, bytes] | None = None
 
     def of(self, fd: int, device: int) -> int:
-        """Return the number of an open file's filesystem. 0: there is none.
+        """Return the number of an open file's filesystem, or 0 if it has none.
 
         It is ``f_fsid`` of statvfs(3). Network filesystems and FUSE have none, and most get the next free
         device number when they are mounted: what they are mounted from tells them apart.

@@ -61,14 +61,14 @@ class System:
     :param name: the host's name as the driver reports it in :class:`~imagecache_lib.Instance`.
     :param boot_id: random id of the kernel's current run; empty if it cannot be told.
     :param clock: epoch seconds, for deadlines. Ages are measured against the filesystem's clock instead.
-    :param monotonic: seconds since any moment, for durations: nobody can set this clock.
+    :param monotonic: seconds since any moment, for durations: no operator or program can set this clock.
     :param sleep: takes seconds.
     :param random: uniform in [0, 1), so that hosts that failed together do not come back together.
     :param execute: runs a command: :func:`oslo_concurrency.processutils.execute` or what behaves like it.
     :param trace: called with a :class:`~imagecache_lib.system.trace.TracePoint` as execution reaches it.
         Tests stop there to make an interleaving happen; in production it does nothing.
-    :param locking: False makes every file lock a no-op. Only for tests of the third promise: locks save
-        work, they do not carry safety.
+    :param locking: whether file locks lock. False is only for tests of the third promise: locks save work,
+        they do not carry safety.
     """
 
     name: str = dataclasses.field(default_factory=socket.gethostname)

@@ -204,13 +204,13 @@ def waiting(
     waiter: Waiter | None = None,
     watched: Watched | None = None,
 ) -> Iterator[bool]:
-    """Hold a lock for the body; yields whether it was got.
+    """Hold a lock for the body. Yields whether the lock was got.
 
     The body runs without the lock once ``stall_timeout`` seconds went by without any progress: that costs
     work and nothing else, as long as the body evicts nothing that the lock's holder may be using.
 
-    :param waiter: who waits. None: somebody who waits as long as it takes.
-    :param watched: what the holder works on. None: that cannot be told.
+    :param waiter: the caller that waits, or None for one that waits as long as it takes.
+    :param watched: what the lock's holder works on, or None if that cannot be told.
     :raises CancelledError, LockTimeoutError: the waiter no longer waits.
     :raises BackendError: the lock file cannot be opened.
     """
@@ -219,7 +219,7 @@ def waiting(
         got = lock.acquire(blocking=False)
         if not got:
             host.trace(TracePoint.LOCK_WAITING)
-            # Not by the clock of the day: one that is set back must not make anybody wait for the past.
+            # Not by the clock of the day: one that is set back must not make a caller wait for the past.
             work = watched or _Unwatched()
             seen, since = work.progress(), host.monotonic()
             while not got and host.monotonic() - since < stall_timeout:
@@ -244,7 +244,7 @@ def _warn_of_stall(path: str, stall_timeout: float) -> None:
 
 @contextlib.contextmanager
 def without_waiting(path: str, *, host: System) -> Iterator[bool]:
-    """Hold an exclusive lock for the body if it is free. Yields whether it was."""
+    """Hold an exclusive lock for the body if it is free. Yields whether the lock was got."""
     lock = FileLock(path, shared=False, host=host)
     try:
         yield lock.acquire(blocking=False)
@@ -253,7 +253,7 @@ def without_waiting(path: str, *, host: System) -> Iterator[bool]:
 
 
 def is_taken(path: str, *, host: System) -> bool:
-    """Whether any process holds the lock, shared or exclusive. Makes no lock file."""
+    """Return whether any process holds the lock, shared or exclusive. Makes no lock file."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -313,7 +313,7 @@ def has_owner(fd: int) -> bool | None:
 
 
 def try_own(fd: int) -> bool:
-    """Take the owner's lock of a file if it is free. Returns whether it was.
+    """Take the owner's lock of a file if it is free. Returns whether the lock was got.
 
     The lock ends when the descriptor is closed. On a filesystem without locks it is always free.
     """

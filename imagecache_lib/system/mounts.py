@@ -35,9 +35,9 @@ _NETWORK = frozenset(
 
 
 def is_network(path: str, *, mountinfo: str = "/proc/self/mountinfo") -> bool:
-    """Whether a path is on a filesystem that other machines may have mounted too.
+    """Return whether a path is on a filesystem that other machines may have mounted too.
 
-    False where that cannot be told.
+    Returns False if that cannot be told.
 
     :param mountinfo: the file that lists the mounts.
     """

@@ -12,7 +12,7 @@ from typing import Protocol
 #: The filesystem's block: no smaller hole is possible on ext4 and xfs by default.
 BLOCK = 4096
 
-#: What a hole reads as: whoever passes on a hole passes on (a slice of) this, which costs no memory.
+#: What a hole reads as: a reader that passes on a hole passes on (a slice of) this, which costs no memory.
 ZEROS = bytes(2**20)
 
 #: First look at this much at a time: most data has neither long zero runs nor none at all.

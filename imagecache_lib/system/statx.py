@@ -38,7 +38,7 @@ class Statx:
         return _statx is not None and _statx(directory_fd, name, flags, _BIRTH, self._address) == 0
 
     def born(self, fd: int) -> int:
-        """Return when an open file was born, in nanoseconds. 0: the filesystem does not keep it."""
+        """Return when an open file was born, in nanoseconds, or 0 if the filesystem does not keep it."""
         return self._birth() if self._ask(fd, b"", _EMPTY_PATH) else 0
 
     def born_at(self, directory_fd: int, name: str) -> int:

@@ -13,15 +13,15 @@ from imagecache_lib.system.host import System
 class EitherToken:
     """Set once the process is about to end, or the caller has given up.
 
-    :param stopping: of the process.
-    :param cancel: the caller's. None: it never gives up.
+    :param stopping: the process's token, set once it is about to end.
+    :param cancel: the caller's token, or None if the caller never gives up.
     """
 
     stopping: model.CancelToken
     cancel: model.CancelToken | None
 
     def is_set(self) -> bool:
-        """Whether either is."""
+        """Return whether either token is set."""
         return self.stopping.is_set() or (self.cancel is not None and self.cancel.is_set())
 
 
@@ -30,7 +30,7 @@ class Waiter:
     """A caller that waits. Whatever takes long asks :meth:`check` now and then.
 
     :param image_id: the image that the caller waits for, for messages.
-    :param deadline: epoch seconds. None: it waits as long as it takes.
+    :param deadline: epoch seconds until which it waits, or None if it waits as long as it takes.
     :param cancel: set once the caller does not want the answer any more.
     """
 

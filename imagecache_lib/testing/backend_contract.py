@@ -40,7 +40,7 @@ class _Interrupted(Exception):
 
 
 def commit(prepared: AbstractContextManager[PendingDisk]) -> model.Disk:
-    """Give a prepared disk its name: ``commit(backend.prepare(base, target, None))``."""
+    """Give a prepared disk its name and return the disk: ``commit(backend.prepare(base, target, None))``."""
     with prepared as pending:
         return pending.commit()
 
@@ -54,7 +54,7 @@ def _pattern(length: int, seed: str) -> bytes:
 
 
 class BackendContract(_Case):
-    """Mix it into a :class:`unittest.TestCase` and supply what raises here."""
+    """Mix it into a :class:`unittest.TestCase` and supply the methods that raise AssertionError here."""
 
     #: Virtual size in bytes of the base images that the tests make.
     size = 4 * MIB
@@ -64,11 +64,11 @@ class BackendContract(_Case):
         raise AssertionError("a contract test case supplies make_backend")
 
     def make_target(self) -> str:
-        """Return a target that nothing has, another one each time."""
+        """Return a target that no disk has, another one each time."""
         raise AssertionError("a contract test case supplies make_target")
 
     def read_disk(self, disk: model.Disk, offset: int, length: int) -> bytes:
-        """Return what a guest would read. Both numbers are multiples of 512."""
+        """Return the bytes that a guest would read. Offset and length are multiples of 512."""
         raise AssertionError("a contract test case supplies read_disk")
 
     def write_disk(self, disk: model.Disk, offset: int, data: bytes) -> None:
@@ -76,11 +76,11 @@ class BackendContract(_Case):
         raise AssertionError("a contract test case supplies write_disk")
 
     def everything(self) -> set[str]:
-        """Return the names of all that is where targets are, hidden and half-made things included."""
+        """Return the names of all entries beside the targets, hidden and half-made ones included."""
         raise AssertionError("a contract test case supplies everything")
 
     def check_disk(self, disk: model.Disk) -> None:
-        """Let a tool of the storage say whether the disk is sound; by default there is none."""
+        """Let a tool of the storage say whether the disk is sound. By default there is no such tool."""
 
     @contextlib.contextmanager
     def no_space(self) -> Iterator[None]:

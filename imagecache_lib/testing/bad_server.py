@@ -39,8 +39,8 @@ class Answer:
 
     :param headers: beside Content-Length.
     :param body: what is sent after the headers. Of a HEAD only its length is.
-    :param length: Content-Length; None for that of the body, -1 for none: the end of the connection is the
-        end.
+    :param length: Content-Length; None for that of the body, -1 for no such header: then the body ends with
+        the connection.
     :param after: what follows the body: ``keep`` the connection, ``close`` it, ``reset`` it, ``stall`` until
         the server ends, or go on ``endless``\\ ly. ``drop`` resets it before anything is sent.
     :param chunked: send the body with Transfer-Encoding: chunked and no length. ``close`` and ``reset`` leave
@@ -82,7 +82,7 @@ def data_answer(
     etag: str | None = None,
     content_type: str | None = None,
 ) -> Answer:
-    """Answer a GET or HEAD for data as RFC 9110 says, with one range and If-Range."""
+    """Return the answer to a GET or HEAD for data as RFC 9110 says, with one range and If-Range."""
     headers = {} if etag is None else {"ETag": etag}
     if content_type is not None:
         headers["Content-Type"] = content_type
@@ -110,7 +110,8 @@ class _Planned:
 class BadServer:
     """An HTTP/1.1 server on loopback that answers rightly, or as it is told, and notes what it saw.
 
-    A context manager; it serves within. Safe to use from any thread.
+    A context manager: it serves during the ``with``, which yields the server itself. Safe to use from any
+    thread.
 
     :param tls: the path of a PEM file with certificate and key, or None for plain HTTP.
     """
@@ -184,7 +185,7 @@ class BadServer:
             self._faults.setdefault(path, []).extend(planned)
 
     def answer(self, seen: Seen) -> Answer:
-        """Return the right answer to a request. Subclasses may compute it."""
+        """Return the right answer to a request: 404 if its path has none. Subclasses may compute it."""
         with self._lock:
             queue = self._scripts.get(seen.path)
             if not queue:
@@ -193,7 +194,7 @@ class BadServer:
         return script if isinstance(script, Answer) else script(seen)
 
     def requests(self, method: str | None = None, path: str | None = None) -> list[Seen]:
-        """Return the requests of one method and for one path, or of all."""
+        """Return the requests of one method, or of any, and for one path, or for any, in order."""
         with self._lock:
             return [seen for seen in self.seen if method in (None, seen.method) and path in (None, seen.path)]
 

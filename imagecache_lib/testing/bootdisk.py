@@ -88,7 +88,7 @@ def _boot_sector(greeting: bytes, *, stays: bool) -> bytes:
         )
     )
     sector = code.ljust(_GREETING_AT, b"\0") + greeting + b"\0"
-    # Who inspects images takes a boot sector without a partition for a broken one.
+    # An inspection of images takes a boot sector without a partition for a broken one.
     return sector.ljust(_PARTITIONS_AT, b"\0") + _PARTITION.ljust(64, b"\0") + b"\x55\xaa"
 
 

@@ -35,7 +35,7 @@ class FakeCluster:
 
     :param fsid: the cluster's id.
     :param pools: names of its pools.
-    :param clock: epoch seconds, for what was touched when.
+    :param clock: returns epoch seconds, for the times at which images were touched.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class FakeCluster:
 
     @contextlib.contextmanager
     def opened(self, name: RbdName) -> Iterator[None]:
-        """Have an image open for writing, as a running guest has it."""
+        """Have an image open for writing during the body, as a running guest has it."""
         with self._lock:
             image = self._image(name)
             image.open_for_writing += 1

@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 class CephContract(_Case):
-    """Mix it into a :class:`unittest.TestCase` and supply what raises here."""
+    """Mix it into a :class:`unittest.TestCase` and supply the methods that raise AssertionError here."""
 
     #: A pool that exists and another one.
     pool = "images"

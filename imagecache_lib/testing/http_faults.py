@@ -67,12 +67,15 @@ def silent() -> Fault:
 
 
 def slow(pause: float) -> Fault:
-    """The body comes in pieces of 64 KiB with so many seconds between them."""
+    """The body comes in pieces of 64 KiB with ``pause`` seconds between them."""
     return lambda _seen, answer: dataclasses.replace(answer, pause=pause)
 
 
 def length_told(length: int | None) -> Fault:
-    """Content-Length is a lie; the body is whole. With None only the connection's end tells it."""
+    """Content-Length is ``length``, which is wrong, and the body is whole.
+
+    :param length: in bytes, or None to leave the header out: only the connection's end tells the length then.
+    """
     return lambda _seen, answer: dataclasses.replace(
         answer, length=-1 if length is None else length, after=bad_server.CLOSE
     )
@@ -106,7 +109,7 @@ def range_refused(status: int = 416) -> Fault:
 
 
 def range_told(value: str | None) -> Fault:
-    """An answer to a range carries this Content-Range, or none."""
+    """An answer to a range carries this Content-Range, or, if ``value`` is None, no Content-Range."""
 
     def spoil(_seen: Seen, answer: Answer) -> Answer:
         if answer.status != 206:
@@ -170,7 +173,7 @@ def entity_tag(tag: str | None) -> Fault:
 
 
 def header(name: str, value: str | None) -> Fault:
-    """A header more, or another value, or (None) the header left out."""
+    """The answer has a header with this value, or, if ``value`` is None, does not have that header."""
     return lambda _seen, answer: _with(answer, {name: value})
 
 

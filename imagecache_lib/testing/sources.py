@@ -17,8 +17,8 @@ class FakeSource(ImageSource):
     """An image source for tests, with scripted failures and counts of what was asked of it.
 
     :param images: data by image id.
-    :param digests: False: descriptions have no digest, so that nothing can be resumed.
-    :param sizes: False: descriptions have no size.
+    :param digests: whether descriptions have a digest. Without one nothing can be resumed.
+    :param sizes: whether descriptions have a size.
     :param disk_format: what the descriptions claim.
     :param chunk_size: bytes in each chunk.
     """
@@ -57,7 +57,7 @@ class FakeSource(ImageSource):
         return len(self.offsets)
 
     def vouches_for_digest(self, image: model.Image) -> bool:
-        """Whether it computed the digest, as an image service does of what is uploaded."""
+        """Return whether this source computed the digest, as an image service does of what is uploaded."""
         return True
 
     def break_at(self, *offsets: int) -> None:

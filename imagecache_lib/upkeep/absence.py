@@ -53,7 +53,7 @@ class Absence:
 
     :param last: what the last pass saw.
     :param found: what was read now.
-    :param reported: uuids in the driver's last report. None: there was none.
+    :param reported: uuids in the driver's last report, or None if there was no report.
     """
 
     def __init__(self, last: LastScan, found: Found, reported: Collection[str] | None) -> None:
@@ -112,7 +112,7 @@ class Absence:
         return dataclasses.replace(identity, device=device[0], fsid=device[1])
 
     def moved_roots(self, last: LastScan, found: Found) -> Iterator[RootMoved]:
-        """Yield the roots that are other directories than before, whoever may vouch for them."""
+        """Yield the roots that are other directories than before, vouched for or not."""
         for path, now in found.roots.items():
             before = last.roots.get(path)
             if before is not None and not self._is_same_root(before, now):

@@ -52,7 +52,7 @@ class Disks:
     """The references of one reading.
 
     :ivar problems: what could not be determined, a sentence each with what to do, the worst first.
-    :ivar unknown: why no base may go, as a clause. None: everything is known.
+    :ivar unknown: why no base may go, as a clause, or None if everything is known.
     :ivar unfinished: paths of disks in the making, or of what is left of one.
     """
 
@@ -127,7 +127,7 @@ class Disks:
     def seen(self, instances: Sequence[model.Instance] | None) -> LastScan:
         """Return what to remember of this reading.
 
-        :param instances: what the driver reported now. None: nothing.
+        :param instances: what the driver reported now, or None if it reported nothing.
         """
         last, found = self._last, self._found
         pending = [path for path in self._pending if self._disks[path].directory.identity is not None]

@@ -28,10 +28,10 @@ from imagecache_lib.upkeep.references import ReferenceReader
 
 LOG = logging.getLogger(__name__)
 
-#: Why a base stays that somebody holds.
+#: Why a base stays whose lock a process holds.
 LEASED = "leased: it is being used or fetched now"
 
-#: Why a base stays that somebody is about to publish.
+#: Why a base stays that a process is about to publish.
 PUBLISHED_NOW = "leased: it is being published now"
 
 #: Lock that an evictor of a host shares for as long as a base may lie in the trash only because of it.
@@ -102,15 +102,15 @@ def evict(
     only: Collection[str] | None = None,
     remove: bool = True,
 ) -> list[Outcome]:
-    """Remove the victims of a plan that nobody needs after all, and what older passes left in the trash.
+    """Remove the victims of a plan that nothing needs after all, and what older passes left in the trash.
 
     One base that cannot be removed stops no other. If anything ends this early, an interrupt included, what
-    was renamed here is put back.
+    was renamed here is put back. Returns what became of each base.
 
     :param reader: reads all references anew, once, after the renames.
     :param locked: the caller holds the victims' locks.
     :param only: leave everything else in the trash alone.
-    :param remove: False: whatever is in the trash gets its name back.
+    :param remove: False if whatever is in the trash gets its name back.
     """
     outcomes = []
     reasons = {}
@@ -143,7 +143,7 @@ def _move_in(
     """Rename a base into the trash.
 
     :param moved: gets the entry.
-    :returns: the entry; or why the base stays; or that somebody else evicted it.
+    :returns: the entry; or why the base stays; or that another process evicted it.
     """
     try:
         with contextlib.ExitStack() as stack:
@@ -196,7 +196,7 @@ def _empty(
             continue
         if decision.fate is not Fate.PUT_BACK:
             decision = policy.decide_trash(described, references, remove=remove)
-        with contextlib.suppress(FileNotFoundError):  # somebody else put it back, or unlinked it
+        with contextlib.suppress(FileNotFoundError):  # another process put it back, or unlinked it
             outcomes.append(_carry_out(entry, decision, reasons, cache, observers))
     return outcomes
 
@@ -278,7 +278,7 @@ def put_back_own(cache: CacheStore, hosts: Hosts) -> list[str]:
 def sweep_foreign_stages(
     cache: CacheStore, observers: events.Observers, names: Iterable[str], *, now: float
 ) -> None:
-    """Remove what a crash of Nova left half-fetched: its lock is free, and nobody wrote for a day."""
+    """Remove what a crash of Nova left half-fetched: its lock is free, and no process wrote it for a day."""
     for name in names:
         base = name.removesuffix(".part").removesuffix(".converted")
         path = cache.layout.base(name)

@@ -19,7 +19,7 @@ class Overlay:
         a header that cannot be parsed, all that is near it.
     :param formats: the formats that the ``disk.info`` beside it pins.
     :param inode: ``st_ino``.
-    :param born: ``stx_btime`` in nanoseconds. 0: unknown.
+    :param born: ``stx_btime`` in nanoseconds, or 0 if it is unknown.
     """
 
     path: str
@@ -31,7 +31,7 @@ class Overlay:
 
     @property
     def pinned(self) -> str | None:
-        """Its format by the ``disk.info`` beside it, which is read now. None: none is pinned."""
+        """The format that the ``disk.info`` beside it, which is read now, pins; or None if it pins none."""
         return self.formats.of(self.path)
 
 
@@ -53,10 +53,10 @@ class Unreadable:
     """A file or a directory that cannot be read.
 
     :param cause: the error's text.
-    :param is_directory: False: it is a file, or a link to something that cannot be told.
-    :param inode: ``st_ino``. 0: unknown.
-    :param born: ``stx_btime`` in nanoseconds. 0: unknown.
-    :param size: apparent bytes of a regular file. None: it is none, or its size is unknown.
+    :param is_directory: False for a file, and for a link to something that cannot be told.
+    :param inode: ``st_ino``, or 0 if it is unknown.
+    :param born: ``stx_btime`` in nanoseconds, or 0 if it is unknown.
+    :param size: apparent bytes of a regular file, or None if it is no regular file or its size is unknown.
     :param foreign: it belongs to another user, and this one may neither list nor enter nor write it.
     """
 
@@ -80,7 +80,7 @@ class DanglingLink:
 class MissingRoot:
     """A disk root that is not there, or cannot be read.
 
-    :param configured: False: the configuration no longer names it, and a former pass read it.
+    :param configured: False if the configuration no longer names it, and a former pass read it.
     """
 
     path: str

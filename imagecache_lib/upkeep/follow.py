@@ -54,7 +54,7 @@ class Follower:
     """Looks at files. Safe to share between threads.
 
     :param limit: seconds that a look may take.
-    :param looks: looks at one file, however long that takes. None: with stat(2) and open(2).
+    :param looks: looks at one file, however long that takes, or None to look with stat(2) and open(2).
     """
 
     def __init__(self, limit: float = bounded.LIMIT, *, looks: Callable[[str], Answer] | None = None) -> None:
@@ -62,7 +62,7 @@ class Follower:
         self._looks = looks or _look
 
     def look(self, path: str) -> Answer:
-        """Look at a file."""
+        """Look at a file. Returns what it is, or why that cannot be told within the limit."""
         if self._bounded.is_stuck:
             return CannotTell("a file that was looked at before it does not answer")
         answers = self._bounded.call(lambda: self._looks(path))

@@ -38,7 +38,8 @@ class Inventory:
 
     :param bases: the base images.
     :param foreign_stages: what Nova has or had in flight.
-    :param unknown: names that are something else than they should be, or that nobody knows. Not touched.
+    :param unknown: names of entries that are no regular file, or that neither Nova nor this cache gives. They
+        are not touched.
     """
 
     bases: tuple[Entry, ...]
@@ -77,7 +78,7 @@ def take(cache: CacheStore) -> Inventory:
 
 
 def look(cache: CacheStore, name: str) -> Entry | None:
-    """Return one base. None: it is not there, or is no regular file."""
+    """Return one base, or None if it is not there or is no regular file."""
     try:
         status = os.stat(cache.layout.base(name), follow_symlinks=False)
     except FileNotFoundError:
@@ -139,7 +140,7 @@ def _notes_of_use(cache: CacheStore) -> dict[str, float]:
 
 
 def disk_usage(cache: CacheStore) -> int:
-    """Return what the cache takes of the instances' filesystem: 0 if it has its own."""
+    """Return the bytes that the cache takes of the instances' filesystem: 0 if it has its own."""
     try:
         if os.stat(cache.layout.base_path).st_dev != os.stat(cache.config.instances_path).st_dev:
             return 0

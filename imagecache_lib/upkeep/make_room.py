@@ -23,8 +23,8 @@ class SpaceReport:
     :param used: allocated by the cache, files in flight and in the trash included.
     :param reserved: promised to images in flight and not allocated yet.
     :param free: what an unprivileged process may still allocate.
-    :param reclaimable: allocated by images that nobody needs, and that lack of space would remove now.
-    :param limit: ``max_cache_size``. 0: none.
+    :param reclaimable: allocated by images that nothing needs, and that lack of space would remove now.
+    :param limit: ``max_cache_size``, or 0 if there is no limit.
     """
 
     used: int
@@ -43,7 +43,9 @@ def make(
     *,
     now: float,
 ) -> int:
-    """Evict unused bases until so many bytes are freed, the least recently used first. Returns how many were.
+    """Evict unused bases until ``wanted`` bytes are freed, the least recently used first.
+
+    Returns the bytes that were freed.
 
     :param reader: reads all references.
     """
@@ -57,7 +59,7 @@ def make(
 
 
 def report(reader: ReferenceReader, cache: CacheStore, *, now: float) -> SpaceReport:
-    """Look how full it is.
+    """Return how full the cache's filesystem is, in bytes.
 
     :param reader: reads all references.
     """

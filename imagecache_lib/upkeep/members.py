@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everyone who has to look before a base is unlinked: who registered, and whom Nova's own registry names."""
+"""The hosts that have to look before a base is unlinked: those that registered or are in Nova's registry."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ LEFT = "left in the trash, and nothing needs it"
 class Limits:
     """What the operator allows. Bytes and seconds; a size of 0 is no limit.
 
-    :param remove: False: nothing goes.
+    :param remove: False if nothing goes.
     :param original_age: unused bases go once they are this old.
     :param resized_age: the same for legacy resized bases.
     :param floor_age: under pressure of space unused bases may go earlier, but none younger than this: it
@@ -85,11 +85,11 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """How full it is, in allocated bytes.
+    """How full the cache and its filesystem are, in allocated bytes.
 
     :param used: by the cache.
     :param free: on the filesystem.
-    :param wanted: bytes that somebody needs now beside what is free.
+    :param wanted: bytes that a fetch needs now beside what is free.
     """
 
     used: int = 0
@@ -217,7 +217,7 @@ def decide(situation: Situation, references: References, limits: Limits, *, now:
 def decide_trash(entry: InTrash, references: References, *, remove: bool) -> TrashDecision:
     """Decide what happens to a base in the trash.
 
-    :param remove: False: nothing goes.
+    :param remove: False if nothing goes.
     """
     if (kept := _needed_in_trash(entry, references)) is not None:
         return TrashDecision(entry, Fate.PUT_BACK, kept.reason)
@@ -229,7 +229,7 @@ def decide_trash(entry: InTrash, references: References, *, remove: bool) -> Tra
 
 
 def _needed_in_trash(entry: InTrash, references: References) -> Kept | None:
-    """Return why a base in the trash gets its name back. None if nothing needs it."""
+    """Return why a base in the trash gets its name back, or None if nothing needs it."""
     if entry.restored:
         return Kept("a request that wanted it linked it back")
     if (user := references.users.get(entry.name)) is not None:
@@ -253,7 +253,7 @@ def plan(
     now: float,
     space: Space | None = None,
 ) -> EvictionPlan:
-    """Decide for each base.
+    """Decide for each base whether it goes.
 
     A base goes if nothing refers to it, nothing is unknown, and it was not used for its age; under
     pressure of space earlier, the least recently used first, until the pressure is gone.
@@ -320,7 +320,7 @@ def _relieve(
 
 
 def needed(entry: Entry, references: References) -> Kept | None:
-    """Return what keeps a base, whatever its age. None if nothing does."""
+    """Return what keeps a base, whatever its age, or None if nothing does."""
     if (user := references.users.get(entry.name)) is not None:
         return Kept(user)
     if references.unknown is not None:

@@ -34,8 +34,8 @@ _QEMU_BYTES = (100, 200)
 class References:
     """Who needs what.
 
-    :param users: for each base that is needed, one who needs it, as a clause.
-    :param unknown: why no base may go, as a clause. None: everything is known.
+    :param users: for each base that is needed, one that needs it, as a clause.
+    :param unknown: why no base may go, as a clause, or None if everything is known.
     :param problems: what could not be determined, a sentence each with what to do.
     :param seen: what to remember of this reading.
     :param unfinished: paths of disks in the making, or of what is left of one.
@@ -60,8 +60,8 @@ def collect(
     """Read all references to these names.
 
     :param names: bases in the cache and in the trash.
-    :param instances: what the driver reports or last reported. None: it could not tell, so everything is
-        needed.
+    :param instances: what the driver reports or last reported, or None if it could not tell: then everything
+        is needed.
     :param last: what the last pass saw.
     :param now: epoch seconds of the filesystem's clock, for pins that expire.
     """
@@ -107,7 +107,9 @@ def _files_of(cache: CacheStore, names: Collection[str]) -> Iterator[tuple[tuple
 def reported(
     names: Iterable[str], instances: Sequence[model.Instance], problems: list[str]
 ) -> Iterable[tuple[str, str]]:
-    """Yield what the driver's report refers to. A used image needs its legacy resized bases too.
+    """Yield the name of each base that the driver's report refers to, and which instance does, as a clause.
+
+    An image that is used needs its legacy resized bases too.
 
     :param problems: gets a sentence for each id that no image can have, and so no base.
     """
@@ -137,7 +139,7 @@ def reported(
 
 
 def _of_other_hosts(cache: CacheStore, names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield what the last passes of the other hosts saw in use.
+    """Yield the name of each base that the last pass of another host saw in use, and where, as a clause.
 
     Nothing is unlinked before those hosts have looked again. But while a base lies in the trash, a guest on
     it cannot be started, and QEMU does not know that it could be put back.
@@ -157,7 +159,7 @@ def _of_other_hosts(cache: CacheStore, names: Collection[str]) -> Iterator[tuple
 
 
 def _open_in_qemu(cache: CacheStore, names: Collection[str]) -> Iterable[str]:
-    """Yield what a QEMU on this host has open, in the cache or in the trash."""
+    """Yield the names of the bases that a QEMU on this host has open, in the cache or in the trash."""
     paths = [(name, cache.layout.base(name)) for name in names]
     paths += [(entry.name, entry.path) for entry in trash.find(cache) if entry.name in names]
     return (name for name, path in paths if _has_qemu_locks(path))
@@ -167,7 +169,7 @@ def _has_qemu_locks(path: str) -> bool:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        # Gone, or no file: nobody has it open as an image. Unreadable: it may be.
+        # If it is gone or no file, no QEMU has it open as an image. If it cannot be read, one may have.
         return error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO)
     try:
         return bool(locks.is_locked(fd, *_QEMU_BYTES))
@@ -179,7 +181,8 @@ def _has_qemu_locks(path: str) -> bool:
 class ReferenceReader:
     """Reads who refers to base images, as often as it is asked.
 
-    :param instances: all instances on this host; on shared storage those of all hosts. None: unknown.
+    :param instances: all instances on this host, on shared storage those of all hosts; or None if they are
+        unknown.
     :param last: what the last pass saw.
     :param now: epoch seconds of the filesystem's clock.
     """

@@ -59,7 +59,7 @@ class _Directory:
     :ivar prefix: what the paths of its entries begin with.
     :ivar entries: the inode of each name, by its last listing.
     :ivar changed: its ``st_mtime_ns`` before that listing.
-    :ivar settled: its time of change tells whether it has changed since. False: only another listing does.
+    :ivar settled: whether its time of change tells if it has changed since. Else only another listing does.
     :ivar listed: it was listed at least once.
     """
 
@@ -184,7 +184,7 @@ class Scan:
     def _read_directory(
         self, path: str, above: SeenDirectory, link: bool
     ) -> list[tuple[str, SeenDirectory, bool]] | None:
-        """Read a directory's files, and return its directories. None: there is none of that name."""
+        """Read a directory's files, and return its directories, or None if there is none of that name."""
         try:
             if link:
                 fd = os.open(path, _OPEN | os.O_DIRECTORY)

@@ -2,9 +2,9 @@
 """Re-reading what is cached, to find what the disk changed. Slowly, and past the page cache.
 
 A bit that flipped on the disk, or a write that the disk lost, is invisible as long as the page cache holds
-the right bytes, and everybody's wrong bytes afterwards. What is read is compared with the checksums that were
-taken of the data in flight (:mod:`imagecache_lib.store.checksums`). Nothing is repaired here: a base that is
-damaged is marked, so that nobody else is served from it, and its eviction is the pass's.
+the right bytes, and every reader gets wrong bytes afterwards. What is read is compared with the checksums
+that were taken of the data in flight (:mod:`imagecache_lib.store.checksums`). Nothing is repaired here: a
+base that is damaged is marked, so that no new request is served from it, and its eviction is the pass's.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ScrubbedBase:
     :param detail: more about it, as a clause: where it is damaged, or why that cannot be told.
     :param read: bytes that were read from disk.
     :param image_id: the image it was made from, where a record says so.
-    :param stays: why a damaged one was not evicted, as a clause. None: it was, or it is not damaged.
+    :param stays: why a damaged base was not evicted, as a clause, or None if it was, or is not damaged.
     """
 
     name: str
@@ -109,10 +109,10 @@ def scrub(
     names: Collection[str] | None = None,
     cancel: model.CancelToken | None = None,
 ) -> ScrubReport:
-    """Check the content of bases, the longest unchecked first.
+    """Check the content of bases, the longest unchecked first. Returns what was found of each.
 
-    :param rate: bytes per second to read at most. None: no limit.
-    :param names: bases to check. None: all.
+    :param rate: bytes per second to read at most, or None for no limit.
+    :param names: bases to check, or None for all.
     :param cancel: once set, what was found so far is returned; the next scrub goes on where this one ended.
     """
     waiter = Waiter(cache.host, cancel=cancel)
@@ -142,7 +142,10 @@ def _note_end(cache: CacheStore) -> None:
 
 
 def _in_order(cache: CacheStore, names: Collection[str] | None) -> list[str]:
-    """Return which to check. A file of checksums was touched when it last proved its base sound."""
+    """Return the names of the bases to check, in order.
+
+    A file of checksums was touched when it last proved its base sound.
+    """
 
     def checked(name: str) -> float:
         try:
@@ -308,7 +311,7 @@ class _Content:
                     raise
                 os.close(self._direct)
                 self._direct = -1
-        # Clean pages are dropped first, as far as nobody has them mapped, so that they come from the disk.
+        # Clean pages are dropped first, unless a process has them mapped, so that they come from the disk.
         os.posix_fadvise(self._cached, offset, length, os.POSIX_FADV_DONTNEED)
         with memoryview(self._buffer)[:length] as room:
             count = os.preadv(self._cached, [room], offset)
@@ -330,7 +333,7 @@ def _hash_zeros(hashed: hashlib._Hash, count: int) -> None:
 
 
 def _be_modest() -> None:
-    """Let this thread read only when nobody else wants the disk, as far as that is possible."""
+    """Let this thread read only while no other one wants the disk, as far as that is possible."""
     number = _IOPRIO_SET.get(platform.machine())
     if number is not None:
         _libc.syscall(ctypes.c_long(number), _THIS_THREAD, 0, _IDLE)
@@ -345,7 +348,7 @@ def _quarantine(
     observers: events.Observers,
     evictor: BaseEvictor,
 ) -> ScrubbedBase:
-    """Mark a damaged base, so that no new request is served from it, and evict it if nobody needs it."""
+    """Mark a damaged base, so that no new request is served from it, and evict it if nothing needs it."""
     with locks.waiting(
         cache.layout.lock(found.name),
         shared=False,

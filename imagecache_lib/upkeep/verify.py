@@ -73,7 +73,7 @@ class VerifyReport:
         return sum(base.allocated for base in self.evicted)
 
     def as_event(self) -> events.PassFinished:
-        """Return it in figures."""
+        """Return this report as an event, in figures."""
         kept = [base for base in self.bases if not base.evicted]
         return events.PassFinished(
             "",
@@ -119,7 +119,7 @@ class _Look:
 class Upkeep:
     """Everything that is done to the cache as a whole. Safe to share between threads.
 
-    It is the :class:`~imagecache_lib.store.evictor.Evictor` of those who need room, or a name.
+    It is the :class:`~imagecache_lib.store.evictor.Evictor` of the fetches that need room, or a name.
     """
 
     def __init__(self, cache: CacheStore) -> None:
@@ -140,9 +140,11 @@ class Upkeep:
             self._observers(events.Recovered(name, what="put back, since its eviction was interrupted"))
 
     def verify(self, instances: Iterable[model.Instance] | None, *, dry_run: bool) -> VerifyReport:
-        """Evict what nobody needs any more.
+        """Evict the bases that nothing needs any more. Returns what was found and done.
 
-        :param instances: all instances on this host; on shared storage those of all hosts. None: unknown.
+        :param instances: all instances on this host, on shared storage those of all hosts; or None if they
+            are unknown.
+        :param dry_run: change nothing, and return what would be done.
         :raises NoSpaceError, BackendError: the filesystem failed.
         """
         reported = None if instances is None else tuple(instances)
@@ -236,7 +238,9 @@ class Upkeep:
     def evict_one(
         self, name: str, reason: str, *, floor_age: float = 0.0, locked: bool = False
     ) -> Evicted | Kept:
-        """Evict one base if nobody needs it, the driver's last report included.
+        """Evict one base if nothing needs it, the driver's last report included.
+
+        Returns that it was evicted, or why it stays.
 
         :param floor_age: seconds of disuse below which it stays all the same.
         :param locked: the caller holds its lock.
@@ -281,7 +285,7 @@ class Upkeep:
     def scrub(
         self, *, rate: int | None, names: Collection[str] | None, cancel: model.CancelToken | None
     ) -> scrub.ScrubReport:
-        """Check the content of bases, and evict those that are damaged and unused."""
+        """Check the content of bases, and evict those that are damaged and unused. Returns what was found."""
         return scrub.scrub(self._cache, self._observers, self, rate=rate, names=names, cancel=cancel)
 
     def make_room(self, wanted: int) -> int:
@@ -292,7 +296,7 @@ class Upkeep:
             return room.make(wanted, reader, self._cache, self._hosts, self._observers, now=now)
 
     def space(self) -> SpaceReport:
-        """Look how full the cache's filesystem is."""
+        """Return how full the cache's filesystem is, in bytes."""
         now = self._cache.filesystem_now()
         return room.report(self._reader_between_passes(now), self._cache, now=now)
 
@@ -349,7 +353,7 @@ class Upkeep:
         return _Look(found, situation, references, limits, reader, last, image_ids, now)
 
     def _held(self, names: Iterable[str]) -> dict[str, str]:
-        """Return those of these bases that somebody holds this moment, and how."""
+        """Return why bases are in use this moment, as a clause by name: locked, or about to be published."""
         locked = {
             name: evict.LEASED
             for name in names
@@ -430,7 +434,7 @@ class Upkeep:
         return VerifyReport(tuple(sorted(bases, key=lambda base: base.name)), problems, dry_run)
 
     def image_id(self, name: str) -> str | None:
-        """Return the image a base was made from, as its record says."""
+        """Return the id of the image a base was made from, or None if no record says so."""
         record = self._cache.read_record(name)
         return record.image_id if record is not None else None
 
