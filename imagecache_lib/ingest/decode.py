@@ -255,10 +255,10 @@ class SpoolAndConvert:
 
 
 def choose(finding: Finding | None, work: Work, *, wanted: str | None, file_size: int | None) -> Decoder:
-    """Return how an image becomes what is stored.
+    """Return the decoder that turns an image into what is stored.
 
-    :param finding: what the content is. None: a plain file, such as a kernel, which is not looked into.
-    :param wanted: qemu's name of the format that the base must have. None: any will do.
+    :param finding: what the content is, or None for a plain file, such as a kernel, which is not inspected.
+    :param wanted: qemu's name of the format that the base must have, or None if any format will do.
     :param file_size: of the image's data in bytes, if it is known.
     :raises ImageRejected: the format that is wanted is neither raw nor the image's own.
     """
@@ -275,7 +275,7 @@ def choose(finding: Finding | None, work: Work, *, wanted: str | None, file_size
 
 
 def _is_converted(finding: Finding, wanted: str | None, config: CacheConfig) -> bool:
-    """Whether the image is stored as raw, whatever it is.
+    """Whether the image is stored as raw, whatever its own format.
 
     :raises ImageRejected: the format that is wanted is neither raw nor the image's own.
     """
