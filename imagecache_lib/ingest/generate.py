@@ -258,7 +258,7 @@ def ephemeral(
     kind = filesystem(os_type, fs, config)
     if kind is None:
         return Generation(name, size_gb * GIB, None, label, _command(os_type, config))
-    # What an operator's command made has a name of its own: only bases of other labels can have the same.
+    # What an operator's command made has a name of its own, which two labels share and no other base has.
     shared = share and name == _name(size_gb, config)
     # Of the filesystems that one name may have only the usual one is published, so that the hosts of one
     # configuration do not fill it differently.
