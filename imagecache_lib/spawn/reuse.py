@@ -42,9 +42,9 @@ def is_reused(backend: StorageBackend, target: str, if_exists: str) -> bool:
 
 
 def grown(backend: StorageBackend, target: str, size: int | None) -> model.Disk:
-    """Grow an existing disk, and return it. Nothing else of it changes.
+    """Grow an existing disk, and return what it is now. Nothing else of it changes.
 
-    :param size: bytes that it has at least. None: as many as it has.
+    :param size: least virtual size in bytes, or None to leave the disk as large as it is.
     :raises NoSpaceError, BackendError: the disk cannot be read, or does not grow.
     """
     disk = backend.inspect(target)
