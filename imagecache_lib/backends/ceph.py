@@ -32,7 +32,7 @@ class Missing(errors.BackendError):
 
 
 class Busy(errors.BackendError):
-    """It is in use: open for writing, protected, or somebody's parent."""
+    """The image or snapshot is in use: open for writing, protected, or the parent of a clone."""
 
 
 class Denied(errors.BackendError):
@@ -132,8 +132,8 @@ class CephCluster(Protocol):
 class LibrbdCluster:
     """A real cluster, through librados and librbd. Nothing is loaded or asked before the first call.
 
-    :param conf: path of the cluster's configuration. Empty: the library's search path.
-    :param user: Ceph user, without ``client.``. None: ``admin``, the library's default.
+    :param conf: path of the cluster's configuration, or an empty text for librados's search path.
+    :param user: Ceph user, without ``client.``, or None for ``admin``, librados's default.
     """
 
     def __init__(self, conf: str = "", user: str | None = None) -> None:
