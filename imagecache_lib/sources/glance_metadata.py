@@ -80,7 +80,7 @@ def image_from_metadata(image_id: str, metadata: object) -> model.Image:
 
 
 class _Fields:
-    """Reads typed values out of metadata that anybody may have written."""
+    """Reads typed values out of metadata that a user of the image service may have written."""
 
     def __init__(self, image_id: str, metadata: Mapping[str, Any]) -> None:
         self.image_id = image_id

@@ -124,8 +124,8 @@ class Transfer:
     :param retries: how many attempts in a row may fail without progress. All passes share the budget.
     :param deadline: epoch seconds.
     :param cancel: looked at before every chunk.
-    :param max_size: most bytes to accept when ``image.size`` is unknown. None: no limit.
-    :param rate: bytes per second to take at most. None: no limit.
+    :param max_size: most bytes to accept when ``image.size`` is unknown, or None for no limit.
+    :param rate: bytes per second to take at most, or None for no limit.
     """
 
     def __init__(
