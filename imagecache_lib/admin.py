@@ -26,7 +26,8 @@ from imagecache_lib.upkeep.verify import Explanation, Upkeep
 class CacheAdmin:
     """The image cache of one host as its operator sees it. Safe to share between threads.
 
-    Nothing is touched before the first call, which makes what is missing and repairs what a crash left.
+    The constructor changes nothing on disk. The first call makes what the cache lacks, and repairs what a
+    crash left.
 
     :param config: how to cache.
     :param backend: a storage backend, or the name of one, or None for the one that the configuration names.
@@ -91,7 +92,7 @@ class CacheAdmin:
     def forget_host(self, host_id: str) -> None:
         """Stop waiting for a host that is gone for good.
 
-        A host that still runs registers anew. This host cannot be forgotten.
+        A host that still runs registers anew. This host itself stays a member.
 
         :raises ConfigError: there is no such host.
         """
@@ -116,7 +117,7 @@ class CacheAdmin:
     # -- what stays and what goes --------------------------------------------------------------------
 
     def pin(self, image_id: str, *, owner: str, expires: float | None = None) -> None:
-        """Keep an image's base, whether it is in the cache yet or not.
+        """Pin an image: its base is not evicted, whether it is in the cache already or comes later.
 
         :param owner: of the pin; an owner has one pin on an image at most.
         :param expires: epoch seconds, or None to keep the pin until :meth:`unpin`.

@@ -38,9 +38,10 @@ _PRECACHE = "pre-cache"
 class ImageCacheManager(DiskAdmin):
     """The image cache of one host. Safe to share between threads; processes make one each.
 
-    Nothing is touched before the first call, which makes what is missing and repairs what a crash left. What
-    an operator asks for is in :class:`~imagecache_lib.admin.CacheAdmin`, what is done with disks that exist
-    in :class:`~imagecache_lib.disks.DiskAdmin`, which also has the parameters; here are the two flows.
+    The constructor changes nothing on disk. The first call makes what the cache lacks, and repairs what a
+    crash left.
+    An operator's calls are in :class:`~imagecache_lib.admin.CacheAdmin`, those on existing disks in
+    :class:`~imagecache_lib.disks.DiskAdmin`, which also has the parameters; here are the two flows.
     """
 
     # -- spawn ---------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ class FileBackend(StorageBackend):
         try:
             return self._chains.read(target, header).base
         except errors.ImageCacheError:
-            return None  # that is for whoever needs the base to say
+            return None  # a call that needs the base reads the chain itself, and raises
 
     def _chain(self, target: str, format: str, header: Header | None) -> DiskFile:
         """Return a disk as qemu-img is to open it, with the base under it."""

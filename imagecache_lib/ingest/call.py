@@ -90,7 +90,7 @@ class Call:
     def require_fit(self, virtual_size: int) -> None:
         """Refuse an image that is larger than the disk.
 
-        :raises DiskTooSmallError: it is.
+        :raises DiskTooSmallError: the image is larger.
         """
         require_fit(self.image_id, virtual_size, self.size)
 

@@ -157,7 +157,7 @@ class Generation:
                     f"virt_mkfs has the command {self.command!r}, which cannot be filled in: {error}",
                     next_step="use %(target)s and %(fs_label)s, and %% for a percent sign",
                 ) from error
-        assert self.kind is not None  # whoever has no command has a kind
+        assert self.kind is not None  # a generation without a command has a kind
         if self.publishable:
             return [*_SHARED[self.kind], target]
         if self.kind == "swap":

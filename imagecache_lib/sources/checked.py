@@ -100,7 +100,7 @@ class Opened:
 
     @property
     def doubt(self) -> errors.SourceError | None:
-        """What to blame instead of the image for data that is not its: see :meth:`ImageSource.open`."""
+        """The error to raise, instead of blaming the image, for wrong data: see :meth:`ImageSource.open`."""
         doubt = getattr(self._stream, "doubt", _UNTOLD)
         if doubt is None or isinstance(doubt, errors.SourceError):
             return doubt

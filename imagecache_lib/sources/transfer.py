@@ -44,7 +44,7 @@ _GONE = frozenset({"deleted", "pending_delete"})
 
 
 class StartAgain(errors.SourceError):
-    """The transfer broke and cannot go on where it broke: throw the bytes away and iterate anew."""
+    """The transfer broke and cannot resume: the caller discards the bytes and iterates anew."""
 
 
 def describe(
@@ -162,7 +162,7 @@ class Transfer:
 
     @property
     def offset(self) -> int:
-        """How many bytes of the current pass were given out."""
+        """Number of bytes of the current pass that were yielded."""
         return self._offset
 
     def grant_clean_pass(self) -> bool:

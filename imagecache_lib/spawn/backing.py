@@ -227,7 +227,7 @@ def check_made_on(disk_path: str, base_fd: int, chains: ChainReader) -> None:
     before that, one base is as good as another. A guest that made a new filesystem gave it its own label.
 
     :param base_fd: the base that is here.
-    :raises BackendError: it was, or the disk cannot be read.
+    :raises BackendError: the overlay was made on another base, or the disk cannot be read.
     """
     try:
         with open(disk_path, "rb") as file:

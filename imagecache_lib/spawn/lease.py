@@ -55,7 +55,7 @@ class Lease:
 
 
 class Leases:
-    """Gets base images for requests. Safe to share between threads.
+    """Leases base images to requests. Safe to share between threads.
 
     :param evictor: removes what is in the way of a base that serves.
     """

@@ -14,7 +14,7 @@ from imagecache_lib.system.translate import translated
 def require_reuse(target: str, if_exists: str) -> None:
     """Refuse an existing target unless it may be used again.
 
-    :raises DiskExistsError: it may not.
+    :raises DiskExistsError: the target exists, and may not be used again.
     """
     if if_exists != "reuse":
         raise errors.DiskExistsError(
