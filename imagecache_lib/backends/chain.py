@@ -206,7 +206,7 @@ class ChainReader:
 def _parse(layer: Layer, target: str) -> _Named:
     """Return what a header names.
 
-    :raises BackendError: it is written in a way that is not followed.
+    :raises BackendError: the name is written in a way that is not followed.
     """
     assert layer.header.backing_file is not None  # only asked for one
     text = os.fsdecode(layer.header.backing_file)

@@ -193,7 +193,7 @@ def _compare(
 ) -> bool:
     """Compare a base with what the source says. Returns whether its digest was checked.
 
-    :raises ImageRejected: it is not what the source has.
+    :raises ImageRejected: the base is not what the source has.
     """
     if base.stat.st_size == 0:
         raise errors.ImageRejected("the file is empty")

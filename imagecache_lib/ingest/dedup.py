@@ -54,7 +54,7 @@ def find(
     """Return a base that was made from the same bytes and is stored as this call needs it, or None.
 
     :param source: where the image's description is from.
-    :raises ImageRejected: there is one, and its content is not what this image claims to be.
+    :raises ImageRejected: there is such a base, and its content is not what this image claims to be.
     """
     digest = image.digest
     if digest is None or digest.algorithm not in _STRONG or image.converted_from is not None:

@@ -152,7 +152,7 @@ class ImageProducer:
     def produce(self) -> SealedStage:
         """Fetch the image into a stage file of its own, which is the caller's to publish or discard.
 
-        :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: and nothing is left.
+        :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: no file is left.
         :raises ConfigError: as :meth:`refuse_impossible`.
         :raises StageGone: the stage file was swept away.
         """

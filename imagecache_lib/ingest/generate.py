@@ -370,7 +370,7 @@ class GenerationProducer:
     def produce(self) -> SealedStage:
         """Make it in a stage file, which is the caller's to publish or discard.
 
-        :raises NoSpaceError, BackendError, ConfigError: and nothing is left.
+        :raises NoSpaceError, BackendError, ConfigError: it cannot be made; no file is left.
         :raises StageGone: the stage file was swept away.
         """
         stage = Stage(self._cache, self._wanted.name)

@@ -122,7 +122,7 @@ def _chain(
 ) -> tuple[str, ...]:
     """Return the ids of the trusted certificates that lead from an image's to a root.
 
-    :raises ImageRejected: they do not, or one of them is not valid now, or must not sign.
+    :raises ImageRejected: they do not lead to a root, or one of them is not valid now, or must not sign.
     """
     from cursive import certificate_utils, exception
 

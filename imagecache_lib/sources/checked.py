@@ -153,7 +153,7 @@ class Opened:
 def as_bytes(chunk: object, image_id: str) -> bytes:
     """Return a chunk as bytes that the source cannot change. No copy is made of :class:`bytes` itself.
 
-    :raises SourceRefused: it is no buffer: text, a number, a list.
+    :raises SourceRefused: the chunk is no buffer, but text, a number, a list.
     """
     if type(chunk) is bytes:
         return chunk
@@ -167,7 +167,7 @@ def as_bytes(chunk: object, image_id: str) -> bytes:
 def checked_image(image: object, image_id: str) -> model.Image:
     """Return a description if its fields have the types that :class:`Image` declares.
 
-    :raises SourceRefused: it is none, or of another image.
+    :raises SourceRefused: the object is no description, or is one of another image.
     """
     if not isinstance(image, model.Image):
         raise _defect(image_id, f"describe() returned a {_kind(image)} and not an Image")

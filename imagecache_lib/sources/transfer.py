@@ -242,7 +242,7 @@ class Transfer:
         """Go on with the description that came with the data: its validator and its length.
 
         :raises StartAgain: the length is another, so that what the caller prepared is wrong.
-        :raises SourceError: it is another for the second time.
+        :raises SourceError: the length changed for the second time.
         """
         if image.size != self.image.size:
             cause = f"it has {image.size} bytes by the answer with its data, and had {self.image.size} before"

@@ -85,7 +85,7 @@ class Leases:
 
         Yields the :class:`Lease`.
 
-        :raises ImageNotFound: it is not there, or does not serve.
+        :raises ImageNotFound: the base is not in the cache, or does not serve.
         """
         with request.named(), contextlib.ExitStack() as stack:
             found = self._hold(stack, request)

@@ -25,7 +25,7 @@ def require_reuse(target: str, if_exists: str) -> None:
 def is_reused(backend: StorageBackend, target: str, if_exists: str) -> bool:
     """Whether a disk is there already, to be used again.
 
-    :raises DiskExistsError: it is there, and may not be used again.
+    :raises DiskExistsError: the disk is there, and may not be used again.
     :raises BackendError: the target cannot be one, or a crash may have taken the disk's content.
     """
     backend.check_target(target)
@@ -56,7 +56,7 @@ def grown(backend: StorageBackend, target: str, size: int | None) -> model.Disk:
 def check_file(path: str) -> None:
     """Refuse what cannot be a kernel or a ramdisk that was put there before.
 
-    :raises BackendError: it is no regular file, or has nothing in it.
+    :raises BackendError: the path is no regular file, or the file is empty.
     """
     with translated(path):
         found = os.stat(path)
