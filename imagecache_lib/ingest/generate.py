@@ -411,8 +411,8 @@ class GenerationProducer:
     def adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
         """Check a base that another program made, and write its record.
 
-        ``known`` is always None: what is generated is never wanted as an image, so no inspection can be
-        lacking.
+        What is generated is never wanted as an image, so that no inspection can be lacking, and ``known`` is
+        always None.
 
         :returns: its record, or why it does not serve.
         """
