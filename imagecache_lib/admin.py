@@ -31,13 +31,14 @@ if typing.TYPE_CHECKING:
 class CacheAdmin:
     """The image cache of one host as its operator sees it. Safe to share between threads.
 
-    Nothing is touched before the first call, which makes what is missing and repairs what a crash left.
+    The constructor changes nothing on disk. The first call makes what the cache lacks, and repairs what a
+    crash left.
 
     :param config: how to cache.
-    :param backend: a storage backend, or the name of one. None: the configuration's.
+    :param backend: a storage backend, or the name of one, or None for the one that the configuration names.
     :param host: clock, sleep, host name and the like; the default is this machine's.
-    :param observers: called with what happens. None: a
-        :class:`~imagecache_lib.observers.log.LogObserver` alone.
+    :param observers: called with what happens. With None only a
+        :class:`~imagecache_lib.observers.log.LogObserver` is.
     :raises ConfigError: the backend is unknown or its configuration cannot work.
     """
 
@@ -91,7 +92,7 @@ class CacheAdmin:
             return catalog.all_pins(self._cache)
 
     def show_base(self, image_id: str) -> catalog.CachedBase | None:
-        """Return an image's base. None: it is not in the cache.
+        """Return an image's base, with its evidence and its pins, or None if it is not in the cache.
 
         :param image_id: an image's, or the name of a base.
         """
@@ -99,7 +100,9 @@ class CacheAdmin:
         return next((base for base in self.list_bases() if base.name == name), None)
 
     def explain(self, image_id: str, instances: Iterable[model.Instance] | None) -> Explanation | None:
-        """Say what :meth:`verify_base_images` would do with a base now, and why. None: it is not there.
+        """Return what :meth:`verify_base_images` would do with a base now, and why.
+
+        Returns None if the base is not in the cache.
 
         :param image_id: an image's, or the name of a base.
         :param instances: as for :meth:`verify_base_images`.
@@ -115,7 +118,9 @@ class CacheAdmin:
             return catalog.registered(self._cache, self._upkeep.hosts)
 
     def forget_host(self, host_id: str) -> None:
-        """Stop waiting for a host that is gone for good. One that lives registers anew, and this one stays.
+        """Stop waiting for a host that is gone for good.
+
+        A host that still runs registers anew. This host itself stays a member.
 
         :raises ConfigError: there is no such host.
         """
@@ -124,10 +129,10 @@ class CacheAdmin:
             self._upkeep.hosts.forget(host_id)
 
     def forget_disks(self, path: str) -> int:
-        """Say that what the passes of this host saw at a path and below it is gone for good.
+        """Forget the disks that the passes of this host saw at a path and below it: they are gone for good.
 
-        A disk that was seen and is not to be seen any more keeps its base image until that it was removed is
-        proved. This is the operator's word for it. What is there is seen again by the next pass.
+        A disk that a pass saw, and that no pass sees any more, keeps its base image until there is proof that
+        it was removed. This call is the operator's word for that. The next pass sees again what is there.
 
         :param path: of a disk, a directory or a disk root.
         :returns: how many disks are forgotten.
@@ -140,17 +145,17 @@ class CacheAdmin:
     # -- what stays and what goes --------------------------------------------------------------------
 
     def pin(self, image_id: str, *, owner: str, expires: float | None = None) -> None:
-        """Keep an image's base, whether it is in the cache yet or not.
+        """Pin an image: its base is not evicted, whether it is in the cache already or comes later.
 
-        :param owner: who wants it; an owner has one pin on an image at most.
-        :param expires: epoch seconds. None: until :meth:`unpin`.
+        :param owner: of the pin; an owner has one pin on an image at most.
+        :param expires: epoch seconds, or None to keep the pin until :meth:`unpin`.
         """
         name = layout.base_name(image_id)
         self._start()
         pins.add(self._cache, name, image_id, pins.Pin(owner, expires))
 
     def unpin(self, image_id: str, *, owner: str) -> bool:
-        """Take an owner's pin away. True: there was one."""
+        """Take an owner's pin away. Returns whether there was one."""
         name = layout.base_name(image_id)
         self._start()
         return pins.remove(self._cache, name, image_id, owner)
@@ -179,10 +184,12 @@ class CacheAdmin:
         return self._upkeep.prune(instances, older_than=older_than, until_free=until_free, dry_run=dry_run)
 
     def evict_image(self, image_id: str) -> None:
-        """Remove an image's base now, whatever its age, if nobody needs it. One that is absent is fine.
+        """Remove an image's base now, whatever its age, if nothing needs it.
+
+        Does nothing if the base is not in the cache.
 
         :param image_id: an image's, or the name of a base, for those that have no image.
-        :raises BackendError: somebody needs it, or that cannot be told; the cause says who or why.
+        :raises BackendError: something needs the base, or that cannot be told; the cause says what or why.
         """
         name = catalog.name_of(self._cache, image_id)
         self._start()
@@ -204,13 +211,13 @@ class CacheAdmin:
     ) -> ScrubReport:
         """Re-read cached images past the page cache, and compare them with checksums taken in flight.
 
-        A damaged base that nobody uses is evicted, and fetched again when it is wanted. One that is in use
+        A damaged base that nothing uses is evicted, and fetched again when it is wanted. One that is in use
         is reported and never replaced; new requests are served around it. Reading is slow and polite; call
-        it now and then, as often as the rate allows, or let the command do it.
+        this now and then, as often as the rate allows, or let the command do it.
 
-        :param image_ids: ids of images, or names of bases. None: all, the longest unchecked first.
-        :param rate: bytes per second. None: ``scrub_rate``. 0: no limit.
-        :param cancel: once set, it ends with what was found so far; the next one goes on from there.
+        :param image_ids: ids of images, or names of bases; or None for all, the longest unchecked first.
+        :param rate: bytes per second, or None for ``scrub_rate``, or 0 for no limit.
+        :param cancel: once set, the scrub ends with what it found so far; the next one goes on from there.
         :raises ConfigError, BackendError: the cache itself cannot be read.
         """
         names = None
@@ -224,15 +231,15 @@ class CacheAdmin:
     # -- how it does ---------------------------------------------------------------------------------
 
     def preflight(self) -> list[preflight.Finding]:
-        """Look for what is wrong with this host's set-up, the worst first. Changes nothing."""
+        """Return what is wrong with this host's set-up, the worst first. Changes nothing."""
         from imagecache_lib.diagnostics import preflight
 
         return preflight.examine(self._cache, self.backend)
 
     def audit(self, instances: Iterable[model.Instance] | None = None) -> audit.AuditReport:
-        """Look for what does not fit together in disks and base images. Changes nothing, and makes nothing.
+        """Report what does not fit together in disks and base images. Changes nothing, and makes nothing.
 
-        :param instances: as for :meth:`verify_base_images`. None: only the disks are known.
+        :param instances: as for :meth:`verify_base_images`, or None if only the disks are known.
         :raises ConfigError, BackendError: the cache itself cannot be read.
         """
         from imagecache_lib.diagnostics import audit
@@ -243,7 +250,7 @@ class CacheAdmin:
     def get_disk_usage(self) -> int:
         """Return the bytes the cache has allocated on the instances filesystem, stage and trash included.
 
-        0 if the cache is on another filesystem than the instances.
+        Returns 0 if the cache is on another filesystem than the instances.
 
         :raises BackendError: the cache cannot be read.
         """
@@ -251,9 +258,9 @@ class CacheAdmin:
             return inventory.disk_usage(self._cache)
 
     def get_space(self) -> SpaceReport:
-        """Return how full the cache's filesystem is, what is promised, and what would give way.
+        """Return how full the cache's filesystem is, what is promised, and what would give way, in bytes.
 
-        Reads who refers to what, as a pass does, and changes nothing.
+        Reads which disks and instances refer to which bases, as a pass does, and changes nothing.
 
         :raises ConfigError, BackendError: the cache itself cannot be read.
         """

@@ -27,7 +27,7 @@ class CacheConfig:
     instances_path: str
     #: Name of the cache's directory under ``instances_path``.
     subdirectory_name: str = "_base"
-    #: Absolute paths under which instance directories lie. Empty: only ``instances_path``.
+    #: Absolute paths under which instance directories lie; if empty, only ``instances_path``.
     disk_roots: tuple[str, ...] = ()
     #: Absolute path of the directory of lock files, or None for Nova's, ``<instances_path>/locks``.
     lock_path: str | None = None
@@ -41,7 +41,7 @@ class CacheConfig:
     decompress_images: bool = False
     #: How often a source is asked again after a failure that may pass, per endpoint round.
     num_retries: int = 3
-    #: How many images one manager fetches at a time. 0: no limit.
+    #: How many images one manager fetches at a time, or 0 for no limit.
     max_concurrent_disk_ops: int = 0
     #: vmdk ``createType`` values that are accepted.
     vmdk_allowed_types: tuple[str, ...] = ("streamOptimized", "monolithicSparse")
@@ -77,7 +77,7 @@ class CacheConfig:
     # -- disks ---------------------------------------------------------------------------------------
     #: ``none`` or ``space``: allocate a disk's whole virtual size when it is made.
     preallocate_images: str = "none"
-    #: Sync the content of a copied disk before the disk gets its name. False: a power cut soon after may
+    #: Sync the content of a copied disk before the disk gets its name. If false, a power cut soon after may
     #: take the content and leave the name; ``if_exists="reuse"`` refuses such a disk. Overlays, swap and
     #: kernels are synced always, and so is everything on filesystems without extended attributes.
     sync_copied_disks: bool = True
@@ -93,19 +93,19 @@ class CacheConfig:
     remove_unused_original_minimum_age_seconds: int = 86400
     #: The same for legacy resized bases (``<sha1>_<GiB>``).
     remove_unused_resized_minimum_age_seconds: int = 3600
-    #: Seconds between two periodic passes. 0: every 60; -1: never.
+    #: Seconds between two periodic passes, or 0 for 60 seconds, or -1 for no passes.
     manager_interval: int = 2400
-    #: Largest the cache may grow, in allocated bytes. 0: no limit.
+    #: Most bytes that the cache may allocate, or 0 for no limit.
     max_cache_size: int = 0
-    #: Evict unused bases when less than this many bytes of the filesystem are free. 0: no limit.
+    #: Evict unused bases when less than this many bytes of the filesystem are free, or 0 for no limit.
     free_space_low: int = 0
-    #: Once evicting for space, stop at this many free bytes. 0: at ``free_space_low``.
+    #: Once evicting for space, stop at this many free bytes, or 0 to stop at ``free_space_low``.
     free_space_high: int = 0
 
     #: Under pressure of space, unused bases go earlier than their age, but none younger than this.
     space_minimum_age_seconds: int = 3600
 
-    #: Bytes per second that a scrub reads. 0: no limit.
+    #: Bytes per second that a scrub reads, or 0 for no limit.
     scrub_rate: int = 32 * 2**20
 
     # -- waiting and crashes -------------------------------------------------------------------------
@@ -120,17 +120,17 @@ class CacheConfig:
     # -- pre-caching ---------------------------------------------------------------------------------
     #: How many hosts of an aggregate are asked at a time.
     precache_concurrency: int = 1
-    #: Pre-cache jobs that are over are forgotten when they were started longer ago. 0: never.
+    #: Seconds after their start when pre-cache jobs that are over are forgotten, or 0 to keep them.
     precache_job_age_seconds: int = 0
 
     # -- rbd -----------------------------------------------------------------------------------------
     #: Pool that instance disks are made in.
     images_rbd_pool: str = "rbd"
-    #: Path of the cluster's configuration. Empty: the library default.
+    #: Path of the cluster's configuration, or an empty text for librados's search path.
     images_rbd_ceph_conf: str = ""
     #: Ceph user, without ``client.``, or None for librados's default.
     rbd_user: str | None = None
-    #: Glance's name for the rbd store that it should copy images into. Empty: never ask it to.
+    #: Glance's name for the rbd store that it should copy images into, or an empty text to ask for no copies.
     images_rbd_glance_store_name: str = ""
     #: Seconds between two looks at a copy that Glance makes.
     images_rbd_glance_copy_poll_interval: int = 15

@@ -31,13 +31,14 @@ class DiskAdmin(CacheAdmin):
 
     :param config: how to cache.
     :param source: where images come from, unless a request says otherwise.
-    :param backend: a storage backend, or the name of one. None: the configuration's.
+    :param backend: a storage backend, or the name of one, or None for the one that the configuration names.
     :param host: clock, sleep, host name and the like; the default is this machine's.
-    :param certificate_store: knows the certificates of signed images. None: those in ``certificates_path``.
-    :param disk_ops: a semaphore that limits fetching and converting, shared with the driver's own work. None:
-        ``max_concurrent_disk_ops`` is the limit of this manager, for all backends together.
-    :param observers: called with what happens. None: a
-        :class:`~imagecache_lib.observers.log.LogObserver` alone.
+    :param certificate_store: knows the certificates of signed images, or None for the certificates in
+        ``certificates_path``.
+    :param disk_ops: a semaphore that limits fetching and converting, shared with the driver's own work. With
+        None the limit of this manager, for all backends together, is ``max_concurrent_disk_ops``.
+    :param observers: called with what happens. With None only a
+        :class:`~imagecache_lib.observers.log.LogObserver` is.
     :raises ConfigError: the backend is unknown or its configuration cannot work.
     """
 
@@ -76,34 +77,34 @@ class DiskAdmin(CacheAdmin):
         """Return what an existing disk is: its format, its size, and the base it needs.
 
         :param target: absolute path, or for rbd an image name.
-        :param backend: of this disk. None: the manager's.
-        :raises BackendError: there is none, or it cannot be read.
+        :param backend: of this disk, or None for the manager's.
+        :raises BackendError: there is no such disk, or it cannot be read.
         """
         return self._backend_of(backend).inspect(target)
 
     def resize_disk(
         self, disk: model.Disk, size: int, *, backend: StorageBackend | str | None = None
     ) -> model.Disk:
-        """Grow a disk to ``size`` bytes. It is never shrunk.
+        """Grow a disk to ``size`` bytes, and return what it is now. It is never shrunk.
 
-        :param backend: of this disk. None: the manager's.
+        :param backend: of this disk, or None for the manager's.
         :raises DiskTooSmallError, NoSpaceError, BackendError: the disk is as it was.
         """
         return self._backend_of(backend).resize(disk, size)
 
     def flatten_disk(self, disk: model.Disk, *, backend: StorageBackend | str | None = None) -> model.Disk:
-        """Cut a disk loose from its base image.
+        """Cut a disk loose from its base image, and return what it is now.
 
-        :param backend: of this disk. None: the manager's.
+        :param backend: of this disk, or None for the manager's.
         :raises NoSpaceError, BackendError: the disk still needs its base. One with internal snapshots is
             refused, since they would lose what they have of it.
         """
         return self._backend_of(backend).flatten(disk)
 
     def remove_disk(self, disk: model.Disk, *, backend: StorageBackend | str | None = None) -> None:
-        """Remove a disk. One that is gone is fine.
+        """Remove a disk. Does nothing if the disk is gone already.
 
-        :param backend: of this disk. None: the manager's.
+        :param backend: of this disk, or None for the manager's.
         :raises BackendError: the storage failed.
         """
         self._backend_of(backend).remove(disk)
@@ -114,8 +115,8 @@ class DiskAdmin(CacheAdmin):
         Cheap, and judges nothing: for a guest that starts anew where it was. For a disk that came from
         another host there is :meth:`ensure_backing`.
 
-        :param backend: of this disk. None: the manager's.
-        :returns: whether its base is here. True for a disk that has none.
+        :param backend: of this disk, or None for the manager's.
+        :returns: whether its base is here, or True for a disk that needs no base.
         :raises BackendError: the disk cannot be read.
         """
         base = self._backend_of(backend).inspect(disk.target).base
@@ -147,13 +148,14 @@ class DiskAdmin(CacheAdmin):
         The header may name the base in any of the ways that QEMU writes, and other overlays in the disk's
         directory may lie between, as external snapshots leave them.
 
-        :param image_id: the image that the disk was made from. None: :meth:`create_swap` or
-            :meth:`create_ephemeral` made it, and its base is made anew, byte for byte.
-        :param os_type: of an ephemeral disk, as :meth:`create_ephemeral` was asked for it. The name of its
-            base does not tell which filesystem it has. None: not told; then the disk itself may show it.
+        :param image_id: the image that the disk was made from, or None if :meth:`create_swap` or
+            :meth:`create_ephemeral` made it; then its base is made anew, byte for byte.
+        :param os_type: of an ephemeral disk, as :meth:`create_ephemeral` was asked for it, since the name of
+            its base does not tell which filesystem it has; or None if the caller does not know it, in which
+            case the disk itself may show it.
         :param fs: likewise.
         :param label: likewise.
-        :param backend: of this disk. None: the manager's.
+        :param backend: of this disk, or None for the manager's.
         :returns: the base, or None if the disk stands alone. It may be a legacy resized one of the image
             (``<sha1>_<GiB>``), which is served while it is there, and never made.
         :raises BackendError: the header names something else; or the base that is here has another format, or
@@ -185,9 +187,9 @@ class DiskAdmin(CacheAdmin):
             return dataclasses.replace(lease.base, fd=None)
 
     def _backend_of(self, backend: StorageBackend | str | None) -> StorageBackend:
-        """Return the backend of one call. None: the manager's.
+        """Return the backend of one call, which is the manager's for None.
 
-        :raises ConfigError: it is unknown or its configuration cannot work.
+        :raises ConfigError: the backend is unknown or its configuration cannot work.
         """
         if isinstance(backend, StorageBackend):
             return backend

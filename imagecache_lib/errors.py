@@ -6,12 +6,12 @@ error                     who acts
 ========================  =================================================
 ``ImageNotFound``         the user: no such image, or no right to see it
 ``ImageRejected``         the image's owner: the image is bad; never retry
-``SourceError``           no one: the caller retries later
+``SourceError``           the caller: retry later
 ``NoSpaceError``          the operator: make room
 ``DiskTooSmallError``     the user: choose a larger disk
 ``DiskExistsError``       the driver: the target is taken
-``LockTimeoutError``      no one: the caller retries later
-``CancelledError``        no one: the caller cancelled the call
+``LockTimeoutError``      the caller: retry later
+``CancelledError``        none needed: the caller cancelled the call
 ``LeaseLostError``        the driver: remove what it made, then call again
 ``CacheEntryError``       the operator: move away what is no base image
 ``BackendError``          the operator: the storage failed
@@ -94,7 +94,7 @@ class DiskTooSmallError(ImageCacheError):
     :param size: bytes that were asked for.
     :param virtual_size: bytes that the image or the disk has.
 
-    Both are attributes too. None: not known.
+    Both are attributes too, each None if it is not known.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class Event:
 
     #: How much it matters, as one of logging's levels. From INFO on, it is told in notifications.
     level: ClassVar[int] = logging.DEBUG
-    #: Name and description of the metric that counts it. None: no metric does.
+    #: Name and description of the metric that counts it, or None if no metric does.
     counter: ClassVar[tuple[str, str] | None] = None
 
     name: str

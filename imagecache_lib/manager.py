@@ -31,16 +31,17 @@ from imagecache_lib.upkeep.verify import VerifyReport
 
 LOG = logging.getLogger(__name__)
 
-#: Who owns the pins of :meth:`ImageCacheManager.cache_image`.
+#: Owner of the pins of :meth:`ImageCacheManager.cache_image`.
 _PRECACHE = "pre-cache"
 
 
 class ImageCacheManager(DiskAdmin):
     """The image cache of one host. Safe to share between threads; processes make one each.
 
-    Nothing is touched before the first call, which makes what is missing and repairs what a crash left. What
-    an operator asks for is in :class:`~imagecache_lib.admin.CacheAdmin`, what is done with disks that exist
-    in :class:`~imagecache_lib.disks.DiskAdmin`, which also has the parameters; here are the two flows.
+    The constructor changes nothing on disk. The first call makes what the cache lacks, and repairs what a
+    crash left.
+    An operator's calls are in :class:`~imagecache_lib.admin.CacheAdmin`, those on existing disks in
+    :class:`~imagecache_lib.disks.DiskAdmin`, which also has the parameters; here are the two flows.
     """
 
     # -- spawn ---------------------------------------------------------------------------------------
@@ -55,13 +56,13 @@ class ImageCacheManager(DiskAdmin):
         backend: StorageBackend | str | None = None,
         request: model.Request | None = None,
     ) -> model.Disk:
-        """Make an instance disk from an image.
+        """Make an instance disk from an image, and return it.
 
         :param target: absolute path, or for rbd an image name.
-        :param size: virtual size in bytes. None: the image's.
+        :param size: virtual size in bytes, or None for the image's own size.
         :param if_exists: ``"error"``, or ``"reuse"``: make sure of the existing disk's base, grow it, and
             change nothing else (evacuate, rebuild, retry).
-        :param backend: of this disk: one instance may have several. None: the manager's.
+        :param backend: of this disk, or None for the manager's: one instance may have several.
         :raises DiskExistsError: the target exists.
         :raises DiskTooSmallError: the image's virtual size is larger; nothing was written.
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: nothing is left behind.
@@ -87,11 +88,11 @@ class ImageCacheManager(DiskAdmin):
         if_exists: str = "error",
         backend: StorageBackend | str | None = None,
     ) -> model.Disk:
-        """Make a swap disk of so many MiB, formatted.
+        """Make a swap disk of ``size_mb`` MiB, formatted, and return it.
 
         :param target: absolute path, or for rbd an image name.
         :param if_exists: ``"error"``, or ``"reuse"``: make sure of the existing disk's base.
-        :param backend: of this disk. None: the manager's.
+        :param backend: of this disk, or None for the manager's.
         :raises DiskExistsError: the target exists.
         :raises NoSpaceError, BackendError, ConfigError: nothing is left behind.
         """
@@ -114,16 +115,16 @@ class ImageCacheManager(DiskAdmin):
         if_exists: str = "error",
         backend: StorageBackend | str | None = None,
     ) -> model.Disk:
-        """Make an ephemeral disk of so many GiB, with an empty filesystem.
+        """Make an ephemeral disk of ``size_gb`` GiB, with an empty filesystem, and return it.
 
         :param target: absolute path, or for rbd an image name.
         :param os_type: the guest's type, which chooses the filesystem where ``fs`` does not: the operator's
             command for it, else ``default_ephemeral_format``, else ext4 for ``linux``, ntfs for ``windows``
             and vfat for others.
         :param fs: ext2, ext3, ext4, vfat, xfs or ntfs.
-        :param label: the filesystem's label. None: ``ephemeral0``. Give each disk of a guest its own.
+        :param label: the filesystem's label, or None for ``ephemeral0``. Give each disk of a guest its own.
         :param if_exists: as for :meth:`create_disk`: an existing disk is grown, its filesystem is not.
-        :param backend: of this disk. None: the manager's.
+        :param backend: of this disk, or None for the manager's.
         :raises DiskExistsError: the target exists.
         :raises NoSpaceError, BackendError, ConfigError: nothing is left behind.
         """
@@ -175,8 +176,8 @@ class ImageCacheManager(DiskAdmin):
     ) -> Iterator[model.BaseImage]:
         """Lease a base image, for drivers that make their disks themselves.
 
-        Yields the base image. While the lease is held, no evictor takes it, as far as locks work. That it is
-        still there is checked at the end.
+        Yields the base image. While the lease is held, no evictor removes the base, as far as locks work. At
+        the end the lease checks that the base is still in the cache.
 
         :raises LeaseLostError: at the end, if the base left the cache meanwhile: throw away what was made.
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: at the start.
@@ -196,7 +197,9 @@ class ImageCacheManager(DiskAdmin):
     def lease_cached(self, image_id: str) -> Iterator[model.BaseImage]:
         """Lease a base image if it is in the cache and serves: nothing is fetched for it.
 
-        :raises ImageNotFound: it is not there, or does not serve.
+        Yields the base image.
+
+        :raises ImageNotFound: the base is not in the cache, or does not serve.
         """
         base = self._ingest.request(self._call(image_id, None), Use.DISK)
         with self._leases.acquire_cached(base) as lease:
@@ -207,15 +210,18 @@ class ImageCacheManager(DiskAdmin):
     def cache_image(
         self, image_id: str, *, pin_until: float | None = None, request: model.Request | None = None
     ) -> model.CacheResult:
-        """Have an image in the cache before any disk needs it. As :meth:`precache_image`."""
+        """Have an image in the cache before any disk needs it, and return what was found or done.
+
+        Parameters and errors are those of :meth:`precache_image`.
+        """
         return self.precache_image(image_id, pin_until=pin_until, request=request).result
 
     def precache_image(
         self, image_id: str, *, pin_until: float | None = None, request: model.Request | None = None
     ) -> model.CacheReport:
-        """Have an image in the cache before any disk needs it, and tell what that took.
+        """Have an image in the cache before any disk needs it, and return what that took.
 
-        :param pin_until: epoch seconds until which it stays even if nothing uses it.
+        :param pin_until: epoch seconds until which the base stays even if nothing uses it.
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: it is not cached.
         """
         call = self._call(image_id, request)
@@ -260,8 +266,10 @@ class ImageCacheManager(DiskAdmin):
     ) -> VerifyReport:
         """Remove base images that no instance uses and that are old enough. Call it periodically.
 
-        :param instances: all instances on this host; on shared storage those of all hosts that share it.
-            None: the driver could not tell; then everything stays.
+        Returns the report of the pass.
+
+        :param instances: all instances on this host; on shared storage those of all hosts that share it; or
+            None if the driver could not tell, in which case every base stays.
         :param dry_run: change nothing, and report what would be done.
         :raises ConfigError, BackendError: the cache itself cannot be read.
         """

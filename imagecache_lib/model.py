@@ -129,7 +129,7 @@ class CacheReport:
     """What :meth:`ImageCacheManager.precache_image` did.
 
     :param received: bytes that came over the wire for it.
-    :param allocated: bytes that its base image takes on disk. 0 where it shares those of another one.
+    :param allocated: bytes that its base image takes on disk, or 0 if it shares the extents of another one.
     """
 
     result: CacheResult
@@ -189,7 +189,7 @@ def _several(uuid: object, field: str, values: Any) -> tuple[Any, ...]:
 
 
 class CancelToken(Protocol):
-    """What cancels a request: a :class:`threading.Event` will do."""
+    """Cancels a request: a :class:`threading.Event` will do."""
 
     def is_set(self) -> bool:
         """Whether the caller has given up."""

@@ -121,7 +121,7 @@ def register_opts(conf: cfg.ConfigOpts) -> None:
 def config_from(conf: cfg.ConfigOpts, *, backend: str | None = None) -> CacheConfig:
     """Return the configuration that ``conf`` holds, registering what it lacks.
 
-    :param backend: of managers that are not given one. None: the one that ``images_type`` stands for.
+    :param backend: of managers that are not given one, or None for the one that ``images_type`` stands for.
     :raises ConfigError: a value cannot be read, or cannot work.
     """
     register_opts(conf)

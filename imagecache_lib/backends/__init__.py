@@ -15,9 +15,9 @@ GROUP = "imagecache_lib.backends"
 
 
 def load_backend(name: str, config: CacheConfig, host: System) -> StorageBackend:
-    """Make the backend of that name.
+    """Return a new backend of that name.
 
-    :raises ConfigError: nobody registered one, or it cannot be loaded or configured.
+    :raises ConfigError: no installed package registers one, or it cannot be loaded or configured.
     """
     try:
         found = importlib.metadata.entry_points(group=GROUP)

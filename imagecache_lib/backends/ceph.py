@@ -32,7 +32,7 @@ class Missing(errors.BackendError):
 
 
 class Busy(errors.BackendError):
-    """It is in use: open for writing, protected, or somebody's parent."""
+    """The image or snapshot is in use: open for writing, protected, or the parent of a clone."""
 
 
 class Denied(errors.BackendError):
@@ -88,9 +88,9 @@ class CephCluster(Protocol):
         """Open an image or snapshot for reading, and return what it is."""
 
     def create(self, name: RbdName, size: int) -> None:
-        """Make an empty image.
+        """Make an empty image of ``size`` bytes.
 
-        :raises DiskExistsError: there is one.
+        :raises DiskExistsError: the pool has an image of that name.
         """
 
     def fill(self, name: RbdName, chunks: Iterable[tuple[int, bytes]]) -> None:
@@ -99,12 +99,12 @@ class CephCluster(Protocol):
     def clone(self, snapshot: RbdName, name: RbdName) -> None:
         """Make an image whose content is a snapshot's, without copying.
 
-        :raises Unprotected: see there.
-        :raises DiskExistsError: there is one of that name.
+        :raises Unprotected: the snapshot is not protected, and this cluster demands that.
+        :raises DiskExistsError: the pool has an image of that name.
         """
 
     def resize(self, name: RbdName, size: int) -> None:
-        """Change the size of an image."""
+        """Change the size of an image to ``size`` bytes."""
 
     def flatten(self, name: RbdName) -> None:
         """Copy into a clone what its parent has, and forget the parent. An image without one is fine."""
@@ -112,7 +112,7 @@ class CephCluster(Protocol):
     def rename(self, name: RbdName, new: str) -> None:
         """Give a closed image another name in its pool. Of several that want one name at once, one gets it.
 
-        :raises DiskExistsError: there is one of that name; the image still has its own.
+        :raises DiskExistsError: another image has the new name; this image keeps its own.
         """
 
     def mend_names(self, pool: str, names: re.Pattern[str], before: float) -> None:
@@ -125,15 +125,15 @@ class CephCluster(Protocol):
     def remove(self, name: RbdName) -> None:
         """Remove an image.
 
-        :raises Busy: it is open for writing, or has snapshots.
+        :raises Busy: the image is open for writing, or has snapshots.
         """
 
 
 class LibrbdCluster:
     """A real cluster, through librados and librbd. Nothing is loaded or asked before the first call.
 
-    :param conf: path of the cluster's configuration. Empty: the library's search path.
-    :param user: Ceph user, without ``client.``. None: ``admin``, the library's default.
+    :param conf: path of the cluster's configuration, or an empty text for librados's search path.
+    :param user: Ceph user, without ``client.``, or None for ``admin``, librados's default.
     """
 
     def __init__(self, conf: str = "", user: str | None = None) -> None:

@@ -31,7 +31,7 @@ from imagecache_lib.system.translate import translated
 #: As much of a disk as a qcow2 header that any tool writes.
 HEADER_BYTES = 65536
 
-#: More files than this are no chain that anybody works with.
+#: A chain of more files than this is refused: no disk in use has so many overlays.
 _DEEPEST = 64
 
 #: QEMU takes what stands before a colon for a protocol, unless a slash stands before that.
@@ -57,9 +57,9 @@ class Chain:
     """A disk and what lies under it.
 
     :param layers: the overlays, the disk itself first.
-    :param base: the name in the cache of the base image under them. None: there is none.
-    :param base_format: the format that the header above it says it has, by QEMU's name. None: it does not
-        say.
+    :param base: the name in the cache of the base image under them, or None if there is none.
+    :param base_format: the format that the header above it says it has, by QEMU's name, or None if the header
+        does not say.
     """
 
     layers: tuple[Layer, ...]
@@ -143,7 +143,7 @@ class ChainReader:
         return format
 
     def _base(self, top: Layer, named: _Named) -> str | None:
-        """Return the name of the base that a header names. None: it names no base of this cache."""
+        """Return the name of the base that a header names, or None if it names no base of this cache."""
         name = os.path.basename(named.path)
         if layout.classify(name) not in _BASES:
             return None
@@ -206,7 +206,7 @@ class ChainReader:
 def _parse(layer: Layer, target: str) -> _Named:
     """Return what a header names.
 
-    :raises BackendError: it is written in a way that is not followed.
+    :raises BackendError: the name is written in a way that is not followed.
     """
     assert layer.header.backing_file is not None  # only asked for one
     text = os.fsdecode(layer.header.backing_file)
@@ -224,11 +224,11 @@ def _parse(layer: Layer, target: str) -> _Named:
 
 
 def _in_words(text: str) -> _Named | None:
-    """Return what a backing file's name means. None: something that is not followed."""
+    """Return what a backing file's name means, or None if it is written in a way that is not followed."""
     if text.startswith("json:"):
         return _in_json(text.removeprefix("json:"))
     if text.startswith("file:"):
-        # Relative to the working directory of QEMU, and not to the overlay: nobody means that.
+        # Relative to the working directory of QEMU, and not to the overlay: no tool writes that on purpose.
         path = text.removeprefix("file:")
         return _Named(path, None) if os.path.isabs(path) else None
     return None if _PROTOCOL.match(text) else _Named(text, None)

@@ -39,8 +39,8 @@ class FileBackend(StorageBackend):
     """Disks that are files on the host. Targets are absolute paths in existing directories.
 
     :param grow_filesystem: called with the path of each raw disk that has just grown, in which a filesystem
-        may lie without any partition: what grows it. A new disk does not have its name yet then. None: a
-        filesystem stays as large as it was.
+        may lie without any partition, to grow that filesystem. A new disk does not have its name yet then.
+        With None a filesystem stays as large as it was.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class FileBackend(StorageBackend):
                         self._let_filesystem_grow(file.path)
                 elif wanted > base.virtual_size:
                     self._qemu_img.resize(DiskFile(file.path, base.format), wanted)
-            # An empty swap area or filesystem is a few blocks, and nobody could tell that they were lost.
+            # An empty swap area or filesystem is a few blocks, and no check could tell that they were lost.
             optional = layout.classify(base.name) in (layout.Kind.ORIGINAL, layout.Kind.RESIZED)
             sync = self._config.sync_copied_disks or not optional
             yield self._sealed(file, model.Disk(target, base.format, wanted), sync=sync)
@@ -169,7 +169,7 @@ class FileBackend(StorageBackend):
         try:
             return self._chains.read(target, header).base
         except errors.ImageCacheError:
-            return None  # that is for whoever needs the base to say
+            return None  # a call that needs the base reads the chain itself, and raises
 
     def _chain(self, target: str, format: str, header: Header | None) -> DiskFile:
         """Return a disk as qemu-img is to open it, with the base under it."""
@@ -185,7 +185,7 @@ class FileBackend(StorageBackend):
             if looks_like_qcow2:
                 raise
             return "raw"
-        # Nobody pinned it: a qcow2 is one by its header; this is how the disks of old are found too.
+        # Where no record pins the format, the header decides: disks from before such records are found too.
         return pinned or ("qcow2" if looks_like_qcow2 else "raw")
 
     def ensure_durable(self, target: str) -> bool:

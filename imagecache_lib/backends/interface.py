@@ -33,8 +33,8 @@ class Feature(enum.Enum):
 class CannotClone(errors.BackendError):
     """The image cannot be cloned inside the storage; the cause says why. It can be fetched instead.
 
-    :param store: name of the image service's store that would make cloning possible if it had the image.
-        None: that would not help.
+    :param store: name of the image service's store that would make cloning possible if it had the image, or
+        None if no store would.
     """
 
     def __init__(self, cause: str, *, store: str | None = None, **known: str | None) -> None:
@@ -74,7 +74,7 @@ class StorageBackend(abc.ABC):
     name: ClassVar[str]
     #: What it can do beyond the basics.
     features: ClassVar[frozenset[Feature]] = frozenset()
-    #: qemu's name of the only format that its base images may have. None: any.
+    #: qemu's name of the only format that its base images may have, or None if they may have any.
     base_format: ClassVar[str | None] = None
 
     @classmethod
@@ -103,7 +103,7 @@ class StorageBackend(abc.ABC):
     def inspect(self, target: str) -> model.Disk:
         """Return what the existing disk is.
 
-        :raises BackendError: there is none, or it cannot be read.
+        :raises BackendError: there is no such disk, or it cannot be read.
         """
 
     @abc.abstractmethod
@@ -117,7 +117,7 @@ class StorageBackend(abc.ABC):
         by whatever exception, leaves nothing.
 
         :param base: a base image that is held: its descriptor is open.
-        :param size: virtual size wanted, in bytes, at least the base's. None: the base's.
+        :param size: virtual size wanted, in bytes, at least the base's; or None for the base's own size.
         :raises DiskExistsError: the target exists. It may be raised by the commit instead.
         :raises NoSpaceError: there is no room.
         :raises BackendError: the storage failed.
@@ -143,7 +143,7 @@ class StorageBackend(abc.ABC):
         return True
 
     def clone(self, image: model.Image, target: str, size: int | None) -> model.Disk:
-        """Make a disk from the image service's own storage, without fetching.
+        """Make a disk from the image service's own storage, without fetching, and return it.
 
         :raises CannotClone: not this image, or not this backend; the cause says why.
         :raises DiskTooSmallError: ``size`` is below the image's virtual size.
@@ -154,7 +154,7 @@ class StorageBackend(abc.ABC):
 
     @abc.abstractmethod
     def resize(self, disk: model.Disk, size: int) -> model.Disk:
-        """Grow the disk to ``size`` bytes; the same size is fine.
+        """Grow the disk to ``size`` bytes, and return what it is now. A disk of that size stays as it is.
 
         :raises DiskTooSmallError: it would shrink.
         :raises NoSpaceError: no room.
@@ -162,7 +162,9 @@ class StorageBackend(abc.ABC):
         """
 
     def flatten(self, disk: model.Disk) -> model.Disk:
-        """Cut the disk loose from its base image. The default is right for disks that stand alone.
+        """Cut the disk loose from its base image, and return what it is now.
+
+        The default is right for disks that stand alone.
 
         :raises BackendError: the storage failed; the disk is as it was.
         """

@@ -32,7 +32,7 @@ _UNFINISHED = re.compile(r".+\.[0-9a-f]{32}\.new")
 
 
 def parse_location(url: str) -> tuple[str, ceph.RbdName] | None:
-    """Return the cluster's id and the snapshot that an image's location names. None: it names none."""
+    """Return the cluster's id and the snapshot that an image's location names, or None if it names none."""
     prefix, _, rest = url.partition("://")
     parts = [urllib.parse.unquote(part) for part in rest.split("/")]
     if prefix != "rbd" or len(parts) != 4 or not all(parts):

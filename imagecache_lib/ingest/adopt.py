@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bases that were not checked for what they are wanted for: checking them as far as can be, where they lie.
+"""Checking bases in the cache, where they lie, that were not checked yet for what they are wanted for.
 
-Those that we did not publish, once, before their first use; and those of which nothing is missing but an
-inspection under today's rules.
+A base that this library did not publish is checked once, before its first use. A base whose record lacks
+nothing but an inspection under today's rules is inspected again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from imagecache_lib.system.translate import translated
 def adopt(
     cache: CacheStore, base: OpenBase, call: Call, use: evidence.Use, converter: QemuImg
 ) -> tuple[evidence.Record | None, str]:
-    """Check a base that carries no evidence, and write down what was found.
+    """Check a base that has no record, and write one with what was found.
 
     :returns: its record, or None and the reason why it does not serve, as a clause.
     :raises SourceError: what the source says of the image is needed and it does not answer.
@@ -126,7 +126,7 @@ def _bound(
 
 
 def _what_the_source_says(call: Call) -> model.Image | None:
-    """None: the image is gone, and the copy that is here is all there is."""
+    """Return the source's description of the image, or None if the image is gone from the source."""
     try:
         _source, image = call.describe()
     except errors.ImageNotFound:
@@ -191,9 +191,9 @@ def _compare(
     use: evidence.Use,
     finding: inspection.Finding | None,
 ) -> bool:
-    """Compare a base with what the source says. True: its digest was checked.
+    """Compare a base with what the source says. Returns whether its digest was checked.
 
-    :raises ImageRejected: it is not what the source has.
+    :raises ImageRejected: the base is not what the source has.
     """
     if base.stat.st_size == 0:
         raise errors.ImageRejected("the file is empty")
@@ -238,6 +238,6 @@ def _as_converted(record: evidence.Record, image: model.Image) -> evidence.Recor
 
 
 def _make_durable(base: OpenBase) -> None:
-    """Nobody knows whether its maker synced it, and overlays are about to depend on it."""
+    """Sync the base: the process that made it may not have, and overlays are about to depend on it."""
     os.fsync(base.fd)
     durable.sync_directory(os.path.dirname(base.path))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes on beside a transfer: something slow, on a thread of its own, or nothing."""
+"""Consumers beside a transfer: a slow one on a thread of its own, or one that does nothing."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Updated(Protocol):
 
 
 class Aside:
-    """Hands chunks to something slow, in order, on a thread of its own.
+    """Hands chunks to a slow consumer, in order, on a thread of its own.
 
-    Nothing here waits without a limit, and a signal that raises at any point wedges nothing: chunks, and the
+    No method waits without a limit, and a signal that raises at any point wedges nothing: chunks, and the
     slots that bound their number, travel through ``queue.SimpleQueue``, whose operations are atomic.
 
-    :param updated: takes the chunks. What it raises is raised by :meth:`feed` or :meth:`finish`.
+    :param updated: takes the chunks. :meth:`feed` or :meth:`finish` raises what it raises.
     :param waiter: the caller, which may stop waiting.
     """
 
@@ -111,9 +111,9 @@ class Aside:
 
 
 class Ignoring(Generic[_Result]):
-    """A :class:`~imagecache_lib.ingest.stream.Consumer` where there is nothing to do.
+    """A :class:`~imagecache_lib.ingest.stream.Consumer` that does nothing with its chunks.
 
-    :param result: what became of it.
+    :param result: what :meth:`finish` returns.
     """
 
     def __init__(self, result: _Result) -> None:

@@ -32,10 +32,10 @@ class Question:
     def wait(self, timeout: float, check: Callable[[], None]) -> None:
         """Return once the source says that it has the image.
 
-        :param timeout: seconds.
+        :param timeout: seconds to wait for the answer.
         :param check: raises if the caller no longer waits.
-        :raises ImageNotFound: it has not, or not for this caller.
-        :raises SourceError: it fails, or did not answer in time.
+        :raises ImageNotFound: the source does not have the image, or denies it to this caller.
+        :raises SourceError: the source failed, or did not answer in time.
         """
         until = self._host.monotonic() + timeout
         while not self._answered.wait(min(_SLICE, timeout)):

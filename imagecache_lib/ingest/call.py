@@ -24,12 +24,12 @@ class Call:
     The source is asked for the image's metadata at most once, and not at all while the cache can answer.
 
     :ivar name: the base's name in the cache.
-    :ivar stored_format: qemu's name of the format the base must have. None: any will do.
-    :ivar size: virtual size in bytes of the disk that is wanted. None: whatever the image has.
+    :ivar stored_format: qemu's name of the format that the base must have, or None if any format will do.
+    :ivar size: virtual size in bytes of the disk that is wanted, or None for the image's own size.
     :ivar waiter: the caller, which may cancel the call or have a deadline.
-    :param size: virtual size of the disk that is wanted, in bytes. None: whatever the image has.
-    :param made: a disk was made from the image before. It needs the base that it was made on, whichever
-        digest the source states today.
+    :param size: virtual size of the disk that is wanted, in bytes, or None for the image's own size.
+    :param made: whether a disk was made from the image before. That disk needs the base that it was made on,
+        whichever digest the source states today.
     :raises ImageRejected: the id cannot be an image's.
     """
 
@@ -59,7 +59,7 @@ class Call:
 
     @property
     def trusted_certs(self) -> tuple[str, ...] | None:
-        """Certificates that the caller or the configuration demands. None: none are."""
+        """Ids of the certificates that the caller or the configuration demands, or None if neither does."""
         if self.request.trusted_certs is not None:
             return self.request.trusted_certs
         if self._config.enable_certificate_validation:
@@ -68,7 +68,7 @@ class Call:
 
     @property
     def known_digest(self) -> model.Digest | None:
-        """The digest that the image's data must have, if its source knows it without asking anybody."""
+        """The digest that the image's data must have, if its source knows it without asking a server."""
         return None if self._made else self._source.known_digest(self.image_id)
 
     @property
@@ -90,7 +90,7 @@ class Call:
     def require_fit(self, virtual_size: int) -> None:
         """Refuse an image that is larger than the disk.
 
-        :raises DiskTooSmallError: it is.
+        :raises DiskTooSmallError: the image is larger.
         """
         require_fit(self.image_id, virtual_size, self.size)
 

@@ -20,8 +20,8 @@ class CertificateStore(Protocol):
     def get(self, certificate_id: str) -> bytes:
         """Return a certificate, PEM encoded (RFC 7468).
 
-        :raises ImageRejected: there is none with this id.
-        :raises SourceError: it cannot be got now.
+        :raises ImageRejected: the store has no certificate with this id.
+        :raises SourceError: the store cannot be read now.
         """
 
 
@@ -49,7 +49,7 @@ class DirectoryCertificates:
 class CastellanCertificates:
     """Certificates in the key manager that castellan is configured for, such as Barbican.
 
-    :param context: castellan's credential, or the request's context, with which they are asked for.
+    :param context: castellan's credential, or the request's context, with which the certificates are read.
     """
 
     def __init__(self, context: Any) -> None:

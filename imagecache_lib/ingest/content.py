@@ -21,8 +21,8 @@ class ContentStage:
 
     The first chunks are held back until they show what the image is.
 
-    :param content_size: bytes of the content. None: not known before the last of them came.
-    :param disk_size: virtual size in bytes of the disk that is wanted. None: whatever the image has.
+    :param content_size: size of the content in bytes, or None if it is not known before its last byte came.
+    :param disk_size: virtual size in bytes of the disk that is wanted, or None for the image's own size.
     """
 
     def __init__(
@@ -70,7 +70,11 @@ class ContentStage:
             self._require_fit(self._taken - behind)
 
     def finish(self) -> Content:
-        """Check the whole and complete the stage file. Returns what is in it. Raises as :meth:`feed`."""
+        """Check the whole content and complete the stage file.
+
+        :returns: what the stage file holds.
+        :raises: as :meth:`feed`.
+        """
         self._inspection.finish()
         decoder = self._decoder or self._begin_decoding()
         virtual_size = decoder.finish()

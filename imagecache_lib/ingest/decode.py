@@ -137,8 +137,8 @@ def settle(fd: int, disk: DiskFile, rules: Rules, converter: QemuImg, waiter: Wa
     """Return the virtual size of a whole image on which its own header and the program that serves it agree.
 
     :param fd: the disk's file, open for reading.
-    :raises ImageRejected: they do not, or the program does not open it, or the rules refuse it.
-    :raises BackendError: the host is at fault.
+    :raises ImageRejected: they do not agree, or the program does not open the image, or the rules refuse it.
+    :raises BackendError: the host is at fault, and not the image.
     """
     stated = rules.judge(OpenFile(fd), disk.format).virtual_size
     try:
@@ -243,7 +243,7 @@ class SpoolAndConvert:
         return virtual_size
 
     def _decoded_bytes(self, source: DiskFile) -> int:
-        """Return how much it will be: the others store data as it is, and take no less room than it."""
+        """Return the most bytes that the raw image takes: without compression, no more than the spool."""
         if source.format in _COMPRESSING:
             with contextlib.suppress(DataRefused):  # the conversion will say what is wrong
                 return self._work.converter.mapped_bytes(source, waiter=self._work.waiter)
@@ -255,10 +255,10 @@ class SpoolAndConvert:
 
 
 def choose(finding: Finding | None, work: Work, *, wanted: str | None, file_size: int | None) -> Decoder:
-    """Return how an image becomes what is stored.
+    """Return the decoder that turns an image into what is stored.
 
-    :param finding: what the content is. None: a plain file, such as a kernel, which is not looked into.
-    :param wanted: qemu's name of the format that the base must have. None: any will do.
+    :param finding: what the content is, or None for a plain file, such as a kernel, which is not inspected.
+    :param wanted: qemu's name of the format that the base must have, or None if any format will do.
     :param file_size: of the image's data in bytes, if it is known.
     :raises ImageRejected: the format that is wanted is neither raw nor the image's own.
     """
@@ -275,7 +275,7 @@ def choose(finding: Finding | None, work: Work, *, wanted: str | None, file_size
 
 
 def _is_converted(finding: Finding, wanted: str | None, config: CacheConfig) -> bool:
-    """Whether the image is stored as raw, whatever it is.
+    """Whether the image is stored as raw, whatever its own format.
 
     :raises ImageRejected: the format that is wanted is neither raw nor the image's own.
     """

@@ -68,7 +68,7 @@ _NO_DISKS = {
 
 
 def compression_of(image: model.Image, use: evidence.Use, config: CacheConfig) -> str | None:
-    """Return how an image's data is compressed, or None if it is to be taken as it comes.
+    """Return how an image's data is compressed, or None if it is to be stored without unpacking.
 
     :returns: one of :data:`model.COMPRESSIONS`, or :data:`ANY`: its first bytes tell.
     :raises ImageRejected: the image is to be a disk and its container format is of something else, or it is
@@ -244,9 +244,9 @@ class Unpacking:
             self._members += 1
 
     def finish(self) -> Content:
-        """Check that the data ended where it should. Returns what became of it.
+        """Check that the data ended where it should. Returns the result of the consumer of the pieces.
 
-        :raises ImageRejected: it did not.
+        :raises ImageRejected: the data is truncated, or the consumer refuses it.
         """
         if self._member is not None:
             raise self._bad("it ends early")

@@ -23,7 +23,7 @@ from imagecache_lib.store.stage import Stage
 from imagecache_lib.system import atomic_file, durable, sparse
 from imagecache_lib.system.translate import translated
 
-#: Digests that nobody can find a second content for.
+#: Digest algorithms for which no attacker can find a second content with the same digest.
 _STRONG = frozenset(("sha256", "sha384", "sha512", "sha3_256", "sha3_384", "sha3_512", "blake2b", "blake2s"))
 
 _PIECE = 2**20
@@ -51,16 +51,16 @@ class Twin:
 def find(
     cache: CacheStore, call: Call, source: ImageSource, image: model.Image, use: evidence.Use
 ) -> Twin | None:
-    """Look for a base that was made from the same bytes and is stored as this call needs it.
+    """Return a base that was made from the same bytes and is stored as this call needs it, or None.
 
     :param source: where the image's description is from.
-    :raises ImageRejected: there is one, and its content is not what this image claims to be.
+    :raises ImageRejected: there is such a base, and its content is not what this image claims to be.
     """
     digest = image.digest
     if digest is None or digest.algorithm not in _STRONG or image.converted_from is not None:
         return None
     if not source.vouches_for_digest(image):
-        return None  # a digest that anybody may state opens nothing
+        return None  # an image's owner may have stated this digest, so it gives no access to a twin
     if call.demands_signature:
         return None  # a signature is of one image, and has to be verified on its way
     for name in _names_with(digest, cache):
@@ -132,19 +132,19 @@ def _inspect(opened: OpenBase, cache: CacheStore, image: model.Image) -> None:
 
 
 def share(twin: Twin, stage: Stage) -> bool:
-    """Fill a stage with a twin's content by sharing its extents. False: the filesystem cannot."""
+    """Fill a stage with a twin's content by sharing its extents. Returns False if the filesystem cannot."""
     with translated(stage.path):
         return atomic_file.share_extents(twin.opened.fd, stage.fd)
 
 
 def is_whole(twin: Twin, stage: Stage) -> bool:
-    """Read what was shared. False: it is not what the checksums say, so the disk has changed the twin."""
+    """Read what was shared. Returns False if its checksums differ, so that the disk has changed the twin."""
     stage.read_back()
     return stage.checksums.differing(twin.sums) == []
 
 
 def copy(twin: Twin, stage: Stage, call: Call) -> bool:
-    """Fill a stage with a copy of a twin's content. False: the disk has changed the twin."""
+    """Fill a stage with a copy of a twin's content. Returns False if the disk has changed the twin."""
     with translated(stage.path):
         for start, end in sparse.data_extents(twin.opened.fd):
             position = start

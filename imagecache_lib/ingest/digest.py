@@ -14,8 +14,9 @@ _STRONG_ENOUGH = frozenset(hashlib.algorithms_guaranteed)
 
 
 def checking(expected: model.Digest | None, waiter: Waiter) -> Consumer[None]:
-    """Return what compares an image with what its source says of it, or does nothing if that is nothing.
+    """Return a consumer that compares an image's digest with the expected one.
 
+    :param expected: what the source says, or None if it says nothing; then the consumer does nothing.
     :param waiter: the caller, which may stop waiting.
     :raises ImageRejected: the algorithm is unknown here.
     """
@@ -46,7 +47,7 @@ class StreamDigest:
         self._aside.feed(chunk)
 
     def finish(self) -> None:
-        """Compare. Call after the last chunk.
+        """Compare the digest of the data with the expected one. Call after the last chunk.
 
         :raises ImageRejected: the data differs from what was promised.
         """

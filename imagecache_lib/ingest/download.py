@@ -28,7 +28,7 @@ def fill(
     A clean restart is granted where a resumed transfer may be to blame for what looks like a bad image.
 
     :param certificate_store: for images whose signature must be verified.
-    :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: it is not filled.
+    :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: the stage is not filled.
     """
     transfer = call.transfer()
     while True:  # every pass draws on the transfer's one retry budget

@@ -34,23 +34,24 @@ _SLOT_SLICE = 0.25
 
 
 class DiskOps(Protocol):
-    """What limits how many fetch and convert at a time: a :class:`threading.Semaphore` will do."""
+    """Limits how many threads fetch and convert at a time: a :class:`threading.Semaphore` will do."""
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
-        """Take one of what is left. Returns False if there was none for so many seconds."""
+        """Take a slot. Returns False if no slot became free within ``timeout`` seconds."""
 
     def release(self) -> None:
-        """Give it back."""
+        """Give the slot back."""
 
 
 class Ingest:
     """Brings images into stage files. Safe to share between threads.
 
     :param evictor: asked for room.
-    :param certificate_store: for images whose signature must be verified. None: those in
-        ``certificates_path``, and without that such images are refused.
-    :param disk_ops: limits how many fetch and convert at a time, together with whoever else draws on it.
-        None: ``max_concurrent_disk_ops`` of this process, whichever backends their disks have.
+    :param certificate_store: for images whose signature must be verified, or None for the certificates in
+        ``certificates_path``, without which such images are refused.
+    :param disk_ops: limits how many threads fetch and convert at a time, together with all other users of the
+        same object; or None for ``max_concurrent_disk_ops`` in this process, whichever backends their disks
+        have.
     """
 
     def __init__(
@@ -74,13 +75,16 @@ class Ingest:
             self._slots = disk_ops
 
     def request(self, call: Call, use: evidence.Use) -> BaseRequest:
-        """Return what a call asks of a lease."""
+        """Return the base image that a call needs, as a lease takes it."""
         producer = ImageProducer(self, call, use)
         return BaseRequest(call.name, producer.requirements, producer, call.waiter, image_id=call.image_id)
 
     @contextlib.contextmanager
     def slot(self, stage: Stage, waiter: Waiter) -> Iterator[None]:
-        """Wait until few enough others fetch. Whoever waits for this image sees that somebody is at it."""
+        """Wait until fewer than the allowed number of threads fetch, and count as one of them in the body.
+
+        Meanwhile the stage shows callers that wait for the same image that this process is making it.
+        """
         if self._slots is None:
             yield
             return
@@ -105,7 +109,7 @@ class _Copy:
 
 
 class ImageProducer:
-    """Makes the base image of one call: a :class:`~imagecache_lib.ingest.producer.Producer`."""
+    """Fetches the base image of one call: a :class:`~imagecache_lib.ingest.producer.Producer`."""
 
     def __init__(self, ingest: Ingest, call: Call, use: evidence.Use) -> None:
         self._ingest = ingest
@@ -118,7 +122,7 @@ class ImageProducer:
         )
 
     def unmet(self, opened: OpenBase) -> Unmet | None:
-        """Return None: a record says all that is known of a fetched image."""
+        """Find nothing wrong: the record of a fetched image says all that is known of it. Returns None."""
         return None
 
     def refuse_impossible(self) -> None:
@@ -148,7 +152,7 @@ class ImageProducer:
     def produce(self) -> SealedStage:
         """Fetch the image into a stage file of its own, which is the caller's to publish or discard.
 
-        :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: and nothing is left.
+        :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: no file is left.
         :raises ConfigError: as :meth:`refuse_impossible`.
         :raises StageGone: the stage file was swept away.
         """
@@ -209,7 +213,7 @@ class ImageProducer:
     def _copy_twin(
         self, stage: Stage, source: ImageSource, image: model.Image, reservation: Reservation
     ) -> _Copy | None:
-        """Make it from a base of the same content. None: there is none that is whole."""
+        """Make the base from another of the same content. Returns None if no whole one is in the cache."""
         with translated(self._cache.layout.records):
             found = dedup.find(self._cache, self._call, source, image, self._use)
         if found is None:

@@ -10,8 +10,9 @@ def require_fit(label: str, virtual_size: int, size: int | None) -> None:
     """Refuse an image that is larger than the disk that is to be made of it.
 
     :param label: what the message calls the image.
-    :param size: virtual size of the disk in bytes. None: as large as the image.
-    :raises DiskTooSmallError: it is.
+    :param virtual_size: of the image, in bytes.
+    :param size: virtual size of the disk in bytes, or None for the image's own size.
+    :raises DiskTooSmallError: the image is larger than the disk.
     """
     if size is not None and size < virtual_size:
         raise errors.DiskTooSmallError(

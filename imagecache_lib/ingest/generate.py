@@ -126,12 +126,13 @@ class Generation:
 
     :param name: the base's name in the cache.
     :param size: bytes.
-    :param kind: ``swap`` or the filesystem. None: what the operator's command makes, or whatever it is.
-    :param label: the filesystem's. None: any, or a swap area.
-    :param command: the operator's command line. None: ours.
-    :param shared: the disk may refer to a base in the cache that fits.
-    :param publishable: where no base is there, this may become it. False: it is made for one disk.
-    :param impossible: why it cannot be made. None: it can.
+    :param kind: ``swap`` or the filesystem, or None for whatever the operator's command makes or a base has.
+    :param label: the filesystem's label, or None if any label will do, or for a swap area.
+    :param command: the operator's command line, or None for this library's.
+    :param shared: whether the disk may refer to a base in the cache that fits.
+    :param publishable: whether it may become the base where the cache has none; if not, it is made for one
+        disk.
+    :param impossible: why it cannot be made, or None if it can.
     """
 
     name: str
@@ -156,7 +157,7 @@ class Generation:
                     f"virt_mkfs has the command {self.command!r}, which cannot be filled in: {error}",
                     next_step="use %(target)s and %(fs_label)s, and %% for a percent sign",
                 ) from error
-        assert self.kind is not None  # whoever has no command has a kind
+        assert self.kind is not None  # a generation without a command has a kind
         if self.publishable:
             return [*_SHARED[self.kind], target]
         if self.kind == "swap":
@@ -164,7 +165,7 @@ class Generation:
         return [*_MKFS[self.kind], self.label or LABEL, target]
 
     def unmet(self, found: Signature | None, size: int, *, empty: bool) -> Unmet | None:
-        """Return what is wrong with a file that should be this. None if nothing is.
+        """Return what is wrong with a file that should be this, or None if nothing is.
 
         :param found: the signature in the file.
         :param size: the file's, in bytes.
@@ -194,7 +195,7 @@ class Generation:
         return self.size * 0.9 <= found.size <= self.size
 
     def unmet_by(self, fd: int) -> Unmet | None:
-        """Return why a base of that name does not serve, whatever its record says. None if it serves.
+        """Return why a base of that name does not serve, whatever its record says, or None if it serves.
 
         :param fd: of the base, open for reading.
         :raises OSError: it cannot be read.
@@ -257,7 +258,7 @@ def ephemeral(
     kind = filesystem(os_type, fs, config)
     if kind is None:
         return Generation(name, size_gb * GIB, None, label, _command(os_type, config))
-    # What an operator's command made has a name of its own, which two labels share, and nobody else.
+    # What an operator's command made has a name of its own, which two labels share and no other base has.
     shared = share and name == _name(size_gb, config)
     # Of the filesystems that one name may have only the usual one is published, so that the hosts of one
     # configuration do not fill it differently.
@@ -267,7 +268,7 @@ def ephemeral(
 
 
 def filesystem(os_type: str | None, fs: str | None, config: CacheConfig) -> str | None:
-    """Return the filesystem of an ephemeral disk. None: whatever the operator's command makes.
+    """Return the filesystem of an ephemeral disk, or None for whatever the operator's command makes.
 
     It is ``fs``, or what the operator's command for the guest's type makes, or ``default_ephemeral_format``,
     or the default of the guest's type.
@@ -347,7 +348,7 @@ class Generator:
 
 
 class GenerationProducer:
-    """Makes one of them: a :class:`~imagecache_lib.ingest.producer.Producer`."""
+    """Makes one swap area or filesystem: a :class:`~imagecache_lib.ingest.producer.Producer`."""
 
     def __init__(self, wanted: Generation, cache: CacheStore, evictor: Evictor, waiter: Waiter) -> None:
         self._wanted = wanted
@@ -364,12 +365,12 @@ class GenerationProducer:
             raise self._wanted.impossible
 
     def authorize(self) -> None:
-        """Do nothing: there is no image that anybody could be denied."""
+        """Do nothing: there is no image that the source could deny to a caller."""
 
     def produce(self) -> SealedStage:
         """Make it in a stage file, which is the caller's to publish or discard.
 
-        :raises NoSpaceError, BackendError, ConfigError: and nothing is left.
+        :raises NoSpaceError, BackendError, ConfigError: it cannot be made; no file is left.
         :raises StageGone: the stage file was swept away.
         """
         stage = Stage(self._cache, self._wanted.name)
@@ -392,7 +393,7 @@ class GenerationProducer:
         Reservation(stage, self._cache, self._evictor, self._waiter).raise_to(_room(wanted.size))
         with translated(stage.path):
             os.ftruncate(stage.fd, wanted.size)
-        # Only these programs take a lock of their own, or may: nobody knows what an operator's does.
+        # Only these programs take a lock of their own, or may: what an operator's program does is not known.
         with stage.lent() if wanted.kind in (None, "ntfs") else contextlib.nullcontext():
             self._make(wanted, stage.path)
         if (unmet := self._unmet(stage.fd)) is not None:
@@ -408,9 +409,12 @@ class GenerationProducer:
         return SealedStage(stage, record, allocated=stage.allocated)
 
     def adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
-        """Check what somebody else made, and write down that it was.
+        """Check a base that another program made, and write its record.
 
-        ``known`` is None: what is generated is never wanted as an image, so no inspection can be lacking.
+        What is generated is never wanted as an image, so that no inspection can be lacking, and ``known`` is
+        always None.
+
+        :returns: its record, or why it does not serve.
         """
         if (unmet := self._unmet(opened.fd)) is not None:
             return unmet
@@ -423,7 +427,7 @@ class GenerationProducer:
         return record
 
     def unmet(self, opened: OpenBase) -> Unmet | None:
-        """Return what is wrong with a base of that name, as its superblock tells. None if it serves."""
+        """Return what is wrong with a base of that name, as its superblock tells, or None if it serves."""
         with translated(opened.path):
             return self._wanted.unmet_by(opened.fd)
 

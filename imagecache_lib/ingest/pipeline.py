@@ -35,7 +35,7 @@ class Pipeline:
     :param requirements: what the base image has to prove.
     :param work: what its decoder works with.
     :param certificate_store: for images whose signature must be verified.
-    :param disk_size: virtual size in bytes of the disk that is wanted. None: whatever the image has.
+    :param disk_size: virtual size in bytes of the disk that is wanted, or None for the image's own size.
     :raises ImageRejected: what the source says of the image rules it out.
     :raises ConfigError: what unpacks it is not installed.
     """
@@ -106,7 +106,11 @@ class Pipeline:
             )
 
     def finish(self) -> Content:
-        """Check the whole and complete the stage file. Returns what is in it. Raises as :meth:`feed`."""
+        """Check the whole image and complete the stage file.
+
+        :returns: what the stage file holds.
+        :raises: as :meth:`feed`.
+        """
         if self._received == 0:
             raise errors.ImageRejected("it has no data", next_step="have its owner upload its data")
         # Before the decoder completes, which for some formats is the expensive part.

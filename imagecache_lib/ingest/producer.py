@@ -28,7 +28,7 @@ class Producer(Protocol):
         """Raise if :meth:`produce` could only fail."""
 
     def unmet(self, opened: OpenBase) -> Unmet | None:
-        """Return why a base image does not serve, whatever its record says. None if the record says it all.
+        """Return why a base image does not serve, whatever its record says, or None if the record decides.
 
         :raises BackendError: it cannot be read.
         """
@@ -47,7 +47,8 @@ class Producer(Protocol):
 
         Returns its record, or why it does not serve.
 
-        :param known: its record, which lacks an inspection under today's rules. None: something else made it.
+        :param known: its record, which lacks an inspection under today's rules, or None if it has no record
+            because another program made it.
         """
 
 
@@ -63,9 +64,9 @@ class BaseRequest:
     :param requirements: what its record must prove.
     :param producer: makes it if it is missing.
     :param waiter: the caller.
-    :param image_id: the image that it is made from. None: it is made from none (swap, ephemeral).
+    :param image_id: the image that it is made from, or None for a swap area or an ephemeral filesystem.
     :param retries: what is left of the call's retries.
-    :param publishable: whether what the producer makes may be published. False: it is for the call alone.
+    :param publishable: whether what the producer makes may be published; if not, it is for the call alone.
     """
 
     name: str

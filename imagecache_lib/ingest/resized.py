@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Legacy resized bases: what old releases of Nova copied from a base image and grew, below their overlays.
 
-One that is there serves the overlays that refer to it. None is ever made: nothing tells whether its maker
-grew a filesystem in it, too, and an overlay on other bytes is a broken disk without any error.
+A legacy resized base that is there serves the overlays that refer to it. This library never makes one:
+nothing tells whether Nova grew a filesystem in it, too, and an overlay on other bytes is a broken disk
+without any error.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def request(cache: CacheStore, name: str, call: Call, disk_path: str) -> BaseReq
 
 
 class ResizedProducer:
-    """Checks one that is there: a :class:`~imagecache_lib.ingest.producer.Producer` that makes nothing."""
+    """Checks a legacy resized base: a :class:`~imagecache_lib.ingest.producer.Producer` that makes none."""
 
     def __init__(self, cache: CacheStore, name: str, call: Call, disk_path: str) -> None:
         self._cache = cache
@@ -51,7 +52,7 @@ class ResizedProducer:
         self._unmet = "it is not here"
 
     def unmet(self, opened: OpenBase) -> Unmet | None:
-        """Return None: its record says all that is known of it."""
+        """Find nothing wrong: the record of such a base says all that is known of it. Returns None always."""
         return None
 
     def refuse_impossible(self) -> None:
@@ -82,8 +83,9 @@ class ResizedProducer:
         )
 
     def adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
-        """Check one, and write down that it was checked.
+        """Check a legacy resized base, and write its record.
 
+        :returns: its record, or why it does not serve.
         :raises NoSpaceError, BackendError: the filesystem failed.
         """
         found = self._adopt(opened)

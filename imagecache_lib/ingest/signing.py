@@ -27,15 +27,15 @@ _RETRY_IS_USELESS = "have its owner sign it anew, with a trusted certificate"
 
 
 def is_possible() -> bool:
-    """Whether what verifies signatures is installed."""
+    """Whether the packages that verify signatures are installed."""
     return importlib.util.find_spec("cursive") is not None
 
 
 class Verification:
     """Verifies one image's signature while its bytes flow by, on a thread of its own.
 
-    :param trusted: ids of the certificates of which some must lead from the image's to a root. None: whether
-        it is trusted does not matter.
+    :param trusted: ids of the certificates of which some must lead from the image's to a root, or None if
+        the image's certificate need not be trusted.
     :param waiter: the caller, which may stop waiting.
     :raises ImageRejected: the image is not signed, or not with a certificate that is known and trusted.
     :raises SourceError: a certificate cannot be got now.
@@ -122,7 +122,7 @@ def _chain(
 ) -> tuple[str, ...]:
     """Return the ids of the trusted certificates that lead from an image's to a root.
 
-    :raises ImageRejected: they do not, or one of them is not valid now, or must not sign.
+    :raises ImageRejected: they do not lead to a root, or one of them is not valid now, or must not sign.
     """
     from cursive import certificate_utils, exception
 

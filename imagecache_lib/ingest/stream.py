@@ -13,9 +13,9 @@ Result_co = TypeVar("Result_co", covariant=True)
 class VerifiedSignature:
     """Who signed an image's bytes, as far as that was verified.
 
-    :param signed_by: id of the certificate whose key signed them. None: the signature was not verified.
-    :param chain: ids of the trusted certificates that lead from there to a root, which is trusted itself.
-        Empty: whether the certificate is trusted was not asked.
+    :param signed_by: id of the certificate whose key signed them, or None if the signature was not verified.
+    :param chain: ids of the trusted certificates that lead from there to a root, which is trusted itself. It
+        is empty if the call did not ask whether the certificate is trusted.
     """
 
     signed_by: str | None = None
@@ -33,8 +33,9 @@ class Content:
         compressed.
     :param stored_format: qemu's name of what the stage file holds.
     :param virtual_size: in bytes.
-    :param received: bytes of the source. 0: they were in the cache already.
-    :param inspected: version of the inspection rules it passed. None: it was not inspected as a disk.
+    :param received: bytes that the source sent, or 0 if the content was in the cache already.
+    :param inspected: version of the inspection rules that the content passed, or None if it was not inspected
+        as a disk.
     :param signature: who signed it, as far as that was verified.
     """
 
@@ -53,7 +54,7 @@ class Consumer(Protocol[Result_co]):
         """Take the next chunk, which does not change afterwards."""
 
     def finish(self) -> Result_co:
-        """Return what became of it. Called once, after the last chunk."""
+        """Return what became of the chunks. Called once, after the last chunk."""
 
     def close(self) -> None:
         """Let go of everything, whether finished or not. Called once or more."""

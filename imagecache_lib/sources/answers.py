@@ -110,7 +110,7 @@ def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheErro
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return Retry-After in seconds. A date is taken relative to the server's own clock (Date)."""
+    """Return Retry-After in seconds, or None without it. A date is relative to the server's clock (Date)."""
     value = headers.get("Retry-After", "").strip()
     if re.fullmatch(r"\d{1,9}", value, re.ASCII):
         return float(value)
@@ -123,13 +123,13 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def strong_etag(headers: Mapping[str, str]) -> str | None:
-    """Return the entity tag if it is a strong one: two answers that share it are equal byte for byte."""
+    """Return the entity tag, or None if it is not strong. Two answers that share one have equal bytes."""
     value = headers.get("ETag", "").strip()
     return value if _STRONG_ETAG.fullmatch(value) else None
 
 
 def content_length(headers: Mapping[str, str]) -> int | None:
-    """Return Content-Length. Returns None if it is not told, or is the length of something encoded."""
+    """Return Content-Length in bytes, or None if it is missing or is the length of encoded data."""
     value = headers.get("Content-Length", "").strip()
     if _changing_codings(headers) or not re.fullmatch(r"\d{1,18}", value, re.ASCII):
         return None
@@ -137,7 +137,10 @@ def content_length(headers: Mapping[str, str]) -> int | None:
 
 
 def parse_content_range(value: str) -> tuple[int, int, int | None] | None:
-    """Return first byte, last byte and whole length (None: untold) of a Content-Range, if it makes sense."""
+    """Return the first byte, last byte and whole length of a Content-Range, or None if it makes no sense.
+
+    The whole length is None if the server does not tell it.
+    """
     match = _CONTENT_RANGE.fullmatch(value.strip())
     if match is None:
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The edge between a source, which anybody may have written, and the rest of the library.
+"""The edge between a source, which a third party may have written, and the rest of the library.
 
 What a source returns is checked by type, what it raises is translated, and a chunk becomes :class:`bytes`
 once: behind this module a chunk is kept, hashed and written at different times, so it must not change
@@ -41,7 +41,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
 
 
 def describe(source: ImageSource, image_id: str) -> model.Image:
-    """Ask a source what it knows of an image.
+    """Ask a source what it knows of an image, and return the checked description.
 
     :raises ImageCacheError: as :meth:`ImageSource.describe`; it names the image.
     :raises SourceRefused: the source failed in a way of its own, or what it returned is no description of
@@ -53,7 +53,7 @@ def describe(source: ImageSource, image_id: str) -> model.Image:
 
 
 def can_resume(source: ImageSource, image: model.Image) -> bool:
-    """Ask a source whether a broken transfer may go on from its offset.
+    """Return whether a broken transfer may go on from its offset, as the source says.
 
     :raises SourceRefused: the source failed in a way of its own.
     """
@@ -100,7 +100,7 @@ class Opened:
 
     @property
     def doubt(self) -> errors.SourceError | None:
-        """What to blame instead of the image for data that is not its: see :meth:`ImageSource.open`."""
+        """The error to raise, instead of blaming the image, for wrong data: see :meth:`ImageSource.open`."""
         doubt = getattr(self._stream, "doubt", _UNTOLD)
         if doubt is None or isinstance(doubt, errors.SourceError):
             return doubt
@@ -151,9 +151,9 @@ class Opened:
 
 
 def as_bytes(chunk: object, image_id: str) -> bytes:
-    """Return a chunk as bytes that nobody changes. Of :class:`bytes` itself no copy is made.
+    """Return a chunk as bytes that the source cannot change. No copy is made of :class:`bytes` itself.
 
-    :raises SourceRefused: it is no buffer: text, a number, a list.
+    :raises SourceRefused: the chunk is no buffer, but text, a number, a list.
     """
     if type(chunk) is bytes:
         return chunk
@@ -167,7 +167,7 @@ def as_bytes(chunk: object, image_id: str) -> bytes:
 def checked_image(image: object, image_id: str) -> model.Image:
     """Return a description if its fields have the types that :class:`Image` declares.
 
-    :raises SourceRefused: it is none, or of another image.
+    :raises SourceRefused: the object is no description, or is one of another image.
     """
     if not isinstance(image, model.Image):
         raise _defect(image_id, f"describe() returned a {_kind(image)} and not an Image")

@@ -123,7 +123,8 @@ class Web:
     """How one source speaks HTTP.
 
     :param sender: for the origins that the source was configured with. May carry credentials.
-    :param elsewhere: for other origins that these redirect to; must carry none. None: refuse to go there.
+    :param elsewhere: for other origins that these redirect to; must carry no credentials. With None such
+        redirects are refused.
     """
 
     sender: Sender
@@ -139,7 +140,7 @@ def shown(url: str) -> str:
 def check_url(url: str) -> None:
     """Refuse what is not an absolute http or https URL.
 
-    :raises ConfigError: it is not.
+    :raises ConfigError: the text is not such a URL.
     """
     try:
         parts = urllib.parse.urlsplit(url)
@@ -163,12 +164,12 @@ def exchange(
     image_id: str,
     body: bytes | None = None,
 ) -> Iterator[requests.Response]:
-    """Send a request, follow its redirects, and yield the answer; the body is unread, any status goes.
+    """Send a request, follow its redirects, and yield the answer, whatever its status, with its body unread.
 
     :param url: user and password in it are sent to its origin, by which way ever redirects lead there, and to
         no other.
-    :raises SourceRefused: a redirect that must not be followed; TLS that does not verify.
-    :raises SourceError: no answer.
+    :raises SourceRefused: a redirect must not be followed, or the server's certificate does not verify.
+    :raises SourceError: the server does not answer.
     """
     sender = web.sender
     url, own = _without_credentials(url)

@@ -24,8 +24,8 @@ class FileImage:
     """One image in a file.
 
     :param path: of a regular file; symbolic links are followed, since the operator chose the path.
-    :param disk_format: Glance's name of its format. None: the content decides.
-    :param digest: of its content. None: whatever the file holds is taken.
+    :param disk_format: Glance's name of its format, or None to let the content decide.
+    :param digest: of its content, or None to take whatever the file holds.
     :param converted_from: the file is a conversion of an image of this format (``unknown`` will do), and not
         the image's own bytes: it serves as a disk and not as a plain file. With None it is the image's own.
     :param compression: how it is compressed: ``gzip``, ``xz``, ``zstd`` or ``bzip2``; ``disk_format`` is that

@@ -143,7 +143,7 @@ class GlanceSource(ImageSource):
     def vouches_for_digest(self, image: model.Image) -> bool:
         """Whether Glance computed the digest, as it does of what is uploaded.
 
-        Of data that lies on a web server, whoever registers the address may state one.
+        For data that lies on a web server, the user who registers the address may state one.
         """
         return not any(each.startswith(("http://", "https://")) for each in image.locations)
 

@@ -42,9 +42,9 @@ _MAPPED = frozenset(
 
 
 def read_metadata(answer: requests.Response, image_id: str) -> object:
-    """Read the JSON document of an answer.
+    """Return the parsed JSON document of an answer.
 
-    :raises SourceError: it is too long, or not JSON.
+    :raises SourceError: the document is too long, or not JSON.
     """
     collected = bytearray()
     for chunk in answers.body(answer, image_id):
@@ -60,7 +60,7 @@ def read_metadata(answer: requests.Response, image_id: str) -> object:
 def image_from_metadata(image_id: str, metadata: object) -> model.Image:
     """Turn the JSON document of ``GET /v2/images/{id}`` into an :class:`Image`.
 
-    :raises SourceError: it is not the metadata of that image.
+    :raises SourceError: the document is not the metadata of that image.
     """
     if not isinstance(metadata, dict) or metadata.get("id") != image_id:
         raise _nonsense(image_id, "the metadata are not those of this image")
@@ -80,7 +80,7 @@ def image_from_metadata(image_id: str, metadata: object) -> model.Image:
 
 
 class _Fields:
-    """Reads typed values out of metadata that anybody may have written."""
+    """Reads typed values out of metadata that a user of the image service may have written."""
 
     def __init__(self, image_id: str, metadata: Mapping[str, Any]) -> None:
         self.image_id = image_id

@@ -23,11 +23,11 @@ class HttpImage:
 
     :param url: absolute http or https URL. May hold a user and password or a signature: it is never
         shown but for host and path.
-    :param disk_format: Glance's name of its format. None: the content decides.
+    :param disk_format: Glance's name of its format, or None to let the content decide.
     :param digest: of its content. Without one, only TLS and the server vouch for what arrives, and a
         broken transfer resumes only if the server sends strong entity tags; and what the server calls a
         document or compressed is refused.
-    :param size: bytes. None: as the server says.
+    :param size: length of the data in bytes, or None for the length that the server states.
     :param compression: how the data is compressed: ``gzip``, ``xz``, ``zstd`` or ``bzip2``; ``disk_format``
         is that of what is in it, digest and size are of the data as the server has it. With None it is not
         compressed.
@@ -52,7 +52,7 @@ class HttpSource(ImageSource):
 
     :param images: by image id.
     :param session: a requests session that carries what the servers ask for: credentials, proxies,
-        client certificates. None: one of its own.
+        client certificates. With None the source makes one of its own.
     :param timeout: seconds for the connection, and for each read.
     :param verify: as in requests: True, or the path of a file with CA certificates. False turns
         verification off.

@@ -40,7 +40,7 @@ class Unauthorized(SourceRefused):
 class SourceBusy(errors.SourceError):
     """The source asks to be left alone for a while.
 
-    :param retry_after: seconds, as the server's Retry-After said it. None: it did not say.
+    :param retry_after: seconds that the server's Retry-After states, or None if the server stated none.
     """
 
     def __init__(self, cause: str, *, retry_after: float | None = None, **known: str | None) -> None:
@@ -61,10 +61,10 @@ class ImageSource(abc.ABC):
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> ImageSource:
-        """Make one from options as a command line or a configuration file has them.
+        """Return a source made from options as a command line or a configuration file has them.
 
-        The default calls the class with them as keyword arguments. A source whose arguments are no text
-        overrides it.
+        The default calls the class with the options as keyword arguments. A source whose arguments are not
+        text overrides it.
 
         :raises ConfigError: an option is missing, unknown or wrong.
         """
@@ -115,18 +115,19 @@ class ImageSource(abc.ABC):
         """
 
     def known_digest(self, image_id: str) -> model.Digest | None:
-        """Return the digest that the image's data must have, if the source knows it without asking anybody.
+        """Return the digest that the image's data must have, if the source knows it without asking a server.
 
         A base in the cache that was made from other data then does not serve. It is called for each request,
-        a hit included. The default is right for sources that would have to ask a server.
+        a hit included. The default returns None, which is right for sources that would have to ask a server.
         """
         return None
 
     def vouches_for_digest(self, image: model.Image) -> bool:
-        """Whether nobody but the source itself can have set the digest in the image's description.
+        """Whether only the source itself, and no user, can have set the digest in the image's description.
 
-        Only then may a base of another image that has this digest serve without a transfer: else whoever
-        states the digest of an image would be given it. The default is to transfer it.
+        Only then may a base of another image that has this digest serve without a transfer: else a user who
+        states the digest of another's image would be given its content. The default is False: the image is
+        transferred.
         """
         return False
 
@@ -136,7 +137,7 @@ class ImageSource(abc.ABC):
         :meth:`describe` tells when it is there: ``Image.stores``. The default is right for sources without
         stores.
 
-        :raises CannotCopy: the service does not do that, does not know the store, or not for this caller.
+        :raises CannotCopy: the service cannot copy, does not know the store, or denies it to this caller.
         :raises SourceError: the source failed; it may work later.
         """
         raise CannotCopy(
@@ -155,7 +156,7 @@ class ImageSource(abc.ABC):
 def check_compression(compression: str | None) -> None:
     """Refuse a compression that is not one of :data:`imagecache_lib.model.COMPRESSIONS`.
 
-    :raises ConfigError: it is not.
+    :raises ConfigError: the compression is none of these.
     """
     if compression is not None and compression not in model.COMPRESSIONS:
         raise errors.ConfigError(
@@ -185,7 +186,7 @@ def require_options(name: str, options: Mapping[str, str], *known: str, needed: 
 def entry_of(table: Mapping[str, T], image_id: str) -> T:
     """Return what a source's table of images has under an id.
 
-    :raises ImageNotFound: nothing.
+    :raises ImageNotFound: the table does not have the id.
     """
     try:
         return table[image_id]

@@ -44,7 +44,8 @@ class PeerSource(ImageSource):
 
     What comes is inspected as from any source. A trusted peer's digest is believed: for an unconverted base
     it is the image's own, and what was fetched counts as checked against it; for a converted one it is that
-    of the peer's base, and nobody here has checked the image's own data. An untrusted peer's is ignored.
+    of the peer's base, and this host has not checked the image's own data. An untrusted peer's digest is
+    ignored.
 
     :param url: of the peer, such as ``https://node-1:9293``.
     :param token: the secret that the peers share.

@@ -32,7 +32,7 @@ def parse_digest(text: str) -> model.Digest | None:
 
 
 def read(path: str, entry: type[T]) -> dict[str, T]:
-    """Read a table from a file.
+    """Return the table that a file holds, by image id.
 
     :param entry: the dataclass that each image becomes; its fields are the keys that are known.
     :raises ConfigError: the file cannot be read, or is no such table; the message says where.

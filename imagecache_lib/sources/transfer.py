@@ -44,7 +44,7 @@ _GONE = frozenset({"deleted", "pending_delete"})
 
 
 class StartAgain(errors.SourceError):
-    """The transfer broke and cannot go on where it broke: throw the bytes away and iterate anew."""
+    """The transfer broke and cannot resume: the caller discards the bytes and iterates anew."""
 
 
 def describe(
@@ -124,8 +124,8 @@ class Transfer:
     :param retries: how many attempts in a row may fail without progress. All passes share the budget.
     :param deadline: epoch seconds.
     :param cancel: looked at before every chunk.
-    :param max_size: most bytes to accept when ``image.size`` is unknown. None: no limit.
-    :param rate: bytes per second to take at most. None: no limit.
+    :param max_size: most bytes to accept when ``image.size`` is unknown, or None for no limit.
+    :param rate: bytes per second to take at most, or None for no limit.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Transfer:
 
     @property
     def offset(self) -> int:
-        """How many bytes of the current pass were given out."""
+        """Number of bytes of the current pass that were yielded."""
         return self._offset
 
     def grant_clean_pass(self) -> bool:
@@ -242,7 +242,7 @@ class Transfer:
         """Go on with the description that came with the data: its validator and its length.
 
         :raises StartAgain: the length is another, so that what the caller prepared is wrong.
-        :raises SourceError: it is another for the second time.
+        :raises SourceError: the length changed for the second time.
         """
         if image.size != self.image.size:
             cause = f"it has {image.size} bytes by the answer with its data, and had {self.image.size} before"

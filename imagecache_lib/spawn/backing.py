@@ -52,9 +52,9 @@ class Backing:
 
 
 def wanted(disk_path: str, image_id: str | None, chains: ChainReader, where: layout.Layout) -> Backing | None:
-    """Return what a disk's header, or that of an overlay under it, demands of its base. None: it has no base.
+    """Return what a disk's header, or that of an overlay under it, demands of its base, or None without one.
 
-    :param image_id: the image that the disk was made from. None: it is a swap or an ephemeral disk.
+    :param image_id: the image that the disk was made from, or None for a swap or an ephemeral disk.
     :raises BackendError: the disk cannot be read, or its header names anything but this image's base, or a
         swap or ephemeral base, in this cache, with a format.
     """
@@ -103,9 +103,9 @@ def generation(
     A base that is there has to be that, and one that is not there is made if every host makes it alike. The
     filesystem is what the caller says, or what the overlay shows of it. The name of its base does not tell.
 
-    :param os_type: as the disk was asked for. None: not told.
-    :param fs: likewise.
-    :param label: likewise.
+    :param os_type: the guest's type that the disk was asked for with, or None if the caller does not know it.
+    :param fs: the filesystem, likewise.
+    :param label: the label, likewise.
     :raises BackendError: this library makes no overlay like that; or the disk shows another filesystem than
         the guest's type stands for.
     """
@@ -136,7 +136,7 @@ def generation(
 
 
 def _shown(needed: Backing, size: int, label: str | None) -> str | None:
-    """Return the filesystem of the base as far as the overlay shows it. None: it does not."""
+    """Return the filesystem of the base as the overlay shows it, or None if the overlay does not show it."""
     if needed.seen is not None:
         return needed.seen.kind if _is_bases(needed.seen, label) else None
     if needed.untouched:
@@ -159,7 +159,7 @@ class _Unfit:
 
 
 def _contradiction(needed: Backing, kind: str | None, label: str | None) -> _Unfit | None:
-    """Return how the overlay contradicts what its base is said to be. None if it does not."""
+    """Return how the overlay contradicts what its base is said to be, or None if it does not."""
     seen = needed.seen
     if seen is None or kind is None or seen.kind == kind or not _is_bases(seen, label):
         return None
@@ -169,7 +169,7 @@ def _contradiction(needed: Backing, kind: str | None, label: str | None) -> _Unf
 
 
 def _obstacle(needed: Backing, kind: str | None, label: str | None, *, told: bool) -> _Unfit | None:
-    """Return why no host can make the base of an overlay anew. None if every host can."""
+    """Return why no host can make the base of an overlay anew, or None if every host can."""
     if kind is None and told:
         return _Unfit(
             "an operator's command made it, and nothing tells whether that would make the same again"
@@ -227,7 +227,7 @@ def check_made_on(disk_path: str, base_fd: int, chains: ChainReader) -> None:
     before that, one base is as good as another. A guest that made a new filesystem gave it its own label.
 
     :param base_fd: the base that is here.
-    :raises BackendError: it was, or the disk cannot be read.
+    :raises BackendError: the overlay was made on another base, or the disk cannot be read.
     """
     try:
         with open(disk_path, "rb") as file:

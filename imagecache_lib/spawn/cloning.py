@@ -24,9 +24,9 @@ def clone(
     size: int | None,
     cache: CacheStore,
 ) -> model.Disk | None:
-    """Clone a disk. None: that is not possible, and the image may be fetched instead.
+    """Clone a disk. Returns the disk, or None if it cannot be cloned and the image may be fetched instead.
 
-    :raises BackendError: that is not possible, and fetching it is forbidden; the cause says why.
+    :raises BackendError: the disk cannot be cloned, and fetching the image is forbidden; the cause says why.
     :raises: whatever else the backend's :meth:`~imagecache_lib.StorageBackend.clone` raises.
     """
     try:

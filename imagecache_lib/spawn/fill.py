@@ -50,12 +50,12 @@ class Filler:
     def fill(self, request: BaseRequest, *, bypass: bool, locked: bool) -> SealedStage | Production | None:
         """Do what makes the next look a hit.
 
-        Returns what was made for that, None if nothing had to be made; or a private copy, where there cannot
-        be a hit.
+        Returns what was made for that, or None if nothing had to be made; or a private copy, where there
+        cannot be a hit.
 
         :param bypass: whether a private copy will do.
-        :param locked: whether the base's exclusive lock is held. Without it nothing is evicted: whoever holds
-            it may be leasing what does not serve us.
+        :param locked: whether the base's exclusive lock is held. Without it nothing is evicted: the process
+            that holds it may be leasing a base that does not serve this request.
         :raises BackendError: a private copy will not do, and nothing else is possible.
         :raises: whatever the request's producer raises.
         """
@@ -91,7 +91,7 @@ class Filler:
     def go_around(self, request: BaseRequest, unmet: Unmet | None, *, bypass: bool) -> SealedStage:
         """Make a private copy, where a sound base of the name serves others, or nothing may have the name.
 
-        :param unmet: why the base does not serve. None: there is none.
+        :param unmet: why the base does not serve, or None if there is no base.
         :param bypass: whether a private copy will do.
         :raises BackendError: it will not do.
         :raises: whatever the request's producer raises.
@@ -139,7 +139,10 @@ class Filler:
         return found
 
     def _adopt(self, request: BaseRequest) -> Unmet | None:
-        """Check what nobody witnessed. Returns why it does not serve; None if it serves, or is gone."""
+        """Check a base whose record is missing or lacks an inspection.
+
+        Returns why the base does not serve, or None if it serves or is gone.
+        """
         with translated(self._cache.layout.base(request.name)):
             opened = self._cache.open_base(request.name)
         if opened is None:
@@ -155,7 +158,7 @@ class Filler:
         return evidence.unmet(record, request.requirements)
 
     def _publish(self, request: BaseRequest) -> Production | None:
-        """Make a base image and give it its name. Returns None if somebody else's has the name."""
+        """Make a base image and give it its name. Returns None if another process's base has the name."""
         while True:
             sealed = self.produce(request)
             try:

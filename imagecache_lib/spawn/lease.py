@@ -30,8 +30,8 @@ class Lease:
     """A base image that is held.
 
     :param base: what is held, its descriptor included.
-    :param opened: the file in the cache. None: the base is this request's own copy outside the cache.
-    :param production: how it was made for this request. None: it was there.
+    :param opened: the file in the cache, or None if the base is this request's own copy outside the cache.
+    :param production: how it was made for this request, or None if it was in the cache already.
     """
 
     base: model.BaseImage
@@ -55,7 +55,7 @@ class Lease:
 
 
 class Leases:
-    """Gets base images for requests. Safe to share between threads.
+    """Leases base images to requests. Safe to share between threads.
 
     :param evictor: removes what is in the way of a base that serves.
     """
@@ -66,11 +66,11 @@ class Leases:
 
     @contextlib.contextmanager
     def acquire(self, request: BaseRequest, *, bypass: bool = True) -> Iterator[Lease]:
-        """Lease a base image for the body, making it first if need be.
+        """Lease a base image for the body, making it first if need be. Yields the :class:`Lease`.
 
         :param bypass: whether a private copy will do where the base in the cache does not serve and cannot
             be replaced.
-        :raises BackendError: it would not do, and this is the case.
+        :raises BackendError: a private copy will not do, and nothing else is possible.
         :raises: whatever the request's producer raises.
         """
         with request.named(), contextlib.ExitStack() as stack:
@@ -83,7 +83,9 @@ class Leases:
     def acquire_cached(self, request: BaseRequest) -> Iterator[Lease]:
         """Lease a base image for the body if it is there and serves. Nothing is made, or evicted.
 
-        :raises ImageNotFound: it is not there, or does not serve.
+        Yields the :class:`Lease`.
+
+        :raises ImageNotFound: the base is not in the cache, or does not serve.
         """
         with request.named(), contextlib.ExitStack() as stack:
             found = self._hold(stack, request)
@@ -94,7 +96,7 @@ class Leases:
 
     @contextlib.contextmanager
     def acquire_private_copy(self, request: BaseRequest) -> Iterator[Lease]:
-        """Make a copy for the body alone, past the cache.
+        """Make a copy for the body alone, past the cache. Yields the :class:`Lease` on it.
 
         :raises: whatever the request's producer raises.
         """
@@ -174,7 +176,7 @@ class Leases:
             host=self._cache.host,
             stall_timeout=self._cache.config.lock_timeout,
             waiter=request.waiter,
-            # Who waits for the exclusive lock waits in vain once another made the base.
+            # A request that waits for the exclusive lock waits in vain once another process made the base.
             watched=_BeingMade(self._cache, request, ends_wait=not shared),
         )
 

@@ -28,7 +28,7 @@ class Fit:
 
 
 def look(cache: CacheStore, request: BaseRequest) -> Fit | Unmet | None:
-    """Return what the cache has for a request. None: nothing.
+    """Return the base that serves a request, or why the one in the cache does not, or None if there is none.
 
     :raises NoSpaceError, BackendError: the filesystem failed.
     :raises CacheEntryError: something that is no regular file has the base's name.
@@ -39,7 +39,10 @@ def look(cache: CacheStore, request: BaseRequest) -> Fit | Unmet | None:
 
 
 def judge(cache: CacheStore, opened: OpenBase | None, request: BaseRequest) -> Fit | Unmet | None:
-    """Return whether a file serves a request. It is closed unless it does. None: there is no file."""
+    """Return the fit if a file serves a request, else why it does not, or None if there is no file.
+
+    A file that does not serve is closed.
+    """
     if opened is None:
         return None
     with contextlib.ExitStack() as stack:

@@ -27,10 +27,10 @@ def make_disk(
     *,
     shared: bool = True,
 ) -> model.Disk:
-    """Make a disk from a base image.
+    """Make a disk from a base image, and return it.
 
-    :param size: virtual size in bytes. None: the base's.
-    :param shared: the base may lie in the cache; False: the disk gets a copy of its own.
+    :param size: virtual size in bytes, or None for the base's own size.
+    :param shared: whether the base may lie in the cache; if not, the disk gets a copy of its own.
     :raises DiskExistsError: the target exists.
     :raises DiskTooSmallError: the base is larger.
     :raises: whatever the request's producer raises.

@@ -14,7 +14,7 @@ from imagecache_lib.system.translate import translated
 def require_reuse(target: str, if_exists: str) -> None:
     """Refuse an existing target unless it may be used again.
 
-    :raises DiskExistsError: it may not.
+    :raises DiskExistsError: the target exists, and may not be used again.
     """
     if if_exists != "reuse":
         raise errors.DiskExistsError(
@@ -25,7 +25,7 @@ def require_reuse(target: str, if_exists: str) -> None:
 def is_reused(backend: StorageBackend, target: str, if_exists: str) -> bool:
     """Whether a disk is there already, to be used again.
 
-    :raises DiskExistsError: it is there, and may not be used again.
+    :raises DiskExistsError: the disk is there, and may not be used again.
     :raises BackendError: the target cannot be one, or a crash may have taken the disk's content.
     """
     backend.check_target(target)
@@ -42,9 +42,9 @@ def is_reused(backend: StorageBackend, target: str, if_exists: str) -> bool:
 
 
 def grown(backend: StorageBackend, target: str, size: int | None) -> model.Disk:
-    """Grow an existing disk, and return it. Nothing else of it changes.
+    """Grow an existing disk, and return what it is now. Nothing else of it changes.
 
-    :param size: bytes that it has at least. None: as many as it has.
+    :param size: least virtual size in bytes, or None to leave the disk as large as it is.
     :raises NoSpaceError, BackendError: the disk cannot be read, or does not grow.
     """
     disk = backend.inspect(target)
@@ -56,7 +56,7 @@ def grown(backend: StorageBackend, target: str, size: int | None) -> model.Disk:
 def check_file(path: str) -> None:
     """Refuse what cannot be a kernel or a ramdisk that was put there before.
 
-    :raises BackendError: it is no regular file, or has nothing in it.
+    :raises BackendError: the path is no regular file, or the file is empty.
     """
     with translated(path):
         found = os.stat(path)
