@@ -23,7 +23,7 @@ _DEFAULT_INTERFACE = "public"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Let a command choose its source."""
+    """Add the options that choose the source to a command."""
     group = parser.add_argument_group(
         "source",
         "Without any of these, the image service is found through OS_AUTH_URL and the other OS_ variables of "
@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def chosen(arguments: argparse.Namespace, images: list[str]) -> ImageSource:
     """Return the source that the command line names.
 
-    :raises ConfigError: it names none, or one that cannot work.
+    :raises ConfigError: the command line names no source, or one that cannot work.
     """
     if arguments.source_option and not arguments.source:
         raise errors.ConfigError(
@@ -83,10 +83,10 @@ def chosen(arguments: argparse.Namespace, images: list[str]) -> ImageSource:
 
 
 def load(name: str, options: Sequence[str], environment: Mapping[str, str]) -> ImageSource:
-    """Make the source that an entry point names.
+    """Return a source made by the class that an entry point names.
 
     :param options: as ``KEY=VALUE``. ``env:NAME`` stands for what a variable of the environment holds.
-    :raises ConfigError: there is none of that name, it cannot be loaded, or its options are wrong.
+    :raises ConfigError: there is no entry point of that name, it cannot be loaded, or its options are wrong.
     """
     found = importlib.metadata.entry_points(group=SOURCES, name=name)
     if not found:
