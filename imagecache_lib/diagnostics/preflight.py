@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds what is wrong with a host's set-up before the first spawn. It changes nothing, and leaves no files."""
+"""Finds what is wrong with a host's set-up before the first spawn. Nothing is changed or left behind."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def examine(cache: CacheStore, backend: StorageBackend) -> list[Finding]:
             path = error.filename or cache.config.base_path
             found.append(_error(f"{path}: {error.strerror}.", "Look into that first."))
         if any(finding.severity is Severity.ERROR for finding in found) and check is _instances:
-            break  # without it there is nothing to look at
+            break  # without the directory of the instances, the other checks have nothing to look at
     order = list(Severity)
     return sorted(found, key=lambda finding: order.index(finding.severity))
 

@@ -271,7 +271,7 @@ class Uninspected:
         """Take the next chunk and do nothing with it."""
 
     def finish(self) -> None:
-        """Return None: nothing is known of the content."""
+        """Return nothing, since nothing is known of the content."""
 
     def close(self) -> None:
         """Do nothing."""
