@@ -50,7 +50,7 @@ def mailboxes(config_files: Sequence[str]) -> Any:
 
 
 def job_notifier(config_files: Sequence[str], host: str) -> Callable[[Any], None]:
-    """Return an observer of jobs that sends notifications: none if the configuration names no driver.
+    """Return an observer of jobs that sends notifications, or none if no driver is configured.
 
     :raises ConfigError: the configuration cannot be read.
     """

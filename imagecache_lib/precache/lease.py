@@ -65,7 +65,7 @@ def new_runner(name: str) -> str:
 
 
 def _is_known_dead(runner: str) -> bool:
-    """Return whether a runner is gone. Returns False if it lives, and if it is on another machine."""
+    """Return whether a runner is gone. Returns False if it lives, or is not to be seen from here."""
     words = runner.split("/")
     if len(words) != 6 or not words[3].isdigit():
         return False

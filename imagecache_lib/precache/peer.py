@@ -57,8 +57,8 @@ class PeerServer:
     :param cache: the host's image cache.
     :param address: host and port to listen on; port 0 stands for any free port.
     :param token: the secret that the peers share.
-    :param tls: a server-side context. Without one, the server
-        speaks plain HTTP, and an attacker on the network can read the token.
+    :param tls: a server-side context. Without one, the server speaks plain HTTP, and an attacker on the
+        network can read the token.
     :raises ConfigError: the token is too short, or the address cannot be listened on.
     """
 

@@ -44,7 +44,7 @@ class Plan:
     """What a job would do.
 
     :param surveys: what each host has and lacks.
-    :param unreachable: by host that did not answer, why.
+    :param unreachable: by host that could not be surveyed, why.
     """
 
     surveys: Mapping[str, client.Survey]

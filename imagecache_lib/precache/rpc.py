@@ -268,7 +268,7 @@ class AgentServer:
         self._reporter = Reporter(agent, RpcSender(transport, topic=topic))
 
     def start(self) -> None:
-        """Begin to listen, in threads, and return at once.
+        """Begin to listen, in threads, as soon as the message bus is there. Waits for it as long as it takes.
 
         :raises BackendError: the message bus refuses the listener.
         """

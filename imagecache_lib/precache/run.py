@@ -300,7 +300,7 @@ class JobRun:
             )
 
     def _note_agents(self, state: HostState, visit: Visit) -> None:
-        """Look at which agents answered. An instance that is back after another is a second agent."""
+        """Look at which agents answered. One that is back after another is a second, not a restarted one."""
         for who in visit.agents:
             skew = who.clock - self._host.clock()
             if abs(skew) > _SKEW and not state.skew_told:
