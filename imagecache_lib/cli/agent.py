@@ -122,9 +122,9 @@ class Agent(base.Base):
 class Listener:
     """Serves on the message bus, however long it takes to come up, in a thread of its own.
 
-    :param server: what listens. It waits for the bus as long as it must, and cannot be told to stop
-        meanwhile.
-    :param pause: seconds before it is tried again after a failure.
+    :param server: the server that listens. It waits for the bus as long as it must, and cannot be told to
+        stop meanwhile.
+    :param pause: seconds before the server is started again after a failure.
     """
 
     def __init__(self, server: rpc.AgentServer, *, pause: float = 5.0) -> None:
@@ -139,14 +139,14 @@ class Listener:
         threading.Thread(target=self._run, name="imagecache-listener", daemon=True).start()
 
     def wait(self, stop: threading.Event) -> bool:
-        """Wait a little for the bus to be there, or for ``stop``. Returns whether it is."""
+        """Wait a little for the bus to be there, or for ``stop``. Returns whether the bus is there."""
         until = time.monotonic() + _BUS_SECONDS
         while not self._up.wait(_PIECE) and not stop.is_set() and time.monotonic() < until:
             continue
         return self._up.is_set()
 
     def stop(self) -> None:
-        """Serve no longer, and answer the calls that came, unless the message bus is not there."""
+        """Stop serving, and answer the calls that came, unless the message bus is not there."""
         self._stop.set()
         threading.Thread(target=self._end, name="imagecache-listener-end", daemon=True).start()
         self._stopped.wait(_STOP_SECONDS if self._up.is_set() else 0.0)
@@ -173,9 +173,9 @@ class Listener:
 
 
 def require_writable(cache: manager.ImageCacheManager) -> None:
-    """Refuse to serve a cache that cannot be written, before anybody is told that the agent is ready.
+    """Refuse to serve a cache that cannot be written, before the agent tells systemd that it is ready.
 
-    :raises ConfigError: a directory cannot be written.
+    :raises ConfigError: a directory of the cache cannot be written.
     """
     cache.get_space()  # makes what is missing
     where = layout.Layout(cache.config.base_path, cache.config.locks_path)
@@ -233,7 +233,7 @@ def run_passes(cache: manager.ImageCacheManager, provider: Provider, stop: threa
 
 
 def _instances(provider: Provider) -> Sequence[model.Instance] | None:
-    """Ask for the instances. What cannot be told keeps everything."""
+    """Return the instances, or None if the provider fails or cannot tell them. Then nothing is evicted."""
     try:
         found = provider()
     except Exception as error:
@@ -243,7 +243,7 @@ def _instances(provider: Provider) -> Sequence[model.Instance] | None:
 
 
 def _provider(arguments: argparse.Namespace) -> Provider:
-    """Return what tells the instances: a file, read each time, an entry point, or nothing."""
+    """Return what tells the instances: a file, read each time, an entry point, or one that cannot tell."""
     if arguments.instances_provider is None:
         path = arguments.instances
         return lambda: base.read_instances(path)
@@ -258,7 +258,7 @@ def _provider(arguments: argparse.Namespace) -> Provider:
 
 
 def notify(state: str) -> None:
-    """Tell systemd how the service is, if it asked for it: sd_notify(3)."""
+    """Tell systemd the state of the service, if systemd asks for it: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return

@@ -15,7 +15,7 @@ _TOPIC = "imagecache"
 
 
 def add_topic(parser: argparse.ArgumentParser) -> None:
-    """Let a command choose the topic."""
+    """Add the option that chooses the topic to a command."""
     parser.add_argument(
         "--topic", default=_TOPIC, help="that agents listen on; the same for all (default: %(default)s)"
     )
@@ -24,7 +24,7 @@ def add_topic(parser: argparse.ArgumentParser) -> None:
 def transport(config_files: Sequence[str]) -> Any | None:
     """Return the transport that the configuration names, or None if it names none.
 
-    :raises ConfigError: what it names does not work.
+    :raises ConfigError: the transport that it names does not work.
     """
     if not opts.has_transport(config_files):
         return None
@@ -50,7 +50,7 @@ def mailboxes(config_files: Sequence[str]) -> Any:
 
 
 def job_notifier(config_files: Sequence[str], host: str) -> Callable[[Any], None]:
-    """Return an observer of jobs that notifies. Without a driver in the configuration it sends nothing.
+    """Return an observer of jobs that sends notifications, or none if no driver is configured.
 
     :raises ConfigError: the configuration cannot be read.
     """
@@ -66,7 +66,7 @@ def job_notifier(config_files: Sequence[str], host: str) -> Callable[[Any], None
 def require_transport(config_files: Sequence[str]) -> Any:
     """Return the transport that the configuration names.
 
-    :raises ConfigError: it names none, or one that does not work.
+    :raises ConfigError: the configuration names none, or one that does not work.
     """
     found = transport(config_files)
     if found is None:

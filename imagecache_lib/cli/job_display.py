@@ -26,9 +26,9 @@ _UP, _CLEAR_LINE, _CLEAR_BELOW = "\x1b[{}A", "\x1b[2K", "\x1b[J"
 class JobDisplay:
     """Shows one job.
 
-    :param stream: where to. Whether it is a terminal decides how.
-    :param clock: seconds that only go forward.
-    :param size: of the terminal, columns and lines.
+    :param stream: the stream to write to. Whether it is a terminal decides how the job is shown.
+    :param clock: returns seconds that only go forward.
+    :param size: returns the size of the terminal, in columns and lines.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class JobDisplay:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep the log off the terminal for the body: the display says why something fails itself."""
+        """Keep the log off the terminal during the body: the display itself says why something fails."""
         if not self._terminal:
             yield
             return

@@ -13,7 +13,7 @@ from imagecache_lib.sources.peer import PeerSource
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Let the agent have peers."""
+    """Add the options about peers to the agent's command."""
     group = parser.add_argument_group("peers", "For images that are gone from the image service.")
     group.add_argument(
         "--peer",
@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def chosen(arguments: argparse.Namespace) -> tuple[PeerSource, ...]:
     """Return the peers that the command line names.
 
-    :raises ConfigError: one of them cannot work.
+    :raises ConfigError: one of the peers cannot work.
     """
     if not arguments.peer:
         return ()
@@ -49,9 +49,9 @@ def chosen(arguments: argparse.Namespace) -> tuple[PeerSource, ...]:
 
 
 def server(arguments: argparse.Namespace, cache: manager.ImageCacheManager) -> PeerServer | None:
-    """Return what serves this host's images, if it shall.
+    """Return the server of this host's images, or None if the command line asks for none.
 
-    :raises ConfigError: it cannot work.
+    :raises ConfigError: the server cannot work.
     """
     if arguments.serve_peers is None:
         return None

@@ -51,7 +51,7 @@ class _JobCommand(base.BaseLister):
         return parser
 
     def database(self, arguments: argparse.Namespace) -> JobDatabase:
-        """Return what writes jobs."""
+        """Return the job database, for reading and writing."""
         where = self._where(arguments)
         if not jobs_url.is_url(where):
             try:
@@ -70,7 +70,7 @@ class _JobCommand(base.BaseLister):
         return JobDatabase(where)
 
     def reader(self, arguments: argparse.Namespace) -> job_rows.JobsReader:
-        """Return what reads jobs, and changes nothing where they are kept."""
+        """Return the reader of the job database, which changes nothing in it."""
         where = self._where(arguments)
         if not jobs_url.is_url(where):
             return reader.EmbeddedJobs(where)
@@ -83,7 +83,7 @@ class _JobCommand(base.BaseLister):
         return where if jobs_url.is_url(where) else os.path.abspath(os.path.expanduser(where))
 
     def table(self, work: job.Job) -> tuple[Any, Any]:
-        """Return a job as a table, and remember to exit accordingly."""
+        """Return a job as a table, and set the command's exit code by the job's result."""
         if work.problem is not None:
             self.note(f"job {work.id}: {work.problem}")
         if work.has_failed or work.problem is not None:
@@ -105,7 +105,7 @@ class _HostsCommand(_JobCommand):
         return parser
 
     def add_what(self, parser: argparse.ArgumentParser) -> None:
-        """Let the command name hosts and images."""
+        """Add the arguments that name hosts and images."""
         parser.add_argument("image", nargs="+", help="id of an image")
         parser.add_argument(
             "--host",
@@ -131,7 +131,7 @@ class _HostsCommand(_JobCommand):
     ) -> Iterator[AggregatePrecacher]:
         """Yield what reaches the agents: over the message bus, else this very host's own.
 
-        :param images: that will be fetched; None if nothing will be.
+        :param images: ids of the images that will be fetched, or None if nothing will be.
         """
         from imagecache_lib.precache.precacher import AggregatePrecacher
 
@@ -159,7 +159,7 @@ class _HostsCommand(_JobCommand):
     def follow(
         self, work: job.Job, conductor: AggregatePrecacher, act: Callable[[threading.Event], job.Job]
     ) -> tuple[Any, Any]:
-        """Show a job while something is done with it."""
+        """Show a job while ``act`` works on it, and return the job as a table."""
         leave = threading.Event()
         ended: list[job.Job] = []
         failed: list[BaseException] = []
@@ -222,7 +222,7 @@ class Plan(_HostsCommand):
         return ["Host", "Present", "Missing", "To fetch", "Free", "Problem"], rows
 
     def _learned(self, total: int) -> Callable[[str, client.Survey | errors.ImageCacheError], None]:
-        """Return what says which hosts do not answer, as soon as that is known."""
+        """Return a callback that tells which hosts do not answer, as soon as that is known."""
         answered = itertools.count(1)
 
         def learned(name: str, answer: client.Survey | errors.ImageCacheError) -> None:

@@ -24,7 +24,7 @@ _DEFAULT_INTERFACE = "public"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Let a command choose its source."""
+    """Add the options that choose the source to a command."""
     group = parser.add_argument_group(
         "source",
         "Without any of these, the image service is found through OS_AUTH_URL and the other OS_ variables of "
@@ -112,10 +112,10 @@ def _is_in(environment: Mapping[str, str]) -> bool:
 
 
 def load(name: str, options: Sequence[str], environment: Mapping[str, str]) -> ImageSource:
-    """Make the source that an entry point names.
+    """Return a source made by the class that an entry point names.
 
     :param options: as ``KEY=VALUE``. ``env:NAME`` stands for what a variable of the environment holds.
-    :raises ConfigError: there is none of that name, it cannot be loaded, or its options are wrong.
+    :raises ConfigError: there is no entry point of that name, it cannot be loaded, or its options are wrong.
     """
     found = importlib.metadata.entry_points(group=SOURCES, name=name)
     if not found:

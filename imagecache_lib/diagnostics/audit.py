@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a host's disks and its base images fit together. Reads only, whoever made the directory."""
+"""Tells whether a host's disks and its base images fit together. Reads only, whoever made the directory."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class AuditFinding:
     """One thing that was found.
 
     :param subject: path of a disk or a directory, or the name of an entry of the cache.
-    :param text: what is so, as a clause.
-    :param next_step: what to do about it. Empty: nothing.
+    :param text: what was found, as a clause.
+    :param next_step: what to do about it; empty if there is nothing to do.
     """
 
     severity: Severity
@@ -50,8 +50,8 @@ class AuditReport:
     """What an audit found.
 
     :param findings: the worst first.
-    :param bases: how many base images there are.
-    :param overlays: how many disks refer to one, there or not.
+    :param bases: how many base images the cache has.
+    :param overlays: how many disks refer to a base image of the cache, missing ones included.
     """
 
     findings: tuple[AuditFinding, ...]
@@ -64,7 +64,7 @@ class _Disk:
     """An overlay of a base that is or should be in the cache.
 
     :param name: the base's name.
-    :param format: what the overlay's header says of the base's format. None: nothing.
+    :param format: the base's format as the overlay's header states it, or None if the header states none.
     """
 
     path: str
@@ -73,10 +73,10 @@ class _Disk:
 
 
 def examine(cache: CacheStore, instances: Sequence[model.Instance] | None) -> AuditReport:
-    """Compare the disks with the cache.
+    """Compare the disks with the cache, and return what was found. Changes nothing.
 
-    :param instances: as the driver reports them. None: the disks are all that is known.
-    :raises OSError: the cache itself cannot be read.
+    :param instances: the instances that the driver reports, or None if only the disks are known.
+    :raises OSError: the cache directory cannot be read.
     """
     there = inventory.take(cache)
     names = {base.name for base in there.bases}
@@ -124,7 +124,7 @@ def examine(cache: CacheStore, instances: Sequence[model.Instance] | None) -> Au
 
 
 def _unreadable(facts: Iterable[Fact]) -> Iterator[AuditFinding]:
-    """Yield what keeps the pass from telling what is referred to."""
+    """Yield what keeps the periodic pass from telling which bases are referred to."""
     for fact in facts:
         if isinstance(fact, Unreadable):
             yield AuditFinding(
@@ -149,7 +149,7 @@ def _unreadable(facts: Iterable[Fact]) -> Iterator[AuditFinding]:
 def _examined(overlay: Overlay, base_path: str, findings: list[AuditFinding]) -> _Disk | None:
     """Return what a disk says of its base. Returns None if its base is not in this cache.
 
-    :param findings: gets what is wrong with its header.
+    :param findings: what is wrong with the disk's header is added to these.
     """
     path = overlay.path
     try:

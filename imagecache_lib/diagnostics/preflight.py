@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with a host's set-up, found before the first spawn. Nothing is changed or left behind."""
+"""Finds what is wrong with a host's set-up before the first spawn. Nothing is changed or left behind."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ from imagecache_lib.upkeep import inventory
 #: The users that distributions run QEMU as.
 _QEMU_USERS = ("libvirt-qemu", "qemu")
 
-#: qemu-img convert knows --target-is-zero since then, without which zeros would be written out.
+#: qemu-img convert knows --target-is-zero since this version, without which zeros would be written out.
 _OLDEST_QEMU = (5, 0)
 
-#: Less than this is a warning where the operator says nothing.
+#: Less free space than this, in bytes, or fewer free inodes are a warning. ``free_space_low`` may ask for
+#: more space.
 _LITTLE_SPACE = 2**30
 
 #: And less than this an error: hardly any image is smaller.
@@ -42,7 +43,7 @@ _NO_SPACE = 128 * 2**20
 
 _FEW_INODES = 1000
 
-#: Clocks further apart than this many seconds confuse those who read dates.
+#: Clocks further apart than this many seconds confuse the operators who read dates.
 _SKEW = 5.0
 
 _ADMINISTRATORS = "/usr/sbin:/sbin"
@@ -53,9 +54,9 @@ class Severity(enum.Enum):
 
     #: Spawns, or eviction, will fail.
     ERROR = "error"
-    #: It works, with a promise less.
+    #: The cache works, but does not keep one of its promises.
     WARNING = "warning"
-    #: Worth knowing.
+    #: Something worth knowing.
     INFO = "info"
 
 
@@ -64,8 +65,8 @@ class Finding:
     """One thing that was found.
 
     :param severity: how bad it is.
-    :param text: what is so, a sentence.
-    :param next_step: what to do about it, a sentence. Empty: nothing, or the text says it.
+    :param text: what was found, as a sentence.
+    :param next_step: what to do about it, as a sentence; empty if that is nothing, or the text says it.
     """
 
     severity: Severity
@@ -74,7 +75,7 @@ class Finding:
 
 
 def examine(cache: CacheStore, backend: StorageBackend) -> list[Finding]:
-    """Look at everything, the worst first."""
+    """Run all checks, and return the findings, the worst first."""
     found = [_warning(text, "") for text in backend.preflight()]
     for check in (
         _instances,
@@ -93,7 +94,7 @@ def examine(cache: CacheStore, backend: StorageBackend) -> list[Finding]:
             path = error.filename or cache.config.base_path
             found.append(_error(f"{path}: {error.strerror}.", "Look into that first."))
         if any(finding.severity is Severity.ERROR for finding in found) and check is _instances:
-            break  # without it there is nothing to look at
+            break  # without the directory of the instances, the other checks have nothing to look at
     order = list(Severity)
     return sorted(found, key=lambda finding: order.index(finding.severity))
 
@@ -150,7 +151,7 @@ def _layout(cache: CacheStore) -> Iterator[Finding]:
     try:
         found = durable.read_file(cache.layout.version)
     except PermissionError:
-        return  # said already: it is not ours
+        return  # _directories() has reported that this process may not use the directory
     if found is not None and (not found.strip().isdigit() or int(found) > layout.VERSION):
         yield _error(
             "The cache was written by a newer release: its layout is "
@@ -241,7 +242,7 @@ def _version(host: System, program: str) -> str | None:
 
 
 def _readers(cache: CacheStore) -> Iterator[Finding]:
-    """QEMU runs as a user of its own, and opens bases by their path."""
+    """Check that QEMU, which runs as a user of its own, can open bases by their path."""
     account = next(filter(None, map(_account, _QEMU_USERS)), None)
     if account is None or account.pw_uid == os.geteuid():
         return
@@ -283,7 +284,7 @@ def _account(name: str) -> pwd.struct_passwd | None:
 
 
 def _may(found: os.stat_result, uid: int, groups: set[int], owner_bit: int) -> bool:
-    """Whether the mode allows an account what ``owner_bit`` allows an owner."""
+    """Return whether the mode allows an account what ``owner_bit`` allows an owner."""
     if uid == 0:
         return True
     if found.st_uid == uid:
@@ -300,7 +301,7 @@ def _is_readable(path: str, uid: int, groups: set[int]) -> bool:
 
 
 def _has_acl(path: str) -> bool:
-    """Whether there is an ACL, which then decides and not the mode alone."""
+    """Return whether the file has an ACL, which then decides and not the mode alone."""
     try:
         return bool(os.getxattr(path, "system.posix_acl_access"))
     except OSError:
@@ -349,7 +350,7 @@ def _space(cache: CacheStore) -> Iterator[Finding]:
 
 
 def _filesystem(cache: CacheStore) -> Iterator[Finding]:
-    """Try what is needed on two descriptors of a file that has no name any more."""
+    """Try what the cache needs of the filesystem, on two descriptors of a file that has no name any more."""
     directory = _there(cache)
     probe = os.path.join(directory, f"clock.{durable.new_id()}")  # a crash's is swept like the cache's own
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -399,7 +400,7 @@ def _excludes(first: int, second: int) -> bool:
 
 
 def _there(cache: CacheStore) -> str:
-    """Return the directory that is on the cache's filesystem, whether there is a cache yet or not."""
+    """Return a directory on the cache's filesystem, whether there is a cache yet or not."""
     for path in (cache.layout.private, cache.layout.base_path):
         if os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK, effective_ids=True):
             return path

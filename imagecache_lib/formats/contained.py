@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is one file all of the disk? What is not known to be self-contained is refused, whatever the format.
+"""Tells whether one file is all of a disk. A file that is not known to be self-contained is refused.
 
 Each format that is accepted has a reader of its own here or beside, which also says how large the disk is.
 A format without a reader is not accepted. The same readers look at the beginning of an image as it arrives,
@@ -27,7 +27,7 @@ _NO_BOUND = 2**63
 class Facts:
     """What an image's own header says of the disk in it.
 
-    :param virtual_size: in bytes. None: as many as the file has (raw).
+    :param virtual_size: in bytes, or None for a raw disk, which is as large as its file.
     :param one_size: whether all programs that read the format read this size.
     """
 
@@ -36,11 +36,11 @@ class Facts:
 
 
 def examine(image: Reader, format: str) -> Facts:
-    """Return what an image's own header says.
+    """Return what an image's own header says of the disk.
 
-    :param format: QEMU's name of it.
+    :param format: QEMU's name of the image's format.
     :raises ImageRejected: the image is broken, or is not known to be self-contained.
-    :raises NeedMore: more of it must have arrived before that can be told.
+    :raises NeedMore: too little of the image has arrived to tell.
     """
     read = _READERS.get(format)
     if read is None:
@@ -54,8 +54,10 @@ def examine(image: Reader, format: str) -> Facts:
 def require(image: Reader, format: str, *, path: str, overlay: bool = False) -> None:
     """Refuse a file that an outside program must not open, since another file belongs to it.
 
-    :param overlay: its backing file is stated to the program.
-    :raises DataRefused: one belongs to it, or whether one does cannot be told.
+    :param path: path of the file, for the error.
+    :param overlay: the header may name a backing file, since the caller states the backing file to the
+        program.
+    :raises DataRefused: another file belongs to this one, or the header does not tell whether one does.
     """
     try:
         if overlay and format == "qcow2":

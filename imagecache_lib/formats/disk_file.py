@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an outside program is told to open: one file, in one format, on one backing file or none.
 
-Nothing of it comes from the content of the file, so that the program has nothing to look up there.
+Nothing of this description comes from the content of the file, so that the program looks nothing up there.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class DiskFile:
 
     :param path: absolute path of the one file that has its data.
     :param format: QEMU's name of its format.
-    :param backing: what lies under it. None: nothing is opened under it, whatever the file says.
-    :raises BackendError: the format is none that is opened, or the path cannot be expressed.
+    :param backing: the backing file, or None to open no backing file, whatever the header of the file names.
+    :raises BackendError: the format is not in :data:`FORMATS`, or the path cannot be expressed.
     """
 
     path: str
@@ -52,13 +52,13 @@ class DiskFile:
             ) from None
 
     def files(self) -> Iterator[DiskFile]:
-        """Yield this file and those under it."""
+        """Yield this file and its backing files, from the top down."""
         yield self
         if self.backing is not None:
             yield from self.backing.files()
 
     def to_option(self) -> str:
-        """Return it as a ``json:`` file name (QEMU's manual, "Disk Images"): drivers and files stated."""
+        """Return the disk as a ``json:`` file name (QEMU's manual, "Disk Images") with drivers and files."""
         return f"json:{json.dumps(self._node())}"
 
     def _node(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known not to be a disk: compressed files, archives, documents, and disks of formats nobody serves.
+"""What is known not to be a disk: compressed files, archives, documents, disks of unsupported formats.
 
-"Raw" means that a disk has no format, so that anything would do as a raw one. These do not: no disk begins
-like them, and a guest could not use them. Magic numbers as in the formats' own specifications and file(1).
+"Raw" means that a disk has no format, so that any content would do as a raw disk. These contents do not: no
+disk begins like them, and a guest could not use them. Magic numbers as in the formats' own specifications
+and file(1).
 """
 
 from __future__ import annotations
@@ -82,9 +83,9 @@ _JSON = re.compile(rb"(?:\{\s*(?:\"|\}|$)|\[\s*(?:[\"{\[\]0-9-]|$))")
 
 
 def recognise(start: bytes) -> Foreign | None:
-    """Return what content is that is no disk. None if it could be one.
+    """Tell content that is not a disk from content that could be one. Returns None if it could be a disk.
 
-    :param start: its first :data:`LOOKED_AT` bytes, or all of it.
+    :param start: the first :data:`LOOKED_AT` bytes of the content, or all of it.
     """
     for offset, magic, what, next_step in _MAGIC:
         if start.startswith(magic, offset):
@@ -95,7 +96,10 @@ def recognise(start: bytes) -> Foreign | None:
 
 
 def _document(start: bytes) -> Foreign | None:
-    """Return which document the content is: text throughout that begins as HTML, XML or JSON does."""
+    """Return which document the content is: text throughout that begins as HTML, XML or JSON does.
+
+    Returns None if it is not such a document.
+    """
     for encoding, mark in (("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff")):
         if start.startswith(mark):
             start = start[2:].decode(encoding, "replace").encode()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is this content an acceptable disk? Looked at as the bytes flow, and once more when all of them are there.
+"""Decides whether content is an acceptable disk: as its bytes arrive, and again when all of them are there.
 
 The rules are those of :data:`imagecache_lib.store.evidence.INSPECTION_RULES`: the content is exactly one
 format, it is the one that was claimed, one file is all of it (:mod:`imagecache_lib.formats.contained`), and
 what is stored as raw is not known to be something else than a disk (:mod:`imagecache_lib.formats.foreign`).
-oslo.utils' inspectors tell formats apart. Nothing is asked of what is in a raw disk: only its guest reads it.
+oslo.utils' inspectors tell formats apart. The content of a raw disk is not checked: only its guest reads it.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class Ending(enum.Enum):
 class Finding:
     """What the content is.
 
-    :param format: qemu's name for it.
-    :param virtual_size: as the header states it, in bytes. None where the header has none (raw), or lies
-        where it has not arrived yet.
+    :param format: qemu's name for the format.
+    :param virtual_size: as the header states it, in bytes, or None for a raw disk, and for a header that has
+        not arrived yet.
     :param one_size: whether all programs that read the format read this size.
     :param ending: what may follow the data.
     """
@@ -87,9 +87,9 @@ class Rules:
     """What is acceptable on this host.
 
     :param vmdk_allowed_types: vmdk ``createType`` values to accept, in lower case.
-    :param max_virtual_size: in bytes.
-    :param strict: False: neither the claim counts nor what raw content looks like. That one file is all of
-        the disk is demanded all the same.
+    :param max_virtual_size: the largest disk to accept, in bytes.
+    :param strict: whether the format must be the claimed one, and raw content must not look like something
+        else than a disk. One file must be all of the disk in either case.
     """
 
     vmdk_allowed_types: frozenset[str]
@@ -100,7 +100,7 @@ class Rules:
     def of(cls, config: CacheConfig, *, strict: bool | None = None) -> Rules:
         """Return the rules of a configuration.
 
-        :param strict: None: as it says.
+        :param strict: overrides the configuration's own value, unless it is None.
         """
         return cls(
             frozenset(each.lower() for each in config.vmdk_allowed_types),
@@ -111,8 +111,10 @@ class Rules:
     def accept(self, claimed: str | None, start: bytes) -> tuple[str, Ending]:
         """Return which format an image is accepted as, and what may follow its data.
 
-        :param start: as much of its beginning as shows every format, or all of it.
-        :raises ImageRejected: nothing acceptable, something else than claimed, or more than one.
+        :param claimed: the disk format that the image's owner stated, or None if the owner stated none.
+        :param start: the first bytes of the image, enough to show every format, or all of it.
+        :raises ImageRejected: the content is of no acceptable format, of another than was claimed, or of
+            more than one.
         """
         found = detect(start)
         claimed = claimed if self.strict else None
@@ -125,10 +127,11 @@ class Rules:
         return accept(claimed, found), Ending.NONE
 
     def judge(self, image: Reader, format: str) -> Finding:
-        """Return what an image's own header says.
+        """Return what an image's own header says of the disk.
 
-        :raises ImageRejected: it is not acceptable.
-        :raises NeedMore: more of it must have arrived before that can be told.
+        :param format: qemu's name of the format that the image was accepted as.
+        :raises ImageRejected: the disk is not acceptable.
+        :raises NeedMore: too little of the image has arrived to tell.
         """
         facts = contained.examine(image, format)
         if format == "vmdk" and (kind := vmdk.read(image).create_type) not in self.vmdk_allowed_types:
@@ -148,7 +151,7 @@ class Rules:
 def detect(start: bytes) -> frozenset[str]:
     """Return the names of all formats whose marks an image's beginning carries; ``raw`` if none.
 
-    :param start: its first 64 KiB, or all of it.
+    :param start: the first 64 KiB of the image, or all of it.
     """
     found = set()
     for name, kind in format_inspector.ALL_FORMATS.items():
@@ -170,9 +173,10 @@ def detect(start: bytes) -> frozenset[str]:
 def accept(claimed: str | None, found: frozenset[str]) -> str:
     """Return qemu's name of the one format that an image is.
 
-    :param claimed: the disk format that the image's owner stated. None: not stated.
-    :param found: names of all formats that it carries the marks of.
-    :raises ImageRejected: nothing acceptable, something else than claimed, or more than one.
+    :param claimed: the disk format that the image's owner stated, or None if the owner stated none.
+    :param found: names of all formats whose marks the image carries, as :func:`detect` returns them.
+    :raises ImageRejected: the image is of no acceptable format, of another than was claimed, or of more
+        than one.
     """
     names = ", ".join(sorted(found))
     if claimed is None and found <= _RAW:
@@ -206,7 +210,7 @@ def accept(claimed: str | None, found: frozenset[str]) -> str:
 class Inspection:
     """Inspects a stream of chunks.
 
-    :param claimed: Glance's disk format, or None.
+    :param claimed: the image's disk format as Glance states it, or None if it states none.
     """
 
     def __init__(self, claimed: str | None, rules: Rules) -> None:
@@ -228,7 +232,7 @@ class Inspection:
                 self._decide(whole=False)
 
     def finish(self) -> Finding:
-        """Return what the content is, at its end.
+        """End the inspection after the last chunk, and return what the content is.
 
         :raises ImageRejected: the content is bad.
         """
@@ -238,7 +242,7 @@ class Inspection:
         return self.finding
 
     def close(self) -> None:
-        """Let go of what was kept."""
+        """Free the memory that holds the beginning of the content."""
         self._start.clear()
 
     def _decide(self, *, whole: bool) -> None:
@@ -267,15 +271,19 @@ class Uninspected:
         """Take the next chunk and do nothing with it."""
 
     def finish(self) -> None:
-        """Return that nothing was found out."""
+        """Return nothing, since nothing is known of the content."""
 
     def close(self) -> None:
         """Do nothing."""
 
 
 def inspect_file(fd: int, claimed: str | None, rules: Rules) -> Finding:
-    """Inspect a file that is there, such as an adopted base, reading as little as settles it.
+    """Inspect a file that is there, such as an adopted base, reading as little of it as needed.
 
+    Returns what the content is.
+
+    :param fd: a descriptor of the file, open for reading.
+    :param claimed: the disk format that the image's owner stated, or None if the owner stated none.
     :raises ImageRejected: the content is bad.
     """
     image = OpenFile(fd)

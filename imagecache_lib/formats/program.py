@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running an outside program: within limits, no longer than somebody waits, and knowing how it ended.
+"""Running an outside program: within limits, no longer than its caller waits, and knowing how it ended.
 
 The command is ``prlimit … timeout … sh -c …``, all of which a POSIX host with util-linux and coreutils has:
 
@@ -7,7 +7,8 @@ The command is ``prlimit … timeout … sh -c …``, all of which a POSIX host 
 * timeout(1) ends what takes too long even after this process has died, and gives its children the default
   disposition of SIGCHLD, which a child otherwise inherits from a service that ignores it;
 * the shell says how the program ended, behind a word that no program can guess. The exit status that Python
-  reports does not say so: it is 0 as well where somebody else waited for the child, or SIGCHLD is ignored.
+  reports does not say so: it is 0 as well where other code in this process has already waited for the
+  child, or where SIGCHLD is ignored.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from oslo_concurrency import processutils
 from imagecache_lib import errors
 from imagecache_lib.system.waiter import Waiter
 
-#: Seconds between two looks whether anybody still waits for the program.
+#: Seconds between two looks whether the caller still waits for the program.
 _LOOK_EVERY = 0.25
 
-#: Seconds that a program has after it was asked to end, before it is killed.
+#: Seconds between asking a program to end and killing it.
 _GRACE = 5
 
 _SCRIPT = 'token=$1; shift; "$@"; printf "\\n%s %d\\n" "$token" "$?" >&2'
@@ -89,11 +90,12 @@ def run(
     :param waiter: the caller. Once it no longer waits, the program is ended, and the error says so.
     :param subject: path of the file that errors are about.
     :param hidden: texts that are cut from what the program says, such as paths.
-    :raises DataRefused: what the program says is about the data.
+    :raises DataRefused: the program failed, and its message is about the data.
     :raises NoSpaceError: the filesystem is full.
     :raises StorageFailed: the disk failed.
-    :raises BackendError: the host is at fault: a limit, a signal, lack of memory. Or how it ended is unknown.
-    :raises ConfigError: it, or what runs it, is not installed.
+    :raises BackendError: the host is at fault (a limit, a signal, lack of memory), or it is unknown how the
+        program ended.
+    :raises ConfigError: the program, or one that runs it (prlimit, timeout), is not installed.
     """
     token = secrets.token_hex(16)
     command = (
@@ -121,7 +123,7 @@ def run(
 
 @contextlib.contextmanager
 def _watched(waiter: Waiter) -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
-    """Yield what watches a process from its start, and kills it once nobody waits for it."""
+    """Yield a function that watches a process, and kills it once the caller no longer waits for it."""
     over = threading.Event()
     watchers: list[threading.Thread] = []
     reasons: list[errors.ImageCacheError] = []
@@ -220,7 +222,7 @@ def _require_success(err: str, token: str, program: str, subject: str, hidden: t
 def told(said: str, program: str, hidden: tuple[str, ...]) -> str:
     """Return the line that tells what went wrong: the first that the program begins with its own name.
 
-    :param hidden: texts to leave out, such as the paths of files that are gone when somebody reads this.
+    :param hidden: texts to leave out, such as the paths of files that are gone when an operator reads this.
     """
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     marked = [line for line in lines if line.startswith(f"{program}: ")]

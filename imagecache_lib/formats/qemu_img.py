@@ -45,15 +45,15 @@ class QemuImg:
         self._working = _limits(config.convert_cpu_time_limit, config.convert_address_space_limit)
 
     def sandbox_problem(self) -> str:
-        """Return why qemu-img is not shut in on this host, as a clause. Empty where it is."""
+        """Return, as a clause, why qemu-img runs without a sandbox on this host; empty if it has one."""
         return self._sandbox.problem()
 
     def virtual_size(self, disk: DiskFile, *, waiter: Waiter | None = None) -> int:
-        """Return how many bytes a guest sees.
+        """Return a disk's virtual size: how many bytes a guest sees.
 
-        :param waiter: the caller. None: one that waits as long as it takes.
-
-        :raises DataRefused: it cannot be read as that, is encrypted, or another file belongs to it.
+        :param waiter: the caller, or None for a caller that waits as long as it takes.
+        :raises DataRefused: the file cannot be read in the stated format, is encrypted, or another file
+            belongs to it.
         :raises BackendError: the host is at fault.
         """
         found = self._json(disk, self._looking, waiter, "info", "--force-share", "--output=json")
@@ -63,7 +63,7 @@ class QemuImg:
     def mapped_bytes(self, disk: DiskFile, *, waiter: Waiter) -> int:
         """Return how many bytes of a disk are data, in clusters of 64 KiB: the most it takes as a raw file.
 
-        :raises DataRefused: it cannot be read as that.
+        :raises DataRefused: the file cannot be read in the stated format.
         :raises BackendError: the host is at fault.
         """
         # For raw, measure says the virtual size; for qcow2 it counts data, and some bytes of tables for each

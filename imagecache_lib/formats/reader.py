@@ -26,7 +26,7 @@ class Reader(Protocol):
 
     @property
     def size(self) -> int | None:
-        """Bytes of the whole image. None while that is not known."""
+        """Length of the whole image in bytes, or None while that is not known."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes of the image; fewer than asked for where it ends.
@@ -38,7 +38,7 @@ class Reader(Protocol):
 class Prefix:
     """The beginning of an image.
 
-    :param whole: it is all of the image.
+    :param whole: whether these bytes are all of the image.
     """
 
     def __init__(self, data: bytes | bytearray, *, whole: bool = False) -> None:
@@ -68,10 +68,10 @@ class OpenFile:
     def at(cls, path: str) -> Self:
         """Open a regular file.
 
-        :raises BackendError: it is none.
-        :raises OSError: it cannot be opened.
+        :raises BackendError: the path does not lead to a regular file.
+        :raises OSError: the file cannot be opened.
         """
-        # A FIFO in the disk's place must not make us wait for a writer.
+        # A FIFO in the disk's place must not make this process wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shutting a program in: no network, a view of the files that it works on and of nothing else.
 
-With bubblewrap(1), where it is installed and the kernel lets this process make namespaces. Where not, the
-program runs all the same: what is opened is stated to it, and inspected before. This is the second wall.
+This takes bubblewrap(1), and a kernel that lets this process make namespaces. Where either is missing, the
+program runs without a sandbox, which is only the second wall: the files that it opens are stated to it, and
+were inspected before.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _TRIAL = Limits(cpu=10, memory=2**32, wall=30)
 class Sandbox:
     """Shuts one program in. Whether that is possible is tried once, when it is first asked for.
 
-    :param program: its name, looked up in PATH.
+    :param program: the program's name, looked up in PATH.
     """
 
     def __init__(self, program: str, host: System) -> None:
@@ -36,16 +37,16 @@ class Sandbox:
         self._tried: str | None = None
 
     def problem(self) -> str:
-        """Return why it is not possible on this host, as a clause. Empty where it is possible."""
+        """Return, as a clause, why this host cannot run a sandbox; empty if it can."""
         if self._tried is None:
             self._tried = self._try()
         return self._tried
 
     def command(self, *, reads: tuple[str, ...], writes: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the words to put before the program's own. None at all where it is not possible.
+        """Return the words to put before the program's own: an empty tuple if this host cannot run a sandbox.
 
-        :param reads: absolute paths of the files that it may read.
-        :param writes: absolute paths of the files that it may read and write.
+        :param reads: absolute paths of the files that the program may read.
+        :param writes: absolute paths of the files that the program may read and write.
         """
         if self.problem():
             return ()

@@ -28,9 +28,9 @@ class Signature:
 
     :param kind: ``swap``, or the filesystem's name.
     :param size: bytes that it spans.
-    :param label: the filesystem's label, or None if it has none or its kind's is not read.
-    :param identity: the filesystem's UUID, or FAT's volume id; or None if it has none or its kind's is
-        not read.
+    :param label: the filesystem's label, or None if it has no label, or labels of its kind are not read.
+    :param identity: the filesystem's UUID, or FAT's volume id; None if it has no such id, or ids of its kind
+        are not read.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Signature:
 
 
 def read(head: bytes) -> Signature | None:
-    """Return the signature in a file's first :data:`LENGTH` bytes, or None if it has no known one."""
+    """Return the signature in a file's first :data:`LENGTH` bytes, or None if it has no known signature."""
     if len(head) < _PAGE:
         return None
     if head[_PAGE - 10 : _PAGE] == b"SWAPSPACE2":

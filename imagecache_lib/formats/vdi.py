@@ -23,8 +23,8 @@ _NEXT_STEP = "have its owner merge it into one image, or convert it to qcow2"
 def read(image: Reader) -> int:
     """Return an image's virtual size in bytes.
 
-    :raises ImageRejected: it is broken, or is not known to be self-contained.
-    :raises NeedMore: it is told by what has not arrived yet.
+    :raises ImageRejected: the image is broken, or is not known to be self-contained.
+    :raises NeedMore: the bytes that tell have not arrived yet.
     """
     header = image.read(0, _LENGTH)
     if len(header) < _LENGTH or struct.unpack_from("<I", header, _SIGNATURE_AT)[0] != SIGNATURE:

@@ -40,7 +40,7 @@ class Footer:
 
     :param current_size: of the disk in bytes, in whole sectors.
     :param one_size: whether original size, current size and geometry agree, so that all programs do.
-    :param sound: whether its checksum is right.
+    :param sound: whether the footer's checksum is right.
     """
 
     kind: int
@@ -50,7 +50,7 @@ class Footer:
 
 
 def parse_footer(data: bytes) -> Footer | None:
-    """Return what a footer says. None if it is no footer."""
+    """Return what a footer says, or None if the data is not a footer."""
     if len(data) != FOOTER_BYTES or not data.startswith(COOKIE):
         return None
     fields = _FOOTER.unpack_from(data)
@@ -66,10 +66,10 @@ def parse_footer(data: bytes) -> Footer | None:
 
 
 def read(image: Reader) -> Footer:
-    """Return what a dynamic image says.
+    """Return what the footer of a dynamic image says.
 
-    :raises ImageRejected: it is broken, or is not known to be self-contained.
-    :raises NeedMore: it is told by what has not arrived yet.
+    :raises ImageRejected: the image is broken, or is not known to be self-contained.
+    :raises NeedMore: the bytes that tell have not arrived yet.
     """
     found = parse_footer(image.read(0, FOOTER_BYTES))
     if found is None:
@@ -92,10 +92,10 @@ def read(image: Reader) -> Footer:
 
 
 def is_fixed(footer: bytes, length: int) -> bool:
-    """Whether an image that ends like this is a fixed VHD.
+    """Return whether an image is a fixed VHD.
 
-    :param footer: its last 512 bytes.
-    :param length: bytes before those.
+    :param footer: the last 512 bytes of the image.
+    :param length: number of bytes before the footer.
     """
     found = parse_footer(footer)
     return found is not None and found.sound and (found.kind, found.current_size) == (Kind.FIXED, length)

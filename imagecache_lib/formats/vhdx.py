@@ -33,8 +33,8 @@ _NEXT_STEP = "have its owner merge it into one image, or convert it to qcow2"
 def read(image: Reader) -> int:
     """Return an image's virtual size in bytes.
 
-    :raises ImageRejected: it is broken, or is not known to be self-contained.
-    :raises NeedMore: it is told by what has not arrived yet.
+    :raises ImageRejected: the image is broken, or is not known to be self-contained.
+    :raises NeedMore: the bytes that tell have not arrived yet.
     """
     if image.read(0, len(MAGIC)) != MAGIC:
         raise _broken("it has no header")

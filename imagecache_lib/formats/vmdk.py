@@ -50,10 +50,10 @@ class Vmdk:
 
 
 def read(image: Reader) -> Vmdk:
-    """Return what an image says.
+    """Return what an image's header and descriptor say.
 
-    :raises ImageRejected: it is broken, or is not known to be self-contained.
-    :raises NeedMore: it is told by what has not arrived yet.
+    :raises ImageRejected: the image is broken, or is not known to be self-contained.
+    :raises NeedMore: the bytes that tell have not arrived yet.
     """
     start = image.read(0, _HEADER.size)
     if b"disk descriptorfile" in start.lower():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A host's side of pre-caching: works on tasks with the host's own manager, one image after the other.
 
-The agent takes image ids and limits, and nothing else, from whoever asks: where images come from, where
+The agent takes image ids and limits, and nothing else, from a conductor: where images come from, where
 they are kept and how much of the disk they may take is the host's own configuration.
 """
 
@@ -54,8 +54,8 @@ class HostAgent:
     :param cache: the host's image cache.
     :param watch: one of the manager's observers.
     :param max_bytes: the most that one task may bring onto this host's disk, in bytes, checked before each
-        image against its length and what the task took so far. 0: no limit of its own.
-    :param fallbacks: sources tried when an image is gone from the manager's.
+        image against its length and what the task took so far; 0 for no limit of its own.
+    :param fallbacks: sources tried when an image is gone from the manager's source.
     """
 
     def __init__(
@@ -76,17 +76,17 @@ class HostAgent:
         #: One image at a time on this host, however many conductors ask.
         self._slot = threading.Lock()
         self._instance = durable.new_id()
-        #: Set whenever an image ends, for who waits for that.
+        #: Set whenever an image ends, for the thread that waits for that.
         self.image_ended = threading.Event()
 
     # -- what a conductor may ask --------------------------------------------------------------------
 
     def info(self) -> client.AgentInfo:
-        """Say which agent this is, and what time it has."""
+        """Return which agent this is, and the time by its clock."""
         return client.AgentInfo(self._instance, self._host.clock())
 
     def survey(self, image_ids: Sequence[str]) -> client.Survey:
-        """Say what is here of some images, and how large the others are.
+        """Return which of some images this host has, and how large the others are.
 
         :raises HostUnsupported: the host's storage clones images.
         """
@@ -106,9 +106,9 @@ class HostAgent:
         return client.Survey(tuple(present), missing, self._free(), problems)
 
     def begin(self, task: client.HostTask) -> None:
-        """Work on a task; one that is known goes on.
+        """Begin to work on a task, and return at once. A task that this agent knows goes on.
 
-        :raises ImageRejected: an id that no image can have.
+        :raises ImageRejected: the task has an id that no image can have.
         :raises HostBusy: this host has too many tasks now.
         :raises BackendError: the task has too many images.
         """
@@ -133,7 +133,7 @@ class HostAgent:
     def poll(self, job_id: str) -> client.TaskReport:
         """Return how far a task is.
 
-        :raises UnknownTask: it was never begun here, or before a restart.
+        :raises UnknownTask: the task was never begun here, or it was begun before the agent restarted.
         """
         with self._lock:
             try:
@@ -159,7 +159,7 @@ class HostAgent:
         return found
 
     def unsent(self, told: client.HostReport) -> None:
-        """Have what a report says reported again: it could not be sent."""
+        """Have the content of a report, which could not be sent, reported again."""
         with self._lock:
             task = self._tasks.get(told.job_id)
             if task is not None:
@@ -173,14 +173,14 @@ class HostAgent:
         return cells
 
     def cancel(self, job_id: str) -> None:
-        """Stop working on a task."""
+        """Stop working on a task. A task that this agent does not know is ignored."""
         with self._lock:
             task = self._tasks.get(job_id)
             if task is not None:
                 task.cancelled.set()
 
     def stop(self, timeout: float | None = None) -> None:
-        """Cancel everything and wait for it. A conductor begins it again once the agent is back.
+        """Cancel all tasks and wait until they end. A conductor begins them again once the agent is back.
 
         :param timeout: seconds to wait at most. A fetch whose source hangs sees the cancellation late.
         """

@@ -12,10 +12,11 @@ from imagecache_lib.precache import client, job
 
 @dataclasses.dataclass(frozen=True)
 class Stop:
-    """That a host is to stop working on its task, and how its images end.
+    """How a host is to be told to stop working on its task, and how its images end.
 
-    :param result: of the images that have none when it has stopped.
-    :param calls: how often to tell it.
+    :param result: the result of the images that have none when the host has stopped.
+    :param reason: why, as a clause.
+    :param calls: how often to tell the host.
     """
 
     result: job.Result
@@ -28,9 +29,9 @@ class Visit:
     """What a call brought.
 
     :param begun: the host took the task in this call.
-    :param report: what the host says of the task, if it said anything.
-    :param failure: what was raised, if anything was.
-    :param stop: as it was asked for, the reason completed, if the host was to stop.
+    :param report: what the host says of the task, or None if it said nothing.
+    :param failure: the exception that the call raised, or None if it raised none.
+    :param stop: the stop that was asked for, with its reason completed, or None if the host was not to stop.
     :param agents: which agents answered, in order.
     """
 
@@ -46,9 +47,9 @@ class Visit:
 class Call:
     """One look at a host.
 
-    :param hosts: reaches it.
-    :param task: to be begun first, if it is to be.
-    :param stop: tell the host to stop instead, if it is to.
+    :param hosts: reaches the host.
+    :param task: the task to begin first, or None to begin none.
+    :param stop: how to tell the host to stop, which is then all that the call does, or None to look at it.
     """
 
     hosts: client.HostClient

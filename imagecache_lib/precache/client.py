@@ -20,7 +20,7 @@ class AgentInfo:
     :param instance: random, and new whenever the agent starts: two agents that call themselves by one host's
         name, and one that restarts again and again, are told apart by it.
     :param clock: epoch seconds, by the agent's clock, when it answered.
-    :param reports: it says by itself how far a task is, if the task says where to.
+    :param reports: whether the agent reports by itself how far a task is, to the mailbox that the task names.
     """
 
     instance: str
@@ -29,11 +29,11 @@ class AgentInfo:
 
 
 class HostDown(errors.SourceError):
-    """The host does not answer. It may come back."""
+    """The host does not answer now, but may do so later."""
 
 
 class HostBusy(errors.SourceError):
-    """The host cannot take a task now. It will answer otherwise later."""
+    """The host cannot take a task now, but will be able to later."""
 
 
 class HostUnsupported(errors.BackendError):
@@ -41,9 +41,9 @@ class HostUnsupported(errors.BackendError):
 
 
 class UnknownTask(errors.SourceError):
-    """The host knows nothing of the task: its agent restarted since it began. Begin it again.
+    """The host knows nothing of the task: its agent restarted since the task began. Begin it again.
 
-    :ivar agent: which agent says so, if it says who it is.
+    :ivar agent: the agent that says so, or None for one that speaks protocol version 1.0.
     """
 
     agent: AgentInfo | None = None
@@ -53,16 +53,18 @@ class UnknownTask(errors.SourceError):
 class HostTask:
     """A host's part of a job. Names images only: where they come from is the host's own configuration.
 
-    :param job_id: the job's. A host that has a task of that id goes on with it.
-    :param image_ids: to be cached, in series.
-    :param attempt: a host that knows the task, but of an earlier attempt, tries again what failed.
-    :param rate: bytes per second that it may fetch. 0: no limit.
-    :param deadline: epoch seconds after which nothing more is begun, if there is such a moment.
-    :param pin_until: epoch seconds until which the images stay, if they are to be pinned.
+    :param job_id: the job's id. A host that has a task of that id goes on with it.
+    :param image_ids: the images to cache, one after the other.
+    :param attempt: number of the job's attempt. A host that knows the task from an earlier attempt tries
+        again what failed.
+    :param rate: bytes per second that the host may fetch; 0 for no limit.
+    :param deadline: epoch seconds after which the host begins no more images, or None for no deadline.
+    :param pin_until: epoch seconds until which the images stay pinned, or None not to pin them.
     :param retries: how often to try an image again after a failure that may pass.
-    :param deadline_in: the deadline in seconds from now. An agent that knows it does not look at the other,
+    :param deadline_in: the deadline in seconds from now. An agent that knows this field ignores ``deadline``,
         which is by the conductor's clock.
-    :param pin_for: the end of the pin in seconds from now, likewise.
+    :param pin_for: the end of the pin in seconds from now. An agent that knows this field ignores
+        ``pin_until``.
     :param report_to: the conductor's mailbox, to which an agent that can reports what changed. An agent
         whose conductor has not asked for :data:`WATCHED_SECONDS` reports no longer.
     """
@@ -83,11 +85,12 @@ class HostTask:
 class Survey:
     """What a host would have to do for some images.
 
-    :param present: those that it has.
-    :param missing: those that it has not, with their sizes in bytes; None where the source does not say.
-    :param free: bytes that its cache's filesystem has free.
-    :param problems: by image id, why it cannot be had.
-    :param agent: which agent says so, if it says who it is.
+    :param present: ids of the images that the host has.
+    :param missing: by id of an image that the host lacks, its size in bytes, or None where the source does
+        not say.
+    :param free: bytes that the filesystem of the host's cache has free.
+    :param problems: by image id, why the host cannot fetch the image.
+    :param agent: the agent that answered, or None for one that speaks protocol version 1.0.
     """
 
     present: tuple[str, ...]
@@ -101,12 +104,12 @@ class Survey:
 class TaskReport:
     """How far a host's task is.
 
-    :param cells: by image id. All of the task's in an answer, those that changed in what an agent says by
-        itself.
-    :param agent: which agent says so, if it says who it is.
-    :param attempt: of the job, for which this is so.
-    :param number: of the agent's last report on the task; this is at least as new. What an agent says by
-        itself is one more than what it said before.
+    :param cells: by image id. An answer has all cells of the task; a report that an agent sends by itself has
+        those that changed.
+    :param agent: the agent that says so, or None for one that speaks protocol version 1.0.
+    :param attempt: number of the job's attempt that this is about.
+    :param number: number of the agent's last report on the task; the cells are at least as new. Each report
+        that an agent sends by itself has the number after that of its last one.
     """
 
     cells: Mapping[str, Cell]
@@ -117,10 +120,10 @@ class TaskReport:
 
 @dataclasses.dataclass(frozen=True)
 class HostReport:
-    """What an agent says by itself. It may get lost, come twice, or after a later one.
+    """What an agent reports by itself. A report may get lost, come twice, or after a later one.
 
-    :param host: the name of its host.
-    :param job_id: whose task it is about.
+    :param host: the name of the agent's host.
+    :param job_id: the job whose task it is about.
     """
 
     host: str
@@ -151,8 +154,8 @@ class HostClient(abc.ABC):
     def listening(self, inbox: Inbox) -> Iterator[str | None]:
         """Bring what agents report by themselves to an inbox during the body.
 
-        Yields the mailbox to name in their tasks; None if agents cannot be heard this way. Not to be heard
-        is no failure: agents are asked then.
+        Yields the mailbox to name in their tasks, or None if agents cannot report to this process. That is
+        no failure: the conductor then asks the agents.
 
         :param inbox: takes the reports on all tasks that name the mailbox.
         """
@@ -160,30 +163,33 @@ class HostClient(abc.ABC):
 
     @abc.abstractmethod
     def survey(self, host: str, image_ids: Sequence[str]) -> Survey:
-        """Ask what a host has of some images.
+        """Return what a host has of some images.
 
-        :raises HostDown, HostUnsupported: as they say.
+        :raises HostDown: the host does not answer.
+        :raises HostUnsupported: the host has no image cache, or its agent speaks another protocol version.
         """
 
     @abc.abstractmethod
     def begin(self, host: str, task: HostTask) -> AgentInfo | None:
-        """Have a host work on a task; nothing changes if it does already. Returns which agent took it.
+        """Have a host work on a task, unless it does already. Returns the agent that took the task.
 
-        :raises HostDown, HostBusy, HostUnsupported: as they say.
+        :raises HostDown: the host does not answer.
+        :raises HostBusy: the host has too many tasks now.
+        :raises HostUnsupported: the host has no image cache, or its agent speaks another protocol version.
         :raises BackendError: the host refuses the task; the cause says why.
         """
 
     @abc.abstractmethod
     def poll(self, host: str, job_id: str) -> TaskReport:
-        """Ask how far a task is.
+        """Return how far a task is.
 
-        :raises HostDown: it does not answer.
-        :raises UnknownTask: it has forgotten.
+        :raises HostDown: the host does not answer.
+        :raises UnknownTask: the host does not know the task, or no longer.
         """
 
     @abc.abstractmethod
     def cancel(self, host: str, job_id: str) -> None:
-        """Have a host stop working on a task. One that it does not know is fine.
+        """Have a host stop working on a task. Does nothing if the host does not know the task.
 
-        :raises HostDown: it does not answer.
+        :raises HostDown: the host does not answer.
         """

@@ -34,7 +34,7 @@ except ImportError as _error:
         next_step="install imagecache-lib[jobs]",
     ) from _error
 
-#: Seconds to wait for another process that writes. Whoever needs longer tries again.
+#: Seconds to wait for another process that writes. A caller that needs longer tries again.
 _BUSY = 5.0
 
 #: Seconds for a server to accept a connection, and to answer a statement.
@@ -52,8 +52,8 @@ _LOCK = 0x696D6167
 class Change:
     """A cell that is to be kept.
 
-    :param host: its host's position in the job.
-    :param image: its image's.
+    :param host: the position of the cell's host in the job.
+    :param image: the position of its image in the job.
     """
 
     host: int
@@ -66,9 +66,9 @@ class JobDatabase:
 
     :param where: path of an sqlite file, made when missing, or a URL that SQLAlchemy understands.
     :param busy: seconds to wait for another process that holds the file.
-    :param change_schema: make tables that are missing or of an earlier version. Without that, whoever may
-        only read can look at jobs.
-    :raises ConfigError: it cannot be opened, or is of a later release.
+    :param change_schema: whether to make tables that are missing or of an earlier version. False lets a user
+        who may only read look at jobs.
+    :raises ConfigError: the database cannot be opened, or is of a later release.
     """
 
     def __init__(self, where: str, *, busy: float = _BUSY, change_schema: bool = True) -> None:
@@ -80,7 +80,7 @@ class JobDatabase:
 
     @staticmethod
     def _name(where: str) -> str:
-        """Return what messages call the database. A password is no part of it."""
+        """Return the name of the database in messages, without its password."""
         if not jobs_url.is_url(where):
             return where
         try:
@@ -103,7 +103,7 @@ class JobDatabase:
         *,
         now: float,
     ) -> job.Job:
-        """Keep a new job, on which nothing was done yet."""
+        """Store a new job, on which nothing was done yet, and return it."""
         job_id = durable.new_id()
         with self._writing() as connection:
             connection.execute(
@@ -137,27 +137,27 @@ class JobDatabase:
         return self.get(job_id)
 
     def get(self, job_id: str) -> job.Job:
-        """Return a job as far as it is.
+        """Return a job with its progress so far.
 
-        :raises ConfigError: there is none of that id.
+        :raises ConfigError: no job has that id.
         """
         with self._reading() as query:
             return job_rows.read_job(query, job_id)
 
     def summaries(self) -> list[job.JobSummary]:
-        """Return every job in a few words, the oldest first."""
+        """Return a summary of every job, the oldest first."""
         with self._reading() as query:
             return job_rows.read_summaries(query)
 
     def is_over(self, job_id: str) -> bool:
-        """Whether every image on every host of a job has a result."""
+        """Return whether every image on every host of a job has a result."""
         with self._reading() as query:
             statement = "SELECT COUNT(*) FROM cells WHERE job = :job AND result IS NULL"
             ((count,),) = query(statement, {"job": job_id})
         return bool(count == 0)
 
     def is_cancelled(self, job_id: str) -> bool:
-        """Whether an operator cancelled a job."""
+        """Return whether an operator cancelled a job."""
         with self._reading() as query:
             found = list(query("SELECT cancelled FROM jobs WHERE id = :job", {"job": job_id}))
         return bool(found and found[0][0])
@@ -165,7 +165,7 @@ class JobDatabase:
     def cancel(self, job_id: str) -> None:
         """Mark a job as cancelled, for whichever process runs it.
 
-        :raises ConfigError: there is none of that id.
+        :raises ConfigError: no job has that id.
         """
         with self._writing() as connection:
             marked = connection.execute(
@@ -175,9 +175,9 @@ class JobDatabase:
                 raise job_rows.unknown_job(job_id)
 
     def prune(self, before: float) -> int:
-        """Forget the jobs that are over and were made before a moment in epoch seconds.
+        """Delete the jobs that are over and were made before a moment in epoch seconds.
 
-        Returns how many there were.
+        Returns how many it deleted.
         """
         with self._writing() as connection:
             found = connection.execute(
@@ -197,9 +197,9 @@ class JobDatabase:
     # -- the lease -----------------------------------------------------------------------------------
 
     def lease_of(self, job_id: str) -> lease.Lease:
-        """Return which conductor runs a job.
+        """Return the lease of a job, which says which conductor runs it.
 
-        :raises ConfigError: there is none of that id.
+        :raises ConfigError: no job has that id.
         """
         with self._reading() as query:
             found = list(query("SELECT runner, beat FROM jobs WHERE id = :job", {"job": job_id}))
@@ -210,7 +210,7 @@ class JobDatabase:
     def take_lease(self, job_id: str, runner: str, seen: lease.Lease) -> bool:
         """Put a runner in the place of another one, if the lease is still what was seen.
 
-        Returns whether it is the new runner's now.
+        Returns whether the new runner has the lease now.
         """
         jobs = schema.JOBS.c
         with self._writing() as connection:
@@ -224,7 +224,7 @@ class JobDatabase:
             return bool(taken.rowcount)
 
     def release_lease(self, job_id: str, runner: str) -> None:
-        """Let others run the job at once."""
+        """Give up the lease, so that another conductor can run the job at once."""
         jobs = schema.JOBS.c
         with self._writing() as connection:
             connection.execute(
@@ -234,11 +234,11 @@ class JobDatabase:
             )
 
     def keep(self, job_id: str, runner: str, changes: Iterable[Change]) -> bool:
-        """Keep what a runner learned, and that it lives. A result that is there stays.
+        """Store what a runner learned, and that the runner lives. A result that is there stays.
 
         Returns whether an operator cancelled the job.
 
-        :raises LeaseLost: another conductor runs the job; nothing is kept.
+        :raises LeaseLost: another conductor runs the job; nothing is stored.
         """
         values = [_parameters(job_id, change) for change in changes]
         with self._writing() as connection:
@@ -251,7 +251,7 @@ class JobDatabase:
         return bool(found)
 
     def retry(self, job_id: str, runner: str) -> None:
-        """Take failures back, so that they are tried again, and the cancellation with them.
+        """Clear the results that a resume tries again, and the mark of a cancelled job.
 
         :raises LeaseLost: another conductor runs the job.
         """

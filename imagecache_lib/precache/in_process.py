@@ -13,7 +13,7 @@ from imagecache_lib.precache.agent import HostAgent
 class InProcessClient(client.HostClient):
     """Reaches agents by calling them.
 
-    :param agents: by the name of their host.
+    :param agents: the agents, by the name of their host.
     """
 
     def __init__(self, agents: Mapping[str, HostAgent]) -> None:

@@ -15,7 +15,7 @@ from imagecache_lib.store import layout
 #: What DNS allows for a name, in characters.
 _LONGEST_HOST = 253
 
-#: The images of one job, and of one host's task. More than any roll-out needs; a task is no way to fill an
+#: The most images of one job, and of one host's task: more than any roll-out needs, and too few to fill an
 #: agent's memory.
 MOST_IMAGES = 1000
 
@@ -29,22 +29,22 @@ LARGEST = 2**63 - 1
 class Result(enum.Enum):
     """How one image on one host ended. The first four are Nova's."""
 
-    #: It was fetched.
+    #: The image was fetched.
     CACHED = "cached"
-    #: It was there.
+    #: The image was in the cache already.
     EXISTING = "existing"
     #: The host has no image cache, or needs none for this image.
     UNSUPPORTED = "unsupported"
-    #: It failed; the reason is with it.
+    #: The image could not be cached; the cell has the reason.
     ERROR = "error"
-    #: It was not tried: the host was down until the deadline, or the job was cancelled.
+    #: The image was not tried: the host was down until the deadline, or the job was cancelled.
     SKIPPED = "skipped"
     #: The job database holds a result that this release does not know; the reason quotes it.
     UNKNOWN = "unknown"
 
     @property
     def is_failure(self) -> bool:
-        """Whether an operator has to look at it. Those but the unknown ones are tried again by a resume."""
+        """Whether an operator has to look at it. A resume tries these again, except unknown results."""
         return self in (Result.ERROR, Result.SKIPPED, Result.UNKNOWN)
 
 
@@ -56,10 +56,10 @@ RETRIED = (Result.ERROR, Result.SKIPPED)
 class Cell:
     """One image on one host.
 
-    :param result: how it ended; None while it has not.
+    :param result: how the image ended on the host, or None while it has not ended.
     :param reason: why it failed, or what the host is doing, as a clause.
     :param received: bytes that came so far.
-    :param total: bytes in all, if that is known.
+    :param total: bytes in all, or None while that is not known.
     """
 
     result: Result | None = None
@@ -69,18 +69,18 @@ class Cell:
 
     @property
     def is_storable(self) -> bool:
-        """Whether every database takes its reason as it is."""
+        """Whether every database can store the reason unchanged."""
         return len(self.reason) <= _LONGEST_REASON and self.reason.isprintable()
 
     def storable(self) -> Cell:
-        """Return the cell with a reason that every database takes: short, valid Unicode, without NUL."""
+        """Return the cell with a reason that every database can store: short, valid Unicode, without NUL."""
         if self.is_storable:
             return self
         text = self.reason[:_LONGEST_REASON].replace("\0", "\N{REPLACEMENT CHARACTER}")
         return dataclasses.replace(self, reason=text.encode(errors="replace").decode())
 
 
-#: Nothing is known of it yet. Shared: a job of 10,000 hosts has 100,000 of them.
+#: The cell of which nothing is known yet. Shared: a job of 10,000 hosts has 100,000 of them.
 OPEN = Cell()
 
 
@@ -89,12 +89,12 @@ class Terms:
     """Under which terms a job runs.
 
     :param concurrency: how many hosts work at a time.
-    :param host_rate: bytes per second that one host may fetch. 0: no limit.
-    :param total_rate: bytes per second that all hosts together may fetch. 0: no limit.
-    :param deadline: epoch seconds, by the conductor's clock, after which what is not done is given up, if
-        there is such a moment.
-    :param pin_until: epoch seconds, by the conductor's clock, until which the images stay on the hosts, if
-        they are to be pinned.
+    :param host_rate: bytes per second that one host may fetch; 0 for no limit.
+    :param total_rate: bytes per second that all hosts together may fetch; 0 for no limit.
+    :param deadline: epoch seconds, by the conductor's clock, after which what is not done is given up, or
+        None for no deadline.
+    :param pin_until: epoch seconds, by the conductor's clock, until which the images stay on the hosts, or
+        None not to pin them.
     :param retries: how often a host tries an image again that failed in a way that may pass.
     :param jitter: hosts begin within so many seconds, at random, so that they do not all ask the image
         service at once.
@@ -119,9 +119,9 @@ class Terms:
                 raise errors.ConfigError(f"{name} is negative", next_step="give 0 or more")
 
     def rate(self, hosts: int) -> int:
-        """Bytes per second that each host may fetch, if the job has so many. 0: no limit.
+        """Return how many bytes per second each host of a job of so many may fetch; 0 for no limit.
 
-        What all may fetch together is shared by as many as can be at work at a time.
+        The total rate is shared by as many hosts as can be at work at a time.
         """
         share = 0
         if self.total_rate:
@@ -131,17 +131,17 @@ class Terms:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A job as it was asked for, and as far as it is.
+    """A job as it was asked for, with its progress so far.
 
-    :param id: random.
-    :param aggregate: the name of the host aggregate; only for people.
-    :param cells: by host, then by image id, in the order in which they were asked for. That of a job which
-        runs in this process is a view of it: it goes on changing.
-    :param cancelled: an operator cancelled it.
-    :param created: epoch seconds.
+    :param id: a random id.
+    :param aggregate: the name of the host aggregate, which is only for people.
+    :param cells: by host, then by image id, in the order in which they were asked for. The cells of a job
+        that runs in this process are a view, which goes on changing.
+    :param cancelled: whether an operator cancelled the job.
+    :param created: when the job was made, in epoch seconds.
     :param attempt: how often its failures were taken back, to be tried again.
     :param problem: why the job cannot be run by this release, as a clause: what the database holds of it was
-        written by another one, or is damaged. None for a job that can be run.
+        written by another release, or is damaged. None for a job that can be run.
     """
 
     id: str
@@ -193,7 +193,7 @@ class JobSummary:
     :param hosts: how many hosts it has.
     :param images: how many images it has.
     :param counts: how many cells have each result; those that have none are not counted.
-    :param problem: as that of :class:`Job`.
+    :param problem: why the job cannot be run, as for :class:`Job`.
     """
 
     id: str
@@ -219,8 +219,9 @@ class JobSummary:
 def check(hosts: Sequence[str], image_ids: Sequence[str]) -> None:
     """Refuse a request that makes no sense, as Nova does.
 
-    :raises ConfigError: no image, more than :data:`MOST_IMAGES`, an image or a host twice, no host.
-    :raises ImageRejected: an id that no image can have.
+    :raises ConfigError: the request has no image, more than :data:`MOST_IMAGES`, an image or a host twice,
+        or no host.
+    :raises ImageRejected: the request has an id that no image can have.
     """
     for what, given in (("image", image_ids), ("host", hosts)):
         if not given:

@@ -22,8 +22,8 @@ class JobEvent:
     """What happens to a job.
 
     :param kind: ``start``, ``progress`` (a host is done, well or not) or ``end``.
-    :param job: as far as it is.
-    :param host: the host that is done, for ``progress``.
+    :param job: the job with its progress so far.
+    :param host: the host that is done, for ``progress``, else None.
     :param index: how many hosts are done, those of earlier runs included.
     """
 
@@ -49,12 +49,12 @@ class Teller:
         self._thread.start()
 
     def tell(self, event: JobEvent) -> None:
-        """Have the observers called, after those for earlier events."""
+        """Queue an event: the observers are called with it after all earlier events."""
         if self._observers:
             self._events.put(event)
 
     def close(self) -> None:
-        """Wait until the observers have heard everything, but not for ever."""
+        """Wait a limited time for the observers to be called with every event."""
         self._events.put(None)
         self._thread.join(_LAST_WORDS)
         if self._thread.is_alive():

@@ -43,14 +43,14 @@ class JobsReader(Protocol):
     """Reads jobs."""
 
     def get(self, job_id: str) -> job.Job:
-        """Return a job as far as it is.
+        """Return a job with its progress so far.
 
-        :raises ConfigError: there is none of that id, or the database failed.
+        :raises ConfigError: no job has that id, or the database failed.
         """
         ...
 
     def summaries(self) -> list[job.JobSummary]:
-        """Return every job in a few words, the oldest first.
+        """Return a summary of every job, the oldest first.
 
         :raises ConfigError: the database failed.
         """
@@ -63,9 +63,9 @@ def unknown_job(job_id: str) -> errors.ConfigError:
 
 
 def read_job(query: Query, job_id: str) -> job.Job:
-    """Return a job as far as it is.
+    """Return a job with its progress so far.
 
-    :raises ConfigError: there is none of that id.
+    :raises ConfigError: no job has that id.
     """
     found = next(iter(query(f"{_JOB} WHERE id = :job", {"job": job_id})), None)
     if found is None:
@@ -91,7 +91,7 @@ def read_job(query: Query, job_id: str) -> job.Job:
 
 
 def read_summaries(query: Query) -> list[job.JobSummary]:
-    """Return every job in a few words, the oldest first."""
+    """Return a summary of every job, the oldest first."""
     hosts = _counts(query(_HOST_COUNTS))
     images = _counts(query(_IMAGE_COUNTS))
     counts: dict[str, dict[job.Result, int]] = {}

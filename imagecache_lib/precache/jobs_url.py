@@ -5,5 +5,5 @@ from __future__ import annotations
 
 
 def is_url(where: str) -> bool:
-    """Whether a job database is named by a URL, and not by the path of an sqlite file."""
+    """Return whether a job database is named by a URL, and not by the path of an sqlite file."""
     return "://" in where

@@ -2,7 +2,7 @@
 """Which conductor runs a job. No clocks of two machines are compared.
 
 The job's row names its *runner* and carries a number, the *beat*, that the runner raises every few seconds.
-Whoever else wants to run the job looks at both: once they have not changed for :data:`SECONDS` by its own
+A conductor that wants to run the job looks at both: once they have not changed for :data:`SECONDS` by its own
 clock, the runner is taken for dead, and one statement puts the newcomer in its place if they are still what
 was seen. The old runner, should it wake up, finds another name in the row with its next beat, and writes
 nothing more.
@@ -35,8 +35,8 @@ class LeaseLost(Exception):
 class Lease:
     """What a job's row says.
 
-    :param runner: as :func:`new_runner` makes it; None while no conductor runs the job.
-    :param beat: raised as long as the runner lives.
+    :param runner: the name that :func:`new_runner` made, or None while no conductor runs the job.
+    :param beat: a number that the runner raises as long as it lives.
     """
 
     runner: str | None
@@ -49,13 +49,13 @@ class Lease:
 
     @property
     def conductor(self) -> str:
-        """The runner, for people."""
+        """The name of the runner, for people."""
         name, _boot, _namespace, pid, *_more = [*(self.runner or "").split("/"), "", "", "", ""]
         return f"{name or 'an unknown host'}, process {pid or 'unknown'}"
 
 
 def new_runner(name: str) -> str:
-    """Return what stands for one run of this process: unique, and enough to see on this machine that it died.
+    """Return a name for one run of this process. From it, processes on this machine can see that it died.
 
     :param name: the conductor's host.
     """
@@ -65,7 +65,7 @@ def new_runner(name: str) -> str:
 
 
 def _is_known_dead(runner: str) -> bool:
-    """Whether a runner is gone. False if it lives, and where that cannot be seen: on another machine."""
+    """Return whether a runner is gone. Returns False if it lives, or is not to be seen from here."""
     words = runner.split("/")
     if len(words) != 6 or not words[3].isdigit():
         return False

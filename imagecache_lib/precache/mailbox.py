@@ -59,7 +59,7 @@ def transport(conf: Any) -> Any:
 
 
 def _target(topic: str, mailbox: str) -> oslo_messaging.Target:
-    # An exchange of its own, too: one that vanishes with its last queue can be nobody else's.
+    # An exchange of its own, too: it vanishes with its last queue, so that no other mailbox may use it.
     name = f"{topic}-conductor-{mailbox}"
     return oslo_messaging.Target(exchange=name, topic=name, version=_VERSION)
 
@@ -68,7 +68,7 @@ class Mailbox:
     """Listens, however long the message bus takes to come up, and brings what arrives to an inbox.
 
     :param transport: as :func:`transport` makes it.
-    :param topic: that the agents listen on.
+    :param topic: the topic that the agents listen on.
     """
 
     def __init__(self, transport: Any, inbox: client.Inbox, *, topic: str) -> None:
@@ -87,7 +87,7 @@ class Mailbox:
         threading.Thread(target=self._run, name="imagecache-mailbox", daemon=True).start()
 
     def close(self) -> None:
-        """Listen no longer. A message bus that is not there does not hold this up."""
+        """Stop listening. A message bus that is not there does not hold this up."""
         self._closed.set()
         if self._up.is_set():
             ending = threading.Thread(target=self._end, name="imagecache-mailbox-end", daemon=True)
@@ -129,7 +129,7 @@ class RpcSender:
     """Brings reports to mailboxes.
 
     :param transport: the agent's, from :func:`oslo_messaging.get_rpc_transport`.
-    :param topic: that the agent listens on.
+    :param topic: the topic that the agent listens on.
     """
 
     def __init__(self, transport: Any, *, topic: str) -> None:

@@ -15,7 +15,7 @@ _WAIT = 60
 
 
 def upgrade(connection: sa.Connection, revision: str) -> None:
-    """Run what leads to a revision, in the connection's transaction.
+    """Run the migrations that lead to a revision, in the connection's transaction.
 
     :raises ConfigError: alembic is not installed.
     """
@@ -35,7 +35,7 @@ def upgrade(connection: sa.Connection, revision: str) -> None:
 
 @contextlib.contextmanager
 def alone(connection: sa.Connection, lock: int) -> Iterator[None]:
-    """Let no other conductor change the tables during the body. In sqlite the transaction does that."""
+    """Keep other conductors from changing the tables during the body. In sqlite the transaction does that."""
     name = connection.dialect.name
     if name == "postgresql":
         # Until the end of the transaction, of which the changes are part.

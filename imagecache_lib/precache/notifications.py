@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``aggregate.cache_images.start``, ``.progress`` and ``.end`` on the message bus, for who listens to Nova's.
+"""``aggregate.cache_images.start``, ``.progress`` and ``.end`` on the message bus, as Nova sends them.
 
 The payload has the fields of Nova's ``AggregatePayload`` and ``AggregateCachePayload``. What a job does
 not know of an aggregate, its number and uuid, is None; what Nova lacks is ``job_id``.

@@ -30,9 +30,9 @@ GRACE = 15.0
 
 
 class Patience:
-    """What one run of a job has with its hosts.
+    """The patience of one run of a job with its hosts.
 
-    :param host: its randomness keeps hosts from being asked all at the same time.
+    :param host: the source of randomness, which keeps hosts from being asked all at the same time.
     """
 
     def __init__(self, terms: job.Terms, host: System) -> None:
@@ -40,7 +40,7 @@ class Patience:
         self._random = host.random
 
     def next_look(self, state: HostState, now: float) -> float:
-        """Return when a host that was just heard is to be asked."""
+        """Return when to ask a host that was just heard, in epoch seconds."""
         if not state.begun:
             return now
         if not state.reports:
@@ -49,11 +49,11 @@ class Patience:
         return min(moment, self.last_moment(state))
 
     def ask_by(self, now: float) -> float:
-        """Return by when a host that was just asked is to be asked again, although it reports by itself."""
+        """Return by when to ask again a host that was just asked, although it reports by itself."""
         return now + client.ASKED_SECONDS * (0.5 + 0.5 * self._random())
 
     def last_moment(self, state: HostState) -> float:
-        """Return when a host is given up, in epoch seconds."""
+        """Return when to give a host up, in epoch seconds."""
         if self._deadline is not None:
             return self._deadline + (GRACE if state.begun and not state.trouble else 0.0)
         if state.down_since is not None:
@@ -61,9 +61,9 @@ class Patience:
         return state.busy_since + BUSY_PATIENCE if state.busy_since is not None else float("inf")
 
     def next_try(self, state: HostState, now: float, *, failures: int) -> float:
-        """Return when a host that does not answer, or has too many tasks, is to be asked again.
+        """Return when to ask again a host that does not answer, or has too many tasks, in epoch seconds.
 
-        :param failures: how often in a row it was put off.
+        :param failures: how often in a row the host was put off.
         """
         pause = min(POLL_DOWN * 2.0 ** min(failures, 8), LONGEST_POLL_DOWN) * (0.5 + self._random())
         return min(now + pause, self.last_moment(state))

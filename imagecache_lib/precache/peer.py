@@ -55,10 +55,10 @@ class PeerServer:
     """Serves one cache, in threads.
 
     :param cache: the host's image cache.
-    :param address: host and port to listen on; port 0: any.
+    :param address: host and port to listen on; port 0 stands for any free port.
     :param token: the secret that the peers share.
-    :param tls: a server-side context. Without one, plain HTTP is
-        spoken, and whoever listens reads the token.
+    :param tls: a server-side context. Without one, the server speaks plain HTTP, and an attacker on the
+        network can read the token.
     :raises ConfigError: the token is too short, or the address cannot be listened on.
     """
 
@@ -90,11 +90,11 @@ class PeerServer:
         return int(self._server.server_address[1])
 
     def start(self) -> None:
-        """Serve, in threads."""
+        """Begin to serve, in threads, and return at once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more requests. Those that are being answered end with the process."""
+        """Accept no more requests. Those that are being answered end with the process."""
         self._server.shutdown()
         self._server.server_close()
 

@@ -44,7 +44,7 @@ class Plan:
     """What a job would do.
 
     :param surveys: what each host has and lacks.
-    :param unreachable: by host, why nothing is known of it.
+    :param unreachable: by host that could not be surveyed, why.
     """
 
     surveys: Mapping[str, client.Survey]
@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def bytes_to_fetch(self) -> int:
-        """Over all hosts, of the images whose size is known."""
+        """Bytes to fetch over all hosts, of the images whose size is known."""
         return sum(size or 0 for survey in self.surveys.values() for size in survey.missing.values())
 
 
@@ -61,8 +61,8 @@ class AggregatePrecacher:
 
     :param database: where jobs are kept.
     :param hosts: reaches the agents.
-    :param observers: called with what happens, one event after the other, in a thread of their own; what they
-        raise is logged.
+    :param observers: called with each event, one after the other, in a thread of their own; what they raise
+        is logged.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class AggregatePrecacher:
         *,
         learned: Callable[[str, client.Survey | errors.ImageCacheError], None] = lambda _host, _answer: None,
     ) -> Plan:
-        """Ask all hosts what they have. Changes nothing.
+        """Ask all hosts what they have, and return what a job would do. Changes nothing.
 
-        :param learned: called with each host and what it answered, or why it did not, as soon as that is
-            known.
+        :param learned: called with each host and its answer, or the error that stands for it, as soon as
+            either is known.
         :raises ConfigError, ImageRejected: the request makes no sense.
         """
         job.check(hosts, image_ids)
@@ -106,7 +106,7 @@ class AggregatePrecacher:
     def start(
         self, aggregate: str, hosts: Sequence[str], image_ids: Sequence[str], terms: job.Terms | None = None
     ) -> job.Job:
-        """Keep a new job. :meth:`run` works on it.
+        """Store a new job and return it. :meth:`run` works on it.
 
         :raises ConfigError, ImageRejected: the request makes no sense.
         """
@@ -114,7 +114,9 @@ class AggregatePrecacher:
         return self._database.add(aggregate, hosts, image_ids, terms or job.Terms(), now=self._host.clock())
 
     def run(self, job_id: str, *, leave: model.CancelToken | None = None) -> job.Job:
-        """Work on a job until everything has a result. Goes on where an earlier run stopped.
+        """Work on a job until every image on every host has a result, and return the job.
+
+        Goes on where an earlier run stopped.
 
         While another conductor runs the job, this one watches, and goes on with the job should the other die.
 
@@ -125,11 +127,11 @@ class AggregatePrecacher:
         return self._work(job_id, leave or threading.Event(), retry=False)
 
     def resume(self, job_id: str, *, leave: model.CancelToken | None = None) -> job.Job:
-        """Work on a job again, on what failed or was skipped too. As :meth:`run`."""
+        """Work on a job as :meth:`run` does, and try again what failed or was skipped. Returns the job."""
         return self._work(job_id, leave or threading.Event(), retry=True)
 
     def status(self, job_id: str) -> job.Job:
-        """Return a job as far as it is.
+        """Return a job with its progress so far.
 
         :raises ConfigError: there is no such job.
         """
@@ -137,15 +139,15 @@ class AggregatePrecacher:
         return self._database.get(job_id) if running is None else running.job
 
     def list(self) -> list[job.JobSummary]:
-        """Return all jobs in a few words, the oldest first."""
+        """Return a summary of every job, the oldest first."""
         return self._database.summaries()
 
     def prune(self, older_than: float) -> int:
-        """Forget the jobs that are over and were made more than so many seconds ago. Returns how many."""
+        """Delete the jobs that are over and older than so many seconds. Returns how many it deleted."""
         return self._database.prune(self._host.clock() - older_than)
 
     def cancel(self, job_id: str) -> job.Job:
-        """Stop a job, whichever process runs it, and return it. What is not done ends as skipped.
+        """Stop a job, whichever process runs it, and return the job. What is not done ends as skipped.
 
         :raises ConfigError: there is no such job.
         """
@@ -204,9 +206,9 @@ class AggregatePrecacher:
 
     @contextlib.contextmanager
     def _lease(self, job_id: str, leave: model.CancelToken) -> Iterator[str | None]:
-        """Yield the name under which this process runs a job, once no other does.
+        """Yield the name under which this process runs a job, once no other process runs it.
 
-        Yields None if the other brought the job to its end, or ``leave`` was set meanwhile.
+        Yields None if another process brought the job to its end, or ``leave`` was set meanwhile.
         """
         runner = lease.new_runner(self._host.name)
         taken = self._take_lease(job_id, runner, leave)
@@ -257,7 +259,7 @@ class AggregatePrecacher:
         return visit
 
     def _end_open(self, job_id: str, runner: str, told: Mapping[str, Visit]) -> None:
-        """End what has no result, after what the hosts said when they were told to stop."""
+        """End the cells without a result, after what the hosts said when they were told to stop."""
         progress = JobProgress(self._database.get(job_id))
         for name in progress.job.hosts:
             visit = told.get(name)
@@ -271,7 +273,7 @@ class AggregatePrecacher:
 def _asked(
     hosts: Sequence[str], ask: Callable[[str], Answer]
 ) -> Iterable[tuple[str, Answer | errors.ImageCacheError]]:
-    """Ask many hosts at a time, and yield what each answers, or why it does not, as soon as that is known."""
+    """Ask many hosts at a time, and yield each answer, or the error that stands for it, once it is known."""
     with concurrent.futures.ThreadPoolExecutor(max(1, min(_AT_A_TIME, len(hosts)))) as pool:
         asked = {pool.submit(ask, name): name for name in hosts}
         for answer in concurrent.futures.as_completed(asked):

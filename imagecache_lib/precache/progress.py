@@ -50,7 +50,7 @@ class JobProgress:
         return self.job.pending(host) if self._open[host] else ()
 
     def record(self, host: str, cells: Mapping[str, Cell]) -> int:
-        """Keep how far a host is. A result that is there stays. Returns how many results are new."""
+        """Record how far a host is. A result that is there stays. Returns how many results are new."""
         known, fresh = self._cells[host], 0
         news = {}
         for image_id, cell in cells.items():
@@ -68,14 +68,14 @@ class JobProgress:
         return fresh
 
     def set_reason(self, host: str, reason: str) -> None:
-        """Say of all images without a result on a host why that is so."""
+        """Set the reason of all images that have no result on a host."""
         known = self._cells[host]
         self.record(
             host, {each: dataclasses.replace(known[each], reason=reason) for each in self.pending(host)}
         )
 
     def finish(self, host: str, result: job.Result, reason: str) -> None:
-        """End all images without a result on a host."""
+        """Give the same result and reason to all images that have no result on a host."""
         known = self._cells[host]
         ended = {
             image_id: dataclasses.replace(known[image_id], result=result, reason=reason)
@@ -84,10 +84,10 @@ class JobProgress:
         self.record(host, ended)
 
     def take_changes(self) -> Mapping[Key, Cell]:
-        """Return the cells that changed since the last time."""
+        """Return the cells that changed since the last call."""
         changed, self._changed = self._changed, {}
         return {(host, image_id): self._cells[host][image_id] for host, image_id in changed}
 
     def put_back(self, keys: Iterable[Key]) -> None:
-        """Count cells as changed again: they could not be kept."""
+        """Count cells as changed again, since they could not be stored."""
         self._changed = {**dict.fromkeys(keys), **self._changed}

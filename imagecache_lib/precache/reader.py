@@ -41,7 +41,7 @@ CREATE TEMP VIEW cells AS
 class EmbeddedJobs:
     """Reads jobs from an sqlite file. Safe to share between threads.
 
-    :param path: of the file. One that does not exist holds no jobs.
+    :param path: path of the file. A file that does not exist holds no jobs.
     """
 
     def __init__(self, path: str) -> None:
@@ -79,7 +79,7 @@ class EmbeddedJobs:
             ) from error
 
     def _connect(self) -> sqlite3.Connection:
-        """Open the file for reading.
+        """Open the file for reading, and return the connection.
 
         A database in WAL mode needs two more files, which may be neither there nor possible to make. Without
         a log that holds something, the file itself is all there is, and is read as what it then is:

@@ -17,8 +17,8 @@ from imagecache_lib.precache.agent import HostAgent
 
 LOG = logging.getLogger(__name__)
 
-#: Seconds between two reports while no image ends. With the way to the conductor, what it knows is five
-#: seconds old at most.
+#: Seconds between two reports while no image ends. With the time that a report travels, what the conductor
+#: knows is five seconds old at most.
 REPORT_SECONDS = 4.0
 
 #: Seconds between two reports when images end one right after the other.
@@ -34,7 +34,7 @@ class Sender(Protocol):
     def send(self, mailbox: str, told: client.HostReport) -> None:
         """Send a report, and do not wait for an answer.
 
-        :raises ImageCacheError: it could not be sent.
+        :raises ImageCacheError: the report could not be sent.
         """
 
 
@@ -53,11 +53,11 @@ class Reporter:
         self._thread = threading.Thread(target=self._run, name="imagecache-reports", daemon=True)
 
     def start(self) -> None:
-        """Report, in a thread."""
+        """Begin to report, in a thread, and return at once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Report no more: what the end of the agent cancels is no result."""
+        """Stop reporting: what the end of the agent cancels is no result."""
         self._stop.set()
         self._agent.image_ended.set()
         if self._thread.is_alive():
@@ -73,7 +73,7 @@ class Reporter:
             self._stop.wait(_BREATH)
 
     def report(self) -> None:
-        """Send what changed since the last time."""
+        """Send what changed since the last report."""
         for mailbox, told in self._agent.changes():
             try:
                 self._sender.send(mailbox, told)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Agents behind oslo.messaging: RPC over RabbitMQ or whatever else its transport URL names.
 
-Who may ask whom is the message bus's affair: its vhost, users, TLS. An agent listens on one topic, under its
+The message bus alone controls access, by its vhost, users and TLS. An agent listens on one topic, under its
 host's name. oslo.messaging registers options of its own on the global configuration, so it has to be given
-that one; only the ``main`` of a process should.
+that one, which only the ``main`` of a process should do.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def transport(conf: Any) -> Any:
     """Return the transport that a configuration names, for the two classes below.
 
     :param conf: oslo.config's global configuration.
-    :raises ConfigError: what it names does not work.
+    :raises ConfigError: the transport that it names does not work.
     """
     try:
         return oslo_messaging.get_rpc_transport(conf)
@@ -65,12 +65,12 @@ class RpcHostClient(client.HostClient):
     """Reaches agents over a transport.
 
     :param transport: from :func:`oslo_messaging.get_rpc_transport`.
-    :param topic: that the agents listen on.
+    :param topic: the topic that the agents listen on.
     :param timeout: seconds to wait for an answer.
     :param publish_seconds: seconds beyond that to wait for the message bus to take the message.
-    :param version: that agents must speak, but for its minor number.
+    :param version: the protocol version that agents must speak, but for its minor number.
     :param mailboxes: a transport as :func:`imagecache_lib.precache.mailbox.transport` makes it, on which to
-        listen to agents that report by themselves. Without one all are asked.
+        listen to agents that report by themselves, or None to ask all agents.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class RpcHostClient(client.HostClient):
         self._publish_seconds = publish_seconds
         self._version = version
         self._stuck = threading.BoundedSemaphore(_MOST_STUCK)
-        # One try: whoever asks decides whether and when to ask again. The default is to try for ever.
+        # One try: the caller decides whether and when to ask again. The default is to try for ever.
         self._client = oslo_messaging.get_rpc_client(
             transport, oslo_messaging.Target(topic=topic, version=version), timeout=timeout, retry=1
         )
@@ -188,7 +188,7 @@ class RpcHostClient(client.HostClient):
 
 
 def _is_the_agents(error: Exception) -> bool:
-    """Whether an exception that a call raised says that the agent failed, and not the message bus.
+    """Return whether an exception that a call raised says that the agent failed, and not the message bus.
 
     oslo.messaging raises an agent's builtin exceptions anew as a class of its own making, called
     ``TypeError_Remote``, or as they are over its in-memory transport. A bus fails with an :exc:`OSError` or
@@ -254,8 +254,8 @@ class AgentServer:
     """Serves an agent on a transport, and reports to conductors what changes.
 
     :param transport: from :func:`oslo_messaging.get_rpc_transport`.
-    :param name: the host's, under which conductors know it.
-    :param topic: to listen on.
+    :param name: the host's name, under which conductors know it.
+    :param topic: the topic to listen on.
     """
 
     def __init__(self, transport: Any, agent: HostAgent, *, name: str, topic: str = TOPIC) -> None:
@@ -268,9 +268,9 @@ class AgentServer:
         self._reporter = Reporter(agent, RpcSender(transport, topic=topic))
 
     def start(self) -> None:
-        """Listen, in threads.
+        """Begin to listen, in threads, as soon as the message bus is there. Waits for it as long as it takes.
 
-        :raises BackendError: the bus does not let it.
+        :raises BackendError: the message bus refuses the listener.
         """
         try:
             self._server.start()
@@ -282,7 +282,7 @@ class AgentServer:
         self._reporter.start()
 
     def stop(self) -> None:
-        """Report nothing more, take no more calls, and answer those that came."""
+        """Stop reporting, take no more calls, and answer those that came."""
         self._reporter.stop()
         self._server.stop()
         self._server.wait()

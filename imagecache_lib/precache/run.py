@@ -49,8 +49,9 @@ _SHORTEST = 0.001
 class JobRun:
     """Works on one job.
 
-    :param progress: how far it is; this run alone changes it.
-    :param writer: keeps it.
+    :param progress: how far the job is; this run alone changes it.
+    :param writer: stores the progress.
+    :param hosts: reaches the agents.
     :param done: called with a host whose images all have a result.
     :param leave: once it is set, the run returns, and the hosts go on by themselves.
     """
@@ -86,10 +87,10 @@ class JobRun:
         )
 
     def execute(self) -> None:
-        """Return when every image on every host has a result, or when it shall leave.
+        """Work until every image on every host has a result, or ``leave`` is set.
 
         :raises LeaseLost: another conductor runs the job.
-        :raises ConfigError: the database fails.
+        :raises ConfigError: the job database fails.
         """
         try:
             with (
@@ -161,7 +162,7 @@ class JobRun:
         return state.trouble or "the deadline passed before the host could begin"
 
     def _give_up(self, state: HostState) -> Stop | None:
-        """End a host that has had its time, or return how it is to be stopped. Returns None to go on."""
+        """End a host that has had its time, or return how to stop it. Returns None to go on with it."""
         if state.stop is not None:
             return state.stop
         now, deadline = self._host.clock(), self._work.terms.deadline
@@ -206,7 +207,7 @@ class JobRun:
             self._slots.keep(state, self._patience.next_look(state, self._host.clock()))
 
     def _hear(self, told: client.HostReport) -> None:
-        """Take note of what an agent says by itself, if that is news."""
+        """Take note of what an agent reports by itself, if it is new."""
         state, report, who = self._slots.find(told.host), told.report, told.report.agent
         if (
             state is None
@@ -257,7 +258,7 @@ class JobRun:
         state.down_since, state.busy_since, state.failures, state.trouble = None, None, 0, ""
 
     def _compare(self, state: HostState, report: client.TaskReport) -> None:
-        """Find out from an answer whether what the agent says by itself is heard."""
+        """Find out from an answer whether the reports that the agent sends by itself arrive."""
         state.ask_by = self._patience.ask_by(self._host.clock())
         who = report.agent
         if who is None or not who.reports or self._mailbox is None:
@@ -299,7 +300,7 @@ class JobRun:
             )
 
     def _note_agents(self, state: HostState, visit: Visit) -> None:
-        """Look at who answered: an instance that is back after another one is a second agent, no restart."""
+        """Look at which agents answered. One that is back after another is a second, not a restarted one."""
         for who in visit.agents:
             skew = who.clock - self._host.clock()
             if abs(skew) > _SKEW and not state.skew_told:

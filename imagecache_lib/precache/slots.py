@@ -25,8 +25,8 @@ class Lane(enum.Enum):
     PUT_OFF = 4
 
 
-#: Calls on these mostly wait for their timeout. They get half of the calls at most: others shall not wait for
-#: them.
+#: Calls on these mostly wait for their timeout. They get half of the calls at most, so that other hosts need
+#: not wait for them.
 _SLOW = (Lane.SILENT, Lane.PUT_OFF)
 
 
@@ -36,15 +36,16 @@ class HostState:
 
     :param not_before: epoch seconds of its first call.
     :param begun: it has the task, as far as is known.
-    :param down_since: epoch seconds since which it does not answer, if it does not.
-    :param busy_since: epoch seconds since which it has too many tasks, if it has.
+    :param down_since: epoch seconds since which it does not answer, or None if it answers.
+    :param busy_since: epoch seconds since which it has too many tasks, or None if it has not.
     :param trouble: what keeps it from working, as a clause; empty if nothing does.
     :param failures: how often in a row it was put off.
     :param restarts: how often its agent forgot the task since it finished an image.
-    :param instances: of the agents that answered by its name, in order, without repetitions in a row.
-    :param stop: how it is to be stopped with the next call, if it is to be.
-    :param skew_told: that its clock is off was logged.
-    :param reports: its agent says by itself what changes, and is heard.
+    :param instances: the instances of the agents that answered by its name, in order, without repetitions in
+        a row.
+    :param stop: how to stop it with the next call, or None not to stop it.
+    :param skew_told: whether the log already says that its clock is off.
+    :param reports: whether its agent reports by itself, and its reports arrive.
     :param ask_by: epoch seconds by which it is asked in any case.
     :param numbers: by instance, the number of the last report that was heard of it.
     """
@@ -103,11 +104,11 @@ class Slots:
         return len(self._under_way)
 
     def find(self, name: str) -> HostState | None:
-        """Return a host that is not done. Returns None for all others."""
+        """Return the state of a host that is not done, or None for any other host."""
         return self._states.get(name)
 
     def is_called(self, name: str) -> bool:
-        """Whether a call on a host is under way."""
+        """Return whether a call on a host is under way."""
         return name in self._under_way
 
     def waiting(self) -> list[HostState]:
@@ -120,7 +121,7 @@ class Slots:
         self._hurry = True
 
     def take(self, now: float) -> HostState | None:
-        """Return a host that is due, for a call. Returns None if no call can be made now."""
+        """Return a host that is due for a call, or None if no call can be made now."""
         if len(self._under_way) >= self._most_calls:
             return None
         for lane in Lane:
@@ -161,14 +162,14 @@ class Slots:
             self.keep(state, moment)
 
     def remove(self, state: HostState) -> None:
-        """Forget a host that is done."""
+        """Remove a host that is done."""
         state.entry = None
         if state.lane in (Lane.AT_WORK, Lane.SILENT):
             self._free_slots += 1
         self._states.pop(state.name)
 
     def next_due(self, now: float) -> float:
-        """Return when the next call could be made; the far future if another one has to end first."""
+        """Return when the next call could be made, or the far future if another call has to end first."""
         never = now + 1e9
         if len(self._under_way) >= self._most_calls:
             return never

@@ -14,7 +14,7 @@ from imagecache_lib.precache import client, job
 class Retry:
     """An image that failed in a way that may pass.
 
-    :param not_before: epoch seconds.
+    :param not_before: when to try it again at the earliest, in epoch seconds.
     :param failures: how often it failed so far.
     """
 
@@ -42,7 +42,7 @@ class Attempt:
 class Task:
     """A task at work. Guarded by the agent's lock.
 
-    :ivar watched_until: epoch seconds until which what changes is reported.
+    :ivar watched_until: epoch seconds until which the agent reports what changes.
     """
 
     def __init__(self, asked: client.HostTask) -> None:
@@ -81,7 +81,7 @@ class Task:
                 self.cancelled = threading.Event()
 
     def next(self, now: float) -> Attempt | None:
-        """Return the image to try now. Returns None if all others have a result, or wait for a retry."""
+        """Return the image to try now, or None if every image has a result or waits for a retry."""
         self.current = None
         for image_id, cell in self.cells.items():
             retry = self._retries.get(image_id, Retry(0.0, 0))
@@ -91,22 +91,22 @@ class Task:
         return None
 
     def postpone(self, attempt: Attempt, not_before: float) -> None:
-        """Let other images go first, until it may be tried again."""
+        """Let other images go before one that failed, until it may be tried again."""
         self._retries[attempt.image_id] = Retry(not_before, attempt.failures + 1)
 
     def seconds_to_next(self, now: float) -> float:
-        """Return for how long there is nothing to do."""
+        """Return the seconds until there is something to do."""
         pending = [self._retries[image_id] for image_id, cell in self.cells.items() if cell.result is None]
         return max(0.0, min((retry.not_before for retry in pending), default=now) - now)
 
     # -- what a conductor has not heard --------------------------------------------------------------
 
     def report_to(self, now: float) -> str | None:
-        """Return the mailbox of the conductor that watches the task, if one does."""
+        """Return the mailbox of the conductor that watches the task, or None if none does."""
         return self._report_to if now < self.watched_until else None
 
     def changes(self, cells: Mapping[str, job.Cell]) -> Mapping[str, job.Cell]:
-        """Return those of the cells that are not as they were told last, and count them as told."""
+        """Return those of the cells that changed since they were reported, and count them as reported."""
         changed = {image_id: cell for image_id, cell in cells.items() if self._told.get(image_id) != cell}
         if changed:
             self._told.update(changed)
@@ -114,6 +114,6 @@ class Task:
         return changed
 
     def untold(self, image_ids: Iterable[str]) -> None:
-        """Count cells as not told: the report on them could not be sent."""
+        """Count cells as not reported, since the report on them could not be sent."""
         for image_id in image_ids:
             self._told.pop(image_id, None)

@@ -10,7 +10,7 @@ from imagecache_lib import events
 
 
 class Watch:
-    """An observer that knows how far images are. Give it to the manager and to its agent."""
+    """An observer that knows how far images are. Pass it to the manager and to the agent."""
 
     _MOST = 1000
 
@@ -40,6 +40,6 @@ class Watch:
             self._seen.pop(image_id, None)
 
     def progress(self, image_id: str) -> tuple[int, int | None]:
-        """Return the bytes of an image that came, and those it has in all."""
+        """Return the bytes of an image that came, and its size in bytes or None while that is not known."""
         with self._lock:
             return self._seen.get(image_id, (0, None))

@@ -9,7 +9,8 @@ neither that nor a task's ``deadline_in`` and ``pin_for``, which a conductor lea
 
 Since version 1.2 a task may name the conductor's mailbox in ``report_to``, and the agent sends to it what
 changed: ``{"host": ..., "job_id": ..., "attempt": ..., "number": ..., "agent": ..., "cells": ...}``. The
-answer to ``poll`` has ``attempt`` and ``number`` beside its result. Whoever knows less ignores these.
+answer to ``poll`` has ``attempt`` and ``number`` beside its result. A conductor that does not know these
+fields ignores them.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Malformed(errors.BackendError):
 def from_task(task: client.HostTask, *, version: str = VERSION) -> dict[str, Any]:
     """Return a task as it travels.
 
-    :param version: that the agent speaks, one of :data:`VERSIONS`.
+    :param version: the version that the agent speaks, one of :data:`VERSIONS`.
     """
     fields = {**dataclasses.asdict(task), "image_ids": list(task.image_ids)}
     return {name: value for name, value in fields.items() if _SINCE.get(name, version) <= version}
@@ -104,7 +105,7 @@ def to_task(found: Any) -> client.HostTask:
 def to_job_id(found: Any) -> str:
     """Return the job's id that arrived.
 
-    :raises Malformed: it is none.
+    :raises Malformed: what arrived is not a job's id.
     """
     if not isinstance(found, str) or not 0 < len(found) <= _LONGEST_ID or not found.isprintable():
         raise Malformed("the request has no valid job id", next_step="upgrade the conductor")
@@ -114,8 +115,8 @@ def to_job_id(found: Any) -> str:
 def to_image_ids(found: Any) -> tuple[str, ...]:
     """Return the image ids that arrived.
 
-    :raises Malformed: it is no list of different ids.
-    :raises ImageRejected: an id that no image can have.
+    :raises Malformed: what arrived is not a list of different ids.
+    :raises ImageRejected: one of the ids is one that no image can have.
     """
     if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
         raise Malformed("the request has no list of image ids", next_step="upgrade the conductor")
@@ -141,7 +142,7 @@ def from_survey(survey: client.Survey) -> dict[str, Any]:
 def to_survey(found: Any) -> client.Survey:
     """Return the survey that arrived.
 
-    :raises Malformed: it is none.
+    :raises Malformed: what arrived is not a survey.
     """
     fields = _mapping(found, "a survey")
     present = fields.get("present")
@@ -172,13 +173,13 @@ def from_cells(cells: Mapping[str, job.Cell]) -> dict[str, Any]:
 def to_cells(found: Any) -> dict[str, job.Cell]:
     """Return the cells that arrived.
 
-    :raises Malformed: they are none.
+    :raises Malformed: what arrived are not cells.
     """
     return {str(key): _cell(fields) for key, fields in _mapping(found, "a progress report").items()}
 
 
 def from_report(told: client.HostReport) -> dict[str, Any]:
-    """Return what an agent says by itself, as it travels."""
+    """Return a report that an agent sends by itself, as it travels."""
     assert told.report.agent is not None
     return {
         "host": told.host,
@@ -193,7 +194,7 @@ def from_report(told: client.HostReport) -> dict[str, Any]:
 def to_report(found: Any) -> client.HostReport:
     """Return the report that arrived.
 
-    :raises Malformed: it is none, or does not say which agent it is from.
+    :raises Malformed: what arrived is not a report, or does not say which agent it is from.
     """
     fields = _mapping(found, "a report")
     host, who = fields.get("host"), agent_of(fields)
@@ -207,8 +208,9 @@ def to_report(found: Any) -> client.HostReport:
 def to_poll(answer: Any) -> client.TaskReport:
     """Return what an agent answered to a poll.
 
-    :raises UnknownTask, ImageCacheError: the agent says so.
-    :raises Malformed: it is no such answer.
+    :raises UnknownTask: the agent does not know the task.
+    :raises ImageCacheError: the agent answered with another error.
+    :raises Malformed: what arrived is not an answer to a poll.
     """
     who = agent_of(answer)
     try:
@@ -251,7 +253,7 @@ def answering(who: client.AgentInfo) -> Iterator[dict[str, Any]]:
 
     What the body raises becomes the answer's ``error``, and goes no further.
 
-    :param who: answers.
+    :param who: the agent that answers.
     """
     answer: dict[str, Any] = {"agent": dataclasses.asdict(who)}
     try:
@@ -267,7 +269,7 @@ def answering(who: client.AgentInfo) -> Iterator[dict[str, Any]]:
 
 
 def agent_of(answer: Any) -> client.AgentInfo | None:
-    """Return which agent an answer is from. An agent that speaks version 1.0 does not say."""
+    """Return which agent an answer is from, or None for an agent that speaks version 1.0."""
     told = answer.get("agent") if isinstance(answer, Mapping) else None
     if not isinstance(told, Mapping):
         return None
@@ -278,10 +280,10 @@ def agent_of(answer: Any) -> client.AgentInfo | None:
 
 
 def result_of(answer: Any) -> Any:
-    """Return what an answer says, or raise the error that it is.
+    """Return the result that an answer holds, or raise the error that it holds.
 
-    :raises ImageCacheError: of the kind that the agent raised.
-    :raises Malformed: it is no answer.
+    :raises ImageCacheError: the agent raised an error, which is raised again as its own kind.
+    :raises Malformed: what arrived is not an answer.
     """
     fields = _mapping(answer, "an answer")
     if "error" not in fields:

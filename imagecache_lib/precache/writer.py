@@ -27,9 +27,9 @@ PATIENCE = 60.0
 
 
 class JobWriter:
-    """Keeps one run's progress. Used by one thread.
+    """Stores one run's progress. Used by one thread.
 
-    :param runner: of the run, which has the job's lease.
+    :param runner: name of the run, which has the job's lease.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class JobWriter:
             for names in (progress.job.hosts, progress.job.image_ids)
         ]
         self._hosts, self._images = positions
-        #: An operator cancelled the job.
+        #: Whether an operator cancelled the job.
         self.cancelled = progress.job.cancelled
 
     @property
@@ -79,7 +79,7 @@ class JobWriter:
             self._begin().add_done_callback(lambda _write: done())
 
     def close(self) -> None:
-        """Write what is left, however often it takes, and stop.
+        """Write what is left, trying again while the database fails, and stop.
 
         :raises LeaseLost, ConfigError: as for :meth:`tick`.
         """
@@ -97,7 +97,7 @@ class JobWriter:
             self.abandon()
 
     def abandon(self) -> None:
-        """Stop, whatever is left."""
+        """Stop the thread, without writing what is left."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self) -> concurrent.futures.Future[bool]:

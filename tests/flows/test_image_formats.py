@@ -167,9 +167,9 @@ class TestOthers(FormatCase):
         path = self.directory / "luks.qcow2"
         secret = ["--object", "secret,id=s,data=abc"]
         options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
-        subprocess.run(
-            ["qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", options, path, "1M"], check=True
-        )
+        create = ["qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", options, str(path), "1M"]
+        # It measures its own speed, and gives up now and then where the machine is busy.
+        self.assertTrue(any(subprocess.run(create, check=False).returncode == 0 for _attempt in range(20)))
         qcow2 = disk_image(self.directory, "qcow2")
         for name, image, claimed in (
             ("encrypted", path.read_bytes(), "qcow2"),

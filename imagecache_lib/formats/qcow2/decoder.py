@@ -44,7 +44,7 @@ _PIECE = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """What came out.
+    """What a decoded image came to.
 
     :param virtual_size: bytes the guest sees, which is the raw file's size.
     :param mapped_bytes: bytes of clusters that the tables map to data; no more than these were written.
@@ -88,7 +88,7 @@ def check(header: Header, max_virtual_size: int) -> None:
 
 
 def supports(header: Header) -> bool:
-    """Whether what is installed can decode it. False: qemu-img has to, from the whole file."""
+    """Return whether an installed library can decode the image; otherwise qemu-img has to convert it."""
     return header.compression_type == Compression.DEFLATE or zstd() is not None
 
 
@@ -99,9 +99,9 @@ class StreamDecoder:
     :param spill: takes what has to be set aside. It is closed with the decoder.
     :param file_size: bytes the whole file has, if known: tables that point outside are then refused at once.
     :param max_virtual_size: bytes above which the image is refused.
-    :param inflate: inflates deflate clusters; None means the fastest that is installed.
+    :param inflate: inflates deflate clusters, or None for the fastest inflate that is installed.
     :param map_bytes: memory for maps of data that has not arrived; what exceeds it is read again at the end.
-    :param threads: number of threads that inflate and write compressed clusters; None means one per
+    :param threads: number of threads that inflate and write compressed clusters, or None for one per
         processor, up to four.
     """
 
@@ -138,12 +138,12 @@ class StreamDecoder:
 
     @property
     def header(self) -> Header | None:
-        """The header, as soon as it has arrived."""
+        """The header, or None while it has not arrived."""
         return self._header
 
     @property
     def virtual_size(self) -> int | None:
-        """Bytes the guest sees, as soon as the header has arrived."""
+        """Bytes the guest sees, or None while the header has not arrived."""
         return None if self._header is None else self._header.virtual_size
 
     @property
@@ -162,8 +162,9 @@ class StreamDecoder:
     def write(self, chunk: bytes | bytearray | memoryview) -> None:
         """Take the next bytes of the file.
 
-        :raises ImageRejected: no qcow2, one that :func:`check` refuses, or a malformed one.
-        :raises Unstreamable: fetch the whole file and convert it with qemu-img.
+        :raises ImageRejected: the file is not a qcow2 image, is malformed, or is one that :func:`check`
+            refuses.
+        :raises Unstreamable: only qemu-img can convert the image, from the whole file.
         :raises OSError: the raw file or the side file cannot be written.
         """
         with memoryview(chunk) as view:
@@ -177,7 +178,8 @@ class StreamDecoder:
     def finish(self) -> Decoded:
         """Call after the last byte: resolve what was set aside, and give the raw file its size.
 
-        Raises as :meth:`write`; here also for a file that ends too early.
+        Returns what was decoded. Raises as :meth:`write` does, and ImageRejected also for a file that ends
+        too early.
         """
         if self._walk is None:
             self._parse_header(final=True)

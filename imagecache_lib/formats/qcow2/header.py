@@ -111,7 +111,7 @@ class Header:
     autoclear_features: int = 0
     compression_type: int = Compression.DEFLATE
     backing_file_offset: int = 0
-    #: None without a backing file.
+    #: The backing file's name, or None if the image has no backing file.
     backing_file: bytes | None = None
     #: Known header extensions by type, the last of each; unknown ones are ignored as the format demands.
     extensions: dict[int, bytes] = dataclasses.field(default_factory=dict)
@@ -122,7 +122,7 @@ class Header:
 
     @property
     def backing_format(self) -> bytes | None:
-        """The format that the backing file is to be opened with, if the header says."""
+        """The format that the backing file is to be opened with, or None if the header states none."""
         return self.extensions.get(EXTENSION_BACKING_FORMAT)
 
     @property
@@ -140,9 +140,9 @@ def parse(data: bytes) -> Header:
     """Parse the header at the start of a file.
 
     :param data: the first bytes of the file, as many as there are at hand.
-    :raises NotQcow2: no magic.
+    :raises NotQcow2: the file does not begin with qcow2's magic.
     :raises Truncated: the header goes on behind ``data``.
-    :raises HeaderError: QEMU would not open this.
+    :raises HeaderError: QEMU would not open the image.
     """
     _check_start(data)
     _require(data, V2_LENGTH)
@@ -196,11 +196,12 @@ def parse(data: bytes) -> Header:
 def backing_reference(data: bytes) -> bytes | None:
     """Return the backing file's name alone, for scanning many files: about a microsecond each.
 
-    None: no backing file, or no qcow2 at all. Nothing is checked that does not bear on the name.
+    Returns None if the image has no backing file, or the file is not qcow2. Checks only the header fields
+    that tell where the name is.
 
     :param data: the first bytes of the file. 4 KiB hold the name in what QEMU and this library write.
     :raises Truncated: the name lies behind ``data``; read as much as its ``needed`` says and ask again.
-    :raises HeaderError: no header that QEMU would open, so the name cannot be told.
+    :raises HeaderError: QEMU would not open an image with this header, so the name cannot be told.
     """
     if not data.startswith(MAGIC):
         return None

@@ -56,7 +56,7 @@ def fastest_deflate() -> Inflate:
 
 
 def zstd() -> Inflate | None:
-    """Return an inflate for Zstandard clusters, or None without the ``zstd`` extra."""
+    """Return an inflate for Zstandard clusters, or None if the ``zstd`` extra is not installed."""
     try:
         import zstandard
     except ImportError:

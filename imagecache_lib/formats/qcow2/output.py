@@ -62,11 +62,11 @@ class Output:
                 self._sink.write(data, guest + begin, at + begin, at + stop)
 
     def drain(self) -> None:
-        """Wait until everything is written. Raises what went wrong."""
+        """Wait until everything is written. Raises as :meth:`InflatePool.submit`."""
         self._pool.drain()
 
     def close(self) -> None:
-        """Stop, whatever is left."""
+        """Stop the threads; clusters that they have not begun are dropped."""
         self._pool.close()
 
     def _guest(self, mapping: tables.Mapping) -> int:

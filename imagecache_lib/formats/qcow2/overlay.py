@@ -58,7 +58,8 @@ def write_overlay(
     :param fd: open for writing; the file must be empty, because zeros are left as holes.
     :param virtual_size: bytes the guest sees; a multiple of 512.
     :param backing_file: goes into the header as it is; a relative one counts from the overlay's directory.
-    :param backing_format: QEMU's name of it, so that no guest can choose how its backing file is read.
+    :param backing_format: QEMU's name of the backing file's format, so that no guest can choose how its
+        backing file is read.
     :param cluster_bits: 9 to 21; the cluster size is ``1 << cluster_bits``.
     :raises OverlayError: the path is longer than 1,023 bytes or than the cluster allows, the size is not a
         multiple of 512, or the clusters are too small for the size.
@@ -89,7 +90,7 @@ def _plan(virtual_size: int, cluster_bits: int) -> _Layout:
 def l1_entries(virtual_size: int, cluster_bits: int) -> int:
     """Return how many entries the L1 table of a disk has.
 
-    :raises OverlayError: there is no such qcow2 disk.
+    :raises OverlayError: no qcow2 disk can have this size with these clusters.
     """
     if not header.MIN_CLUSTER_BITS <= cluster_bits <= header.MAX_CLUSTER_BITS:
         raise OverlayError(f"a qcow2 cluster cannot have 2**{cluster_bits} bytes")

@@ -37,7 +37,7 @@ class Spill:
 
     @property
     def size(self) -> int:
-        """Bytes kept."""
+        """Number of bytes that are kept."""
         return self._written + len(self._buffer)
 
     @property
@@ -56,7 +56,7 @@ class Spill:
             self._flush()
 
     def read(self, offset: int, length: int) -> bytes:
-        """Return bytes of the stream, as far as they were kept without a gap."""
+        """Return bytes of the stream; fewer than ``length`` where a byte was not kept."""
         piece = bisect_right(self._starts, offset) - 1
         if piece < 0:
             return b""
@@ -71,7 +71,7 @@ class Spill:
         return self._read_file(position, length)
 
     def close(self) -> None:
-        """Forget everything."""
+        """Drop all bytes that are kept, and close the side file."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -91,7 +91,7 @@ class _Writer:
             self._copy(begin, min(step, first + count - begin), l2)
 
     def _clone(self, first: int, count: int) -> bool:
-        """Share the extents of some clusters. False if the filesystem cannot; then it is not asked again."""
+        """Share the extents of some clusters. Returns False, from then on, if the filesystem cannot."""
         if not self._clones:
             return False
         length = count << self._bits

@@ -138,7 +138,7 @@ class TableList:
             raise errors.ImageRejected("two entries of the qcow2 L1 table point to one L2 table")
 
     def peek(self) -> int | None:
-        """Return the offset of the next table, None after the last."""
+        """Return the offset of the next table in the file, or None after the last."""
         return None if self._next == len(self._keys) else self._offset(self._next)
 
     def pop(self) -> int:
@@ -148,7 +148,7 @@ class TableList:
         return index
 
     def overlap(self, start: int, end: int) -> bool:
-        """Whether an L2 table overlaps these bytes of the file."""
+        """Return whether an L2 table overlaps these bytes of the file."""
         after = bisect_left(self._keys, -(-end // _SECTOR) << _L1_INDEX_BITS)
         return after > 0 and self._offset(after - 1) + self._geometry.cluster_size > start
 

@@ -190,7 +190,8 @@ class Walk:
     def _load(self, mapping: tables.Mapping, offset: int, index: int, boundary: int) -> bool:
         """Await what a table maps behind the boundary, and take at once what came before it.
 
-        False: there is no memory for the map, and the table itself is set aside to be read at the end.
+        Returns False if there is no memory for the map: the table itself is then set aside, to be read at
+        the end.
         """
         if self._pending_bytes + self._tables.allocated + mapping.allocated > self._map_bytes:
             self._deferred.extend((offset, index))
