@@ -26,6 +26,7 @@ from imagecache_lib.ingest.stream import Consumer, Content
 from imagecache_lib.store import evidence
 from imagecache_lib.system.host import System
 from imagecache_lib.system.waiter import Waiter
+from tests.support import needs
 from tests.support.chain import Collected, Counted, EndlessRoom
 
 MIB = 2**20
@@ -126,7 +127,8 @@ class TestGoodData(UnpackingCase):
             (["xz", "-9e", "-T1"], "xz"),
             (["bzip2", "-9"], "bzip2"),
         ):
-            packed = subprocess.run([*command, "-c"], input=DATA, capture_output=True, check=True).stdout
+            program = [needs.program(command[0]), *command[1:], "-c"]
+            packed = subprocess.run(program, input=DATA, capture_output=True, check=True).stdout
             self.assertEqual(DATA, self.unpack(packed, name), name)
         strongest = zstandard.ZstdCompressionParameters.from_level(22, window_log=27)
         pack = zstandard.ZstdCompressor(compression_params=strongest).compressobj()
