@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,10 @@ from imagecache_lib.system import durable
 _T = TypeVar("_T")
 
 _VERSION = 1
+
+#: Stands in ``hosts/<id>.readings`` where a path would, and says that this release wrote it: the one before
+#: makes the file anew from the disks that it saw, and no disk has an empty path.
+_OURS = ""
 
 #: The most bytes that a file of a last scan is read for.
 _LIMIT = 2**30
@@ -146,10 +151,15 @@ def load_last_scan(where: layout.Layout, host_id: str, roots: Mapping[str, tuple
         release saw.
     """
     known, problem = _read(where.last_scan(host_id), parse)
-    mark = _mark(where.readings(host_id))
-    if known is not None and mark is not None and known.fields.get("readings") == mark:
+    data, old_problem = _data(where.readings(host_id))
+    if known is not None and data is not None and known.fields.get("readings") == _digest(data):
         return dataclasses.replace(known, is_whole=True)
-    readings, old_problem = _read(where.readings(host_id), parse_readings)
+    readings = parse_readings(data) if data is not None else None
+    if data is not None and readings is None:
+        old_problem = f"what the last pass saw cannot be read: {where.readings(host_id)} is damaged"
+    if known is not None and readings is not None and _OURS in readings:
+        # Another process of this release wrote it, for which the other file speaks: with identities.
+        return known
     if problem is not None and readings is None:
         return LastScan(unreadable=problem)
     if old_problem is not None and known is None:
@@ -159,7 +169,7 @@ def load_last_scan(where: layout.Layout, host_id: str, roots: Mapping[str, tuple
     old_disks = {
         path: SeenDisk(path, names, SeenDirectory(os.path.dirname(path), None))
         for path, names in (readings or {}).items()
-        if path not in last.disks
+        if path not in last.disks and path != _OURS
     }
     return dataclasses.replace(
         last,
@@ -202,21 +212,14 @@ def replace(where: layout.Layout, host_id: str, last: LastScan) -> None:
 
     :raises OSError: it cannot be written.
     """
-    readings = where.readings(host_id)
-    durable.write_file(readings, readings_to_json(last))
-    durable.write_file(where.last_scan(host_id), to_json(last, _mark(readings)))
+    readings = readings_to_json(last)
+    # The one that has the identities comes first: a crash in between leaves no disk that is in neither.
+    durable.write_file(where.last_scan(host_id), to_json(last, _digest(readings)))
+    durable.write_file(where.readings(host_id), readings)
 
 
-def _mark(path: str) -> list[int] | None:
-    """Return which file a path is, or None if that cannot be told.
-
-    Each file that is written in its place has another inode or time.
-    """
-    try:
-        found = os.stat(path, follow_symlinks=False)
-    except OSError:
-        return None
-    return [found.st_ino, found.st_mtime_ns, found.st_size]
+def _digest(readings: bytes) -> str:
+    return hashlib.sha256(readings).hexdigest()
 
 
 def _data(path: str) -> tuple[bytes | None, str | None]:
@@ -248,16 +251,16 @@ def _read(path: str, parsed: Callable[[bytes], _T | None]) -> tuple[_T | None, s
 # -- the forms on disk -------------------------------------------------------------------------------
 
 
-def to_json(last: LastScan, mark: list[int] | None = None) -> bytes:
+def to_json(last: LastScan, mark: str | None = None) -> bytes:
     """Return a last scan as it is kept in ``hosts/<id>.scan``.
 
-    :param mark: which file ``hosts/<id>.readings`` is that says the same.
+    :param mark: SHA-256 of the content of ``hosts/<id>.readings`` that says the same.
     """
     # What a driver reports that can be no id or name stands there as text, and is no image's.
     return json.dumps(_fields(last, mark), default=str).encode() + b"\n"
 
 
-def _fields(last: LastScan, mark: list[int] | None) -> dict[str, Any]:
+def _fields(last: LastScan, mark: str | None) -> dict[str, Any]:
     directories: list[list[Any]] = []
     index: dict[int, list[Any]] = {}
     numbers: dict[int, int] = {}
@@ -431,9 +434,10 @@ def parse_readings(data: bytes) -> dict[str, tuple[str, ...]] | None:
 def load_readings(where: layout.Layout, host_id: str) -> dict[str, tuple[str, ...]]:
     """Return the names by path of disk that a host's last pass saw. What cannot be read says nothing."""
     readings, _problem = _read(where.readings(host_id), parse_readings)
-    return readings or {}
+    return {path: names for path, names in (readings or {}).items() if path != _OURS}
 
 
 def readings_to_json(last: LastScan) -> bytes:
     """Return the names by path of disk in an older release's form."""
-    return json.dumps({path: sorted(disk.names) for path, disk in sorted(last.disks.items())}).encode()
+    readings = {path: sorted(disk.names) for path, disk in sorted(last.disks.items())}
+    return json.dumps({_OURS: [], **readings}).encode()

@@ -69,6 +69,7 @@ driver's report is remembered. It reads and replaces ``hosts/<id>.readings``, wh
 the same disks, those that are not to be seen included, so that it keeps what it always kept, and no less.
 What it writes there counts for this release too: a disk that only it saw is remembered without the identity
 of its directory, and stays until it is seen again, its instance leaves the report, or an operator says so.
+An entry with an empty path and no names says that this release wrote the file; the older one drops it.
 
 *A damaged* ``.scan`` is replaced by what ``.readings`` says, and the other way round. If neither can be read,
 everything stays.
