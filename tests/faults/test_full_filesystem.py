@@ -172,7 +172,7 @@ def test_a_base_a_minute_old_stays_and_the_fetch_is_refused(
     now = free(instances)
     with pytest.raises(ic.NoSpaceError) as caught:
         make(free_space_low=now).cache_image(IDS[4])
-    assert "bytes more" in str(caught.value)
+    assert "MiB more" in str(caught.value)
     assert caught.value.image == IDS[4]
     assert base(instances, IDS[0]).exists()
     assert free(instances) == now
@@ -278,7 +278,7 @@ def test_data_that_decodes_to_more_than_there_is_room_for_is_refused_before_the_
             ["qemu-img", "convert", "-f", "raw", "-O", disk_format, *options, raw, image], check=True
         )
         source = FakeSource({"large": image.read_bytes()}, disk_format=disk_format)
-        with pytest.raises(ic.NoSpaceError, match="bytes more"):
+        with pytest.raises(ic.NoSpaceError, match="MiB more"):
             make(source).cache_image("large")
         assert os.listdir(instances / "_base" / ".imagecache" / "stage") == []
 
