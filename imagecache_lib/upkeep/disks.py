@@ -177,8 +177,9 @@ class Disks:
             if path in seen or path in self._overlays:
                 continue  # what is below the disk roots was read
             directory, name = os.path.split(path)
-            if directory == self._base_path and layout.NAME_PATTERN.fullmatch(name.encode()):
-                continue  # a base that is gone: it referred to nothing
+            is_base = directory == self._base_path and layout.NAME_PATTERN.fullmatch(os.fsencode(name))
+            if is_base and not os.path.lexists(path):
+                continue  # a base that is gone leads nowhere; one that is there may be an overlay itself
             if len(seen) >= _LONGEST_CHAIN:
                 return False
             seen.add(path)
