@@ -134,3 +134,16 @@ class TestLegacyBases(CacheCase):
         os.utime(base, (1, 1))
         os.utime(self.record_of_resized(base), (1, 1))
         self.assertEqual([base.name], [each.name for each in manager.verify_base_images([]).evicted])
+
+
+class TestChainsInsideTheCache(CacheCase):
+    def test_a_base_that_is_an_overlay_of_another_keeps_that_one(self) -> None:
+        manager = self.manager()
+        manager.cache_image(ID)
+        middle = self.base().parent / layout.base_name(OTHER_ID)
+        files.overlay(str(middle), str(self.base()), backing_format="raw", size="1G")
+        disk = self.target()
+        files.overlay(str(disk), str(middle), backing_format="qcow2", size="1G")
+        with self.assertRaises(errors.BackendError):
+            manager.evict_image(ID)
+        self.assertTrue(self.base().exists())
