@@ -31,7 +31,7 @@ help:
 	@echo "make functional    tests against real servers: Glance, nginx, qemu, filesystems"
 	@echo "make faults        tests that kill, cut and fail"
 	@echo "make campaigns     the long form of those tests that search: hours"
-	@echo "make pythons       unit, contract and property tests with the other Pythons, by tox and stestr"
+	@echo "make pythons       unit, contract and property tests with the other Pythons, by tox and stestr, and coverage"
 	@echo "make lowest        the same with the lowest versions that the requirements allow"
 	@echo "make bare          demo and test on a Debian 12 and 13 that have nothing else (as root)"
 	@echo "make bench         measure"
@@ -94,8 +94,7 @@ test-serial: setup
 	$(BIN)/pytest -q --junitxml=$(RESULTS)/serial.xml $(SERIAL_SUITES:%=tests/%)
 
 cover: setup
-	$(BIN)/coverage run -m pytest -q tests/unit tests/flows tests/contract tests/property
-	$(BIN)/coverage report --skip-covered
+	$(BIN)/pytest -q -n auto --cov --cov-report=term:skip-covered
 
 functional: setup $(STAMPS)/system-functional
 	$(BIN)/pytest -q --junitxml=$(RESULTS)/functional.xml tests/functional
@@ -112,12 +111,14 @@ campaigns: setup $(STAMPS)/system-functional $(STAMPS)/system-faults
 
 pythons: $(OTHER_PYTHONS:%=python-%)
 
+# With the floor of coverage, which one run of all the tests has to show.
+python-%: PYTHON_ENV = py$(subst .,,$*)-cover
 python-%: $(STAMPS)/tox $(STAMPS)/system-test
-	@mkdir -p build/results/py$(subst .,,$*)
+	@mkdir -p build/results/$(PYTHON_ENV)
 	@python=$$(tools/find-python $*) || { echo "there is no Python $* here" >&2; exit 1; }; \
-		$(BIN)/tox run --discover "$$python" -e py$(subst .,,$*); rc=$$?; \
-		$(BIN)/stestr last --subunit > build/results/py$(subst .,,$*)/stestr.subunit; \
-		$(BIN)/stestr list > build/results/py$(subst .,,$*)/stestr.listed; exit $$rc
+		$(BIN)/tox run --discover "$$python" -e $(PYTHON_ENV); rc=$$?; \
+		$(BIN)/stestr last --subunit > build/results/$(PYTHON_ENV)/stestr.subunit; \
+		$(BIN)/stestr list > build/results/$(PYTHON_ENV)/stestr.listed; exit $$rc
 
 lowest: $(STAMPS)/tox $(STAMPS)/system-test
 	$(BIN)/python tools/lowest_versions.py > build/lowest.txt

@@ -215,7 +215,7 @@ class PassFinished(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Surveyed(Event):
-    """Somebody looked at the whole cache. Its ``name`` is empty. All sizes are bytes.
+    """A command or a pass looked at the whole cache. Its ``name`` is empty. All sizes are bytes.
 
     :param size: of the filesystem.
     :param free: what an unprivileged process may still allocate of it.

@@ -171,7 +171,7 @@ def from_files(paths: Sequence[str] = (), *, instances_path: str | None = None) 
 
 
 def misspelt(paths: Sequence[str] = ()) -> list[str]:
-    """Return a sentence for each option of ``[image_cache]`` in the files that nobody knows.
+    """Return a sentence for each option of ``[image_cache]`` in the files that does not exist.
 
     Groups that are Nova's alone are not looked at: what this library does not know of them is Nova's.
 
@@ -334,8 +334,8 @@ def _image_cache_opts() -> list[cfg.Opt]:
             min=-1,
             deprecated_group="DEFAULT",
             deprecated_name="image_cache_manager_interval",
-            help="Seconds between two periodic passes, for whoever runs them. 0: every 60 seconds. -1: "
-            "never.",
+            help="Seconds between two periodic passes, for whoever runs them. With 0 a pass runs "
+            "every 60 seconds, with -1 never.",
         ),
         cfg.StrOpt(
             "subdirectory_name",
@@ -379,7 +379,7 @@ def _compute_opts() -> list[cfg.Opt]:
             "max_concurrent_disk_ops",
             default=0,
             min=0,
-            help="How many images are fetched and converted at a time on this host. 0: no limit.",
+            help="How many images are fetched and converted at a time on this host, with 0 any number.",
         ),
         cfg.ListOpt(
             "vmdk_allowed_types",
@@ -550,12 +550,12 @@ def _new_opts() -> Sequence[cfg.Opt]:
         ),
         size(
             "max_cache_size",
-            "Bytes that the cache may allocate. Above, unused images go before their age. 0: no limit.",
+            "Bytes that the cache may allocate. Above, unused images go before their age. 0 sets no limit.",
         ),
         size(
             "free_space_low",
             "Bytes of the filesystem that shall stay free. Below, unused images go "
-            "before their age, and nothing is fetched that would not fit. 0: no limit.",
+            "before their age, and nothing is fetched that would not fit. With 0 there is no limit.",
         ),
         size(
             "free_space_high",
@@ -570,7 +570,7 @@ def _new_opts() -> Sequence[cfg.Opt]:
         size(
             "scrub_rate",
             "Bytes per second that a scrub reads of the cached images to find what the "
-            "disk damaged. It looks at 100 GiB in 53 minutes with the default. 0: no limit.",
+            "disk damaged. It looks at 100 GiB in 53 minutes with the default. With 0 there is no limit.",
         ),
         cfg.BoolOpt(
             "sync_copied_disks",

@@ -110,9 +110,9 @@ class Base(command.Command):
     ) -> manager.ImageCacheManager:
         """Return the manager that the configuration describes.
 
-        :param source: where images come from. With None the manager finds no image that is not cached.
-        :param observers: told beside the log.
-        :param progress_shown: tell how far transfers are.
+        :param source: where images come from, or None for a manager that uses only images in the cache.
+        :param observers: they hear of each event, as the log does.
+        :param progress_shown: whether the terminal shows how far transfers are.
         :raises ConfigError: the configuration cannot be read, or cannot work.
         """
         from imagecache_lib import manager

@@ -75,7 +75,7 @@ class Forget(base.BaseShow):
 class Repair(base.BaseShow):
     """Make sure of the base image that a disk needs, which is fetched again if it is missing.
 
-    For a disk that came from another host, or whose base image somebody removed. Exactly the base image that
+    For a disk that came from another host, or whose base image was removed. Exactly the base image that
     the disk was made on is made again; a disk that says it needs anything else is refused.
     """
 

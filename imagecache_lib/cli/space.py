@@ -125,7 +125,7 @@ class Prune(base.BaseLister):
             return True
         if not sys.stdin.isatty():
             raise ic.ConfigError(
-                "nobody is there to confirm that base images are removed",
+                "there is no terminal on which the removal of base images could be confirmed",
                 next_step="give --yes, or --dry-run to see what would be removed",
             )
         for each in report.evicted:

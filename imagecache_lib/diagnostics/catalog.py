@@ -24,9 +24,9 @@ class CachedBase:
     :param apparent: its length in bytes.
     :param last_use: epoch seconds by the filesystem's clock.
     :param links: how many names the file has.
-    :param image_id: the image it was made from. None: nobody wrote it down.
-    :param origin: ``fetched``, ``adopted`` or ``generated``. None: there is no evidence; it is checked before
-        its first use.
+    :param image_id: the image it was made from, or None if neither a record nor a pin names it.
+    :param origin: ``fetched``, ``adopted`` or ``generated``, or None if there is no evidence, so that it is
+        checked before its first use.
     :param source_format: what the source's content was.
     :param stored_format: qemu's name of what lies in the cache.
     :param virtual_size: in bytes.
@@ -78,7 +78,7 @@ class RegisteredHost:
     """A host that shares the cache, as a listing shows it.
 
     :param id: what :meth:`ImageCacheManager.forget_host` takes.
-    :param name: None: its file cannot be read.
+    :param name: its name, or None if its file cannot be read.
     :param is_this: it is the one that asks.
     :param blocks: how many bases in the trash wait for it.
     """
@@ -96,7 +96,7 @@ def listed(cache: CacheStore) -> tuple[CachedBase, ...]:
 
 def _described(cache: CacheStore, entry: inventory.Entry) -> CachedBase:
     record = name = None
-    with contextlib.suppress(errors.CacheEntryError):  # QEMU's user may own it, and nobody else read it
+    with contextlib.suppress(errors.CacheEntryError):  # only QEMU's user may be able to read it
         opened = cache.open_base(entry.name)
         if opened is not None:
             with contextlib.closing(opened):

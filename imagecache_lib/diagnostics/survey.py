@@ -27,7 +27,7 @@ class State(enum.Enum):
 
     #: A disk, an instance, a running QEMU, a lease or another hard link needs it.
     IN_USE = "in_use"
-    #: Somebody pinned it.
+    #: An operator or a driver pinned it.
     PINNED = "pinned"
     #: Something could not be read that may refer to it.
     UNKNOWN = "unknown"

@@ -196,7 +196,7 @@ class Upkeep:
         until_free: int,
         dry_run: bool,
     ) -> VerifyReport:
-        """Evict what nobody needs before its age, as an operator asks.
+        """Evict, as an operator asks, base images that no disk needs and that have not reached their age.
 
         :param instances: as for :meth:`verify`. None: as the driver last reported them.
         :param older_than: seconds since its last use for which a base stays.

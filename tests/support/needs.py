@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import unittest
 from typing import NoReturn
 
@@ -46,3 +47,14 @@ def other_filesystem(path: str, than: str) -> None:
     """Go on only where ``path`` is a writable directory on another filesystem than ``than`` is on."""
     if not os.access(path, os.W_OK) or os.stat(path).st_dev == os.stat(than).st_dev:
         lack(f"{path} is no other filesystem that can be written")
+
+
+def no_tracer() -> None:
+    """Go on only where no tracer, such as coverage's, runs in this process.
+
+    A tracer takes locks of its own between any two lines. One interrupted there keeps them for ever.
+
+    :raises unittest.SkipTest: there is one, in CI as well: the other runs there have none.
+    """
+    if sys.gettrace() is not None:
+        raise unittest.SkipTest("a tracer's own locks would be interrupted")

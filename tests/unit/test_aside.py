@@ -13,6 +13,7 @@ from imagecache_lib import errors
 from imagecache_lib.ingest.aside import Aside, Updated
 from imagecache_lib.system.host import System
 from imagecache_lib.system.waiter import Waiter
+from tests.support import needs
 
 PATIENT = Waiter(System(name="here"))
 
@@ -68,6 +69,8 @@ class TestAside(unittest.TestCase):
         hanging.set()
 
     def test_an_interrupt_at_any_point_wedges_nothing(self) -> None:
+        needs.no_tracer()
+
         def interrupt(_number: int, _frame: object) -> None:
             raise KeyboardInterrupt
 
