@@ -278,10 +278,11 @@ class CacheAdmin:
             )
 
     def _start(self) -> None:
-        """Make what is missing and repair what a crash left, the first time."""
-        if self._started:
+        """Make what is missing and repair what a crash left: the first time, and if the cache was removed."""
+        if self._started and self._cache.is_prepared():
             return
         with self._starting:
+            self._started = self._started and self._cache.is_prepared()
             if not self._started:
                 with translated(self.config.base_path):
                     self._cache.start()

@@ -13,6 +13,9 @@ from imagecache_lib import errors
 
 GIB = 2**30
 
+#: Where filers show what files were at other times: read-only, and no disks of guests.
+_SNAPSHOTS = (".snapshot", ".zfs")
+
 _CHOICES = {"preallocate_images": ("none", "space"), "authorize_hits": ("no", "open", "closed")}
 
 
@@ -29,6 +32,9 @@ class CacheConfig:
     subdirectory_name: str = "_base"
     #: Absolute paths under which instance directories lie; if empty, only ``instances_path``.
     disk_roots: tuple[str, ...] = ()
+    #: Names of directories in which no disk of a guest lies, at any depth below a disk root: they are passed
+    #: over, as ``.snapshot`` and ``.zfs`` are always.
+    passed_over_directories: tuple[str, ...] = ()
     #: Absolute path of the directory of lock files, or None for Nova's, ``<instances_path>/locks``.
     lock_path: str | None = None
     #: Name of the storage backend, for managers that are not given one.
@@ -153,6 +159,7 @@ class CacheConfig:
             or self.subdirectory_name in (".", "..")
         ):
             raise _wrong("subdirectory_name", self.subdirectory_name, "must be one directory's name")
+        self._require_names()
         self._require_choices()
         if self.manager_interval < -1:
             raise _wrong("manager_interval", self.manager_interval, "must be -1 or more")
@@ -164,6 +171,13 @@ class CacheConfig:
             value = getattr(self, field.name)
             if isinstance(value, (int, float)) and value < 0 and field.name != "manager_interval":
                 raise _wrong(field.name, value, "must not be negative")
+
+    def _require_names(self) -> None:
+        if isinstance(self.passed_over_directories, str):
+            raise _wrong("passed_over_directories", self.passed_over_directories, "must be a tuple of names")
+        for name in self.passed_over_directories:
+            if not name or "/" in name or name in (".", ".."):
+                raise _wrong("passed_over_directories", name, "must be names of directories, without a path")
 
     def _require_choices(self) -> None:
         for name, choices in _CHOICES.items():
@@ -179,6 +193,11 @@ class CacheConfig:
     def locks_path(self) -> str:
         """Absolute path of the directory of lock files."""
         return self.lock_path or os.path.join(self.instances_path, "locks")
+
+    @property
+    def passed_over(self) -> frozenset[str]:
+        """Names of directories in which no pass looks for disks."""
+        return frozenset((*_SNAPSHOTS, *self.passed_over_directories))
 
     @property
     def roots(self) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ _FIELDS = {
         "remove_unused_original_minimum_age_seconds",
         "remove_unused_resized_minimum_age_seconds",
         "disk_roots",
+        "passed_over_directories",
         "lock_path",
         "certificates_path",
         "sync_copied_disks",
@@ -536,6 +537,13 @@ def _new_opts() -> Sequence[cfg.Opt]:
             help="Absolute paths of all directories under which instance directories lie. Empty: only "
             "instances_path. Every one is read for references before an image is removed; while one is not "
             "mounted, nothing is removed.",
+        ),
+        cfg.ListOpt(
+            "passed_over_directories",
+            default=[],
+            help="Names of directories, at any depth below the disk roots, in which no disk of a guest lies: "
+            "backups, or what a filer shows as snapshots under another name than .snapshot and .zfs, which "
+            "are always passed over. What refers to an image from there does not keep it.",
         ),
         cfg.StrOpt(
             "lock_path",

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Self
 
@@ -25,6 +27,8 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import atomic_file, attributes
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
+
+LOG = logging.getLogger(__name__)
 
 #: Extended attribute of a disk whose content was not synced before it got its name: the boot id of the host
 #: that made it, and when it was made, in epoch seconds of its filesystem.
@@ -81,7 +85,7 @@ class FileBackend(StorageBackend):
             with translated(target):
                 atomic_file.copy_content(base.fd, file.fd)
                 if base.format == "raw":
-                    self._grow_raw(file.fd, wanted)
+                    self._grow_raw(file.fd, wanted, target)
                     if wanted > base.virtual_size:
                         self._let_filesystem_grow(file.path)
                 elif wanted > base.virtual_size:
@@ -104,16 +108,28 @@ class FileBackend(StorageBackend):
         file.seal(sync=sync)
         return _PendingFile(file, disk, self._formats)
 
-    def _grow_raw(self, fd: int, size: int) -> None:
+    def _grow_raw(self, fd: int, size: int, target: str) -> None:
         before = os.fstat(fd).st_size
-        if self._config.preallocate_images == "space":
-            try:
-                atomic_file.allocate(fd, size)
-            except OSError:
-                os.ftruncate(fd, before)  # gives back what was allocated behind the end
-                raise
+        try:
+            self._preallocate(fd, size, target)
+        except OSError:
+            os.ftruncate(fd, before)  # gives back what was allocated behind the end
+            raise
         if size > before:
             os.ftruncate(fd, size)
+
+    def _preallocate(self, fd: int, size: int, target: str) -> None:
+        """Allocate the whole size of a disk if that is configured, and say so where it is not possible.
+
+        :param target: the disk, for the message.
+        :raises OSError: there is no room.
+        """
+        if self._config.preallocate_images == "space" and not atomic_file.allocate(fd, size):
+            LOG.warning(
+                "The space of %s is not allocated ahead, which preallocate_images asks for: its filesystem"
+                " cannot do that. The guest may find it full.",
+                target,
+            )
 
     def _let_filesystem_grow(self, path: str) -> None:
         if self._grow_filesystem is None:
@@ -221,7 +237,7 @@ class FileBackend(StorageBackend):
                 with translated(disk.target):
                     fd = _open_disk(disk.target, os.O_RDWR)
                     try:
-                        self._grow_raw(fd, size)
+                        self._grow_raw(fd, size, disk.target)
                     finally:
                         os.close(fd)
                 self._let_filesystem_grow(disk.target)
@@ -237,7 +253,24 @@ class FileBackend(StorageBackend):
                 self._formats.forget(disk.target)
 
     def preflight(self) -> list[str]:
-        return []
+        if self._config.preallocate_images != "space":
+            return []
+        return [
+            f"The filesystem of {root} cannot allocate space ahead, so that preallocate_images = space has no"
+            " effect there: a guest may find it full. Use ext4, xfs, btrfs or NFS 4.2, or set it to none."
+            for root in self._config.roots
+            if not _can_allocate(root)
+        ]
+
+
+def _can_allocate(directory: str) -> bool:
+    """Whether space can be allocated ahead in a directory. One that cannot be tried is another finding's."""
+    try:
+        # The file never has a name, or as long as it takes to remove that one.
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            return atomic_file.allocate(probe.fileno(), 1)
+    except OSError:
+        return True
 
 
 def _mark_unsynced(fd: int, host: System) -> bool:

@@ -32,8 +32,7 @@ class Qcow2Backend(file.FileBackend):
         with atomic_file.unfinished(target, self._host) as file:
             with translated(target):
                 overlay.write_overlay(file.fd, wanted, base.path, base.format)
-                if self._config.preallocate_images == "space":
-                    atomic_file.allocate(file.fd, wanted)
+                self._preallocate(file.fd, wanted, target)
             yield self._sealed(file, model.Disk(target, "qcow2", wanted, base.name))
 
     @contextlib.contextmanager
@@ -48,8 +47,7 @@ class Qcow2Backend(file.FileBackend):
                     standalone.write_standalone(base.fd, file.fd, wanted)
                 else:
                     self._convert(base, base.fd, file, wanted)
-                if self._config.preallocate_images == "space":
-                    atomic_file.allocate(file.fd, wanted)
+                self._preallocate(file.fd, wanted, target)
             # Without its tables a qcow2 is no disk at all, so that its content is always synced.
             yield self._sealed(file, model.Disk(target, "qcow2", wanted))
 

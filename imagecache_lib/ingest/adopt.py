@@ -2,13 +2,15 @@
 """Checking bases in the cache, where they lie, that were not checked yet for what they are wanted for.
 
 A base that this library did not publish is checked once, before its first use. A base whose record lacks
-nothing but an inspection under today's rules is inspected again.
+nothing but an inspection under today's rules is inspected again. A base of a cache that was copied, restored
+or moved is bound to its record anew by the checksums that came along, and no source is asked.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 
 from imagecache_lib import errors, model
@@ -17,10 +19,12 @@ from imagecache_lib.formats.inspection import Rules
 from imagecache_lib.formats.qemu_img import DiskFile, QemuImg
 from imagecache_lib.ingest import decode, digest
 from imagecache_lib.ingest.call import Call
-from imagecache_lib.store import directory, evidence
+from imagecache_lib.store import checksums, directory, evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable
 from imagecache_lib.system.translate import translated
+
+LOG = logging.getLogger(__name__)
 
 
 def adopt(
@@ -44,6 +48,56 @@ def adopt(
         record = _bound(base, call, image, finding, verified=verified)
         cache.write_record(record)
     return record, ""
+
+
+def bind_again(cache: CacheStore, base: OpenBase, call: Call) -> evidence.Record | None:
+    """Bind a base to the record that lies beside it, if that record is of another file of the same content.
+
+    A copy of a cache has other inodes, and may lack the extended attributes: its records are of no file
+    there. The checksums beside a record tell whether the content is what was checked. They are not
+    cryptographic, so that such a base counts as adopted, and no certificate vouches for it any more.
+
+    :returns: the record that it has now, or None if there is no record, or no checksums, or other content.
+    :raises NoSpaceError, BackendError: the filesystem failed.
+    :raises CancelledError, LockTimeoutError: the caller no longer waits.
+    """
+    with translated(base.path):
+        record = cache.read_record(base.name)
+        if record is None or not _may_be_of(record, base, call):
+            return None
+        data = durable.read_file(cache.layout.sums(base.name), limit=checksums.LIMIT)
+        expected = checksums.parse(data, record.base_id) if data is not None else None
+        if expected is None:
+            return None
+        found = checksums.Checksums()
+        found.read_back(base.fd, call.waiter)
+        if found.differing(expected):
+            LOG.warning("Base image %s is not what its record and its checksums describe", base.path)
+            return None
+        # The checksums are bound to this id, so that a crash here leaves what can be bound the next time.
+        if directory.read_id(base.fd) == "":
+            directory.write_id(base.fd, record.base_id)
+        carried = directory.read_id(base.fd)
+        _make_durable(base)
+        bound = dataclasses.replace(
+            record,
+            base_id=record.base_id if carried is None else carried,
+            inode=base.stat.st_ino,
+            origin=evidence.Origin.ADOPTED,
+            certificates=(),
+            signed_by=None,
+            damaged=False,
+        )
+        cache.write_record(bound)
+        return cache.record_of(base)
+
+
+def _may_be_of(record: evidence.Record, base: OpenBase, call: Call) -> bool:
+    """Whether a record may be of a base's content, as far as size and names tell."""
+    if (record.name, record.image_id, record.size) != (base.name, call.image_id, base.stat.st_size):
+        return False
+    # A file with another id was published or adopted here, and that record is lost.
+    return directory.read_id(base.fd) in (None, "", record.base_id)
 
 
 def inspect_again(

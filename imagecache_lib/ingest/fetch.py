@@ -174,6 +174,11 @@ class ImageProducer:
 
     def adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
         """Check a base that carries no evidence, or too little: :mod:`imagecache_lib.ingest.adopt`."""
+        if known is None:
+            known = adopt.bind_again(self._cache, opened, self._call)
+            unmet = None if known is None else evidence.unmet(known, self.requirements)
+            if known is not None and (unmet is None or not unmet.can_recheck):
+                return known
         if known is not None:
             record, reason = adopt.inspect_again(
                 self._cache, opened, known, self._call, self._ingest.converter

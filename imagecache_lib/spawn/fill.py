@@ -119,6 +119,7 @@ class Filler:
                 return request.producer.produce()
             except StageGone:
                 request.retries.spend(_swept(request))
+                self._cache.start()  # the whole cache may have been removed
 
     def _restore(self, request: BaseRequest) -> _Trash | Unmet:
         """Link back what lies in the trash: it is the same image, and overlays may refer to it.
@@ -166,6 +167,7 @@ class Filler:
                     return None
             except StageGone:
                 request.retries.spend(_swept(request))
+                self._cache.start()
                 continue
             self._cache.observers(events.Published(request.name, request.label))
             return Production(sealed.received, sealed.allocated)

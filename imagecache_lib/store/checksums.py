@@ -33,6 +33,7 @@ import threading
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from imagecache_lib.system import sparse
 
@@ -65,6 +66,13 @@ def fastest_crc32() -> Crc32:
     return crc32
 
 
+class Waiting(Protocol):
+    """A caller who waits, and may cease to: a :class:`~imagecache_lib.system.waiter.Waiter` will do."""
+
+    def check(self) -> None:
+        """Raise if the caller no longer waits."""
+
+
 class Checksums:
     """The sums of one base's granules. Safe to share between threads."""
 
@@ -94,16 +102,20 @@ class Checksums:
                     sums = self._pages[page] = array("I", bytes(4 * _PAGE))
                 sums[index] ^= value
 
-    def read_back(self, fd: int) -> None:
+    def read_back(self, fd: int, waiter: Waiting | None = None) -> None:
         """Take what is in a file: the page cache's word for it, where another program wrote the data.
 
+        :param waiter: asked after each piece whether the caller still waits.
         :raises OSError: it cannot be read.
+        :raises: what the waiter raises.
         """
         for start, end in sparse.data_extents(fd):
             position = start
             while position < end and (data := os.pread(fd, min(_READ, end - position), position)):
                 self.add(memoryview(data), position)
                 position += len(data)
+                if waiter is not None:
+                    waiter.check()
 
     def clear(self) -> None:
         """Forget everything."""

@@ -82,25 +82,40 @@ class CacheStore:
         self.host = host
         self.observers = observers or events.Observers(())
         self.layout = layout.Layout(config.base_path, config.locks_path)
-        self._started = False
+        self._prepared: tuple[int, int] | None = None
         self._starting = threading.Lock()
 
     def start(self) -> bool:
-        """Make the directories that are missing and check those that are there. Returns True the first time.
+        """Make the directories that are missing and check those that are there, if need be.
+
+        An operator may remove the cache, or mount a filesystem over it, while this process runs: then it is
+        prepared once more. Returns True if it was prepared, the first time or again.
 
         :raises ConfigError: the instances directory is missing or read-only, belongs to another user, or the
             cache was written by a newer release.
         """
-        if self._started:
+        if self.is_prepared():
             return False
         with self._starting:
-            if self._started:
+            if self.is_prepared():
                 return False
+            if self._prepared is not None:
+                LOG.warning("The cache %s is gone, or another one: preparing it anew", self.layout.private)
             self._check_owner()
             self._make_directories()
             self._check_version()
-            self._started = True
+            self._prepared = _identity(self.layout.private)
             return True
+
+    def is_prepared(self) -> bool:
+        """Whether the cache's directories are there, and the cache is the one that :meth:`start` prepared."""
+        if self._prepared is None or _identity(self.layout.private) != self._prepared:
+            return False
+        return all(_identity(path) is not None for path in self._inner_directories())
+
+    def _inner_directories(self) -> tuple[str, ...]:
+        where = self.layout
+        return (where.records, where.stages, where.trash, where.hosts, where.pins)
 
     @functools.cached_property
     def host_id(self) -> str:
@@ -112,7 +127,11 @@ class CacheStore:
 
         :raises OSError: this host cannot be registered.
         """
-        membership.ensure(self.layout, self.host_id, self.host.name)
+        try:
+            membership.ensure(self.layout, self.host_id, self.host.name)
+        except FileNotFoundError:
+            self.start()  # the cache was removed meanwhile
+            membership.ensure(self.layout, self.host_id, self.host.name)
 
     def exists(self) -> bool:
         """Whether there is a cache yet."""
@@ -148,7 +167,7 @@ class CacheStore:
             os.makedirs(os.path.dirname(where.locks_path), exist_ok=True)
             _make_directory(where.locks_path, layout.LOCKS_DIR_MODE)
             _make_directory(where.base_path, layout.BASE_DIR_MODE)
-            for path in (where.private, where.records, where.stages, where.trash, where.hosts, where.pins):
+            for path in (where.private, *self._inner_directories()):
                 _make_directory(path, layout.PRIVATE_DIR_MODE)
         except OSError as error:
             raise errors.ConfigError(
@@ -338,6 +357,15 @@ def mark(fd: int) -> str:
     if carried == "" and write_id(fd, fresh := durable.new_id()):
         return fresh
     return carried or ""
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Return ``(st_dev, st_ino)`` of a directory, or None if it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None  # preparing the cache says what is wrong with it
+    return found.st_dev, found.st_ino
 
 
 def _make_directory(path: str, mode: int) -> None:

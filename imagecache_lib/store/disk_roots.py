@@ -27,12 +27,15 @@ def check_seen(target: str, config: CacheConfig) -> None:
     """Refuse a place where the pass would never see a disk, since its base would go while the disk needs it.
 
     :param target: absolute path of a disk in an existing directory.
-    :raises BackendError: it is outside every disk root, or in a directory that is the cache's own.
+    :raises BackendError: it is outside every disk root, or in a directory that is the cache's own, or in one
+        that the pass passes over.
     """
     directory = os.path.dirname(target)
+    real = os.path.realpath(directory)
+    _refuse_passed_over(target, {directory, real}, config)
     roots, own = _identities(*config.roots), own_directories(config)
     # By identity, as the pass does it: a root may be a link, or be mounted in two places.
-    for each in _upwards(os.path.realpath(directory)):
+    for each in _upwards(real):
         if each in roots:
             return
         if each in own:
@@ -51,6 +54,25 @@ def check_seen(target: str, config: CacheConfig) -> None:
         next_step="set disk_roots on every host to"
         f" {','.join((*config.roots, directory))}, or to a directory above {directory} in its place",
     )
+
+
+def _refuse_passed_over(target: str, directories: set[str], config: CacheConfig) -> None:
+    """Refuse a target in a directory that the pass passes over by its name.
+
+    :param directories: the target's directory by its names.
+    """
+    for directory in directories:
+        if config.passed_over.isdisjoint(directory.split("/")):
+            continue
+        for root in {*config.roots, *map(os.path.realpath, config.roots)}:
+            below = os.path.relpath(directory, root).split("/")
+            if below[0] != os.pardir and (over := sorted(config.passed_over.intersection(below))):
+                raise errors.BackendError(
+                    f"the target is below a directory {over[0]}, which is passed over where disks are looked"
+                    " for",
+                    path=target,
+                    next_step="choose an instance directory, or take the name out of passed_over_directories",
+                )
 
 
 def _upwards(directory: str) -> Iterator[_Identity]:

@@ -69,6 +69,7 @@ def parse_info(data: bytes) -> StageInfo | None:
 class Stage:
     """One stage file of ours, open for reading and writing.
 
+    :raises StageGone: the cache was removed meanwhile.
     :raises NoSpaceError: from anything that writes, when the filesystem is full.
     """
 
@@ -80,7 +81,11 @@ class Stage:
         self.reserved = 0
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with translated(self.path):
-            self._owner = locks.OwnerLock(os.open(self.path, flags, 0o600), cache.host)
+            try:
+                fd = os.open(self.path, flags, 0o600)
+            except FileNotFoundError as error:
+                raise StageGone from error
+            self._owner = locks.OwnerLock(fd, cache.host)
         self._taken = 0
         #: Of the content so far.
         self.checksums = checksums.Checksums()

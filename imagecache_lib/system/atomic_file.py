@@ -199,20 +199,21 @@ def copy_content(source: int, target: int) -> None:
     os.ftruncate(target, size)
 
 
-def allocate(fd: int, size: int) -> None:
+def allocate(fd: int, size: int) -> bool:
     """Give the first ``size`` bytes of a file blocks of its own, so that writing there never lacks space.
 
-    The file keeps its apparent size. Where the filesystem cannot allocate ahead, nothing happens: then no
-    call could promise the space.
+    The file keeps its apparent size. Returns False if the filesystem cannot allocate ahead: nothing has
+    happened then, and the space is not promised.
 
     :raises OSError: there is no room.
     """
     # A reflink's extents are shared: they are in use, and writing to them still needs new ones.
     for mode in (_KEEP_SIZE | _UNSHARE_RANGE, _KEEP_SIZE):
         if _libc.fallocate(fd, mode, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
-            return
-        if ctypes.get_errno() != errno.EOPNOTSUPP:
+            return True
+        if ctypes.get_errno() not in (errno.EOPNOTSUPP, errno.ENOSYS):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return False
 
 
 def _copy_range(source: int, target: int, start: int, end: int, buffer: memoryview) -> None:

@@ -26,6 +26,7 @@ from imagecache_lib.upkeep.facts import (
     MissingRoot,
     NotADirectoryName,
     Overlay,
+    PassedOver,
     Unfinished,
     Unreadable,
     Unsettled,
@@ -238,21 +239,26 @@ class Disks:
             if path not in self._disks and path not in read
             if not self._absence.is_proved(disk := self._last.disks[path])
         ]
-        links = [fact.path for fact in self._found.facts if isinstance(fact, DanglingLink)]
         told: dict[str, list[str]] = {}
+        passed_over = {fact.path for fact in self._found.facts if isinstance(fact, PassedOver)}
         for disk in missing:
-            told.setdefault(os.path.dirname(disk.path), []).append(disk.path)
+            over = next((path for path in passed_over if _is_below(disk.path, path)), None)
+            told.setdefault(over or os.path.dirname(disk.path), []).append(disk.path)
+        links = [fact.path for fact in self._found.facts if isinstance(fact, DanglingLink)]
         for directory, paths in sorted(told.items()):
             link = next((each for each in links if _is_at_or_below(paths[0], each)), None)
-            why = (
-                f"since {link} leads nowhere"
-                if link is not None
-                else "and nothing proves that it was removed"
-            )
+            why, way_out = "and nothing proves that it was removed", "Mount what belongs there; if it is gone"
+            if directory in passed_over:
+                why, way_out = (
+                    f"since {directory} is passed over",
+                    "If no disk of a guest is there, and it stays so",
+                )
+            elif link is not None:
+                why = f"since {link} leads nowhere"
             more = f" (and {len(paths) - 1} others there)" if len(paths) > 1 else ""
             self.problems.append(
-                f"{paths[0]}{more} is not to be seen now, {why}: what it referred to before stays. Mount what"
-                f" belongs there; if it is gone for good, run once: imagecache disk forget {directory}"
+                f"{paths[0]}{more} is not to be seen now, {why}: what it referred to before stays."
+                f" {way_out} for good, run once: imagecache disk forget {directory}"
             )
         return missing
 

@@ -77,6 +77,13 @@ class DanglingLink:
 
 
 @dataclasses.dataclass(frozen=True)
+class PassedOver:
+    """A directory in which no disk lies, by its name. That it is not read proves nothing."""
+
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
 class MissingRoot:
     """A disk root that is not there, or cannot be read.
 
@@ -122,6 +129,7 @@ Fact = (
     | LinkedFile
     | Unreadable
     | DanglingLink
+    | PassedOver
     | MissingRoot
     | MissingInstance
     | NotADirectoryName

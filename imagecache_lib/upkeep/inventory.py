@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
+from collections.abc import Collection
 
 from imagecache_lib.store import evidence, layout
 from imagecache_lib.store.directory import CacheStore
@@ -53,13 +54,14 @@ def take(cache: CacheStore) -> Inventory:
     foreign: list[Entry] = []
     unknown: list[str] = []
     noted = _notes_of_use(cache)
+    passed_over = {layout.LOST_AND_FOUND, *cache.config.passed_over}
     try:
         entries = os.scandir(cache.layout.base_path)
     except FileNotFoundError:
         return Inventory((), (), ())
     with entries:
         for found in entries:
-            if found.name.startswith(".") or found.name == layout.LOST_AND_FOUND:
+            if found.name.startswith(".") or found.name in passed_over:
                 continue
             kind = layout.classify(found.name)
             try:
@@ -154,11 +156,14 @@ def allocated(cache: CacheStore) -> int:
 
     What lies in a directory that may not be read is not counted: nothing of the cache is there.
     """
-    return allocated_under(cache.layout.base_path)
+    return allocated_under(cache.layout.base_path, passed_over=cache.config.passed_over)
 
 
-def allocated_under(path: str) -> int:
-    """Return the allocated bytes of all files under a directory, each counted once. 0 if it is not there."""
+def allocated_under(path: str, *, passed_over: Collection[str] = ()) -> int:
+    """Return the allocated bytes of all files under a directory, each counted once. 0 if it is not there.
+
+    :param passed_over: names of directories that are left out.
+    """
     total = 0
     counted: set[int] = set()
     pending = [path]
@@ -171,6 +176,8 @@ def allocated_under(path: str) -> int:
             for found in entries:
                 try:
                     if found.is_dir(follow_symlinks=False):
+                        if found.name in passed_over:
+                            continue  # what snapshots hold is freed with them
                         pending.append(found.path)
                         continue
                     status = found.stat(follow_symlinks=False)

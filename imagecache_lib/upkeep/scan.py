@@ -34,6 +34,7 @@ from imagecache_lib.upkeep.facts import (
     MissingRoot,
     NotADirectoryName,
     Overlay,
+    PassedOver,
     ReadDirectory,
     Unfinished,
     Unreadable,
@@ -90,6 +91,7 @@ class Scan:
         self._host = cache.host
         self._condense = condense
         self._configured = cache.config.roots
+        self._passed_over = cache.config.passed_over
         self._roots = (*self._configured, *(root for root in former_roots if root not in self._configured))
         # What is ours holds no disks, however it is reached.
         self._own = disk_roots.own_directories(cache.config)
@@ -259,7 +261,9 @@ class Scan:
                 if entry.is_file(follow_symlinks=False):
                     self._read_file(directory, name, fd, inode)
                 elif entry.is_dir(follow_symlinks=False):
-                    if name == layout.LOST_AND_FOUND and not _is_open(name, fd):
+                    if name in self._passed_over:
+                        self._facts.append(PassedOver(directory.prefix + name))
+                    elif name == layout.LOST_AND_FOUND and not _is_open(name, fd):
                         self._lost_and_found(path)
                     else:
                         inner.append((directory.prefix + name, seen, False))
@@ -339,7 +343,10 @@ class Scan:
                 self._facts.append(Unreadable(path, error.strerror or str(error), False, inode))
             return
         if stat.S_ISDIR(status.st_mode):
-            inner.append((path, directory.seen, True))
+            if name in self._passed_over:
+                self._facts.append(PassedOver(path))
+            else:
+                inner.append((path, directory.seen, True))
         elif stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
             # Nothing else is opened: opening alone does something to some devices.
             self._facts.append(LinkedFile(path, directory.seen, (status.st_dev, status.st_ino), inode))

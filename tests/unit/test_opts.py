@@ -55,6 +55,7 @@ NOVAS = {
 OF_THE_MACHINE = {("DEFAULT", "state_path"), ("DEFAULT", "my_ip"), ("DEFAULT", "host")}
 NEW: dict[tuple[str, str], object] = {
     ("image_cache", "disk_roots"): [],
+    ("image_cache", "passed_over_directories"): [],
     ("image_cache", "lock_path"): None,
     ("image_cache", "max_cache_size"): 0,
     ("image_cache", "precache_job_age_seconds"): 0,
@@ -159,6 +160,7 @@ class ConfigFromTest(OptsCase):
             precache_concurrency = 3
             precache_job_age_seconds = 86400
             disk_roots = /srv/instances,/mnt/more
+            passed_over_directories = backups,old
             lock_path = /run/lock/images
             max_cache_size = 4
             free_space_low = 5
