@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import atomic_file, attributes
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 
 #: Extended attribute of a disk whose content was not synced before it got its name: the boot id of the host
 #: that made it, and when it was made, in epoch seconds of its filesystem.
@@ -56,6 +58,11 @@ class FileBackend(StorageBackend):
     @classmethod
     def from_config(cls, config: CacheConfig, host: System) -> Self:
         return cls(config, host)
+
+    def for_caller(self, waiter: Waiter) -> Self:
+        bound = copy.copy(self)
+        bound._qemu_img = self._qemu_img.for_caller(waiter)
+        return bound
 
     # -- targets -------------------------------------------------------------------------------------
 
