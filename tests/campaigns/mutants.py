@@ -335,7 +335,8 @@ class _Mutant:
             assert stored == self.data, "what is kept is not what came"
         expected = self._as_others_read_it(base, place)
         if expected is None:
-            return "accepted, and not by the other program"  # which reads more of it, such as refcounts
+            # The other program reads more of it, such as refcounts, or all of what is kept as it is.
+            return f"accepted as {base.format}, refused by the other program"
         assert base.virtual_size == -(-len(expected) // 512) * 512, (base.virtual_size, len(expected))
         if base.format == "raw":
             assert pathlib.Path(base.path).read_bytes() == expected, "other bytes"
