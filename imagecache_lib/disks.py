@@ -23,7 +23,7 @@ from imagecache_lib.spawn.lease import Leases
 from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.system.host import System
-from imagecache_lib.system.waiter import EitherToken
+from imagecache_lib.system.waiter import EitherToken, Waiter
 
 
 class DiskAdmin(CacheAdmin):
@@ -83,23 +83,38 @@ class DiskAdmin(CacheAdmin):
         return self._backend_of(backend).inspect(target)
 
     def resize_disk(
-        self, disk: model.Disk, size: int, *, backend: StorageBackend | str | None = None
+        self,
+        disk: model.Disk,
+        size: int,
+        *,
+        backend: StorageBackend | str | None = None,
+        request: model.Request | None = None,
     ) -> model.Disk:
         """Grow a disk to ``size`` bytes, and return what it is now. It is never shrunk.
 
         :param backend: of this disk, or None for the manager's.
+        :param request: its ``deadline`` and ``cancel`` end the call.
         :raises DiskTooSmallError, NoSpaceError, BackendError: the disk is as it was.
+        :raises CancelledError, LockTimeoutError: the disk is whole, and has its old size or the new one.
         """
-        return self._backend_of(backend).resize(disk, size)
+        return self._backend_of(backend, request).resize(disk, size)
 
-    def flatten_disk(self, disk: model.Disk, *, backend: StorageBackend | str | None = None) -> model.Disk:
+    def flatten_disk(
+        self,
+        disk: model.Disk,
+        *,
+        backend: StorageBackend | str | None = None,
+        request: model.Request | None = None,
+    ) -> model.Disk:
         """Cut a disk loose from its base image, and return what it is now.
 
         :param backend: of this disk, or None for the manager's.
+        :param request: its ``deadline`` and ``cancel`` end the call.
         :raises NoSpaceError, BackendError: the disk still needs its base. One with internal snapshots is
             refused, since they would lose what they have of it.
+        :raises CancelledError, LockTimeoutError: the disk still needs its base, and can be flattened later.
         """
-        return self._backend_of(backend).flatten(disk)
+        return self._backend_of(backend, request).flatten(disk)
 
     def remove_disk(self, disk: model.Disk, *, backend: StorageBackend | str | None = None) -> None:
         """Remove a disk. Does nothing if the disk is gone already.
@@ -186,11 +201,18 @@ class DiskAdmin(CacheAdmin):
                 backing.check_made_on(disk_path, lease.base.fd, self._chains)
             return dataclasses.replace(lease.base, fd=None)
 
-    def _backend_of(self, backend: StorageBackend | str | None) -> StorageBackend:
-        """Return the backend of one call, which is the manager's for None.
+    def _backend_of(
+        self, backend: StorageBackend | str | None, request: model.Request | None = None
+    ) -> StorageBackend:
+        """Return the backend of one call, which is the manager's for None. Its work ends with the call.
 
         :raises ConfigError: the backend is unknown or its configuration cannot work.
         """
+        request = self._stoppable(request)
+        waiter = Waiter(self.host, None, request.deadline, request.cancel)
+        return self._load(backend).for_caller(waiter)
+
+    def _load(self, backend: StorageBackend | str | None) -> StorageBackend:
         if isinstance(backend, StorageBackend):
             return backend
         if backend is None or backend == self.backend.name:
@@ -199,6 +221,11 @@ class DiskAdmin(CacheAdmin):
             if backend not in self._backends:
                 self._backends[backend] = load_backend(backend, self.config, self.host)
             return self._backends[backend]
+
+    def _stoppable(self, request: model.Request | None) -> model.Request:
+        """Return a request that is cancelled too once this manager is shut down."""
+        request = request or model.Request()
+        return dataclasses.replace(request, cancel=EitherToken(self._stopping, request.cancel))
 
     def _call(
         self,
@@ -209,11 +236,9 @@ class DiskAdmin(CacheAdmin):
         size: int | None = None,
         made: bool = False,
     ) -> Call:
-        request = request or model.Request()
-        request = dataclasses.replace(request, cancel=EitherToken(self._stopping, request.cancel))
         call = Call(
             image_id,
-            request,
+            self._stoppable(request),
             source=self.source,
             config=self.config,
             host=self.host,

@@ -67,7 +67,7 @@ class ImageCacheManager(DiskAdmin):
         :raises DiskTooSmallError: the image's virtual size is larger; nothing was written.
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: nothing is left behind.
         """
-        storage = self._backend_of(backend)
+        storage = self._backend_of(backend, request)
         call = self._call(image_id, request, stored_format=storage.base_format, size=size)
         base = self._ingest.request(call, Use.DISK)
         with base.named():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import stat
@@ -27,6 +28,7 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import atomic_file, attributes
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 
 LOG = logging.getLogger(__name__)
 
@@ -60,6 +62,11 @@ class FileBackend(StorageBackend):
     @classmethod
     def from_config(cls, config: CacheConfig, host: System) -> Self:
         return cls(config, host)
+
+    def for_caller(self, waiter: Waiter) -> Self:
+        bound = copy.copy(self)
+        bound._qemu_img = self._qemu_img.for_caller(waiter)
+        return bound
 
     # -- targets -------------------------------------------------------------------------------------
 

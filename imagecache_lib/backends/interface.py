@@ -15,6 +15,7 @@ from typing import ClassVar
 from imagecache_lib import errors, model
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.system.host import System
+from imagecache_lib.system.waiter import Waiter
 
 
 class Feature(enum.Enum):
@@ -84,6 +85,17 @@ class StorageBackend(abc.ABC):
 
         :raises ConfigError: the configuration lacks something it needs.
         """
+
+    def for_caller(self, waiter: Waiter) -> StorageBackend:
+        """Return this backend as one caller uses it: its long work ends once the caller no longer waits.
+
+        What is interrupted raises what :meth:`Waiter.check` raises. A disk in the making leaves nothing then,
+        and one that exists is whole. The default returns the backend itself, which is right where nothing
+        takes long, or nothing can be interrupted.
+
+        :param waiter: the caller of the library, with its deadline and its token.
+        """
+        return self
 
     @abc.abstractmethod
     def check_target(self, target: str) -> None:
@@ -159,6 +171,7 @@ class StorageBackend(abc.ABC):
         :raises DiskTooSmallError: it would shrink.
         :raises NoSpaceError: no room.
         :raises BackendError: the storage failed.
+        :raises CancelledError, LockTimeoutError: the caller no longer waits (:meth:`for_caller`).
         """
 
     def flatten(self, disk: model.Disk) -> model.Disk:
@@ -166,7 +179,8 @@ class StorageBackend(abc.ABC):
 
         The default is right for disks that stand alone.
 
-        :raises BackendError: the storage failed; the disk is as it was.
+        :raises BackendError: the storage failed; the disk still needs its base.
+        :raises CancelledError, LockTimeoutError: the caller no longer waits (:meth:`for_caller`).
         """
         return disk
 

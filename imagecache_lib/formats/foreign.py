@@ -8,6 +8,7 @@ and file(1).
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import re
 
@@ -70,6 +71,13 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"WithouFreSpacExt", "a Parallels image", _CONVERT),
     (0, b"Bochs Virtual HD Image", "a Bochs image", _CONVERT),
     (0, b"OOOM", "a User Mode Linux image", _CONVERT),
+    (0, b"\x89PNG\r\n\x1a\n", "a picture (PNG)", _ADDRESS),
+    (0, b"\xff\xd8\xff", "a picture (JPEG)", _ADDRESS),
+    (0, b"GIF8", "a picture (GIF)", _ADDRESS),
+    (0, b"SQLite format 3\0", "an SQLite database", _ADDRESS),
+    (0, b"LibvirtQemudSave", "a guest's saved memory", "upload the guest's disk"),
+    (0, b"LibvirtQemudPart", "a guest's saved memory", "upload the guest's disk"),
+    (0, b"QEVM", "a guest's saved memory", "upload the guest's disk"),
     (0, b"SPARSEIMAGE", "an Apple sparse image", _CONVERT),
     (0, b"encrcdsa", "an encrypted Apple disk image", _CONVERT),
 )
@@ -82,23 +90,25 @@ _XML = re.compile(rb"<(?:\?xml\b|!--|[a-z][a-z0-9:_-]*[\s/>])", re.IGNORECASE)
 _JSON = re.compile(rb"(?:\{\s*(?:\"|\}|$)|\[\s*(?:[\"{\[\]0-9-]|$))")
 
 
-def recognise(start: bytes) -> Foreign | None:
+def recognise(start: bytes, *, vouched: bool = True) -> Foreign | None:
     """Tell content that is not a disk from content that could be one. Returns None if it could be a disk.
 
     :param start: the first :data:`LOOKED_AT` bytes of the content, or all of it.
+    :param vouched: whether a digest says that this content is what is meant. Text that begins in no known way
+        is taken for what a server says instead of the image, unless a digest vouches for it.
     """
     for offset, magic, what, next_step in _MAGIC:
         if start.startswith(magic, offset):
             return Foreign(what, next_step)
     if _BZIP2.match(start):
         return Foreign("a bzip2-compressed file", f"decompress it (bunzip2) {_UPLOAD}")
-    return _document(start)
+    return _document(start, vouched=vouched)
 
 
-def _document(start: bytes) -> Foreign | None:
-    """Return which document the content is: text throughout that begins as HTML, XML or JSON does.
+def _document(start: bytes, *, vouched: bool) -> Foreign | None:
+    """Return which document the content is: text throughout that begins as HTML, XML or JSON does, or any.
 
-    Returns None if it is not such a document.
+    Returns None if it is no document.
     """
     for encoding, mark in (("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff")):
         if start.startswith(mark):
@@ -115,4 +125,14 @@ def _document(start: bytes) -> Foreign | None:
     ):
         if pattern.match(text):
             return Foreign(what, _ADDRESS)
-    return None
+    return None if vouched or not _is_prose(text) else Foreign("a text", _ADDRESS)
+
+
+def _is_prose(text: bytes) -> bool:
+    """Return whether what has no control characters is text of several words, as a server's message is."""
+    try:
+        # What was cut off in the middle of a character is text all the same.
+        words = codecs.getincrementaldecoder("utf-8")().decode(text).split()
+    except UnicodeDecodeError:
+        return False
+    return len(words) > 1

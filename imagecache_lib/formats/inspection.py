@@ -108,18 +108,20 @@ class Rules:
             not config.disable_deep_image_inspection if strict is None else strict,
         )
 
-    def accept(self, claimed: str | None, start: bytes) -> tuple[str, Ending]:
+    def accept(self, claimed: str | None, start: bytes, *, vouched: bool = True) -> tuple[str, Ending]:
         """Return which format an image is accepted as, and what may follow its data.
 
         :param claimed: the disk format that the image's owner stated, or None if the owner stated none.
         :param start: the first bytes of the image, enough to show every format, or all of it.
+        :param vouched: whether a digest says that this content is what is meant.
         :raises ImageRejected: the content is of no acceptable format, of another than was claimed, or of
             more than one.
         """
         found = detect(start)
         claimed = claimed if self.strict else None
         if found <= _RAW:
-            if self.strict and (what := foreign.recognise(start[: foreign.LOOKED_AT])) is not None:
+            what = foreign.recognise(start[: foreign.LOOKED_AT], vouched=vouched) if self.strict else None
+            if what is not None:
                 raise errors.ImageRejected(f"it is {what.what} and no disk", next_step=what.next_step)
             if claimed in ("vhd", "vpc"):
                 return "vpc", Ending.DEMANDED
@@ -211,9 +213,11 @@ class Inspection:
     """Inspects a stream of chunks.
 
     :param claimed: the image's disk format as Glance states it, or None if it states none.
+    :param vouched: whether the content has a digest, which is compared elsewhere.
     """
 
-    def __init__(self, claimed: str | None, rules: Rules) -> None:
+    def __init__(self, claimed: str | None, rules: Rules, *, vouched: bool = True) -> None:
+        self._vouched = vouched
         self._claimed = claimed
         self._rules = rules
         self._start = bytearray()
@@ -247,7 +251,8 @@ class Inspection:
 
     def _decide(self, *, whole: bool) -> None:
         if self._accepted is None:
-            self._accepted = self._rules.accept(self._claimed, bytes(self._start[:_SHOWN]))
+            start = bytes(self._start[:_SHOWN])
+            self._accepted = self._rules.accept(self._claimed, start, vouched=self._vouched)
         format, ending = self._accepted
         if ending is not Ending.NONE:
             self.finding = Finding(format, None, ending=ending)

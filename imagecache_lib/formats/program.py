@@ -95,8 +95,10 @@ def run(
     :raises StorageFailed: the disk failed.
     :raises BackendError: the host is at fault (a limit, a signal, lack of memory), or it is unknown how the
         program ended.
+    :raises CancelledError, LockTimeoutError: the caller no longer waits.
     :raises ConfigError: the program, or one that runs it (prlimit, timeout), is not installed.
     """
+    waiter.check()
     token = secrets.token_hex(16)
     command = (
         *("prlimit", f"--cpu={limits.cpu}", f"--as={limits.memory}", "--"),

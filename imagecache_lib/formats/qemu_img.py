@@ -9,10 +9,11 @@ Each run has limits, ends when the caller no longer waits, and its result is loo
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
-from typing import Any
+from typing import Any, Self
 
 from imagecache_lib import errors
 from imagecache_lib.config import CacheConfig
@@ -36,13 +37,23 @@ _NAMES_A_FILE = ("backing-filename", "full-backing-filename", "backing-image")
 
 
 class QemuImg:
-    """Runs qemu-img within the limits of the configuration. Safe to share between threads."""
+    """Runs qemu-img within the limits of the configuration. Safe to share between threads.
+
+    Every run ends once its caller no longer waits: the one that the call states, else that of
+    :meth:`for_caller`, else one that waits as long as the limits allow.
+    """
 
     def __init__(self, config: CacheConfig, host: System) -> None:
-        self._patient = Waiter(host)  # a caller that waits as long as it takes
+        self._waiter = Waiter(host)  # a caller that waits as long as it takes
         self._sandbox = Sandbox("qemu-img", host)
         self._looking = _limits(config.images_cpu_time_limit, config.images_address_space_limit)
         self._working = _limits(config.convert_cpu_time_limit, config.convert_address_space_limit)
+
+    def for_caller(self, waiter: Waiter) -> Self:
+        """Return what runs qemu-img for one caller."""
+        bound = copy.copy(self)
+        bound._waiter = waiter
+        return bound
 
     def sandbox_problem(self) -> str:
         """Return, as a clause, why qemu-img runs without a sandbox on this host; empty if it has one."""
@@ -51,7 +62,7 @@ class QemuImg:
     def virtual_size(self, disk: DiskFile, *, waiter: Waiter | None = None) -> int:
         """Return a disk's virtual size: how many bytes a guest sees.
 
-        :param waiter: the caller, or None for a caller that waits as long as it takes.
+        :param waiter: the caller, or None for the one of :meth:`for_caller`.
         :raises DataRefused: the file cannot be read in the stated format, is encrypted, or another file
             belongs to it.
         :raises BackendError: the host is at fault.
@@ -179,7 +190,7 @@ class QemuImg:
         return program.run(
             command,
             limits=limits,
-            waiter=waiter or self._patient,
+            waiter=waiter or self._waiter,
             program="qemu-img",
             subject=disk.path,
             hidden=hidden,

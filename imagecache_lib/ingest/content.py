@@ -41,7 +41,7 @@ class ContentStage:
         self._disk_size = disk_size
         self._inspection: Inspection | Uninspected = Uninspected()
         if requirements.use is Use.DISK:
-            self._inspection = Inspection(image.disk_format, work.rules)
+            self._inspection = Inspection(image.disk_format, work.rules, vouched=image.digest is not None)
         self._finding: Finding | None = None
         self._decoder: Decoder | None = None
         self._held: list[bytes] = []

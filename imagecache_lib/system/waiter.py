@@ -49,7 +49,7 @@ class Waiter:
             raise errors.CancelledError("the request was cancelled", image=self.image_id)
         if self.deadline is not None and self.system.clock() >= self.deadline:
             raise errors.LockTimeoutError(
-                "the request's deadline passed while others were at work on the image",
+                "the request's deadline passed before it was done",
                 image=self.image_id,
                 next_step="try again later, or allow more time",
             )
