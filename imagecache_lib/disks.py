@@ -8,7 +8,7 @@ import dataclasses
 import threading
 from collections.abc import Sequence
 
-from imagecache_lib import events, model
+from imagecache_lib import errors, events, model
 from imagecache_lib.admin import CacheAdmin
 from imagecache_lib.backends import load_backend
 from imagecache_lib.backends.chain import ChainReader
@@ -20,10 +20,14 @@ from imagecache_lib.ingest.fetch import DiskOps, Ingest
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.spawn import backing
 from imagecache_lib.spawn.lease import Leases
+from imagecache_lib.spawn.reuse import grown
 from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.system.host import System
 from imagecache_lib.system.waiter import EitherToken, Waiter
+
+#: How often a disk that is used again is tried to be grown on a base that another process evicts meanwhile.
+_MOST_TRIES = 3
 
 
 class DiskAdmin(CacheAdmin):
@@ -200,6 +204,40 @@ class DiskAdmin(CacheAdmin):
             if image_id is None:
                 backing.check_made_on(disk_path, lease.base.fd, self._chains)
             return dataclasses.replace(lease.base, fd=None)
+
+    def _reuse(
+        self,
+        storage: StorageBackend,
+        target: str,
+        size: int | None,
+        *,
+        image_id: str | None = None,
+        os_type: str | None = None,
+        fs: str | None = None,
+        label: str | None = None,
+        request: model.Request | None = None,
+    ) -> model.Disk:
+        """Make sure of an existing disk's base, grow the disk to ``size``, and return what it is now.
+
+        An eviction that began before the disk was there may take the base's name away for a moment in
+        between, until it sees the disk: then both are done again.
+        """
+        for left in reversed(range(_MOST_TRIES)):
+            self.ensure_backing(
+                target,
+                image_id=image_id,
+                os_type=os_type,
+                fs=fs,
+                label=label,
+                backend=storage,
+                request=request,
+            )
+            try:
+                return grown(storage, target, size)
+            except errors.BackendError:
+                if not left:
+                    raise
+        raise AssertionError("the last try returns or raises")
 
     def _backend_of(
         self, backend: StorageBackend | str | None, request: model.Request | None = None

@@ -23,7 +23,7 @@ from imagecache_lib.disks import DiskAdmin
 from imagecache_lib.ingest import generate
 from imagecache_lib.spawn import cloning
 from imagecache_lib.spawn.make import make_disk, make_file
-from imagecache_lib.spawn.reuse import check_file, grown, is_reused, require_reuse
+from imagecache_lib.spawn.reuse import check_file, is_reused, require_reuse
 from imagecache_lib.store import pins
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.system import atomic_file
@@ -72,8 +72,7 @@ class ImageCacheManager(DiskAdmin):
         base = self._ingest.request(call, Use.DISK)
         with base.named():
             if is_reused(storage, target, if_exists):
-                self.ensure_backing(target, image_id=image_id, backend=storage, request=request)
-                return grown(storage, target, size)
+                return self._reuse(storage, target, size, image_id=image_id, request=request)
             if Feature.CLONE in storage.features:
                 disk = cloning.clone(call, storage, target, size, self._cache)
                 if disk is not None:
@@ -100,8 +99,7 @@ class ImageCacheManager(DiskAdmin):
         wanted = generate.swap(size_mb, share=Feature.OVERLAY in storage.features)
         self._start()
         if is_reused(storage, target, if_exists):
-            self.ensure_backing(target, backend=storage)
-            return storage.inspect(target)
+            return self._reuse(storage, target, None)
         return self._generate(storage, wanted, target)
 
     def create_ephemeral(
@@ -139,8 +137,7 @@ class ImageCacheManager(DiskAdmin):
         )
         self._start()
         if is_reused(storage, target, if_exists):
-            self.ensure_backing(target, os_type=os_type, fs=fs, label=label, backend=storage)
-            return grown(storage, target, wanted.size)
+            return self._reuse(storage, target, wanted.size, os_type=os_type, fs=fs, label=label)
         return self._generate(storage, wanted, target)
 
     def _generate(self, storage: StorageBackend, wanted: generate.Generation, target: str) -> model.Disk:

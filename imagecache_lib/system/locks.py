@@ -74,7 +74,9 @@ _held: weakref.WeakSet[HeldDescriptor] = weakref.WeakSet()
 
 
 class HeldDescriptor:
-    """A descriptor that a forked child must not keep."""
+    """A descriptor that a forked child must not keep, and that goes with the last reference to it."""
+
+    fd = -1
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -84,6 +86,11 @@ class HeldDescriptor:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def __del__(self) -> None:
+        # An interrupt may come while a lock is being released: it must not stay held for as long as the
+        # process lives.
+        self.close()
 
 
 def _close_in_child() -> None:

@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 import imagecache_lib as ic
 from imagecache_lib import errors, model
@@ -133,17 +134,17 @@ SCENES: Mapping[str, Scene] = {
     ),
 }
 
-#: What a child that was injected into ends with.
-_FINE, _REFUSED, _RAW, _LEAKED = 0, 3, 4, 5
+#: What a child ends with: it went well, a library's error came out, another one did, files stay open.
+FINE, REFUSED, _RAW, _LEAKED = 0, 3, 4, 5
 
 
 def count_calls(scene: Scene) -> Mapping[str, int]:
     """Return how often each call that can fail is made, by any thread."""
-    with _world(scene) as world, tempfile.NamedTemporaryFile("r", encoding="ascii") as log:
+    with world_of(scene) as world, tempfile.NamedTemporaryFile("r", encoding="ascii") as log:
         status = attached(
             lambda: scene.run(world), ["-e", f"trace={','.join(FAULTS)}", "-e", "signal=none", "-o", log.name]
         )
-        assert status == _FINE
+        assert status == FINE
         return collections.Counter(re.findall(r"^\d+ +(\w+)\(", log.read(), re.M))
 
 
@@ -158,31 +159,35 @@ def faults(name: str) -> Iterator[tuple[str, str, int, str]]:
 def inject(name: str, call: str, number: int, fault: str) -> str | None:
     """Inject one error. Returns what is wrong, or None."""
     scene = SCENES[name]
-    with _world(scene) as world, tempfile.NamedTemporaryFile("r", encoding="utf-8") as said:
+    with world_of(scene) as world, tempfile.NamedTemporaryFile("r", encoding="utf-8") as said:
         options = ["-o", os.devnull, "-e", "signal=none", "-e", f"trace={call}"]
         options += ["-e", f"inject={call}:error={fault}:when={number}"]
         try:
-            status = attached(lambda: _run(scene, world, said.name), options)
+            status = attached(lambda: run(scene, world, said.name), options)
         except subprocess.TimeoutExpired:
             return "it hangs"
-        if status not in (_FINE, _REFUSED):
+        if status not in (FINE, REFUSED):
             return said.read() or f"it ended with {status}"
         if name == "swap":
             return None
         try:
             world.check(frozenset())
         except (AssertionError, errors.ImageCacheError, OSError, KeyError):
-            outcome = "it went well" if status == _FINE else "it was refused"
+            outcome = "it went well" if status == FINE else "it was refused"
             return f"afterwards ({outcome}):\n{traceback.format_exc()}"
     return None
 
 
-def _run(scene: Scene, world: World, said: str) -> None:
-    status = _FINE
+def run(scene: Scene, world: World, said: str) -> NoReturn:
+    """Make a scene's call, and end this process, a child, with how it went.
+
+    :param said: the path of a file that gets what is wrong.
+    """
+    status = FINE
     try:
         scene.run(world)
     except ic.ImageCacheError:
-        status = _REFUSED
+        status = REFUSED
     except BaseException:
         pathlib.Path(said).write_text(f"not one of the library's errors:\n{traceback.format_exc()}")
         os._exit(_RAW)
@@ -202,7 +207,8 @@ def open_below(directory: pathlib.Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _world(scene: Scene) -> Iterator[World]:
+def world_of(scene: Scene) -> Iterator[World]:
+    """Give a world in which a scene is prepared, in memory."""
     directory = pathlib.Path(tempfile.mkdtemp(prefix="imagecache-", dir="/dev/shm"))
     try:
         world = World(directory, **scene.options)
@@ -215,7 +221,7 @@ def _world(scene: Scene) -> Iterator[World]:
 def warm_up(name: str) -> None:
     """Let everything be imported that an operation imports: an import that fails is none of the library's."""
     scene = SCENES[name]
-    with _world(scene) as world:
+    with world_of(scene) as world:
         scene.run(world)
 
 

@@ -7,7 +7,6 @@ each operation, and many of each pair.
 
 from __future__ import annotations
 
-import os
 import pathlib
 import random
 import tempfile
@@ -19,7 +18,7 @@ import pytest
 from tests.campaigns.crashes import PAIRS, SCENES, Crashes
 from tests.support import campaign, needs
 
-SEED = int(os.environ.get("IMAGECACHE_SEED", "1"))
+SEED = campaign.SEED
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from tests.campaigns import injected
 from tests.support import campaign, needs
 
-SEED = int(os.environ.get("IMAGECACHE_SEED", "1"))
+SEED = campaign.SEED
 
 
 @pytest.mark.campaign

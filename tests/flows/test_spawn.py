@@ -15,6 +15,9 @@ from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import errors, events, model
+from imagecache_lib.backends.qcow2 import Qcow2Backend
+from imagecache_lib.store import layout, trash
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.testing.sources import FakeSource
 from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, content_of, disk_image, raw_image
 
@@ -205,6 +208,27 @@ class TestTargets(CacheCase):
         self.base().unlink()
         manager.create_disk(ID, disk.target, if_exists="reuse")
         self.assertEqual(DATA, content_of(disk.target, "qcow2"))
+
+    def test_a_disk_used_again_grows_though_its_base_is_being_evicted(self) -> None:
+        config = self.manager().config
+        cache = CacheStore(config, self.host())
+
+        class Raced(Qcow2Backend):
+            """Another process evicts the base as the disk is about to grow, which it has not seen yet."""
+
+            evictions = 1
+
+            def resize(self, disk: model.Disk, size: int) -> model.Disk:
+                if self.evictions:
+                    self.evictions -= 1
+                    trash.move_in(cache, layout.base_name(ID))
+                return super().resize(disk, size)
+
+        manager = ic.ImageCacheManager(config, self.source, Raced(config, self.host()), observers=())
+        disk = manager.create_disk(ID, self.target())
+        grown = manager.create_disk(ID, disk.target, size=8 * MIB, if_exists="reuse")
+        self.assertEqual(8 * MIB, grown.virtual_size)
+        self.assertEqual(DATA + bytes(5 * MIB), content_of(disk.target, "qcow2"))
 
     def test_a_target_taken_while_its_disk_is_made_is_left_alone(self) -> None:
         target = pathlib.Path(self.target())

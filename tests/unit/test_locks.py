@@ -133,6 +133,14 @@ class TestExclusion(LockCase):
             with self.held_elsewhere(_OURS) as said:
                 self.assertEqual("busy", said)
 
+    def test_a_lock_that_nothing_refers_to_any_more_is_free(self) -> None:
+        # As after an interrupt that came while it was being released.
+        lock = locks.FileLock(self.path, shared=False, host=self.host)
+        self.assertTrue(lock.acquire(blocking=False))
+        self.assertFalse(self.is_free())
+        del lock
+        self.assertTrue(self.is_free())
+
     def test_a_forked_child_keeps_nothing(self) -> None:
         reader, writer = os.pipe()
         lock = self.take()
