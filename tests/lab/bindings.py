@@ -16,7 +16,13 @@ _SYSTEM_PACKAGES = (
 
 
 def load(home: pathlib.Path, package: str, modules: Iterable[str]) -> None:
-    """Make modules importable, and nothing else that the distribution has.
+    """Make modules importable here, and nothing else that the distribution has; see :func:`link`."""
+    link(home, package, modules)
+    sys.path.append(str(home))
+
+
+def link(home: pathlib.Path, package: str, modules: Iterable[str]) -> None:
+    """Make a directory for a ``PYTHONPATH`` with modules, and nothing else that the distribution has.
 
     :param home: an existing, empty directory.
     :param package: Debian's, which has them.
@@ -33,4 +39,3 @@ def load(home: pathlib.Path, package: str, modules: Iterable[str]) -> None:
         if not found:
             needs.lack(f"{package} is not installed for this Python")
         (home / found[0].name).symlink_to(found[0])
-    sys.path.append(str(home))
