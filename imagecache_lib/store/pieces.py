@@ -121,9 +121,10 @@ class Hasher:
                     self._hashes += self._current.digest()
                     self._current, self._filled = hashlib.sha256(), 0
 
-    def of(self, piece: int) -> bytes:
-        """Return the SHA-256 of a piece that is complete."""
-        return bytes(self._hashes[piece * _HASH : (piece + 1) * _HASH])
+    def cut(self, count: int) -> None:
+        """Forget all but the first so many pieces."""
+        del self._hashes[count * _HASH :]
+        self._current, self._filled = hashlib.sha256(), 0
 
     def all(self) -> bytes:
         """Return the SHA-256 of each piece, the last and shorter one included, one behind the other."""
