@@ -8,8 +8,8 @@ take GET and HEAD, and want the peers' token::
     /v1/raw/<id>/pieces     hashes of the pieces (imagecache_lib.store.pieces), 404 until they are known
 
 The entity tag is the digest of the whole as ``algorithm:hex``, and ``Imagecache-Have`` says how many bytes
-are there when the answer begins. An answer that cannot be completed breaks off before its length. An image that
-this host is about to receive is waited for.
+are there when the answer begins. An answer that cannot be completed breaks off before its length. An image
+that this host is about to receive is waited for.
 
 What is in the cache as it came is served from there, without a spool.
 """
