@@ -26,6 +26,7 @@ from imagecache_lib.spawn.make import make_disk, make_file
 from imagecache_lib.spawn.reuse import check_file, is_reused, require_reuse
 from imagecache_lib.store import pins
 from imagecache_lib.store.evidence import Use
+from imagecache_lib.store.spool import Spools
 from imagecache_lib.system import atomic_file
 from imagecache_lib.upkeep.verify import VerifyReport
 
@@ -255,6 +256,11 @@ class ImageCacheManager(DiskAdmin):
         :raises ImageNotFound, ImageRejected, SourceError: as for fetching it.
         """
         return self._call(image_id, request).describe()[1]
+
+    def spools(self) -> Spools:
+        """Return what keeps images as they arrive, for other hosts to read meanwhile."""
+        self._start()
+        return Spools(self._cache, self._upkeep)
 
     # -- upkeep --------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digests of data in flight, computed beside the transfer: hashing releases the interpreter lock."""
+"""Digests of data in flight, and of its pieces, computed beside the transfer: hashing releases the
+interpreter lock."""
 
 from __future__ import annotations
 
@@ -8,19 +9,38 @@ import hashlib
 from imagecache_lib import errors, model
 from imagecache_lib.ingest.aside import Aside, Ignoring
 from imagecache_lib.ingest.stream import Consumer
+from imagecache_lib.store.pieces import Hasher, Pieces
 from imagecache_lib.system.waiter import Waiter
 
 _STRONG_ENOUGH = frozenset(hashlib.algorithms_guaranteed)
 
 
-def checking(expected: model.Digest | None, waiter: Waiter) -> Consumer[None]:
-    """Return a consumer that compares an image's digest with the expected one.
+def checking(image: model.Image, waiter: Waiter) -> Consumer[Pieces | None]:
+    """Return a consumer that compares the digest of an image's data with the one that the source states.
 
-    :param expected: what the source says, or None if it says nothing; then the consumer does nothing.
+    At the end it returns the hashes of the data's pieces, or None if no digest vouches for them: the source
+    states none, for which the consumer does nothing, or states that of another cache's conversion.
+
     :param waiter: the caller, which may stop waiting.
     :raises ImageRejected: the algorithm is unknown here.
     """
-    return Ignoring(None) if expected is None else StreamDigest(expected, waiter)
+    if image.digest is None:
+        return Ignoring(None)
+    return StreamDigest(image.digest, waiter, with_pieces=image.converted_from is None)
+
+
+class _Hashes:
+    """The hash of the whole, and the hashes of its pieces if they are asked for."""
+
+    def __init__(self, algorithm: str, *, with_pieces: bool) -> None:
+        # md5 is what old images have; it detects damage, which is what it is used for here.
+        self.whole = hashlib.new(algorithm, usedforsecurity=False)
+        self.pieces = Hasher() if with_pieces else None
+
+    def update(self, data: bytes) -> None:
+        self.whole.update(data)
+        if self.pieces is not None:
+            self.pieces.update(data)
 
 
 class StreamDigest:
@@ -28,36 +48,41 @@ class StreamDigest:
 
     :param expected: what the source says.
     :param waiter: the caller, which may stop waiting.
+    :param with_pieces: whether to hash the pieces of the data, too.
     :raises ImageRejected: the algorithm is unknown here.
     """
 
-    def __init__(self, expected: model.Digest, waiter: Waiter) -> None:
+    def __init__(self, expected: model.Digest, waiter: Waiter, *, with_pieces: bool = True) -> None:
         self._expected = expected
         if expected.algorithm not in _STRONG_ENOUGH or expected.algorithm.startswith("shake"):
             raise errors.ImageRejected(
                 f"its digest's algorithm {expected.algorithm!r} is not known here",
                 next_step="have the image service use sha512",
             )
-        # md5 is what old images have; it detects damage, which is what it is used for here.
-        self._hash = hashlib.new(expected.algorithm, usedforsecurity=False)
-        self._aside = Aside(self._hash, "imagecache-digest", waiter)
+        self._hashes = _Hashes(expected.algorithm, with_pieces=with_pieces)
+        self._aside = Aside(self._hashes, "imagecache-digest", waiter)
 
     def feed(self, chunk: bytes) -> None:
         """Take the next chunk, which must not change afterwards."""
         self._aside.feed(chunk)
 
-    def finish(self) -> None:
+    def finish(self) -> Pieces | None:
         """Compare the digest of the data with the expected one. Call after the last chunk.
+
+        Returns the hashes of the data's pieces, which the digest now vouches for, or None if they were not
+        asked for.
 
         :raises ImageRejected: the data differs from what was promised.
         """
         self._aside.finish()
-        found = self._hash.hexdigest()
+        found = self._hashes.whole.hexdigest()
         if found != self._expected.value.lower():
             raise errors.ImageRejected(
                 f"its {self._expected.algorithm} is {found}, promised was {self._expected.value}",
                 next_step="have its owner upload a good image under a new id",
             )
+        pieces = self._hashes.pieces
+        return None if pieces is None else Pieces(self._expected, pieces.size, pieces.all())
 
     def close(self) -> None:
         """End the thread."""

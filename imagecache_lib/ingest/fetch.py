@@ -234,6 +234,7 @@ class ImageProducer:
                 stage.clear()
                 return None
         record = found.record
+        stage.pieces = self._cache.pieces_of(record)  # the same digest, so the same data
         self._cache.observers(
             events.Copied(self._call.name, self._call.image_id, origin=record.name, shared=shared)
         )

@@ -73,7 +73,7 @@ class Pipeline:
                     most=config.max_virtual_size,
                     reservation=work.reservation,
                 )
-            self._digest = digest.checking(image.digest, waiter)
+            self._digest = digest.checking(image, waiter)
             closing.callback(self._digest.close)
             self._signature: Consumer[VerifiedSignature] = Ignoring(UNVERIFIED)
             if requirements.signed:
@@ -114,7 +114,7 @@ class Pipeline:
         if self._received == 0:
             raise errors.ImageRejected("it has no data", next_step="have its owner upload its data")
         # Before the decoder completes, which for some formats is the expensive part.
-        self._digest.finish()
+        self._work.stage.pieces = self._digest.finish()
         signature = self._signature.finish()
         return dataclasses.replace(self._content.finish(), received=self._received, signature=signature)
 

@@ -10,6 +10,8 @@ base64url. Both take GET and HEAD, and want ``Authorization: Bearer <token>``::
 The digest is the image's own where the base was never converted. For a converted base it is a sha256 of what
 lies in the cache, read when it is first asked for: it shows that the bytes arrived as they left. The entity
 tag is the digest. A base that is being served is leased, so that no eviction takes it.
+
+A host that relays has the resources of :mod:`imagecache_lib.precache.raw` too.
 """
 
 from __future__ import annotations
@@ -31,10 +33,13 @@ import threading
 from typing import Any
 
 from imagecache_lib import errors, manager, model
+from imagecache_lib.precache import raw
+from imagecache_lib.store.spool import Spools
 
 LOG = logging.getLogger(__name__)
 
-_PATH = re.compile(r"/v1/images/([A-Za-z0-9_-]+)(/data)?")
+_PATH = re.compile(r"/v1/(images|raw)/([A-Za-z0-9_-]+)(/data|/pieces)?")
+_PARTS = {"images": (None, "/data"), "raw": (None, "/pieces")}
 _RANGE = re.compile(r"bytes=(\d{1,19})-(\d{0,19})")
 _CHUNK = 2**20
 
@@ -57,6 +62,7 @@ class PeerServer:
     :param cache: the host's image cache.
     :param address: host and port to listen on; port 0 stands for any free port.
     :param token: the secret that the peers share.
+    :param spools: what this host passes on while it receives it, or None if it relays nothing.
     :param tls: a server-side context. Without one, the server speaks plain HTTP, and an attacker on the
         network can read the token.
     :raises ConfigError: the token is too short, or the address cannot be listened on.
@@ -68,6 +74,7 @@ class PeerServer:
         address: tuple[str, int],
         *,
         token: str,
+        spools: Spools | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         if len(token) < SHORTEST_TOKEN:
@@ -75,7 +82,9 @@ class PeerServer:
                 f"the peers' token has less than {SHORTEST_TOKEN} characters", next_step="make a random one"
             )
         try:
-            self._server = _Server(address, cache, token, tls)
+            self._server = _Server(
+                address, cache, token, tls, None if spools is None else raw.RawImages(cache, spools)
+            )
         except OSError as error:
             raise errors.ConfigError(
                 f"peers cannot be served on {address[0]}:{address[1]}: {error.strerror}",
@@ -108,8 +117,10 @@ class _Server(http.server.ThreadingHTTPServer):
         cache: manager.ImageCacheManager,
         token: str,
         tls: ssl.SSLContext | None,
+        relayed: raw.RawImages | None,
     ) -> None:
         self.cache = cache
+        self.relayed = relayed
         self.turns = threading.BoundedSemaphore(_MOST_PEERS)
         self._authorization = f"Bearer {token}".encode()
         self._tls = tls
@@ -176,16 +187,19 @@ class _Conversation(http.server.BaseHTTPRequestHandler):
             self._refuse(401, {"WWW-Authenticate": "Bearer"})
             return
         match = _PATH.fullmatch(self.path)
-        image_id = _decoded(match[1]) if match is not None else None
-        if match is None or image_id is None:
+        image_id = _decoded(match[2]) if match is not None else None
+        if match is None or image_id is None or match[3] not in _PARTS[match[1]]:
             self._refuse(404)
+            return
+        if match[1] == "raw":
+            self._relay(image_id, match[3] or "", body=body)
             return
         if not self.server.turns.acquire(blocking=False):
             self._refuse(503, {"Retry-After": str(_RETRY_AFTER)})
             return
         try:
             with self.server.cache.lease_cached(image_id) as held:
-                self._serve(held, data=match[2] is not None, body=body)
+                self._serve(held, data=match[3] == "/data", body=body)
         except (errors.ImageNotFound, errors.ImageRejected):
             self._refuse(404)
         except errors.ImageCacheError as error:
@@ -193,6 +207,22 @@ class _Conversation(http.server.BaseHTTPRequestHandler):
             self._refuse(503)
         finally:
             self.server.turns.release()
+
+    def _relay(self, image_id: str, part: str, *, body: bool) -> None:
+        if self.server.relayed is None:
+            self._refuse(404)
+            return
+        asked = raw.Asked(image_id, self.headers.get("Range", ""), body=body)
+        answer = self.server.relayed.pieces(asked) if part else self.server.relayed.data(asked)
+        with answer:
+            self._head(answer.status, answer.headers)
+            try:
+                for chunk in answer.chunks():
+                    self.wfile.write(chunk)
+            except errors.ImageCacheError as error:
+                # The length that was promised does not come: the other side sees that it broke off.
+                LOG.info("Image %s is no longer passed on to %s: %s", image_id, self.client_address[0], error)
+                self.close_connection = True
 
     def _refuse(self, status: int, headers: dict[str, str] | None = None) -> None:
         self._head(status, {**(headers or {}), "Content-Length": "0"})

@@ -26,7 +26,15 @@ _ALGORITHMS = frozenset({"sha256", "sha384", "sha512"})
 
 
 def path_of(image_id: str) -> str:
-    """Return the path of an image on a peer. No character of an id means anything in it.
+    """Return the path of an image on a peer.
+
+    :raises ImageNotFound: the id cannot be an image's.
+    """
+    return f"/v1/images/{encoded(image_id)}"
+
+
+def encoded(image_id: str) -> str:
+    """Return an image's id as part of a path, in which no character of it means anything.
 
     :raises ImageNotFound: the id cannot be an image's.
     """
@@ -36,7 +44,7 @@ def path_of(image_id: str) -> str:
         named = ""
     if not named:
         raise errors.ImageNotFound("no image has such an id", image=image_id, next_step="correct the id")
-    return f"/v1/images/{named}"
+    return named
 
 
 class PeerSource(ImageSource):

@@ -17,7 +17,7 @@ import threading
 
 from imagecache_lib import errors, events
 from imagecache_lib.config import CacheConfig
-from imagecache_lib.store import evidence, layout, membership
+from imagecache_lib.store import evidence, layout, membership, pieces
 from imagecache_lib.system import attributes, durable
 from imagecache_lib.system.host import System
 
@@ -270,6 +270,18 @@ class CacheStore:
     def write_record(self, record: evidence.Record) -> None:
         """Put a record in its place, durably."""
         durable.write_file(self.layout.record(record.name), record.to_json())
+
+    def pieces_of(self, record: evidence.Record) -> pieces.Pieces | None:
+        """Return the hashes of the pieces of a base's source, or None if there are none of this very base."""
+        if record.digest is None or not record.digest_checked:
+            return None
+        try:
+            data = durable.read_file(self.layout.pieces(record.name), limit=pieces.LIMIT)
+        except OSError as error:
+            LOG.debug("The hashes of %s cannot be read: %s", self.layout.base(record.name), error)
+            return None
+        found = pieces.parse(data, record.base_id) if data is not None else None
+        return found if found is not None and found.digest == record.digest else None
 
     def touch(self, base: OpenBase) -> None:
         """Note that the base is used now.

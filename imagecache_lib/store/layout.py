@@ -15,8 +15,10 @@ place and stays readable by Nova::
         version                 the layout's version; a newer one is never rewritten
         records/<name>.json     evidence of how a base was made, bound to the file
         records/<name>.sums     checksums of its content, taken in flight, bound to the record
+        records/<name>.pieces   hashes of the source's data, piece by piece, bound to digest, size and base
         stage/<id>, <id>.json   in flight: the data; its record-to-be with the bytes it reserves
         stage/<id>.sums         its checksums, once the data is complete
+        stage/<id>.pieces       its source's hashes, once the digest of the whole turned out to be right
         trash/<name>.<id>/base  renamed away, not yet proven unreferenced
         spare/                  empty: what a base is evicted into when the filesystem is full
         hosts/<id>.json         each host that shares the storage writes its own and no other
@@ -95,6 +97,13 @@ while a disk is made                              its temporary name goes after 
 
 Checksums go where their record goes, a step before it. A scrub that finds none, or torn ones, cannot tell
 whether a base was damaged on disk, and says so.
+
+*The hashes of pieces* (:mod:`imagecache_lib.store.pieces` has their format) go the same way. They are of the
+data as the source sent it, whatever the base was converted to, and exist only for a base whose source's
+digest was checked. They let hosts that pass an image on see at once which piece is wrong, and are evidence
+of nothing else: without them, or with torn ones, the digest of the whole decides, as for earlier releases,
+which leave them alone. What is left of them beside a base that an earlier release evicted is removed an hour
+later.
 
 A torn or unknown record is treated as absent; a torn or unknown pin or host file as *keep*. Modes do not
 depend on the umask: bases 0644, ``_base`` and ``locks`` 0755, ``.imagecache`` 0700.
@@ -281,6 +290,9 @@ class Layout:
     def sums(self, name: str) -> str:
         return os.path.join(self.records, f"{name}.sums")
 
+    def pieces(self, name: str) -> str:
+        return os.path.join(self.records, f"{name}.pieces")
+
     def stage(self, stage_id: str) -> str:
         return os.path.join(self.stages, stage_id)
 
@@ -289,6 +301,13 @@ class Layout:
 
     def stage_sums(self, stage_id: str) -> str:
         return os.path.join(self.stages, f"{stage_id}.sums")
+
+    def stage_pieces(self, stage_id: str) -> str:
+        return os.path.join(self.stages, f"{stage_id}.pieces")
+
+    def beside_stage(self, stage_id: str) -> tuple[str, ...]:
+        """All that may lie beside a stage file."""
+        return self.stage_record(stage_id), self.stage_sums(stage_id), self.stage_pieces(stage_id)
 
     def trashed(self, name: str, trash_id: str) -> str:
         """The directory that an evicted base is renamed into."""

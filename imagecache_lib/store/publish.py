@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from imagecache_lib.store import checksums, directory, evidence, trash
+from imagecache_lib.store import checksums, directory, evidence, pieces, trash
 from imagecache_lib.store import stage as stages
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.store.stage import SealedStage, Stage, StageGone
@@ -66,10 +66,15 @@ def _link(stage: Stage, base: str) -> bool:
 
 
 def _write_evidence(cache: CacheStore, stage_id: str, record: evidence.Record) -> None:
-    """Put checksums and record in their places, the record last: it says that all is there."""
-    sums = durable.read_file(cache.layout.stage_sums(stage_id), limit=checksums.LIMIT)
-    if sums is not None:
-        durable.write_file(cache.layout.sums(record.name), sums)
+    """Put checksums, hashes and record in their places, the record last: it says that all is there."""
+    where = cache.layout
+    for staged, final, limit in (
+        (where.stage_sums(stage_id), where.sums(record.name), checksums.LIMIT),
+        (where.stage_pieces(stage_id), where.pieces(record.name), pieces.LIMIT),
+    ):
+        data = durable.read_file(staged, limit=limit)
+        if data is not None:
+            durable.write_file(final, data)
     cache.write_record(record)
 
 

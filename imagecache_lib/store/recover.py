@@ -57,7 +57,7 @@ def _finish_publications(cache: CacheStore, observers: events.Observers) -> None
 
 def _sweep_stages(cache: CacheStore, observers: events.Observers, now: float) -> None:
     for entry in os.listdir(cache.layout.stages):
-        stage_id = entry.removesuffix(".json").removesuffix(".sums")
+        stage_id = entry.partition(".")[0]
         if not _STAGE.fullmatch(stage_id):
             continue
         path = cache.layout.stage(stage_id)
@@ -66,7 +66,7 @@ def _sweep_stages(cache: CacheStore, observers: events.Observers, now: float) ->
             if not os.path.lexists(path):
                 _unlink_if_idle(os.path.join(cache.layout.stages, entry), cache, now)
         elif sweep_if_dead(path, cache, now):
-            for beside in (cache.layout.stage_record(stage_id), cache.layout.stage_sums(stage_id)):
+            for beside in cache.layout.beside_stage(stage_id):
                 with contextlib.suppress(OSError):
                     os.unlink(beside)
             observers(events.Recovered(stage_id, what="removed, a leftover of an interrupted fetch"))
@@ -123,11 +123,11 @@ def _sweep_leftovers(cache: CacheStore, now: float) -> None:
 
 
 def _sweep_records(cache: CacheStore, now: float) -> None:
-    """Remove records and checksums of bases that are gone: an evictor died in between, or Nova evicted."""
+    """Remove what lies beside bases that are gone: an evictor died in between, or Nova evicted."""
     kept = {entry.name for entry in trash.find(cache)}
     for entry in os.listdir(cache.layout.records):
         name, _, kind = entry.rpartition(".")
-        known = kind in ("json", "sums") and layout.classify(name) is not layout.Kind.UNKNOWN
+        known = kind in ("json", "sums", "pieces") and layout.classify(name) is not layout.Kind.UNKNOWN
         if known and name not in kept and not os.path.lexists(cache.layout.base(name)):
             _unlink_if_idle(os.path.join(cache.layout.records, entry), cache, now)
 

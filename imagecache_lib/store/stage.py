@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from imagecache_lib.store import checksums, directory, evidence, layout
 from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.pieces import Pieces
 from imagecache_lib.system import durable, locks, sparse
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
@@ -89,6 +90,8 @@ class Stage:
         self._taken = 0
         #: Of the content so far.
         self.checksums = checksums.Checksums()
+        #: Hashes of the source's data, once its digest turned out to be right; or None.
+        self.pieces: Pieces | None = None
         #: Takes data in any order and from any thread.
         self.content = sparse.SparseFile(self.fd, self.checksums)
 
@@ -103,12 +106,16 @@ class Stage:
             return os.fstat(self.fd).st_blocks * 512
 
     def write_info(self, record: evidence.Record | None = None) -> None:
-        """Write down what this stage will be; durably, and after the checksums, if the record is there."""
+        """Write down what this stage will be; durably, and after checksums and hashes, if the record is
+        there."""
         data = StageInfo(self.name, self.reserved, record).to_json()
         with translated(self.path):
             if record is not None:
                 sums = self.checksums.to_bytes(record.base_id)
                 durable.write_file(self._cache.layout.stage_sums(self.id), sums)
+                if self.pieces is not None:
+                    hashes = self.pieces.to_bytes(record.base_id)
+                    durable.write_file(self._cache.layout.stage_pieces(self.id), hashes)
             durable.write_file(self._cache.layout.stage_record(self.id), data, sync=record is not None)
 
     def write(self, data: bytes, offset: int) -> None:
@@ -129,6 +136,7 @@ class Stage:
         with translated(self.path):
             os.ftruncate(self.fd, 0)
         self.checksums.clear()
+        self.pieces = None
         self._taken = 0
 
     def read_back(self) -> None:
@@ -163,7 +171,7 @@ class Stage:
     def discard(self) -> None:
         """Remove what is left of it. Harmless after it was published: the base is another name."""
         where = self._cache.layout
-        for path in (where.stage_record(self.id), where.stage_sums(self.id), self.path):
+        for path in (*where.beside_stage(self.id), self.path):
             # What cannot be removed now is swept later; the error that led here matters more.
             with contextlib.suppress(OSError):
                 os.unlink(path)

@@ -241,7 +241,7 @@ def is_restored(cache: CacheStore, entry: TrashEntry) -> bool:
 
 
 def unlink(cache: CacheStore, entry: TrashEntry) -> None:
-    """Remove a file for good, its record and its checksums unless the name has a base again."""
+    """Remove a file for good, its record, checksums and hashes unless the name has a base again."""
     found = os.stat(entry.path, follow_symlinks=False)
     os.unlink(entry.path)
     cache.host.trace(TracePoint.EVICT_UNLINKED)
@@ -251,7 +251,7 @@ def unlink(cache: CacheStore, entry: TrashEntry) -> None:
     described = evidence.parse(data) if data is not None else None
     is_its = described is None or described.inode == found.st_ino
     if is_its and not os.path.lexists(cache.layout.base(entry.name)):
-        for path in (record, cache.layout.sums(entry.name)):
+        for path in (record, cache.layout.sums(entry.name), cache.layout.pieces(entry.name)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 

@@ -29,12 +29,13 @@ MIB = 2**20
 DATA = raw_image(1)
 
 _DRIVER = """
-import sys
+import hashlib, pathlib, sys
 import imagecache_lib as ic
 from imagecache_lib.sources.file import FileImage, FileSource
 
 instances, image, target, image_id = sys.argv[1:]
-source = FileSource({image_id: FileImage(image, "raw")})
+digest = ic.Digest("sha512", hashlib.sha512(pathlib.Path(image).read_bytes()).hexdigest())
+source = FileSource({image_id: FileImage(image, "raw", digest)})
 manager = ic.ImageCacheManager(ic.CacheConfig(instances_path=instances, num_retries=0), source)
 if target == "":
     manager.unpin("x", owner="x")  # makes the cache's directories
@@ -184,6 +185,7 @@ def test_sigkill_at_every_call_that_changes_something(
             disk,
             disk.parent / "disk.info",
             private / "records" / f"{NAME}.json",
+            private / "records" / f"{NAME}.pieces",
             private / "records" / f"{NAME}.sums",
         }
         assert left == {*made, private / "version"}, number

@@ -140,7 +140,7 @@ class TestInspection(CacheCase):
 
 class TestDigest(unittest.TestCase):
     def hashed(self, expected: model.Digest | None, *chunks: bytes) -> str | None:
-        hashing = digest.checking(expected, Waiter(System(name="here")))
+        hashing = digest.checking(model.Image("image", digest=expected), Waiter(System(name="here")))
         self.addCleanup(hashing.close)
         for chunk in chunks:
             hashing.feed(chunk)
