@@ -119,6 +119,9 @@ class Filler:
                 return request.producer.produce()
             except StageGone:
                 request.retries.spend(_swept(request))
+            except errors.ImageCacheError as error:
+                self._cache.observers(events.FetchFailed.of(request.name, request.label, error))
+                raise
 
     def _restore(self, request: BaseRequest) -> _Trash | Unmet:
         """Link back what lies in the trash: it is the same image, and overlays may refer to it.
