@@ -206,7 +206,7 @@ def chosen(
             next_step="pip install imagecache-lib[prometheus]",
         ) from error
     # When each counter was made, which is when the agent started.
-    prometheus_client.disable_created_metrics()
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = prometheus_client.CollectorRegistry()
     observer = metrics.MetricsObserver(registry, filesystem=filesystem)
     listening = prometheus_client.Gauge(
