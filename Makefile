@@ -148,8 +148,9 @@ docs: $(STAMPS)/dev
 	$(BIN)/sphinx-build -q -W --keep-going -b html doc/source doc/build/html
 
 # The drawings are kept beside their text, so that building the documentation takes no Graphviz.
-drawings: $(STAMPS)/system-drawings
+drawings: $(STAMPS)/bench $(STAMPS)/system-drawings
 	tools/draw doc/source/images/*.dot
+	$(BIN)/python tools/plot_monitoring.py doc/source/images/monitoring.svg
 
 house: $(STAMPS)/dev
 	$(BIN)/python tools/house.py

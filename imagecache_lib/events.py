@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
+
+from imagecache_lib import errors
 
 LOG = logging.getLogger(__name__)
 
@@ -149,6 +151,41 @@ class Rejected(Event):
     reason: str = ""
 
 
+#: Why a fetch failed, in one word, by error; the first that fits.
+_FAILURES: tuple[tuple[type[errors.ImageCacheError], str], ...] = (
+    (errors.ImageNotFound, "not_found"),
+    (errors.ImageRejected, "rejected"),
+    (errors.SourceError, "source"),
+    (errors.NoSpaceError, "no_space"),
+    (errors.DiskTooSmallError, "too_small"),
+    (errors.LockTimeoutError, "deadline"),
+    (errors.CancelledError, "cancelled"),
+    (errors.ConfigError, "config"),
+    (errors.ImageCacheError, "storage"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchFailed(Event):
+    """A base image was to be fetched or made, and was not. Its caller gets an error that says the same.
+
+    :param kind: why in one word, one of :attr:`KINDS`.
+    :param reason: why, as a clause.
+    """
+
+    #: Every value of ``kind``.
+    KINDS: ClassVar[tuple[str, ...]] = tuple(kind for _error, kind in _FAILURES)
+
+    kind: str = "storage"
+    reason: str = ""
+
+    @classmethod
+    def of(cls, name: str, image_id: str | None, error: errors.ImageCacheError) -> Self:
+        """Return the event for an error that ended a fetch."""
+        kind = next(kind for wanted, kind in _FAILURES if isinstance(error, wanted))
+        return cls(name, image_id, kind=kind, reason=error.cause)
+
+
 @dataclasses.dataclass(frozen=True)
 class Evicted(Event):
     """A base image was removed from the cache.
@@ -158,7 +195,6 @@ class Evicted(Event):
     """
 
     level = logging.INFO
-    counter = ("evicted", "Base images removed")
 
     reason: str = ""
     allocated: int = 0
@@ -247,6 +283,7 @@ KINDS: tuple[type[Event], ...] = (
     Bypassed,
     NotCloned,
     Rejected,
+    FetchFailed,
     Evicted,
     Recovered,
     Damaged,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from imagecache_lib import errors, manager, model
-from imagecache_lib.cli import base, bus, peers, sources, values
+from imagecache_lib.cli import base, bus, exposition, peers, sources, values
 from imagecache_lib.precache.agent import HostAgent
 from imagecache_lib.precache.watch import Watch
 from imagecache_lib.store import layout
@@ -67,6 +67,7 @@ class Agent(base.Base):
         bus.add_topic(parser)
         sources.add_options(parser)
         peers.add_options(parser)
+        exposition.add_options(parser)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
@@ -76,7 +77,11 @@ class Agent(base.Base):
 
         provider = _provider(parsed_args)
         watch = Watch()
-        cache = self.manager(sources.chosen(parsed_args, []), observers=[watch])
+        config = self.config()
+        health = exposition.Health(config.manager_interval or _EVERY_MINUTE)
+        figures = exposition.chosen(parsed_args, health, config.instances_path)
+        counting = [figures[0]] if figures is not None else []
+        cache = self.manager(sources.chosen(parsed_args, []), observers=[watch, *counting])
         agent = HostAgent(
             cache, watch=watch, max_bytes=parsed_args.max_bytes, fallbacks=peers.chosen(parsed_args)
         )
@@ -84,11 +89,16 @@ class Agent(base.Base):
         require_writable(cache)
         server = rpc.AgentServer(transport, agent, name=cache.host.name, topic=parsed_args.topic)
         with _until_told_to_stop() as stop:
-            listener = Listener(server)
+            listener = Listener(server, health)
             passes = threading.Thread(
-                target=run_passes, args=(cache, provider, stop), name="imagecache-passes", daemon=True
+                target=run_passes,
+                args=(cache, provider, stop, health),
+                name="imagecache-passes",
+                daemon=True,
             )
             listener.start()
+            if figures is not None:
+                figures[1].start(cache)
             if served is not None:
                 served.start()
             passes.start()
@@ -103,6 +113,8 @@ class Agent(base.Base):
             agent.stop(_STOP_SECONDS)
             if served is not None:
                 served.stop()
+            if figures is not None:
+                figures[1].stop()
             passes.join(_STOP_SECONDS)
         if not listener.has_stopped or passes.is_alive():
             self._leave()
@@ -124,11 +136,13 @@ class Listener:
 
     :param server: the server that listens. It waits for the bus as long as it must, and cannot be told to
         stop meanwhile.
+    :param health: told when the bus answers.
     :param pause: seconds before the server is started again after a failure.
     """
 
-    def __init__(self, server: rpc.AgentServer, *, pause: float = 5.0) -> None:
+    def __init__(self, server: rpc.AgentServer, health: exposition.Health, *, pause: float = 5.0) -> None:
         self._server = server
+        self._health = health
         self._pause = pause
         self._up = threading.Event()
         self._stop = threading.Event()
@@ -164,6 +178,7 @@ class Listener:
                 self._stop.wait(self._pause)
             else:
                 self._up.set()
+                self._health.listens()
                 return
 
     def _end(self) -> None:
@@ -208,25 +223,37 @@ def _until_told_to_stop() -> Iterator[threading.Event]:
             signal.signal(number, what)
 
 
-def run_passes(cache: manager.ImageCacheManager, provider: Provider, stop: threading.Event) -> None:
+def run_passes(
+    cache: manager.ImageCacheManager,
+    provider: Provider,
+    stop: threading.Event,
+    health: exposition.Health | None = None,
+) -> None:
     """Run the periodic pass at once and every ``manager_interval`` seconds until ``stop`` is set.
 
-    A pass that fails is logged, and the next one comes as planned.
+    A pass that fails is logged, and the next one comes as planned. The manager's observers log what a pass
+    finds.
+
+    :param health: told how each pass went.
     """
+    health = health or exposition.Health(cache.config.manager_interval)
     interval = cache.config.manager_interval
     while interval >= 0:
         try:
             report = cache.verify_base_images(_instances(provider))
-        except Exception:
+        except errors.ImageCacheError as error:
+            LOG.error("The periodic pass failed: %s", error)
+            health.failed(str(error))
+        except Exception as error:
             LOG.exception("The periodic pass failed")
+            health.failed(type(error).__name__)
         else:
-            for problem in report.problems:
-                LOG.warning("%s", problem)
+            health.passed(len(report.problems))
             LOG.info(
-                "Of %d base images %d were evicted, %d bytes",
+                "Of %d base images %d were evicted, %s",
                 len(report.bases),
                 len(report.evicted),
-                report.reclaimed,
+                values.shown(report.reclaimed),
             )
         if stop.wait(interval or _EVERY_MINUTE):
             return

@@ -93,6 +93,13 @@ class Base(command.Command):
         self.app.stderr.write(f"{self.app.NAME}: {text}\n")
         self.app.stderr.flush()
 
+    def config(self) -> CacheConfig:
+        """Return the configuration.
+
+        :raises ConfigError: it cannot be read, or cannot work.
+        """
+        return self._configured()[0]
+
     def admin(self) -> admin.CacheAdmin:
         """Return what needs no image source: looking, keeping, evicting, checking.
 

@@ -36,6 +36,14 @@ def duration(text: str) -> int:
     return int(found[1]) * _SECONDS[found[2]]
 
 
+def address(text: str) -> tuple[str, int]:
+    """Return host and port from ``127.0.0.1:9471`` or ``[::1]:9471``."""
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):(\d{1,5})", text.strip())
+    if found is None or int(found[3]) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no HOST:PORT: write 127.0.0.1:9471")
+    return found[1] or found[2], int(found[3])
+
+
 def moment(text: str) -> float:
     """Return epoch seconds from ``2026-11-27T18:00``, local unless it says otherwise, or ``7d`` from now."""
     try:

@@ -2,12 +2,13 @@
 """Metrics for Prometheus (the extra ``prometheus``): an observer that counts.
 
 A driver that serves metrics itself gives its registry. One that does not writes a file for node_exporter's
-textfile collector instead.
+textfile collector instead, or lets the agent serve them.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ class MetricsObserver:
     :param clock: epoch seconds.
     :param counting: False for a process that soon ends, whose counters would begin at 0 each time: only
         gauges.
+    :param filesystem: a path whose filesystem is looked at each time that the metrics are read; or None for
+        its size and free bytes as they were at the last survey.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class MetricsObserver:
         *,
         clock: Callable[[], float] = time.time,
         counting: bool = True,
+        filesystem: str | None = None,
     ) -> None:
         self.registry = registry or prometheus_client.REGISTRY
         self._clock = clock
@@ -57,8 +61,12 @@ class MetricsObserver:
         self._allocated = self._gauge("bases_bytes", "Bytes on disk of all base images after the last pass")
         self._problems = self._gauge("problems", "What needs an operator, after the last pass")
         self._passed = self._gauge("last_pass_timestamp_seconds", "When the last pass ended")
+        self._filesystem = filesystem
         self._size = self._gauge("filesystem_size_bytes", "Size of the cache's filesystem")
         self._free = self._gauge("filesystem_free_bytes", "What the service may still allocate of it")
+        if filesystem is not None:
+            self._size.set_function(lambda: _filesystem(filesystem)[0])
+            self._free.set_function(lambda: _filesystem(filesystem)[1])
         self._reserved = self._gauge("reserved_bytes", "Promised to images in flight, and not allocated yet")
         self._bytes = self._gauge("bytes", "Bytes on disk by what keeps them", "state")
         self._images = self._gauge("images", "Base images by what keeps them", "state")
@@ -66,7 +74,13 @@ class MetricsObserver:
         self._scrubbed = self._gauge(
             "last_scrub_timestamp_seconds", "When a scrub of the whole cache last ended"
         )
-        self._evictions = self._counter("evictions", "Base images removed, by why", "reason")
+        # Every reason from the start: a series that begins at 1 has no increase.
+        self._evicted = self._counter("evicted", "Base images removed, by why", "reason")
+        for reason in (*dict.fromkeys(word for _part, word in _REASONS), _UNFIT):
+            self._evicted.labels(reason)
+        self._failed = self._counter("fetch_errors", "Base images that could not be had, by why", "reason")
+        for kind in events.FetchFailed.KINDS:
+            self._failed.labels(kind)
         build = self._gauge("build_info", "Always 1; which release this is", "version")
         build.labels(importlib.metadata.version("imagecache-lib")).set(1)
 
@@ -80,7 +94,9 @@ class MetricsObserver:
                 self._fetch.observe(seconds)
             case events.Evicted(allocated=allocated, reason=reason):
                 self._reclaimed.inc(allocated)
-                self._evictions.labels(_why_evicted(reason)).inc()
+                self._evicted.labels(_why_evicted(reason)).inc()
+            case events.FetchFailed(kind=kind):
+                self._failed.labels(kind).inc()
             case events.PassFinished(kept=kept, allocated=allocated, problems=problems):
                 self._bases.set(kept)
                 self._allocated.set(allocated)
@@ -91,8 +107,9 @@ class MetricsObserver:
 
     def _see(self, seen: events.Surveyed) -> None:
         """Set the gauges of what is known now."""
-        self._size.set(seen.size)
-        self._free.set(seen.free)
+        if self._filesystem is None:
+            self._size.set(seen.size)
+            self._free.set(seen.free)
         self._reserved.set(seen.reserved)
         for state, allocated in seen.allocated.items():
             self._bytes.labels(state).set(allocated)
@@ -135,7 +152,18 @@ _REASONS = (
     ("in the trash", "interrupted"),
     ("unused since", "age"),
 )
+#: The word where none of these fits: the base did not serve what was asked for.
+_UNFIT = "unfit"
 
 
 def _why_evicted(reason: str) -> str:
-    return next((word for part, word in _REASONS if part in reason), "unfit")
+    return next((word for part, word in _REASONS if part in reason), _UNFIT)
+
+
+def _filesystem(path: str) -> tuple[float, float]:
+    """Return a filesystem's size and what may still be allocated of it, in bytes. NaN: nobody can tell."""
+    try:
+        status = os.statvfs(path)
+    except OSError:
+        return math.nan, math.nan
+    return float(status.f_blocks * status.f_frsize), float(status.f_bavail * status.f_frsize)

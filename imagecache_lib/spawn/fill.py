@@ -120,6 +120,9 @@ class Filler:
             except StageGone:
                 request.retries.spend(_swept(request))
                 self._cache.start()  # the whole cache may have been removed
+            except errors.ImageCacheError as error:
+                self._cache.observers(events.FetchFailed.of(request.name, request.label, error))
+                raise
 
     def _restore(self, request: BaseRequest) -> _Trash | Unmet:
         """Link back what lies in the trash: it is the same image, and overlays may refer to it.

@@ -121,7 +121,8 @@ class TestMetrics(CacheCase):
             manager.remove_disk(manager.inspect_disk(self.target(instance=instance)))
         manager.verify_base_images([])
         self.observed()
-        self.assertEqual((1, allocated), (self.value("evicted_total"), self.value("evicted_bytes_total")))
+        evicted = self.by_reason("evicted_total", "age")
+        self.assertEqual((1, allocated), (evicted, self.value("evicted_bytes_total")))
         self.assertEqual((0, 0, 0), tuple(map(self.value, ("bases", "bases_bytes", "problems"))))
         self.assertEqual(1700000000.0, self.value("last_pass_timestamp_seconds"))
 
@@ -135,6 +136,29 @@ class TestMetrics(CacheCase):
             manager.create_disk(ID, self.target())
         self.observed()
         self.assertEqual(1, self.value("rejected_total"))
+
+    def test_each_failed_fetch_is_counted_by_its_kind(self) -> None:
+        for source, kind in (
+            (FakeSource({ID: b"no qcow2" * 512}, disk_format="qcow2"), "rejected"),
+            (FakeSource({}), "not_found"),
+        ):
+            with self.subTest(kind=kind):
+                with self.assertRaises(errors.ImageCacheError):
+                    self.manager(source).cache_image(ID)
+                self.observed()
+                self.assertEqual(1, self.by_reason("fetch_errors_total", kind))
+        self.assertEqual(0, self.by_reason("fetch_errors_total", "no_space"))
+
+    def by_reason(self, name: str, reason: str) -> float | None:
+        return self.registry.get_sample_value(f"imagecache_{name}", {"reason": reason})
+
+    def test_the_filesystem_is_looked_at_when_the_metrics_are_read(self) -> None:
+        registry = prometheus_client.CollectorRegistry()
+        observer = metrics.MetricsObserver(registry, filesystem=str(self.directory))
+        observer(events.Surveyed("", size=1, free=1))
+        status = os.statvfs(self.directory)
+        size = registry.get_sample_value("imagecache_filesystem_size_bytes")
+        self.assertEqual(status.f_blocks * status.f_frsize, size)
 
     def test_a_textfile_is_what_prometheus_reads(self) -> None:
         self.metrics(events.Hit(NAME, ID))

@@ -364,7 +364,12 @@ def _run(command: Sequence[str | pathlib.Path], home: pathlib.Path, variables: M
 
 @contextlib.contextmanager
 def _wsgi(
-    home: pathlib.Path, programs: pathlib.Path, variables: Mapping[str, str], name: str, port: int, module: str
+    home: pathlib.Path,
+    programs: pathlib.Path,
+    variables: Mapping[str, str],
+    name: str,
+    port: int,
+    module: str,
 ) -> Iterator[None]:
     def answers() -> bool:
         with contextlib.suppress(requests.RequestException):

@@ -11,11 +11,32 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from imagecache_lib.cli import exposition
+from tests.lab.server import free_port
+
 COMMAND = (sys.executable, "-W", "ignore", "-m", "imagecache_lib.cli.main")
+
+
+def ask(url: str) -> tuple[int, str]:
+    """Return the status and the body that an agent answers with."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def until(running: subprocess.Popen[str], what: Callable[[], bool]) -> None:
+    """Ask until it holds, as long as the agent runs."""
+    while not what():
+        assert running.poll() is None
+        time.sleep(0.05)
 
 
 class Service:
@@ -31,9 +52,7 @@ class Service:
             f"[DEFAULT]\nhost = here\ninstances_path = {self.instances}\n"
             "[image_cache]\nmanager_interval = 0\n"
         )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.channel.bind(str(home / "notify"))
         self.channel.settimeout(60)
@@ -46,7 +65,7 @@ class Service:
         }
         self.processes: list[subprocess.Popen[str]] = []
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, *words: str) -> subprocess.Popen[str]:
         command = [
             *COMMAND,
             "--config-file",
@@ -56,7 +75,7 @@ class Service:
             str(self.report),
         ]
         process = subprocess.Popen(
-            [*command, "--glance-endpoint", "http://127.0.0.1:1/"],
+            [*command, "--glance-endpoint", "http://127.0.0.1:1/", *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -102,3 +121,59 @@ def test_what_cannot_be_written_ends_it_before_it_says_that_it_is_ready(service:
     service.channel.setblocking(False)
     with pytest.raises(BlockingIOError):
         service.channel.recv(100)
+
+
+def test_it_shows_its_figures_and_its_health(service: Service, tmp_path: pathlib.Path) -> None:
+    port, file = free_port(), tmp_path / "imagecache.prom"
+    running = service.start("--metrics", f"127.0.0.1:{port}", "--textfile", str(file))
+    assert service.channel.recv(100) == b"READY=1"
+    at = f"http://127.0.0.1:{port}"
+    until(running, lambda: json.loads(ask(f"{at}/healthz")[1])["last_pass"] is not None)
+    status, told = ask(f"{at}/healthz")
+    facts = json.loads(told)
+    assert (status, facts["status"], facts["message_bus"]) == (200, "ok", "not reached yet")
+    until(running, lambda: 'imagecache_bytes{state="trash"} 0.0' in ask(f"{at}/metrics")[1])
+    shown = ask(f"{at}/metrics")[1]
+    for line in (
+        'imagecache_build_info{version="',
+        'imagecache_fetch_errors_total{reason="source"} 0.0',
+        'imagecache_evicted_total{reason="age"} 0.0',
+        "imagecache_damaged_bases 0.0",
+        "imagecache_agent_listening 0.0",
+        "imagecache_last_pass_timestamp_seconds 1",
+    ):
+        assert line in shown, line
+    free = next(line for line in shown.splitlines() if line.startswith("imagecache_filesystem_free_bytes "))
+    assert float(free.split()[1]) > 0
+    assert "_created" not in shown
+    assert ask(f"{at}/other")[0] == 404
+    running.send_signal(signal.SIGTERM)
+    said, _err = running.communicate(timeout=60)
+    assert running.returncode == 0, said
+    assert "imagecache_last_pass_timestamp_seconds 1" in file.read_text()
+
+
+def test_a_failed_or_overdue_pass_is_ill_health_until_the_next_one() -> None:
+    health = exposition.Health(2400)
+    assert health.report()[0]
+    health.failed("the cache is away")
+    assert (health.report()[0], health.report()[1]["pass_error"]) == (False, "the cache is away")
+    health.passed(2)
+    assert (health.report()[0], health.report()[1]["problems"]) == (True, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("--metrics", "here"), 2, "HOST:PORT"),
+        (("--metrics", "127.0.0.1:99999"), 2, "HOST:PORT"),
+        (("--metrics", "192.0.2.1:9471"), 7, "192.0.2.1:9471 cannot be listened on"),
+        (("--textfile", "/nonexistent/imagecache.prom"), 7, "/nonexistent/imagecache.prom"),
+    ],
+)
+def test_figures_that_cannot_be_shown_end_it_at_once(
+    service: Service, words: tuple[str, ...], code: int, told: str
+) -> None:
+    running = service.start(*words)
+    said, _err = running.communicate(timeout=60)
+    assert (running.returncode, told in said) == (code, True), said

@@ -83,7 +83,7 @@ class ChainsMachine(RuleBasedStateMachine):
 
     @invariant()
     def few_ask_the_image_service(self) -> None:
-        for site in {"", "north", "south"}:
+        for site in ("", "north", "south"):
             assert len(self.chains.heads(site)) <= 2
 
     @invariant()
