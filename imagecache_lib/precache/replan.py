@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import statistics
 
 from imagecache_lib.precache.chains import Chains
@@ -98,7 +99,7 @@ class Replanner:
         if self._is_slow_head(chain[0]):
             return chain[0]
         before: collections.deque[float] = collections.deque(maxlen=_COMPARED)
-        for above, host in zip(chain, chain[1:], strict=False):
+        for above, host in itertools.pairwise(chain):
             if (rate := self._rate(above)) is not None:
                 before.append(rate)
             if host == chain[-1] or not before or not self._is_slow(host, above, statistics.median(before)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from oslo_concurrency import processutils
@@ -37,10 +38,11 @@ class Stuck:
 class TestInterruptedDisks(CacheCase):
     def test_a_deadline_ends_growing_and_flattening_and_the_disk_stays_whole(self) -> None:
         made = self.manager().create_disk(ID, self.target())
-        for subcommand, work in (
-            ("resize", lambda manager, request: manager.resize_disk(made, 8 * MIB, request=request)),
-            ("rebase", lambda manager, request: manager.flatten_disk(made, request=request)),
-        ):
+        works: dict[str, Callable[[ic.ImageCacheManager, ic.Request], object]] = {
+            "resize": lambda manager, request: manager.resize_disk(made, 8 * MIB, request=request),
+            "rebase": lambda manager, request: manager.flatten_disk(made, request=request),
+        }
+        for subcommand, work in works.items():
             with self.subTest(subcommand):
                 manager = self.manager(host=self.host(execute=Stuck(subcommand)))
                 began = time.monotonic()

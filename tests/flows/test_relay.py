@@ -95,7 +95,7 @@ class TestChain(RelayCase):
 
     def test_a_new_route_is_followed_at_the_same_byte(self) -> None:
         origin = GatedSource({ID: DATA})
-        first, second, third = hosts = self.hosts(3, origin)
+        first, _second, third = hosts = self.hosts(3, origin)
         origin.allow(2 * PIECE)
         routes = self.chain(hosts)
         running = [self.fetching(host, ID, route) for host, route in zip(hosts, routes, strict=True)]
@@ -300,9 +300,9 @@ class TestServer(RelayCase):
         parents = Parents("http://{host}:1", token=TOKEN)
         image = FakeSource({ID: DATA}).describe(ID)
         for name in ("a/b", "user@host", "host:80", "host?", "", "-", "h\n", "a" * 300):
-            with self.subTest(name=name), self.assertRaisesRegex(errors.SourceError, "no name"):
-                with parents.data(name, image, 0):
-                    pass
+            refused = self.assertRaisesRegex(errors.SourceError, "no name")
+            with self.subTest(name=name), refused, parents.data(name, image, 0):
+                pass
 
     def test_a_url_without_a_place_for_the_name_is_refused(self) -> None:
         for url in ("https://host:9293", "https://{host}.{host}:1", "ftp://{host}/"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -301,7 +302,7 @@ def running_nova(
                         *("--config-file", str(home / "nova.conf")),
                         *("--config-file", str(home / "databases.conf")),
                     ],
-                    ready=lambda log=log: log.exists() and "Starting" in log.read_text(errors="replace"),
+                    ready=functools.partial(_says, log, "Starting"),
                     log=home / f"logs/{name}.out",
                     seconds=_SECONDS,
                     environment=variables,
@@ -332,6 +333,11 @@ def install(where: pathlib.Path, site: pathlib.Path) -> None:
     (site / metadata.name).symlink_to(metadata)
     adapter = "nova/virt/imagecachelib"
     shutil.copytree(CHECKOUT / "integrations/nova" / adapter, site / adapter)
+
+
+def _says(log: pathlib.Path, text: str) -> bool:
+    """Return whether a log has a text by now."""
+    return log.exists() and text in log.read_text(errors="replace")
 
 
 def _make_databases(mariadb: MariaDb) -> None:

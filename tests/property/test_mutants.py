@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sample of the campaign of mutants: they are accepted with the right bytes, or refused, and nothing else."""
+"""A sample of the campaign of mutants: each is accepted with the right bytes or refused."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A paste filter that Nova's API loads instead of Keystone's: the token ``user:project:role`` says who asks."""
+"""A paste filter for Nova's API instead of Keystone's: the token ``user:project:role`` says who asks."""
 
 import os
 
