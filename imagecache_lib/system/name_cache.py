@@ -12,8 +12,8 @@ import ctypes
 import os
 import struct
 
-#: ``f_type`` in statfs(2) of filesystems that no other host can change: ext2 to ext4, xfs, btrfs, tmpfs, f2fs,
-#: jfs, reiserfs and ramfs as linux/magic.h has them, and zfs and bcachefs as their own sources do.
+#: ``f_type`` in statfs(2) of filesystems that no other host can change: ext2 to ext4, xfs, btrfs, tmpfs,
+#: f2fs, jfs, reiserfs and ramfs as linux/magic.h has them, and zfs and bcachefs as their own sources do.
 _LOCAL = frozenset(
     {
         0xEF53,

@@ -114,7 +114,7 @@ def _serve(backing: str, mount_point: str, seconds: str) -> None:
         chmod = staticmethod(asked(lambda path, mode: os.chmod(backing + path, mode)))
         chown = staticmethod(asked(lambda path, user, group: os.chown(backing + path, user, group)))
         utimens = staticmethod(
-            asked(lambda path, times=None: os.utime(backing + path, ns=tuple(times) if times else None))
+            asked(lambda path, times=None: os.utime(backing + path, ns=times and (times[0], times[1])))
         )
         statfs = staticmethod(
             asked(lambda _path: {name: getattr(os.statvfs(backing), name) for name in _SPACE})
