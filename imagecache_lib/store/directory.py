@@ -20,6 +20,7 @@ from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import evidence, layout, membership, pieces
 from imagecache_lib.system import attributes, durable
 from imagecache_lib.system.host import System
+from imagecache_lib.system.name_cache import NameCaches, is_listed
 
 LOG = logging.getLogger(__name__)
 
@@ -47,12 +48,13 @@ class OpenBase:
     cache: CacheStore | None = None
 
     def is_current(self) -> bool:
-        """Return whether the name still means this very file.
+        """Return whether the name still means this very file, also where another host may have taken it.
 
         An evictor asks which hosts share the cache after it has taken the name away. This host is a member
         before it looks at the name: so a host that evicts the base later waits for this one.
 
-        :raises OSError: this host was forgotten while it lives, and cannot register again.
+        :raises OSError: this host was forgotten while it lives, and cannot register again; or the cache
+            cannot be listed.
         """
         if self.cache is not None:
             self.cache.ensure_member()
@@ -60,7 +62,11 @@ class OpenBase:
             now = os.stat(self.path, follow_symlinks=False)
         except FileNotFoundError:
             return False
-        return (now.st_dev, now.st_ino) == (self.stat.st_dev, self.stat.st_ino)
+        if (now.st_dev, now.st_ino) != (self.stat.st_dev, self.stat.st_ino):
+            return False
+        if self.cache is None or not self.cache.name_caches.may_be_stale(self.fd, now.st_dev):
+            return True
+        return is_listed(self.path, now.st_ino)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -75,6 +81,7 @@ class CacheStore:
     :ivar host: the machine.
     :ivar observers: told what happens.
     :ivar layout: where everything lies.
+    :ivar name_caches: on which filesystems the kernel may find a name that another host took.
     """
 
     def __init__(self, config: CacheConfig, host: System, observers: events.Observers | None = None) -> None:
@@ -84,6 +91,7 @@ class CacheStore:
         self.layout = layout.Layout(config.base_path, config.locks_path)
         self._prepared: tuple[int, int] | None = None
         self._starting = threading.Lock()
+        self.name_caches = NameCaches()
 
     def start(self) -> bool:
         """Make the directories that are missing and check those that are there, if need be.

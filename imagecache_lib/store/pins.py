@@ -229,13 +229,15 @@ def _remove(cache: CacheStore, name: str, owner: str) -> None:
 
 
 def sweep(cache: CacheStore, *, now: float) -> None:
-    """Remove the directories that a crash left empty, before their first pin or after their last one.
+    """Remove pins that ended, and the directories that a crash left empty.
 
     The pin that stands for such a directory in the file of earlier releases is removed too: it would keep the
     base for ever.
     """
     for name in names(cache):
         directory = cache.layout.pins_of(name)
+        with contextlib.suppress(OSError):
+            _sweep_ended(cache, name, now - cache.config.stage_idle_seconds)
         with contextlib.suppress(OSError):
             if now - os.stat(directory).st_mtime >= cache.config.stage_idle_seconds:
                 os.rmdir(directory)  # a writer whose directory goes makes it anew
@@ -244,6 +246,42 @@ def sweep(cache: CacheStore, *, now: float) -> None:
             held = _load(cache.layout.former_pins(name))
             if held is not None:
                 _show_earlier_releases(cache, name, held.image_id)
+
+
+def _sweep_ended(cache: CacheStore, name: str, before: float) -> None:
+    """Remove a base's pins that ended before a moment in epoch seconds.
+
+    An owner may renew a pin at this very moment, so that it is renamed first, to a name that still pins and
+    that no owner writes to, and looked at again. A crash in between leaves that name, from which a pin that
+    holds gets its own back here.
+    """
+    directory = cache.layout.pins_of(name)
+    former = _load(cache.layout.former_pins(name)) or PinFile("", ())
+    hidden = {pin.owner for pin in former.pins}  # by the owner's pin here
+    for entry in os.listdir(directory):
+        path = os.path.join(directory, entry)
+        held = _load(path) if _FILE.fullmatch(entry) else None
+        if held is None or hidden.intersection([UNREADABLE, *(pin.owner for pin in held.pins)]):
+            continue
+        if held.pins == (Pin(UNREADABLE),) or not held.pins:
+            continue
+        if not _ended(held, before) and path == cache.layout.pin(name, held.pins[0].owner):
+            continue
+        aside = os.path.join(directory, f"{durable.new_id()}{durable.new_id()[:8]}.json")
+        os.rename(path, aside)
+        held = _load(aside)
+        if held is None or held.pins == (Pin(UNREADABLE),):
+            continue
+        if not _ended(held, before):
+            with contextlib.suppress(FileExistsError):  # renewed once more
+                os.link(aside, cache.layout.pin(name, held.pins[0].owner))
+                durable.sync_directory(directory)
+        os.unlink(aside)
+    os.rmdir(directory)
+
+
+def _ended(held: PinFile, before: float) -> bool:
+    return all(pin.is_over(before) for pin in held.pins)
 
 
 def _show_earlier_releases(

@@ -204,6 +204,7 @@ def restore(cache: CacheStore, entry: TrashEntry) -> bool:
         if not _rename_back(entry.path, base):
             return False
     durable.sync_directory(cache.layout.base_path)
+    cache.host.trace(TracePoint.RESTORE_LINKED)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(entry.path)
     _drop_intent(entry)

@@ -56,6 +56,8 @@ class TracePoint(enum.StrEnum):
     #: The disk has its name.
     DISK_PLACED = "disk:placed"
 
+    #: The scan is about to open another directory.
+    REFERENCES_DIRECTORY = "references:directory"
     #: The scan has read the directories of the instances that are known.
     REFERENCES_KNOWN = "references:known"
     #: The scan has read every disk root.
@@ -75,5 +77,7 @@ class TracePoint(enum.StrEnum):
     EVICT_READ = "evict:read"
     #: Nothing refers to the file in the trash; its unlink is next.
     EVICT_UNLINK = "evict:unlink"
+    #: A base has its name again; it still has its name in the trash too.
+    RESTORE_LINKED = "restore:linked"
     #: The file is gone; its record may still be there.
     EVICT_UNLINKED = "evict:unlinked"

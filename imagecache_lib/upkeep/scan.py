@@ -187,6 +187,7 @@ class Scan:
         self, path: str, above: SeenDirectory, link: bool
     ) -> list[tuple[str, SeenDirectory, bool]] | None:
         """Read a directory's files, and return its directories, or None if there is none of that name."""
+        self._host.trace(TracePoint.REFERENCES_DIRECTORY)
         try:
             if link:
                 fd = os.open(path, _OPEN | os.O_DIRECTORY)
@@ -224,6 +225,7 @@ class Scan:
 
     def _list(self, directory: _Directory, path: str) -> None:
         """List a directory, and read what is new in it."""
+        self._host.trace(TracePoint.REFERENCES_DIRECTORY)
         try:
             fd = os.open(path, _OPEN | os.O_DIRECTORY)
         except (FileNotFoundError, NotADirectoryError):

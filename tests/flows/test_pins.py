@@ -151,6 +151,30 @@ class TestPins(CacheCase):
         manager.unpin(ID, owner="new")
         self.assertEqual({"old": None, "older": 5.0}, self.former())
 
+    def test_pins_that_ended_go_and_the_others_stay(self) -> None:
+        manager = self.manager(stage_idle_seconds=60)
+        manager.cache_image(ID)
+        manager.pin(ID, owner="ended", expires=self.now() - 61)
+        manager.pin(ID, owner="ended just now", expires=self.now() - 1)
+        manager.pin(ID, owner="holds", expires=self.now() + DAY)
+        manager.verify_base_images([])
+        self.assertEqual({"ended just now", "holds"}, self.owners())
+        manager.unpin(ID, owner="holds")
+        manager.pin(ID, owner="ended just now", expires=self.now() - 61)
+        manager.verify_base_images([])
+        self.assertEqual([], os.listdir(self.pins))
+
+    def test_a_pin_that_a_crash_left_under_another_name_is_its_owners_again(self) -> None:
+        manager = self.manager()
+        manager.cache_image(ID)
+        manager.pin(ID, owner="holds")
+        (path,) = (self.pins / NAME).iterdir()
+        path.rename(path.with_name(f"{'0' * 40}.json"))
+        self.assertEqual({"holds"}, self.owners())
+        manager.verify_base_images([])
+        manager.unpin(ID, owner="holds")
+        self.assertEqual([], os.listdir(self.pins))
+
     def test_an_owners_pin_here_stands_for_its_pin_there(self) -> None:
         manager = self.manager()
         manager.cache_image(ID)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two hosts whose kernels still find what the other renamed away, and whose locks do not reach each other."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import imagecache_lib as ic
+from imagecache_lib import errors, events
+from imagecache_lib.store import layout
+from imagecache_lib.testing.sources import FakeSource
+from tests.lab import stale_names
+from tests.support import campaign, files, stress
+from tests.support.cache_case import ID, Running, Stop, raw_image
+
+SEED = campaign.SEED
+
+
+def _manager(
+    mount: pathlib.Path, name: str, observers: tuple[events.Observer, ...] = ()
+) -> ic.ImageCacheManager:
+    # Each host has disks of its own, which the other cannot see.
+    private = mount.parent / f"private-{name}"
+    private.mkdir(exist_ok=True)
+    config = ic.CacheConfig(
+        instances_path=str(mount), disk_roots=(str(private),), num_retries=0, lock_timeout=1.0
+    )
+    host = ic.System(name=name)
+    return ic.ImageCacheManager(config, FakeSource({ID: raw_image()}), host=host, observers=observers)
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 30])
+def test_a_spawn_notices_that_its_base_was_evicted_though_the_kernel_has_the_name(
+    tmp_path: pathlib.Path, seconds: float
+) -> None:
+    with stale_names.mounted(tmp_path, 2, seconds=seconds) as (one, two):
+        _manager(two, "two").cache_image(ID)
+        _manager(one, "one").list_hosts()
+        served = tmp_path / "served" / "_base"
+        name = layout.base_name(ID)
+        files.age(served / name, served / ".imagecache" / "records" / f"{name}.json", seconds=5 * 86400)
+        stop = Stop()
+
+        def observe(event: events.Event) -> None:
+            # The spawn has the base open, and no disk yet.
+            if isinstance(event, events.Hit):
+                stop()
+
+        directory = tmp_path / "private-two" / "instance"
+        directory.mkdir()
+        target = str(directory / "disk")
+        spawn = Running(lambda: _manager(two, "two", (observe,)).create_disk(ID, target))
+        stop.wait()
+        try:
+            with contextlib.suppress(errors.BackendError):  # in the trash, where it waits for the other host
+                _manager(one, "one").evict_image(ID)
+            _manager(two, "two").verify_base_images([])
+            _manager(one, "one").verify_base_images([])
+        finally:
+            stop.go_on()
+        assert spawn.result().target == target
+        assert (served / name).exists(), "the base of the disk is gone"
+        assert (served / name).read_bytes() == raw_image()
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("seconds", campaign.pick(sample=[1.0], whole=[0.0, 1.0, 30.0]))
+def test_hosts_with_stale_names_lose_nothing(
+    tmp_path: pathlib.Path, seconds: float, record_property: Callable[[str, Any], None]
+) -> None:
+    with stale_names.mounted(tmp_path, 2, seconds=seconds) as mounts:
+        kills = stress.run(mounts, seconds=campaign.seconds(sample=6.0), seed=SEED)
+    print(f"names trusted for {seconds} s: {kills} processes killed, seed {SEED}")  # noqa: T201
+    record_property("kills", kills)
