@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs in Nova's own environment: Nova's tests with the adapter's classes in the place of Nova's.
 
-Called with the ids of tests, or of modules of tests; writes one JSON object, of each test's outcome by id, to
-the file that is named first. Only tests patch: a service loads the adapter by ``compute_driver`` alone.
+Called with the file that the answer goes to, with which part of how many is to be run, as in ``0/2``, and
+with the ids of tests, or of modules of tests. The answer is one JSON object, of each test's outcome by id.
+Only tests patch: a service loads the adapter by ``compute_driver`` alone.
 """
 
 from __future__ import annotations
@@ -105,9 +106,13 @@ class Outcomes(testtools.TestResult):
         self.found = {}
 
     def _failed(self, test, err=None, details=None):
-        text = str(err[1]) if err else "".join(each.as_text() for each in (details or {}).values() if each)
+        # Beside the traceback the details hold what the test logged, at length.
+        told = {name: each.as_text() for name, each in (details or {}).items() if "traceback" in name}
+        text = str(err[1]) if err else "\n".join(told.values())
         lines = [line for line in text.strip().splitlines() if line]
         self.found[test.id()] = lines[-1][:300] if lines else "failed"
+        if os.environ.get("IMAGECACHE_TRACEBACKS"):
+            sys.stderr.write(f"{test.id()}\n{text}\n")
 
     addError = addFailure = addUnexpectedSuccess = _failed
 
@@ -120,12 +125,22 @@ class Outcomes(testtools.TestResult):
     addExpectedFailure = addSuccess
 
 
+def each_test(suite):
+    for found in suite:
+        if isinstance(found, unittest.TestSuite):
+            yield from each_test(found)
+        else:
+            yield found
+
+
 def main():
-    answer, *names = sys.argv[1:]
+    answer, part, *names = sys.argv[1:]
+    number, parts = map(int, part.split("/"))
     if os.environ.get("IMAGECACHE_ADAPTER_OFF") != "1":
         install()
     result = Outcomes()
-    unittest.TestLoader().loadTestsFromNames(names).run(result)
+    found = list(each_test(unittest.TestLoader().loadTestsFromNames(names)))
+    unittest.TestSuite(found[number::parts]).run(result)
     with open(answer, "w") as file:
         json.dump(result.found, file)
     os._exit(0)  # Nova's threads do not end by themselves
