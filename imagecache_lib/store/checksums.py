@@ -32,7 +32,7 @@ import sys
 import threading
 import zlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from imagecache_lib.system import sparse
@@ -83,18 +83,26 @@ class Checksums:
 
     def add(self, data: memoryview, offset: int) -> None:
         """Take data that was written at an offset. No byte of the file may be taken twice."""
-        position, end = 0, len(data)
-        found = []
-        while position < end:
-            granule, begin = divmod(offset + position, GRANULE)
-            length = min(GRANULE - begin, end - position)
-            with data[position : position + length] as piece:
-                # Both inversions undone.
-                value = self._crc32(piece, _ALL) ^ _ALL
-            if behind := GRANULE - begin - length:
-                value = _multiply(_power(behind), value)
-            found.append((granule, value))
-            position += length
+        self.add_all((data,), offset)
+
+    def add_all(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Take buffers that were written at an offset, one behind the other, as :meth:`add`."""
+        crc32, found = self._crc32, []
+        granule, begin = divmod(offset, GRANULE)
+        # The inversion at begin undone; the next buffer of the same granule goes on with it.
+        value, at = _ALL, begin
+        for data in buffers:
+            position, end = 0, len(data)
+            while position < end:
+                length = min(GRANULE - at, end - position)
+                value = crc32(data if length == end else data[position : position + length], value)
+                position += length
+                at += length
+                if at == GRANULE:
+                    found.append((granule, value ^ _ALL))
+                    granule, at, value = granule + 1, 0, _ALL
+        if value != _ALL:
+            found.append((granule, _multiply(_power(GRANULE - at), value ^ _ALL)))
         with self._lock:
             for granule, value in found:
                 page, index = divmod(granule, _PAGE)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 #: The filesystem's block: no smaller hole is possible on ext4 and xfs by default.
@@ -15,10 +16,18 @@ BLOCK = 4096
 #: What a hole reads as: a reader that passes on a hole passes on (a slice of) this, which costs no memory.
 ZEROS = bytes(2**20)
 
-#: First look at this much at a time: most data has neither long zero runs nor none at all.
-_STRIDE = 64 * 1024
-_ZEROS = bytes(_STRIDE)
 _ZERO_BLOCK = bytes(BLOCK)
+_ZERO_RUNS = (ZEROS, bytes(16 * BLOCK), _ZERO_BLOCK)
+
+#: Where each block is looked at first. Nearly all blocks of data have something there, and the same place of
+#: all blocks is one slice: a few slices tell of a whole run which of its blocks may be zeros.
+_PROBES = (0, 1032, 2064, 3096)
+
+#: As many buffers as one call writes: Linux' IOV_MAX.
+_MOST_BUFFERS = 1024
+
+#: Bytes to write, as where they begin and end in what holds them: a slice would copy them.
+Piece = tuple[bytes | bytearray, int, int]
 
 _SYNC_FILE_RANGE_WRITE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -33,6 +42,12 @@ class Sink(Protocol):
         :raises OSError: it cannot be written.
         """
 
+    def write_pieces(self, pieces: Iterable[tuple[int, Piece]]) -> None:
+        """Write pieces, each at an offset of the disk, which has nothing there yet.
+
+        :raises OSError: one cannot be written.
+        """
+
     def truncate(self, size: int) -> None:
         """Give the disk its size in bytes."""
 
@@ -40,8 +55,8 @@ class Sink(Protocol):
 class Sums(Protocol):
     """Takes what is written, to sum it up."""
 
-    def add(self, data: memoryview, offset: int) -> None:
-        """Take data that was written at an offset of the file."""
+    def add_all(self, buffers: Sequence[memoryview], offset: int) -> None:
+        """Take buffers that were written at an offset of the file, one behind the other."""
 
 
 class SparseFile:
@@ -54,20 +69,50 @@ class SparseFile:
     def __init__(self, fd: int, checksums: Sums | None = None) -> None:
         self._fd = fd
         self._checksums = checksums
+        # The kernel lets one thread at a time write to a file, and the others spin until they may.
+        self._writing = threading.Lock()
 
     def write(self, data: bytes | bytearray, offset: int, start: int = 0, end: int | None = None) -> None:
-        with memoryview(data) as whole:
+        self.write_pieces([(offset, (data, start, len(data) if end is None else end))])
+
+    def write_pieces(self, pieces: Iterable[tuple[int, Piece]]) -> None:
+        buffers: list[memoryview] = []
+        begin = position = 0
+        for offset, (data, start, end) in pieces:
+            ahead = offset - start
             for first, last in data_runs(data, offset, start, end):
-                position = first
-                while position < last:
-                    with whole[position:last] as rest:
-                        position += os.pwrite(self._fd, rest, offset + position - start)
-                if self._checksums is not None:
-                    with whole[first:last] as run:
-                        self._checksums.add(run, offset + first - start)
+                if buffers and (ahead + first != position or len(buffers) == _MOST_BUFFERS):
+                    self._write(buffers, begin)
+                    buffers = []
+                if not buffers:
+                    begin = ahead + first
+                buffers.append(memoryview(data)[first:last])
+                position = ahead + last
+        if buffers:
+            self._write(buffers, begin)
+
+    def _write(self, buffers: list[memoryview], offset: int) -> None:
+        with self._writing:
+            write_all(self._fd, buffers, offset)
+        if self._checksums is not None:
+            self._checksums.add_all(buffers, offset)
 
     def truncate(self, size: int) -> None:
         os.ftruncate(self._fd, size)
+
+
+def write_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+    """Write buffers, one behind the other, at an offset of a file. There are at most 1,024.
+
+    :raises OSError: they cannot be written.
+    """
+    written = os.pwritev(fd, buffers, offset)
+    for number, buffer in enumerate(buffers):
+        if written < len(buffer):
+            offset += sum(map(len, buffers[:number])) + written
+            write_all(fd, [buffer[written:], *buffers[number + 1 :]], offset)
+            return
+        written -= len(buffer)
 
 
 def data_runs(
@@ -80,30 +125,56 @@ def data_runs(
     if data is ZEROS:
         return
     end = len(data) if end is None else end
+    run = start
+    for first, last in _zero_blocks(data, start, end, (start - offset) % BLOCK):
+        if run < first:
+            yield run, first
+        run = last
+    if run < end:
+        yield run, end
+
+
+def _zero_blocks(data: bytes | bytearray, start: int, end: int, phase: int) -> Iterator[tuple[int, int]]:
+    """Yield the (start, end) of blocks that are zero in ``data[start:end]``, in order.
+
+    :param phase: a block of the file begins wherever a position in ``data`` leaves this rest.
+    """
     # Compared in place: a slice would copy every block once more.
     is_zero = data.startswith
-    ahead = offset - start
-    position, run = start, -1
-    while position < end:
-        stop = min(position + _STRIDE - (ahead + position) % _STRIDE, end)
-        if is_zero(_ZEROS[: stop - position] if stop - position < _STRIDE else _ZEROS, position, stop):
-            if run >= 0:
-                yield run, position
-                run = -1
-            position = stop
-            continue
-        while position < stop:
-            last = min(position + BLOCK - (ahead + position) % BLOCK, stop)
-            size = last - position
-            if is_zero(_ZERO_BLOCK if size == BLOCK else _ZERO_BLOCK[:size], position, last):
-                if run >= 0:
-                    yield run, position
-                    run = -1
-            elif run < 0:
-                run = position
-            position = last
-    if run >= 0:
-        yield run, end
+    first = start + (phase - start) % BLOCK
+    if start < first and is_zero(_ZERO_BLOCK[: min(first, end) - start], start, min(first, end)):
+        yield start, min(first, end)
+    while first + BLOCK <= end:
+        count = min((end - first) // BLOCK, len(ZEROS) // BLOCK)
+        seen = _probe(data, first, count)
+        number = seen.find(0)
+        while number >= 0:
+            # Blocks that show nothing where they were looked at, up to the next that does.
+            behind = number + 1
+            while behind < count and not seen[behind]:
+                behind += 1
+            begin, stop = first + number * BLOCK, first + behind * BLOCK
+            while begin < stop:
+                for zeros in _ZERO_RUNS:
+                    if begin + len(zeros) <= stop and is_zero(zeros, begin, begin + len(zeros)):
+                        yield begin, begin + len(zeros)
+                        begin += len(zeros)
+                        break
+                else:
+                    begin += BLOCK
+            number = seen.find(0, behind)
+        first += count * BLOCK
+    if first < end and is_zero(_ZERO_BLOCK[: end - first], first, end):
+        yield first, end
+
+
+def _probe(data: bytes | bytearray, first: int, count: int) -> bytes:
+    """Return one byte for each of some blocks, which is 0 if the block shows nothing but zeros."""
+    end = first + count * BLOCK
+    seen = 0
+    for at in _PROBES:
+        seen |= int.from_bytes(data[first + at : end : BLOCK], "little")
+    return seen.to_bytes(count, "little")
 
 
 def data_extents(fd: int) -> Iterator[tuple[int, int]]:

@@ -167,13 +167,16 @@ class StreamDecoder:
         :raises Unstreamable: only qemu-img can convert the image, from the whole file.
         :raises OSError: the raw file or the side file cannot be written.
         """
-        with memoryview(chunk) as view:
-            for start in range(0, len(view), _PIECE):
-                with view[start : start + _PIECE] as piece:
-                    if self._walk is None:
-                        self._begin(piece)
-                    else:
-                        self._walk.feed(piece)
+        for start in range(0, len(chunk), _PIECE):
+            if isinstance(chunk, bytes) and len(chunk) <= _PIECE:
+                piece = chunk  # it cannot change
+            else:
+                # A reference to a part of a large chunk would keep all of it in memory.
+                piece = bytes(chunk[start : start + _PIECE])
+            if self._walk is None:
+                self._begin(piece)
+            else:
+                self._walk.feed(piece)
 
     def finish(self) -> Decoded:
         """Call after the last byte: resolve what was set aside, and give the raw file its size.
@@ -194,7 +197,7 @@ class StreamDecoder:
             self._walk.close()
         self._spill.close()
 
-    def _begin(self, piece: memoryview) -> None:
+    def _begin(self, piece: bytes) -> None:
         self._start += piece
         if len(self._start) >= self._needed:
             self._parse_header(final=False)
@@ -216,7 +219,7 @@ class StreamDecoder:
         output = Output(self._out, geometry, pool)
         self._walk = Walk(geometry, output, self._spill, map_bytes=self._map_bytes)
         start, self._start = self._start, bytearray()
-        self._walk.feed(start)
+        self._walk.feed(bytes(start))
 
     def _choose_inflate(self, header: Header) -> Inflate:
         if header.compression_type == Compression.DEFLATE:

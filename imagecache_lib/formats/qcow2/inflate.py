@@ -17,12 +17,12 @@ from imagecache_lib import errors
 
 #: Takes what the table says holds the compressed cluster, and the cluster size in bytes; returns exactly one
 #: cluster as bytes or bytearray. Raises :class:`ImageRejected`. Called from several threads at once.
-Inflate = Callable[[bytes, int], "bytes | bytearray"]
+Inflate = Callable[["bytes | memoryview", int], "bytes | bytearray"]
 
 _WRONG = "a compressed qcow2 cluster does not hold one cluster of data"
 
 
-def zlib_inflate(data: bytes, size: int) -> bytes:
+def zlib_inflate(data: bytes | memoryview, size: int) -> bytes:
     """Inflate with the standard library. This one defines what is valid.
 
     :raises ImageRejected: the stream is broken, or ends before ``size`` bytes.
@@ -44,7 +44,7 @@ def fastest_deflate() -> Inflate:
     except ImportError:
         return zlib_inflate
 
-    def inflate(data: bytes, size: int) -> bytes | bytearray:
+    def inflate(data: bytes | memoryview, size: int) -> bytes | bytearray:
         try:
             cluster: bytes | bytearray = deflate.deflate_decompress(data, size)
         except (deflate.DeflateError, ValueError):
@@ -63,7 +63,7 @@ def zstd() -> Inflate | None:
         return None
     local = threading.local()
 
-    def inflate(data: bytes, size: int) -> bytes:
+    def inflate(data: bytes | memoryview, size: int) -> bytes:
         # A decompressor must not be shared between threads.
         decompressor: Any = getattr(local, "decompressor", None)
         if decompressor is None:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from imagecache_lib.formats.qcow2 import tables
 from imagecache_lib.formats.qcow2.pool import InflatePool
-from imagecache_lib.system.sparse import Sink
+from imagecache_lib.system.sparse import Piece, Sink
 
 #: Contiguous clusters are written in runs of at most this.
 RUN_BYTES = 2**20
@@ -20,11 +22,21 @@ class Output:
         self._geometry = geometry
         self._pool = pool
 
-    def inflate(self, mapping: tables.Mapping, data: bytes, *, at_once: bool = False) -> None:
-        """Hand over the next cluster, which is compressed. Errors come later, unless ``at_once``."""
-        guest = self._guest(mapping)
-        length = min(self._geometry.cluster_size, self._geometry.virtual_size - guest)
-        (self._pool.inflate_now if at_once else self._pool.submit)(guest, length, data)
+    def inflate(self, mapping: tables.Mapping, data: bytes | memoryview, passed: int) -> None:
+        """Hand over the next cluster, which is compressed. Errors come later.
+
+        :param passed: bytes of the stream since the cluster before.
+        """
+        guest, length = self._place(mapping)
+        self._pool.submit(guest, length, data, passed)
+
+    def inflate_now(self, mapping: tables.Mapping, data: bytes) -> None:
+        """Inflate and write the next cluster, which is compressed.
+
+        :raises ImageRejected: it does not inflate.
+        """
+        guest, length = self._place(mapping)
+        self._pool.inflate_now(guest, length, data)
 
     def run(self, mapping: tables.Mapping, available: int) -> tuple[int, int]:
         """Return how many of the next standard clusters are contiguous in file and disk, and their bytes.
@@ -48,18 +60,18 @@ class Output:
         rest = tables.data_length(self._geometry, mapping.first + indexes[last], bitmap)
         return count, (count - 1) * size + rest
 
-    def write(self, mapping: tables.Mapping, length: int, data: bytes | bytearray, at: int) -> None:
-        """Write a run of standard clusters, which ``data`` holds from ``at`` on."""
-        guest = self._guest(mapping)
+    def write(self, mapping: tables.Mapping, length: int, pieces: Sequence[Piece]) -> None:
+        """Write a run of standard clusters, of which ``pieces`` holds so many bytes."""
+        guest, _ = self._place(mapping)
         bitmap = _FULL if mapping.bitmaps is None else mapping.bitmaps[mapping.next]
         if bitmap == _FULL:
-            self._sink.write(data, guest, at, at + length)
+            self._sink.write_pieces(_part(pieces, guest, 0, length))
             return
         size = self._geometry.cluster_size // 32
         for first, number in tables.subclusters(bitmap):
             begin, stop = first * size, min((first + number) * size, length)
             if begin < stop:
-                self._sink.write(data, guest + begin, at + begin, at + stop)
+                self._sink.write_pieces(_part(pieces, guest, begin, stop))
 
     def drain(self) -> None:
         """Wait until everything is written. Raises as :meth:`InflatePool.submit`."""
@@ -69,5 +81,19 @@ class Output:
         """Stop the threads; clusters that they have not begun are dropped."""
         self._pool.close()
 
-    def _guest(self, mapping: tables.Mapping) -> int:
-        return (mapping.first + mapping.indexes[mapping.next]) * self._geometry.cluster_size
+    def _place(self, mapping: tables.Mapping) -> tuple[int, int]:
+        """Return where on the disk the next cluster lies, and how many of its bytes the disk has."""
+        size = self._geometry.cluster_size
+        guest = (mapping.first + mapping.indexes[mapping.next]) * size
+        return guest, min(size, self._geometry.virtual_size - guest)
+
+
+def _part(pieces: Sequence[Piece], guest: int, begin: int, stop: int) -> Iterator[tuple[int, Piece]]:
+    """Yield bytes ``begin`` to ``stop`` of pieces that lie at an offset of the disk, with their offsets."""
+    at = 0
+    for data, first, last in pieces:
+        ahead = first - at
+        low, high = max(begin, at), min(stop, at + last - first)
+        if low < high:
+            yield guest + low, (data, ahead + low, ahead + high)
+        at += last - first

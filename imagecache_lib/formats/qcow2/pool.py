@@ -6,17 +6,21 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections.abc import Iterator
 
 from imagecache_lib.formats.qcow2.inflate import Inflate
-from imagecache_lib.system.sparse import Sink
+from imagecache_lib.system.sparse import Piece, Sink
 
-#: Clusters handed over at once hold about this much, so that threads are not woken for every small one.
+#: Clusters handed over at once hold about this much. Threads are not woken for every small one, and what lies
+#: in one run on the disk is written and summed up by one call each.
 _BATCH_BYTES = 2**20
+#: Nor do they come from more of the stream than this, all of which a waiting batch keeps in memory.
+_BATCH_SPAN = 2**20
 _QUEUED_BATCHES_PER_THREAD = 2
 _MAX_THREADS = 4
 
 #: Guest offset, bytes wanted of the cluster (all but at the disk's end), compressed data.
-_Job = tuple[int, int, bytes]
+Job = tuple[int, int, "bytes | memoryview"]
 
 
 def default_threads() -> int:
@@ -37,22 +41,25 @@ class InflatePool:
         self._inflate = inflate
         self._wanted_threads = threads
         self._threads: list[threading.Thread] = []
-        self._queue: queue.Queue[list[_Job] | None] = queue.Queue(threads * _QUEUED_BATCHES_PER_THREAD)
-        self._batch: list[_Job] = []
+        self._queue: queue.Queue[list[Job] | None] = queue.Queue(threads * _QUEUED_BATCHES_PER_THREAD)
+        self._batch: list[Job] = []
         self._batch_limit = max(1, _BATCH_BYTES // cluster_size)
+        self._span = 0
         self._error: BaseException | None = None
 
-    def submit(self, guest: int, length: int, data: bytes) -> None:
+    def submit(self, guest: int, length: int, data: bytes | memoryview, passed: int) -> None:
         """Hand over a cluster; waits while too many are queued.
 
+        :param passed: bytes of the stream since the cluster before.
         :raises ImageRejected: an earlier cluster does not inflate.
         :raises OSError: an earlier one could not be written.
         """
+        self._span += passed
         self._batch.append((guest, length, data))
-        if len(self._batch) >= self._batch_limit:
+        if len(self._batch) >= self._batch_limit or self._span >= _BATCH_SPAN:
             self._hand_over()
 
-    def inflate_now(self, guest: int, length: int, data: bytes) -> None:
+    def inflate_now(self, guest: int, length: int, data: bytes | memoryview) -> None:
         """Inflate and write a cluster in the calling thread. Raises as :meth:`submit`, but at once."""
         self._sink.write(self._inflate(data, self._cluster_size), guest, 0, length)
 
@@ -76,7 +83,7 @@ class InflatePool:
                 thread.start()
                 self._threads.append(thread)
         self._queue.put(self._batch)
-        self._batch = []
+        self._batch, self._span = [], 0
 
     def _stop(self) -> None:
         for _ in self._threads:
@@ -92,11 +99,15 @@ class InflatePool:
     def _work(self) -> None:
         while (batch := self._queue.get()) is not None:
             try:
-                for guest, length, data in batch:
-                    # After an error the queue is only emptied, so that no writer waits on it for ever.
-                    if self._error is not None:
-                        break
-                    self.inflate_now(guest, length, data)
+                self._sink.write_pieces(self._inflated(batch))
             except BaseException as error:
                 # Raised again in the thread that feeds.
                 self._error = error
+            del batch
+
+    def _inflated(self, batch: list[Job]) -> Iterator[tuple[int, Piece]]:
+        for guest, length, data in batch:
+            # After an error the queue is only emptied, so that no writer waits on it for ever.
+            if self._error is not None:
+                return
+            yield guest, (self._inflate(data, self._cluster_size), 0, length)

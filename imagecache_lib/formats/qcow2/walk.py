@@ -10,6 +10,7 @@ from imagecache_lib import errors
 from imagecache_lib.formats.qcow2 import tables
 from imagecache_lib.formats.qcow2.output import RUN_BYTES, Output
 from imagecache_lib.formats.qcow2.spill import Spill
+from imagecache_lib.formats.qcow2.window import Window
 
 #: Memory for what is awaited: offsets of L2 tables, and maps. More is set aside like data.
 MAP_BYTES = 56 * 2**20
@@ -30,7 +31,7 @@ class Unstreamable(errors.ImageCacheError):
 class Walk:
     """Takes what is awaited in the order of the file: the L1 table, L2 tables, clusters of data.
 
-    ``_window`` holds the stream's bytes from offset ``_base`` on. ``_mark`` is the end of what was taken or
+    ``_window`` holds the stream's bytes that were not passed yet. ``_mark`` is the end of what was taken or
     set aside; it only grows. What starts before the end of a table just read is *late*: it was set aside.
 
     :param map_bytes: memory for maps; tables that would exceed it are read at the end.
@@ -48,8 +49,7 @@ class Walk:
         self._spill = spill
         self._output = output
         self._map_bytes = map_bytes
-        self._window = bytearray()
-        self._base = 0
+        self._window = Window()
         # Nothing may point into the header's cluster.
         self._mark = geometry.cluster_size
         self._needed = 0
@@ -64,10 +64,10 @@ class Walk:
         self._tails = 0
         self.mapped_bytes = 0
 
-    def feed(self, piece: bytes | bytearray | memoryview) -> None:
+    def feed(self, piece: bytes) -> None:
         """Take the next bytes of the file, up to a few MiB."""
-        self._window += piece
-        if self._base + len(self._window) >= self._needed:
+        self._window.add(piece)
+        if self._window.end >= self._needed:
             self._advance(final=False)
 
     def finish(self) -> None:
@@ -87,12 +87,12 @@ class Walk:
 
     def close(self) -> None:
         self._output.close()
-        self._window = bytearray()
+        self._window.clear()
 
     # -- the walk ------------------------------------------------------------------------------------
 
     def _advance(self, *, final: bool) -> None:
-        end = self._base + len(self._window)
+        end = self._window.end
         while True:
             start = self._next_start()
             self._skip(min(start, end), start)
@@ -103,9 +103,7 @@ class Walk:
             if needed := self._take(start, end, final):
                 self._needed = needed
                 break
-        unneeded = min(start, end) - self._base
-        del self._window[:unneeded]
-        self._base += unneeded
+        self._window.drop(min(start, end))
 
     def _next_start(self) -> int:
         start = self._l1_at
@@ -128,8 +126,11 @@ class Walk:
             self._tails += 1
             keep = self._tails <= _MAX_TAILS
         if keep:
-            with memoryview(self._window) as window:
-                self._spill.keep(self._mark, window[self._mark - self._base : upto - self._base])
+            start = self._mark
+            for data, first, last in self._window.pieces(start, upto):
+                with memoryview(data) as view, view[first:last] as kept:
+                    self._spill.keep(start, kept)
+                start += last - first
         self._mark = upto
 
     def _taken(self, upto: int) -> None:
@@ -151,8 +152,8 @@ class Walk:
             if final:
                 raise _outside(self._l1_at)
             return self._l1_at + wanted
-        at = self._l1_at - self._base
-        self._tables.add(self._window[at : at + wanted])
+        data, first, last = self._window.one(self._l1_at, self._l1_at + wanted)
+        self._tables.add(data[first:last])
         self._l1_at += wanted
         self._mark = max(self._mark, self._l1_at)
         if self._l1_at == self._geometry.l1_end:
@@ -174,8 +175,8 @@ class Walk:
             # At the end of the stream it is still awaited, and refused for that.
             return stop
         index = self._tables.pop()
-        raw = self._window[start - self._base : stop - self._base]
-        mapping = tables.parse_l2(raw, self._geometry, index, self._tables)
+        data, first, last = self._window.one(start, stop)
+        mapping = tables.parse_l2(data[first:last], self._geometry, index, self._tables)
         if self._load(mapping, start, index, stop):
             self._mark = max(self._mark, stop)
         self._check_tables_known()
@@ -217,29 +218,58 @@ class Walk:
 
     def _take_data(self, start: int, end: int, final: bool) -> int:
         mapping = self._pending[0][2]
-        descriptor = mapping.descriptors[mapping.next]
-        if descriptor & tables.COMPRESSED:
-            stop = min(self._geometry.compressed_range(descriptor)[1], self._geometry.file_size)
+        if mapping.descriptors[mapping.next] & tables.COMPRESSED:
+            needed = self._take_compressed(mapping, end, final)
+        else:
+            needed = self._take_run(mapping, start, end, final)
+        if not needed:
+            self._requeue(mapping)
+        return needed
+
+    def _take_run(self, mapping: tables.Mapping, start: int, end: int, final: bool) -> int:
+        count, length = self._output.run(mapping, end - start)
+        if start + length > end:
+            if final:
+                raise _outside(start)
+            return start + length
+        self._output.write(mapping, length, self._window.pieces(start, start + length))
+        mapping.next += count
+        self._taken(start + count * self._geometry.cluster_size)
+        return 0
+
+    def _take_compressed(self, mapping: tables.Mapping, end: int, final: bool) -> int:
+        """Take the mapping's compressed clusters up to whatever else is awaited."""
+        descriptors, limit = mapping.descriptors, self._next_other()
+        needed, began = 0, mapping.next
+        while (
+            mapping.next < len(descriptors) and (descriptor := descriptors[mapping.next]) & tables.COMPRESSED
+        ):
+            start, stop = self._geometry.compressed_range(descriptor)
+            if mapping.next > began and (start >= limit or start >= end):
+                break
+            stop = min(stop, self._geometry.file_size)
             if stop > end:
                 if not final:
-                    return stop
+                    needed = stop
+                    break
                 stop = end
-            self._output.inflate(mapping, bytes(self._window[start - self._base : stop - self._base]))
+            self._skip(start, start)
+            data, first, last = self._window.one(start, stop)
+            self._output.inflate(mapping, memoryview(data)[first:last], max(stop - self._tail_end, 0))
             mapping.next += 1
             # Its last sector may also hold the beginning of another compressed cluster.
             self._tail_end = stop
             self._taken(max(start + 1, (stop - 1) // _SECTOR * _SECTOR))
-        else:
-            count, length = self._output.run(mapping, end - start)
-            if start + length > end:
-                if final:
-                    raise _outside(start)
-                return start + length
-            self._output.write(mapping, length, self._window, start - self._base)
-            mapping.next += count
-            self._taken(start + count * self._geometry.cluster_size)
-        self._requeue(mapping)
-        return 0
+        return needed if mapping.next == began else 0
+
+    def _next_other(self) -> int:
+        """Return where in the file that begins which is awaited next beside the first mapping's data."""
+        others = [entry[0] for entry in self._pending[1:3]]
+        if self._l1_at != _NEVER:
+            others.append(self._l1_at)
+        elif (table := self._tables.peek()) is not None:
+            others.append(table)
+        return min(others, default=_NEVER)
 
     def _requeue(self, mapping: tables.Mapping) -> None:
         if mapping.next < len(mapping):
@@ -262,23 +292,23 @@ class Walk:
         data = self._spill.read(start, length)
         if len(data) < length:
             raise self._missing(start + len(data))
-        self._output.write(mapping, length, data, 0)
+        self._output.write(mapping, length, [(data, 0, length)])
         mapping.next += count
 
     def _submit_late(self, mapping: tables.Mapping, data: bytes, length: int) -> None:
         if not data:
             raise self._missing(self._start_of_next(mapping))
         if len(data) == length:
-            self._output.inflate(mapping, data)
+            self._output.inflate(mapping, data, length)
             return
         # Its last sector went to the cluster that begins there. Most likely what is left is all of it.
         try:
-            self._output.inflate(mapping, data, at_once=True)
+            self._output.inflate_now(mapping, data)
         except errors.ImageRejected as error:
             raise self._missing(self._start_of_next(mapping) + len(data)) from error
 
     def _missing(self, offset: int) -> errors.ImageCacheError:
-        if offset >= self._base + len(self._window):
+        if offset >= self._window.end:
             return _outside(offset)
         return Unstreamable(
             f"a qcow2 table maps data at {offset} that other clusters hold and that passed already",
