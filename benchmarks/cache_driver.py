@@ -6,18 +6,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import json
 import os
 import pkgutil
 import shutil
 import sys
 import time
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import meter, serving
 
+if TYPE_CHECKING:
+    from imagecache_lib import ImageSource
+
 #: Modules that the extras bring to inflate faster, or at all.
 INFLATERS = ("deflate", "isal", "zlib_ng", "zstandard")
+
+#: What no spawn needs. A migration can only be imported by what runs it.
+_UNIMPORTED = ("imagecache_lib.testing", "imagecache_lib.cli", "imagecache_lib.precache.migrations")
 
 #: Trace points in the order of a cold spawn, and what has been done when the last of each is reached.
 _PHASES = (
@@ -61,7 +68,11 @@ class Driver:
         self._ic = ic
         _import_everything()
         self._options = options
-        self._source = ic.GlanceSource(options.glance, token=options.token)
+        self._source: ImageSource
+        if options.images is None:
+            self._source = ic.GlanceSource(options.glance, token=options.token)
+        else:
+            self._source = _web_source(options.images)
         self._new_manager()
         self._baseline = meter.peak_memory()
 
@@ -124,12 +135,25 @@ class Driver:
         return {**measured.read(), "peak_over_import": meter.peak_memory() - self._baseline}
 
 
+def _web_source(path: str) -> ImageSource:
+    """Return the source that a JSON file describes: URL, format and SHA-512 by id."""
+    import imagecache_lib as ic
+
+    with open(path) as file:
+        return ic.HttpSource(
+            {
+                image_id: ic.HttpImage(each["url"], each["disk_format"], ic.Digest("sha512", each["sha512"]))
+                for image_id, each in json.load(file).items()
+            }
+        )
+
+
 def _import_everything() -> None:
     """Load every module, so that what is loaded when used is not counted as work."""
     import imagecache_lib
 
     for module in pkgutil.walk_packages(imagecache_lib.__path__, "imagecache_lib."):
-        if not module.name.startswith(("imagecache_lib.testing", "imagecache_lib.cli")):
+        if not module.name.startswith(_UNIMPORTED):
             with contextlib.suppress(ImportError):  # of an optional part
                 importlib.import_module(module.name)
     for name in ("oslo_concurrency.processutils", *INFLATERS):
@@ -140,8 +164,9 @@ def _import_everything() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--instances", required=True)
-    parser.add_argument("--glance", required=True)
-    parser.add_argument("--token", required=True)
+    parser.add_argument("--glance")
+    parser.add_argument("--token")
+    parser.add_argument("--images", help="JSON file of images on a web server, instead of Glance")
     parser.add_argument("--backend", default="qcow2")
     parser.add_argument("--without-extras", action="store_true")
     options = parser.parse_args()

@@ -10,6 +10,12 @@ import os
 import pathlib
 import platform
 import subprocess
+import time
+from collections.abc import Callable
+
+#: Load average, for each processor, above which the machine counts as busy.
+_BUSY = 0.25
+_LOOK_EVERY = 5.0
 
 _LIBRARIES = (
     "imagecache-lib",
@@ -20,6 +26,20 @@ _LIBRARIES = (
     "oslo.concurrency",
     "oslo.utils",
 )
+
+
+def becomes_idle(seconds: float, tell: Callable[[str], None]) -> bool:
+    """Wait until nothing else keeps the machine busy. Returns False if it was busy all the time.
+
+    :param seconds: to wait at most.
+    """
+    most, ends = _BUSY * (os.cpu_count() or 1), time.monotonic() + seconds
+    while (load := os.getloadavg()[0]) > most:
+        if time.monotonic() >= ends:
+            return False
+        tell(f"waiting for an idle machine: load average {load:.2f}, wanted {most:.2f}")
+        time.sleep(_LOOK_EVERY)
+    return True
 
 
 def describe(

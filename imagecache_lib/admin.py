@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import typing
 from collections.abc import Collection, Iterable
 
 from imagecache_lib import errors, events, model
-from imagecache_lib.backends import load_backend
-from imagecache_lib.backends.interface import StorageBackend
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.diagnostics import catalog
 from imagecache_lib.observers.log import LogObserver
@@ -19,27 +18,27 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import inventory
-from imagecache_lib.upkeep.make_room import SpaceReport
-from imagecache_lib.upkeep.outcomes import Kept
-from imagecache_lib.upkeep.scrub import ScrubReport
-from imagecache_lib.upkeep.verify import Explanation, Upkeep, VerifyReport
 
 if typing.TYPE_CHECKING:
+    from imagecache_lib.backends.interface import StorageBackend
     from imagecache_lib.diagnostics import audit, preflight, survey
+    from imagecache_lib.upkeep.make_room import SpaceReport
+    from imagecache_lib.upkeep.scrub import ScrubReport
+    from imagecache_lib.upkeep.verify import Explanation, Upkeep, VerifyReport
 
 
 class CacheAdmin:
     """The image cache of one host as its operator sees it. Safe to share between threads.
 
     The constructor changes nothing on disk. The first call makes what the cache lacks, and repairs what a
-    crash left.
+    crash left. What a call needs is loaded when it is called: a command that lists images neither evicts nor
+    makes disks.
 
     :param config: how to cache.
     :param backend: a storage backend, or the name of one, or None for the one that the configuration names.
     :param host: clock, sleep, host name and the like; the default is this machine's.
     :param observers: called with what happens. With None only a
         :class:`~imagecache_lib.observers.log.LogObserver` is.
-    :raises ConfigError: the backend is unknown or its configuration cannot work.
     """
 
     def __init__(
@@ -52,14 +51,30 @@ class CacheAdmin:
     ) -> None:
         self.config = config
         self.host = host or System()
-        if not isinstance(backend, StorageBackend):
-            backend = load_backend(backend or config.backend, config, self.host)
-        self.backend = backend
+        self._wanted_backend = backend or config.backend
         told = events.Observers([LogObserver()] if observers is None else observers)
         self._cache = CacheStore(config, self.host, told)
-        self._upkeep = Upkeep(self._cache)
         self._starting = threading.Lock()
         self._started = False
+
+    @functools.cached_property
+    def backend(self) -> StorageBackend:
+        """The storage backend, which is loaded when it is first asked for.
+
+        :raises ConfigError: it is unknown, or its configuration cannot work.
+        """
+        from imagecache_lib.backends import load_backend
+
+        if not isinstance(self._wanted_backend, str):
+            return self._wanted_backend
+        return load_backend(self._wanted_backend, self.config, self.host)
+
+    @functools.cached_property
+    def _upkeep(self) -> Upkeep:
+        # All that it keeps is on disk: it does no harm if two threads make one each, and one is left.
+        from imagecache_lib.upkeep.verify import Upkeep
+
+        return Upkeep(self._cache)
 
     # -- what is there -------------------------------------------------------------------------------
 
@@ -191,6 +206,8 @@ class CacheAdmin:
         :param image_id: an image's, or the name of a base, for those that have no image.
         :raises BackendError: something needs the base, or that cannot be told; the cause says what or why.
         """
+        from imagecache_lib.upkeep.outcomes import Kept
+
         name = catalog.name_of(self._cache, image_id)
         self._start()
         stays = self._upkeep.evict_one(name, "asked for")

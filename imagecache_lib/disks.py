@@ -58,6 +58,7 @@ class DiskAdmin(CacheAdmin):
         observers: Sequence[events.Observer] | None = None,
     ) -> None:
         super().__init__(config, backend, host=host, observers=observers)
+        self.backend  # noqa: B018  # a driver is to hear now, and not at its first spawn, that it cannot be loaded
         self.source = source
         self._stopping = threading.Event()
         self._ingest = Ingest(

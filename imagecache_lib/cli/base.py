@@ -146,6 +146,10 @@ class Base(command.Command):
             )
         return config, host
 
+    def get_epilog(self) -> str:
+        """Return no text: cliff's own way reads the metadata of all that is installed, to name a plugin."""
+        return ""
+
     def _load_hooks(self) -> None:
         # cliff looks for other packages' hooks among the entry points of all that is installed: there are
         # none.

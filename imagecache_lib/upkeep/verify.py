@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from imagecache_lib import errors, events, model
 from imagecache_lib.nova import compute_nodes
@@ -18,12 +19,15 @@ from imagecache_lib.store.last_scan import LastScan
 from imagecache_lib.system import locks
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
-from imagecache_lib.upkeep import evict, inventory, members, policy, scrub
+from imagecache_lib.upkeep import evict, inventory, members, policy
 from imagecache_lib.upkeep import make_room as room
 from imagecache_lib.upkeep.follow import Follower
 from imagecache_lib.upkeep.make_room import SpaceReport
 from imagecache_lib.upkeep.outcomes import Evicted, Kept
 from imagecache_lib.upkeep.references import LEASED, ReferenceReader, References
+
+if TYPE_CHECKING:
+    from imagecache_lib.upkeep.scrub import ScrubReport
 
 LOG = logging.getLogger(__name__)
 
@@ -284,8 +288,10 @@ class Upkeep:
 
     def scrub(
         self, *, rate: int | None, names: Collection[str] | None, cancel: model.CancelToken | None
-    ) -> scrub.ScrubReport:
+    ) -> ScrubReport:
         """Check the content of bases, and evict those that are damaged and unused. Returns what was found."""
+        from imagecache_lib.upkeep import scrub
+
         return scrub.scrub(self._cache, self._observers, self, rate=rate, names=names, cancel=cancel)
 
     def make_room(self, wanted: int) -> int:

@@ -6,10 +6,21 @@ from __future__ import annotations
 import pathlib
 import subprocess
 import sys
+import tempfile
 import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LICENSE_LINE = "# SPDX-License-Identifier: Apache-2.0"
+#: What listing needs none of: HTTP, inspectors, running programs, what makes disks, decodes and scrubs.
+UNLISTED = (
+    "imagecache_lib.backends",
+    "imagecache_lib.formats.program",
+    "imagecache_lib.ingest",
+    "imagecache_lib.upkeep.scrub",
+    "oslo_concurrency",
+    "oslo_utils",
+    "requests",
+)
 HEAVY = ("requests", "oslo_config", "keystoneauth1", "cliff", "oslo_messaging", "prometheus_client")
 
 
@@ -39,4 +50,15 @@ class TreeTest(unittest.TestCase):
         # A virt driver imports us in every compute service, used or not.
         program = f"import sys, imagecache_lib; print([m for m in {HEAVY!r} if m in sys.modules])"
         output = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True)
+        self.assertEqual("[]", output.strip())
+
+    def test_a_command_that_lists_loads_only_what_lists(self) -> None:
+        # Operators run it in loops, and shells while they complete a line.
+        with tempfile.TemporaryDirectory() as instances:
+            program = (
+                "import sys; from imagecache_lib.cli import run; "
+                f"sys.argv[1:] = ['--instances-path', {instances!r}, 'image', 'list', '-f', 'value']; "
+                f"code = run(); print([m for m in {UNLISTED!r} if m in sys.modules]); sys.exit(code)"
+            )
+            output = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True)
         self.assertEqual("[]", output.strip())
