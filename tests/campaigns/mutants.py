@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import imagecache_lib as ic
 from imagecache_lib.formats import contained, superblock, vhd
@@ -39,6 +39,7 @@ from imagecache_lib.formats.qcow2.decoder import StreamDecoder, Unstreamable
 from imagecache_lib.formats.qcow2.spill import Spill
 from imagecache_lib.formats.reader import NeedMore, Prefix
 from imagecache_lib.ingest import decompress
+from imagecache_lib.system import sparse
 from imagecache_lib.system.waiter import Waiter
 from imagecache_lib.testing.sources import FakeSource
 from tests.campaigns import mutant_seeds
@@ -177,6 +178,10 @@ class _Nowhere:
     def write(self, data: bytes | bytearray, offset: int, start: int = 0, end: int | None = None) -> None:
         length = (len(data) if end is None else end) - start
         assert offset >= 0 and offset + length <= 2**30 + 2 * MIB
+
+    def write_pieces(self, pieces: Iterable[tuple[int, sparse.Piece]]) -> None:
+        for offset, (data, start, end) in pieces:
+            self.write(data, offset, start, end)
 
     def truncate(self, size: int) -> None:
         assert size <= 2**30
