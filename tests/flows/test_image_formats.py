@@ -290,6 +290,16 @@ class TestFaults(FormatCase):
         self.assertIn("qemu-img: error while reading at byte 0: Invalid argument", str(caught.exception))
         self.assertEqual(1, str(caught.exception).count("qemu-img"))
 
+    def test_tables_that_lead_nowhere_are_no_failure_of_the_storage(self) -> None:
+        source = FakeSource({ID: disk_image(self.directory, "vdi")}, disk_format="vdi")
+        for said, expected in (
+            ("error while reading at byte 0: Input/output error", ic.ImageRejected),
+            ("error while writing at byte 0: Input/output error", ic.BackendError),
+        ):
+            host = self.converting(f"echo 'qemu-img: {said}' >&2; exit 1")
+            with self.subTest(said), self.assertRaises(expected):
+                self.manager(source, host=host).cache_image(ID)
+
     def test_half_a_conversion_is_not_published_where_child_signals_are_ignored(self) -> None:
         image = disk_image(
             self.directory, "vmdk", options="subformat=streamOptimized", data=os.urandom(4 * MIB)
