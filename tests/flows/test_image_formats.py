@@ -358,6 +358,28 @@ class TestDigests(FormatCase):
         self.assertIs(ic.CacheResult.CACHED, demanding.cache_image(ID))
         self.assertIs(ic.CacheResult.EXISTING, demanding.cache_image(ID))
 
+    def test_a_conversion_of_another_program_does_not_serve_a_demand(self) -> None:
+        image = disk_image(self.directory, "qcow2", data=raw_image(2))
+        path = self.directory / "image"
+        path.write_bytes(image)
+        self.base().parent.mkdir(parents=True, exist_ok=True)
+        self.base().write_bytes(raw_image(1))  # of which version, nobody knows
+        os.utime(self.base(), (0, 0))
+        digest = ic.Digest("sha256", hashlib.sha256(image).hexdigest())
+        demanding = self.manager(
+            ic.FileSource({ID: ic.FileImage(path, "qcow2", digest=digest)}), space_minimum_age_seconds=0
+        )
+        self.assertEqual(raw_image(2), self.spawn(demanding))
+        with demanding.lease_cached(ID) as base:
+            self.assertEqual(digest, base.digest)
+
+    def test_what_another_program_left_serves_a_demand_if_it_has_the_digest(self) -> None:
+        self.base().parent.mkdir(parents=True, exist_ok=True)
+        self.base().write_bytes(raw_image(1))
+        self.assertIs(
+            ic.CacheResult.EXISTING, self.manager(self.table(1, digest=self.digest_of(1))).cache_image(ID)
+        )
+
     def test_a_digest_that_somebody_states_opens_no_other_image(self) -> None:
         path = self.directory / "other"
         path.write_bytes(raw_image(3))
