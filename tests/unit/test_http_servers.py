@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import random
+import time
 import unittest
 
 from imagecache_lib import errors, model
@@ -110,6 +112,17 @@ class TestLength(ServerCase):
         self.server.always_fail("/x", faults.chunked())
         for source in self.with_and_without_digest():
             self.assertEqual(DATA, fetch(source))
+
+
+class TestSlowness(ServerCase):
+    def test_a_server_that_trickles_is_given_up(self) -> None:
+        self.server.always_fail("/x", faults.trickling(0.01), method="GET")
+        hurried = dataclasses.replace(QUIET, monotonic=lambda: time.monotonic() * 300)
+        source = self.source(digest=DIGEST)
+        found, image = transfer.describe(source, "x", host=hurried)
+        fetching = transfer.Transfer(found, image, host=hurried, retries=1, min_rate=1024)
+        with self.assertRaisesRegex(errors.SourceError, "bytes came in .* gave up after 2 attempts"):
+            b"".join(fetching.chunks())
 
 
 class TestMirrors(ServerCase):
