@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import lzma
 import os
 import random
@@ -215,13 +216,21 @@ class TestNoDisks(FormatCase):
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
             yield "tar", made.getvalue()
+        header = bytearray(made.getvalue())
+        header[257:265] = bytes(8)  # as before POSIX
+        header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:512]))
+        yield "tar", bytes(header)
+        yield "dmg", data + (b"koly\0\0\0\x04\0\0\x02\0").ljust(512, b"\0")
+        yield "PNG", b"\x89PNG\r\n\x1a\n" + bytes(4096)
+        yield "saved memory", b"LibvirtQemudSave" + bytes(4096)
         yield "squashfs", b"hsqs" + bytes(4096)
         yield "7z", b"7z\xbc\xaf\x27\x1c" + bytes(4096)
         yield "VMDK descriptor", b"# Disk DescriptorFile\nversion=1\n".ljust(4096, b"\0")
 
     def test_compressed_files_and_archives(self) -> None:
         for name, image in self.archives():
-            for claimed in ("raw", None, "vhd"):
+            # What its end shows is no VHD, and refused for that.
+            for claimed in ("raw", None, "vhd") if name != "dmg" else ("raw", None):
                 with self.subTest(name, claimed=claimed):
                     self.refused(image, claimed, name)
 
@@ -238,6 +247,32 @@ class TestNoDisks(FormatCase):
             for claimed in ("raw", None):
                 with self.subTest(name, claimed=claimed):
                     self.refused(image, claimed, name, "no disk")
+
+    def test_a_text_is_what_a_server_says_unless_a_digest_vouches_for_it(self) -> None:
+        texts = (
+            b"404 page not found\n",
+            "Das Abbild wurde gel\u00f6scht.\n".encode() * 99,
+            "Das Abbild wurde gel\u00f6scht.\n".encode("latin-1"),
+            "\ufeffThe image is gone.".encode("utf-16-le"),
+            b"error: not found\nstatus: 404\n",
+        )
+        for text, claimed in itertools.product(texts, ("raw", None)):
+            with self.subTest(text[:20], claimed=claimed):
+                source = FakeSource({ID: text}, disk_format=claimed, digests=False)
+                with self.assertRaises(ic.ImageRejected) as caught:
+                    self.manager(source).cache_image(ID)
+                self.assertIn("a text and no disk", caught.exception.cause)
+                vouched = FakeSource({ID: text}, disk_format=claimed)
+                manager = self.manager(vouched)
+                manager.cache_image(ID)
+                manager.evict_image(ID)
+
+    def test_a_disk_without_a_digest_may_hold_anything_but_text(self) -> None:
+        for data in (b"\xff" * MIB, b"x" * MIB, raw_image()):
+            source = FakeSource({ID: data}, digests=False)
+            manager = self.manager(source)
+            manager.cache_image(ID)
+            manager.evict_image(ID)
 
     def test_what_only_resembles_them_is_a_disk(self) -> None:
         for start in (b"<html>" + bytes(6), b'{"' + bytes(6), b"BZh9" + bytes(6), b"\x1f\x8b" + bytes(6)):
