@@ -228,6 +228,20 @@ class TestDocuments(ServerCase):
         with self.assertRaisesRegex(SourceRefused, "document"):
             fetch(self.source(digest=DIGEST))
 
+    def test_what_they_say_in_the_data_is_theirs_and_not_the_images(self) -> None:
+        for said in (
+            b"404 page not found\n",
+            b"<!DOCTYPE html><html>gone</html>",
+            b'{"error": "gone"}',
+            b"\x89PNG\r\n\x1a\n" + bytes(100),
+        ):
+            for kind in ("text/plain", "application/octet-stream"):
+                self.server.put("/x", said, content_type=kind)
+                with self.subTest(said[:20], kind=kind), self.assertRaisesRegex(SourceRefused, "no disk"):
+                    fetch(self.source(digest=DIGEST))
+                text = model.Digest("sha256", hashlib.sha256(said).hexdigest())
+                self.assertEqual(said, fetch(self.source(digest=text)))
+
     def test_types_that_servers_give_to_disks_are_taken(self) -> None:
         for kind in (
             None,
