@@ -162,11 +162,16 @@ class Body:
 
     :ivar image: the description, as this answer corrects it.
     :ivar doubt: what is wrong with the answer, if the data turns out not to be the image's.
-    :param at_start: whether the data begins with the image's first byte.
+    :param at_start: whether the data begins with the image's first byte, so that it can be a document.
     """
 
     def __init__(
-        self, response: requests.Response, image: model.Image, doubt: SourceRefused | None, *, at_start: bool
+        self,
+        response: requests.Response,
+        image: model.Image,
+        doubt: SourceRefused | None = None,
+        *,
+        at_start: bool = False,
     ) -> None:
         self.image = image
         self.doubt: errors.SourceError | None = doubt
