@@ -47,6 +47,9 @@ class CacheConfig:
     decompress_images: bool = False
     #: How often a source is asked again after a failure that may pass, per endpoint round.
     num_retries: int = 3
+    #: Bytes per second that a source must bring on average of a minute in which it is waited for, else the
+    #: attempt counts as failed; or 0 to wait as long as anything comes.
+    min_transfer_rate: int = 1024
     #: How many images one manager fetches at a time, or 0 for no limit.
     max_concurrent_disk_ops: int = 0
     #: vmdk ``createType`` values that are accepted.

@@ -23,12 +23,22 @@ COMPRESSIONS = ("gzip", "xz", "zstd", "bzip2")
 class Digest:
     """A content digest.
 
-    :param algorithm: a :mod:`hashlib` name, such as ``sha512`` (Glance's ``os_hash_algo``).
-    :param value: lower-case hex.
+    :param algorithm: a :mod:`hashlib` name, such as ``sha512`` (Glance's ``os_hash_algo``). Upper case, and
+        the spelling with a hyphen that RFC 9530 and others use (``SHA-512``), are turned into that.
+    :param value: hex, which is turned into lower case.
     """
 
     algorithm: str
     value: str
+
+    def __post_init__(self) -> None:
+        # What a source that is not typed states is checked where its description is.
+        if isinstance(self.algorithm, str):
+            name = self.algorithm.strip().lower()
+            name = name.replace("sha-", "sha", 1) if name.startswith("sha-") else name.replace("-", "_")
+            object.__setattr__(self, "algorithm", name)
+        if isinstance(self.value, str):
+            object.__setattr__(self, "value", self.value.strip().lower())
 
     def __str__(self) -> str:
         return f"{self.algorithm}:{self.value}"

@@ -57,6 +57,7 @@ _FIELDS = {
         "scrub_rate",
         "max_virtual_size",
         "decompress_images",
+        "min_transfer_rate",
         "convert_cpu_time_limit",
         "convert_address_space_limit",
         "lock_timeout",
@@ -588,6 +589,12 @@ def _new_opts() -> Sequence[cfg.Opt]:
             "space_minimum_age_seconds",
             "No lack of space removes an image that was used or fetched "
             "less than this many seconds ago: its disk may be on its way from another host.",
+        ),
+        size(
+            "min_transfer_rate",
+            "Bytes per second that a source of images must bring on average of a minute in which "
+            "it is waited for. An attempt that brings less counts as failed, so that a server which trickles "
+            "does not hold an image's lock for ever. With 0 there is no limit.",
         ),
         size(
             "scrub_rate",

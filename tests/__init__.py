@@ -28,3 +28,4 @@ def load_tests(
 
 # All that the tests make the library run is held to it.
 execve_rule.install()
+execve_rule.install_in_children()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notes beside a report what the tests ran on, for the summary of a CI run."""
+"""Holds every test to the rule of execve_rule, and notes beside a report what the tests ran on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 
 import pytest
+
+from tests.support import execve_rule
+
+
+@pytest.fixture(autouse=True)
+def no_program_opens_what_it_was_not_told() -> Iterator[None]:
+    """Fail the test in which any process broke the rule: what is raised there may be lost."""
+    execve_rule.take_notes()
+    yield
+    assert not (found := execve_rule.take_notes()), found
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

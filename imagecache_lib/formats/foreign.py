@@ -83,6 +83,9 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
 )
 
 _BZIP2 = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", re.DOTALL)
+_TAR_SUM = re.compile(rb" *([0-7]{1,7})[ \0]")
+#: Signature, version 4 and length 512 of the block that ends an Apple disk image.
+_KOLY = b"koly\0\0\0\x04\0\0\x02\0"
 _BLANK = b" \t\r\n"
 _MARKS = (b"\xef\xbb\xbf",)
 _HTML = re.compile(rb"<(?:!doctype\s+html|html|head|body|title)\b", re.IGNORECASE)
@@ -102,7 +105,37 @@ def recognise(start: bytes, *, vouched: bool = True) -> Foreign | None:
             return Foreign(what, next_step)
     if _BZIP2.match(start):
         return Foreign("a bzip2-compressed file", f"decompress it (bunzip2) {_UPLOAD}")
+    if _is_old_tar(start):
+        return Foreign("a tar archive", f"unpack it (tar x) {_UPLOAD}")
     return _document(start, vouched=vouched)
+
+
+def document(start: bytes) -> Foreign | None:
+    """Return which document content is, or None if it is none: what a server may send instead of an image.
+
+    :param start: as for :func:`recognise`.
+    """
+    for offset, magic, what, next_step in _MAGIC:
+        if what.startswith("a picture") and start.startswith(magic, offset):
+            return Foreign(what, next_step)
+    return _document(start[:LOOKED_AT], vouched=False)
+
+
+def is_apple_image(end: bytes) -> bool:
+    """Return whether content is an Apple disk image (UDIF, ``.dmg``): the block that tells so is its end.
+
+    :param end: the last 512 bytes of the content.
+    """
+    return end.startswith(_KOLY) and len(end) == 512
+
+
+def _is_old_tar(start: bytes) -> bool:
+    """Return whether content begins as tar archives did before POSIX: only a sum shows their header."""
+    header = start[:512]
+    stated = _TAR_SUM.match(header, 148)
+    if len(header) < 512 or stated is None or not header[0]:
+        return False
+    return int(stated[1], 8) == sum(header[:148]) + 8 * 0x20 + sum(header[156:])
 
 
 def _document(start: bytes, *, vouched: bool) -> Foreign | None:
@@ -132,7 +165,9 @@ def _is_prose(text: bytes) -> bool:
     """Return whether what has no control characters is text of several words, as a server's message is."""
     try:
         # What was cut off in the middle of a character is text all the same.
-        words = codecs.getincrementaldecoder("utf-8")().decode(text).split()
+        codecs.getincrementaldecoder("utf-8")().decode(text)
     except UnicodeDecodeError:
-        return False
-    return len(words) > 1
+        # In another alphabet most of it is ASCII too: blanks, digits, punctuation, names.
+        if sum(byte < 128 for byte in text) < len(text) / 2:
+            return False
+    return len(text.split()) > 1

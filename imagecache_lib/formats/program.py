@@ -52,6 +52,10 @@ _HOST_AT_FAULT = re.compile(
 )
 
 
+#: What each layer of a program says, one after the other, of what is one file to the reader.
+_REPEATED = re.compile(r"(Could not open the file: )\1+")
+
+
 class StorageFailed(errors.BackendError):
     """The program met an I/O error: the disk is at fault and not the data."""
 
@@ -233,4 +237,4 @@ def told(said: str, program: str, hidden: tuple[str, ...]) -> str:
         line = line.removeprefix(f"{program}: ")
     for text in sorted(hidden, key=len, reverse=True):
         line = line.replace(f"'{text}'", "the file").replace(text, "the file")
-    return line
+    return _REPEATED.sub(r"\1", line)

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 from typing import Any, Self
 
 from imagecache_lib import errors
@@ -32,6 +33,8 @@ __all__ = ["DataRefused", "DiskFile", "QemuImg", "StorageFailed"]
 _WALL_PER_CPU = 10
 
 _CONVERT = ("convert", "-n", "--target-is-zero", "-W", "-m", "8")
+
+_READING = re.compile(r"\b[Rr]ead|Could not open")
 
 _NAMES_A_FILE = ("backing-filename", "full-backing-filename", "backing-image")
 
@@ -187,14 +190,35 @@ class QemuImg:
             *behind,
         )
         hidden = (*(each.to_option() for each in shown), *paths)
-        return program.run(
-            command,
-            limits=limits,
-            waiter=waiter or self._waiter,
-            program="qemu-img",
-            subject=disk.path,
-            hidden=hidden,
-        )
+        waiter = waiter or self._waiter
+        try:
+            return program.run(
+                command,
+                limits=limits,
+                waiter=waiter,
+                program="qemu-img",
+                subject=disk.path,
+                hidden=hidden,
+            )
+        except StorageFailed as error:
+            # QEMU calls it an I/O error too where tables of the image lead nowhere, such as behind its end.
+            if _READING.search(error.cause) and _is_readable(disk, waiter):
+                raise DataRefused(error.cause, path=error.path) from error
+            raise
+
+
+def _is_readable(disk: DiskFile, waiter: Waiter) -> bool:
+    """Return whether every byte of a disk's files can be read, so that the storage did not fail."""
+    try:
+        for each in disk.files():
+            with contextlib.closing(OpenFile.at(each.path)) as file:
+                offset = 0
+                while piece := file.read(offset, 2**20):
+                    waiter.check()
+                    offset += len(piece)
+    except OSError:
+        return False
+    return True
 
 
 def _limits(cpu: int, memory: int) -> Limits:

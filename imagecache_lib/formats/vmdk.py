@@ -24,8 +24,10 @@ _FOOTER_FROM_END = 2 * _SECTOR
 _MARKER_FROM_END = 3 * _SECTOR
 _FOOTER_MARKER = 3
 
-#: What is looked through for a parent: more than the header says, as a reader may look further than that.
+#: What is looked through for a parent: more than the header says, as a reader may look further than that, and
+#: there where all writers put the descriptor, as a reader may look there whatever the header says.
 _LOOKED_THROUGH = 20 * _SECTOR
+_USUAL_DESCRIPTOR = _SECTOR
 _MOST_DESCRIPTOR = 2**20
 _LAST_DESCRIPTOR = 8 * 2**20
 
@@ -95,7 +97,7 @@ def _descriptor(image: Reader, header: _Header) -> str:
     if not start or not length or length > _MOST_DESCRIPTOR or start > _LAST_DESCRIPTOR:
         raise _broken("it has no descriptor where one can be")
     data = image.read(start, max(length, _LOOKED_THROUGH))
-    _require_no_parent(data)
+    _require_no_parent(data, image.read(_USUAL_DESCRIPTOR, _LOOKED_THROUGH))
     text = data[:length].split(b"\0", 1)[0]
     kinds, create_type = [], None
     for line in (each.strip() for each in text.splitlines()):
@@ -122,8 +124,8 @@ def _descriptor(image: Reader, header: _Header) -> str:
     return create_type
 
 
-def _require_no_parent(data: bytes) -> None:
-    if b"parentfilenamehint" in data.lower():
+def _require_no_parent(*pieces: bytes) -> None:
+    if any(b"parentfilenamehint" in piece.lower() for piece in pieces):
         raise errors.ImageRejected(_OTHER_FILES, next_step=_CONVERT)
 
 

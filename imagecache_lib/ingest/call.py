@@ -149,4 +149,5 @@ class Call:
             cancel=self.request.cancel,
             max_size=self._config.max_virtual_size,
             rate=self.request.rate,
+            min_rate=self._config.min_transfer_rate,
         )

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from imagecache_lib import errors
 from imagecache_lib.config import CacheConfig
-from imagecache_lib.formats import vhd
+from imagecache_lib.formats import foreign, vhd
 from imagecache_lib.formats.inspection import Ending, Finding, Rules
 from imagecache_lib.formats.qcow2.decoder import StreamDecoder
 from imagecache_lib.formats.qcow2.spill import Spill
@@ -27,6 +27,9 @@ from imagecache_lib.system.waiter import Waiter
 
 #: A guest's disk is counted in sectors of this size, so a raw image ends on a whole one.
 SECTOR = 512
+
+#: As much of the end of raw content as is looked at: a footer, or the last block of an image of Apple's.
+_END = 512
 
 #: Formats that qemu-img converts, and whose data may be larger than the file.
 _COMPRESSING = ("qcow2", "vmdk")
@@ -46,18 +49,25 @@ class Decoder(Consumer[int], Protocol):
 
 
 class PassThrough:
-    """Stores the bytes of a raw disk as they come, zeros as holes."""
+    """Stores the bytes of a raw disk as they come, zeros as holes.
+
+    :param ending: what may follow the data.
+    :param inspected: whether it must not be something that only its end shows to be no disk.
+    """
 
     stored_format = "raw"
 
-    def __init__(self, stage: Stage, ending: Ending = Ending.NONE) -> None:
+    def __init__(self, stage: Stage, ending: Ending = Ending.NONE, *, inspected: bool = False) -> None:
         self.source_format = "raw"
         self._stage = stage
         self._ending = ending
+        self._inspected = inspected
+        self._end = b""
         self._held = b""
         self._offset = 0
 
     def feed(self, chunk: bytes) -> None:
+        self._end = (self._end + chunk[-_END:])[-_END:]
         if self._ending is not Ending.NONE:
             # What may be a footer is held back: what was written is summed up, and cannot be taken back.
             whole = self._held + chunk
@@ -69,6 +79,11 @@ class PassThrough:
         self._offset += len(chunk)
 
     def finish(self) -> int:
+        if self._inspected and foreign.is_apple_image(self._end):
+            raise errors.ImageRejected(
+                "it is an Apple disk image (dmg) and no disk",
+                next_step="convert it to raw or qcow2, and upload that under a new id",
+            )
         if vhd.is_fixed(self._held, self._offset):
             self.source_format = "vpc"
         elif self._ending is Ending.DEMANDED:
@@ -266,7 +281,7 @@ def choose(finding: Finding | None, work: Work, *, wanted: str | None, file_size
         return PassThrough(work.stage)
     to_raw = _is_converted(finding, wanted, work.cache.config)
     if finding.format == "raw" or finding.ending is not Ending.NONE:
-        return PassThrough(work.stage, finding.ending)
+        return PassThrough(work.stage, finding.ending, inspected=work.rules.strict)
     if not to_raw:
         return Keep(finding, work)
     if finding.format == "qcow2" and not work.whole:

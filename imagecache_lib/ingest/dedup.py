@@ -15,6 +15,7 @@ import os
 from imagecache_lib import errors, model
 from imagecache_lib.formats import inspection
 from imagecache_lib.formats.inspection import Rules
+from imagecache_lib.ingest import decompress
 from imagecache_lib.ingest.call import Call
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import checksums, evidence, layout
@@ -99,7 +100,7 @@ def _open(name: str, cache: CacheStore, call: Call, image: model.Image, use: evi
             return None  # nothing could vouch for the copy
         if use is evidence.Use.DISK:
             call.require_fit(record.virtual_size)
-            if not record.converted:
+            if record.source_format.partition("+")[0] == record.stored_format:
                 _inspect(opened, cache, image)
         stack.pop_all()  # it stays open
         return Twin(opened, record, sums)
@@ -117,13 +118,18 @@ def _serves(
         return False
     if use is evidence.Use.FILE:
         return True
-    claimed = image.disk_format
-    if claimed in (None, "vhd", "vpc") and record.source_format == "raw":
+    claimed, (content, _, compression) = image.disk_format, record.source_format.partition("+")
+    wanted = decompress.compression_of(image, use, config) or ""
+    # The bytes are the same, so that where they are to tell how they are packed, they told it before.
+    if wanted != compression and not (wanted == decompress.ANY and compression):
+        return False
+    if claimed in (None, "vhd", "vpc") and content == "raw":
         return False  # what follows the data may be no part of the disk, which only its transfer tells
-    if record.converted and inspection.QEMU_FORMATS.get(claimed or "", claimed) != record.source_format:
+    kept = content == record.stored_format
+    if not kept and inspection.QEMU_FORMATS.get(claimed or "", claimed) != content:
         return False
     to_raw = call.stored_format == "raw" if call.stored_format is not None else config.force_raw_images
-    return record.stored_format == "raw" if to_raw else not record.converted
+    return record.stored_format == "raw" if to_raw else kept
 
 
 def _inspect(opened: OpenBase, cache: CacheStore, image: model.Image) -> None:

@@ -5,6 +5,7 @@ interpreter lock."""
 from __future__ import annotations
 
 import hashlib
+import re
 
 from imagecache_lib import errors, model
 from imagecache_lib.ingest.aside import Aside, Ignoring
@@ -22,7 +23,7 @@ def checking(image: model.Image, waiter: Waiter) -> Consumer[Pieces | None]:
     states none, for which the consumer does nothing, or states that of another cache's conversion.
 
     :param waiter: the caller, which may stop waiting.
-    :raises ImageRejected: the algorithm is unknown here.
+    :raises ImageRejected: the algorithm is unknown here, or the value is none of it.
     """
     if image.digest is None:
         return Ignoring(None)
@@ -49,7 +50,7 @@ class StreamDigest:
     :param expected: what the source says.
     :param waiter: the caller, which may stop waiting.
     :param with_pieces: whether to hash the pieces of the data, too.
-    :raises ImageRejected: the algorithm is unknown here.
+    :raises ImageRejected: the algorithm is unknown here, or the value is none of it.
     """
 
     def __init__(self, expected: model.Digest, waiter: Waiter, *, with_pieces: bool = True) -> None:
@@ -60,6 +61,11 @@ class StreamDigest:
                 next_step="have the image service use sha512",
             )
         self._hashes = _Hashes(expected.algorithm, with_pieces=with_pieces)
+        if not re.fullmatch(f"[0-9a-f]{{{2 * self._hashes.whole.digest_size}}}", expected.value):
+            raise errors.ImageRejected(
+                f"its digest {expected.value[:140]!r} is no {expected.algorithm} in hex",
+                next_step="correct the digest where it is stated",
+            )
         self._aside = Aside(self._hashes, "imagecache-digest", waiter)
 
     def feed(self, chunk: bytes) -> None:

@@ -165,6 +165,13 @@ class ImageProducer:
                 next_step="upload it anew",
             )
         decompress.compression_of(image, self._use, self._cache.config)  # refuses what is no disk
+        most = self._cache.config.max_virtual_size
+        if image.size is not None and image.size > most:
+            raise errors.ImageRejected(
+                f"its source says that it has {image.size} bytes, which is absurd: a disk has {most} at most",
+                image=self._call.image_id,
+                next_step="find out where the source has that from",
+            )
         stage = Stage(self._cache, self._call.name)
         try:
             return self._produce_in(stage, source, image)

@@ -18,6 +18,7 @@ import requests
 import urllib3.exceptions
 
 from imagecache_lib import errors, model
+from imagecache_lib.formats import foreign
 from imagecache_lib.sources import exchange
 from imagecache_lib.sources.interface import (
     CannotResume,
@@ -161,13 +162,21 @@ class Body:
 
     :ivar image: the description, as this answer corrects it.
     :ivar doubt: what is wrong with the answer, if the data turns out not to be the image's.
+    :param at_start: whether the data begins with the image's first byte, so that it can be a document.
     """
 
     def __init__(
-        self, response: requests.Response, image: model.Image, doubt: SourceRefused | None = None
+        self,
+        response: requests.Response,
+        image: model.Image,
+        doubt: SourceRefused | None = None,
+        *,
+        at_start: bool = False,
     ) -> None:
         self.image = image
         self.doubt: errors.SourceError | None = doubt
+        self._looked = not at_start
+        self._where = exchange.shown(response.url)
         self._delimited = _is_delimited(response)
         self._chunks = body(response, image.id)
 
@@ -176,7 +185,7 @@ class Body:
 
     def __next__(self) -> bytes:
         try:
-            return next(self._chunks)
+            chunk = next(self._chunks)
         except StopIteration:
             if self.image.size is None and not self._delimited and self.doubt is None:
                 self.doubt = errors.SourceError(
@@ -184,6 +193,19 @@ class Body:
                     image=self.image.id,
                 )
             raise
+        if not self._looked:
+            self._looked = True
+            self.doubt = self.doubt or self._document(chunk)
+        return chunk
+
+    def _document(self, start: bytes) -> SourceRefused | None:
+        """Return the doubt about data that begins as a document does, or None."""
+        found = foreign.document(start[: foreign.LOOKED_AT])
+        if found is None:
+            return None
+        return SourceRefused(
+            f"{self._where} sends {found.what} and no disk", image=self.image.id, next_step=found.next_step
+        )
 
 
 def _is_delimited(response: requests.Response) -> bool:
@@ -226,7 +248,8 @@ def data(
         doubt = _contradiction(response, image)
         if doubt is not None and image.digest is None:
             raise doubt
-        yield Body(response, image if offset > 0 else _corrected(image, response, size_is_known), doubt)
+        described = image if offset > 0 else _corrected(image, response, size_is_known)
+        yield Body(response, described, doubt, at_start=offset == 0)
 
 
 def _corrected(image: model.Image, response: requests.Response, size_is_known: bool) -> model.Image:

@@ -28,7 +28,7 @@ from imagecache_lib.sources import checked
 from imagecache_lib.sources.interface import CannotResume, ImageSource, NotPermitted, SourceRefused
 from imagecache_lib.sources.retry import DeadlinePassed, SourceBudget
 from imagecache_lib.system.host import System
-from imagecache_lib.system.rate import Pace
+from imagecache_lib.system.rate import Pace, timely
 from imagecache_lib.system.trace import TracePoint
 
 LOG = logging.getLogger(__name__)
@@ -126,6 +126,7 @@ class Transfer:
     :param cancel: looked at before every chunk.
     :param max_size: most bytes to accept when ``image.size`` is unknown, or None for no limit.
     :param rate: bytes per second to take at most, or None for no limit.
+    :param min_rate: bytes per second that must come on average of a minute of waiting, or 0 for any number.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Transfer:
         cancel: model.CancelToken | None = None,
         max_size: int | None = None,
         rate: int | None = None,
+        min_rate: int = 0,
     ) -> None:
         self._source = source
         self.image = image
@@ -147,6 +149,7 @@ class Transfer:
         self._limit = max_size if image.size is None else image.size
         self._budget = SourceBudget(image.id, host=host, retries=retries, deadline=deadline, cancel=cancel)
         self._pace = Pace(rate, self._budget)
+        self._min_rate = min_rate
         self._resume_refused = False
         self._may_resume = checked.can_resume(source, image)
         self._furthest = 0
@@ -224,7 +227,7 @@ class Transfer:
                 self._resumed = True
             elif stream.image is not self.image:
                 self._take_correction(stream.image)
-            for chunk in stream:
+            for chunk in timely(stream, self._min_rate, self._host):
                 self._budget.check()
                 if self._limit is not None and self._offset + len(chunk) > self._limit:
                     raise self._too_long()

@@ -222,13 +222,16 @@ def _lacks(record: Record, requirements: Requirements) -> Iterator[str]:
 
 
 def _other_content(record: Record, digest: model.Digest) -> Iterator[str]:
-    """Yield why a base is not made from the data that has a digest, if it is not.
+    """Yield why nothing shows that a base was made from the data that has a digest, if nothing does.
 
-    An adopted base is compared when it is adopted, as far as it can be: a conversion has another digest.
+    An adopted base is compared when it is adopted, where it has the data as they came. What it was converted
+    from cannot be told from it.
     """
     demanded = f"{digest.algorithm} {digest.value} is demanded"
     if record.digest is None or not record.digest_checked:
-        if record.origin is not Origin.ADOPTED:
+        if record.origin is Origin.ADOPTED:
+            yield f"another program made it, nothing shows from which data, and {demanded}"
+        else:
             yield f"it was fetched without a digest, and {demanded}"
     elif record.digest.algorithm != digest.algorithm:
         yield f"its {record.digest.algorithm} was checked, and {demanded}"

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holding a transfer to a rate: after each chunk it rests until its bytes are paid for.
+"""Holding a transfer to a rate, and giving it up where next to nothing comes.
 
-What arrives meanwhile fills the socket's buffer; then TCP's window closes, and the server waits too.
+After each chunk a transfer rests until its bytes are paid for. What arrives meanwhile fills the socket's
+buffer; then TCP's window closes, and the server waits too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
+from imagecache_lib import errors
 from imagecache_lib.system.host import System
 
 #: A rest is cut into pieces of this many seconds, so that a cancelled request ends soon.
 _PIECE = 0.5
+
+#: Seconds of waiting over which a transfer's lowest rate is an average.
+WINDOW = 60.0
 
 
 class Waits(Protocol):
@@ -56,3 +62,28 @@ class Pace:
             self._waits.system.sleep(piece)
             rest -= piece
             self._waits.check()
+
+
+def timely(chunks: Iterable[bytes], min_rate: int, system: System) -> Iterator[bytes]:
+    """Yield chunks as they come, as long as they come fast enough.
+
+    Only the time in which they are waited for counts, and not what becomes of them.
+
+    :param min_rate: bytes per second on average of :data:`WINDOW` seconds of waiting, or 0 for any number.
+    :param system: whose monotonic clock is used.
+    :raises SourceError: fewer came.
+    """
+    waited, amount = 0.0, 0
+    began = system.monotonic()
+    for chunk in chunks:
+        waited += system.monotonic() - began
+        amount += len(chunk)
+        if waited >= WINDOW:
+            if amount < min_rate * waited:
+                raise errors.SourceError(
+                    f"only {amount} bytes came in {waited:.0f} s",
+                    next_step="find out what slows the server down, or lower min_transfer_rate",
+                )
+            waited, amount = 0.0, 0
+        yield chunk
+        began = system.monotonic()

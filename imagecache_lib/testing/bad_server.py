@@ -45,7 +45,8 @@ class Answer:
         the server ends, or go on ``endless``\\ ly. ``drop`` resets it before anything is sent.
     :param chunked: send the body with Transfer-Encoding: chunked and no length. ``close`` and ``reset`` leave
         out the last chunk.
-    :param pause: seconds between pieces of 64 KiB of the body.
+    :param pause: seconds between pieces of the body.
+    :param piece: bytes in each of these pieces.
     """
 
     status: int = 200
@@ -55,6 +56,7 @@ class Answer:
     after: str = KEEP
     chunked: bool = False
     pause: float = 0.0
+    piece: int = _PIECE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +278,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
 
     def _send_body(self, answer: Answer) -> None:
         # At once unless it is to be slow: a reset takes from the client what it has not read.
-        piece = _PIECE if answer.pause else max(1, len(answer.body))
+        piece = answer.piece if answer.pause else max(1, len(answer.body))
         for start in range(0, len(answer.body), piece):
             if start and self._owner.closing.wait(answer.pause):
                 return

@@ -71,6 +71,11 @@ def slow(pause: float) -> Fault:
     return lambda _seen, answer: dataclasses.replace(answer, pause=pause)
 
 
+def trickling(pause: float) -> Fault:
+    """The body comes byte by byte with ``pause`` seconds between them."""
+    return lambda _seen, answer: dataclasses.replace(answer, pause=pause, piece=1)
+
+
 def length_told(length: int | None) -> Fault:
     """Content-Length is ``length``, which is wrong, and the body is whole.
 

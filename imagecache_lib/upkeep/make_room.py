@@ -45,7 +45,9 @@ def make(
 ) -> int:
     """Evict unused bases until ``wanted`` bytes are freed, the least recently used first.
 
-    Returns the bytes that were freed.
+    Where all unused bases together are too small, none is evicted: a server may say anything of an image's
+    length, and the cache would be emptied for a fetch that fails all the same. Returns the bytes that were
+    freed.
 
     :param reader: reads all references.
     """
@@ -54,7 +56,8 @@ def make(
     freed = _freed(evict.evict((), reader, cache, hosts, observers))
     if freed < wanted:
         relief = _plan(wanted - freed, reader, cache, now)
-        freed += _freed(evict.evict(relief.victims, reader, cache, hosts, observers))
+        if sum(decision.entry.allocated for decision in relief.victims) >= wanted - freed:
+            freed += _freed(evict.evict(relief.victims, reader, cache, hosts, observers))
     return freed
 
 

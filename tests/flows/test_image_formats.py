@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import lzma
 import os
 import random
@@ -215,13 +216,21 @@ class TestNoDisks(FormatCase):
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
             yield "tar", made.getvalue()
+        header = bytearray(made.getvalue())
+        header[257:265] = bytes(8)  # as before POSIX
+        header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:512]))
+        yield "tar", bytes(header)
+        yield "dmg", data + (b"koly\0\0\0\x04\0\0\x02\0").ljust(512, b"\0")
+        yield "PNG", b"\x89PNG\r\n\x1a\n" + bytes(4096)
+        yield "saved memory", b"LibvirtQemudSave" + bytes(4096)
         yield "squashfs", b"hsqs" + bytes(4096)
         yield "7z", b"7z\xbc\xaf\x27\x1c" + bytes(4096)
         yield "VMDK descriptor", b"# Disk DescriptorFile\nversion=1\n".ljust(4096, b"\0")
 
     def test_compressed_files_and_archives(self) -> None:
         for name, image in self.archives():
-            for claimed in ("raw", None, "vhd"):
+            # What its end shows is no VHD, and refused for that.
+            for claimed in ("raw", None, "vhd") if name != "dmg" else ("raw", None):
                 with self.subTest(name, claimed=claimed):
                     self.refused(image, claimed, name)
 
@@ -238,6 +247,32 @@ class TestNoDisks(FormatCase):
             for claimed in ("raw", None):
                 with self.subTest(name, claimed=claimed):
                     self.refused(image, claimed, name, "no disk")
+
+    def test_a_text_is_what_a_server_says_unless_a_digest_vouches_for_it(self) -> None:
+        texts = (
+            b"404 page not found\n",
+            "Das Abbild wurde gel\u00f6scht.\n".encode() * 99,
+            "Das Abbild wurde gel\u00f6scht.\n".encode("latin-1"),
+            "\ufeffThe image is gone.".encode("utf-16-le"),
+            b"error: not found\nstatus: 404\n",
+        )
+        for text, claimed in itertools.product(texts, ("raw", None)):
+            with self.subTest(text[:20], claimed=claimed):
+                source = FakeSource({ID: text}, disk_format=claimed, digests=False)
+                with self.assertRaises(ic.ImageRejected) as caught:
+                    self.manager(source).cache_image(ID)
+                self.assertIn("a text and no disk", caught.exception.cause)
+                vouched = FakeSource({ID: text}, disk_format=claimed)
+                manager = self.manager(vouched)
+                manager.cache_image(ID)
+                manager.evict_image(ID)
+
+    def test_a_disk_without_a_digest_may_hold_anything_but_text(self) -> None:
+        for data in (b"\xff" * MIB, b"x" * MIB, raw_image()):
+            source = FakeSource({ID: data}, digests=False)
+            manager = self.manager(source)
+            manager.cache_image(ID)
+            manager.evict_image(ID)
 
     def test_what_only_resembles_them_is_a_disk(self) -> None:
         for start in (b"<html>" + bytes(6), b'{"' + bytes(6), b"BZh9" + bytes(6), b"\x1f\x8b" + bytes(6)):
@@ -289,6 +324,16 @@ class TestFaults(FormatCase):
             self.manager(source, host=self.converting(script)).cache_image(ID)
         self.assertIn("qemu-img: error while reading at byte 0: Invalid argument", str(caught.exception))
         self.assertEqual(1, str(caught.exception).count("qemu-img"))
+
+    def test_tables_that_lead_nowhere_are_no_failure_of_the_storage(self) -> None:
+        source = FakeSource({ID: disk_image(self.directory, "vdi")}, disk_format="vdi")
+        for said, expected in (
+            ("error while reading at byte 0: Input/output error", ic.ImageRejected),
+            ("error while writing at byte 0: Input/output error", ic.BackendError),
+        ):
+            host = self.converting(f"echo 'qemu-img: {said}' >&2; exit 1")
+            with self.subTest(said), self.assertRaises(expected):
+                self.manager(source, host=host).cache_image(ID)
 
     def test_half_a_conversion_is_not_published_where_child_signals_are_ignored(self) -> None:
         image = disk_image(
@@ -347,6 +392,28 @@ class TestDigests(FormatCase):
         demanding = self.manager(self.table(1, digest=self.digest_of(1)), space_minimum_age_seconds=0)
         self.assertIs(ic.CacheResult.CACHED, demanding.cache_image(ID))
         self.assertIs(ic.CacheResult.EXISTING, demanding.cache_image(ID))
+
+    def test_a_conversion_of_another_program_does_not_serve_a_demand(self) -> None:
+        image = disk_image(self.directory, "qcow2", data=raw_image(2))
+        path = self.directory / "image"
+        path.write_bytes(image)
+        self.base().parent.mkdir(parents=True, exist_ok=True)
+        self.base().write_bytes(raw_image(1))  # of which version, nobody knows
+        os.utime(self.base(), (0, 0))
+        digest = ic.Digest("sha256", hashlib.sha256(image).hexdigest())
+        demanding = self.manager(
+            ic.FileSource({ID: ic.FileImage(path, "qcow2", digest=digest)}), space_minimum_age_seconds=0
+        )
+        self.assertEqual(raw_image(2), self.spawn(demanding))
+        with demanding.lease_cached(ID) as base:
+            self.assertEqual(digest, base.digest)
+
+    def test_what_another_program_left_serves_a_demand_if_it_has_the_digest(self) -> None:
+        self.base().parent.mkdir(parents=True, exist_ok=True)
+        self.base().write_bytes(raw_image(1))
+        self.assertIs(
+            ic.CacheResult.EXISTING, self.manager(self.table(1, digest=self.digest_of(1))).cache_image(ID)
+        )
 
     def test_a_digest_that_somebody_states_opens_no_other_image(self) -> None:
         path = self.directory / "other"

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import unittest
 
+import imagecache_lib as ic
 from imagecache_lib import config, errors
 from imagecache_lib.store import layout, reservations
 from imagecache_lib.store.directory import CacheStore
@@ -13,10 +15,11 @@ from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import Stage
 from imagecache_lib.system.host import System
 from imagecache_lib.system.waiter import Waiter
+from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep import policy
 from imagecache_lib.upkeep.inventory import Entry
 from imagecache_lib.upkeep.references import References
-from tests.support.cache_case import ID, CacheCase
+from tests.support.cache_case import ID, CacheCase, raw_image
 
 NOW = 1_000_000.0
 HUGE = 2**60
@@ -119,3 +122,27 @@ class TestReport(CacheCase):
         manager.pin(ID, owner="somebody")
         self.assertEqual(0, manager.get_space().reclaimable)
         self.assertTrue(self.base().exists())
+
+
+class Claiming(FakeSource):
+    """Says a length of one image that no filesystem has room for."""
+
+    def describe(self, image_id: str) -> ic.Image:
+        image = super().describe(image_id)
+        return dataclasses.replace(image, size=HUGE) if image_id == "huge" else image
+
+
+class TestLengthsThatAreClaimed(CacheCase):
+    def test_an_absurd_one_costs_the_cache_nothing(self) -> None:
+        source = Claiming({ID: raw_image(1), "huge": raw_image(2)})
+        manager = self.manager(source, space_minimum_age_seconds=0, max_virtual_size=HUGE)
+        manager.cache_image(ID)
+        with self.assertRaises(errors.NoSpaceError):
+            manager.cache_image("huge")
+        self.assertTrue(manager.is_cached(ID))
+
+    def test_one_beyond_the_largest_disk_is_refused_for_that(self) -> None:
+        source = Claiming({ID: raw_image(1), "huge": raw_image(2)})
+        with self.assertRaisesRegex(errors.ImageRejected, "absurd"):
+            self.manager(source).cache_image("huge")
+        self.assertEqual(0, source.opens)

@@ -107,6 +107,16 @@ class TestSelfContained(CacheCase):
     def test_a_differencing_vhd(self) -> None:
         self.refused(dynamic_vhd(bytes(2**20), kind=4), "vhd")
 
+    def test_a_vmdk_that_states_a_parent_where_readers_look_whatever_its_header_says(self) -> None:
+        image = disk_image(self.directory, "vmdk", options="subformat=monolithicSparse")
+        descriptor = image[512 : 512 + 10240]
+        there = b'parentFileNameHint="other.vmdk"\n' + descriptor.rstrip(b"\0")
+        moved = bytearray(image) + descriptor
+        moved[512 : 512 + 10240] = there.ljust(10240, b"\0")
+        struct.pack_into("<Q", moved, 28, len(image) // 512)
+        with self.assertRaisesRegex(ic.ImageRejected, "another file belongs"):
+            contained.examine(Prefix(bytes(moved), whole=True), "vmdk")
+
     def test_a_vhdx_with_a_parent(self) -> None:
         image = bytearray(disk_image(self.directory, "vhdx"))
         entry = image.index(_FILE_PARAMETERS)

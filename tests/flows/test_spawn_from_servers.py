@@ -136,7 +136,7 @@ class TestCompressedImages(CacheCase):
     def test_bombs_truncations_and_garbage_leave_nothing(self) -> None:
         data = self.content("raw")
         for name, pack in PACK.items():
-            for packed in (pack(data)[:-5], pack(data) + b"garbage", pack(bytes(9 * MIB)), b"not packed"):
+            for packed in (pack(data)[:-5], pack(data) + b"garbage", pack(bytes(9 * MIB)), b"\0not packed"):
                 manager = self.manager(self.http(packed, name, "raw"), max_virtual_size=8 * MIB)
                 with self.subTest(name=name), self.leaves_nothing():
                     self.assertRaises(errors.ImageRejected, manager.cache_image, IMAGE)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import os
 from typing import Any
@@ -24,6 +25,17 @@ class Source(FakeSource):
 
     def describe(self, image_id: str) -> ic.Image:
         return dataclasses.replace(super().describe(image_id), **self.told)  # type: ignore[arg-type]
+
+
+class Packed(FakeSource):
+    """Says of all images how they are compressed."""
+
+    def __init__(self, images: dict[str, bytes], *, disk_format: str, compression: str | None) -> None:
+        super().__init__(images, disk_format=disk_format)
+        self.compression = compression
+
+    def describe(self, image_id: str) -> ic.Image:
+        return dataclasses.replace(super().describe(image_id), compression=self.compression)
 
 
 class TestTwins(CacheCase):
@@ -79,6 +91,31 @@ class TestTwins(CacheCase):
         source = FakeSource({ID: image, OTHER_ID: image}, disk_format="qcow2")
         self.assertEqual(1, self.cache_both(source))
         self.assertEqual(raw_image(), content_of(str(self.base(OTHER_ID)), "raw"))
+
+    def test_one_that_came_compressed_serves_what_is_to_be_unpacked_from_the_same_bytes(self) -> None:
+        for data, format in ((raw_image(), "raw"), (disk_image(self.directory, "qcow2"), "qcow2")):
+            with self.subTest(format):
+                packed = gzip.compress(data)
+                ids = [f"{format}-{number}" for number in range(4)]
+                source = Packed(dict.fromkeys(ids, packed), disk_format=format, compression="gzip")
+                manager = self.manager(source)
+                manager.cache_image(ids[0])
+                manager.cache_image(ids[1])
+                self.assertEqual(1, source.opens)
+                self.assertEqual(raw_image(), content_of(str(self.base(ids[1])), "raw"))
+                self.assertEqual(f"{format}+gzip", self.record_of(ids[1]).source_format)
+                source.compression = None  # the bytes are to be taken as they are
+                with self.assertRaises(ic.ImageRejected):
+                    manager.cache_image(ids[2])
+                source.compression = "xz"
+                with self.assertRaises(ic.ImageRejected):
+                    manager.cache_image(ids[3])
+
+    def test_a_digest_in_upper_case_is_the_same(self) -> None:
+        data = raw_image(1)
+        said = ic.Digest("SHA-256", hashlib.sha256(data).hexdigest().upper())
+        source = Source({ID: data, OTHER_ID: data}, digest=said)
+        self.assertEqual(1, self.cache_both(source))
 
     def test_a_plain_file_serves_a_plain_file_only(self) -> None:
         manager = self.manager(self.same)

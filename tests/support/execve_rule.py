@@ -3,20 +3,27 @@
 
 Python tells of each process that it starts (``sys.addaudithook``), without anything being replaced. What is
 started from within the library and runs qemu-img must state, for every file, its driver and what lies under
-it. A violation raises where the process would have started, so that the test fails that caused it.
+it. A violation raises where the process would have started, and is noted, so that the test fails that caused
+it. The Pythons that tests start keep the rule too: the command, the agent, workers.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import importlib.util
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-import imagecache_lib
-
-_LIBRARY = os.path.dirname(os.path.abspath(imagecache_lib.__file__)) + os.sep
+_FOUND = importlib.util.find_spec("imagecache_lib")
+assert _FOUND is not None and _FOUND.origin is not None
+_LIBRARY = os.path.dirname(os.path.abspath(_FOUND.origin)) + os.sep
+#: The variable that says where violations are written, by whichever process they are in.
+_NOTES = "IMAGECACHE_TESTS_VIOLATIONS"
 _STARTS = frozenset(("subprocess.Popen", "os.exec", "os.posix_spawn"))
 
 
@@ -29,6 +36,34 @@ def install() -> None:
     sys.addaudithook(_audit)
 
 
+def install_in_children() -> None:
+    """Keep the rule in each Python that this process starts, from now on, and in what that one starts."""
+    handle, path = tempfile.mkstemp(prefix="imagecache-violations-")
+    os.close(handle)
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    atexit.register(remove)
+    os.environ[_NOTES] = path
+    children = os.path.join(os.path.dirname(os.path.abspath(__file__)), "children")
+    paths = [
+        each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each not in ("", children)
+    ]
+    os.environ["PYTHONPATH"] = os.pathsep.join([children, *paths])
+
+
+def take_notes() -> str:
+    """Return which violations were noted since the last call, in all processes, a line each."""
+    with open(os.environ[_NOTES], "r+", encoding="utf-8") as notes:
+        found = notes.read()
+        notes.truncate(0)
+    return found
+
+
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if event not in _STARTS or not _from_the_library():
         return
@@ -37,6 +72,9 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         words = [words]
     fault = fault_of([os.fsdecode(word) for word in words])
     if fault is not None:
+        if _NOTES in os.environ:
+            with contextlib.suppress(OSError), open(os.environ[_NOTES], "a", encoding="utf-8") as notes:
+                notes.write(f"{fault}: {words}\n")
         raise Violation(f"{fault}: {words}")
 
 

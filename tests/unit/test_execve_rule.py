@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import unittest
 
+from tests.support import execve_rule
 from tests.support.execve_rule import fault_of
 
 _FILE = {"driver": "file", "filename": "/disk"}
@@ -38,3 +41,20 @@ class TestRule(unittest.TestCase):
             ["qemu-io", "/disk"],
         ):
             self.assertIsNotNone(fault_of(words), words)
+
+
+class TestChildren(unittest.TestCase):
+    def test_a_python_that_a_test_starts_keeps_the_rule(self) -> None:
+        # As the library would: the frame that starts the program has its name.
+        code = (
+            "import os, subprocess, imagecache_lib\n"
+            "name = os.path.join(os.path.dirname(imagecache_lib.__file__), 'made_up.py')\n"
+            "exec(compile(\"subprocess.run(['qemu-img', 'info', '/disk'])\", name, 'exec'))\n"
+        )
+        try:
+            child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        finally:
+            noted = execve_rule.take_notes()
+        self.assertIn("no file is stated", noted)
+        self.assertNotEqual(0, child.returncode)
+        self.assertIn("Violation", child.stderr)

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import random
+import time
 import unittest
 
 from imagecache_lib import errors, model
@@ -112,6 +114,17 @@ class TestLength(ServerCase):
             self.assertEqual(DATA, fetch(source))
 
 
+class TestSlowness(ServerCase):
+    def test_a_server_that_trickles_is_given_up(self) -> None:
+        self.server.always_fail("/x", faults.trickling(0.01), method="GET")
+        hurried = dataclasses.replace(QUIET, monotonic=lambda: time.monotonic() * 300)
+        source = self.source(digest=DIGEST)
+        found, image = transfer.describe(source, "x", host=hurried)
+        fetching = transfer.Transfer(found, image, host=hurried, retries=1, min_rate=1024)
+        with self.assertRaisesRegex(errors.SourceError, "bytes came in .* gave up after 2 attempts"):
+            b"".join(fetching.chunks())
+
+
 class TestMirrors(ServerCase):
     def setUp(self) -> None:
         super().setUp()
@@ -214,6 +227,20 @@ class TestDocuments(ServerCase):
         self.server.put("/x", DATA[::-1], content_type="text/html")
         with self.assertRaisesRegex(SourceRefused, "document"):
             fetch(self.source(digest=DIGEST))
+
+    def test_what_they_say_in_the_data_is_theirs_and_not_the_images(self) -> None:
+        for said in (
+            b"404 page not found\n",
+            b"<!DOCTYPE html><html>gone</html>",
+            b'{"error": "gone"}',
+            b"\x89PNG\r\n\x1a\n" + bytes(100),
+        ):
+            for kind in ("text/plain", "application/octet-stream"):
+                self.server.put("/x", said, content_type=kind)
+                with self.subTest(said[:20], kind=kind), self.assertRaisesRegex(SourceRefused, "no disk"):
+                    fetch(self.source(digest=DIGEST))
+                text = model.Digest("sha256", hashlib.sha256(said).hexdigest())
+                self.assertEqual(said, fetch(self.source(digest=text)))
 
     def test_types_that_servers_give_to_disks_are_taken(self) -> None:
         for kind in (

@@ -67,6 +67,7 @@ NEW: dict[tuple[str, str], object] = {
     ("image_cache", "sync_copied_disks"): True,
     ("image_cache", "max_virtual_size"): 16 * 2**40,
     ("image_cache", "decompress_images"): False,
+    ("image_cache", "min_transfer_rate"): 1024,
     ("image_cache", "convert_cpu_time_limit"): 3600,
     ("image_cache", "convert_address_space_limit"): 8 * GIB,
     ("image_cache", "lock_timeout"): 600.0,
@@ -171,6 +172,7 @@ class ConfigFromTest(OptsCase):
             sync_copied_disks = false
             max_virtual_size = 8
             decompress_images = true
+            min_transfer_rate = 7
             convert_cpu_time_limit = 9
             convert_address_space_limit = 10
             lock_timeout = 11.5

@@ -9,7 +9,7 @@ import hashlib
 import random
 import threading
 import unittest
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from imagecache_lib import errors, model
@@ -172,6 +172,34 @@ class TestBudget(TransferCase):
         with self.assertRaisesRegex(errors.SourceError, "gave up"):
             fetch(self.transfer(retries=3))
         self.assertLess(self.source.opens, 10)
+
+    def trickle(self, amount: int, seconds: float, *, min_rate: int) -> bytes:
+        """Fetch from a source that takes so long for each chunk of so many bytes."""
+
+        class Slow(FakeSource):
+            def _chunks(self, *arguments: object) -> Iterator[bytes]:
+                for chunk in super()._chunks(*arguments):  # type: ignore[arg-type]
+                    time.now += seconds
+                    yield chunk
+
+        time = self.time
+        host = dataclasses.replace(time.host, monotonic=lambda: time.now)
+        self.source = Slow({ID: DATA}, chunk_size=amount)
+        return fetch(self.transfer(host=host, min_rate=min_rate))
+
+    def test_a_source_that_brings_next_to_nothing_is_given_up(self) -> None:
+        with self.assertRaisesRegex(errors.SourceError, "only 6000 bytes came in 60 s; gave up"):
+            self.trickle(100, 1.0, min_rate=1024)
+        self.assertEqual(4, self.source.opens)
+
+    def test_a_slow_source_that_brings_enough_is_borne(self) -> None:
+        self.assertEqual(DATA, self.trickle(2**15, 30.0, min_rate=1024))
+        self.assertEqual(DATA, self.trickle(1000, 60.0, min_rate=0))
+
+    def test_time_in_which_nothing_is_waited_for_does_not_count(self) -> None:
+        host = dataclasses.replace(self.time.host, monotonic=lambda: self.time.now)
+        self.source = FakeSource({ID: DATA}, chunk_size=1000)
+        self.assertEqual(DATA, fetch(self.transfer(host=host, rate=10, min_rate=1024)))
 
     def test_backs_off_exponentially_with_full_jitter(self) -> None:
         self.source.fail_open(*[errors.SourceError("down") for _ in range(9)])
