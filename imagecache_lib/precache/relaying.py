@@ -23,6 +23,10 @@ from imagecache_lib.sources.route import ORIGIN, RouteState
 LOG = logging.getLogger(__name__)
 
 
+#: Seconds between two looks at the rates of all hosts.
+_DECIDE_EVERY = 1.0
+
+
 class Unicast:
     """The routes of a run in which every host asks its own image service. Decides nothing."""
 
@@ -88,6 +92,9 @@ class Relaying(Unicast):
         self._silent: set[str] = set()
         self._told: dict[str, HostRoute] = {}
         self._doubtful: set[str] = set()
+        self._decided_at = 0.0
+        #: How often a host was moved since it held up others.
+        self.moves = 0
 
     # -- what hosts say ------------------------------------------------------------------------------
 
@@ -185,8 +192,12 @@ class Relaying(Unicast):
 
     def stale(self, now: float) -> list[str]:
         """Change the chains if rates ask for it, give leave, and return the hosts that have to be told."""
-        for host in self._replanner.decide(now):
+        is_due = now - self._decided_at >= _DECIDE_EVERY
+        if is_due:
+            self._decided_at = now
+        for host in self._replanner.decide(now) if is_due else ():
             LOG.warning("Host %s holds up those behind it, and goes to the end of its chain", host)
+            self.moves += 1
             self._doubtful.update(next(chain for chain in self._chains.all() if chain[-1] == host))
         self._give_leave()
         found = [host for host in self._doubtful if self.is_stale(host)]
