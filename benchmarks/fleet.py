@@ -26,12 +26,11 @@ import time
 from collections.abc import Iterator, Sequence
 
 from tests.lab import glance as glance_lab
+from tests.lab import links, server
 from tests.lab import rabbit as rabbit_lab
-from tests.lab import server
 from tests.support import needs
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
-_ORIGIN = "10.77.0.254"
 _ORIGIN_RATE = "1gbit"
 _HOST_RATE = "200mbit"
 _COMMAND = (sys.executable, "-W", "ignore", "-m", "imagecache_lib.cli.main")
@@ -70,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
 def _measure(home: pathlib.Path, counts: Sequence[int], size: int) -> list[tuple[int, int, float, int]]:
     rows = []
     with contextlib.ExitStack() as stack:
-        _bring_up_origin()
+        links.bring_up_origin(_ORIGIN_RATE)
         for name in ("glance", "rabbit"):
             (home / name).mkdir()
         glance = stack.enter_context(glance_lab.running_glance(home / "glance"))
@@ -96,62 +95,9 @@ def _measure(home: pathlib.Path, counts: Sequence[int], size: int) -> list[tuple
 # -- the network ---------------------------------------------------------------------------------------------
 
 
-def _run(*command: str) -> None:
-    subprocess.run([needs.program(command[0]), *command[1:]], check=True)
-
-
-def _limit(device: str, rate: str, *inside: str) -> None:
-    bucket = ("root", "tbf", "rate", rate, "burst", "256kb", "latency", "50ms")
-    _run(*inside, "tc", "qdisc", "add", "dev", device, *bucket)
-
-
-def _bring_up_origin() -> None:
-    _run("ip", "link", "set", "lo", "up")
-    _run("ip", "link", "add", "br0", "type", "bridge")
-    _run("ip", "addr", "add", f"{_ORIGIN}/24", "dev", "br0")
-    _run("ip", "link", "set", "br0", "up")
-    _limit("br0", _ORIGIN_RATE)
-
-
-@contextlib.contextmanager
-def _host_namespace(number: int) -> Iterator[tuple[str, ...]]:
-    """Yield the command prefix that runs something on a host of its own."""
-    holder = subprocess.Popen(
-        [
-            needs.program("setpriv"),
-            "--pdeathsig",
-            "TERM",
-            needs.program("unshare"),
-            "--net",
-            "sleep",
-            "infinity",
-        ]
-    )
-    inside = ("nsenter", "--target", str(holder.pid), "--net", "--")
-    own = os.readlink("/proc/self/ns/net")
-    server.wait_until(
-        lambda: os.readlink(f"/proc/{holder.pid}/ns/net") != own, "the namespace is there", seconds=10
-    )
-    try:
-        port = f"p{number}"
-        _run("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(holder.pid))
-        _run("ip", "link", "set", port, "master", "br0", "up")
-        _limit(port, _HOST_RATE)
-        for words in (
-            ("link", "set", "lo", "up"),
-            ("addr", "add", f"10.77.0.{number}/24", "dev", "eth0"),
-            ("link", "set", "eth0", "up"),
-        ):
-            _run(*inside, "ip", *words)
-        yield (needs.program("nsenter"), *inside[1:])
-    finally:
-        holder.terminate()
-        holder.wait()
-
-
 def _relayed(port: int) -> int:
     """Carry connections from the bridge to a port on loopback; return the port they come to."""
-    listener = socket.create_server((_ORIGIN, 0), backlog=128)
+    listener = socket.create_server((links.ORIGIN, 0), backlog=128)
 
     def accept() -> None:
         while True:
@@ -179,9 +125,9 @@ def _carry(one: socket.socket, other: socket.socket) -> None:
 class _Fleet:
     def __init__(self, home: pathlib.Path, glance_port: int, rabbit_port: int, local_url: str) -> None:
         self._home = home
-        self._glance = f"http://{_ORIGIN}:{glance_port}"
+        self._glance = f"http://{links.ORIGIN}:{glance_port}"
         self._local_url = local_url
-        self._url = f"rabbit://guest:guest@{_ORIGIN}:{rabbit_port}/"
+        self._url = f"rabbit://guest:guest@{links.ORIGIN}:{rabbit_port}/"
 
     def _environment(self, url: str) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("OS_")}
@@ -203,7 +149,7 @@ class _Fleet:
         log = self._home / name / "agent.log"
         log.touch()
         with (
-            _host_namespace(number) as inside,
+            links.host_namespace(number, receives=_HOST_RATE) as inside,
             server.running(
                 [
                     *inside,

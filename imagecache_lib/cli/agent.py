@@ -82,11 +82,16 @@ class Agent(base.Base):
         figures = exposition.chosen(parsed_args, health, config.instances_path)
         counting = [figures[0]] if figures is not None else []
         cache = self.manager(sources.chosen(parsed_args, []), observers=[watch, *counting])
-        agent = HostAgent(
-            cache, watch=watch, max_bytes=parsed_args.max_bytes, fallbacks=peers.chosen(parsed_args)
-        )
-        served = peers.server(parsed_args, cache)
         require_writable(cache)
+        kept = peers.spools(parsed_args, cache)
+        agent = HostAgent(
+            cache,
+            watch=watch,
+            max_bytes=parsed_args.max_bytes,
+            fallbacks=peers.chosen(parsed_args),
+            passing_on=peers.passing_on(parsed_args, cache, kept),
+        )
+        served = peers.server(parsed_args, cache, kept)
         server = rpc.AgentServer(transport, agent, name=cache.host.name, topic=parsed_args.topic)
         with _until_told_to_stop() as stop:
             listener = Listener(server, health)

@@ -11,13 +11,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imagecache_lib import errors, opts
 from imagecache_lib.cli import base, bus, sources, values
 from imagecache_lib.cli.job_display import JobDisplay
-from imagecache_lib.precache import client, job, job_rows, jobs_url, reader
+from imagecache_lib.precache import chains, client, job, job_rows, jobs_url, reader
 from imagecache_lib.precache.agent import HostAgent
 from imagecache_lib.precache.in_process import InProcessClient
 from imagecache_lib.precache.watch import Watch
@@ -115,15 +115,21 @@ class _HostsCommand(_JobCommand):
             help="a host, as its agent calls itself; may be given several times (default: this one alone, "
             "without a message bus)",
         )
-        parser.add_argument("--hosts-file", metavar="PATH", help="file with the name of a host on each line")
+        parser.add_argument(
+            "--hosts-file",
+            metavar="PATH",
+            help="file with the name of a host on each line, and behind it its site, if hosts relay",
+        )
 
-    def hosts(self, arguments: argparse.Namespace) -> list[str]:
-        names = list(arguments.host)
+    def hosts(self, arguments: argparse.Namespace) -> list[Placed]:
+        """Return the hosts that the command line names, each with its site; those of a site in a row."""
+        found = [Placed(name) for name in arguments.host]
         if arguments.hosts_file is not None:
-            names += _read_hosts(arguments.hosts_file)
-        if not names and bus.transport(self.app.options.config_file) is None:
-            names.append(opts.from_files(self.app.options.config_file)[1].name)
-        return names
+            found += _read_hosts(arguments.hosts_file)
+        if not found and bus.transport(self.app.options.config_file) is None:
+            found.append(Placed(opts.from_files(self.app.options.config_file)[1].name))
+        sites = {host.site: number for number, host in reversed(list(enumerate(found)))}
+        return sorted(found, key=lambda host: sites[host.site])
 
     @contextlib.contextmanager
     def conductor(
@@ -212,7 +218,7 @@ class Plan(_HostsCommand):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
-        hosts = self.hosts(parsed_args)
+        hosts = [host.name for host in self.hosts(parsed_args)]
         with self.conductor(parsed_args, parsed_args.image) as conductor:
             plan = conductor.plan(hosts, parsed_args.image, learned=self._learned(len(hosts)))
         rows = [self._row(name, plan.surveys.get(name), plan.unreachable.get(name, "")) for name in hosts]
@@ -306,13 +312,26 @@ class Start(_HostsCommand):
             metavar="DURATION",
             help="let hosts begin within so long, at random",
         )
+        parser.add_argument(
+            "--relay",
+            action="store_true",
+            help="let hosts pass the images on to each other while they receive them, where their agents can",
+        )
+        parser.add_argument(
+            "--heads",
+            type=int,
+            default=chains.HEADS,
+            metavar="N",
+            help="with --relay, how many hosts of each site ask the image service (default: %(default)s)",
+        )
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         hosts = self.hosts(parsed_args)
         with self.conductor(parsed_args, parsed_args.image) as conductor:
             self._prune(conductor)
-            work = conductor.start(parsed_args.aggregate, hosts, parsed_args.image, self._terms(parsed_args))
+            names, terms = [host.name for host in hosts], self._terms(parsed_args, hosts)
+            work = conductor.start(parsed_args.aggregate, names, parsed_args.image, terms)
             self.note(f"job {work.id}: {len(parsed_args.image)} images on {len(hosts)} hosts")
             return self.follow(work, conductor, lambda leave: conductor.run(work.id, leave=leave))
 
@@ -321,7 +340,7 @@ class Start(_HostsCommand):
         if age and (pruned := conductor.prune(age)):
             self.note(f"{pruned} old jobs are forgotten: precache_job_age_seconds is {age}")
 
-    def _terms(self, arguments: argparse.Namespace) -> job.Terms:
+    def _terms(self, arguments: argparse.Namespace, hosts: Sequence[Placed]) -> job.Terms:
         concurrency = arguments.concurrency
         if concurrency is None:
             concurrency = opts.from_files(self.app.options.config_file)[0].precache_concurrency
@@ -333,6 +352,7 @@ class Start(_HostsCommand):
             pin_until=arguments.pin_until,
             retries=arguments.retries,
             jitter=arguments.jitter,
+            relay=None if not arguments.relay else job.RelayTerms(heads=arguments.heads, sites=_sites(hosts)),
         )
 
 
@@ -414,7 +434,20 @@ def _result(cell: job.Cell) -> str:
     return cell.result.value if cell.result is not None else ""
 
 
-def _read_hosts(path: str) -> list[str]:
+class Placed(NamedTuple):
+    """A host, and the site that it is at; all hosts without one are at one site."""
+
+    name: str
+    site: str = ""
+
+
+def _sites(hosts: Sequence[Placed]) -> tuple[tuple[str, int], ...]:
+    """Return the sites of hosts as :class:`~imagecache_lib.precache.job.RelayTerms` has them."""
+    runs = itertools.groupby(hosts, key=lambda host: host.site)
+    return tuple((site, len(list(run))) for site, run in runs)
+
+
+def _read_hosts(path: str) -> list[Placed]:
     try:
         with open(path, encoding="utf-8") as stream:
             lines = [line.partition("#")[0].strip() for line in stream]
@@ -422,4 +455,13 @@ def _read_hosts(path: str) -> list[str]:
         raise errors.ConfigError(
             f"the list of hosts cannot be read: {error}", path=path, next_step="correct the file"
         ) from error
-    return [line for line in lines if line]
+    return [_placed(line, path) for line in lines if line]
+
+
+def _placed(line: str, path: str) -> Placed:
+    words = line.split()
+    if len(words) > 2:
+        raise errors.ConfigError(
+            f"{line!r} is more than a host and its site", path=path, next_step="correct the file"
+        )
+    return Placed(*words)

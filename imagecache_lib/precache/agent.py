@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from imagecache_lib import errors, manager, model
 from imagecache_lib.backends.interface import Feature
 from imagecache_lib.precache import client, job
+from imagecache_lib.precache.passing_on import PassingOn
 from imagecache_lib.precache.tasks import Attempt, Task
 from imagecache_lib.precache.watch import Watch
 from imagecache_lib.sources.interface import ImageSource
@@ -56,6 +57,8 @@ class HostAgent:
     :param max_bytes: the most that one task may bring onto this host's disk, in bytes, checked before each
         image against its length and what the task took so far; 0 for no limit of its own.
     :param fallbacks: sources tried when an image is gone from the manager's source.
+    :param passing_on: receives images from other hosts and keeps them for others, or None on a host that does
+        neither.
     """
 
     def __init__(
@@ -65,11 +68,13 @@ class HostAgent:
         watch: Watch,
         max_bytes: int = 0,
         fallbacks: Sequence[ImageSource] = (),
+        passing_on: PassingOn | None = None,
     ) -> None:
         self._cache = cache
         self._watch = watch
         self._max_bytes = max_bytes
         self._fallbacks = tuple(fallbacks)
+        self._passing_on = passing_on
         self._host = cache.host
         self._tasks: collections.OrderedDict[str, Task] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -83,7 +88,7 @@ class HostAgent:
 
     def info(self) -> client.AgentInfo:
         """Return which agent this is, and the time by its clock."""
-        return client.AgentInfo(self._instance, self._host.clock())
+        return client.AgentInfo(self._instance, self._host.clock(), relays=self._passing_on is not None)
 
     def survey(self, image_ids: Sequence[str]) -> client.Survey:
         """Return which of some images this host has, and how large the others are.
@@ -115,6 +120,8 @@ class HostAgent:
         for image_id in task.image_ids:
             layout.base_name(image_id)
         task = self._by_own_clock(task)
+        if task.relay is not None and self._passing_on is not None:
+            self._passing_on.expect(task.job_id, task.image_ids)
         with self._lock:
             known = self._tasks.get(task.job_id)
             if known is None:
@@ -141,7 +148,7 @@ class HostAgent:
             except KeyError:
                 raise client.UnknownTask(f"this host knows no task of job {job_id}") from None
             task.watched_until = self._host.clock() + client.WATCHED_SECONDS
-            return client.TaskReport(self._cells(task), self.info(), task.asked.attempt, task.number)
+            return self._report(task, self._cells(task))
 
     def changes(self) -> Sequence[tuple[str, client.HostReport]]:
         """Return what changed since this was called last, in the tasks that a conductor watches.
@@ -153,10 +160,23 @@ class HostAgent:
             now = self._host.clock()
             for job_id, task in self._tasks.items():
                 mailbox = task.report_to(now)
-                if mailbox is not None and (changed := task.changes(self._cells(task))):
-                    report = client.TaskReport(changed, self.info(), task.asked.attempt, task.number)
+                if mailbox is not None and (changed := task.changes(self._cells(task))) is not None:
+                    report = self._report(task, changed)
                     found.append((mailbox, client.HostReport(self._host.name, job_id, report)))
+            running = [job_id for job_id, task in self._tasks.items() if not task.is_over]
+        if self._passing_on is not None:
+            self._passing_on.sweep(running)
         return found
+
+    @property
+    def is_relaying(self) -> bool:
+        """Whether other hosts depend on how this one gets on."""
+        with self._lock:
+            return any(task.route is not None and not task.is_over for task in self._tasks.values())
+
+    def _report(self, task: Task, cells: Mapping[str, job.Cell]) -> client.TaskReport:
+        state = None if task.route is None else task.route.state
+        return client.TaskReport(cells, self.info(), task.asked.attempt, task.number, state)
 
     def unsent(self, told: client.HostReport) -> None:
         """Have the content of a report, which could not be sent, reported again."""
@@ -168,9 +188,22 @@ class HostAgent:
     def _cells(self, task: Task) -> Mapping[str, job.Cell]:
         cells = dict(task.cells)
         if task.current is not None and cells[task.current].result is None:
-            received, total = self._watch.progress(task.current)
+            received, total = self._received(task.current)
             cells[task.current] = dataclasses.replace(cells[task.current], received=received, total=total)
         return cells
+
+    def _received(self, image_id: str) -> tuple[int, int | None]:
+        """Return the bytes of an image that came, and its size in bytes or None while that is not known."""
+        received, total = self._watch.progress(image_id)
+        if self._passing_on is not None:
+            passed_on, size = self._passing_on.received(image_id)
+            received, total = max(received, passed_on), total if total is not None else size
+        return received, total
+
+    def release(self, job_id: str) -> None:
+        """Remove what is kept of a job's images for other hosts."""
+        if self._passing_on is not None:
+            self._passing_on.release(job_id)
 
     def cancel(self, job_id: str) -> None:
         """Stop working on a task. A task that this agent does not know is ignored."""
@@ -178,6 +211,7 @@ class HostAgent:
             task = self._tasks.get(job_id)
             if task is not None:
                 task.cancelled.set()
+        self.release(job_id)
 
     def stop(self, timeout: float | None = None) -> None:
         """Cancel all tasks and wait until they end. A conductor begins them again once the agent is back.
@@ -192,6 +226,8 @@ class HostAgent:
         until = None if timeout is None else time.monotonic() + timeout
         for thread in threads:
             thread.join(None if until is None else max(0.0, until - time.monotonic()))
+        if self._passing_on is not None:
+            self._passing_on.close()
 
     def _by_own_clock(self, task: client.HostTask) -> client.HostTask:
         """Return the task with moments by this host's clock, which may differ from the conductor's."""
@@ -228,6 +264,8 @@ class HostAgent:
             # Held for the try alone: while a sick image waits for its retry, others have the slot.
             with self._slot:
                 cell = self._cache_one(task, attempt)
+            if self._passing_on is not None and cell.result is not None:
+                self._passing_on.ended(attempt.image_id, proved=cell.result is job.Result.CACHED)
             self._keep(task, attempt, cell)
 
     def _keep(self, task: Task, attempt: Attempt, cell: job.Cell) -> None:
@@ -278,10 +316,15 @@ class HostAgent:
     def _try(self, task: Task, attempt: Attempt) -> job.Cell:
         image_id, asked = attempt.image_id, attempt.asked
         self._watch.forget(image_id)
+        relayed = None
+        if task.route is not None and self._passing_on is not None:
+            relayed = self._passing_on.source(task.route, attempt)
         request = model.Request(
+            source=relayed,
             deadline=asked.deadline,
             cancel=attempt.cancelled,
-            rate=asked.rate or None,
+            # What fills a spool keeps to the rate itself: what is read from it is on this host already.
+            rate=asked.rate or None if relayed is None else None,
             fallbacks=self._fallbacks,
         )
         self._require_budget(task, image_id, request)
@@ -289,13 +332,17 @@ class HostAgent:
         if report.result is model.CacheResult.NOT_NEEDED:
             return job.Cell(job.Result.UNSUPPORTED, "its storage clones images and needs no cache")
         task.spent += report.allocated
-        received, total = self._watch.progress(image_id)
+        if self._passing_on is not None:
+            task.spent += self._passing_on.allocated(image_id)
+        received, total = self._received(image_id)
         return job.Cell(job.Result(report.result.value), "", max(received, report.received), total)
 
     def _require_budget(self, task: Task, image_id: str, request: model.Request) -> None:
         if not self._max_bytes or self._cache.is_cached(image_id):
             return
         size = self._cache.describe_image(image_id, request=request).size or 0
+        if task.route is not None and self._passing_on is not None:
+            size *= 2  # it is kept once more, for the hosts behind this one
         if task.spent + size > self._max_bytes:
             raise errors.BackendError(
                 f"with its {size} bytes the job would take more than the {self._max_bytes} that this host "
@@ -305,7 +352,7 @@ class HostAgent:
             )
 
     def _failure(self, image_id: str, error: errors.ImageCacheError) -> job.Cell:
-        received, total = self._watch.progress(image_id)
+        received, total = self._received(image_id)
         return job.Cell(job.Result.ERROR, str(error), received, total)
 
     # -- limits --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import dataclasses
 
 from imagecache_lib import errors
 from imagecache_lib.precache import client, job
+from imagecache_lib.precache.chains import HostRoute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Stop:
 class Visit:
     """What a call brought.
 
+    :param route: the route that the host took with the task, or None if it was given none.
     :param begun: the host took the task in this call.
     :param report: what the host says of the task, or None if it said nothing.
     :param failure: the exception that the call raised, or None if it raised none.
@@ -41,6 +43,7 @@ class Visit:
     failure: BaseException | None = None
     stop: Stop | None = None
     agents: tuple[client.AgentInfo, ...] = ()
+    route: HostRoute | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Call:
 
     :param hosts: reaches the host.
     :param task: the task to begin first, or None to begin none.
+    :param release: let the host remove what it keeps for others, which is then all that the call does.
     :param stop: how to tell the host to stop, which is then all that the call does, or None to look at it.
     """
 
@@ -56,11 +60,15 @@ class Call:
     job_id: str
     host: str
     task: client.HostTask | None = None
+    release: bool = False
     stop: Stop | None = None
 
     def make(self) -> Visit:
         """Return what the call brought, failures included."""
         try:
+            if self.release:
+                self.hosts.release(self.host, self.job_id)
+                return Visit(self.host)
             return self._look() if self.stop is None else self._stop(self.stop)
         except BaseException as failure:
             return Visit(self.host, failure=failure, stop=self.stop)
@@ -81,7 +89,8 @@ class Call:
         except errors.ImageCacheError as error:
             failure = error
         known = tuple(who for who in agents if who is not None)
-        return Visit(self.host, begun, report, failure, agents=known)
+        route = self.task.relay if begun and self.task is not None else None
+        return Visit(self.host, begun, report, failure, agents=known, route=route)
 
     def _stop(self, stop: Stop) -> Visit:
         try:

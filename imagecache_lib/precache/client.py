@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from imagecache_lib import errors
+from imagecache_lib.precache.chains import HostRoute
 from imagecache_lib.precache.job import Cell
+from imagecache_lib.sources.route import RouteState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +23,13 @@ class AgentInfo:
         name, and one that restarts again and again, are told apart by it.
     :param clock: epoch seconds, by the agent's clock, when it answered.
     :param reports: whether the agent reports by itself how far a task is, to the mailbox that the task names.
+    :param relays: whether the host passes images on to others while it receives them.
     """
 
     instance: str
     clock: float
     reports: bool = False
+    relays: bool = False
 
 
 class HostDown(errors.SourceError):
@@ -67,6 +71,8 @@ class HostTask:
         ``pin_until``.
     :param report_to: the conductor's mailbox, to which an agent that can reports what changed. An agent
         whose conductor has not asked for :data:`WATCHED_SECONDS` reports no longer.
+    :param relay: which hosts pass the images on to this one, by their names alone, or None if they come from
+        the host's own image service. A task that goes on takes the new route at once.
     """
 
     job_id: str
@@ -79,6 +85,7 @@ class HostTask:
     deadline_in: float | None = None
     pin_for: float | None = None
     report_to: str | None = None
+    relay: HostRoute | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +117,14 @@ class TaskReport:
     :param attempt: number of the job's attempt that this is about.
     :param number: number of the agent's last report on the task; the cells are at least as new. Each report
         that an agent sends by itself has the number after that of its last one.
+    :param relay: how the host gets on along the task's route, or None if it has none.
     """
 
     cells: Mapping[str, Cell]
     agent: AgentInfo | None = dataclasses.field(default=None, compare=False)
     attempt: int = 0
     number: int = 0
+    relay: RouteState | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,3 +202,10 @@ class HostClient(abc.ABC):
 
         :raises HostDown: the host does not answer.
         """
+
+    def release(self, host: str, job_id: str) -> None:
+        """Let a host remove what it keeps of a job's images to pass it on. The default does nothing.
+
+        :raises HostDown: the host does not answer.
+        """
+        return

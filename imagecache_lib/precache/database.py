@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -111,7 +110,7 @@ class JobDatabase:
                 {
                     "id": job_id,
                     "aggregate": aggregate,
-                    "terms": json.dumps(dataclasses.asdict(terms)),
+                    "terms": terms.to_json(),
                     "cancelled": 0,
                     "created": now,
                     "attempt": 0,

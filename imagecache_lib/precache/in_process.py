@@ -40,6 +40,10 @@ class InProcessClient(client.HostClient):
         if host in self._agents:  # without an agent, nothing is at work
             self._agents[host].cancel(job_id)
 
+    def release(self, host: str, job_id: str) -> None:
+        if host in self._agents:
+            self._agents[host].release(job_id)
+
     def _agent(self, host: str) -> HostAgent:
         try:
             return self._agents[host]

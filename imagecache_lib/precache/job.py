@@ -6,6 +6,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import itertools
+import json
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -85,6 +87,32 @@ OPEN = Cell()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RelayTerms:
+    """That the hosts of a job pass images on to each other, and how they are arranged.
+
+    :param heads: how many hosts of each site ask the image service.
+    :param sites: the sites of the job's hosts, in the order of the hosts: each site's name, and how many
+        hosts in a row are there. Hosts beyond these are of the site without a name.
+    :raises ConfigError: a value makes no sense.
+    """
+
+    heads: int = 2
+    sites: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.heads < 1:
+            raise errors.ConfigError(
+                "without a head, which asks the image service, no image arrives",
+                next_step="give 1 head or more",
+            )
+
+    def sites_of(self, hosts: Sequence[str]) -> dict[str, str]:
+        """Return the site of each host of the job."""
+        names = (site for site, count in self.sites for _ in range(count))
+        return dict(itertools.zip_longest(hosts, itertools.islice(names, len(hosts)), fillvalue=""))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Terms:
     """Under which terms a job runs.
 
@@ -98,6 +126,8 @@ class Terms:
     :param retries: how often a host tries an image again that failed in a way that may pass.
     :param jitter: hosts begin within so many seconds, at random, so that they do not all ask the image
         service at once.
+    :param relay: how hosts pass images on to each other, or None if each asks its own image service. Hosts
+        that relay are at work all at a time; ``concurrency`` is then for those that cannot.
     :raises ConfigError: a value makes no sense.
     """
 
@@ -108,6 +138,27 @@ class Terms:
     pin_until: float | None = None
     retries: int = 3
     jitter: float = 0.0
+    relay: RelayTerms | None = None
+
+    def to_json(self) -> str:
+        """Return the terms as they are stored. Earlier releases understand those that do not relay."""
+        fields = dataclasses.asdict(self)
+        if self.relay is None:
+            del fields["relay"]
+        return json.dumps(fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> Terms:
+        """Return the terms that were stored.
+
+        :raises ValueError, TypeError, ConfigError: these are no terms, or those of another release.
+        """
+        fields = json.loads(text)
+        relay = fields.pop("relay", None)
+        if relay is not None:
+            sites = tuple((str(site), int(count)) for site, count in relay.pop("sites"))
+            relay = RelayTerms(sites=sites, **relay)
+        return cls(relay=relay, **fields)
 
     def __post_init__(self) -> None:
         if self.concurrency < 1:

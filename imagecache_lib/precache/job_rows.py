@@ -7,7 +7,6 @@ the embedded database, and SQLAlchemy for the others. The statements are plain S
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -145,8 +144,8 @@ def _number(found: Any) -> float:
 def _terms(found: Any) -> tuple[job.Terms, str | None]:
     """Return a job's terms, or the default ones and why its own are not known."""
     try:
-        return job.Terms(**json.loads(found)), None
-    except (TypeError, ValueError, errors.ConfigError) as error:
+        return job.Terms.from_json(found), None
+    except (AttributeError, KeyError, TypeError, ValueError, errors.ConfigError) as error:
         return job.Terms(), f"its terms cannot be read: {error}"
 
 

@@ -65,8 +65,9 @@ class Replanner:
         told = self._told.setdefault(host, _Told())
         if told.is_over:
             return
-        if told.samples and (received < told.received or now <= told.samples[-1][0]):
-            told.samples.clear()  # it began again
+        # It began again, or has not begun: how long it waits for its first byte says nothing of its link.
+        if told.samples and (received < told.received or not told.received or now <= told.samples[-1][0]):
+            told.samples.clear()
         told.samples.append((now, received))
         while told.samples[-1][0] - told.samples[0][0] > _WINDOW and len(told.samples) > 2:
             told.samples.popleft()

@@ -21,6 +21,9 @@ LOG = logging.getLogger(__name__)
 #: knows is five seconds old at most.
 REPORT_SECONDS = 4.0
 
+#: The same while other hosts depend on this one: a slow host holds up everyone behind it.
+RELAY_SECONDS = 1.5
+
 #: Seconds between two reports when images end one right after the other.
 _BREATH = 0.25
 
@@ -65,7 +68,8 @@ class Reporter:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._agent.image_ended.wait(self._period)
+            period = min(self._period, RELAY_SECONDS) if self._agent.is_relaying else self._period
+            self._agent.image_ended.wait(period)
             self._agent.image_ended.clear()
             if self._stop.is_set():
                 return

@@ -112,8 +112,7 @@ class RpcHostClient(client.HostClient):
         return dataclasses.replace(wire.to_survey(wire.result_of(answer)), agent=wire.agent_of(answer))
 
     def begin(self, host: str, task: client.HostTask) -> client.AgentInfo | None:
-        versions = wire.VERSIONS if task.report_to is not None else wire.VERSIONS[1:]
-        for version in versions:
+        for version in _versions_for(task):
             fields = wire.from_task(task, version=version)
             try:
                 answer = self._call(host, "begin", self._timeout, version=version, task=fields)
@@ -131,6 +130,10 @@ class RpcHostClient(client.HostClient):
 
     def cancel(self, host: str, job_id: str) -> None:
         wire.result_of(self._call(host, "cancel", self._timeout, job_id=job_id))
+
+    def release(self, host: str, job_id: str) -> None:
+        with contextlib.suppress(client.HostUnsupported):  # an earlier agent passes nothing on
+            wire.result_of(self._call(host, "release", self._timeout, version=wire.VERSION, job_id=job_id))
 
     def _call(self, host: str, method: str, timeout: float, version: str = "", **arguments: Any) -> Any:
         target = self._client.prepare(server=host, timeout=timeout, version=version or self._version)
@@ -211,6 +214,14 @@ def _failure_of(host: str, kind: str) -> errors.ImageCacheError:
     return errors.BackendError(f"the agent of host {host} failed with {kind}", next_step="read its log")
 
 
+def _versions_for(task: client.HostTask) -> Sequence[str]:
+    """Return the protocol versions to try for a task, the newest first: those that say more than it needs
+    are left out."""
+    if task.relay is not None:
+        return wire.VERSIONS
+    return wire.VERSIONS[1:] if task.report_to is not None else wire.VERSIONS[2:]
+
+
 class _Endpoint:
     """What a conductor may call. The arguments come from the bus."""
 
@@ -240,12 +251,20 @@ class _Endpoint:
         with wire.answering(self._who()) as answer:
             report = self._agent.poll(wire.to_job_id(job_id))
             answer.update(result=wire.from_cells(report.cells), attempt=report.attempt, number=report.number)
+            answer.update(wire.from_route_state(report.relay))
         return answer
 
     @oslo_messaging.expose  # type: ignore[untyped-decorator]
     def cancel(self, _context: Any, job_id: Any) -> Any:
         with wire.answering(self._who()) as answer:
             self._agent.cancel(wire.to_job_id(job_id))
+            answer["result"] = None
+        return answer
+
+    @oslo_messaging.expose  # type: ignore[untyped-decorator]
+    def release(self, _context: Any, job_id: Any) -> Any:
+        with wire.answering(self._who()) as answer:
+            self._agent.release(wire.to_job_id(job_id))
             answer["result"] = None
         return answer
 

@@ -22,8 +22,9 @@ from collections.abc import Callable, Mapping
 from imagecache_lib import errors, model
 from imagecache_lib.precache import client, job
 from imagecache_lib.precache.calls import Call, Stop, Visit
-from imagecache_lib.precache.patience import SILENCE, Patience
+from imagecache_lib.precache.patience import POLL, SILENCE, Patience
 from imagecache_lib.precache.progress import JobProgress
+from imagecache_lib.precache.relaying import Relaying, Unicast
 from imagecache_lib.precache.slots import HostState, Slots
 from imagecache_lib.precache.writer import JobWriter
 from imagecache_lib.system.host import System
@@ -77,12 +78,15 @@ class JobRun:
         self._mailbox: str | None = None
         self._patience = Patience(self._work.terms, host)
         self._stopping = False
+        self._relaying = Unicast() if self._work.terms.relay is None else Relaying(self._work)
         now, terms = host.clock(), self._work.terms
         pending = [name for name in self._work.hosts if not progress.is_host_over(name)]
-        self._calls = max(1, min(terms.concurrency, _MOST_CALLS, len(pending)))
+        # A chain keeps all its hosts at work: what bounds their downloads is the number of its heads.
+        slots = terms.concurrency if terms.relay is None else max(1, len(pending))
+        self._calls = max(1, min(slots, _MOST_CALLS, len(pending)))
         self._slots = Slots(
             [HostState(name, now + host.random() * terms.jitter) for name in pending],
-            slots=terms.concurrency,
+            slots=slots,
             calls=self._calls,
         )
 
@@ -100,14 +104,30 @@ class JobRun:
                 while self._slots.hosts_left and not self._leave.is_set():
                     self._writer.tick(self._wake)
                     self._end_early()
+                    self._replan()
                     self._make_calls(pool)
                     self._wait()
+                if not self._leave.is_set():
+                    self._release(pool)
             while self._slots.calls_under_way:
                 self._settle(self._arrivals.get())
         except BaseException:
             self._writer.abandon()
             raise
         self._writer.close()
+
+    def _replan(self) -> None:
+        """Let hosts whose route has changed be told at once."""
+        now = self._host.clock()
+        for name in self._relaying.stale(now):
+            state = self._slots.find(name)
+            if state is not None and state.begun and not self._slots.is_called(name):
+                self._slots.wake(state, now)
+
+    def _release(self, pool: concurrent.futures.Executor) -> None:
+        """Let hosts remove what they keep for others. Those that are not told do so by themselves, later."""
+        for name in self._relaying.relaying():
+            pool.submit(Call(self._hosts, self._work.id, name, release=True).make)
 
     def _wake(self) -> None:
         """Have the deciding thread look at everything again."""
@@ -120,8 +140,15 @@ class JobRun:
                 self._slots.returned(state.name)
                 self._finished(state)
                 continue
+            if stop is None and not self._relaying.admits(state.name):
+                self._slots.returned(state.name)
+                self._slots.give_away(state, self._host.clock() + POLL)
+                continue
             pending = self._progress.pending(state.name)
-            task = None if state.begun or stop is not None else self._task(pending)
+            task = None
+            if stop is None and self._relaying.knows(state.name):
+                is_told = state.begun and not self._relaying.is_stale(state.name)
+                task = None if is_told else self._task(state.name, pending)
             call = Call(self._hosts, self._work.id, state.name, task=task, stop=stop)
             pool.submit(lambda call=call: self._arrivals.put(call.make()))  # type: ignore[misc]
 
@@ -194,6 +221,7 @@ class JobRun:
         if visit.failure is not None and not isinstance(visit.failure, Exception):
             raise visit.failure
         state.begun = state.begun or visit.begun
+        self._relaying.told(state.name, visit.route)
         self._note_agents(state, visit)
         if visit.report is not None:
             self._record(state, visit)
@@ -204,7 +232,9 @@ class JobRun:
         if self._progress.is_host_over(state.name):
             self._finished(state)
         elif not state.is_scheduled:
-            self._slots.keep(state, self._patience.next_look(state, self._host.clock()))
+            now = self._host.clock()
+            is_stale = state.begun and self._relaying.is_stale(state.name)
+            self._slots.keep(state, now if is_stale else self._patience.next_look(state, now))
 
     def _hear(self, told: client.HostReport) -> None:
         """Take note of what an agent reports by itself, if it is new."""
@@ -224,7 +254,7 @@ class JobRun:
         state.reports = True
         # Why an image was skipped depends on who told the host to stop: that is asked.
         cells = {name: cell for name, cell in report.cells.items() if cell.result is not job.Result.SKIPPED}
-        self._keep(state, cells)
+        self._keep(state, cells, report)
         self._answers(state)
         if self._slots.is_called(state.name):
             return  # what the call brings decides how it goes on
@@ -241,16 +271,18 @@ class JobRun:
         if visit.stop is not None:
             # What the host skipped because it was told to stop ends with the reason for that.
             cells = {name: cell for name, cell in cells.items() if cell.result is not job.Result.SKIPPED}
-        self._keep(state, cells)
+        self._keep(state, cells, visit.report)
         if visit.failure is None:
             self._answers(state)
         self._compare(state, visit.report)
         if not set(self._progress.pending(state.name)) <= set(visit.report.cells):
             self._forgotten(state)
 
-    def _keep(self, state: HostState, cells: Mapping[str, job.Cell]) -> None:
+    def _keep(self, state: HostState, cells: Mapping[str, job.Cell], report: client.TaskReport) -> None:
         if self._progress.record(state.name, cells):
             state.restarts = 0
+        known = self._work.cells[state.name]
+        self._relaying.heard(state.name, known, report.relay, now=self._host.clock())
 
     def _answers(self, state: HostState) -> None:
         if state.down_since is not None:
@@ -301,6 +333,9 @@ class JobRun:
 
     def _note_agents(self, state: HostState, visit: Visit) -> None:
         """Look at which agents answered. One that is back after another is a second, not a restarted one."""
+        answered = visit.report is not None or isinstance(visit.failure, client.UnknownTask)
+        if visit.stop is None and (visit.agents or answered):
+            self._relaying.met(state.name, visit.agents[-1] if visit.agents else None)
         for who in visit.agents:
             skew = who.clock - self._host.clock()
             if abs(skew) > _SKEW and not state.skew_told:
@@ -324,6 +359,7 @@ class JobRun:
     def _is_down(self, state: HostState, error: Exception) -> None:
         """Note that a host does not answer. One that was at work keeps its slot for a while."""
         now = self._host.clock()
+        self._relaying.down(state.name)
         if state.down_since is None:
             state.down_since = now
             LOG.warning("Host %s does not answer, to be tried again: %s", state.name, error)
@@ -352,19 +388,25 @@ class JobRun:
 
     def _finished(self, state: HostState) -> None:
         self._slots.remove(state)
+        failed = any(
+            cell.result is not None and cell.result.is_failure
+            for cell in self._work.cells[state.name].values()
+        )
+        self._relaying.ended(state.name, failed=failed)
         self._done(state.name)
 
-    def _task(self, pending: tuple[str, ...]) -> client.HostTask:
+    def _task(self, name: str, pending: tuple[str, ...]) -> client.HostTask:
         terms, now = self._work.terms, self._host.clock()
         return client.HostTask(
             self._work.id,
             pending,
             attempt=self._work.attempt,
-            rate=terms.rate(len(self._work.hosts)),
+            rate=self._relaying.rate(name, terms, len(self._work.hosts)),
             deadline=terms.deadline,
             pin_until=terms.pin_until,
             retries=terms.retries,
             deadline_in=None if terms.deadline is None else max(0.0, terms.deadline - now),
             pin_for=None if terms.pin_until is None else max(0.0, terms.pin_until - now),
             report_to=self._mailbox,
+            relay=self._relaying.route(name),
         )

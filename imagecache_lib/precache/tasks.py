@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable, Mapping
 
 from imagecache_lib.precache import client, job
+from imagecache_lib.sources.route import Route, RouteState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,9 @@ class Task:
         self._told: dict[str, job.Cell] = {}
         self._report_to = asked.report_to
         self.cells = {image_id: job.Cell() for image_id in asked.image_ids}
+        #: Where the images come from, if other hosts pass them on.
+        self.route = None if asked.relay is None else Route(asked.relay.parents, origin=asked.relay.origin)
+        self._told_state = RouteState()
         self.cancelled = threading.Event()
         self.thread: threading.Thread | None = None
         self.current: str | None = None
@@ -68,6 +72,8 @@ class Task:
         if asked.report_to != self._report_to:
             # Another conductor, or another run of it, to which nothing was told yet.
             self._report_to, self._told = asked.report_to, {}
+        if self.route is not None and asked.relay is not None:
+            self.route.change(asked.relay.parents, origin=asked.relay.origin)
         for image_id in asked.image_ids:
             cell = self.cells.setdefault(image_id, job.Cell())
             if again and cell.result is not None and cell.result.is_failure:
@@ -105,12 +111,18 @@ class Task:
         """Return the mailbox of the conductor that watches the task, or None if none does."""
         return self._report_to if now < self.watched_until else None
 
-    def changes(self, cells: Mapping[str, job.Cell]) -> Mapping[str, job.Cell]:
-        """Return those of the cells that changed since they were reported, and count them as reported."""
+    def changes(self, cells: Mapping[str, job.Cell]) -> Mapping[str, job.Cell] | None:
+        """Return those of the cells that changed since they were reported, and count them as reported.
+
+        Returns None if nothing changed, the state of the route included.
+        """
         changed = {image_id: cell for image_id, cell in cells.items() if self._told.get(image_id) != cell}
-        if changed:
-            self._told.update(changed)
-            self.number += 1
+        state = self._told_state if self.route is None else self.route.state
+        if not changed and state == self._told_state:
+            return None
+        self._told.update(changed)
+        self._told_state = state
+        self.number += 1
         return changed
 
     def untold(self, image_ids: Iterable[str]) -> None:

@@ -11,6 +11,12 @@ Since version 1.2 a task may name the conductor's mailbox in ``report_to``, and 
 changed: ``{"host": ..., "job_id": ..., "attempt": ..., "number": ..., "agent": ..., "cells": ...}``. The
 answer to ``poll`` has ``attempt`` and ``number`` beside its result. A conductor that does not know these
 fields ignores them.
+
+Since version 1.3 an agent that passes images on says ``"relays": true`` of itself, and a task for it may have
+a route, ``"relay": {"parents": [...], "origin": ...}``: names of hosts, which the agent makes addresses of by
+its own configuration, and whether it may ask its image service. Reports and answers to ``poll`` then have
+``"relay": {"parent": ..., "wants_origin": ..., "wrong": [...], "mismatched": ...}``, and ``release`` ends
+what is kept for others.
 """
 
 from __future__ import annotations
@@ -25,6 +31,9 @@ from typing import Any
 
 from imagecache_lib import errors
 from imagecache_lib.precache import client, job
+from imagecache_lib.precache.chains import HostRoute
+from imagecache_lib.sources.parents import HOST_NAME
+from imagecache_lib.sources.route import ORIGIN, RouteState
 from imagecache_lib.store import layout
 
 LOG = logging.getLogger(__name__)
@@ -52,16 +61,19 @@ _MOST_RETRIES = 100
 _LONGEST_ID = 128
 
 #: Raise the minor number for what an older side may ignore, the major for what it must not.
-VERSION = "1.2"
+VERSION = "1.3"
 
 #: Fields of a task that earlier versions do not know and refuse, with the first that knows them.
-_SINCE = {"deadline_in": "1.1", "pin_for": "1.1", "report_to": "1.2"}
+_SINCE = {"deadline_in": "1.1", "pin_for": "1.1", "report_to": "1.2", "relay": "1.3"}
 
 #: The versions of agents, the newest first.
-VERSIONS = ("1.2", "1.1", "1.0")
+VERSIONS = ("1.3", "1.2", "1.1", "1.0")
 
 #: A mailbox is a random id. It becomes part of a queue's name, so it is nothing else.
 _MAILBOX = re.compile("[0-9a-f]{32}")
+
+#: The most hosts of a route, and of those that are said to have sent wrong bytes.
+_MOST_PARENTS = 16
 
 
 class Malformed(errors.BackendError):
@@ -74,6 +86,8 @@ def from_task(task: client.HostTask, *, version: str = VERSION) -> dict[str, Any
     :param version: the version that the agent speaks, one of :data:`VERSIONS`.
     """
     fields = {**dataclasses.asdict(task), "image_ids": list(task.image_ids)}
+    if task.relay is not None:
+        fields["relay"] = {"parents": list(task.relay.parents), "origin": task.relay.origin}
     return {name: value for name, value in fields.items() if _SINCE.get(name, version) <= version}
 
 
@@ -99,6 +113,7 @@ def to_task(found: Any) -> client.HostTask:
         deadline_in=_moment(fields.get("deadline_in"), "deadline_in"),
         pin_for=_moment(fields.get("pin_for"), "pin_for"),
         report_to=_mailbox(fields.get("report_to")),
+        relay=_route(fields.get("relay")),
     )
 
 
@@ -188,7 +203,15 @@ def from_report(told: client.HostReport) -> dict[str, Any]:
         "number": told.report.number,
         "agent": dataclasses.asdict(told.report.agent),
         "cells": from_cells(told.report.cells),
+        **from_route_state(told.report.relay),
     }
+
+
+def from_route_state(state: RouteState | None) -> dict[str, Any]:
+    """Return how a host gets on along its route, as the field that it travels in, or no field for None."""
+    if state is None:
+        return {}
+    return {"relay": {**dataclasses.asdict(state), "wrong": list(state.wrong)}}
 
 
 def to_report(found: Any) -> client.HostReport:
@@ -225,7 +248,7 @@ def _task_report(
     fields: Mapping[str, Any], cells: Mapping[str, job.Cell], who: client.AgentInfo | None
 ) -> client.TaskReport:
     attempt, number = (_integer(fields.get(name, 0), name) for name in ("attempt", "number"))
-    return client.TaskReport(cells, who, attempt, number)
+    return client.TaskReport(cells, who, attempt, number, _route_state(fields.get("relay")))
 
 
 def _cell(found: Any) -> job.Cell:
@@ -276,7 +299,9 @@ def agent_of(answer: Any) -> client.AgentInfo | None:
     instance, clock = told.get("instance"), told.get("clock")
     if not isinstance(instance, str) or not _is_moment(clock):
         return None
-    return client.AgentInfo(instance[:_LONGEST_ID], float(clock or 0), told.get("reports") is True)
+    return client.AgentInfo(
+        instance[:_LONGEST_ID], float(clock or 0), told.get("reports") is True, told.get("relays") is True
+    )
 
 
 def result_of(answer: Any) -> Any:
@@ -324,6 +349,39 @@ def _mailbox(found: Any) -> str | None:
     if found is None or (isinstance(found, str) and _MAILBOX.fullmatch(found)):
         return found
     raise Malformed("report_to is no mailbox", next_step="upgrade the side that sent it")
+
+
+def _route(found: Any) -> HostRoute | None:
+    if found is None:
+        return None
+    fields = _mapping(found, "a route")
+    if unknown := fields.keys() - {"parents", "origin"}:
+        raise Malformed(
+            f"a route may not have {min(map(str, unknown))!r}", next_step="name hosts, and no addresses"
+        )
+    if type(fields.get("origin")) is not bool:
+        raise Malformed("the route does not say whether to ask the image service", next_step="upgrade")
+    return HostRoute(_host_names(fields.get("parents")), fields["origin"])
+
+
+def _route_state(found: Any) -> RouteState | None:
+    if found is None:
+        return None
+    fields = _mapping(found, "the state of a route")
+    parent = fields.get("parent")
+    if parent not in (None, ORIGIN):
+        (parent,) = _host_names([parent])
+    wants_origin, mismatched = (fields.get(name) is True for name in ("wants_origin", "mismatched"))
+    return RouteState(parent, wants_origin, _host_names(fields.get("wrong")), mismatched)
+
+
+def _host_names(found: Any) -> tuple[str, ...]:
+    if not isinstance(found, list) or len(found) > _MOST_PARENTS:
+        raise Malformed("a list of hosts is none, or too long", next_step="upgrade the side that sent it")
+    for name in found:
+        if not isinstance(name, str) or not HOST_NAME.fullmatch(name):
+            raise Malformed(f"{name!r:.100} is no name of a host", next_step="upgrade the side that sent it")
+    return tuple(found)
 
 
 def _moment(found: Any, what: str) -> float | None:

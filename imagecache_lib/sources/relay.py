@@ -144,6 +144,8 @@ class RelaySource(ImageSource):
             spool.image.id,
             _names(spool),
         )
+        if spool.suppliers() - {ORIGIN}:
+            self._route.mismatched()
         spool.learn(None)
         spool.cut(0)
 

@@ -22,11 +22,14 @@ class RouteState:
         none.
     :param wants_origin: no parent serves it, and it waits for leave to ask the image service.
     :param wrong: hosts that sent bytes which are not the image's.
+    :param mismatched: an image that it received was not what its digest says, and it cannot tell which host
+        sent the wrong bytes.
     """
 
     parent: str | None = None
     wants_origin: bool = False
     wrong: tuple[str, ...] = ()
+    mismatched: bool = False
 
 
 class Route:
@@ -76,7 +79,7 @@ class Route:
     def follows(self, parent: str | None, *, wants_origin: bool = False) -> None:
         """Tell who sends bytes now."""
         with self._changed:
-            self._state = RouteState(parent, wants_origin, self._state.wrong)
+            self._state = dataclasses.replace(self._state, parent=parent, wants_origin=wants_origin)
 
     def blame(self, host: str) -> None:
         """Tell that a host sent wrong bytes."""
@@ -84,6 +87,11 @@ class Route:
             if host not in self._state.wrong:
                 wrong = (*self._state.wrong, host)[-_MOST_WRONG:]
                 self._state = dataclasses.replace(self._state, wrong=wrong)
+
+    def mismatched(self) -> None:
+        """Tell that an image was not what its digest says, and that it is not known who sent wrong bytes."""
+        with self._changed:
+            self._state = dataclasses.replace(self._state, mismatched=True)
 
     def forgive(self, hosts: Collection[str]) -> None:
         """Take back that hosts sent wrong bytes."""

@@ -24,6 +24,7 @@ from imagecache_lib.store.evictor import Evictor
 from imagecache_lib.store.pieces import PIECE, Hasher, Pieces
 from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import Stage
+from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import Waiter
 
@@ -36,15 +37,20 @@ class Spool:
     """The bytes of one image.
 
     :ivar image: as its own image service describes it, with size and digest.
+    :ivar readers: how many read it now.
+    :ivar read_at: when reading began or ended last, by the monotonic clock.
     :param stage: the file, which has room for the whole image.
     """
 
-    def __init__(self, image: model.Image, stage: Stage) -> None:
+    def __init__(self, image: model.Image, stage: Stage, host: System) -> None:
         assert image.size is not None and image.digest is not None  # others are not spooled
         self.image = image
         self.size = image.size
         self.digest = image.digest
         self._stage = stage
+        self._host = host
+        self.readers = 0
+        self.read_at = host.monotonic()
         self._changed = threading.Condition()
         self._have = 0
         self._cuts = 0
@@ -168,10 +174,17 @@ class Spool:
             self._stage.touch()
             fd = os.dup(self._stage.fd)
             cuts = self._cuts
+            self._count_reader(1)
         try:
             yield SpoolReader(self, fd, cuts)
         finally:
             os.close(fd)
+            with self._changed:
+                self._count_reader(-1)
+
+    def _count_reader(self, change: int) -> None:
+        self.readers += change
+        self.read_at = self._host.monotonic()
 
     def wait(self, offset: int, cuts: int, seconds: float) -> int:
         """Wait until the byte at an offset is there. Returns how many bytes are there, from the first on.
@@ -252,7 +265,7 @@ class Spools:
         try:
             stage.write_info()
             Reservation(stage, self._cache, self._evictor, waiter).raise_to(image.size or 0)
-            made = Spool(image, stage)
+            made = Spool(image, stage, self._cache.host)
         except BaseException:
             stage.discard()
             raise

@@ -300,9 +300,12 @@ class TestServer(RelayCase):
         parents = Parents("http://{host}:1", token=TOKEN)
         image = FakeSource({ID: DATA}).describe(ID)
         for name in ("a/b", "user@host", "host:80", "host?", "", "-", "h\n", "a" * 300):
-            refused = self.assertRaisesRegex(errors.SourceError, "no name")
-            with self.subTest(name=name), refused, parents.data(name, image, 0):
-                pass
+            with (
+                self.subTest(name=name),
+                self.assertRaisesRegex(errors.SourceError, "no name"),
+                parents.data(name, image, 0),
+            ):
+                raise AssertionError("it was asked")
 
     def test_a_url_without_a_place_for_the_name_is_refused(self) -> None:
         for url in ("https://host:9293", "https://{host}.{host}:1", "ftp://{host}/"):

@@ -175,6 +175,18 @@ class TestReplanning(unittest.TestCase):
         )
         self.assertEqual([], moved)
 
+    @given(st.lists(st.integers(0, 9), min_size=15, max_size=15))
+    def test_hosts_that_begin_later_than_those_before_them_are_left_alone(self, waits: list[int]) -> None:
+        begins = {f"h{number:02}": sum(waits[:number]) // 3 for number in range(16)}
+        calls: dict[str, int] = {}
+
+        def rate_of(_chains: Chains, host: str) -> float:
+            calls[host] = calls.get(host, 0) + 1
+            return 100.0 if calls[host] > begins[host] else 0.0
+
+        _chains, moved = simulate(rate_of, seconds=60)
+        self.assertEqual([], moved)
+
     def test_a_slow_head_is_replaced_when_there_is_another(self) -> None:
         chains, moved = simulate(lambda _chains, host: 10.0 if host == "h00" else 100.0, heads=2)
         self.assertEqual(["h00"], moved)

@@ -15,13 +15,16 @@ from oslo_config import cfg
 
 from imagecache_lib import errors
 from imagecache_lib.precache import client, job, notifications, rpc, wire
+from imagecache_lib.precache.chains import HostRoute
 from imagecache_lib.precache.job_events import JobEvent
+from imagecache_lib.sources.route import RouteState
 
 TASK = client.HostTask(
     "a1", ("image-a", "image-b"), attempt=2, rate=5, deadline=7.5, pin_until=9.0, retries=4
 )
 CELLS = {"image-a": job.Cell(job.Result.CACHED, "", 5, 5), "image-b": job.Cell(None, "soon", 1, None)}
 WHO = client.AgentInfo("an-instance", 5.0, reports=True)
+STATE = RouteState("node-3", wrong=("node-2",), mismatched=True)
 SURVEY = client.Survey(("image-a",), {"image-b": 7, "image-c": None}, 99, {"image-d": "it is gone"})
 
 
@@ -36,6 +39,7 @@ class ScriptedAgent:
         self.changed: list[tuple[str, client.HostReport]] = []
         self.asked: list[Any] = []
         self.raises: BaseException | None = None
+        self.is_relaying = False
 
     def _note(self, what: Any) -> None:
         self.asked.append(what)
@@ -54,10 +58,13 @@ class ScriptedAgent:
 
     def poll(self, job_id: str) -> client.TaskReport:
         self._note(job_id)
-        return client.TaskReport(CELLS, WHO, attempt=2, number=7)
+        return client.TaskReport(CELLS, WHO, attempt=2, number=7, relay=STATE)
 
     def cancel(self, job_id: str) -> None:
         self._note(job_id)
+
+    def release(self, job_id: str) -> None:
+        self._note(f"release {job_id}")
 
     def changes(self) -> Sequence[tuple[str, client.HostReport]]:
         changed, self.changed = self.changed, []
@@ -133,12 +140,21 @@ class RpcTest(unittest.TestCase):
         self.assertEqual(WHO, self.client.begin("one", TASK))
         report = self.client.poll("one", "a1")
         self.assertEqual((CELLS, WHO, 2, 7), (report.cells, report.agent, report.attempt, report.number))
+        self.assertEqual(STATE, report.relay)
         self.client.cancel("one", "a1")
-        self.assertEqual([("image-a",), TASK, "a1", "a1"], self.agent.asked)
+        self.client.release("one", "a1")
+        self.assertEqual([("image-a",), TASK, "a1", "a1", "release a1"], self.agent.asked)
+
+    def test_a_route_arrives_as_names_of_hosts(self) -> None:
+        task = dataclasses.replace(
+            TASK, report_to="0" * 32, relay=HostRoute(("node-1", "10.0.0.7"), origin=True)
+        )
+        self.client.begin("one", task)
+        self.assertEqual([task], self.agent.asked)
 
     def test_what_an_agent_says_by_itself_arrives_while_it_is_listened_to(self) -> None:
         inbox: queue.SimpleQueue[client.HostReport] = queue.SimpleQueue()
-        told = client.HostReport("one", "a1", client.TaskReport(CELLS, WHO, attempt=2, number=3))
+        told = client.HostReport("one", "a1", client.TaskReport(CELLS, WHO, attempt=2, number=3, relay=STATE))
         ours = rpc.RpcHostClient(self.transport, mailboxes=self.transport)
         with ours.listening(inbox) as box:
             assert box is not None
@@ -163,10 +179,13 @@ class RpcTest(unittest.TestCase):
         )
         server.start()
         self.addCleanup(server.stop)
-        task = dataclasses.replace(TASK, deadline_in=5.0, report_to="0" * 32)
-        rpc.RpcHostClient(transport, timeout=5.0).begin("second", task)
+        task = dataclasses.replace(TASK, deadline_in=5.0, report_to="0" * 32, relay=HostRoute(("node-1",)))
+        ours = rpc.RpcHostClient(transport, timeout=5.0)
+        ours.begin("second", task)
         self.assertEqual(5.0, second.tasks[0]["deadline_in"])
         self.assertNotIn("report_to", second.tasks[0])
+        self.assertNotIn("relay", second.tasks[0])
+        ours.release("second", "a1")  # it passes nothing on, and says no more than that
 
     def test_an_error_arrives_as_the_kind_that_says_who_acts(self) -> None:
         for error in (
@@ -299,6 +318,15 @@ class WireTest(unittest.TestCase):
             ("pin_until", 10**400),
             ("report_to", "reply_of_another_service"),
             ("report_to", 5),
+            ("relay", "node-1"),
+            ("relay", {"parents": ["node-1"]}),
+            ("relay", {"parents": "node-1", "origin": True}),
+            ("relay", {"parents": ["http://evil/"], "origin": True}),
+            ("relay", {"parents": ["node-1:80"], "origin": True}),
+            ("relay", {"parents": [5], "origin": True}),
+            ("relay", {"parents": ["node-1"] * 17, "origin": True}),
+            ("relay", {"parents": [], "origin": True, "url": "http://evil/"}),
+            ("relay", {"parents": [], "origin": 1}),
         ):
             with self.subTest(name=name, value=value), self.assertRaises(wire.Malformed):
                 wire.to_task({**good, name: value})
@@ -335,6 +363,9 @@ class WireTest(unittest.TestCase):
                     {**REPORT, "number": -1},
                     {**REPORT, "attempt": "1"},
                     {**REPORT, "cells": []},
+                    {**REPORT, "relay": 5},
+                    {**REPORT, "relay": {"parent": "a/b", "wrong": []}},
+                    {**REPORT, "relay": {"parent": None, "wrong": "node-1"}},
                     {**REPORT, "cells": {"a": {"result": "perhaps"}}},
                 ),
             ),
