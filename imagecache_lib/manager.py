@@ -182,7 +182,7 @@ class ImageCacheManager(DiskAdmin):
         """
         base = self._ingest.request(self._call(image_id, request), Use.DISK)
         # A private copy would be gone afterwards, and the driver may make an overlay.
-        with self._leases.acquire(base, bypass=False) as lease:
+        with self._leases.acquire(base, bypass=False, lasting=True) as lease:
             yield lease.base
             if not lease.is_current():
                 raise errors.LeaseLostError(

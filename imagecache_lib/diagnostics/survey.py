@@ -191,13 +191,15 @@ class _Look:
             yield Reason("qemu", user)
         elif (
             user is not None
+            and user != references.LEASED
             and (pinned is None or user != pinned.reason)
             and name not in self._disks
             and name not in self._instances
         ):
             yield Reason("elsewhere", user)
-        if locks.is_taken(self._cache.layout.lock(name), host=self._cache.host):
-            yield Reason("leased", "leased: it is being used or fetched now")
+        fetched = locks.is_taken(self._cache.layout.lock(name), host=self._cache.host)
+        if fetched or references.is_leased(self._cache.layout.base(name)):
+            yield Reason("leased", references.LEASED)
         if base.links > 1:
             yield Reason(
                 "hard_link",

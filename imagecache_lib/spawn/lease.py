@@ -3,6 +3,11 @@
 
 :meth:`Leases.acquire` looks under the shared lock. What it finds and may use, it leases. Otherwise it takes
 the exclusive lock, has the base made (:mod:`imagecache_lib.spawn.fill`), and goes back to the look.
+
+A lease is a lock on a byte of the base file itself, through the lease's own descriptor
+(:func:`imagecache_lib.system.locks.lease`). It is set under the shared lock of the base's name, which is
+Nova's lock too, and outlives that: however long a lease lasts, no other program waits for it. What keeps a
+Nova host from removing a leased base is its age (:class:`imagecache_lib.spawn.keeper.Keeper`).
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from imagecache_lib import errors, events, model
 from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.spawn import lookup
 from imagecache_lib.spawn.fill import Filler, Production
+from imagecache_lib.spawn.keeper import Keeper
 from imagecache_lib.spawn.lookup import Fit
 from imagecache_lib.store import evidence, stage
 from imagecache_lib.store.directory import CacheStore, OpenBase
@@ -65,11 +71,12 @@ class Leases:
         self._filler = Filler(cache, evictor)
 
     @contextlib.contextmanager
-    def acquire(self, request: BaseRequest, *, bypass: bool = True) -> Iterator[Lease]:
+    def acquire(self, request: BaseRequest, *, bypass: bool = True, lasting: bool = False) -> Iterator[Lease]:
         """Lease a base image for the body, making it first if need be. Yields the :class:`Lease`.
 
         :param bypass: whether a private copy will do where the base in the cache does not serve and cannot
             be replaced.
+        :param lasting: whether the body may last longer than it takes to make an overlay.
         :raises BackendError: a private copy will not do, and nothing else is possible.
         :raises: whatever the request's producer raises.
         """
@@ -77,6 +84,8 @@ class Leases:
             lease = self._acquire(stack, request, bypass=bypass)
             if lease.production is None:
                 request.producer.authorize()
+            if lasting and lease.opened is not None:
+                stack.enter_context(Keeper(self._cache, lease.opened))
             yield lease
 
     @contextlib.contextmanager
@@ -92,6 +101,7 @@ class Leases:
             if not isinstance(found, Fit):
                 reason = found.reason if found is not None else "it is not in the cache"
                 raise errors.ImageNotFound(reason, image=request.image_id, next_step="cache it first")
+            stack.enter_context(Keeper(self._cache, found.opened))
             yield self._lease(request, found, None)
 
     @contextlib.contextmanager
@@ -134,12 +144,15 @@ class Leases:
             filled = True
 
     def _hold(self, stack: contextlib.ExitStack, request: BaseRequest) -> Fit | evidence.Unmet | None:
-        """Look under the shared lock, and keep the lock and what serves until the stack is closed."""
-        stack.enter_context(self._locked(request, shared=True))
-        self._cache.host.trace(TracePoint.LEASE_SHARED)
-        found = lookup.look(self._cache, request)
-        if isinstance(found, Fit):
-            stack.callback(found.opened.close)
+        """Look under the shared lock, and lease what serves until the stack is closed."""
+        with self._locked(request, shared=True):
+            self._cache.host.trace(TracePoint.LEASE_SHARED)
+            found = lookup.look(self._cache, request)
+            if isinstance(found, Fit):
+                stack.callback(found.opened.close)
+                locks.lease(found.opened.fd, self._cache.host)
+                stack.callback(locks.end_lease, found.opened.fd)
+                self._cache.touch(found.opened)
         return found
 
     def _fill(self, request: BaseRequest, *, bypass: bool) -> SealedStage | Production | None:
@@ -150,7 +163,6 @@ class Leases:
 
     def _lease(self, request: BaseRequest, fit: Fit, production: Production | None) -> Lease:
         """Return the lease on a base image in the cache."""
-        self._cache.touch(fit.opened)
         if production is None:
             self._cache.observers(events.Hit(request.name, request.label))
         base = _base_image(request, fit.record, fit.opened.path, fit.opened.fd)

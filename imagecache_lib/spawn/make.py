@@ -9,7 +9,7 @@ retries.
 from __future__ import annotations
 
 from imagecache_lib import errors, model
-from imagecache_lib.backends.interface import StorageBackend
+from imagecache_lib.backends.interface import Feature, StorageBackend
 from imagecache_lib.ingest.fit import require_fit
 from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.spawn.lease import Lease, Leases
@@ -35,9 +35,11 @@ def make_disk(
     :raises DiskTooSmallError: the base is larger.
     :raises: whatever the request's producer raises.
     """
-    acquire = leases.acquire if shared else leases.acquire_private_copy
+    # An overlay takes milliseconds, a copy as long as its size.
+    lasting = Feature.OVERLAY not in storage.features
     while True:
-        with acquire(base) as lease:
+        acquired = leases.acquire(base, lasting=lasting) if shared else leases.acquire_private_copy(base)
+        with acquired as lease:
             require_fit(base.label, lease.base.virtual_size, size)
             prepare = storage.prepare_standalone if lease.private else storage.prepare
             with prepare(lease.base, target, size) as pending:
@@ -53,7 +55,7 @@ def make_file(leases: Leases, base: BaseRequest, path: str, host: System) -> Non
     :raises: whatever the request's producer raises.
     """
     while True:
-        with leases.acquire(base) as lease, atomic_file.unfinished(path, host) as file:
+        with leases.acquire(base, lasting=True) as lease, atomic_file.unfinished(path, host) as file:
             assert lease.base.fd is not None  # a leased base is open
             with translated(path):
                 atomic_file.copy_content(lease.base.fd, file.fd)

@@ -50,8 +50,13 @@ an end, which makes them keep the base; it is not read as a pin here. It is writ
 seldom. Where no locks work, an earlier release can lose it, as it loses its own pins; no pin in the
 directory is lost.
 
-*Locks* are OFD byte-range locks on the whole of ``locks/nova-<name>``: shared to use a base, exclusive to
-fetch or to evict it. They save work; every step below is safe if all of them fail.
+*Locks* are OFD byte-range locks on the whole of ``locks/nova-<name>``: shared to look at a base and to touch
+it, exclusive to fetch or to evict it. They save work; every step below is safe if all of them fail.
+
+*A lease* is a shared OFD lock on byte 299 of the base file itself, for as long as the lease lasts, in the
+cache and in the trash. It is set under the base's lock. Earlier releases hold the base's lock instead, and
+take the byte for QEMU's, so that each keeps what the other leases. Nova sees neither: a base that is leased
+for long is touched meanwhile, so that it is too young for Nova's pass.
 
 *A stage file* belongs to the process that holds an OFD lock on it. It is a leftover when that lock is free
 and the file was not touched for an hour.

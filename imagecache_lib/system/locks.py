@@ -4,6 +4,12 @@
 They are OFD (open file description) byte-range locks, ``F_OFD_SETLK`` of fcntl(2): they belong to the open
 file and not to the process, so that closing another descriptor of the same file does not drop them, two
 threads exclude each other, and the POSIX locks that Nova takes on the same file conflict with them.
+
+Nova's own locks are POSIX locks, which belong to the process: the kernel drops those that a process has on a
+file as soon as it closes *any* descriptor of the file (fcntl(2), "Advisory record locking"). Where Nova runs
+in this process, that must not happen to it by us. While a lock of ours is on the file there can be none of
+Nova's. So a descriptor of a lock file is closed only then (close(2) drops the POSIX locks first, ours after
+them), and one whose lock was not got is parked for the next that wants the file.
 """
 
 from __future__ import annotations
@@ -93,7 +99,61 @@ class HeldDescriptor:
         self.close()
 
 
+class _Parked:
+    """Descriptors of lock files that could not be closed without dropping locks of Nova's in this process.
+
+    There are at most as many of a file as threads waited for it in vain at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, list[HeldDescriptor]] = {}
+
+    def put(self, path: str, descriptor: HeldDescriptor) -> None:
+        self._files.setdefault(path, []).append(descriptor)
+
+    def take(self, path: str) -> HeldDescriptor | None:
+        """Return a descriptor of the file that is at the path now, or None if there is none."""
+        parked = self._files.get(path, [])
+        for _ in range(len(parked)):
+            try:
+                descriptor = parked.pop(0)
+            except IndexError:  # another thread took it
+                break
+            if _is_at(path, descriptor.fd):
+                return descriptor
+            if not _close_locked(descriptor):
+                parked.append(descriptor)
+        return None
+
+    def forget(self) -> None:
+        self._files.clear()
+
+
+_parked = _Parked()
+
+
+def _is_at(path: str, fd: int) -> bool:
+    try:
+        # Even fstat(2) fails, with ESTALE, where another host unlinked the file.
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        return False
+
+
+def _close_locked(descriptor: HeldDescriptor) -> bool:
+    """Close a descriptor under a lock of its own. Returns False if a lock of another holder is there."""
+    try:
+        set_lock(descriptor.fd, fcntl.F_RDLCK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a filesystem without locks
+    descriptor.close()
+    return True
+
+
 def _close_in_child() -> None:
+    _parked.forget()
     for held in list(_held):
         with contextlib.suppress(OSError):
             held.close()
@@ -117,6 +177,8 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
 
     def _do_open(self) -> None:
         # fasteners opens for writing only, and a shared lock needs a file open for reading.
+        if self._descriptor is None:
+            self._descriptor = _parked.take(self.file)
         if self._descriptor is not None:
             return
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -159,26 +221,20 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     def unlock(self) -> None:
-        # Closing the file would do; but a child that was forked a moment ago may have it open still.
-        if self._host.locking and self._descriptor is not None and self._descriptor.fd >= 0:
-            with contextlib.suppress(OSError):
-                set_lock(self._descriptor.fd, fcntl.F_UNLCK)
+        """Leave that to the closing of the file: between the two, Nova could get a lock and lose it."""
 
     def let_go(self) -> None:
-        """Release it if it was got, and close the file."""
+        """Release it if it was got, and close the file, or park it."""
         if self.acquired:
             self.release()
-        else:
-            self._do_close()
+        elif self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            if not _close_locked(descriptor):
+                _parked.put(self.file, descriptor)
 
     def _is_at_path(self) -> bool:
         assert self._descriptor is not None
-        try:
-            # Even fstat(2) fails, with ESTALE, where another host unlinked the file.
-            ours, theirs = os.fstat(self._descriptor.fd), os.stat(self.file)
-        except OSError:
-            return False
-        return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
+        return _is_at(self.file, self._descriptor.fd)
 
 
 class Watched(Protocol):
@@ -261,19 +317,59 @@ def without_waiting(path: str, *, host: System) -> Iterator[bool]:
 
 def is_taken(path: str, *, host: System) -> bool:
     """Return whether any process holds the lock, shared or exclusive. Makes no lock file."""
+    descriptor = _parked.take(path) or _opened(path, os.O_RDWR)
+    if descriptor is None:
+        # Who may not write it cannot hold a lock of Nova's either, which takes one that is exclusive.
+        descriptor = _opened(path, os.O_RDONLY)
+        if descriptor is None:
+            return False
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return host.locking and bool(is_locked(fd))
+        return host.locking and bool(is_locked(descriptor.fd))
     finally:
-        os.close(fd)
+        if not _close_locked(descriptor):
+            _parked.put(path, descriptor)
 
 
-# QEMU locks bytes 100 to 299 of the images it has open (its include/block/block-common.h and
-# block/file-posix.c), and qemu-img must be able to write into a stage file that we own.
+def _opened(path: str, mode: int) -> HeldDescriptor | None:
+    try:
+        return HeldDescriptor(os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError:
+        return None
+
+
+# QEMU locks bytes 100 to 204 of the images it has open, and leaves those up to 299 free (its
+# include/block/block-common.h and block/file-posix.c); qemu-img must be able to write into a stage file that
+# we own. A lease's byte is among those of which earlier releases ask who locks them: for them QEMU has the
+# base open, and they keep it.
 _OWNER_BYTE = (0, 1)
+_QEMU_BYTES = (100, 199)
+_LEASE_BYTE = (299, 1)
+
+
+def lease(fd: int, host: System) -> None:
+    """Mark a base image as leased, through the lease's own descriptor, until :func:`end_lease`.
+
+    On a filesystem without locks nothing shows the lease; the look at the base's name at its end has to do.
+    """
+    if host.locking:
+        with contextlib.suppress(OSError):
+            set_lock(fd, fcntl.F_RDLCK, *_LEASE_BYTE)
+
+
+def end_lease(fd: int) -> None:
+    """Take the mark away, also where a child that was forked meanwhile has the file open still."""
+    with contextlib.suppress(OSError):
+        set_lock(fd, fcntl.F_UNLCK, *_LEASE_BYTE)
+
+
+def is_leased(fd: int) -> bool:
+    """Whether a lease of any process, through another descriptor, is on a base image."""
+    return bool(is_locked(fd, *_LEASE_BYTE))
+
+
+def is_open_in_qemu(fd: int) -> bool:
+    """Whether a QEMU on this host has the image open."""
+    return bool(is_locked(fd, *_QEMU_BYTES))
 
 
 class OwnerLock:

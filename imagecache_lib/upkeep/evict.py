@@ -24,12 +24,9 @@ from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.upkeep import members, policy
 from imagecache_lib.upkeep.outcomes import Evicted, Kept
 from imagecache_lib.upkeep.policy import Decided, Decision, Fate, InTrash, TrashDecision
-from imagecache_lib.upkeep.references import ReferenceReader
+from imagecache_lib.upkeep.references import LEASED, ReferenceReader, is_leased
 
 LOG = logging.getLogger(__name__)
-
-#: Why a base stays whose lock a process holds.
-LEASED = "leased: it is being used or fetched now"
 
 #: Why a base stays that a process is about to publish.
 PUBLISHED_NOW = "leased: it is being published now"
@@ -151,6 +148,8 @@ def _move_in(
                 lock = locks.without_waiting(cache.layout.lock(name), host=cache.host)
                 if not stack.enter_context(lock):
                     return Kept(LEASED)
+            if is_leased(cache.layout.base(name)):
+                return Kept(LEASED)
             entry = trash.move_in(cache, name, mark=hosts.mark)
             if entry is not None:
                 moved.append(entry)

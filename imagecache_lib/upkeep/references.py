@@ -2,8 +2,7 @@
 """Who needs which base. A reference that cannot be determined counts as one: unknown means keep.
 
 The sources are independent of each other: what the driver reports or last reported, the disks of every
-instance directory, pins, and a QEMU that has the base open. Hard links are in the inventory, leases in the
-locks.
+instance directory, pins, leases, and a QEMU that has the base open. Hard links are in the inventory.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from imagecache_lib.upkeep.scan import Scan
 #: How a running QEMU needs a base image, as a clause.
 OPEN_IN_QEMU = "open in a running QEMU"
 
-#: QEMU's lock bytes on its images: permissions and shared permissions, from its block/file-posix.c.
-_QEMU_BYTES = (100, 200)
+#: Why a base stays that is leased, or whose lock another process holds.
+LEASED = "leased: it is being used or fetched now"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +82,7 @@ def collect(
     for name in set(pins.names(cache)).intersection(names):
         if (pinned := pins.look(cache, name, now)) is not None:
             users.setdefault(name, pinned.reason)
-    for name in _open_in_qemu(cache, set(names).difference(users)):
-        users[name] = OPEN_IN_QEMU
+    users.update(_in_use_now(cache, set(names).difference(users)))
     unknown = disks.unknown
     if instances is None:
         unknown = "the driver could not tell which instances there are"
@@ -158,23 +156,34 @@ def _of_other_hosts(cache: CacheStore, names: Collection[str]) -> Iterator[tuple
                     yield name, f"used by the disk {path} of another host, as its last pass saw it"
 
 
-def _open_in_qemu(cache: CacheStore, names: Collection[str]) -> Iterable[str]:
-    """Yield the names of the bases that a QEMU on this host has open, in the cache or in the trash."""
+def _in_use_now(cache: CacheStore, names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the name of each base that a lease or a QEMU on this host uses, in the cache or in the trash, and
+    which of them does, as a clause."""
     paths = [(name, cache.layout.base(name)) for name in names]
     paths += [(entry.name, entry.path) for entry in trash.find(cache) if entry.name in names]
-    return (name for name, path in paths if _has_qemu_locks(path))
+    for name, path in paths:
+        if (user := _user_now(path)) is not None:
+            yield name, user
 
 
-def _has_qemu_locks(path: str) -> bool:
+def _user_now(path: str) -> str | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         # If it is gone or no file, no QEMU has it open as an image. If it cannot be read, one may have.
-        return error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO)
+        gone = error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO)
+        return None if gone else OPEN_IN_QEMU
     try:
-        return bool(locks.is_locked(fd, *_QEMU_BYTES))
+        if locks.is_leased(fd):
+            return LEASED
+        return OPEN_IN_QEMU if locks.is_open_in_qemu(fd) else None
     finally:
         os.close(fd)
+
+
+def is_leased(path: str) -> bool:
+    """Whether the base image at a path is leased."""
+    return _user_now(path) == LEASED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,8 +31,8 @@ from imagecache_lib.system.rate import Pace
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import Waiter
 from imagecache_lib.upkeep import inventory
-from imagecache_lib.upkeep.evict import LEASED
 from imagecache_lib.upkeep.outcomes import BaseEvictor, Kept
+from imagecache_lib.upkeep.references import LEASED
 
 LOG = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from imagecache_lib.upkeep import make_room as room
 from imagecache_lib.upkeep.follow import Follower
 from imagecache_lib.upkeep.make_room import SpaceReport
 from imagecache_lib.upkeep.outcomes import Evicted, Kept
-from imagecache_lib.upkeep.references import ReferenceReader, References
+from imagecache_lib.upkeep.references import LEASED, ReferenceReader, References
 
 LOG = logging.getLogger(__name__)
 
@@ -355,7 +355,7 @@ class Upkeep:
     def _held(self, names: Iterable[str]) -> dict[str, str]:
         """Return why bases are in use this moment, as a clause by name: locked, or about to be published."""
         locked = {
-            name: evict.LEASED
+            name: LEASED
             for name in names
             if locks.is_taken(self._cache.layout.lock(name), host=self._cache.host)
         }

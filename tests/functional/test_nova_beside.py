@@ -11,10 +11,12 @@ import time
 from typing import Any
 
 import pytest
+from oslo_concurrency import lockutils
 
 import imagecache_lib as ic
 from imagecache_lib.formats import superblock
 from imagecache_lib.ingest import generate
+from imagecache_lib.system import locks
 from imagecache_lib.testing.sources import FakeSource
 from tests.lab.nova import Nova
 
@@ -146,6 +148,34 @@ def test_a_base_that_nova_made_serves_whoever_wants_its_filesystem(
     assert (different.base, different.format, filesystem_of(different.target)) == (None, "qcow2", other)
     assert manager.ensure_backing(made, fs=kind) is not None
     assert manager.ensure_backing(made) is not None
+
+
+def test_a_long_lease_neither_stops_novas_pass_nor_loses_its_base_to_it(instances: pathlib.Path) -> None:
+    # Nova's pass has the same minimum age: the base must be touched in time.
+    manager = manager_for(instances, remove_unused_resized_minimum_age_seconds=1)
+    with manager.fetch_or_reuse("image") as base:
+        path = instances / "_base" / base.name
+        grow_old(instances / "_base")
+        until = time.monotonic() + 60
+        while path.stat().st_mtime < time.time() - DAY:
+            assert time.monotonic() < until, "nothing touches the base"
+            time.sleep(0.05)
+        # It ends, and that while the lease goes on.
+        assert base.name in Nova(instances).call("run_pass", instances=[])
+    grow_old(instances / "_base")
+    assert base.name not in Nova(instances).call("run_pass", instances=[])
+
+
+def test_nova_locks_what_this_process_leases(instances: pathlib.Path) -> None:
+    """Nova's code in a driver of this process, by the library that Nova locks with."""
+    with (
+        manager_for(instances).fetch_or_reuse("image") as base,
+        lockutils.external_lock(base.name, lock_file_prefix="nova", lock_path=str(instances / "locks")),
+    ):
+        with open(base.path, "rb") as looker:
+            assert locks.is_leased(looker.fileno())
+        with locks.without_waiting(f"{instances}/locks/nova-{base.name}", host=ic.System()) as got:
+            assert not got
 
 
 def test_nova_makes_its_next_disk_from_a_base_of_ours(instances: pathlib.Path) -> None:

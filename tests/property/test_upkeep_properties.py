@@ -32,7 +32,7 @@ from imagecache_lib.upkeep.facts import Found, ReadDirectory
 from imagecache_lib.upkeep.inventory import Entry
 from imagecache_lib.upkeep.names import Names
 from imagecache_lib.upkeep.policy import Fate, InTrash, Limits, Situation
-from imagecache_lib.upkeep.references import References
+from imagecache_lib.upkeep.references import LEASED, References
 from tests.support import files
 
 NOW = 2_000_000_000.0
@@ -58,7 +58,7 @@ def situations(draw: st.DrawFn) -> tuple[Situation, References]:
         InTrash(name, f"{name}.{number}", 4096, draw(st.integers(1, 2)), draw(st.booleans()), draw(OTHERS))
         for number, name in enumerate(draw(st.lists(st.sampled_from(NAMES), max_size=3)))
     )
-    held = dict.fromkeys(draw(st.lists(st.sampled_from(NAMES), max_size=1)), evict.LEASED)
+    held = dict.fromkeys(draw(st.lists(st.sampled_from(NAMES), max_size=1)), LEASED)
     users = dict.fromkeys(draw(st.lists(st.sampled_from(NAMES), max_size=2)), "a user")
     unknown = draw(st.none() | st.just("something cannot be told"))
     return Situation(bases, trash, held=held, others=draw(OTHERS)), References(users, unknown)
@@ -81,7 +81,7 @@ class TestDecide(unittest.TestCase):
             if decision.fate is Fate.GOES:
                 self.assertEqual((), decision.entry.waiting)
 
-    @given(st.sampled_from([evict.LEASED, evict.PUBLISHED_NOW]), st.integers(86400, 10**7))
+    @given(st.sampled_from([LEASED, evict.PUBLISHED_NOW]), st.integers(86400, 10**7))
     def test_an_old_base_that_is_held_stays_and_says_by_whom(self, held: str, age: int) -> None:
         base = Entry(NAMES[0], layout.Kind.ORIGINAL, 4096, 4096, NOW - age, 1)
         for by, goes in (({NAMES[0]: held}, False), ({NAMES[1]: held}, True)):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import subprocess
@@ -143,14 +144,19 @@ class TestExclusion(LockCase):
 
     def test_a_forked_child_keeps_nothing(self) -> None:
         reader, writer = os.pipe()
+        started, starting = os.pipe()
         lock = self.take()
         self.assertTrue(lock.__enter__())
         child = os.fork()
         if child == 0:
             os.close(writer)
+            os.write(starting, b".")
             os.read(reader, 1)  # live until the test is done
             os._exit(0)
         os.close(reader)
+        os.read(started, 1)
+        os.close(started)
+        os.close(starting)
         try:
             self.assertFalse(self.is_free())
             lock.__exit__(None, None, None)
@@ -180,6 +186,137 @@ sys.stdin.read()
         with self.held_elsewhere(program) as said:
             self.assertEqual("alive", said)
             self.assertTrue(self.is_free())
+
+
+class TestNovaInThisProcess(LockCase):
+    """Nova's POSIX locks belong to the process, and ours to the open file: on one file they meet."""
+
+    @contextlib.contextmanager
+    def novas(self) -> Iterator[None]:
+        with open(self.path, "a") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+
+    def assert_novas_lock_is_there(self) -> None:
+        with self.held_elsewhere(_OURS) as said:
+            self.assertEqual("busy", said)
+
+    def setUp(self) -> None:
+        super().setUp()
+        os.makedirs(os.path.dirname(self.path))
+
+    def test_a_try_of_ours_drops_no_lock_of_novas(self) -> None:
+        with self.novas():
+            for _ in range(3):
+                with locks.without_waiting(self.path, host=self.host) as got:
+                    self.assertFalse(got)
+            self.assert_novas_lock_is_there()
+        self.assertTrue(self.is_free())
+
+    def test_a_wait_of_ours_that_ends_in_vain_drops_no_lock_of_novas(self) -> None:
+        with self.novas():
+            with self.take(stall_timeout=0.1) as got:
+                self.assertFalse(got)
+            with self.take(shared=True, stall_timeout=0.1) as got:
+                self.assertFalse(got)
+            self.assert_novas_lock_is_there()
+
+    def test_a_look_of_ours_drops_no_lock_of_novas(self) -> None:
+        with self.novas():
+            self.assertTrue(locks.is_taken(self.path, host=self.host))
+            self.assertTrue(locks.is_taken(self.path, host=self.host))
+            self.assert_novas_lock_is_there()
+        self.assertFalse(locks.is_taken(self.path, host=self.host))
+
+    def test_nova_gets_its_lock_only_once_ours_cannot_drop_it_any_more(self) -> None:
+        """Nova tries all the time, as its own waiting does, and ours comes and goes."""
+        ended = threading.Event()
+        lost: list[str] = []
+
+        def nova() -> None:
+            while not ended.is_set():
+                with contextlib.suppress(BlockingIOError), self.novas(), open(self.path, "rb") as looker:
+                    # Looked at from another open file, as another process would.
+                    if not locks.is_locked(looker.fileno()):
+                        lost.append("lost")
+
+        thread = threading.Thread(target=nova)
+        thread.start()
+        try:
+            for _ in range(2000):
+                with self.take(stall_timeout=5):
+                    pass
+                with locks.without_waiting(self.path, host=self.host):
+                    pass
+                locks.is_taken(self.path, host=self.host)
+        finally:
+            ended.set()
+            thread.join()
+        self.assertEqual([], lost)
+
+    def test_no_descriptors_are_left_when_nova_is_done(self) -> None:
+        before = os.listdir("/proc/self/fd")
+        with self.novas():
+            for _ in range(5):
+                locks.is_taken(self.path, host=self.host)
+                with locks.without_waiting(self.path, host=self.host):
+                    pass
+        self.assertTrue(self.is_free())
+        self.assertEqual(len(before), len(os.listdir("/proc/self/fd")))
+
+    def test_a_parked_descriptor_of_a_file_that_nova_unlinked_is_not_used(self) -> None:
+        with self.novas():
+            locks.is_taken(self.path, host=self.host)
+            os.unlink(self.path)
+        with locks.without_waiting(self.path, host=self.host) as got:
+            self.assertTrue(got)
+            with self.held_elsewhere(_OURS) as said:
+                self.assertEqual("busy", said)
+
+
+class TestLeases(LockCase):
+    """A lease is a lock on a byte of the base image, beside QEMU's."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.file = os.path.join(os.path.dirname(os.path.dirname(self.path)), "base")
+        pathlib.Path(self.file).write_bytes(bytes(2**20))
+
+    def opened(self) -> int:
+        fd = os.open(self.file, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        return fd
+
+    def test_leases_share_and_each_is_seen_until_its_end(self) -> None:
+        first, second, looker = self.opened(), self.opened(), self.opened()
+        self.assertFalse(locks.is_leased(looker))
+        locks.lease(first, self.host)
+        locks.lease(second, self.host)
+        locks.end_lease(first)
+        self.assertTrue(locks.is_leased(looker))
+        self.assertFalse(locks.is_open_in_qemu(looker))
+        locks.end_lease(second)
+        self.assertFalse(locks.is_leased(looker))
+
+    def test_qemu_may_open_what_is_leased_and_both_are_seen(self) -> None:
+        leased, looker = self.opened(), self.opened()
+        locks.lease(leased, self.host)
+        with subprocess.Popen(
+            ["qemu-io", "-f", "raw", self.file], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as qemu:
+            assert qemu.stdin is not None and qemu.stdout is not None
+            qemu.stdin.write(b"length\n")
+            qemu.stdin.flush()
+            self.assertIn(b"1", qemu.stdout.readline())  # it has opened the image, for writing
+            self.assertTrue(locks.is_open_in_qemu(looker))
+            locks.end_lease(leased)
+            self.assertFalse(locks.is_leased(looker))
+            qemu.stdin.close()
+
+    def test_an_earlier_release_takes_a_lease_for_qemus_and_keeps_the_base(self) -> None:
+        leased, looker = self.opened(), self.opened()
+        locks.lease(leased, self.host)
+        self.assertTrue(locks.is_locked(looker, 100, 200))  # the bytes that it asks about
 
 
 class TestUnlinkedFiles(LockCase):
@@ -260,16 +397,19 @@ class TestWaiting(LockCase):
             with waiting as got:
                 self.assertFalse(got)
 
-    def test_a_wait_that_raises_leaves_no_descriptor_behind(self) -> None:
+    def test_waits_that_raise_leave_no_descriptors_behind(self) -> None:
         cancelled = threading.Event()
         cancelled.set()
         waiter = Waiter(self.host, cancel=cancelled)
+        before = os.listdir("/proc/self/fd")
         with self.take():
-            before = os.listdir("/proc/self/fd")
             for _ in range(5):
                 with self.assertRaises(errors.CancelledError), self.take(stall_timeout=60, waiter=waiter):
                     self.fail("it was not free")
-            self.assertEqual(len(before), len(os.listdir("/proc/self/fd")))
+            # One stays as long as the lock is held, for whoever wants the lock next.
+            self.assertEqual(len(before) + 2, len(os.listdir("/proc/self/fd")))
+        self.assertTrue(self.is_free())
+        self.assertEqual(len(before), len(os.listdir("/proc/self/fd")))
 
     def test_a_lock_is_let_go_when_the_body_raises(self) -> None:
         with self.assertRaises(KeyError), self.take():

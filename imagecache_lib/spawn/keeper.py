@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeping a leased base image young for as long as the lease lasts."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Self
+
+from imagecache_lib.store.directory import CacheStore, OpenBase
+
+#: How many times a base is touched in the time after which Nova's pass removes an unused one.
+_TOUCHES = 4
+
+#: Seconds between two touches, at least.
+_SHORTEST = 0.5
+
+
+class Keeper:
+    """Touches a base at intervals, for the length of a ``with`` statement.
+
+    Nova's pass knows nothing of leases. It removes what no instance uses and was not touched for its minimum
+    age, which this host has from the same configuration. A minimum age of nothing cannot be met: there the
+    lease says at its end that the base is gone.
+
+    The lease's body is the caller's own code, which may compute or wait for as long as it likes: hence a
+    thread. It ends with the lease.
+    """
+
+    def __init__(self, cache: CacheStore, base: OpenBase) -> None:
+        config = cache.config
+        youngest = min(
+            config.remove_unused_original_minimum_age_seconds,
+            config.remove_unused_resized_minimum_age_seconds,
+        )
+        self._interval = max(youngest / _TOUCHES, _SHORTEST)
+        self._cache = cache
+        self._base = base
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name=f"lease-{base.name[:8]}", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        while not self._over.wait(self._interval):
+            self._cache.touch(self._base)
