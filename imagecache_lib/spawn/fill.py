@@ -9,6 +9,7 @@ import enum
 
 from imagecache_lib import errors, events
 from imagecache_lib.ingest.producer import BaseRequest
+from imagecache_lib.spawn import proof
 from imagecache_lib.spawn.lookup import Fit, judge, look
 from imagecache_lib.store import evidence, publish, trash
 from imagecache_lib.store.directory import CacheStore
@@ -78,15 +79,39 @@ class Filler:
         self._cache.observers(events.Miss(request.name, request.label, reason=reason))
         if unmet is None or (evictable and self._evictor.evict_unfit(request.name, reason)):
             return self._publish(request)
+        if evictable and proof.is_possible(self._cache, request):
+            return self._prove(request, reason, bypass=bypass)
         if not bypass:
-            raise errors.BackendError(
-                f"its base image does not serve and cannot be replaced while it is in use: {reason}",
-                image=request.label,
-                path=self._cache.layout.base(request.name),
-                next_step="wait until nothing refers to it",
-            )
+            raise self._in_the_way(request, reason)
         self._cache.observers(events.Bypassed(request.name, request.label, reason=reason))
         return self.produce(request)
+
+    def _in_the_way(self, request: BaseRequest, reason: str) -> errors.BackendError:
+        return errors.BackendError(
+            f"its base image does not serve and cannot be replaced while it is in use: {reason}",
+            image=request.label,
+            path=self._cache.layout.base(request.name),
+            next_step="wait until nothing refers to it",
+        )
+
+    def _prove(self, request: BaseRequest, reason: str, *, bypass: bool) -> SealedStage | Production:
+        """Make a private copy, which proves the base if both hold the same bytes.
+
+        Returns what that took, or the private copy, if they do not.
+        """
+        copy = self.produce(request)
+        try:
+            if proof.prove(self._cache, request, copy):
+                copy.stage.discard()
+                self._cache.observers(events.Adopted(request.name, request.label))
+                return Production(copy.received)
+            if not bypass:
+                raise self._in_the_way(request, reason)
+        except BaseException:
+            copy.stage.discard()
+            raise
+        self._cache.observers(events.Bypassed(request.name, request.label, reason=reason))
+        return copy
 
     def go_around(self, request: BaseRequest, unmet: Unmet | None, *, bypass: bool) -> SealedStage:
         """Make a private copy, where a sound base of the name serves others, or nothing may have the name.

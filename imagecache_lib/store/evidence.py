@@ -185,6 +185,15 @@ def unmet(record: Record, requirements: Requirements) -> Unmet | None:
     return Unmet(lacks[0], record.inspectable and not any(_lacks(inspected, requirements)))
 
 
+def lacks_signature_only(record: Record, requirements: Requirements) -> bool:
+    """Whether a base image would serve, had a signature of its bytes been verified."""
+    demanded = requirements.signed or requirements.trusted_certs is not None
+    if not demanded or record.signed_by is not None or record.certificates:
+        return False
+    verified = dataclasses.replace(record, signed_by="any", certificates=requirements.trusted_certs or ())
+    return not any(_lacks(verified, requirements))
+
+
 def _lacks(record: Record, requirements: Requirements) -> Iterator[str]:
     """Yield what the base lacks, a clause each, the most telling first."""
     if record.damaged:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import base64
 import dataclasses
 import datetime as dt
+import json
+import os
 import pathlib
 import threading
 from collections.abc import Mapping
@@ -262,15 +264,89 @@ class TestLaterRequests(SignatureCase):
         self.assertEqual(2, self.signed.opens)
         self.assertEqual(("middle", "root"), self.record_of().certificates)
 
-    def test_an_unverified_base_in_use_is_bypassed(self) -> None:
+    def test_an_unverified_base_in_use_is_proven_by_one_reading_of_its_image(self) -> None:
         manager = self.manager()
         manager.create_disk(ID, self.target())
         self.grow_old()
+        self.assert_one_reading_proves_it(manager, opens=2)
+
+    def test_a_base_in_use_that_another_program_made_is_proven_too(self) -> None:
+        self.nova_made()
+        self.assert_one_reading_proves_it(self.manager(), opens=1)
+
+    def test_a_converted_base_in_use_is_proven_too(self) -> None:
+        image = disk_image(self.directory, "qcow2", options="compat=1.1", data=DATA)
+        self.signed = SignedSource(properties(image), {ID: image})
+        self.signed._described[ID] = dataclasses.replace(self.signed._described[ID], disk_format="qcow2")
+        self.nova_made()
+        self.assert_one_reading_proves_it(self.manager(), opens=1)
+        self.assertEqual(("qcow2", "raw"), (self.record_of().source_format, self.record_of().stored_format))
+
+    def nova_made(self) -> None:
+        self.base().parent.mkdir()
+        self.base().write_bytes(DATA)
+        files.overlay(pathlib.Path(self.target(instance="nova")), self.base())
+        files.age(self.base(), seconds=2 * 86400)
+
+    def assert_one_reading_proves_it(self, manager: ic.ImageCacheManager, *, opens: int) -> None:
+        """``opens``: of the source in all."""
+        manager.create_disk(ID, self.target(instance="unsigned"))
+        inode = self.base().stat().st_ino
         request = ic.Request(trusted_certs=("root", "middle"))
-        disk = manager.create_disk(ID, self.target(instance="instance-2"), request=request)
+        for number in range(3):
+            disk = manager.create_disk(ID, self.target(instance=f"signed-{number}"), request=request)
+            self.assertEqual(self.base().name, disk.base)
+        self.assertEqual(opens, self.signed.opens)
+        self.assertEqual(inode, self.base().stat().st_ino)
+        self.assertEqual(
+            (("middle", "root"), "leaf"), (self.record_of().certificates, self.record_of().signed_by)
+        )
+        self.assertEqual([], list((self.instances / "_base/.imagecache/stage").iterdir()))
+        (found,) = manager.scrub().bases
+        self.assertIn("sums", found.detail)
+
+    def test_cached_ahead_of_time_it_is_proven_too(self) -> None:
+        self.manager().create_disk(ID, self.target())
+        request = ic.Request(trusted_certs=("root", "middle"))
+        self.manager().cache_image(ID, request=request)
+        self.assertEqual(("middle", "root"), self.record_of().certificates)
+
+    def test_an_unverified_base_in_use_with_other_bytes_is_bypassed(self) -> None:
+        manager = self.manager()
+        self.nova_made()
+        with open(self.base(), "r+b") as file:
+            file.seek(2 * MIB)  # a hole of the image
+            file.write(b"other")
+        self.signed._described[ID] = dataclasses.replace(self.signed._described[ID], digest=None)
+        manager.create_disk(ID, self.target(instance="unsigned"))
+        request = ic.Request(trusted_certs=("root", "middle"))
+        disk = manager.create_disk(ID, self.target(instance="signed"), request=request)
+        self.assertIsNone(disk.base)
+        self.assertEqual(((), None), (self.record_of().certificates, self.record_of().signed_by))
+        with self.assertRaisesRegex(ic.BackendError, "cannot be replaced while it is in use"):
+            manager.cache_image(ID, request=request)
+        self.assertEqual([], list((self.instances / "_base/.imagecache/stage").iterdir()))
+
+    def test_a_bad_signature_proves_nothing_and_leaves_the_base(self) -> None:
+        manager = self.manager()
+        manager.create_disk(ID, self.target())
+        self.signed.told = properties(DATA + b"x")
+        request = ic.Request(trusted_certs=("root", "middle"))
+        with self.assertRaises(ic.ImageRejected):
+            manager.create_disk(ID, self.target(instance="signed"), request=request)
+        self.assertEqual(((), None), (self.record_of().certificates, self.record_of().signed_by))
+        self.assertEqual([], list((self.instances / "_base/.imagecache/stage").iterdir()))
+
+    def test_a_base_that_can_carry_no_id_is_bypassed(self) -> None:
+        manager = self.manager()
+        manager.create_disk(ID, self.target())
+        os.removexattr(self.base(), "user.imagecache.id")
+        fields = json.loads(self.record().read_bytes()) | {"base_id": "", "origin": "adopted"}
+        self.record().write_text(json.dumps(fields))
+        request = ic.Request(trusted_certs=("root", "middle"))
+        disk = manager.create_disk(ID, self.target(instance="signed"), request=request)
         self.assertIsNone(disk.base)
         self.assertEqual(2, self.signed.opens)
-        self.assertEqual((), self.record_of().certificates)
 
     def test_a_signature_alone_is_no_trust(self) -> None:
         self.cache(verify_glance_signatures=True)
