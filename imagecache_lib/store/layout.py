@@ -19,6 +19,8 @@ place and stays readable by Nova::
         stage/<id>, <id>.json   in flight: the data; its record-to-be with the bytes it reserves
         stage/<id>.sums         its checksums, once the data is complete
         stage/<id>.pieces       its source's hashes, once the digest of the whole turned out to be right
+        stage/<name>.<id>.waits  empty: a request waits for a base that another one makes
+        stage/<name>.failed     how that failed, as long as one waits
         trash/<name>.<id>/base  renamed away, not yet proven unreferenced
         spare/                  empty: what a base is evicted into when the filesystem is full
         hosts/<id>.json         each host that shares the storage writes its own and no other
@@ -136,6 +138,9 @@ PRIVATE_DIR_MODE = 0o700
 
 #: Nova's names for files in flight.
 FOREIGN_STAGE_SUFFIXES = (".part", ".converted")
+
+#: How the names of files end that say that a request waits.
+WAITS = ".waits"
 
 #: Where fsck puts what lost its name: root's, and no instance's.
 LOST_AND_FOUND = "lost+found"
@@ -308,6 +313,12 @@ class Layout:
     def beside_stage(self, stage_id: str) -> tuple[str, ...]:
         """All that may lie beside a stage file."""
         return self.stage_record(stage_id), self.stage_sums(stage_id), self.stage_pieces(stage_id)
+
+    def waits(self, name: str, waiter_id: str) -> str:
+        return os.path.join(self.stages, f"{name}.{waiter_id}{WAITS}")
+
+    def failure(self, name: str) -> str:
+        return os.path.join(self.stages, f"{name}.failed")
 
     def trashed(self, name: str, trash_id: str) -> str:
         """The directory that an evicted base is renamed into."""

@@ -18,7 +18,7 @@ LOG = logging.getLogger(__name__)
 
 _STAGE = re.compile(r"[0-9a-f]{32}")
 _OPEN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_LEFTOVER = re.compile(r"clock\.[0-9a-f]{32}|.+\.[0-9a-f]{32}\.new")
+_LEFTOVER = re.compile(r"clock\.[0-9a-f]{32}|.+\.[0-9a-f]{32}\.new|.+\.failed|.+\.waits")
 
 
 def recover(cache: CacheStore, observers: events.Observers) -> None:
@@ -113,7 +113,7 @@ def _is_free(fd: int) -> bool:
 
 
 def _sweep_leftovers(cache: CacheStore, now: float) -> None:
-    """Remove small files that were being written when their writer died."""
+    """Remove small files that were being written when their writer died, and that nobody waits for."""
     where = cache.layout
     of_pins = [where.pins_of(name) for name in pins.names(cache) if os.path.isdir(where.pins_of(name))]
     for directory in (where.private, where.records, where.stages, where.hosts, where.pins, *of_pins):

@@ -225,10 +225,10 @@ def waiting(
     try:
         got = lock.acquire(blocking=False)
         if not got:
-            host.trace(TracePoint.LOCK_WAITING)
             # Not by the clock of the day: one that is set back must not make a caller wait for the past.
             work = watched or _Unwatched()
             seen, since = work.progress(), host.monotonic()
+            host.trace(TracePoint.LOCK_WAITING)
             while not got and host.monotonic() - since < stall_timeout:
                 if waiter is not None:
                     waiter.check()
