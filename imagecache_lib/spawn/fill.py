@@ -166,6 +166,8 @@ class Filler:
                 if isinstance(judged, Unmet) and not judged.can_recheck:
                     found = judged
                 elif trash.restore(self._cache, entry):
+                    why = "a disk was asked for while it was in the trash"
+                    self._cache.observers(events.Restored(request.name, request.label, reason=why))
                     return _Trash.RESTORED
         return found
 

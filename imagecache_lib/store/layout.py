@@ -26,6 +26,7 @@ place and stays readable by Nova::
         hosts/<id>.json         each host that shares the storage writes its own and no other
         hosts/<id>.scan         what that host's last pass saw of its disks, and its driver's last report
         hosts/<id>.readings     the same for the release before, which rewrites it: names by path of disk
+        history/<id>            what happened to bases, as that host saw it, a line each
         scrubbed                empty: its mtime is when a scrub of the whole cache last ended
         pins/<name>/<sha1 of the owner>.json    that, and until when, an owner wants a base to stay
         pins/<name>.json        the same of all owners, as earlier releases keep it
@@ -280,6 +281,13 @@ class Layout:
     @property
     def hosts(self) -> str:
         return os.path.join(self.private, "hosts")
+
+    @property
+    def histories(self) -> str:
+        return os.path.join(self.private, "history")
+
+    def history(self, host_id: str) -> str:
+        return os.path.join(self.histories, host_id)
 
     @property
     def scrubbed(self) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 
 from imagecache_lib import errors, events
-from imagecache_lib.store import layout, pins, publish, stage, trash
+from imagecache_lib.store import history, layout, pins, publish, stage, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import atomic_file, locks
 
@@ -38,6 +38,7 @@ def recover(cache: CacheStore, observers: events.Observers) -> None:
     pins.sweep(cache, now=now)
     _sweep_records(cache, now)
     trash.sweep(cache, now=now)
+    history.sweep(cache, now=now)
 
 
 def _finish_publications(cache: CacheStore, observers: events.Observers) -> None:

@@ -22,6 +22,7 @@ import errno
 import os
 import stat
 
+from imagecache_lib import events
 from imagecache_lib.store import evidence, layout, stage
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable
@@ -177,7 +178,8 @@ def cancel_evictions(cache: CacheStore, name: str) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-            restore(cache, entry)
+            if restore(cache, entry):
+                cache.observers(events.Restored(name, reason="another copy of it was about to be published"))
 
 
 def restore(cache: CacheStore, entry: TrashEntry) -> bool:
