@@ -7,7 +7,7 @@ that no other has, ``history/<host id>.<random>.old``. Its host removes the olde
 are more than a bound. Every host removes those to which nothing was added for ``history_age_seconds``.
 
 A line begins and ends with a line feed, so that one that was torn (a full filesystem, a power cut) spoils no
-other. What cannot be parsed is passed over. Releases before know nothing of this directory and leave it alone.
+other. What cannot be parsed is passed over. Releases before this know nothing of the directory, and leave it.
 """
 
 from __future__ import annotations
