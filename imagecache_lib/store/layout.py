@@ -77,8 +77,8 @@ of its directory, and stays until it is seen again, its instance leaves the repo
 An entry with an empty path and no names says that this release wrote the file; the older one drops it.
 
 It passes over ``stage/<name>.<id>.waits``, ``stage/<name>.failed`` and ``history``, and over the field
-``origin`` of a stage's note: its callers neither share a failure nor are told of one, and what it does is in no
-history. An operator's ``passed_over_directories`` is an option of this release: the older one reads those
+``origin`` of a stage's note: its callers neither share a failure nor are told of one, and what it does is in
+no history. An operator's ``passed_over_directories`` is an option of this release: the older one reads those
 directories as all others, and keeps what they refer to.
 
 *A damaged* ``.scan`` is replaced by what ``.readings`` says, and the other way round. If neither can be read,
