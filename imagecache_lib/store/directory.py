@@ -18,7 +18,7 @@ import threading
 from imagecache_lib import errors, events
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import evidence, layout, membership, pieces
-from imagecache_lib.system import attributes, durable
+from imagecache_lib.system import attributes, durable, names
 from imagecache_lib.system.host import System
 
 LOG = logging.getLogger(__name__)
@@ -52,7 +52,11 @@ class OpenBase:
         An evictor asks which hosts share the cache after it has taken the name away. This host is a member
         before it looks at the name: so a host that evicts the base later waits for this one.
 
-        :raises OSError: this host was forgotten while it lives, and cannot register again.
+        Where several hosts share the cache on a filesystem whose client may remember names, the server is
+        asked.
+
+        :raises OSError: this host was forgotten while it lives, and cannot register again; or the cache
+            cannot be listed.
         """
         if self.cache is not None:
             self.cache.ensure_member()
@@ -60,7 +64,12 @@ class OpenBase:
             now = os.stat(self.path, follow_symlinks=False)
         except FileNotFoundError:
             return False
-        return (now.st_dev, now.st_ino) == (self.stat.st_dev, self.stat.st_ino)
+        if (now.st_dev, now.st_ino) != (self.stat.st_dev, self.stat.st_ino):
+            return False
+        if self.cache is None or not self.cache.may_be_stale(self.fd):
+            return True
+        directory, name = os.path.split(self.path)
+        return names.is_listed(directory, name, now.st_ino, known=os.path.basename(self.cache.layout.private))
 
     def close(self) -> None:
         os.close(self.fd)
@@ -132,6 +141,17 @@ class CacheStore:
         except FileNotFoundError:
             self.start()  # the cache was removed meanwhile
             membership.ensure(self.layout, self.host_id, self.host.name)
+
+    def may_be_stale(self, fd: int) -> bool:
+        """Whether this host's kernel may still find a name in the cache that another host has taken away.
+
+        :param fd: of a base image.
+        :raises OSError: the hosts cannot be listed.
+        """
+        told = self.host.stale_names
+        if not (names.may_be_stale(fd) if told is None else told):
+            return False
+        return sum(entry.endswith(".json") for entry in os.listdir(self.layout.hosts)) > 1
 
     def exists(self) -> bool:
         """Whether there is a cache yet."""
