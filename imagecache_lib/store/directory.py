@@ -184,7 +184,7 @@ class CacheStore:
     def _make_directories(self) -> None:
         where = self.layout
         try:
-            os.makedirs(os.path.dirname(where.locks_path), exist_ok=True)
+            durable.make_directories(os.path.dirname(where.locks_path), layout.LOCKS_DIR_MODE)
             _make_directory(where.locks_path, layout.LOCKS_DIR_MODE)
             _make_directory(where.base_path, layout.BASE_DIR_MODE)
             for path in (where.private, *self._inner_directories()):

@@ -44,7 +44,6 @@ _KINDS: dict[type[events.Event], str] = {
     events.Fetched: "fetched",
     events.Adopted: "adopted",
     events.Bypassed: "bypassed",
-    events.Rejected: "rejected",
     events.MovedToTrash: "moved to the trash",
     events.Restored: "restored",
     events.Evicted: "evicted",

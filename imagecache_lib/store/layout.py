@@ -20,6 +20,7 @@ place and stays readable by Nova::
         stage/<id>.sums         its checksums, once the data is complete
         stage/<id>.pieces       its source's hashes, once the digest of the whole turned out to be right
         stage/<name>.<id>.waits  empty: a request waits for a base that another one makes
+        stage/<id>.outside      the path of a file in the making outside of every disk root
         stage/<name>.failed     how that failed, as long as one waits
         trash/<name>.<id>/base  renamed away, not yet proven unreferenced
         spare/                  empty: what a base is evicted into when the filesystem is full
@@ -76,10 +77,12 @@ What it writes there counts for this release too: a disk that only it saw is rem
 of its directory, and stays until it is seen again, its instance leaves the report, or an operator says so.
 An entry with an empty path and no names says that this release wrote the file; the older one drops it.
 
-It passes over ``stage/<name>.<id>.waits``, ``stage/<name>.failed`` and ``history``, and over the field
-``origin`` of a stage's note: its callers neither share a failure nor are told of one, and what it does is in
-no history. An operator's ``passed_over_directories`` is an option of this release: the older one reads those
-directories as all others, and keeps what they refer to.
+It passes over ``stage/<name>.<id>.waits``, ``stage/<id>.outside``, ``stage/<name>.failed``, ``history``, and
+the field ``origin`` of a stage's note: its callers neither share a failure nor are told of one, and what it
+does is in no history. An operator's ``passed_over_directories`` is an option of this release: the older one
+reads those directories as all others, and keeps what they refer to. It removes any file in the making by its
+name, and this one only a file that carries ``user.imagecache.made``: what the older one left when it was
+killed, its own passes remove.
 
 *A damaged* ``.scan`` is replaced by what ``.readings`` says, and the other way round. If neither can be read,
 everything stays.
@@ -101,6 +104,7 @@ after the link, before the record moved           the next user of the base, or 
 after the record moved, before the stage is gone  the stage name is unlinked; the base stays
 after the rename into the trash                   references are read again: linked back, or unlinked
 while a disk is made                              its temporary name goes after an hour; the retry works
+while one is made outside of every disk root      the same, by the note of where it is
 ================================================  ============================================================
 
 Checksums go where their record goes, a step before it. A scrub that finds none, or torn ones, cannot tell
