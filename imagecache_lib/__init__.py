@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from imagecache_lib.sources.glance import GlanceSource
     from imagecache_lib.sources.http import HttpImage, HttpSource
     from imagecache_lib.sources.interface import ImageSource
+    from imagecache_lib.store.history import Happening
     from imagecache_lib.store.pins import Pin
     from imagecache_lib.system.host import Host, System
     from imagecache_lib.upkeep.make_room import SpaceReport
@@ -99,6 +100,7 @@ _HOMES = {
     "FileSource": "sources.file",
     "Finding": "diagnostics.preflight",
     "GlanceSource": "sources.glance",
+    "Happening": "store.history",
     "Host": "system.host",
     "HttpImage": "sources.http",
     "HttpSource": "sources.http",
@@ -160,6 +162,7 @@ __all__ = [
     "FileSource",
     "Finding",
     "GlanceSource",
+    "Happening",
     "Host",
     "HttpImage",
     "HttpSource",

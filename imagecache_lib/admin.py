@@ -13,8 +13,9 @@ from imagecache_lib import errors, events, model
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.diagnostics import catalog
 from imagecache_lib.observers.log import LogObserver
-from imagecache_lib.store import layout, pins
+from imagecache_lib.store import history, layout, pins
 from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.history import Happening, HistoryObserver
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import inventory
@@ -52,8 +53,9 @@ class CacheAdmin:
         self.config = config
         self.host = host or System()
         self._wanted_backend = backend or config.backend
-        told = events.Observers([LogObserver()] if observers is None else observers)
-        self._cache = CacheStore(config, self.host, told)
+        told = [LogObserver()] if observers is None else observers
+        self._cache = CacheStore(config, self.host)
+        self._cache.observers = events.Observers([HistoryObserver(self._cache), *told])
         self._starting = threading.Lock()
         self._started = False
 
@@ -125,6 +127,20 @@ class CacheAdmin:
         self._start()
         with translated(self.config.base_path):
             return self._upkeep.explain(catalog.name_of(self._cache, image_id), instances)
+
+    def history(self, image_id: str) -> tuple[Happening, ...]:
+        """Return what happened to an image's base on all hosts that share the cache, the oldest first.
+
+        It is kept for ``history_age_seconds``, whether the base is still there or not.
+
+        :param image_id: an image's, or the name of a base.
+        :raises ConfigError: the instances directory is not there.
+        :raises BackendError: the cache cannot be read.
+        """
+        self._require_instances()
+        is_name = layout.classify(image_id) not in (layout.Kind.UNKNOWN, layout.Kind.FOREIGN_STAGE)
+        with translated(self.config.base_path):
+            return tuple(history.read(self._cache, image_id if is_name else layout.base_name(image_id)))
 
     def list_hosts(self) -> tuple[catalog.RegisteredHost, ...]:
         """Return the hosts that share the cache. Nothing is unlinked before all of them agree."""

@@ -114,6 +114,9 @@ class CacheConfig:
     #: Under pressure of space, unused bases go earlier than their age, but none younger than this.
     space_minimum_age_seconds: int = 3600
 
+    #: Seconds for which it is kept what happened to base images, at least.
+    history_age_seconds: int = 60 * 86400
+
     #: Bytes per second that a scrub reads, or 0 for no limit.
     scrub_rate: int = 32 * 2**20
 

@@ -187,6 +187,41 @@ class FetchFailed(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class MovedToTrash(Event):
+    """A base image lost its name. It lies in the trash until all who share the cache have looked.
+
+    :param reason: why, as a clause.
+    """
+
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored(Event):
+    """A base image got its name back from the trash.
+
+    :param reason: who needed it, as a clause.
+    """
+
+    level = logging.INFO
+    counter = ("restored", "Base images that got their name back before they were removed")
+
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgotten(Event):
+    """An operator said that disks which refer to a base image are gone for good.
+
+    :param reason: which disks, as a clause.
+    """
+
+    level = logging.INFO
+
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Evicted(Event):
     """A base image was removed from the cache.
 
@@ -284,6 +319,9 @@ KINDS: tuple[type[Event], ...] = (
     NotCloned,
     Rejected,
     FetchFailed,
+    MovedToTrash,
+    Restored,
+    Forgotten,
     Evicted,
     Recovered,
     Damaged,

@@ -24,7 +24,7 @@ from imagecache_lib.ingest import generate
 from imagecache_lib.spawn import cloning
 from imagecache_lib.spawn.make import make_disk, make_file
 from imagecache_lib.spawn.reuse import check_file, is_reused, require_reuse
-from imagecache_lib.store import pins
+from imagecache_lib.store import disk_roots, pins
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.store.spool import Spools
 from imagecache_lib.system import atomic_file
@@ -166,7 +166,8 @@ class ImageCacheManager(DiskAdmin):
             if os.path.lexists(path):
                 require_reuse(path, if_exists)
                 return check_file(path)
-            make_file(self._leases, base, path, self.host)
+            notes = disk_roots.notes_for(path, self.config)
+            make_file(self._leases, base, path, self.host, notes=notes)
 
     @contextlib.contextmanager
     def fetch_or_reuse(

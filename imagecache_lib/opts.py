@@ -55,6 +55,7 @@ _FIELDS = {
         "free_space_high",
         "space_minimum_age_seconds",
         "scrub_rate",
+        "history_age_seconds",
         "max_virtual_size",
         "decompress_images",
         "min_transfer_rate",
@@ -600,6 +601,11 @@ def _new_opts() -> Sequence[cfg.Opt]:
             "scrub_rate",
             "Bytes per second that a scrub reads of the cached images to find what the "
             "disk damaged. It looks at 100 GiB in 53 minutes with the default. With 0 there is no limit.",
+        ),
+        integer(
+            "history_age_seconds",
+            "Seconds for which imagecache history knows what happened to base images, at least. Of one host "
+            "no more than 18 MiB are kept.",
         ),
         cfg.BoolOpt(
             "sync_copied_disks",

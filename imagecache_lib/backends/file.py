@@ -88,7 +88,8 @@ class FileBackend(StorageBackend):
         if base.format != "raw":
             wanted = interface.whole_sectors(wanted)
         assert base.fd is not None  # a held base is open
-        with atomic_file.unfinished(target, self._host) as file:
+        notes = disk_roots.notes_for(target, self._config)
+        with atomic_file.unfinished(target, self._host, notes=notes) as file:
             with translated(target):
                 atomic_file.copy_content(base.fd, file.fd)
                 if base.format == "raw":

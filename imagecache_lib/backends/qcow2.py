@@ -12,6 +12,7 @@ from imagecache_lib.backends import file, interface
 from imagecache_lib.backends.interface import Feature, PendingDisk
 from imagecache_lib.formats.qcow2 import overlay, standalone
 from imagecache_lib.formats.qemu_img import DiskFile
+from imagecache_lib.store import disk_roots
 from imagecache_lib.system import atomic_file
 from imagecache_lib.system.translate import translated
 
@@ -41,7 +42,8 @@ class Qcow2Backend(file.FileBackend):
     ) -> Iterator[PendingDisk]:
         wanted = interface.whole_sectors(base.virtual_size if size is None else size)
         assert base.fd is not None  # a held base is open
-        with atomic_file.unfinished(target, self._host) as file:
+        notes = disk_roots.notes_for(target, self._config)
+        with atomic_file.unfinished(target, self._host, notes=notes) as file:
             with translated(target):
                 if base.format == "raw":
                     standalone.write_standalone(base.fd, file.fd, wanted)

@@ -14,6 +14,7 @@ from imagecache_lib.cli import base
 #: Commands whose words are base images in the cache.
 _OF_CACHED = (
     "cache scrub",
+    "history",
     "image evict",
     "image explain",
     "image pin",

@@ -27,6 +27,7 @@ COMMANDS: dict[str, str] = {
     "disk forget": "disk:Forget",
     "disk repair": "disk:Repair",
     "help": "help:Help",
+    "history": "history:History",
     "host forget": "hosts:Forget",
     "host list": "hosts:List",
     "image cache": "image:Cache",

@@ -112,7 +112,7 @@ def run(
     # Messages are matched, so they must not be translated.
     environment = {**os.environ, "LC_ALL": "C"}
     try:
-        with _watched(waiter) as watch:
+        with _watched(waiter, limits, subject) as watch:
             try:
                 out, err = waiter.system.execute(*command, env_variables=environment, on_execute=watch)
             except processutils.ProcessExecutionError as error:
@@ -128,16 +128,25 @@ def run(
 
 
 @contextlib.contextmanager
-def _watched(waiter: Waiter) -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
-    """Yield a function that watches a process, and kills it once the caller no longer waits for it."""
+def _watched(
+    waiter: Waiter, limits: Limits, subject: str
+) -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
+    """Yield a function that watches a process, and kills it once the caller no longer waits for it.
+
+    It kills, too, what outlives its limit by the clock: timeout(1) is content once the shell has ended, and
+    what the shell ran may block the signal that asks it to end, and hold our pipes for ever.
+    """
     over = threading.Event()
     watchers: list[threading.Thread] = []
     reasons: list[errors.ImageCacheError] = []
 
     def watch(process: subprocess.Popen[bytes]) -> None:
+        until = waiter.system.monotonic() + limits.wall + _GRACE + 1
         while not over.wait(_LOOK_EVERY):
             try:
                 waiter.check()
+                if waiter.system.monotonic() > until:
+                    raise _took_too_long(limits, subject)
             except errors.ImageCacheError as reason:
                 reasons.append(reason)
                 _kill(process)
@@ -171,16 +180,20 @@ def _wrapper_failed(
 ) -> errors.ImageCacheError:
     status = error.exit_code if isinstance(error.exit_code, int) else 1
     if status in _TIMED_OUT:
-        return errors.BackendError(
-            f"it was ended after {limits.wall} seconds, which is the limit",
-            path=subject,
-            next_step="find out what the host is busy with, or raise the limit",
-        )
+        return _took_too_long(limits, subject)
     if status in _NOT_FOUND:
         return errors.ConfigError(
             f"timeout or sh cannot be run: {str(error.stderr).strip()}", next_step="install coreutils"
         )
     return _by_signal(-status if status < 0 else status - 128, subject)
+
+
+def _took_too_long(limits: Limits, subject: str) -> errors.BackendError:
+    return errors.BackendError(
+        f"it was ended after {limits.wall} seconds, which is the limit",
+        path=subject,
+        next_step="find out what the host is busy with, or raise the limit",
+    )
 
 
 def _by_signal(number: int, subject: str) -> errors.BackendError:

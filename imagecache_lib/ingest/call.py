@@ -3,19 +3,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 
 from imagecache_lib import errors, model
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.ingest import authorize
 from imagecache_lib.ingest.fit import require_fit
-from imagecache_lib.sources import transfer
+from imagecache_lib.sources import checked, transfer
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import evidence, layout
 from imagecache_lib.system.host import System
 from imagecache_lib.system.waiter import Waiter
 
 LOG = logging.getLogger(__name__)
+
+
+def origin_of(source: ImageSource, image_id: str) -> str:
+    """Return a digest of where a source reads an image's data.
+
+    A source that does not tell is taken for one that reads where others of its class do.
+    """
+    told = checked.origin(source, image_id)
+    kind = f"{type(source).__module__}.{type(source).__qualname__}"
+    # Not the text itself, which is written down: a third party's may hold a secret.
+    return hashlib.sha256(f"{image_id}\0{told or kind}".encode()).hexdigest()
 
 
 class Call:
@@ -133,6 +145,11 @@ class Call:
             if self._config.authorize_hits == "closed":
                 raise
             LOG.warning("Image %s is served from the cache without leave: %s", self.image_id, error)
+
+    def origins(self) -> tuple[str, ...]:
+        """Return digests of where the data may come from, one for each of the caller's sources."""
+        sources = (self._source, *self.request.fallbacks)
+        return tuple(origin_of(source, self.image_id) for source in sources)
 
     def transfer(self) -> transfer.Transfer:
         """Return a transfer of the image's data.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import threading
 from collections.abc import Iterator
@@ -14,15 +15,18 @@ from imagecache_lib import errors, events, model
 from imagecache_lib.formats import qemu_img
 from imagecache_lib.formats.inspection import Rules
 from imagecache_lib.ingest import adopt, certificates, decompress, dedup, download, signing
-from imagecache_lib.ingest.call import Call
+from imagecache_lib.ingest.call import Call, origin_of
 from imagecache_lib.ingest.decode import Work
 from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.ingest.stream import Content
-from imagecache_lib.sources.interface import ImageSource
-from imagecache_lib.store import evidence
+from imagecache_lib.sources import checked
+from imagecache_lib.sources.interface import ImageSource, SourceRefused
+from imagecache_lib.sources.retry import DeadlinePassed
+from imagecache_lib.store import evidence, failures
 from imagecache_lib.store.directory import CacheStore, OpenBase, write_name
 from imagecache_lib.store.evictor import Evictor
 from imagecache_lib.store.evidence import Unmet
+from imagecache_lib.store.failures import Failure
 from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import SealedStage, Stage, StageGone
 from imagecache_lib.system.trace import TracePoint
@@ -125,6 +129,50 @@ class ImageProducer:
         """Find nothing wrong: the record of a fetched image says all that is known of it. Returns None."""
         return None
 
+    def origins(self) -> tuple[str, ...]:
+        """Return digests of where the image may come from, one for each of the caller's sources."""
+        return self._call.origins()
+
+    def prepare(self) -> None:
+        """Ask the source what it says of the image, as :meth:`Call.describe`.
+
+        :raises ConfigError: as :meth:`refuse_impossible`.
+        """
+        self.refuse_impossible()
+        self._call.describe()
+
+    def share(self, failure: Failure) -> None:
+        """Raise how a fetch that this caller waited for failed, if it is of the same bytes for the same use.
+
+        Whether this caller may have the image, its own source says first.
+
+        :raises ImageRejected: these bytes were refused for good.
+        :raises SourceError: two fetches in a row failed while this caller waited.
+        :raises: as :meth:`Call.describe`.
+        """
+        if not failure.is_final:
+            if failure.of == self._call.origins()[0]:
+                raise errors.SourceError(
+                    f"a fetch that this one waited for failed, and so did the one before: {failure.cause}",
+                    image=self._call.image_id,
+                    next_step=failure.next_step,
+                )
+        elif failure.of == self._judged(*self._call.describe()):
+            raise errors.ImageRejected(failure.cause, image=self._call.image_id, next_step=failure.next_step)
+
+    def _judged(self, source: ImageSource, image: model.Image) -> str:
+        """Return a digest of what is judged, and by what rules: equal for whom the same bytes are refused."""
+        config = self._cache.config
+        # A source that does not tell where it reads is the same as itself only.
+        where = origin_of(source, image.id)
+        if not checked.origin(source, image.id):
+            where += f" {self._cache.host_id} {os.getpid()} {id(source)}"
+        claims = (image.size, image.digest, image.disk_format, image.container_format, image.compression)
+        formats = (sorted(config.vmdk_allowed_types), config.force_raw_images, config.decompress_images)
+        rules = (formats, config.max_virtual_size, config.disable_deep_image_inspection)
+        judged = (where, claims, image.converted_from, self.requirements, rules, evidence.INSPECTION_RULES)
+        return hashlib.sha256(repr(judged).encode("utf-8", "replace")).hexdigest()
+
     def refuse_impossible(self) -> None:
         """Refuse what no fetch could satisfy, before one is begun.
 
@@ -157,7 +205,10 @@ class ImageProducer:
         :raises StageGone: the stage file was swept away.
         """
         self.refuse_impossible()
-        source, image = self._call.describe()
+        with self._telling():
+            return self._produce(*self._call.describe())
+
+    def _produce(self, source: ImageSource, image: model.Image) -> SealedStage:
         if self._use is evidence.Use.FILE and image.converted_from is not None:
             raise errors.ImageNotFound(
                 f"all that is left of it is a conversion of its {image.converted_from} content",
@@ -172,15 +223,37 @@ class ImageProducer:
                 image=self._call.image_id,
                 next_step="find out where the source has that from",
             )
-        stage = Stage(self._cache, self._call.name)
+        stage = Stage(self._cache, self._call.name, origin=origin_of(source, image.id))
         try:
             return self._produce_in(stage, source, image)
         except BaseException as error:
             self._give_up(stage, error)
+            # A signature is verified with the certificates that a caller brings.
+            if isinstance(error, errors.ImageRejected) and not self._call.demands_signature:
+                judged = self._judged(source, image)
+                self._tell(Failure(judged, True, error.cause, error.next_step))
             raise
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Tell those who wait of a failure of the source in the body."""
+        try:
+            yield
+        except errors.SourceError as error:
+            # What a source says of a caller's rights, or a caller's deadline, is no other caller's.
+            if not isinstance(error, SourceRefused | DeadlinePassed):
+                self._tell(Failure(self._call.origins()[0], False, error.cause, error.next_step))
+            raise
+
+    def _tell(self, failure: Failure) -> None:
+        failures.write(self._cache, self._call.name, failure)
 
     def adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
         """Check a base that carries no evidence, or too little: :mod:`imagecache_lib.ingest.adopt`."""
+        with self._telling():
+            return self._adopt(opened, known)
+
+    def _adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
         if known is None:
             known = adopt.bind_again(self._cache, opened, self._call)
             unmet = None if known is None else evidence.unmet(known, self.requirements)

@@ -28,6 +28,7 @@ from imagecache_lib.store import directory, evidence, layout
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.store.evictor import Evictor
 from imagecache_lib.store.evidence import Unmet
+from imagecache_lib.store.failures import Failure
 from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import SealedStage, Stage, StageGone
 from imagecache_lib.system import durable
@@ -355,6 +356,16 @@ class GenerationProducer:
         self._cache = cache
         self._evictor = evictor
         self._waiter = waiter
+
+    def origins(self) -> tuple[str, ...]:
+        """Return nothing: it is made on this host, the same for every caller."""
+        return ()
+
+    def prepare(self) -> None:
+        """Do nothing: no server is asked for it."""
+
+    def share(self, failure: Failure) -> None:
+        """Do nothing: each caller tries for itself."""
 
     def refuse_impossible(self) -> None:
         """Refuse what cannot be made, or of which nothing tells how.

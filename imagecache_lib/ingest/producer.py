@@ -12,6 +12,7 @@ from imagecache_lib import errors
 from imagecache_lib.store import evidence
 from imagecache_lib.store.directory import OpenBase
 from imagecache_lib.store.evidence import Requirements, Unmet
+from imagecache_lib.store.failures import Awaited, Failure
 from imagecache_lib.store.stage import SealedStage
 from imagecache_lib.system.retries import RetryBudget
 from imagecache_lib.system.waiter import Waiter
@@ -23,6 +24,18 @@ MOST_RETRIES = 20
 
 class Producer(Protocol):
     """Makes one base image, and checks one that is there."""
+
+    def origins(self) -> tuple[str, ...]:
+        """Return digests of where the data may come from, or nothing if it is the same for every caller."""
+
+    def prepare(self) -> None:
+        """Ask what has to be asked before :meth:`produce`, with no lock held, so that no caller waits for it.
+
+        :raises: as :meth:`produce`.
+        """
+
+    def share(self, failure: Failure) -> None:
+        """Raise how a fetch that this caller waited for failed, if it would fail for this caller too."""
 
     def refuse_impossible(self) -> None:
         """Raise if :meth:`produce` could only fail."""
@@ -66,6 +79,7 @@ class BaseRequest:
     :param waiter: the caller.
     :param image_id: the image that it is made from, or None for a swap area or an ephemeral filesystem.
     :param retries: what is left of the call's retries.
+    :param awaited: the fetches of this base that the call has waited for.
     :param publishable: whether what the producer makes may be published; if not, it is for the call alone.
     """
 
@@ -75,6 +89,7 @@ class BaseRequest:
     waiter: Waiter
     image_id: str | None = None
     retries: RetryBudget = dataclasses.field(default_factory=_retries)
+    awaited: Awaited = dataclasses.field(default_factory=Awaited)
     publishable: bool = True
 
     @property

@@ -17,6 +17,7 @@ from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.store import directory, evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.store.evidence import Unmet
+from imagecache_lib.store.failures import Failure
 from imagecache_lib.store.stage import SealedStage
 from imagecache_lib.system import durable
 from imagecache_lib.system.translate import translated
@@ -54,6 +55,16 @@ class ResizedProducer:
     def unmet(self, opened: OpenBase) -> Unmet | None:
         """Find nothing wrong: the record of such a base says all that is known of it. Returns None always."""
         return None
+
+    def origins(self) -> tuple[str, ...]:
+        """Return nothing: it is made on this host, the same for every caller."""
+        return ()
+
+    def prepare(self) -> None:
+        """Do nothing: no server is asked for it."""
+
+    def share(self, failure: Failure) -> None:
+        """Do nothing: each caller tries for itself."""
 
     def refuse_impossible(self) -> None:
         """Refuse to make one.

@@ -52,6 +52,15 @@ def describe(source: ImageSource, image_id: str) -> model.Image:
     return checked_image(image, image_id)
 
 
+def origin(source: ImageSource, image_id: str) -> str:
+    """Return where a source reads an image's data, or "" if the source does not tell."""
+    try:
+        told = source.origin(image_id)
+    except Exception:  # whatever it raises, it does not tell
+        return ""
+    return told if isinstance(told, str) else ""
+
+
 def can_resume(source: ImageSource, image: model.Image) -> bool:
     """Return whether a broken transfer may go on from its offset, as the source says.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import hashlib
 import http.client
 import os
 import socket
@@ -135,6 +136,12 @@ def shown(url: str) -> str:
     """Return the URL without what may be secret: user, password, query (signatures), fragment."""
     parts = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def origin(url: str) -> str:
+    """Return a text that is the same for one address only, and tells no secret of the URL."""
+    query = urllib.parse.urlsplit(url).query
+    return shown(url) if not query else f"{shown(url)}?{hashlib.sha256(query.encode()).hexdigest()}"
 
 
 def check_url(url: str) -> None:

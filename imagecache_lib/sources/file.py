@@ -60,6 +60,10 @@ class FileSource(ImageSource):
     def __repr__(self) -> str:
         return f"FileSource({len(self._images)} images)"
 
+    def origin(self, image_id: str) -> str:
+        entry = self._images.get(image_id)
+        return "" if entry is None else f"file:{os.path.abspath(entry.path)}"
+
     def describe(self, image_id: str) -> model.Image:
         entry = self._entry(image_id)
         with _regular_file(image_id, entry) as fd:

@@ -114,6 +114,14 @@ class GlanceSource(ImageSource):
         where = ", ".join(exchange.shown(endpoint) for endpoint in self._endpoints) or "catalog"
         return f"GlanceSource({where})"
 
+    def origin(self, image_id: str) -> str:
+        if self._endpoints:
+            return f"glance:{' '.join(sorted(exchange.origin(each) for each in self._endpoints))}"
+        # One host's sessions and adapters lead to one cloud, in which this names the service.
+        names = ("service_type", "service_name", "interface", "region_name", "endpoint_override")
+        entry = [self._catalog_entry.get(name, getattr(self._session, name, None)) for name in names]
+        return f"glance:{entry!r}"
+
     def describe(self, image_id: str) -> model.Image:
         def ask(root: str, headers: Mapping[str, str]) -> model.Image:
             url = _image_url(root, image_id)

@@ -84,6 +84,10 @@ class HttpSource(ImageSource):
     def __repr__(self) -> str:
         return f"HttpSource({len(self._images)} images)"
 
+    def origin(self, image_id: str) -> str:
+        entry = self._images.get(image_id)
+        return "" if entry is None else exchange.origin(entry.url)
+
     def describe(self, image_id: str) -> model.Image:
         entry = self._entry(image_id)
         with contextlib.suppress(exchange.Disconnected), self._ask("HEAD", entry, image_id) as response:

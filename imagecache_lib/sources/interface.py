@@ -114,6 +114,15 @@ class ImageSource(abc.ABC):
         :raises SourceError: the source failed; raised while iterating too.
         """
 
+    def origin(self, image_id: str) -> str:
+        """Return where the source reads an image's data, without asking a server, or "" if it cannot tell.
+
+        Two sources that return the same text read the same data, whoever asks: one then waits for the other,
+        and shares its failure if the data is refused for good. A caller whose source reads elsewhere does
+        neither. Leave secrets out. The default cannot tell.
+        """
+        return ""
+
     def known_digest(self, image_id: str) -> model.Digest | None:
         """Return the digest that the image's data must have, if the source knows it without asking a server.
 

@@ -94,6 +94,9 @@ class PeerSource(ImageSource):
     def __repr__(self) -> str:
         return f"PeerSource({exchange.shown(self._url)!r})"
 
+    def origin(self, image_id: str) -> str:
+        return f"peer:{exchange.origin(self._url)}"
+
     def describe(self, image_id: str) -> model.Image:
         url = self._url + path_of(image_id)
         with exchange.exchange(self._web, "GET", url, self._headers, image_id=image_id) as response:

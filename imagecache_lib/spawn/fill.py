@@ -10,7 +10,7 @@ import enum
 from imagecache_lib import errors, events
 from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.spawn import proof
-from imagecache_lib.spawn.lookup import Fit, judge, look
+from imagecache_lib.spawn.lookup import Fit, is_there, judge, look
 from imagecache_lib.store import evidence, publish, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.evictor import Evictor
@@ -70,11 +70,13 @@ class Filler:
                 return None
             unmet, evictable = restored if isinstance(restored, Unmet) else None, False
         else:
+            self._share_failure(request, final=False)  # adoption asks the source, too
             unmet, evictable = (self._adopt(request) if found.can_recheck else found), locked
             if unmet is None:
                 return None
         # Before anything is evicted to make way for it.
         request.producer.refuse_impossible()
+        self._share_failure(request, final=True)
         reason = unmet.reason if unmet is not None else "it is not in the cache"
         self._cache.observers(events.Miss(request.name, request.label, reason=reason))
         if unmet is None or (evictable and self._evictor.evict_unfit(request.name, reason)):
@@ -112,6 +114,31 @@ class Filler:
             raise
         self._cache.observers(events.Bypassed(request.name, request.label, reason=reason))
         return copy
+
+    def _share_failure(self, request: BaseRequest, *, final: bool) -> None:
+        """Fail as a fetch failed that the request waited for, if it would fail itself.
+
+        :param final: whether a refusal of the bytes counts, too.
+        """
+        failure = request.awaited.failed(self._cache, request.name)
+        if failure is not None and (final or not failure.is_final):
+            request.producer.share(failure)
+
+    def prepare(self, request: BaseRequest) -> None:
+        """Ask the source about a base that it has to come from, before the exclusive lock is taken.
+
+        A source that does not answer is waited for by its own callers only, each for itself.
+
+        :raises: as :meth:`Producer.prepare`, unless another process has made the base meanwhile.
+        """
+        with translated(self._cache.layout.base(request.name)):
+            if trash.find(self._cache, request.name):
+                return  # what lies there may serve without the source
+        try:
+            request.producer.prepare()
+        except errors.ImageCacheError:
+            if not is_there(self._cache, request):
+                raise
 
     def go_around(self, request: BaseRequest, unmet: Unmet | None, *, bypass: bool) -> SealedStage:
         """Make a private copy, where a sound base of the name serves others, or nothing may have the name.
@@ -164,6 +191,8 @@ class Filler:
                 if isinstance(judged, Unmet) and not judged.can_recheck:
                     found = judged
                 elif trash.restore(self._cache, entry):
+                    why = "a disk was asked for while it was in the trash"
+                    self._cache.observers(events.Restored(request.name, request.label, reason=why))
                     return _Trash.RESTORED
         return found
 

@@ -97,7 +97,10 @@ class Leases:
         :raises ImageNotFound: the base is not in the cache, or does not serve.
         """
         with request.named(), contextlib.ExitStack() as stack:
-            found = self._hold(stack, request)
+            try:
+                found = self._hold(stack, request)
+            finally:
+                request.awaited.end(self._cache, request.name)
             if not isinstance(found, Fit):
                 reason = found.reason if found is not None else "it is not in the cache"
                 raise errors.ImageNotFound(reason, image=request.image_id, next_step="cache it first")
@@ -123,6 +126,12 @@ class Leases:
 
     def _acquire(self, stack: contextlib.ExitStack, request: BaseRequest, *, bypass: bool) -> Lease:
         """Return a lease that lasts until the stack is closed."""
+        try:
+            return self._waited_for(stack, request, bypass=bypass)
+        finally:
+            request.awaited.end(self._cache, request.name)
+
+    def _waited_for(self, stack: contextlib.ExitStack, request: BaseRequest, *, bypass: bool) -> Lease:
         production: Production | None = None
         filled = False
         while True:
@@ -137,6 +146,8 @@ class Leases:
                 return self._private(stack, request, made)
             if filled:
                 request.retries.spend(self._vanished(request))
+            if found is None:
+                self._filler.prepare(request)
             filling = self._fill(request, bypass=bypass)
             if isinstance(filling, SealedStage):
                 return self._private(stack, request, filling)
@@ -188,8 +199,7 @@ class Leases:
             host=self._cache.host,
             stall_timeout=self._cache.config.lock_timeout,
             waiter=request.waiter,
-            # A request that waits for the exclusive lock waits in vain once another process made the base.
-            watched=_BeingMade(self._cache, request, ends_wait=not shared),
+            watched=_BeingMade(self._cache, request, wanted=not shared),
         )
 
     def _vanished(self, request: BaseRequest) -> errors.BackendError:
@@ -202,22 +212,41 @@ class Leases:
 
 
 class _BeingMade:
-    """A base image that another process may be making."""
+    """A base image that another process may be making.
 
-    def __init__(self, cache: CacheStore, request: BaseRequest, *, ends_wait: bool) -> None:
+    :param wanted: the request would make it, and waits in vain once another process has.
+    """
+
+    def __init__(self, cache: CacheStore, request: BaseRequest, *, wanted: bool) -> None:
         self._cache = cache
         self._request = request
-        self._ends_wait = ends_wait
+        self._wanted = wanted
 
     def progress(self) -> object:
         """Return something that changes while any process gets on with making the base."""
+        self._request.awaited.look(self._cache, self._request.name)
         with contextlib.suppress(OSError):
             return stage.progress(self._cache, self._request.name)
         return None
 
     def is_done(self) -> bool:
-        """Whether a base that serves is there, so that the exclusive lock is not needed any more."""
-        return self._ends_wait and lookup.is_there(self._cache, self._request)
+        """Whether the lock is not needed any more.
+
+        Either a base that serves is there, or it is made from other sources than the caller's, of which
+        nothing tells when they end.
+        """
+        if self._wanted and lookup.is_there(self._cache, self._request):
+            return True
+        return self._is_made_from_elsewhere()
+
+    def _is_made_from_elsewhere(self) -> bool:
+        own = self._request.producer.origins()
+        if not own:
+            return False
+        with contextlib.suppress(OSError):
+            found = stage.origins(self._cache, self._request.name)
+            return bool(found) and "" not in found and found.isdisjoint(own)
+        return False
 
 
 def _stands_aside(found: evidence.Unmet | None, request: BaseRequest) -> bool:

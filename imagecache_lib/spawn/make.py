@@ -48,14 +48,18 @@ def make_disk(
         base.retries.spend(_vanished(base, lease))
 
 
-def make_file(leases: Leases, base: BaseRequest, path: str, host: System) -> None:
+def make_file(leases: Leases, base: BaseRequest, path: str, host: System, *, notes: str = "") -> None:
     """Put what a base image holds into a new file.
 
+    :param notes: as :func:`imagecache_lib.system.atomic_file.unfinished` takes it.
     :raises DiskExistsError: the file exists.
     :raises: whatever the request's producer raises.
     """
     while True:
-        with leases.acquire(base, lasting=True) as lease, atomic_file.unfinished(path, host) as file:
+        with (
+            leases.acquire(base, lasting=True) as lease,
+            atomic_file.unfinished(path, host, notes=notes) as file,
+        ):
             assert lease.base.fd is not None  # a leased base is open
             with translated(path):
                 atomic_file.copy_content(lease.base.fd, file.fd)

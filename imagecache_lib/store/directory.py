@@ -18,9 +18,8 @@ import threading
 from imagecache_lib import errors, events
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import evidence, layout, membership, pieces
-from imagecache_lib.system import attributes, durable
+from imagecache_lib.system import attributes, durable, names
 from imagecache_lib.system.host import System
-from imagecache_lib.system.name_cache import NameCaches, is_listed
 
 LOG = logging.getLogger(__name__)
 
@@ -53,6 +52,9 @@ class OpenBase:
         An evictor asks which hosts share the cache after it has taken the name away. This host is a member
         before it looks at the name: so a host that evicts the base later waits for this one.
 
+        Where several hosts share the cache on a filesystem whose client may remember names, the server is
+        asked.
+
         :raises OSError: this host was forgotten while it lives, and cannot register again; or the cache
             cannot be listed.
         """
@@ -64,9 +66,10 @@ class OpenBase:
             return False
         if (now.st_dev, now.st_ino) != (self.stat.st_dev, self.stat.st_ino):
             return False
-        if self.cache is None or not self.cache.name_caches.may_be_stale(self.fd, now.st_dev):
+        if self.cache is None or not self.cache.may_be_stale(self.fd):
             return True
-        return is_listed(self.path, now.st_ino)
+        directory, name = os.path.split(self.path)
+        return names.is_listed(directory, name, now.st_ino, known=os.path.basename(self.cache.layout.private))
 
     def close(self) -> None:
         os.close(self.fd)
@@ -81,7 +84,6 @@ class CacheStore:
     :ivar host: the machine.
     :ivar observers: told what happens.
     :ivar layout: where everything lies.
-    :ivar name_caches: on which filesystems the kernel may find a name that another host took.
     """
 
     def __init__(self, config: CacheConfig, host: System, observers: events.Observers | None = None) -> None:
@@ -91,7 +93,6 @@ class CacheStore:
         self.layout = layout.Layout(config.base_path, config.locks_path)
         self._prepared: tuple[int, int] | None = None
         self._starting = threading.Lock()
-        self.name_caches = NameCaches()
 
     def start(self) -> bool:
         """Make the directories that are missing and check those that are there, if need be.
@@ -141,6 +142,17 @@ class CacheStore:
             self.start()  # the cache was removed meanwhile
             membership.ensure(self.layout, self.host_id, self.host.name)
 
+    def may_be_stale(self, fd: int) -> bool:
+        """Whether this host's kernel may still find a name in the cache that another host has taken away.
+
+        :param fd: of a base image.
+        :raises OSError: the hosts cannot be listed.
+        """
+        told = self.host.stale_names
+        if not (names.may_be_stale(fd) if told is None else told):
+            return False
+        return sum(entry.endswith(".json") for entry in os.listdir(self.layout.hosts)) > 1
+
     def exists(self) -> bool:
         """Whether there is a cache yet."""
         return os.path.isdir(self.layout.base_path)
@@ -172,7 +184,7 @@ class CacheStore:
     def _make_directories(self) -> None:
         where = self.layout
         try:
-            os.makedirs(os.path.dirname(where.locks_path), exist_ok=True)
+            durable.make_directories(os.path.dirname(where.locks_path), layout.LOCKS_DIR_MODE)
             _make_directory(where.locks_path, layout.LOCKS_DIR_MODE)
             _make_directory(where.base_path, layout.BASE_DIR_MODE)
             for path in (where.private, *self._inner_directories()):

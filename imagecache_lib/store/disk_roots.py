@@ -56,6 +56,15 @@ def check_seen(target: str, config: CacheConfig) -> None:
     )
 
 
+def notes_for(target: str, config: CacheConfig) -> str:
+    """Return the directory for a note of where a file is in the making, or "" if the pass sees it there."""
+    try:
+        check_seen(target, config)
+    except errors.BackendError:
+        return layout.Layout(config.base_path, config.locks_path).stages
+    return ""
+
+
 def _refuse_passed_over(target: str, directories: set[str], config: CacheConfig) -> None:
     """Refuse a target in a directory that the pass passes over by its name.
 

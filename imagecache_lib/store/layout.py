@@ -19,11 +19,15 @@ place and stays readable by Nova::
         stage/<id>, <id>.json   in flight: the data; its record-to-be with the bytes it reserves
         stage/<id>.sums         its checksums, once the data is complete
         stage/<id>.pieces       its source's hashes, once the digest of the whole turned out to be right
+        stage/<name>.<id>.waits  empty: a request waits for a base that another one makes
+        stage/<id>.outside      the path of a file in the making outside of every disk root
+        stage/<name>.failed     how that failed, as long as one waits
         trash/<name>.<id>/base  renamed away, not yet proven unreferenced
         spare/                  empty: what a base is evicted into when the filesystem is full
         hosts/<id>.json         each host that shares the storage writes its own and no other
         hosts/<id>.scan         what that host's last pass saw of its disks, and its driver's last report
         hosts/<id>.readings     the same for the release before, which rewrites it: names by path of disk
+        history/<id>            what happened to bases, as that host saw it, a line each
         scrubbed                empty: its mtime is when a scrub of the whole cache last ended
         pins/<name>/<sha1 of the owner>.json    that, and until when, an owner wants a base to stay
         pins/<name>.json        the same of all owners, as earlier releases keep it
@@ -78,6 +82,13 @@ What it writes there counts for this release too: a disk that only it saw is rem
 of its directory, and stays until it is seen again, its instance leaves the report, or an operator says so.
 An entry with an empty path and no names says that this release wrote the file; the older one drops it.
 
+It passes over ``stage/<name>.<id>.waits``, ``stage/<id>.outside``, ``stage/<name>.failed``, ``history``, and
+the field ``origin`` of a stage's note: its callers neither share a failure nor are told of one, and what it
+does is in no history. An operator's ``passed_over_directories`` is an option of this release: the older one
+reads those directories as all others, and keeps what they refer to. It removes any file in the making by its
+name, and this one only a file that carries ``user.imagecache.made``: what the older one left when it was
+killed, its own passes remove.
+
 *A damaged* ``.scan`` is replaced by what ``.readings`` says, and the other way round. If neither can be read,
 everything stays.
 
@@ -98,6 +109,7 @@ after the link, before the record moved           the next user of the base, or 
 after the record moved, before the stage is gone  the stage name is unlinked; the base stays
 after the rename into the trash                   references are read again: linked back, or unlinked
 while a disk is made                              its temporary name goes after an hour; the retry works
+while one is made outside of every disk root      the same, by the note of where it is
 ================================================  ============================================================
 
 Checksums go where their record goes, a step before it. A scrub that finds none, or torn ones, cannot tell
@@ -141,6 +153,9 @@ PRIVATE_DIR_MODE = 0o700
 
 #: Nova's names for files in flight.
 FOREIGN_STAGE_SUFFIXES = (".part", ".converted")
+
+#: How the names of files end that say that a request waits.
+WAITS = ".waits"
 
 #: Where fsck puts what lost its name: root's, and no instance's.
 LOST_AND_FOUND = "lost+found"
@@ -282,6 +297,13 @@ class Layout:
         return os.path.join(self.private, "hosts")
 
     @property
+    def histories(self) -> str:
+        return os.path.join(self.private, "history")
+
+    def history(self, host_id: str) -> str:
+        return os.path.join(self.histories, host_id)
+
+    @property
     def scrubbed(self) -> str:
         return os.path.join(self.private, "scrubbed")
 
@@ -313,6 +335,12 @@ class Layout:
     def beside_stage(self, stage_id: str) -> tuple[str, ...]:
         """All that may lie beside a stage file."""
         return self.stage_record(stage_id), self.stage_sums(stage_id), self.stage_pieces(stage_id)
+
+    def waits(self, name: str, waiter_id: str) -> str:
+        return os.path.join(self.stages, f"{name}.{waiter_id}{WAITS}")
+
+    def failure(self, name: str) -> str:
+        return os.path.join(self.stages, f"{name}.failed")
 
     def trashed(self, name: str, trash_id: str) -> str:
         """The directory that an evicted base is renamed into."""

@@ -10,15 +10,18 @@ import re
 from collections.abc import Iterable
 
 from imagecache_lib import errors, events
-from imagecache_lib.store import layout, pins, publish, stage, trash
+from imagecache_lib.store import history, layout, pins, publish, stage, trash
 from imagecache_lib.store.directory import CacheStore
-from imagecache_lib.system import atomic_file, locks
+from imagecache_lib.system import atomic_file, durable, locks
 
 LOG = logging.getLogger(__name__)
 
+#: What an NFS client renames a file to that is unlinked while it is open.
+_SILLY = re.compile(r"\.nfs[0-9a-f]+")
+
 _STAGE = re.compile(r"[0-9a-f]{32}")
 _OPEN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_LEFTOVER = re.compile(r"clock\.[0-9a-f]{32}|.+\.[0-9a-f]{32}\.new")
+_LEFTOVER = re.compile(r"clock\.[0-9a-f]{32}|.+\.[0-9a-f]{32}\.new|.+\.failed|.+\.waits")
 
 
 def recover(cache: CacheStore, observers: events.Observers) -> None:
@@ -37,7 +40,10 @@ def recover(cache: CacheStore, observers: events.Observers) -> None:
     _sweep_leftovers(cache, now)
     pins.sweep(cache, now=now)
     _sweep_records(cache, now)
+    _sweep_outside(cache, observers, now)
+    _sweep_silly(cache, now)
     trash.sweep(cache, now=now)
+    history.sweep(cache, now=now)
 
 
 def _finish_publications(cache: CacheStore, observers: events.Observers) -> None:
@@ -72,12 +78,14 @@ def _sweep_stages(cache: CacheStore, observers: events.Observers, now: float) ->
             observers(events.Recovered(stage_id, what="removed, a leftover of an interrupted fetch"))
 
 
-def sweep_if_dead(path: str, cache: CacheStore, now: float) -> bool:
+def sweep_if_dead(path: str, cache: CacheStore, now: float, *, marked: bool = False) -> bool:
     """Unlink a file in flight whose owner is dead: its lock is free, and it was not touched for long.
 
     Both are asked for, since the owner may not have its lock yet, and since locks may not work at all. The
     lock is taken for the unlink, and the file checked to be still at its path. Returns whether the file was
     unlinked.
+
+    :param marked: whether only a file that says of itself that it was made here may go.
     """
     own = locks.try_own
     try:
@@ -99,6 +107,8 @@ def sweep_if_dead(path: str, cache: CacheStore, now: float) -> bool:
             return False
         if cache.host.locking and not own(fd):
             return False
+        if marked and not atomic_file.is_made_here(fd, path):
+            return False
         with contextlib.suppress(OSError):
             if os.path.samestat(os.stat(path, follow_symlinks=False), found):
                 os.unlink(path)
@@ -113,7 +123,7 @@ def _is_free(fd: int) -> bool:
 
 
 def _sweep_leftovers(cache: CacheStore, now: float) -> None:
-    """Remove small files that were being written when their writer died."""
+    """Remove small files that were being written when their writer died, and that nobody waits for."""
     where = cache.layout
     of_pins = [where.pins_of(name) for name in pins.names(cache) if os.path.isdir(where.pins_of(name))]
     for directory in (where.private, where.records, where.stages, where.hosts, where.pins, *of_pins):
@@ -147,5 +157,50 @@ def sweep_unfinished_disks(
     """
     for path in paths:
         made = atomic_file.UNFINISHED.fullmatch(os.path.basename(path))
-        if made is not None and sweep_if_dead(path, cache, now):
+        if made is not None and sweep_if_dead(path, cache, now, marked=True):
             observers(events.Recovered(made["target"], what="an unfinished disk is removed"))
+
+
+def _sweep_outside(cache: CacheStore, observers: events.Observers, now: float) -> None:
+    """Remove files in the making outside of all disk roots, of which notes in the stage directory tell."""
+    for entry in os.listdir(cache.layout.stages):
+        if not entry.endswith(atomic_file.NOTE_SUFFIX):
+            continue
+        note = os.path.join(cache.layout.stages, entry)
+        with contextlib.suppress(OSError):
+            data = durable.read_file(note)
+            path = os.fsdecode(data or b"")
+            named = os.path.basename(path).endswith(f".{entry.removesuffix(atomic_file.NOTE_SUFFIX)}.new")
+            if os.path.isabs(path) and named:
+                sweep_unfinished_disks(cache, observers, [path], now=now)
+                # A directory that is not there now may be on a filesystem that is not mounted.
+                if os.path.lexists(path) or not os.path.isdir(os.path.dirname(path)):
+                    continue
+            _unlink_if_idle(note, cache, now)
+
+
+def _sweep_silly(cache: CacheStore, now: float) -> None:
+    """Remove what an NFS client left that died while a file was open there which had been unlinked.
+
+    Such a file is not removed by its age alone: a guest on another host may have it open. A day after the
+    last change it goes, unless a process, QEMU included, holds a lock on it.
+    """
+    places = [cache.layout.stages, *(entry.directory for entry in trash.entries(cache))]
+    for directory in places:
+        with contextlib.suppress(OSError):
+            for entry in os.listdir(directory):
+                if _SILLY.fullmatch(entry):
+                    _unlink_silly(os.path.join(directory, entry), directory, cache, now)
+
+
+def _unlink_silly(path: str, directory: str, cache: CacheStore, now: float) -> None:
+    # A base keeps its own time of change in the trash: its directory tells when it was unlinked.
+    dated = path if directory == cache.layout.stages else directory
+    if now - os.stat(dated, follow_symlinks=False).st_mtime < cache.config.foreign_stage_idle_seconds:
+        return
+    fd = os.open(path, _OPEN | os.O_RDONLY)
+    try:
+        if not (cache.host.locking and locks.is_locked(fd)):
+            os.unlink(path)
+    finally:
+        os.close(fd)

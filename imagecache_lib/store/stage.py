@@ -40,15 +40,19 @@ class StageInfo:
     :param name: the base that it will be.
     :param reserved: bytes of the filesystem that its owner will need in all.
     :param record: the base's evidence, once the data is complete.
+    :param origin: where the data comes from, as a digest; empty if that cannot be told. Releases before do
+        not write it, and pass over it.
     """
 
     name: str
     reserved: int = 0
     record: evidence.Record | None = None
+    origin: str = ""
 
     def to_json(self) -> bytes:
         record = None if self.record is None else self.record.to_json().decode()
-        return json.dumps({"name": self.name, "reserved": self.reserved, "record": record}).encode() + b"\n"
+        fields = {"name": self.name, "reserved": self.reserved, "record": record, "origin": self.origin}
+        return json.dumps(fields).encode() + b"\n"
 
 
 def parse_info(data: bytes) -> StageInfo | None:
@@ -56,15 +60,18 @@ def parse_info(data: bytes) -> StageInfo | None:
     try:
         fields = json.loads(data)
         name, reserved, record = fields["name"], fields["reserved"], fields["record"]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        origin = fields.get("origin", "")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+    if not isinstance(origin, str):
+        origin = ""
     if not isinstance(name, str) or type(reserved) is not int or reserved < 0:
         return None
     if record is None:
-        return StageInfo(name, reserved)
+        return StageInfo(name, reserved, origin=origin)
     if not isinstance(record, str):
         return None
-    return StageInfo(name, reserved, evidence.parse(record.encode()))
+    return StageInfo(name, reserved, evidence.parse(record.encode()), origin)
 
 
 class Stage:
@@ -74,9 +81,10 @@ class Stage:
     :raises NoSpaceError: from anything that writes, when the filesystem is full.
     """
 
-    def __init__(self, cache: CacheStore, name: str) -> None:
+    def __init__(self, cache: CacheStore, name: str, *, origin: str = "") -> None:
         self._cache = cache
         self.name = name
+        self._origin = origin
         self.id = durable.new_id()
         self.path = cache.layout.stage(self.id)
         self.reserved = 0
@@ -108,7 +116,7 @@ class Stage:
     def write_info(self, record: evidence.Record | None = None) -> None:
         """Write down what this stage will be; durably, and after checksums and hashes, if the record is
         there."""
-        data = StageInfo(self.name, self.reserved, record).to_json()
+        data = StageInfo(self.name, self.reserved, record, self._origin).to_json()
         with translated(self.path):
             if record is not None:
                 sums = self.checksums.to_bytes(record.base_id)
@@ -252,6 +260,11 @@ def _infos(cache: CacheStore) -> Iterator[tuple[str, StageInfo | _Unreadable | N
                 yield stage_id, _UNREADABLE
                 continue
             yield stage_id, parse_info(data) if data is not None else None
+
+
+def origins(cache: CacheStore, name: str) -> set[str]:
+    """Return where the data comes from that a base is being made of, as digests; "" for an unknown one."""
+    return {note.origin for _stage_id, note in iter_stages(cache) if note.name == name}
 
 
 def progress(cache: CacheStore, name: str) -> list[tuple[str, int, int]]:

@@ -22,6 +22,7 @@ import errno
 import os
 import stat
 
+from imagecache_lib import events
 from imagecache_lib.store import evidence, layout, stage
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable
@@ -117,14 +118,17 @@ def being_published(cache: CacheStore) -> set[str]:
     return {info.name for _stage_id, info in stage.iter_stages(cache) if info.record is not None}
 
 
-def _entries(cache: CacheStore, name: str | None) -> list[TrashEntry]:
-    """Return the entries. One not named ``<base>.<32 hex digits>`` is skipped: something else made it."""
+def entries(cache: CacheStore, name: str | None = None) -> list[TrashEntry]:
+    """Return the entries, empty ones too, of one base or of all.
+
+    One not named ``<base>.<32 hex digits>`` is skipped: something else made it.
+    """
     try:
-        entries = os.listdir(cache.layout.trash)
+        listed = os.listdir(cache.layout.trash)
     except FileNotFoundError:
         return []
     found = []
-    for file_name in entries:
+    for file_name in listed:
         base, _, trash_id = file_name.rpartition(".")
         known = layout.classify(base) is not layout.Kind.UNKNOWN and len(trash_id) == _ID_LENGTH
         if known and name in (None, base):
@@ -134,7 +138,7 @@ def _entries(cache: CacheStore, name: str | None) -> list[TrashEntry]:
 
 def find(cache: CacheStore, name: str | None = None) -> list[TrashEntry]:
     """Return the files that lie in the trash: those of one base, or all of them."""
-    return [entry for entry in _entries(cache, name) if _is_regular(entry.path)]
+    return [entry for entry in entries(cache, name) if _is_regular(entry.path)]
 
 
 def _is_regular(path: str) -> bool:
@@ -169,7 +173,7 @@ def cancel_evictions(cache: CacheStore, name: str) -> None:
 
     :raises OSError: the base cannot be put back.
     """
-    for entry in _entries(cache, name):
+    for entry in entries(cache, name):
         try:
             os.rmdir(entry.directory)
         except FileNotFoundError:
@@ -177,7 +181,8 @@ def cancel_evictions(cache: CacheStore, name: str) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-            restore(cache, entry)
+            if restore(cache, entry):
+                cache.observers(events.Restored(name, reason="another copy of it was about to be published"))
 
 
 def restore(cache: CacheStore, entry: TrashEntry) -> bool:
@@ -262,7 +267,7 @@ def sweep(cache: CacheStore, *, now: float) -> None:
 
     A directory is kept in reserve, for the day on which the filesystem is full.
     """
-    for entry in _entries(cache, None):
+    for entry in entries(cache):
         with contextlib.suppress(OSError):
             if now - os.stat(entry.directory).st_mtime >= cache.config.stage_idle_seconds:
                 os.rmdir(entry.directory)

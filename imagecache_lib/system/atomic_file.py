@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 
 from imagecache_lib import errors
-from imagecache_lib.system import durable, locks, sparse
+from imagecache_lib.system import attributes, durable, locks, sparse
 from imagecache_lib.system.host import System
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
@@ -31,6 +31,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 UNFINISHED = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{32}\.new")
 
 _MODE = 0o644
+
+#: Extended attribute of a file that was made here: the random id in the name that it had in the making.
+MADE_MARK = "user.imagecache.made"
+
+#: How the names of notes end that say where a file is in the making: the path is all that is in them.
+NOTE_SUFFIX = ".outside"
 
 
 def check_target(target: str) -> None:
@@ -62,16 +68,18 @@ def _exists(target: str) -> errors.DiskExistsError:
 
 
 @contextlib.contextmanager
-def unfinished(target: str, system: System) -> Iterator[UnfinishedFile]:
+def unfinished(target: str, system: System, *, notes: str = "") -> Iterator[UnfinishedFile]:
     """Yield an empty file beside ``target`` that becomes it by :meth:`UnfinishedFile.commit`.
 
     When the body ends without a commit, the file goes and nothing is left of it. A file that a killed process
     left does not stop the next attempt: it has another name, and the periodic pass removes it.
 
     :param target: absolute path that the file will have.
+    :param notes: a directory that gets a note of where the file is, for a place that no pass looks at; empty
+        if the pass finds it.
     :raises NoSpaceError, BackendError: the file cannot be made.
     """
-    file = UnfinishedFile(target, system)
+    file = UnfinishedFile(target, system, notes)
     try:
         yield file
     finally:
@@ -88,14 +96,29 @@ class UnfinishedFile:
     :ivar path: absolute path that it has until then.
     """
 
-    def __init__(self, target: str, system: System) -> None:
+    def __init__(self, target: str, system: System, notes: str = "") -> None:
         directory, name = os.path.split(target)
+        own_id = durable.new_id()
         self.target = target
-        self.path = os.path.join(directory, f".{name}.{durable.new_id()}.new")
+        self.path = os.path.join(directory, f".{name}.{own_id}.new")
+        self._note = os.path.join(notes, own_id + NOTE_SUFFIX) if notes else ""
         self._system = system
         with translated(target):
+            if self._note:
+                # Without a note a crash leaves a file that no pass finds: that is no reason to make none.
+                with contextlib.suppress(OSError):
+                    durable.write_file(self._note, os.fsencode(self.path))
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._owner = locks.OwnerLock(os.open(self.path, flags, 0o600), system)
+            try:
+                self._owner = locks.OwnerLock(os.open(self.path, flags, 0o600), system)
+            except BaseException:
+                self._forget_note()
+                raise
+            try:
+                attributes.write(self.fd, MADE_MARK, own_id)
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def fd(self) -> int:
@@ -153,10 +176,39 @@ class UnfinishedFile:
     def close(self) -> None:
         """Remove the temporary name, and close the file."""
         # What cannot be removed now is swept later; an error that led here matters more.
-        with contextlib.suppress(OSError):
+        try:
             os.unlink(self.path)
+        except FileNotFoundError:
+            self._forget_note()
+        except OSError:
+            pass  # the note tells the sweep
+        else:
+            self._forget_note()
         with contextlib.suppress(OSError):
             self._owner.close()
+
+    def _forget_note(self) -> None:
+        if self._note:
+            with contextlib.suppress(OSError):
+                os.unlink(self._note)
+
+
+def is_made_here(fd: int, path: str) -> bool:
+    """Whether a file in the making was made by this library, which its name alone does not prove.
+
+    :param fd: the file, open.
+    :param path: its path, whose name is that of a file in the making.
+    :raises OSError: as fgetxattr(2).
+    """
+    named = os.path.basename(path)[: -len(".new")].rpartition(".")[2]
+    try:
+        return os.getxattr(fd, MADE_MARK) == named.encode()
+    except OSError as error:
+        if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP):
+            return True  # on a filesystem without attributes the name has to do
+        if error.errno == errno.ENODATA:
+            return False
+        raise
 
 
 def share_extents(source: int, target: int) -> bool:

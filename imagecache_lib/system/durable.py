@@ -18,6 +18,23 @@ def new_id() -> str:
     return uuid.uuid4().hex
 
 
+def make_directories(path: str, mode: int) -> None:
+    """Make a directory and those above it that are missing, with that mode whatever the umask is.
+
+    :raises OSError: as mkdir(2).
+    """
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for each in reversed(missing):
+        try:
+            os.mkdir(each, mode)
+        except FileExistsError:
+            continue
+        os.chmod(each, mode)
+
+
 def sync_directory(path: str) -> None:
     """Make the names in a directory durable: fsync(2) of the directory.
 

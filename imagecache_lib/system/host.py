@@ -69,6 +69,8 @@ class System:
         Tests stop there to make an interleaving happen; in production it does nothing.
     :param locking: whether file locks lock. False is only for tests of the third promise: locks save work,
         they do not carry safety.
+    :param stale_names: whether the kernel may answer for a name from what it knew, though another host has
+        changed it; or None if the type of the filesystem tells.
     """
 
     name: str = dataclasses.field(default_factory=socket.gethostname)
@@ -80,6 +82,7 @@ class System:
     execute: Callable[..., tuple[str, str]] = _execute
     trace: Callable[[TracePoint], None] = _no_trace
     locking: bool = True
+    stale_names: bool | None = None
 
 
 #: The name that drivers written before release 0.1 use. It goes with the release after.

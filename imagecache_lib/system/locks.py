@@ -27,6 +27,7 @@ from typing import Protocol
 import fasteners
 
 from imagecache_lib import errors
+from imagecache_lib.system import durable
 from imagecache_lib.system.host import System
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.waiter import Waiter
@@ -38,6 +39,9 @@ _FLOCK = "hhqqi4x"
 
 #: What a filesystem says that has no locks; ENOLCK is that of an NFS server without lockd.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+#: Of directories of lock files that are made here.
+_DIRECTORY_MODE = 0o755
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -183,7 +187,7 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
             return
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            os.makedirs(os.path.dirname(self.file), exist_ok=True)
+            durable.make_directories(os.path.dirname(self.file), _DIRECTORY_MODE)
             self._descriptor = HeldDescriptor(os.open(self.file, flags, 0o644))
         except OSError as error:
             if error.errno in _FULL:
@@ -281,10 +285,10 @@ def waiting(
     try:
         got = lock.acquire(blocking=False)
         if not got:
-            host.trace(TracePoint.LOCK_WAITING)
             # Not by the clock of the day: one that is set back must not make a caller wait for the past.
             work = watched or _Unwatched()
             seen, since = work.progress(), host.monotonic()
+            host.trace(TracePoint.LOCK_WAITING)
             while not got and host.monotonic() - since < stall_timeout:
                 if waiter is not None:
                     waiter.check()

@@ -120,6 +120,7 @@ def evict(
                 went = _move_in(name, cache, hosts, moved, locked=locked)
                 if isinstance(went, trash.TrashEntry):
                     cache.host.trace(TracePoint.EVICT_RENAMED)
+                    observers(events.MovedToTrash(name, reason=victim.reason))
                     reasons[went.id] = victim.reason
                 elif isinstance(went, Kept):
                     outcomes.append(Outcome(name, False, went.reason))
@@ -130,7 +131,8 @@ def evict(
                 # A guest whose base lies in the trash cannot start. What cannot be put back now is, by the
                 # next start or pass.
                 with contextlib.suppress(OSError):
-                    trash.restore(cache, entry)
+                    if trash.restore(cache, entry):
+                        observers(events.Restored(entry.name, reason="its eviction ended early"))
             raise
 
 
@@ -239,6 +241,7 @@ def _carry_out(
     try:
         if decision.fate is Fate.PUT_BACK:
             if trash.restore(cache, entry):
+                observers(events.Restored(entry.name, reason=decision.reason))
                 return outcome
             taken = f"kept in the trash, since its name is taken by another file: {decision.reason}"
             return Outcome(entry.name, False, taken)

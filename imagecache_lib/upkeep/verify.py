@@ -313,6 +313,9 @@ class Upkeep:
         """
         before = self._load_last_scan()
         after = before.without(path)
+        gone = before.disks.keys() - after.disks.keys()
+        for name in sorted({name for disk in gone for name in before.disks[disk].names}):
+            self._observers(events.Forgotten(name, reason=f"disks at {path}, as an operator said"))
         self._hosts.forget_roots(after.roots)
         last_scan.replace(self._cache.layout, self._hosts.id, after)
         return len(before.disks) - len(after.disks)

@@ -213,3 +213,15 @@ def test_the_list_loads_no_more_than_it_needs(cli: Cli) -> None:
     found = subprocess.run(words, capture_output=True, text=True, env=cli.environment, check=True)
     assert "requests" not in found.stdout
     assert "sqlalchemy" not in found.stdout
+
+
+def test_history_tells_what_became_of_an_image_that_is_gone(cli: Cli) -> None:
+    cli.cache()
+    age(cli, IMAGE)
+    cli.run("image", "evict", IMAGE)
+    shown = cli.run("history", IMAGE).stdout
+    assert "WHEN" in shown and "published" in shown and "asked for" in shown
+    told = json.loads(cli.run("history", base_of(cli, IMAGE).name, "-f", "json").stdout)
+    assert [each["what"] for each in told] == ["fetched", "published", "moved to the trash", "evicted"]
+    assert {each["image"] for each in told if each["what"] == "published"} == {IMAGE}
+    assert "nothing is known of it" in cli.run("history", "nope", code=3).stderr

@@ -63,6 +63,7 @@ NEW: dict[tuple[str, str], object] = {
     ("image_cache", "free_space_high"): 0,
     ("image_cache", "space_minimum_age_seconds"): 3600,
     ("image_cache", "scrub_rate"): 32 * 2**20,
+    ("image_cache", "history_age_seconds"): 60 * 86400,
     ("image_cache", "certificates_path"): None,
     ("image_cache", "sync_copied_disks"): True,
     ("image_cache", "max_virtual_size"): 16 * 2**40,
@@ -168,6 +169,7 @@ class ConfigFromTest(OptsCase):
             free_space_high = 6
             space_minimum_age_seconds = 7
             scrub_rate = 8
+            history_age_seconds = 9
             certificates_path = /etc/nova/image-certificates
             sync_copied_disks = false
             max_virtual_size = 8

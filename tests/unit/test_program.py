@@ -78,6 +78,13 @@ class TestEndings(unittest.TestCase):
         self.assertIn("1 seconds", caught.exception.cause)
         self.assertLess(time.monotonic() - began, 20)
 
+    def test_what_blocks_the_signal_to_end_is_ended_too(self) -> None:
+        """The shell ends, and timeout(1) with it; what the shell ran goes on and holds the pipes."""
+        began = time.monotonic()
+        with self.assertRaisesRegex(errors.BackendError, "after 1 seconds"):
+            _script("trap '' TERM; sleep 100; sleep 100", wall=1)
+        self.assertLess(time.monotonic() - began, 60)
+
     def test_it_ends_with_all_its_children_when_nobody_waits(self) -> None:
         began = time.monotonic()
         with self.assertRaises(errors.CancelledError):

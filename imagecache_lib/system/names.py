@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a name is there by what the server says, and not by what this host's kernel remembers of it.
+
+A client of a network filesystem answers stat(2) and open(2) of a name for a while from what it knew (NFS's
+``acdirmin``, the ``entry_timeout`` of FUSE, GlusterFS and CephFS). The listing of a directory comes from the
+server: NFS validates a directory when it is opened, and FUSE keeps no listings.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+#: ``f_type`` of statfs(2) of filesystems that no other host changes, from linux/magic.h.
+_LOCAL = frozenset(
+    {
+        0xEF53,  # ext2, ext3, ext4
+        0x58465342,  # xfs
+        0x9123683E,  # btrfs
+        0x01021994,  # tmpfs
+        0x858458F6,  # ramfs
+        0x2FC12FC1,  # zfs
+        0x794C7630,  # overlayfs
+        0xF2F52010,  # f2fs
+        0xCA451A4E,  # bcachefs
+        0x3153464A,  # jfs
+        0x52654973,  # reiserfs
+        0x4D44,  # vfat
+        0x2011BAB0,  # exfat
+        0x7366746E,  # ntfs3
+    }
+)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def may_be_stale(fd: int) -> bool:
+    """Whether another host may change the filesystem of an open file. True if that cannot be told."""
+    answer = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes
+    if _libc.fstatfs(fd, answer) != 0:
+        return True
+    return ctypes.c_ulong.from_buffer(answer).value not in _LOCAL
+
+
+def is_listed(directory: str, name: str, inode: int, *, known: str) -> bool:
+    """Whether the listing of a directory has a name, for a file of that inode number.
+
+    :param known: another name in the directory. Where its listed inode number is not that of stat(2), the
+        filesystem lists other numbers, and the name alone counts.
+    :raises OSError: the directory cannot be listed.
+    """
+    found: dict[str, int] = {}
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name in (name, known):
+                found[entry.name] = entry.inode()
+                if len(found) == len({name, known}):
+                    break
+    if name not in found:
+        return False
+    tells = found.get(known) == os.stat(os.path.join(directory, known), follow_symlinks=False).st_ino
+    return found[name] == inode or not tells
