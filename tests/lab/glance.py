@@ -200,10 +200,12 @@ class Glance:
 
 
 @contextlib.contextmanager
-def running_glance(home: pathlib.Path) -> Iterator[Glance]:
+def running_glance(home: pathlib.Path, *, tells: bool = False) -> Iterator[Glance]:
     """Run a Glance for the length of the context.
 
     :param home: an existing, empty directory for all it writes.
+    :param tells: it says that it closes a connection: for clients of others, whose retries are not ours to
+        test.
     """
     programs = environment.environment("glance", HERE / "glance-requirements.txt") / "bin"
     port = server.free_port()
@@ -246,6 +248,7 @@ def running_glance(home: pathlib.Path) -> Iterator[Glance]:
         "65535",
         "--wsgi-env-behavior",
         "holy",
+        *(("--add-header", "Connection: close") if tells else ()),
     ]
     with server.running(
         command,

@@ -57,6 +57,8 @@ reserved_host_memory_mb = 0
 reserved_host_disk_mb = 0
 resume_guests_state_on_host_boot = false
 shelved_offload_time = 0
+# The guests of the tests do not hear that they are to shut down.
+shutdown_timeout = 1
 service_down_time = 300
 concurrency_backend = threading
 [placement]

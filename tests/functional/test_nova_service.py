@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole Nova with the adapter as its driver, asked through its API, with guests that boot.
+
+What cannot run here, and why: live and cold migration and evacuation, since there is one host, and libvirt
+takes a second libvirtd on one machine for the same host; volumes, for want of Cinder; ports, for want of
+Neutron; trusted certificates, for want of a key manager; KVM, which is not there. Nova's tests of those run
+through the adapter in :mod:`tests.functional.test_nova_suites`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import subprocess
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from imagecache_lib.store import layout
+from imagecache_lib.testing import bootdisk
+from tests.lab import glance as glance_lab
+from tests.lab import kernel, libvirt, mariadb, nova_service, rabbit, server
+from tests.lab.nova_client import NovaClient
+
+#: A pass every few seconds, for which a base is old as soon as nothing uses it.
+EAGER = {
+    "manager_interval": 2,
+    "remove_unused_original_minimum_age_seconds": 0,
+    "remove_unused_resized_minimum_age_seconds": 0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cloud:
+    """Nova, who asks it, and where its images are."""
+
+    nova: nova_service.NovaService
+    client: NovaClient
+    glance: glance_lab.Glance
+    home: pathlib.Path
+
+    @property
+    def bases(self) -> set[str]:
+        return {path.name for path in (self.nova.instances / "_base").iterdir()} - {".imagecache"}
+
+    def image(self, greeting: str, **properties: str) -> str:
+        """Upload an image whose guests greet with this word, and count how often they booted."""
+        path = self.home / f"{greeting}.raw"
+        bootdisk.write_boot_disk(str(path), greeting=greeting, stays=True)
+        return self.upload(path, **properties)
+
+    def upload(self, data: bytes | pathlib.Path, disk_format: str = "raw", **properties: str) -> str:
+        return self.glance.upload(
+            data, disk_format=disk_format, token=glance_lab.ADMIN, visibility="public", **properties
+        )
+
+    def downloads(self, image: str) -> int:
+        return len(self.glance.downloads(image))
+
+    def disks(self, guest: str) -> list[pathlib.Path]:
+        return sorted((self.nova.instances / guest).glob("disk*[!o]"))
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    """Tests share it: they look at their own images and guests."""
+    # Not below pytest's directory, which only its user may enter: QEMU runs as another.
+    with (
+        contextlib.ExitStack() as stack,
+        tempfile.TemporaryDirectory(prefix="imagecache-", dir="/var/tmp") as name,
+    ):
+        home = pathlib.Path(name)
+        home.chmod(0o755)
+        homes = {part: home / part for part in ("libvirt", "glance", "rabbit", "mariadb", "nova")}
+        for path in homes.values():
+            path.mkdir()
+        images = stack.enter_context(glance_lab.running_glance(homes["glance"], tells=True))
+        nova = stack.enter_context(
+            nova_service.running_nova(
+                homes["nova"],
+                libvirt=stack.enter_context(libvirt.running_libvirt(homes["libvirt"])),
+                glance=images,
+                rabbit=stack.enter_context(rabbit.running_rabbit(homes["rabbit"])),
+                mariadb=stack.enter_context(mariadb.running_mariadb(homes["mariadb"])),
+            )
+        )
+        client = NovaClient(nova.url)
+        nova.start_compute()
+        yield Cloud(nova, client, images, tmp_path_factory.mktemp("images"))
+        for each in client.call("GET", "/servers?all_tenants=1")["servers"]:
+            client.delete(each["id"])
+
+
+def test_a_guest_boots_from_the_api_and_the_next_one_from_the_cache(cloud: Cloud) -> None:
+    image, flavor = cloud.image("FIRST"), cloud.client.flavor(swap=8, ephemeral=1)
+    for _ in range(2):
+        guest = cloud.client.boot(image, flavor)
+        cloud.client.says(guest, "FIRST BOOT 0")
+        assert [path.name for path in cloud.disks(guest)] == ["disk", "disk.eph0", "disk.swap"]
+    assert cloud.downloads(image) == 1
+    assert {layout.base_name(image), "swap_8", "ephemeral_1_0706d66"} <= cloud.bases
+
+
+def test_a_guest_boots_the_kernel_and_the_ramdisk_of_its_image(cloud: Cloud) -> None:
+    parts = {
+        "kernel_id": cloud.upload(kernel.kernel(), "aki"),
+        "ramdisk_id": cloud.upload(kernel.ramdisk("of this guest"), "ari"),
+    }
+    image = cloud.image("NOBODY", **parts)
+    for _ in range(2):
+        cloud.client.says(cloud.client.boot(image, cloud.client.flavor()), "RAMDISK of this guest")
+    assert [cloud.downloads(each) for each in (image, *parts.values())] == [1, 1, 1]
+
+
+def test_an_aggregate_has_images_before_anybody_boots_them(cloud: Cloud) -> None:
+    image, client = cloud.image("AHEAD"), cloud.client
+    made = client.call("POST", "/os-aggregates", {"aggregate": {"name": "racks"}})["aggregate"]["id"]
+    client.call("POST", f"/os-aggregates/{made}/action", {"add_host": {"host": nova_service.HOST}})
+    for _ in range(2):
+        before = cloud.nova.log("nova-conductor").count("aggregate.cache_images.end")
+        client.call("POST", f"/os-aggregates/{made}/images", {"cache": [{"id": image}]})
+        server.wait_until(
+            lambda before=before: cloud.nova.log("nova-conductor").count("aggregate.cache_images.end") > before,
+            "the images are cached",
+            seconds=60,
+        )
+    assert (cloud.downloads(image), layout.base_name(image) in cloud.bases) == (1, True)
+    client.says(client.boot(image, client.flavor()), "AHEAD BOOT 0")
+    assert cloud.downloads(image) == 1
+
+
+def test_a_guest_keeps_its_disk_through_all_that_is_done_to_it(cloud: Cloud) -> None:
+    image, rescue, client = cloud.image("KEPT"), cloud.image("RESCUE"), cloud.client
+    guest = client.boot(image, client.flavor(disk=1, swap=8, ephemeral=1))
+    client.says(guest, "KEPT BOOT 0")
+    client.act(guest, "reboot", {"type": "HARD"}, until="ACTIVE")
+    client.says(guest, "KEPT BOOT 1")
+    client.act(
+        guest, "resize", {"flavorRef": client.flavor(disk=2, swap=16, ephemeral=1)}, until="VERIFY_RESIZE"
+    )
+    client.says(guest, "KEPT BOOT 2")
+    client.act(guest, "confirmResize", until="ACTIVE")
+    client.act(guest, "rescue", {"rescue_image_ref": rescue}, until="RESCUE")
+    client.says(guest, "RESCUE BOOT 0")
+    client.act(guest, "unrescue", until="ACTIVE")
+    client.says(guest, "KEPT BOOT 3")
+    client.act(guest, "shelve", until="SHELVED_OFFLOADED")
+    assert not (cloud.nova.instances / guest).exists()
+    client.act(guest, "unshelve", until="ACTIVE")
+    client.says(guest, "KEPT BOOT 4")
+    assert (cloud.downloads(image), cloud.downloads(rescue)) == (1, 1)
+    client.act(guest, "os-stop", until="SHUTOFF")
+    for path in cloud.disks(guest):
+        subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", path], check=True)
+
+
+def test_a_rebuilt_guest_boots_the_other_image(cloud: Cloud) -> None:
+    image, other, client = cloud.image("BEFORE"), cloud.image("AFTER"), cloud.client
+    guest = client.boot(image, client.flavor())
+    client.says(guest, "BEFORE BOOT 0")
+    client.act(guest, "rebuild", {"imageRef": other}, until="ACTIVE")
+    client.says(guest, "AFTER BOOT 0")
+    assert (cloud.downloads(image), cloud.downloads(other)) == (1, 1)
+
+
+def test_an_image_that_is_not_there_fails_its_guest_and_nothing_else(cloud: Cloud) -> None:
+    image, client = cloud.image("GONE"), cloud.client
+    cloud.glance.stored_file(image).unlink()
+    guest = client.boot(image, client.flavor(), wait=False)
+    with pytest.raises(AssertionError, match="retries|hosts"):
+        client.wait(guest, "ACTIVE")
+    assert layout.base_name(image) not in cloud.bases
+    client.says(client.boot(cloud.image("THERE"), client.flavor()), "THERE BOOT 0")
+
+
+def test_the_periodic_pass_removes_what_no_guest_uses(cloud: Cloud) -> None:
+    client, flavor = cloud.client, cloud.client.flavor()
+    kept, unused = cloud.image("USED"), cloud.image("UNUSED")
+    guest, other = client.boot(kept, flavor), client.boot(unused, flavor)
+    with compute_again(cloud, nova_service.OURS):
+        client.delete(other)
+        server.wait_until(
+            lambda: layout.base_name(unused) not in cloud.bases, "the unused base is removed", seconds=60
+        )
+        assert layout.base_name(kept) in cloud.bases
+        client.act(guest, "reboot", {"type": "HARD"}, until="ACTIVE")
+        client.says(guest, "USED BOOT 1")
+        assert cloud.downloads(kept) == 1
+
+
+def test_guests_go_over_from_novas_driver_and_back(cloud: Cloud) -> None:
+    client, flavor = cloud.client, cloud.client.flavor(swap=8, ephemeral=1)
+    theirs, ours, unused = cloud.image("THEIRS"), cloud.image("OURS"), cloud.image("LEFT")
+    with compute_again(cloud, nova_service.NOVAS):
+        first = client.boot(theirs, flavor)
+        client.says(first, "THEIRS BOOT 0")
+    client.act(first, "reboot", {"type": "HARD"}, until="ACTIVE")
+    client.says(first, "THEIRS BOOT 1")
+    second = [client.boot(theirs, flavor), client.boot(ours, flavor)]
+    client.delete(client.boot(unused, flavor))
+    with compute_again(cloud, nova_service.NOVAS):
+        server.wait_until(
+            lambda: layout.base_name(unused) not in cloud.bases, "Nova removes the unused base", seconds=60
+        )
+        assert {layout.base_name(each) for each in (theirs, ours)} <= cloud.bases
+        for guest, said in zip((first, *second), ("THEIRS BOOT 2", "THEIRS BOOT 1", "OURS BOOT 1"), strict=True):
+            client.act(guest, "reboot", {"type": "HARD"}, until="ACTIVE")
+            client.says(guest, said)
+    assert (cloud.downloads(theirs), cloud.downloads(ours)) == (1, 1)
+
+
+@contextlib.contextmanager
+def compute_again(cloud: Cloud, driver: str) -> Iterator[None]:
+    """Have another nova-compute for the length of the context, whose pass is eager."""
+    cloud.nova.stop_compute()
+    cloud.nova.start_compute(driver, image_cache=EAGER)
+    try:
+        yield
+    finally:
+        cloud.nova.stop_compute()
+        cloud.nova.start_compute()
