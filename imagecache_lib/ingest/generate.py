@@ -260,11 +260,12 @@ def ephemeral(
     if kind is None:
         return Generation(name, size_gb * GIB, None, label, _command(os_type, config))
     # What an operator's command made has a name of its own, which two labels share and no other base has.
-    shared = share and name == _name(size_gb, config)
+    # Of a guest's ephemeral disks Nova's pass knows the first: it removes the base of any other.
+    shared = share and label == LABEL and name == _name(size_gb, config)
     # Of the filesystems that one name may have only the usual one is published, so that the hosts of one
     # configuration do not fill it differently.
     usual = not _command(os_type, config) and kind == _usual(os_type, config)
-    publishable = shared and usual and label == LABEL and can_be_shared(kind)
+    publishable = shared and usual and can_be_shared(kind)
     return Generation(name, size_gb * GIB, kind, label, shared=shared, publishable=publishable)
 
 

@@ -60,7 +60,9 @@ class Cloud:
         return len(self.glance.downloads(image))
 
     def disks(self, guest: str) -> list[pathlib.Path]:
-        return sorted((self.nova.instances / guest).glob("disk*[!o]"))
+        return sorted(
+            path for path in (self.nova.instances / guest).glob("disk*") if path.name != "disk.info"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +70,8 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     """Tests share it: they look at their own images and guests."""
     # Not below pytest's directory, which only its user may enter: QEMU runs as another.
     with (
-        contextlib.ExitStack() as stack,
         tempfile.TemporaryDirectory(prefix="imagecache-", dir="/var/tmp") as name,
+        contextlib.ExitStack() as stack,
     ):
         home = pathlib.Path(name)
         home.chmod(0o755)
@@ -122,7 +124,9 @@ def test_an_aggregate_has_images_before_anybody_boots_them(cloud: Cloud) -> None
         before = cloud.nova.log("nova-conductor").count("aggregate.cache_images.end")
         client.call("POST", f"/os-aggregates/{made}/images", {"cache": [{"id": image}]})
         server.wait_until(
-            lambda before=before: cloud.nova.log("nova-conductor").count("aggregate.cache_images.end") > before,
+            lambda before=before: (
+                cloud.nova.log("nova-conductor").count("aggregate.cache_images.end") > before
+            ),
             "the images are cached",
             seconds=60,
         )
@@ -169,7 +173,7 @@ def test_an_image_that_is_not_there_fails_its_guest_and_nothing_else(cloud: Clou
     image, client = cloud.image("GONE"), cloud.client
     cloud.glance.stored_file(image).unlink()
     guest = client.boot(image, client.flavor(), wait=False)
-    with pytest.raises(AssertionError, match="retries|hosts"):
+    with pytest.raises(AssertionError, match="Exceeded maximum number of retries"):
         client.wait(guest, "ACTIVE")
     assert layout.base_name(image) not in cloud.bases
     client.says(client.boot(cloud.image("THERE"), client.flavor()), "THERE BOOT 0")
@@ -205,7 +209,9 @@ def test_guests_go_over_from_novas_driver_and_back(cloud: Cloud) -> None:
             lambda: layout.base_name(unused) not in cloud.bases, "Nova removes the unused base", seconds=60
         )
         assert {layout.base_name(each) for each in (theirs, ours)} <= cloud.bases
-        for guest, said in zip((first, *second), ("THEIRS BOOT 2", "THEIRS BOOT 1", "OURS BOOT 1"), strict=True):
+        for guest, said in zip(
+            (first, *second), ("THEIRS BOOT 2", "THEIRS BOOT 1", "OURS BOOT 1"), strict=True
+        ):
             client.act(guest, "reboot", {"type": "HARD"}, until="ACTIVE")
             client.says(guest, said)
     assert (cloud.downloads(theirs), cloud.downloads(ours)) == (1, 1)

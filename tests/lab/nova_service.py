@@ -59,6 +59,9 @@ resume_guests_state_on_host_boot = false
 shelved_offload_time = 0
 # The guests of the tests do not hear that they are to shut down.
 shutdown_timeout = 1
+# Nothing is in flight when a service is ended.
+manager_shutdown_timeout = 1
+graceful_shutdown_timeout = 2
 service_down_time = 300
 concurrency_backend = threading
 [placement]

@@ -13,6 +13,7 @@ import warnings
 warnings.simplefilter("ignore")
 os.environ["OS_NOVA_DISABLE_EVENTLET_PATCHING"] = "true"
 
+import lab_disks  # noqa: E402
 import nova.conf  # noqa: E402
 import nova.privsep  # noqa: E402
 import nova.privsep.fs  # noqa: E402
@@ -26,13 +27,15 @@ CONF = nova.conf.CONF
 GIB = 2**30
 
 
-def configure(instances_path, *, default_ephemeral_format=None, virt_mkfs=(), host="here"):
+def configure(
+    instances_path, *, default_ephemeral_format=None, virt_mkfs=(), host="here", images_type="qcow2"
+):
     CONF([], project="nova", default_config_files=[])
     CONF.set_override("instances_path", instances_path)
     CONF.set_override("state_path", os.path.dirname(instances_path))
     CONF.set_override("host", host)
     CONF.set_override("lock_path", os.path.join(instances_path, "locks"), "oslo_concurrency")
-    CONF.set_override("images_type", "qcow2", "libvirt")
+    CONF.set_override("images_type", images_type, "libvirt")
     CONF.set_override("default_ephemeral_format", default_ephemeral_format)
     for each in virt_mkfs:
         nova.privsep.fs.load_mkfs_command(*each.split("=", 1))
@@ -96,13 +99,21 @@ def mappings_of(instances, ctxt):
     return found
 
 
-def run_pass(instances):
-    """Run Nova's own periodic pass over the directory."""
+def run_pass(instances, side="nova"):
+    """Run the periodic pass over the directory.
+
+    :param side: whose: ``nova`` or ``adapter``.
+    """
     ctxt = context.get_admin_context()
     found = mappings_of(instances, ctxt)
     objects.BlockDeviceMappingList.bdms_by_instance_uuid = classmethod(lambda *_arguments: found)
     listed = objects.InstanceList(objects=[instance(**each) for each in instances])
-    imagecache.ImageCacheManager().update(ctxt, listed)
+    manager = imagecache.ImageCacheManager()
+    if side == "adapter":
+        from nova.virt.imagecachelib import upkeep
+
+        manager = upkeep.ImageCacheManager()
+    manager.update(ctxt, listed)
     return sorted(os.listdir(os.path.join(CONF.instances_path, CONF.image_cache.subdirectory_name)))
 
 
@@ -133,6 +144,17 @@ def make_ephemeral(uuid, number, size_gb, os_type, guest_format=None):
         **({"specified_fs": guest_format} if guest_format else {}),
     )
     return disk.path
+
+
+def use_disks(side, glance_url, token, disks):
+    """Make disks, or make sure of those that are there; see :func:`lab_disks.use`."""
+    ctxt = lab_disks.request_context(glance_url, token)
+    return [lab_disks.use(side, ctxt, instance(**each["of"]), each) for each in disks]
+
+
+def resize_disk(uuid, name, kind, size_gb):
+    """Grow a disk with Nova's own image type, as a resize does."""
+    lab_disks.backend("nova", kind)(instance=instance(uuid), disk_name=name).resize_image(size_gb * GIB)
 
 
 class Conductor:
@@ -181,9 +203,8 @@ def main():
     logging.disable(logging.WARNING)
     asked = json.load(sys.stdin)
     configure(**asked["configuration"])
-    action = {each.__name__: each for each in (names, run_pass, formats, make_ephemeral, report)}[
-        asked["action"]
-    ]
+    actions = (names, run_pass, formats, make_ephemeral, report, use_disks, resize_disk)
+    action = {each.__name__: each for each in actions}[asked["action"]]
     json.dump(action(**asked["arguments"]), sys.stdout)
     sys.stdout.flush()
     os._exit(0)  # Nova's privilege-separation threads do not end by themselves

@@ -53,8 +53,12 @@ class SharingTest(unittest.TestCase):
         self.assertFalse(ephemeral(virt_mkfs=("linux=mkfs.ext4 %(target)s",)).publishable)
 
     def test_a_base_that_is_there_may_serve_whoever_wants_what_it_is(self) -> None:
-        for wanted in (ephemeral("windows"), ephemeral(fs="xfs"), ephemeral(label="ephemeral1")):
+        for wanted in (ephemeral("windows"), ephemeral(fs="xfs"), ephemeral(label="ephemeral0")):
             self.assertTrue(wanted.shared)
+
+    def test_only_a_guests_first_ephemeral_disk_shares_a_base_since_novas_pass_knows_no_other(self) -> None:
+        self.assertFalse(ephemeral(label="ephemeral1").shared)
+        self.assertFalse(ephemeral("windows", label="ephemeral3").shared)
 
     def test_no_base_is_shared_without_overlays_or_where_a_command_made_it(self) -> None:
         command = ("linux=mkfs.ext4 %(target)s",)

@@ -8,8 +8,8 @@ import warnings
 warnings.simplefilter("ignore")
 os.environ["OS_NOVA_DISABLE_EVENTLET_PATCHING"] = "true"
 
+from nova.cmd import manage  # noqa: E402, I001  first, since it forbids eventlet before anything loads it
 from nova import config, objects  # noqa: E402
-from nova.cmd import manage  # noqa: E402  first, since it forbids eventlet before anything loads it
 
 
 def main():

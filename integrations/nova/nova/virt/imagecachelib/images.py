@@ -103,10 +103,12 @@ class Cached:
             )
         else:
             disk = manager.inspect_disk(self.target, backend=backend)
-            # A disk whose base is here shows what it was made on better than its guest's type does, which a
-            # block device mapping may have overruled. Without the base, the type is all that tells.
-            told = None if manager.note_use(disk, backend=backend) else os_type
-            manager.ensure_backing(self.target, os_type=told, fs=fs, label=label, backend=backend)
+            if manager.note_use(disk, backend=backend):
+                # What the disk itself shows says better what it was made on than what was asked for: Nova
+                # gives all disks of one size the same base, whatever filesystem and label they were to have.
+                manager.ensure_backing(self.target, backend=backend)
+            else:
+                manager.ensure_backing(self.target, os_type=os_type, fs=fs, label=label, backend=backend)
         if size and size > disk.virtual_size:
             manager.resize_disk(disk, size, backend=backend)
 
