@@ -9,10 +9,10 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from benchmarks import dataset, figures, meter, serving
-from tests.lab import environment
+from tests.lab import environment, nova_service
 from tests.lab import glance as glance_lab
 
 HERE = pathlib.Path(__file__).parent
@@ -71,6 +71,13 @@ class Lab:
     def nova(self, name: str) -> serving.Competitor:
         return self._start(self.nova_python, "benchmarks.nova_driver", name, [], None)
 
+    def adapted(self, name: str) -> serving.Competitor:
+        """Start Nova with the adapter's classes, in Nova's environment, as a competitor."""
+        site = self.home / f"{name}-site"
+        site.mkdir()
+        nova_service.install(self.nova_python.parent.parent, site)
+        return self._start(self.nova_python, "benchmarks.nova_driver", name, ["--adapter"], None, path=[site])
+
     def floor(self) -> serving.Competitor:
         return serving.Competitor(
             sys.executable,
@@ -89,6 +96,7 @@ class Lab:
         name: str,
         options: list[str],
         instances: pathlib.Path | None,
+        path: Sequence[pathlib.Path] = (),
     ) -> serving.Competitor:
         if instances is None:
             instances = self.home / name / "instances"
@@ -104,6 +112,7 @@ class Lab:
             glance_lab.MEMBER,
             *options,
             log=self.home / f"{name}.log",
+            path=path,
         )
         competitor.ask("ready")
         return competitor

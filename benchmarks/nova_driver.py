@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nova as a competitor, in Nova's own environment: its image cache against a Glance, with no other service.
 
-No database, no libvirt, no privilege daemon and no Keystone; what is timed is Nova's own code from
-``imagebackend.Image.cache`` on.
+With ``--adapter`` the same calls go to the adapter's classes. No database, no libvirt, no privilege daemon
+and no Keystone; what is timed is Nova's own code from ``imagebackend.Image.cache`` on.
 """
 
 from __future__ import annotations
@@ -80,11 +80,20 @@ class Driver:
         nova.privsep.sys_admin_pctxt.set_client_mode(False)
         objects.register_all()
         objects.BlockDeviceMappingList.bdms_by_instance_uuid = classmethod(lambda *_arguments: {})
-        self._context = context.RequestContext("user", "project", is_admin=True)
+        endpoint = {"publicURL": options.glance, "internalURL": options.glance}
+        catalog = [{"type": "image", "name": "glance", "endpoints": [endpoint]}]
+        self._context = context.RequestContext(
+            "user", "project", is_admin=True, auth_token=options.token, service_catalog=catalog
+        )
+        self._adapter = options.adapter
 
     def forget(self) -> dict[str, Any]:
         for name in os.listdir(self._instances):
             shutil.rmtree(os.path.join(self._instances, name))
+        if self._adapter:
+            from nova.virt.imagecachelib import caches
+
+            caches.CACHES = caches.Caches()
         return {}
 
     def spawn(self, image_id: str, size: int, keep: bool = True) -> dict[str, Any]:
@@ -92,7 +101,7 @@ class Driver:
         instance = self._instance(image_id)
         directory = os.path.join(self._instances, instance.uuid)
         os.makedirs(directory)
-        disk = imagebackend.Backend(True).by_name(instance, "disk", "qcow2")
+        disk = self._classes()[0](True).by_name(instance, "disk", "qcow2")
         measured = meter.Meter()
         disk.cache(
             fetch_func=libvirt_utils.fetch_image,
@@ -120,10 +129,18 @@ class Driver:
                 for image_id, directory in zip(image_ids, directories, strict=True)
             ]
         )
-        manager = imagecache.ImageCacheManager()
+        manager = self._classes()[1]()
         began = time.monotonic()
         manager.update(self._context, instances)
         return {"seconds": time.monotonic() - began}
+
+    def _classes(self) -> tuple[Any, Any]:
+        """Return what makes disks, and what tends the cache."""
+        if not self._adapter:
+            return imagebackend.Backend, imagecache.ImageCacheManager
+        from nova.virt.imagecachelib import images, upkeep
+
+        return images.Backend, upkeep.ImageCacheManager
 
     def _instance(self, image_id: str, name: str | None = None) -> Any:
         return objects.Instance(
@@ -144,6 +161,7 @@ def main() -> None:
     parser.add_argument("--instances", required=True)
     parser.add_argument("--glance", required=True)
     parser.add_argument("--token", required=True)
+    parser.add_argument("--adapter", action="store_true")
     driver = Driver(parser.parse_args())
     serving.serve(
         {

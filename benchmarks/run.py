@@ -16,7 +16,20 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 
-from benchmarks import cold, crowd, floors, imports, lab, link, machine, report, serving, upkeep, warm
+from benchmarks import (
+    cold,
+    crowd,
+    floors,
+    imports,
+    lab,
+    link,
+    machine,
+    report,
+    serving,
+    under_nova,
+    upkeep,
+    warm,
+)
 from benchmarks.figures import Group, Row
 from tests.lab import environment
 from tests.support import needs
@@ -52,6 +65,9 @@ _SCENARIOS: dict[str, _Scenario] = {
     "warm-copy": warm.measure_copy,
     "crowd": crowd.measure,
     "verify": upkeep.measure,
+    "nova-first": under_nova.measure_first,
+    "nova-second": under_nova.measure_second,
+    "nova-pass": under_nova.measure_pass,
     "imports": imports.measure,
 }
 

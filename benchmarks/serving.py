@@ -14,7 +14,7 @@ import select
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -45,9 +45,17 @@ class Competitor:
 
     :param python: interpreter of its environment.
     :param module: name of the module.
+    :param path: directories whose modules come before the environment's own.
     """
 
-    def __init__(self, python: str | pathlib.Path, module: str, *arguments: str, log: pathlib.Path) -> None:
+    def __init__(
+        self,
+        python: str | pathlib.Path,
+        module: str,
+        *arguments: str,
+        log: pathlib.Path,
+        path: Sequence[pathlib.Path] = (),
+    ) -> None:
         self._log = log
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -56,6 +64,7 @@ class Competitor:
                 stdout=subprocess.PIPE,
                 stderr=output,
                 cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))} if path else None,
             )
 
     def __enter__(self) -> Competitor:

@@ -97,12 +97,12 @@ class NovaClient:
         """Wait until the guest has said this."""
         server.wait_until(lambda: words in self.console(guest), f"{guest} says {words}", seconds=_SECONDS)
 
-    def delete(self, guest: str) -> None:
-        """Delete a guest, and wait until Nova has forgotten it."""
-        self.call("DELETE", f"/servers/{guest}")
+    def delete(self, *guests: str) -> None:
+        """Delete guests, and wait until Nova has forgotten them."""
+        for guest in guests:
+            self.call("DELETE", f"/servers/{guest}")
 
         def gone() -> bool:
-            known = self.call("GET", "/servers?all_tenants=1")["servers"]
-            return guest not in [each["id"] for each in known]
+            return not {each["id"] for each in self.call("GET", "/servers")["servers"]}.intersection(guests)
 
-        server.wait_until(gone, f"{guest} is gone", seconds=_SECONDS)
+        server.wait_until(gone, f"{guests} are gone", seconds=_SECONDS)

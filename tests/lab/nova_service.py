@@ -55,6 +55,7 @@ allow_resize_to_same_host = true
 enable_new_services = true
 reserved_host_memory_mb = 0
 reserved_host_disk_mb = 0
+cpu_allocation_ratio = 64
 resume_guests_state_on_host_boot = false
 shelved_offload_time = 0
 # The guests of the tests do not hear that they are to shut down.
@@ -88,6 +89,10 @@ enforce_scope = false
 workers = 1
 [conductor]
 workers = 1
+[quota]
+instances = -1
+cores = -1
+ram = -1
 [vnc]
 enabled = false
 [libvirt]
@@ -276,7 +281,6 @@ def running_nova(
         path = [home / "site", home / "bindings", HERE / "nova_plugin", CHECKOUT]
         variables = {
             "PYTHONPATH": os.pathsep.join(map(str, path)),
-            "PYTHONDONTWRITEBYTECODE": "1",
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
             "OS_NOVA_CONFIG_DIR": str(home),
             "OS_NOVA_CONFIG_FILES": "api-paste.ini;nova.conf;databases.conf",
@@ -330,7 +334,7 @@ def install(where: pathlib.Path, site: pathlib.Path) -> None:
         package,
         site / "nova",
         copy_function=os.symlink,
-        ignore=shutil.ignore_patterns("__pycache__", "tests"),
+        ignore=shutil.ignore_patterns("tests"),
     )
     # What is installed says which backends there are.
     described = importlib.metadata.distribution("imagecache-lib").locate_file("")
