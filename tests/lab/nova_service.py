@@ -50,7 +50,8 @@ transport_url = {rabbit}
 log_dir = {home}/logs
 debug = false
 use_stderr = false
-compute_monitors =
+# It says when a service takes calls.
+default_log_levels = nova.service=DEBUG
 allow_resize_to_same_host = true
 enable_new_services = true
 reserved_host_memory_mb = 0
@@ -205,10 +206,9 @@ class NovaService:
         ]
 
         def ready() -> bool:
-            # The resource tracker has run once, and the service takes calls.
-            return log.exists() and "Starting compute node" in log.read_bytes()[before:].decode(
-                errors="replace"
-            )
+            # It has looked after its guests, and takes calls.
+            told = log.read_bytes()[before:].decode(errors="replace") if log.exists() else ""
+            return "Join ServiceGroup" in told
 
         self._compute.enter_context(
             server.running(
