@@ -59,6 +59,14 @@ class Cloud:
     def downloads(self, image: str) -> int:
         return len(self.glance.downloads(image))
 
+    def wait_for_conductor(self, notification: str, times: int) -> None:
+        """Wait until the conductor has said something so many times."""
+        server.wait_until(
+            lambda: self.nova.log("nova-conductor").count(f'"{notification}"') >= times,
+            f"the conductor says {notification}",
+            seconds=60,
+        )
+
     def disks(self, guest: str) -> list[pathlib.Path]:
         return sorted(
             path for path in (self.nova.instances / guest).glob("disk*") if path.name != "disk.info"
@@ -124,16 +132,9 @@ def test_an_aggregate_has_images_before_anybody_boots_them(cloud: Cloud) -> None
     image, client = cloud.image("AHEAD"), cloud.client
     made = client.call("POST", "/os-aggregates", {"aggregate": {"name": "racks"}})["aggregate"]["id"]
     client.call("POST", f"/os-aggregates/{made}/action", {"add_host": {"host": nova_service.HOST}})
-    for _ in range(2):
-        before = cloud.nova.log("nova-conductor").count("aggregate.cache_images.end")
+    for times in (1, 2):
         client.call("POST", f"/os-aggregates/{made}/images", {"cache": [{"id": image}]})
-        server.wait_until(
-            lambda before=before: (
-                cloud.nova.log("nova-conductor").count("aggregate.cache_images.end") > before
-            ),
-            "the images are cached",
-            seconds=60,
-        )
+        cloud.wait_for_conductor("aggregate.cache_images.end", times)
     assert (cloud.downloads(image), layout.base_name(image) in cloud.bases) == (1, True)
     client.says(client.boot(image, client.flavor()), "AHEAD BOOT 0")
     assert cloud.downloads(image) == 1

@@ -36,7 +36,7 @@ class Nova:
     ) -> None:
         self._configuration = {"instances_path": os.fspath(instances_path), **options}
         found = environment("nova", HERE / "nova-requirements.txt")
-        self._command = [*under, found / "bin/python", "-P", HERE / "nova_side.py"]
+        self._command = [*under, str(found / "bin/python"), "-P", str(HERE / "nova_side.py")]
         self._path = [HERE / "nova_plugin", pathlib.Path(imagecache_lib.__file__).parent.parent]
         if site is not None:
             nova_service.install(found, site)
