@@ -18,6 +18,8 @@ from tests.lab import server
 from tests.support import needs
 
 _RUNTIME = "/run/libvirt"
+#: Where definitions of domains are kept.
+_DEFINITIONS = "/etc/libvirt/qemu"
 
 _CONFIGURATION = """
 listen_tls = 0
@@ -152,8 +154,10 @@ def _namespace(home: pathlib.Path) -> list[str]:
     if pathlib.Path("/dev/kvm").exists():
         covers["/dev/kvm"] = home / "no-kvm"
         covers["/dev/kvm"].touch(mode=0o600)
-    # A second libvirtd, the system's own, has its pid files there.
-    private = f"mkdir -p {_RUNTIME} && mount -t tmpfs -o mode=755 libvirt {_RUNTIME}"
-    mounts = " && ".join([private, *(f"mount --bind {cover} {path}" for path, cover in covers.items())])
+    # A second libvirtd, the system's own, has its pid files and its domains there.
+    private = (
+        f"mkdir -p {path} && mount -t tmpfs -o mode=755 libvirt {path}" for path in (_RUNTIME, _DEFINITIONS)
+    )
+    mounts = " && ".join([*private, *(f"mount --bind {cover} {path}" for path, cover in covers.items())])
     unshare = [needs.program("unshare"), "--mount", "--propagation", "slave"]
     return [*unshare, needs.program("sh"), "-c", f'{mounts} && exec "$@"', "sh"]
