@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "agent": "agent:Agent",
     "cache audit": "cache:Audit",
     "cache check": "cache:Check",
+    "cache report": "report:Report",
     "cache scrub": "cache:Scrub",
     "cache usage": "space:Usage",
     "cache verify": "cache:Verify",
