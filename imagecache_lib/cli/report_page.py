@@ -63,7 +63,8 @@ svg .axis { fill: var(--soft); }
 .dot { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; min-width: 820px; }
 th, td { text-align: left; vertical-align: top; padding: .35em .6em; border-bottom: 1px solid var(--line); }
-th { font-size: .85em; color: var(--soft); } td.number, th.number { text-align: right; } td.number, td.state { white-space: nowrap; }
+th { font-size: .85em; color: var(--soft); } td.number, th.number { text-align: right; }
+td.number, td.state { white-space: nowrap; }
 td ul { margin: 0; padding-left: 1.1em; } code { font-size: .9em; overflow-wrap: anywhere; }
 """
 
