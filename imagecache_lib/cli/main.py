@@ -40,11 +40,11 @@ COMMANDS: dict[str, str] = {
     "image show": "image:Show",
     "image unpin": "image:Unpin",
     "precache cancel": "precache:Cancel",
-    "precache list": "precache:List",
+    "precache list": "jobs:List",
     "precache plan": "precache:Plan",
     "precache resume": "precache:Resume",
     "precache start": "precache:Start",
-    "precache status": "precache:Status",
+    "precache status": "jobs:Status",
     "prune": "space:Prune",
 }
 
