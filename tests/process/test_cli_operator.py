@@ -247,3 +247,20 @@ def test_a_report_that_cannot_be_written_says_which_file(cli: Cli, tmp_path: pat
     words = ("cache", "report", "--html", str(tmp_path / "x.html"), "--history", str(other))
     assert str(other) in cli.run(*words, code=7).stderr
     assert other.read_text().startswith("this is no database")
+
+
+def test_df_says_when_the_next_pass_is_due(cli: Cli, tmp_path: pathlib.Path) -> None:
+    cli.cache()
+    found = cli.json("df")
+    assert (found["last_pass"], found["next_pass"]) == (None, None)
+    report = tmp_path / "instances.json"
+    report.write_text("[]")
+    for _again in range(2):
+        cli.run("cache", "verify", "--evict", "--instances", str(report))
+    for scan in (cli.instances / "_base/.imagecache/hosts").glob("*.scan"):
+        os.utime(scan, (0, 0))
+    assert "overdue" in cli.run("df").stdout
+    cli.run("cache", "verify", "--evict", "--instances", str(report))
+    found = cli.json("df")
+    assert found["last_pass"] < found["next_pass"]
+    assert " in " in next(line for line in cli.run("df").stdout.splitlines() if line.startswith("next pass"))
