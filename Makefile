@@ -23,7 +23,7 @@ BARE_SUITES := bookworm trixie
 .DEFAULT_GOAL := help
 .PRECIOUS: $(STAMPS)/system-%
 .PHONY: help demo bench test test-parallel test-serial functional faults campaigns pythons lowest bare \
-	cover house lint ruff mypy reno-lint docs drawings releasenotes check-install setup set-up-servers serial-suites clean
+	cover house lint ruff mypy reno-lint docs drawings man releasenotes check-install setup set-up-servers serial-suites clean
 
 help:
 	@echo "make demo          show the cache at work"
@@ -39,6 +39,7 @@ help:
 	@echo "make cover         how much of the library the tests run; fails below the floor"
 	@echo "make house         the figures of the code's shape"
 	@echo "make docs          HTML in doc/build/html"
+	@echo "make man           the manual page in doc/build/man"
 	@echo "make drawings      the drawings in the documentation, after a change of their text"
 	@echo "make check-install the sdist, the wheel and a git archive install, with each extra, and work"
 	@echo "make clean         remove what these made"
@@ -151,6 +152,9 @@ docs: $(STAMPS)/dev
 drawings: $(STAMPS)/bench $(STAMPS)/system-drawings
 	tools/draw doc/source/images/*.dot
 	$(BIN)/python tools/plot_monitoring.py doc/source/images/monitoring.svg
+
+man: $(STAMPS)/dev
+	$(BIN)/sphinx-build -q -W --keep-going -b man doc/source doc/build/man
 
 house: $(STAMPS)/dev
 	$(BIN)/python tools/house.py

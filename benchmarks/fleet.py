@@ -180,7 +180,7 @@ class _Fleet:
             timeout=200,
         )
         seconds = time.monotonic() - began
-        results = [row["Result"] for row in json.loads(done.stdout)]
+        results = [row["result"] for row in json.loads(done.stdout)]
         if results != ["cached"] * len(names):
             raise AssertionError(results)
         return seconds

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sphinx configuration. Warnings are errors in every build: see the Makefile and tox.ini."""
 
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "ext"))
+
 project = "imagecache-lib"
 author = "The imagecache-lib maintainers"
 copyright = author
 
-extensions = ["sphinx.ext.autodoc", "oslo_config.sphinxconfiggen", "oslo_config.sphinxext"]
+extensions = ["sphinx.ext.autodoc", "oslo_config.sphinxconfiggen", "oslo_config.sphinxext", "command_help"]
 
 # Writes imagecache.conf.sample beside this file, for admin/configuration.
 config_generator_config_file = [("config-generator.conf", "imagecache")]
@@ -24,3 +29,5 @@ html_theme_options = {
     "page_width": "70em",
 }
 html_show_sphinx = False
+
+man_pages = [("admin/imagecache", "imagecache", "the image cache of a host", author, 1)]

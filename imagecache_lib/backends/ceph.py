@@ -315,7 +315,7 @@ def _translated(what: str) -> Iterator[None]:
 
 def _exists(what: str) -> errors.DiskExistsError:
     return errors.DiskExistsError(
-        "the target exists already", path=what, next_step='remove it, or ask with if_exists="reuse"'
+        "the target exists already", path=what, next_step="remove it, or ask for it to be reused"
     )
 
 

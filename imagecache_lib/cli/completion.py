@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterable
+from typing import Any
 
 from imagecache_lib import errors
 from imagecache_lib.cli import base
@@ -22,6 +23,7 @@ _OF_CACHED = (
     "image unpin",
 )
 _OF_HOSTS = ("host forget",)
+_OF_JOBS = ("precache cancel", "precache resume", "precache status")
 
 _BASH = """\
 _imagecache() {
@@ -47,7 +49,7 @@ function __imagecache_words
     set -l said (commandline -opc)
     imagecache complete --words -- $said[2..-1] (commandline -ct) 2>/dev/null
 end
-complete -c imagecache -a '(__imagecache_words)'
+complete -c imagecache -f -n 'count (__imagecache_words) > /dev/null' -a '(__imagecache_words)'
 """
 
 _SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
@@ -96,10 +98,15 @@ class Complete(base.Base):
                 yield from _options(self.app.parser)
             return
         kind, name, _rest = self.app.command_manager.find_command(command.split())
-        yield from _options(kind(self.app, None, cmd_name=name).get_parser(name))
+        completed: Any = kind(self.app, None, cmd_name=name)
+        parser = completed.get_parser(name)
+        yield from _options(parser)
         # What cannot be read is not completed; the command itself says why.
         with contextlib.suppress(errors.ImageCacheError):
             yield from self._things(command)
+            if command in _OF_JOBS:
+                known = completed.reader(parser.parse_args([]))
+                yield from (work.id for work in known.summaries())
 
     def _without_options(self, before: list[str]) -> list[str]:
         """Leave out the program's own options, and read the configuration that they name."""

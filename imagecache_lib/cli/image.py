@@ -180,7 +180,7 @@ class Cache(base.BaseLister):
 
     examples = (
         "image cache 318ac4fb-a140-4405-8167-ad782f983e48 --pin-for 7d",
-        "image cache noble --http https://example.org/noble.img --digest sha256:1f40...",
+        f"image cache noble --http https://example.org/noble.img --digest md5:{'0123456789abcdef' * 2}",
     )
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "agent": "agent:Agent",
     "cache audit": "cache:Audit",
     "cache check": "cache:Check",
+    "cache report": "report:Report",
     "cache scrub": "cache:Scrub",
     "cache usage": "space:Usage",
     "cache verify": "cache:Verify",
@@ -39,11 +40,11 @@ COMMANDS: dict[str, str] = {
     "image show": "image:Show",
     "image unpin": "image:Unpin",
     "precache cancel": "precache:Cancel",
-    "precache list": "precache:List",
+    "precache list": "jobs:List",
     "precache plan": "precache:Plan",
     "precache resume": "precache:Resume",
     "precache start": "precache:Start",
-    "precache status": "precache:Status",
+    "precache status": "jobs:Status",
     "prune": "space:Prune",
 }
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import logging
 import os
 import signal
 import threading
@@ -15,87 +14,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imagecache_lib import errors, opts
-from imagecache_lib.cli import base, bus, sources, values
+from imagecache_lib.cli import base, bus, jobs, openstack, sources, values
 from imagecache_lib.cli.job_display import JobDisplay
-from imagecache_lib.precache import chains, client, job, job_rows, jobs_url, reader
+from imagecache_lib.precache import chains, client, job
 from imagecache_lib.precache.agent import HostAgent
 from imagecache_lib.precache.in_process import InProcessClient
 from imagecache_lib.precache.watch import Watch
 
 if TYPE_CHECKING:
-    from imagecache_lib.precache.database import JobDatabase
     from imagecache_lib.precache.precacher import AggregatePrecacher
 
-#: Seconds between two looks at a job that is shown while it runs.
-_REFRESH = 0.5
-
-_DATABASE = "IMAGECACHE_JOBS"
+#: More hosts than this, one after the other, are most likely not what is meant.
+_MANY_HOSTS = 10
 
 #: Seconds by which a host's clock may differ without being worth a word.
 _SKEW = 60.0
 
 
-class _JobCommand(base.BaseLister):
-    """A command about jobs."""
-
-    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
-        parser = super().get_parser(prog_name)
-        parser.add_argument(
-            "--jobs",
-            metavar="PATH_OR_URL",
-            default=os.environ.get(_DATABASE, "~/.imagecache/jobs.sqlite"),
-            help="where jobs are kept: the path of a file, or the URL of a MariaDB or PostgreSQL, such as "
-            "mysql+pymysql://user@host/name; one with a password belongs into the environment (default: "
-            f"${_DATABASE}, else ~/.imagecache/jobs.sqlite)",
-        )
-        return parser
-
-    def database(self, arguments: argparse.Namespace) -> JobDatabase:
-        """Return the job database, for reading and writing."""
-        where = self._where(arguments)
-        if not jobs_url.is_url(where):
-            try:
-                os.makedirs(os.path.dirname(where), mode=0o700, exist_ok=True)
-            except OSError as error:
-                raise errors.ConfigError(
-                    f"the job database cannot be made: {error.strerror}",
-                    path=where,
-                    next_step="choose another --jobs",
-                ) from error
-        # Loaded here: looking at jobs does without SQLAlchemy, which takes longer to load than to use.
-        from imagecache_lib.precache.database import JobDatabase
-
-        # Which plug-ins it loads to make tables is no operator's concern.
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        return JobDatabase(where)
-
-    def reader(self, arguments: argparse.Namespace) -> job_rows.JobsReader:
-        """Return the reader of the job database, which changes nothing in it."""
-        where = self._where(arguments)
-        if not jobs_url.is_url(where):
-            return reader.EmbeddedJobs(where)
-        from imagecache_lib.precache.database import JobDatabase
-
-        return JobDatabase(where, change_schema=False)
-
-    def _where(self, arguments: argparse.Namespace) -> str:
-        where = str(arguments.jobs)
-        return where if jobs_url.is_url(where) else os.path.abspath(os.path.expanduser(where))
-
-    def table(self, work: job.Job) -> tuple[Any, Any]:
-        """Return a job as a table, and set the command's exit code by the job's result."""
-        if work.problem is not None:
-            self.note(f"job {work.id}: {work.problem}")
-        if work.has_failed or work.problem is not None:
-            self.exit_code = base.ATTENTION
-        return ["Host", "Image", "Result", "Received", "Reason"], [
-            (name, image_id, _result(cell), values.Bytes(cell.received), cell.reason)
-            for name, cells in work.cells.items()
-            for image_id, cell in cells.items()
-        ]
-
-
-class _HostsCommand(_JobCommand):
+class _HostsCommand(jobs.JobCommand):
     """A command that asks hosts."""
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
@@ -106,7 +42,11 @@ class _HostsCommand(_JobCommand):
 
     def add_what(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments that name hosts and images."""
-        parser.add_argument("image", nargs="+", help="id of an image")
+        parser.add_argument(
+            "image",
+            nargs="+",
+            help="id of an image, or its name in the image service that OS_ variables name",
+        )
         parser.add_argument(
             "--host",
             action="append",
@@ -120,16 +60,31 @@ class _HostsCommand(_JobCommand):
             metavar="PATH",
             help="file with the name of a host on each line, and behind it its site, if hosts relay",
         )
+        parser.add_argument(
+            "--aggregate",
+            default="",
+            metavar="NAME",
+            help="what to call these hosts in lists; without --host and --hosts-file, and where the OS_ "
+            "variables or OS_CLOUD name a cloud, all hosts of the host aggregate of that name",
+        )
 
     def hosts(self, arguments: argparse.Namespace) -> list[Placed]:
         """Return the hosts that the command line names, each with its site; those of a site in a row."""
         found = [Placed(name) for name in arguments.host]
         if arguments.hosts_file is not None:
             found += _read_hosts(arguments.hosts_file)
+        if not found and arguments.aggregate and openstack.is_named(os.environ):
+            found += [Placed(name) for name in openstack.hosts_of(arguments.aggregate)]
         if not found and bus.transport(self.app.options.config_file) is None:
             found.append(Placed(opts.from_files(self.app.options.config_file)[1].name))
         sites = {host.site: number for number, host in reversed(list(enumerate(found)))}
         return sorted(found, key=lambda host: sites[host.site])
+
+    def images(self, arguments: argparse.Namespace) -> list[str]:
+        """Return the ids of the images that the command line names, by id or by name."""
+        if not sources.is_cloud(arguments):
+            return list(arguments.image)
+        return [openstack.image_of(said) for said in arguments.image]
 
     @contextlib.contextmanager
     def conductor(
@@ -148,7 +103,13 @@ class _HostsCommand(_JobCommand):
 
             files = self.app.options.config_file
             notify = bus.job_notifier(files, opts.from_files(files)[1].name)
-            hosts = rpc.RpcHostClient(found, topic=arguments.topic, mailboxes=bus.mailboxes(files))
+            waited = getattr(arguments, "timeout", None)
+            hosts = rpc.RpcHostClient(
+                found,
+                topic=arguments.topic,
+                survey_timeout=rpc.SURVEY_TIMEOUT if waited is None else float(waited),
+                mailboxes=bus.mailboxes(files),
+            )
             yield AggregatePrecacher(database, hosts, observers=[notify])
             return
         if images is None:
@@ -205,36 +166,51 @@ class _HostsCommand(_JobCommand):
         with display.alone():
             while running.is_alive():
                 display.show(conductor.status(job_id))
-                running.join(_REFRESH)
+                running.join(jobs.REFRESH)
             display.show(conductor.status(job_id))
 
 
 class Plan(_HostsCommand):
     """Ask all hosts what they have, and say what would be fetched. Changes nothing."""
 
+    examples = (
+        "precache plan 318ac4fb-a140-4405-8167-ad782f983e48 --hosts-file racks.txt",
+        "precache plan ubuntu-24.04 --aggregate rack-7 --timeout 5s",
+    )
+
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         self.add_what(parser)
+        parser.add_argument(
+            "--timeout",
+            type=values.duration,
+            metavar="DURATION",
+            help="wait so long for each host's answer (default: 25s; an agent asks the image service itself)",
+        )
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
-        hosts = [host.name for host in self.hosts(parsed_args)]
-        with self.conductor(parsed_args, parsed_args.image) as conductor:
-            plan = conductor.plan(hosts, parsed_args.image, learned=self._learned(len(hosts)))
+        hosts, images = [host.name for host in self.hosts(parsed_args)], self.images(parsed_args)
+        with self.conductor(parsed_args, images) as conductor:
+            plan = conductor.plan(hosts, images, learned=self._learned(len(hosts)))
         rows = [self._row(name, plan.surveys.get(name), plan.unreachable.get(name, "")) for name in hosts]
         self.note(f"{values.shown(plan.bytes_to_fetch)} would be fetched in all")
         if any(row[-1] for row in rows):
             self.exit_code = base.ATTENTION
-        return ["Host", "Present", "Missing", "To fetch", "Free", "Problem"], rows
+        return ["host", "present", "missing", "to_fetch", "free", "problem"], rows
 
     def _learned(self, total: int) -> Callable[[str, client.Survey | errors.ImageCacheError], None]:
-        """Return a callback that tells which hosts do not answer, as soon as that is known."""
+        """Return a callback that tells what each host answers as soon as it does, or that it does not."""
         answered = itertools.count(1)
 
         def learned(name: str, answer: client.Survey | errors.ImageCacheError) -> None:
             number = next(answered)
             if isinstance(answer, errors.ImageCacheError):
                 self.note(f"{number} of {total} hosts: {name}: {' '.join(str(answer).split())}")
+            elif self.app.options.verbose_level > 0 and total > 1:
+                size = values.shown(sum(size or 0 for size in answer.missing.values()))
+                missing = len(answer.missing)
+                self.note(f"{number} of {total} hosts: {name}: {missing} images missing, {size} to fetch")
 
         return learned
 
@@ -260,12 +236,14 @@ class Plan(_HostsCommand):
 class Start(_HostsCommand):
     """Have images on hosts, and watch until they are there. What is left can be resumed."""
 
+    examples = (
+        "precache start 318ac4fb-a140-4405-8167-ad782f983e48 --hosts-file racks.txt --concurrency 20",
+        "precache start ubuntu-24.04 --aggregate rack-7 --rate 50M --deadline 6h --pin-until 30d",
+    )
+
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         self.add_what(parser)
-        parser.add_argument(
-            "--aggregate", default="", metavar="NAME", help="what to call these hosts in lists"
-        )
         parser.add_argument(
             "--concurrency",
             type=int,
@@ -288,13 +266,13 @@ class Start(_HostsCommand):
         )
         parser.add_argument(
             "--deadline",
-            type=values.moment,
+            type=values.future,
             metavar="WHEN",
             help="give up what is not done by then: 2026-11-27T18:00, or 6h from now",
         )
         parser.add_argument(
             "--pin-until",
-            type=values.moment,
+            type=values.future,
             metavar="WHEN",
             help="keep the images on the hosts until then, used or not",
         )
@@ -327,12 +305,17 @@ class Start(_HostsCommand):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
-        hosts = self.hosts(parsed_args)
-        with self.conductor(parsed_args, parsed_args.image) as conductor:
+        hosts, images = self.hosts(parsed_args), self.images(parsed_args)
+        with self.conductor(parsed_args, images) as conductor:
             self._prune(conductor)
             names, terms = [host.name for host in hosts], self._terms(parsed_args, hosts)
-            work = conductor.start(parsed_args.aggregate, names, parsed_args.image, terms)
-            self.note(f"job {work.id}: {len(parsed_args.image)} images on {len(hosts)} hosts")
+            if terms.concurrency == 1 and terms.relay is None and len(hosts) > _MANY_HOSTS:
+                self.note(
+                    f"the {len(hosts)} hosts fetch one after the other: --concurrency, or "
+                    "precache_concurrency in the configuration, lets more of them fetch at a time"
+                )
+            work = conductor.start(parsed_args.aggregate, names, images, terms)
+            self.note(f"job {work.id}: {len(images)} images on {len(hosts)} hosts")
             return self.follow(work, conductor, lambda leave: conductor.run(work.id, leave=leave))
 
     def _prune(self, conductor: AggregatePrecacher) -> None:
@@ -359,13 +342,15 @@ class Start(_HostsCommand):
 class Resume(_HostsCommand):
     """Go on with a job that was left, and try again what failed."""
 
+    examples = ("precache resume --last",)
+
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("job", help="as list shows it")
+        self.add_job(parser)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
-        work = self.reader(parsed_args).get(parsed_args.job)
+        work = self.reader(parsed_args).get(self.job_of(parsed_args))
         with self.conductor(parsed_args, list(work.image_ids)) as conductor:
             return self.follow(work, conductor, lambda leave: conductor.resume(work.id, leave=leave))
 
@@ -373,65 +358,17 @@ class Resume(_HostsCommand):
 class Cancel(_HostsCommand):
     """Stop a job. Its hosts stop too, and what is not done ends as skipped."""
 
+    examples = ("precache cancel --last",)
+
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("job", help="as list shows it")
+        self.add_job(parser)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
+        job_id = self.job_of(parsed_args)
         with self.conductor(parsed_args, None) as conductor:
-            return self.table(conductor.cancel(parsed_args.job))
-
-
-class Status(_JobCommand):
-    """Show how far a job is, image by image on each host."""
-
-    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
-        parser = super().get_parser(prog_name)
-        parser.add_argument("job", help="as list shows it")
-        return parser
-
-    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
-        return self.table(self.reader(parsed_args).get(parsed_args.job))
-
-
-class List(_JobCommand):
-    """List all jobs, the oldest first."""
-
-    def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
-        header = [
-            "Id",
-            "Aggregate",
-            "Created",
-            "Hosts",
-            "Images",
-            "State",
-            *(each.value for each in job.Result),
-        ]
-        return header, [
-            (
-                work.id,
-                work.aggregate,
-                values.Date(work.created),
-                work.hosts,
-                work.images,
-                _state(work),
-                *work.counts.values(),
-            )
-            for work in self.reader(parsed_args).summaries()
-        ]
-
-
-def _state(work: job.JobSummary) -> str:
-    if work.problem is not None:
-        return "unreadable"
-    if not work.is_over:
-        return "cancelled" if work.cancelled else "not done"
-    return "failed" if work.has_failed else "done"
-
-
-def _result(cell: job.Cell) -> str:
-    return cell.result.value if cell.result is not None else ""
+            return self.table(conductor.cancel(job_id))
 
 
 class Placed(NamedTuple):

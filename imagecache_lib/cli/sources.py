@@ -11,16 +11,14 @@ import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 from imagecache_lib import errors, model
+from imagecache_lib.cli import openstack
 from imagecache_lib.sources import file, glance, http, tables
 from imagecache_lib.sources.interface import ImageSource
 
 #: Entry points that are classes of :class:`~imagecache_lib.ImageSource`.
 SOURCES = "imagecache_lib.sources"
-
-_DEFAULT_INTERFACE = "public"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +46,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--digest", type=_digest, metavar="ALGORITHM:HEX", help="what --http and --file must have"
     )
     group.add_argument("--disk-format", metavar="FORMAT", help="what --http and --file are said to be")
+
+
+def is_cloud(arguments: argparse.Namespace) -> bool:
+    """Whether images come from the OpenStack cloud that the environment names."""
+    others = (arguments.glance_endpoint, arguments.http, arguments.file, arguments.source)
+    return not any(others) and openstack.is_named(os.environ)
 
 
 def chosen(arguments: argparse.Namespace, images: list[str], *, needed: bool = True) -> ImageSource:
@@ -82,7 +86,7 @@ def chosen(arguments: argparse.Namespace, images: list[str], *, needed: bool = T
         return glance.GlanceSource(
             arguments.glance_endpoint, token=os.environ.get("OS_TOKEN"), cafile=os.environ.get("OS_CACERT")
         )
-    if not needed and not _is_in(os.environ):
+    if not needed and not openstack.is_named(os.environ):
         return _NoSource()
     return _from_environment(os.environ)
 
@@ -104,11 +108,6 @@ def _no_source(image_id: str | None = None) -> errors.ConfigError:
         next_step="set OS_AUTH_URL and the other OS_ variables, or give --glance-endpoint, --http, "
         "--file or --source",
     )
-
-
-def _is_in(environment: Mapping[str, str]) -> bool:
-    """Whether the variables of OpenStack's clients are meant to say where to authenticate."""
-    return bool(environment.get("OS_AUTH_URL") or environment.get("OS_AUTH_TYPE"))
 
 
 def load(name: str, options: Sequence[str], environment: Mapping[str, str]) -> ImageSource:
@@ -158,49 +157,13 @@ def _option(text: str, environment: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _from_environment(environment: Mapping[str, str]) -> ImageSource:
-    if not _is_in(environment):
+    if not openstack.is_named(environment):
         raise _no_source()
-    try:
-        from keystoneauth1 import exceptions, loading, session
-    except ImportError:
-        raise errors.ConfigError(
-            "OS_AUTH_URL is set, and keystoneauth1 is not installed",
-            next_step="install imagecache-lib[glance], or give --glance-endpoint with OS_TOKEN",
-        ) from None
-    kind = environment.get("OS_AUTH_TYPE") or ("token" if "OS_TOKEN" in environment else "password")
-    _require_user(kind, environment)
-    try:
-        loader: Any = loading.get_plugin_loader(kind)
-        given = {option.dest: _variable(environment, option.dest) for option in loader.get_options()}
-        auth = loader.load_from_options(**{name: value for name, value in given.items() if value})
-    except exceptions.ClientException as error:
-        raise errors.ConfigError(
-            f"the OS_ variables do not say how to authenticate: {error}", next_step="correct them"
-        ) from error
     return glance.GlanceSource(
-        session=session.Session(auth=auth, verify=environment.get("OS_CACERT") or True),
-        interface=environment.get("OS_INTERFACE") or _DEFAULT_INTERFACE,
+        session=openstack.session(environment),
+        interface=openstack.interface(environment),
         region_name=environment.get("OS_REGION_NAME") or None,
     )
-
-
-def _require_user(kind: str, environment: Mapping[str, str]) -> None:
-    """Refuse what no identity service can accept, before it is asked.
-
-    :raises ConfigError: a variable is not set.
-    """
-    if kind not in ("password", "v3password", "v2password"):
-        return
-    for names in (("OS_AUTH_URL",), ("OS_USERNAME", "OS_USER_ID"), ("OS_PASSWORD",)):
-        if not any(environment.get(name) for name in names):
-            raise errors.ConfigError(
-                f"{' or '.join(names)} is not set, which the identity service needs",
-                next_step="source the file with the OS_ variables of your project",
-            )
-
-
-def _variable(environment: Mapping[str, str], name: str) -> str | None:
-    return environment.get(f"OS_{name.upper()}")
 
 
 def _digest(text: str) -> model.Digest:

@@ -8,8 +8,12 @@ import sys
 from typing import Any
 
 import imagecache_lib as ic
+from imagecache_lib import dates
 from imagecache_lib.cli import base, values
 from imagecache_lib.diagnostics.survey import State, Survey
+
+#: What an interval of 0 means, in seconds.
+_EVERY_MINUTE = 60
 
 
 class Df(base.BaseShow):
@@ -39,8 +43,22 @@ class Df(base.BaseShow):
             "in_flight": values.Bytes(survey.stage),
             "reserved": values.Bytes(survey.reserved),
             "last_scrub": values.Date(survey.last_scrub),
+            "last_pass": values.Date(survey.last_pass),
+            "next_pass": _next_pass(survey, admin.config.manager_interval),
         }
         return list(shown), list(shown.values())
+
+
+def _next_pass(survey: Survey, interval: int) -> values.Facts:
+    """Return when the next pass is due, by ``manager_interval``: whoever makes it may have another."""
+    if interval < 0 or survey.last_pass is None:
+        return values.Facts(
+            None, ["none is planned: manager_interval is -1" if interval < 0 else "no pass has run yet"]
+        )
+    due = survey.last_pass + (interval or _EVERY_MINUTE)
+    late = survey.now - due
+    when = f"overdue by {dates.span(late)}" if late > 0 else f"in {dates.span(-late)}"
+    return values.Facts(values.iso(due), [f"{when}, by manager_interval"])
 
 
 def _part(amount: int, whole: int) -> values.Facts:

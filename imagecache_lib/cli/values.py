@@ -58,6 +58,14 @@ def moment(text: str) -> float:
         ) from None
 
 
+def future(text: str) -> float:
+    """Return epoch seconds as :func:`moment` does, of a time that is still to come."""
+    when = moment(text)
+    if when <= time.time():
+        raise argparse.ArgumentTypeError(f"{text!r} is past")
+    return when
+
+
 class Bytes(columns.FormattableColumn[Any]):
     """An amount of bytes, or None where it is unknown."""
 

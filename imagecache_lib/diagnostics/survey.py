@@ -88,6 +88,7 @@ class Survey:
     :param now: when this was, in epoch seconds.
     :param last_scrub: when a scrub of the whole cache last ended, in epoch seconds, or None if none did.
     :param problems: what could not be determined, a sentence each with what to do.
+    :param last_pass: when this host's last pass looked at its disks, in epoch seconds, or None if none did.
     """
 
     bases: tuple[SurveyedBase, ...]
@@ -99,6 +100,7 @@ class Survey:
     now: float
     last_scrub: float | None
     problems: tuple[str, ...]
+    last_pass: float | None = None
 
     def bytes_of(self, state: State) -> int:
         """Return what the base images in a state have allocated."""
@@ -152,8 +154,9 @@ def take(cache: CacheStore, reader: ReferenceReader, instances: Sequence[model.I
         trash=inventory.allocated_under(cache.layout.trash),
         stage=inventory.allocated_under(cache.layout.stages),
         now=now,
-        last_scrub=_last_scrub(cache),
+        last_scrub=_changed(cache.layout.scrubbed),
         problems=found.problems,
+        last_pass=_changed(cache.layout.last_scan(cache.host_id)),
     )
 
 
@@ -234,7 +237,8 @@ def _state(reasons: Sequence[Reason]) -> State:
     return next((state for state in State if state in found), State.RECLAIMABLE)
 
 
-def _last_scrub(cache: CacheStore) -> float | None:
+def _changed(path: str) -> float | None:
+    """Return when a file was written last, in epoch seconds, or None if it is not there."""
     with contextlib.suppress(FileNotFoundError):
-        return os.stat(cache.layout.scrubbed).st_mtime
+        return os.stat(path).st_mtime
     return None

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Sequence
 
+from imagecache_lib import dates
 from imagecache_lib.events import (
     Adopted,
     Bypassed,
@@ -43,15 +44,14 @@ class LogObserver:
     def __call__(self, event: Event) -> None:
         match event:
             case Fetched(received=received, allocated=allocated, seconds=seconds):
-                rate = received / seconds / 2**20 if seconds else 0.0
                 LOG.info(
-                    "Image %s fetched as %s: %d bytes in %.1f s (%.0f MiB/s), %d bytes on disk",
+                    "Image %s fetched as %s: %s in %.1f s (%s/s), %s on disk",
                     event.image_id,
                     event.name,
-                    received,
+                    dates.size(received),
                     seconds,
-                    rate,
-                    allocated,
+                    dates.size(received / seconds if seconds else 0.0),
+                    dates.size(allocated),
                 )
             case Copied(origin=origin):
                 LOG.info(
@@ -60,7 +60,7 @@ class LogObserver:
             case Published():
                 self._over(event, Rejected, Bypassed, Damaged)
             case Evicted(reason=reason, allocated=allocated):
-                LOG.info("Base image %s evicted, %d bytes: %s", event.name, allocated, reason)
+                LOG.info("Base image %s evicted, %s: %s", event.name, dates.size(allocated), reason)
                 self._over(event, Bypassed, Damaged, NotCloned)
             case Adopted():
                 LOG.info("Base image %s of image %s adopted", event.name, event.image_id)

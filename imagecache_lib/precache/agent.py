@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from imagecache_lib import errors, manager, model
+from imagecache_lib import dates, errors, manager, model
 from imagecache_lib.backends.interface import Feature
 from imagecache_lib.precache import client, job
 from imagecache_lib.precache.passing_on import PassingOn
@@ -345,8 +345,8 @@ class HostAgent:
             size *= 2  # it is kept once more, for the hosts behind this one
         if task.spent + size > self._max_bytes:
             raise errors.BackendError(
-                f"with its {size} bytes the job would take more than the {self._max_bytes} that this host "
-                "allows a job",
+                f"with its {dates.size(size)} the job would take more than the "
+                f"{dates.size(self._max_bytes)} that this host allows a job",
                 image=image_id,
                 next_step="ask for fewer images, or raise the host's limit",
             )

@@ -31,7 +31,7 @@ _OLDEST = wire.VERSIONS[-1]
 #: Seconds that an agent may take to answer. To survey it asks the image service, for ten seconds at most; the
 #: agents of the first release did so for twenty.
 _TIMEOUT = 10.0
-_SURVEY_TIMEOUT = 25.0
+SURVEY_TIMEOUT = 25.0
 
 #: Seconds beyond that for the message bus to take the message. A RabbitMQ under an alarm takes none, and the
 #: timeout of oslo.messaging only bounds the wait for the answer.
@@ -67,6 +67,7 @@ class RpcHostClient(client.HostClient):
     :param transport: from :func:`oslo_messaging.get_rpc_transport`.
     :param topic: the topic that the agents listen on.
     :param timeout: seconds to wait for an answer.
+    :param survey_timeout: seconds to wait for the answer to a survey.
     :param publish_seconds: seconds beyond that to wait for the message bus to take the message.
     :param version: the protocol version that agents must speak, but for its minor number.
     :param mailboxes: a transport as :func:`imagecache_lib.precache.mailbox.transport` makes it, on which to
@@ -79,6 +80,7 @@ class RpcHostClient(client.HostClient):
         *,
         topic: str = TOPIC,
         timeout: float = _TIMEOUT,
+        survey_timeout: float = SURVEY_TIMEOUT,
         publish_seconds: float = _PUBLISH_SECONDS,
         version: str = _OLDEST,
         mailboxes: Any | None = None,
@@ -86,6 +88,7 @@ class RpcHostClient(client.HostClient):
         self._topic = topic
         self._mailboxes = mailboxes
         self._timeout = timeout
+        self._survey_timeout = survey_timeout
         self._publish_seconds = publish_seconds
         self._version = version
         self._stuck = threading.BoundedSemaphore(_MOST_STUCK)
@@ -107,8 +110,7 @@ class RpcHostClient(client.HostClient):
             mailbox.close()
 
     def survey(self, host: str, image_ids: Sequence[str]) -> client.Survey:
-        timeout = max(self._timeout, _SURVEY_TIMEOUT)
-        answer = self._call(host, "survey", timeout, image_ids=list(image_ids))
+        answer = self._call(host, "survey", self._survey_timeout, image_ids=list(image_ids))
         return dataclasses.replace(wire.to_survey(wire.result_of(answer)), agent=wire.agent_of(answer))
 
     def begin(self, host: str, task: client.HostTask) -> client.AgentInfo | None:

@@ -191,7 +191,8 @@ def save_last_scan(where: layout.Layout, host_id: str, before: LastScan, last: L
     data, _problem = _data(where.last_scan(host_id))
     if data is not None and data == before.data:
         if before.is_whole and _fields(last, before.fields["readings"]) == before.fields:
-            return  # nothing has changed
+            os.utime(where.last_scan(host_id))  # nothing has changed; when the pass was is told
+            return
         now = None
     else:
         now = parse(data) if data is not None else None

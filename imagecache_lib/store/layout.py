@@ -25,7 +25,8 @@ place and stays readable by Nova::
         trash/<name>.<id>/base  renamed away, not yet proven unreferenced
         spare/                  empty: what a base is evicted into when the filesystem is full
         hosts/<id>.json         each host that shares the storage writes its own and no other
-        hosts/<id>.scan         what that host's last pass saw of its disks, and its driver's last report
+        hosts/<id>.scan         what that host's last pass saw of its disks, and its driver's last report; its
+                                mtime is when that was
         hosts/<id>.readings     the same for the release before, which rewrites it: names by path of disk
         history/<id>            what happened to bases, as that host saw it, a line each
         scrubbed                empty: its mtime is when a scrub of the whole cache last ended

@@ -63,7 +63,7 @@ def _exists(target: str) -> errors.DiskExistsError:
     return errors.DiskExistsError(
         "the target exists already",
         path=target,
-        next_step='remove it, or ask for a disk with if_exists="reuse"',
+        next_step="remove it, or ask for it to be reused",
     )
 
 

@@ -207,7 +207,7 @@ class FakeCluster:
             raise errors.DiskExistsError(
                 "the target exists already",
                 path=str(name),
-                next_step='remove it, or ask with if_exists="reuse"',
+                next_step="remove it, or ask for it to be reused",
             )
         pool[name.image] = image
 

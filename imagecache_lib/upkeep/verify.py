@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from imagecache_lib import errors, events, model
+from imagecache_lib import dates, errors, events, model
 from imagecache_lib.nova import compute_nodes
 from imagecache_lib.store import last_scan, recover, trash
 from imagecache_lib.store.directory import CacheStore
@@ -456,7 +456,8 @@ def _silent(outcomes: Sequence[evict.Outcome]) -> list[str]:
             held.setdefault(host, []).append(outcome.allocated)
     return [
         f"Host {host.name} has not looked at {len(sizes)} evicted base images, which hold"
-        f" {sum(sizes)} bytes. Let its periodic pass run; if it will not come back, " + _how_to_forget(host)
+        f" {dates.size(sum(sizes))}. Let its periodic pass run; if it will not come back, "
+        + _how_to_forget(host)
         for host, sizes in sorted(held.items())
     ]
 

@@ -44,7 +44,7 @@ class TestLog(unittest.TestCase):
             *[events.Hit(NAME, ID)] * 10,
             events.Evicted(NAME, ID, reason="unused", allocated=4096),
         )
-        self.assertIn("1048576 bytes in 0.5 s (2 MiB/s), 4096 bytes on disk", fetched)
+        self.assertIn("1.0 MiB in 0.5 s (2.0 MiB/s), 4.0 KiB on disk", fetched)
         self.assertIn("unused", evicted)
 
     def test_a_fault_that_repeats_is_one_warning_until_its_state_changes(self) -> None:

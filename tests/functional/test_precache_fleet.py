@@ -123,7 +123,7 @@ class Fleet:
         """Return the rows of a command's table, by host and image."""
         out, _err = process.communicate(timeout=180)
         assert process.returncode == code, (out, (self.home / "conductor.log").read_text())
-        return {(row["Host"], row.get("Image", "")): row for row in json.loads(out)}
+        return {(row["host"], row.get("image", "")): row for row in json.loads(out)}
 
     def start(self, names: list[str], images: list[str], *words: str) -> subprocess.Popen[str]:
         hosts = [word for name in names for word in ("--host", name)]
@@ -139,7 +139,7 @@ class Fleet:
             text=True,
             env=self.environment,
         )
-        return str(json.loads(listed.stdout)[-1]["Id"])
+        return str(json.loads(listed.stdout)[-1]["id"])
 
     def attempt(self) -> int:
         """Return how often the last job was resumed."""
@@ -181,14 +181,14 @@ def test_every_host_gets_every_image(fleet: Fleet, glance: glance_lab.Glance) ->
         fleet.start_agent(name)
     hosts = [word for name in names for word in ("--host", name)]
     plan = fleet.finish(fleet.conductor("plan", *images, *hosts, "--topic", fleet.topic, "-f", "json"))
-    assert [row["To fetch"] for row in plan.values()] == [8 * MIB] * 3
+    assert [row["to_fetch"] for row in plan.values()] == [8 * MIB] * 3
     ended = fleet.finish(fleet.start(names, images, "--pin-until", "1h"))
-    assert {row["Result"] for row in ended.values()} == {"cached"}
+    assert {row["result"] for row in ended.values()} == {"cached"}
     assert all(fleet.has(name, image) for name in names for image in images)
     assert [len(glance.downloads(image)) for image in images] == [3, 3]
     again = fleet.finish(fleet.start(names, [*images, "no-such-image"]), code=10)
-    assert [row["Result"] for row in again.values()] == ["existing", "existing", "error"] * 3
-    assert all("no-such-image" in again[name, "no-such-image"]["Reason"] for name in names)
+    assert [row["result"] for row in again.values()] == ["existing", "existing", "error"] * 3
+    assert all("no-such-image" in again[name, "no-such-image"]["reason"] for name in names)
 
 
 def test_a_host_that_was_down_is_served_when_it_is_back(fleet: Fleet, glance: glance_lab.Glance) -> None:
@@ -198,7 +198,7 @@ def test_a_host_that_was_down_is_served_when_it_is_back(fleet: Fleet, glance: gl
     fleet.wait_for(lambda: fleet.has("alpha", image))
     fleet.start_agent("beta")
     ended = fleet.finish(running)
-    assert {row["Result"] for row in ended.values()} == {"cached"}
+    assert {row["result"] for row in ended.values()} == {"cached"}
 
 
 def test_a_host_that_is_lost_is_skipped_and_the_others_are_served(
@@ -212,9 +212,9 @@ def test_a_host_that_is_lost_is_skipped_and_the_others_are_served(
     fleet.wait_for(lambda: stage.is_dir() and any(stage.iterdir()))
     os.kill(pid, signal.SIGKILL)
     ended = fleet.finish(running, code=10)
-    assert ended["alpha", images[0]]["Result"] == "cached"
-    assert ended["beta", images[0]]["Result"] == "skipped"
-    assert "down" in ended["beta", images[0]]["Reason"]
+    assert ended["alpha", images[0]]["result"] == "cached"
+    assert ended["beta", images[0]]["result"] == "skipped"
+    assert "down" in ended["beta", images[0]]["reason"]
 
 
 def test_a_conductor_that_is_killed_repeats_no_download(fleet: Fleet, glance: glance_lab.Glance) -> None:
@@ -226,7 +226,7 @@ def test_a_conductor_that_is_killed_repeats_no_download(fleet: Fleet, glance: gl
     running.kill()
     running.wait()
     ended = fleet.finish(fleet.resume())
-    assert {row["Result"] for row in ended.values()} == {"cached"}
+    assert {row["result"] for row in ended.values()} == {"cached"}
     assert [len(glance.downloads(image)) for image in images] == [2, 2]
 
 
@@ -242,7 +242,7 @@ def test_the_message_bus_restarts_meanwhile(
     fleet.wait_for(lambda: fleet.has("alpha", images[1]) and fleet.has("beta", images[1]))
     rabbit.start()
     ended = fleet.finish(running)
-    assert {row["Result"] for row in ended.values()} == {"cached"}
+    assert {row["result"] for row in ended.values()} == {"cached"}
     assert [len(glance.downloads(image)) for image in images] == [2, 2]
 
 
@@ -257,7 +257,7 @@ def test_the_image_service_is_lost_and_back(
     fleet.start_agent("alpha")
     relay.cut_after(*[1] * 16)
     ended = fleet.finish(fleet.start(["alpha"], [image]))
-    assert ended["alpha", image]["Result"] == "cached"
+    assert ended["alpha", image]["result"] == "cached"
     assert relay.resets == 16
     assert "to be tried again" in (fleet.home / "alpha" / "agent.log").read_text()
 
@@ -332,7 +332,7 @@ def test_an_agent_of_the_first_release_is_served(fleet: Fleet, rabbit: rabbit_la
         listening.stop()
         listening.wait()
         transport.cleanup()
-    assert ended["old", "an-image"]["Result"] == "cached"
+    assert ended["old", "an-image"]["result"] == "cached"
 
 
 def test_two_agents_under_one_name_are_named_as_the_cause(fleet: Fleet, glance: glance_lab.Glance) -> None:
@@ -340,8 +340,8 @@ def test_two_agents_under_one_name_are_named_as_the_cause(fleet: Fleet, glance: 
     fleet.start_agent("alpha")
     fleet.start_agent("alpha", directory="twin")
     ended = fleet.finish(fleet.start(["alpha"], images, "--rate", "1M"), code=10)
-    assert ended["alpha", images[0]]["Result"] == "error"
-    assert "two agents answer" in ended["alpha", images[0]]["Reason"]
+    assert ended["alpha", images[0]]["result"] == "error"
+    assert "two agents answer" in ended["alpha", images[0]]["reason"]
 
 
 def test_a_plan_ends_although_the_broker_takes_no_messages(
@@ -355,9 +355,9 @@ def test_a_plan_ends_although_the_broker_takes_no_messages(
             fleet.conductor("plan", *images, "--host", "alpha", "--topic", fleet.topic, "-f", "json"), code=10
         )
         assert time.monotonic() - began < 60
-    assert plan["alpha", ""]["Problem"]
+    assert plan["alpha", ""]["problem"]
     ended = fleet.finish(fleet.start(["alpha"], images))
-    assert ended["alpha", images[0]]["Result"] == "cached"
+    assert ended["alpha", images[0]]["result"] == "cached"
 
 
 def test_a_job_is_cancelled_after_its_conductor_was_killed(fleet: Fleet, glance: glance_lab.Glance) -> None:
@@ -372,7 +372,7 @@ def test_a_job_is_cancelled_after_its_conductor_was_killed(fleet: Fleet, glance:
         fleet.conductor("cancel", fleet.job_id(), "--topic", fleet.topic, "-f", "json"), code=10
     )
     assert time.monotonic() - began < 25, "the conductor is seen to be dead on its own machine"
-    assert [row["Result"] for row in ended.values()] == ["cached", "skipped"]
+    assert [row["result"] for row in ended.values()] == ["cached", "skipped"]
     stage = fleet.instances("alpha") / "_base" / ".imagecache" / "stage"
     fleet.wait_for(lambda: not any(stage.iterdir()))
 
@@ -390,7 +390,7 @@ def test_left_resumed_and_cancelled_it_stops(fleet: Fleet, glance: glance_lab.Gl
     fleet.wait_for(lambda: fleet.attempt() == 1)
     fleet.finish(fleet.conductor("cancel", fleet.job_id(), "--topic", fleet.topic, "-f", "json"), code=10)
     ended = fleet.finish(resumed, code=10)
-    assert ended["alpha", images[0]]["Result"] == "skipped"
+    assert ended["alpha", images[0]]["result"] == "skipped"
     fleet.wait_for(lambda: not any(stage.iterdir()))
     assert not fleet.has("alpha", images[0])
 
@@ -414,7 +414,7 @@ def test_agents_report_to_a_queue_that_expires_with_its_conductor(
     fleet.wait_for(lambda: len(mailboxes(rabbit, fleet.topic)) == 1)  # those without an expiry vanish
     assert all("x-expires" in arguments for arguments in mailboxes(rabbit, fleet.topic).values())
     ended = fleet.finish(fleet.resume())
-    assert {row["Result"] for row in ended.values()} == {"cached"}
+    assert {row["result"] for row in ended.values()} == {"cached"}
 
 
 def test_two_that_resume_one_job_fetch_once(fleet: Fleet, glance: glance_lab.Glance) -> None:
@@ -426,7 +426,7 @@ def test_two_that_resume_one_job_fetch_once(fleet: Fleet, glance: glance_lab.Gla
     running.wait()
     both = [fleet.resume(), fleet.resume()]
     for each in both:
-        assert {row["Result"] for row in fleet.finish(each).values()} == {"cached"}
+        assert {row["result"] for row in fleet.finish(each).values()} == {"cached"}
     assert [len(glance.downloads(image)) for image in images] == [1, 1]
 
 
@@ -484,5 +484,5 @@ def test_an_image_that_is_gone_comes_from_a_peer(fleet: Fleet, glance: glance_la
     )
     fleet.start_agent("gamma")
     ended = fleet.finish(fleet.start(["alpha", "gamma"], [image]), code=10)
-    assert [row["Result"] for row in ended.values()] == ["cached", "error"]
+    assert [row["result"] for row in ended.values()] == ["cached", "error"]
     assert fleet.has("alpha", image)

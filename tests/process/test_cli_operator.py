@@ -225,3 +225,42 @@ def test_history_tells_what_became_of_an_image_that_is_gone(cli: Cli) -> None:
     assert [each["what"] for each in told] == ["fetched", "published", "moved to the trash", "evicted"]
     assert {each["image"] for each in told if each["what"] == "published"} == {IMAGE}
     assert "nothing is known of it" in cli.run("history", "nope", code=3).stderr
+
+
+def test_a_report_keeps_the_history_that_it_is_given(cli: Cli, tmp_path: pathlib.Path) -> None:
+    page, history = tmp_path / "page.html", tmp_path / "history.sqlite"
+    words = ("cache", "report", "--html", str(page))
+    cli.run(*words)
+    assert "There are no base images" in page.read_text()
+    cli.cache()
+    cli.run(*words, "--history", str(history))
+    assert "<polygon" not in page.read_text()
+    cli.run(*words, "--history", str(history))
+    assert '<polygon class="young"' in page.read_text()
+    assert oct(page.stat().st_mode & 0o777) == "0o644"
+
+
+def test_a_report_that_cannot_be_written_says_which_file(cli: Cli, tmp_path: pathlib.Path) -> None:
+    assert "/nonexistent/x.html" in cli.run("cache", "report", "--html", "/nonexistent/x.html", code=7).stderr
+    other = tmp_path / "no.sqlite"
+    other.write_text("this is no database, and must stay as it is\n" * 100)
+    words = ("cache", "report", "--html", str(tmp_path / "x.html"), "--history", str(other))
+    assert str(other) in cli.run(*words, code=7).stderr
+    assert other.read_text().startswith("this is no database")
+
+
+def test_df_says_when_the_next_pass_is_due(cli: Cli, tmp_path: pathlib.Path) -> None:
+    cli.cache()
+    found = cli.json("df")
+    assert (found["last_pass"], found["next_pass"]) == (None, None)
+    report = tmp_path / "instances.json"
+    report.write_text("[]")
+    for _again in range(2):
+        cli.run("cache", "verify", "--evict", "--instances", str(report))
+    for scan in (cli.instances / "_base/.imagecache/hosts").glob("*.scan"):
+        os.utime(scan, (0, 0))
+    assert "overdue" in cli.run("df").stdout
+    cli.run("cache", "verify", "--evict", "--instances", str(report))
+    found = cli.json("df")
+    assert found["last_pass"] < found["next_pass"]
+    assert " in " in next(line for line in cli.run("df").stdout.splitlines() if line.startswith("next pass"))

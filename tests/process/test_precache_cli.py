@@ -42,35 +42,35 @@ def cli(tmp_path: pathlib.Path) -> JobsCli:
 
 def test_planned_started_and_looked_at(cli: JobsCli) -> None:
     (planned,) = cli.json("precache", "plan", IMAGE, "--file", str(cli.data))
-    assert (planned["Present"], planned["Missing"], planned["To fetch"]) == (0, 1, 2**20)
+    assert (planned["present"], planned["missing"], planned["to_fetch"]) == (0, 1, 2**20)
     (result,) = cli.json(*cli.start("--aggregate", "racks", "--pin-until", "7d"))
-    assert (result["Image"], result["Result"], result["Received"]) == (IMAGE, "cached", 2**20)
+    assert (result["image"], result["result"], result["received"]) == (IMAGE, "cached", 2**20)
     (listed,) = cli.json("precache", "list")
-    assert (listed["Aggregate"], listed["State"], listed["cached"]) == ("racks", "done", 1)
-    assert cli.json("precache", "status", listed["Id"]) == [result]
+    assert (listed["aggregate"], listed["state"], listed["cached"]) == ("racks", "done", 1)
+    assert cli.json("precache", "status", listed["id"]) == [result]
     assert cli.json("image", "show", IMAGE)["pins"]
     (again,) = cli.json(*cli.start())
-    assert again["Result"] == "existing"
+    assert again["result"] == "existing"
     (planned,) = cli.json("precache", "plan", IMAGE, "--file", str(cli.data))
-    assert (planned["Present"], planned["To fetch"]) == (1, 0)
+    assert (planned["present"], planned["to_fetch"]) == (1, 0)
 
 
 def test_a_failure_is_told_with_its_reason_and_by_the_exit_code(cli: JobsCli) -> None:
     digest = "sha512:" + "0" * 128
     words = ("precache", "start", IMAGE, "--file", str(cli.data), "--digest", digest)
     (result,) = cli.json(*words, code=10)
-    assert result["Result"] == "error"
-    assert "sha512" in result["Reason"]
+    assert result["result"] == "error"
+    assert "sha512" in result["reason"]
     (listed,) = cli.json("precache", "list")
-    assert listed["State"] == "failed"
-    (result,) = cli.json("precache", "resume", listed["Id"], "--file", str(cli.data))
-    assert result["Result"] == "cached"
+    assert listed["state"] == "failed"
+    (result,) = cli.json("precache", "resume", listed["id"], "--file", str(cli.data))
+    assert result["result"] == "cached"
 
 
 def test_a_host_that_nobody_reaches_is_skipped(cli: JobsCli) -> None:
     (result,) = cli.json(*cli.start("--host", "elsewhere", "--deadline", "6s"), code=10)
-    assert (result["Host"], result["Result"]) == ("elsewhere", "skipped")
-    assert "elsewhere" in result["Reason"]
+    assert (result["host"], result["result"]) == ("elsewhere", "skipped")
+    assert "elsewhere" in result["reason"]
 
 
 def test_requests_that_make_no_sense(cli: JobsCli, tmp_path: pathlib.Path) -> None:
@@ -84,7 +84,40 @@ def test_hosts_come_from_a_file_too(cli: JobsCli, tmp_path: pathlib.Path) -> Non
     listed = tmp_path / "hosts"
     listed.write_text("# the racks\nnode-1\n\nnode-2  # the odd one\n")
     found = cli.json("precache", "plan", IMAGE, "--file", str(cli.data), "--hosts-file", str(listed), code=10)
-    assert [row["Host"] for row in found] == ["node-1", "node-2"]
+    assert [row["host"] for row in found] == ["node-1", "node-2"]
+
+
+def test_a_job_is_meant_by_its_first_letters_and_by_being_the_last(cli: JobsCli) -> None:
+    for name in ("one", "two"):
+        cli.run(*cli.start("--aggregate", name))
+    first, last = (each["id"] for each in cli.json("precache", "list"))
+    assert cli.json("precache", "status", first[:20])[0]["state"] == "cached"
+    assert cli.json("precache", "status", "--last")[0]["state"] == "existing"
+    assert "name one job" in cli.run("precache", "status", code=7).stderr
+    assert "name one job" in cli.run("precache", "status", last, "--last", code=7).stderr
+    assert "there is no job fff" in cli.run("precache", "resume", "fffffffff", code=7).stderr
+
+
+def test_a_job_is_watched_until_it_is_over(cli: JobsCli) -> None:
+    running = subprocess.Popen(
+        cli.command("-q", *cli.start("--rate", "512K")), env=cli.environment, stdout=subprocess.DEVNULL
+    )
+    while not pathlib.Path(cli.environment["IMAGECACHE_JOBS"]).exists() or not cli.json("precache", "list"):
+        assert running.poll() is None
+    watched = cli.json("precache", "status", "--last", "--watch")
+    assert [(each["state"], each["per_cent"]) for each in watched] == [("cached", 100)]
+    assert running.wait(60) == 0
+
+
+def test_a_deadline_that_is_past_makes_no_job(cli: JobsCli) -> None:
+    for option in ("--deadline", "--pin-until"):
+        assert "is past" in cli.run(*cli.start(option, "2020-01-01T00:00"), code=2).stderr
+    assert cli.json("precache", "list") == []
+
+
+def test_many_hosts_one_after_the_other_are_pointed_out(cli: JobsCli) -> None:
+    hosts = [word for number in range(11) for word in ("--host", f"node-{number}")]
+    assert "--concurrency" in cli.run(*cli.start(*hosts, "--deadline", "1s"), code=10).stderr
 
 
 def test_hosts_of_a_site_are_in_a_row(cli: JobsCli, tmp_path: pathlib.Path) -> None:
@@ -117,15 +150,15 @@ def test_a_job_that_is_left_goes_on_later(cli: JobsCli, number: signal.Signals) 
     _out, said = left.communicate(timeout=60)
     assert left.returncode == 10, said
     (listed,) = cli.json("precache", "list")
-    assert listed["State"] == "not done", said
+    assert listed["state"] == "not_done", said
     assert not any(stage.iterdir())
-    (result,) = cli.json("precache", "resume", listed["Id"], "--file", str(cli.data))
-    assert result["Result"] == "cached"
+    (result,) = cli.json("precache", "resume", listed["id"], "--file", str(cli.data))
+    assert result["result"] == "cached"
 
 
 def test_cancelled_by_another_process(cli: JobsCli) -> None:
     running = subprocess.Popen(
-        cli.command(*cli.start("--rate", "256K"), "-f", "json"),
+        cli.command(*cli.start("--rate", "32K"), "-f", "json"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -136,7 +169,7 @@ def test_cancelled_by_another_process(cli: JobsCli) -> None:
     cli.run("precache", "cancel", word.split()[2].rstrip(":"), code=10)
     out, _err = running.communicate(timeout=60)
     assert running.returncode == 10
-    assert [(row["Result"], row["Reason"]) for row in json.loads(out)] == [
+    assert [(row["result"], row["reason"]) for row in json.loads(out)] == [
         ("skipped", "the job was cancelled")
     ]
 

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``imagecache cache report``: the cache as a page to look at, or to send to somebody."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+
+from imagecache_lib import errors
+from imagecache_lib.cli import base, values
+
+
+class Report(base.Base):
+    """Write a page that shows what takes the space, and why each base image stays. Changes nothing else."""
+
+    examples = (
+        "cache report --html cache.html",
+        "cache report --html /srv/www/cache.html --history /var/lib/imagecache/report.sqlite",
+    )
+
+    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
+        parser = super().get_parser(prog_name)
+        parser.add_argument(
+            "--html",
+            required=True,
+            metavar="FILE",
+            help="the page, which needs no other file and no network. It is replaced in one step",
+        )
+        parser.add_argument(
+            "--history",
+            metavar="FILE",
+            help="SQLite file that keeps what each report saw, for a plot over time; it is made if it is not "
+            "there",
+        )
+        base.add_instances(parser, reads_disks=True)
+        return parser
+
+    def take_action(self, parsed_args: argparse.Namespace) -> None:
+        # Loaded here: what completes command lines loads every command.
+        from imagecache_lib.cli import report_history, report_page
+
+        admin = self.admin()
+        survey = admin.survey(base.read_instances(parsed_args.instances))
+        looks = report_history.add(parsed_args.history, survey) if parsed_args.history else []
+        host, path = admin.host.name, admin.config.base_path
+        _replace(parsed_args.html, report_page.page(survey, looks, host=host, path=path))
+        images = "image" if len(survey.bases) == 1 else "images"
+        self.note(f"{parsed_args.html}: {len(survey.bases)} {images}, {values.shown(survey.allocated)}")
+
+
+def _replace(path: str, text: str) -> None:
+    """Give a file that content in one step, readable by all."""
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=".report-", dir=os.path.dirname(path) or ".")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                os.fchmod(stream.fileno(), 0o644)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+    except OSError as error:
+        raise errors.ConfigError(
+            f"the page cannot be written: {error.strerror}", path=path, next_step="name another --html"
+        ) from error
