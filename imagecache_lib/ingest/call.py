@@ -81,7 +81,7 @@ class Call:
     @property
     def known_digest(self) -> model.Digest | None:
         """The digest that the image's data must have, if its source knows it without asking a server."""
-        return None if self._made else self._source.known_digest(self.image_id)
+        return None if self._made else checked.known_digest(self._source, self.image_id)
 
     @property
     def demands_signature(self) -> bool:

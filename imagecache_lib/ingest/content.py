@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 
-from imagecache_lib import model
+from imagecache_lib import errors, model
 from imagecache_lib.formats import vhd
 from imagecache_lib.formats.inspection import Ending, Finding, Inspection, Uninspected
 from imagecache_lib.ingest import decode
@@ -80,6 +80,11 @@ class ContentStage:
         virtual_size = decoder.finish()
         inspected = None
         if self._finding is not None:
+            if not virtual_size:
+                raise errors.ImageRejected(
+                    "there is no byte of a disk in it",
+                    next_step="have its owner upload the disk under a new id",
+                )
             self._require_fit(virtual_size)
             inspected = evidence.INSPECTION_RULES if self._work.rules.strict else None
         return Content(decoder.source_format, decoder.stored_format, virtual_size, inspected=inspected)

@@ -38,7 +38,7 @@ GRACE = 2**30
 #: Largest window of Zstandard, in bytes: what ``zstd --ultra -22`` uses.
 ZSTD_WINDOW = 128 * 2**20
 #: Most memory that xz may take, in bytes: a dictionary of 64 MiB, which ``xz -9`` uses, and what comes with
-#: it.
+#: it. The next larger one that an xz stream can state (its size is 2^n or 2^n + 2^(n-1)) has 96 MiB.
 XZ_MEMORY = 68 * 2**20
 #: In this step room is reserved beyond what is produced.
 _ROOM_STEP = 64 * 2**20

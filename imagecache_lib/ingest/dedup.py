@@ -17,6 +17,7 @@ from imagecache_lib.formats import inspection
 from imagecache_lib.formats.inspection import Rules
 from imagecache_lib.ingest import decompress
 from imagecache_lib.ingest.call import Call
+from imagecache_lib.sources import checked
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import checksums, evidence, layout
 from imagecache_lib.store.directory import CacheStore, OpenBase
@@ -60,14 +61,13 @@ def find(
     digest = image.digest
     if digest is None or digest.algorithm not in _STRONG or image.converted_from is not None:
         return None
-    if not source.vouches_for_digest(image):
-        return None  # an image's owner may have stated this digest, so it gives no access to a twin
     if call.demands_signature:
         return None  # a signature is of one image, and has to be verified on its way
-    for name in _names_with(digest, cache):
-        if name != call.name and (found := _open(name, cache, call, image, use)) is not None:
-            return found
-    return None
+    names = [name for name in _names_with(digest, cache) if name != call.name]
+    if not names or not checked.vouches_for_digest(source, image):
+        return None  # an image's owner may have stated this digest, so it gives no access to a twin
+    opened = (_open(name, cache, call, image, use) for name in names)
+    return next((found for found in opened if found is not None), None)
 
 
 def _names_with(digest: model.Digest, cache: CacheStore) -> list[str]:

@@ -70,6 +70,40 @@ def can_resume(source: ImageSource, image: model.Image) -> bool:
         return bool(source.can_resume(image))
 
 
+def known_digest(source: ImageSource, image_id: str) -> model.Digest | None:
+    """Return the digest that an image's data must have, as far as the source knows it without asking.
+
+    :raises ImageCacheError: what the source raises.
+    :raises SourceRefused: the source failed in a way of its own, or what it returned is no digest.
+    """
+    try:
+        digest = source.known_digest(image_id)
+    except BaseException as error:
+        _translate(error, image_id)
+        raise
+    if digest is not None:
+        _check_digest(digest, image_id)
+    return digest
+
+
+def vouches_for_digest(source: ImageSource, image: model.Image) -> bool:
+    """Return whether only the source itself can have set the digest of an image. It must say exactly that.
+
+    :raises SourceRefused: the source failed in a way of its own.
+    """
+    with _Guard(image.id):
+        return source.vouches_for_digest(image) is True
+
+
+def copy_to_store(source: ImageSource, image: model.Image, store: str) -> None:
+    """Ask a source to copy an image into one of its stores, as :meth:`ImageSource.copy_to_store`.
+
+    :raises SourceError: the source cannot, or failed.
+    """
+    with _Guard(image.id):
+        source.copy_to_store(image, store)
+
+
 class Opened:
     """A source's stream of one image. A context manager; iterate it within.
 
@@ -192,10 +226,16 @@ def checked_image(image: object, image_id: str) -> model.Image:
             raise _defect(image_id, f"the description's {name} is not a number of bytes")
     if not all(isinstance(text, str) for text in (*image.locations, *image.stores)):
         raise _defect(image_id, "the description's locations or stores are not text")
-    digest = image.digest
-    if digest is not None and not (isinstance(digest.algorithm, str) and isinstance(digest.value, str)):
-        raise _defect(image_id, "the description's digest is not text")
+    if image.digest is not None:
+        _check_digest(image.digest, image_id)
     return image
+
+
+def _check_digest(digest: object, image_id: str) -> None:
+    if not isinstance(digest, model.Digest):
+        raise _defect(image_id, f"what should be a digest is a {_kind(digest)}")
+    if not (isinstance(digest.algorithm, str) and isinstance(digest.value, str)):
+        raise _defect(image_id, "the digest is not text")
 
 
 class _Guard:
@@ -208,16 +248,18 @@ class _Guard:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is None:
-            return
-        if isinstance(error, errors.ImageCacheError):
-            error.image = error.image or self._image_id
-        elif isinstance(error, (OSError, MemoryError)):
-            raise errors.SourceError(
-                _failed(error), image=self._image_id, next_step="try again later"
-            ) from error
-        elif _is_the_sources(error):
-            raise SourceRefused(_failed(error), image=self._image_id, next_step=_REPORT) from error
+        if error is not None:
+            _translate(error, self._image_id)
+
+
+def _translate(error: BaseException, image_id: str) -> None:
+    """Raise this library's error for what came out of a source. Returns for what goes on as it is."""
+    if isinstance(error, errors.ImageCacheError):
+        error.image = error.image or image_id
+    elif isinstance(error, (OSError, MemoryError)):
+        raise errors.SourceError(_failed(error), image=image_id, next_step="try again later") from error
+    elif _is_the_sources(error):
+        raise SourceRefused(_failed(error), image=image_id, next_step=_REPORT) from error
 
 
 def _is_the_sources(error: BaseException) -> bool:

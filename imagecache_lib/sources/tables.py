@@ -22,13 +22,13 @@ from imagecache_lib import errors, model
 
 T = TypeVar("T")
 
-_DIGEST = re.compile(r"([a-z0-9_]+):([0-9a-fA-F]+)")
+_DIGEST = re.compile(r"([A-Za-z0-9_-]+):([0-9a-fA-F]+)")
 
 
 def parse_digest(text: str) -> model.Digest | None:
     """Return the digest that ``<algorithm>:<hex>`` is, or None if it is none."""
     found = _DIGEST.fullmatch(text)
-    return None if found is None else model.Digest(found[1], found[2].lower())
+    return None if found is None else model.Digest(found[1], found[2])
 
 
 def read(path: str, entry: type[T]) -> dict[str, T]:

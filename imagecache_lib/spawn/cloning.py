@@ -11,7 +11,7 @@ from imagecache_lib import errors, events, model
 from imagecache_lib.backends.interface import CannotClone, StorageBackend
 from imagecache_lib.ingest import decompress
 from imagecache_lib.ingest.call import Call
-from imagecache_lib.sources import transfer
+from imagecache_lib.sources import checked, transfer
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import evidence
 from imagecache_lib.store.directory import CacheStore
@@ -81,7 +81,7 @@ def _copied(
     config, host, store = cache.config, cache.host, why.store
     assert store is not None
     try:
-        source.copy_to_store(image, store)
+        checked.copy_to_store(source, image, store)
     except errors.SourceError as error:
         raise CannotClone(f"{why.cause}; {error.cause}") from error
     until = host.clock() + config.images_rbd_glance_copy_timeout

@@ -279,6 +279,13 @@ class TestNoDisks(FormatCase):
             image = start + raw_image()[len(start) :]
             self.assertEqual(image, self.disk_of(image, "raw"))
 
+    def test_what_holds_no_byte_is_no_disk(self) -> None:
+        path = self.directory / "packed"
+        path.write_bytes(gzip.compress(b""))
+        source = ic.FileSource({ID: ic.FileImage(path, "raw", compression="gzip")})
+        with self.assertRaisesRegex(ic.ImageRejected, "no byte"):
+            self.manager(source).cache_image(ID)
+
     def test_a_plain_file_may_be_anything(self) -> None:
         kernel = gzip.compress(b"kernel")
         source = FakeSource({ID: kernel}, disk_format="aki")

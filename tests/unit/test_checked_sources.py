@@ -287,3 +287,56 @@ class TestCorrections(unittest.TestCase):
         fetching = transfer.Transfer(Careless(lambda: iter([DATA])), GOOD, host=HOST)
         list(fetching.chunks())
         self.assertFalse(fetching.grant_clean_pass())
+
+
+class TestQuestions(unittest.TestCase):
+    """What is asked beside the data."""
+
+    def test_what_they_raise_is_the_sources_defect(self) -> None:
+        class Broken(Careless):
+            def fail(self, *_arguments: object) -> Any:
+                raise KeyError("secret")
+
+            known_digest: Any = fail
+            vouches_for_digest: Any = fail
+            copy_to_store: Any = fail
+            can_resume: Any = fail
+
+        source = Broken(list)
+        questions: tuple[Callable[[], object], ...] = (
+            lambda: checked.known_digest(source, "x"),
+            lambda: checked.vouches_for_digest(source, GOOD),
+            lambda: checked.copy_to_store(source, GOOD, "store"),
+            lambda: checked.can_resume(source, GOOD),
+        )
+        for ask in questions:
+            with self.assertRaises(SourceRefused) as caught:
+                ask()
+            self.assertNotIn("secret", str(caught.exception))
+
+    def test_what_is_no_digest_is_refused(self) -> None:
+        class Odd(Careless):
+            said: Any = None
+
+            def known_digest(self, image_id: str) -> model.Digest | None:
+                return self.said  # type: ignore[no-any-return]
+
+        source = Odd(list)
+        self.assertIsNone(checked.known_digest(source, "x"))
+        source.said = GOOD.digest
+        self.assertEqual(GOOD.digest, checked.known_digest(source, "x"))
+        for said in ("sha256:00", b"00", ("sha256", "00"), model.Digest("sha256", None)):  # type: ignore[arg-type]
+            source.said = said
+            self.assertRaises(SourceRefused, checked.known_digest, source, "x")
+
+    def test_only_a_plain_yes_vouches(self) -> None:
+        class Vague(Careless):
+            said: Any = None
+
+            def vouches_for_digest(self, image: model.Image) -> bool:
+                return self.said  # type: ignore[no-any-return]
+
+        source = Vague(list)
+        for said, expected in ((True, True), (False, False), (None, False), ("no", False), (1, False)):
+            source.said = said
+            self.assertIs(expected, checked.vouches_for_digest(source, GOOD))

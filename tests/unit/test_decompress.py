@@ -216,8 +216,18 @@ class TestHostileData(UnpackingCase):
         wide = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
         pack = zstandard.ZstdCompressor(compression_params=wide).compressobj()
         self.refused(pack.compress(DATA) + pack.flush(), "zstd", "cannot be unpacked")
-        filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 128 * MIB}]
-        self.refused(lzma.compress(DATA, filters=filters), "xz", "cannot be unpacked")
+        for beyond in (64 * MIB + 1, 96 * MIB, 128 * MIB):
+            self.refused(self.xz(beyond), "xz", "cannot be unpacked")
+
+    def test_a_dictionary_of_64_mib_is_the_largest_of_xz(self) -> None:
+        self.assertEqual(DATA, self.unpack(self.xz(64 * MIB), "xz"))
+        with_filters = self.xz(64 * MIB, {"id": lzma.FILTER_X86}, {"id": lzma.FILTER_DELTA, "dist": 256})
+        self.assertEqual(DATA, self.unpack(with_filters, "xz"))
+
+    def xz(self, dictionary: int, *before: dict[str, int]) -> bytes:
+        # The smallest effort, since its tables are what packing takes memory and time for.
+        last = {"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": dictionary}
+        return lzma.compress(DATA, check=lzma.CHECK_SHA256, filters=[*before, last])
 
     def test_lzma_without_the_container_of_xz_is_refused(self) -> None:
         self.refused(lzma.compress(DATA, lzma.FORMAT_ALONE), "xz", "does not begin")
