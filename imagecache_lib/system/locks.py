@@ -187,8 +187,12 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
             return
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            durable.make_directories(os.path.dirname(self.file), _DIRECTORY_MODE)
-            self._descriptor = HeldDescriptor(os.open(self.file, flags, 0o644))
+            try:
+                fd = os.open(self.file, flags, 0o644)
+            except FileNotFoundError:
+                durable.make_directories(os.path.dirname(self.file), _DIRECTORY_MODE)
+                fd = os.open(self.file, flags, 0o644)
+            self._descriptor = HeldDescriptor(fd)
         except OSError as error:
             if error.errno in _FULL:
                 # The file does not exist, so no process holds the lock; and eviction must work on a full

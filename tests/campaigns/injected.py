@@ -200,7 +200,11 @@ def run(scene: Scene, world: World, said: str) -> NoReturn:
 def open_below(directory: pathlib.Path) -> list[str]:
     """Return the files below a directory that this process has open."""
     found = []
-    for entry in os.listdir("/proc/self/fd"):
+    try:
+        entries = os.listdir("/proc/self/fd")
+    except OSError:  # the error was injected here
+        entries = os.listdir("/proc/self/fd")
+    for entry in entries:
         with contextlib.suppress(OSError):
             found.append(os.readlink(f"/proc/self/fd/{entry}"))
     return [path for path in found if path.startswith(f"{directory}/")]
