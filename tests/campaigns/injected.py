@@ -77,6 +77,11 @@ def _look(world: World) -> None:
     manager.verify_base_images([], dry_run=True)
 
 
+def _about_to_change(world: World) -> None:
+    crashes.SCENES["evict what is in use"].prepare(world)
+    world.disks_change = True
+
+
 def _grow(world: World) -> None:
     manager = world.manager()
     disk = manager.resize_disk(manager.inspect_disk(str(world.path(_OVERLAY))), 2**21)
@@ -121,7 +126,7 @@ SCENES: Mapping[str, Scene] = {
     "pin ahead": Scene(crashes.SCENES["publish"].prepare, _pin_ahead),
     "reuse": Scene(crashes.SCENES["evict what is in use"].prepare, _reuse),
     "ensure a backing file": Scene(_lost_its_base, _ensure),
-    "grow, flatten, remove": Scene(crashes.SCENES["evict what is in use"].prepare, _grow),
+    "grow, flatten, remove": Scene(_about_to_change, _grow),
     "swap": Scene(
         crashes.SCENES["publish"].prepare,
         lambda world: world.manager().create_swap(str(world.instance / "disk.swap"), size_mb=1),
