@@ -76,7 +76,9 @@ class _Tracer:
 
     def _call(self, frame: types.FrameType, _event: str, _argument: object) -> Any:
         path = frame.f_code.co_filename
-        return self._line if path.startswith(_LIBRARY) and not path.startswith(_FAKES) else None
+        if frame.f_code.co_name == "__del__" or not path.startswith(_LIBRARY) or path.startswith(_FAKES):
+            return None  # nothing comes out of a finalizer
+        return self._line
 
     def _line(self, frame: types.FrameType, event: str, _argument: object) -> Any:
         if event == "line":
