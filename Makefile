@@ -108,7 +108,7 @@ serial-suites:
 
 # What tests/support/campaign.py makes long. `make campaigns PYTEST_ADDOPTS='-k interleavings'` is one of them.
 campaigns: setup $(STAMPS)/system-functional $(STAMPS)/system-faults
-	IMAGECACHE_CAMPAIGN=1 $(BIN)/pytest -v -m campaign --junitxml=$(RESULTS)/campaigns.xml tests
+	IMAGECACHE_CAMPAIGN=1 $(BIN)/pytest -v -s -m campaign -o faulthandler_timeout=0 --junitxml=$(RESULTS)/campaigns.xml tests
 
 pythons: $(OTHER_PYTHONS:%=python-%)
 

@@ -30,7 +30,7 @@ OTHERS = {
 def build(root: str, instances: int, bases: int) -> list[ic.Instance]:
     """Make the directories. Every other base is used, by as many instances as there are."""
     base_path = os.path.join(root, "_base")
-    os.makedirs(base_path)
+    os.makedirs(base_path, exist_ok=True)
     images = [f"image-{number}" for number in range(bases)]
     for image in images:
         with open(os.path.join(base_path, layout.base_name(image)), "wb") as file:

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from imagecache_lib import errors
 from imagecache_lib.config import CacheConfig
@@ -168,20 +168,23 @@ def _complete(path: str, own: Mapping[str, str]) -> None:
         for _round in range(_MOST_ROUNDS):
             known = _read(path)
             lacking = {disk: format for disk, format in own.items() if known.get(disk) != format}
-            lacking |= {disk: format for disk, format in _marked(path) if disk not in {**known, **own}}
+            lacking |= dict(_marked(path, {*known, *own}))
             if not lacking:
                 return
             _write(path, {**known, **lacking})
 
 
-def _marked(path: str) -> Iterator[tuple[str, str]]:
-    """Yield the path and the format of each disk beside a ``disk.info`` that is marked with its format."""
+def _marked(path: str, known: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the path and the format of each disk beside a ``disk.info`` that is marked with its format.
+
+    :param known: paths of disks to pass over.
+    """
     directory = os.path.dirname(path)
     with translated(path):
         names = os.listdir(directory)
     for name in names:
-        if not atomic_file.UNFINISHED.fullmatch(name):
-            disk = os.path.join(directory, name)
+        disk = os.path.join(directory, name)
+        if disk not in known and name != NAME and not atomic_file.UNFINISHED.fullmatch(name):
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 yield disk, os.getxattr(disk, FORMAT_MARK, follow_symlinks=False).decode("ascii")
 

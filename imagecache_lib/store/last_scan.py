@@ -45,7 +45,7 @@ class Boundary(enum.StrEnum):
     LINK = "link"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Identity:
     """Which directory a directory is.
 
@@ -66,7 +66,7 @@ class Identity:
     born: int = 0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class SeenDirectory:
     """A directory that was read.
 
@@ -80,7 +80,7 @@ class SeenDirectory:
     above: SeenDirectory | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class SeenDisk:
     """A disk that refers to bases.
 
@@ -141,7 +141,27 @@ class LastScan:
         )
 
 
-def load_last_scan(where: layout.Layout, host_id: str, roots: Mapping[str, tuple[int, int]]) -> LastScan:
+class Parsed:
+    """The last scan that was parsed last: most passes find the file as the pass before left it."""
+
+    def __init__(self) -> None:
+        self._found: LastScan | None = None
+
+    def parse(self, data: bytes) -> LastScan | None:
+        """Return what :func:`parse` does."""
+        found = self._found
+        if found is None or found.data != data:
+            found = self._found = parse(data)
+        return found
+
+
+def load_last_scan(
+    where: layout.Layout,
+    host_id: str,
+    roots: Mapping[str, tuple[int, int]],
+    *,
+    parsed: Parsed | None = None,
+) -> LastScan:
     """Return what the last pass of a host saw, this release's or an older one's.
 
     An older release rewrites ``hosts/<id>.readings`` and knows nothing of ``hosts/<id>.scan``: a disk that
@@ -149,8 +169,9 @@ def load_last_scan(where: layout.Layout, host_id: str, roots: Mapping[str, tuple
 
     :param roots: ``(st_dev, f_fsid)`` by disk root, as the host's file has them, for roots that only an older
         release saw.
+    :param parsed: keeps what is parsed, for the next call.
     """
-    known, problem = _read(where.last_scan(host_id), parse)
+    known, problem = _read(where.last_scan(host_id), (parsed or Parsed()).parse)
     data, old_problem = _data(where.readings(host_id))
     if known is not None and data is not None and known.fields.get("readings") == _digest(data):
         return dataclasses.replace(known, is_whole=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import logging
 import os
 import struct
@@ -84,23 +85,27 @@ _held: weakref.WeakSet[HeldDescriptor] = weakref.WeakSet()
 
 
 class HeldDescriptor:
-    """A descriptor that a forked child must not keep, and that goes with the last reference to it."""
+    """A descriptor that a forked child must not keep, and that goes with the last reference to it.
 
-    fd = -1
+    An interrupt may come while a lock is being released: it must not stay held for as long as the process
+    lives. No interrupt comes between what :class:`io.FileIO` does in C.
+    """
 
     def __init__(self, fd: int) -> None:
-        self.fd = fd
+        self._file = io.FileIO(fd)
         _held.add(self)
 
+    @property
+    def fd(self) -> int:
+        """The descriptor, or -1 once it is closed."""
+        return -1 if self._file.closed else self._file.fileno()
+
     def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._file.close()
 
     def __del__(self) -> None:
-        # An interrupt may come while a lock is being released: it must not stay held for as long as the
-        # process lives.
-        self.close()
+        with contextlib.suppress(AttributeError, OSError):  # it was interrupted as it was made
+            self._file.close()
 
 
 class _Parked:
@@ -187,8 +192,12 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
             return
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            durable.make_directories(os.path.dirname(self.file), _DIRECTORY_MODE)
-            self._descriptor = HeldDescriptor(os.open(self.file, flags, 0o644))
+            try:
+                fd = os.open(self.file, flags, 0o644)
+            except FileNotFoundError:
+                durable.make_directories(os.path.dirname(self.file), _DIRECTORY_MODE)
+                fd = os.open(self.file, flags, 0o644)
+            self._descriptor = HeldDescriptor(fd)
         except OSError as error:
             if error.errno in _FULL:
                 # The file does not exist, so no process holds the lock; and eviction must work on a full

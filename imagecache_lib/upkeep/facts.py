@@ -10,7 +10,7 @@ from imagecache_lib.store.last_scan import Identity, SeenDirectory
 from imagecache_lib.upkeep.headers import Formats
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Overlay:
     """A file whose header refers to others.
 
@@ -35,7 +35,7 @@ class Overlay:
         return self.formats.of(self.path)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class LinkedFile:
     """A symbolic link in a disk root that leads to a file.
 
@@ -48,7 +48,7 @@ class LinkedFile:
     inode: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Unreadable:
     """A file or a directory that cannot be read.
 
@@ -69,21 +69,21 @@ class Unreadable:
     foreign: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class DanglingLink:
     """A symbolic link that leads nowhere."""
 
     path: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class PassedOver:
     """A directory in which no disk lies, by its name. That it is not read proves nothing."""
 
     path: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class MissingRoot:
     """A disk root that is not there, or cannot be read.
 
@@ -95,14 +95,14 @@ class MissingRoot:
     configured: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class MissingInstance:
     """An instance that the driver reports on this host, and that has no directory in any disk root."""
 
     uuid: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class NotADirectoryName:
     """A name that the driver reports as an instance's directory, and that cannot be one."""
 
@@ -110,14 +110,14 @@ class NotADirectoryName:
     name: object
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Unfinished:
     """A disk in the making, or what is left of one."""
 
     path: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Unsettled:
     """A disk root below which names changed all the while it was read."""
 
@@ -138,7 +138,7 @@ Fact = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ReadDirectory:
     """A directory that was read to its end.
 
@@ -149,7 +149,7 @@ class ReadDirectory:
     entries: Mapping[str, int]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Found:
     """All that a reading found.
 

@@ -184,6 +184,8 @@ def _texts(value: object, key: str) -> Iterator[str]:
 class Formats:
     """The formats that an instance directory's disk.info pins, read when the first is asked for."""
 
+    __slots__ = ("_directory", "_found")
+
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._found: Mapping[str, str] | None = None

@@ -64,6 +64,8 @@ class _Directory:
     :ivar listed: it was listed at least once.
     """
 
+    __slots__ = ("changed", "entries", "formats", "listed", "prefix", "seen", "settled")
+
     def __init__(self, seen: SeenDirectory, status: os.stat_result) -> None:
         self.seen = seen
         self.prefix = seen.path if seen.path.endswith("/") else seen.path + "/"
@@ -267,7 +269,7 @@ class Scan:
                         self._facts.append(PassedOver(directory.prefix + name))
                     elif name == layout.LOST_AND_FOUND and not _is_open(name, fd):
                         self._lost_and_found(path)
-                    else:
+                    elif not self._was_read(directory, name, inode):
                         inner.append((directory.prefix + name, seen, False))
                 elif entry.is_symlink():
                     self._read_link(directory, name, fd, inode, inner)
@@ -284,6 +286,12 @@ class Scan:
             and directory.changed < self._now - _GRANULARITY
         )
         return inner
+
+    def _was_read(self, above: _Directory, name: str, inode: int) -> bool:
+        """Whether a directory was read already, under this path. Whether it has changed is seen later."""
+        assert above.seen.identity is not None
+        known = self._directories.get((above.seen.identity.device, inode))
+        return known is not None and known.seen.path == above.prefix + name
 
     def _settle(self) -> None:
         """Look at every directory again, until none has changed."""

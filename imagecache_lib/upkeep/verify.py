@@ -131,6 +131,7 @@ class Upkeep:
         self._observers = cache.observers
         self._hosts = Hosts(cache)
         self._follower = Follower()
+        self._parsed = last_scan.Parsed()
 
     @property
     def hosts(self) -> Hosts:
@@ -383,7 +384,8 @@ class Upkeep:
         return self._reader(tuple(last.report or ()), last, now)
 
     def _load_last_scan(self) -> LastScan:
-        return last_scan.load_last_scan(self._cache.layout, self._hosts.id, self._hosts.own().roots)
+        where, host_id = self._cache.layout, self._hosts.id
+        return last_scan.load_last_scan(where, host_id, self._hosts.own().roots, parsed=self._parsed)
 
     def _save_scan(self, look: _Look) -> None:
         """Keep what was seen, for the day on which a disk cannot be read or a root is not mounted."""

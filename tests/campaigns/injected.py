@@ -77,6 +77,11 @@ def _look(world: World) -> None:
     manager.verify_base_images([], dry_run=True)
 
 
+def _about_to_change(world: World) -> None:
+    crashes.SCENES["evict what is in use"].prepare(world)
+    world.disks_change = True
+
+
 def _grow(world: World) -> None:
     manager = world.manager()
     disk = manager.resize_disk(manager.inspect_disk(str(world.path(_OVERLAY))), 2**21)
@@ -121,7 +126,7 @@ SCENES: Mapping[str, Scene] = {
     "pin ahead": Scene(crashes.SCENES["publish"].prepare, _pin_ahead),
     "reuse": Scene(crashes.SCENES["evict what is in use"].prepare, _reuse),
     "ensure a backing file": Scene(_lost_its_base, _ensure),
-    "grow, flatten, remove": Scene(crashes.SCENES["evict what is in use"].prepare, _grow),
+    "grow, flatten, remove": Scene(_about_to_change, _grow),
     "swap": Scene(
         crashes.SCENES["publish"].prepare,
         lambda world: world.manager().create_swap(str(world.instance / "disk.swap"), size_mb=1),
@@ -200,7 +205,11 @@ def run(scene: Scene, world: World, said: str) -> NoReturn:
 def open_below(directory: pathlib.Path) -> list[str]:
     """Return the files below a directory that this process has open."""
     found = []
-    for entry in os.listdir("/proc/self/fd"):
+    try:
+        entries = os.listdir("/proc/self/fd")
+    except OSError:  # the error was injected here
+        entries = os.listdir("/proc/self/fd")
+    for entry in entries:
         with contextlib.suppress(OSError):
             found.append(os.readlink(f"/proc/self/fd/{entry}"))
     return [path for path in found if path.startswith(f"{directory}/")]
