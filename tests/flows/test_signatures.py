@@ -13,14 +13,13 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, padding, rsa
 
 import imagecache_lib as ic
 from imagecache_lib.store import evidence
 from imagecache_lib.testing.sources import FakeSource
-from tests.support import files
+from tests.support import certificates, files
 from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, disk_image, raw_image
 
 DATA = raw_image(1)
@@ -34,43 +33,9 @@ DSA_KEY = dsa.generate_private_key(2048)
 
 
 def certificate(
-    name: str,
-    key: Any,
-    issuer: str = "root",
-    issuer_key: Any = ROOT_KEY,
-    *,
-    signs: bool = False,
-    days: int = 30,
+    name: str, key: Any, issuer: str = "root", issuer_key: Any = ROOT_KEY, **options: Any
 ) -> bytes:
-    """Return a certificate, PEM encoded, valid from a day ago for so many days from now."""
-
-    def called(text: str) -> x509.Name:
-        return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
-
-    usage = x509.KeyUsage(
-        digital_signature=True,
-        key_cert_sign=signs,
-        crl_sign=False,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-    built = (
-        x509.CertificateBuilder()
-        .subject_name(called(name))
-        .issuer_name(called(issuer))
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(NOW - dt.timedelta(days=100))
-        .not_valid_after(NOW + dt.timedelta(days=days))
-        .add_extension(x509.BasicConstraints(ca=signs, path_length=None), critical=True)
-        .add_extension(usage, critical=True)
-        .sign(issuer_key, hashes.SHA256())
-    )
-    return built.public_bytes(serialization.Encoding.PEM)
+    return certificates.certificate(name, key, issuer, issuer_key, **options)
 
 
 def signed_with(key: Any, data: bytes) -> bytes:

@@ -27,8 +27,8 @@ from nova.virt.libvirt import driver, imagebackend, imagecache  # noqa: E402
 import imagecache_lib as ic  # noqa: E402
 from imagecache_lib.sources.interface import CannotResume, NotPermitted  # noqa: E402
 
-# Where pip would have put it.
-nova.virt.__path__.append(os.environ["IMAGECACHE_ADAPTER"])
+# Where pip would have put it, unless it did.
+nova.virt.__path__.extend(filter(None, [os.environ.get("IMAGECACHE_ADAPTER")]))
 
 from nova.virt.imagecachelib import driver as adapted  # noqa: E402
 from nova.virt.imagecachelib import images, sources, upkeep  # noqa: E402
