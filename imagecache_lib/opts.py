@@ -409,8 +409,8 @@ def _compute_opts() -> list[cfg.Opt]:
 
 def _glance_opts() -> list[cfg.Opt]:
     no_rbd = (
-        " Accepted so that a nova.conf can be read, and without effect: images that cannot be cloned are "
-        "fetched over the image service's API, where their digest is checked."
+        " Of effect where Nova's libvirt driver runs with this library as its image cache. Other drivers give"
+        " their requests a source that does this."
     )
     return [
         cfg.IntOpt(

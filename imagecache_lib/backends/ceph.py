@@ -15,13 +15,16 @@ import errno
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Protocol
 
 from imagecache_lib import errors
 
 #: Seconds to wait for the monitors.
 _CONNECT_SECONDS = 10
+
+#: Bytes that are read at once: rbd's own default object size.
+_CHUNK = 4 * 2**20
 
 #: Writes in flight while an image is filled: enough to keep several OSDs busy.
 _IN_FLIGHT = 8
@@ -87,6 +90,12 @@ class CephCluster(Protocol):
     def stat(self, name: RbdName) -> RbdImage:
         """Open an image or snapshot for reading, and return what it is."""
 
+    def chunks(self, name: RbdName, offset: int = 0) -> Generator[bytes]:
+        """Yield the content of an image or snapshot from a byte offset.
+
+        It is open until the generator ends or is closed.
+        """
+
     def create(self, name: RbdName, size: int) -> None:
         """Make an empty image of ``size`` bytes.
 
@@ -134,11 +143,15 @@ class LibrbdCluster:
 
     :param conf: path of the cluster's configuration, or an empty text for librados's search path.
     :param user: Ceph user, without ``client.``, or None for ``admin``, librados's default.
+    :param connect_timeout: seconds to wait for the monitors.
     """
 
-    def __init__(self, conf: str = "", user: str | None = None) -> None:
+    def __init__(
+        self, conf: str = "", user: str | None = None, *, connect_timeout: int = _CONNECT_SECONDS
+    ) -> None:
         self._conf = conf
         self._user = user
+        self._connect_timeout = connect_timeout
         self._connecting = threading.Lock()
         # By process: a forked child has none of librados' threads, so that it needs a connection of its own.
         self._connected: tuple[int, Any] | None = None
@@ -160,6 +173,14 @@ class LibrbdCluster:
                 parent = None
             touched = max(_epoch(image.create_timestamp()), _epoch(image.modify_timestamp()))
             return RbdImage(int(image.size()), parent, touched)
+
+    def chunks(self, name: RbdName, offset: int = 0) -> Generator[bytes]:
+        with self._open(name, read_only=True) as image:
+            size = int(image.size())
+            while offset < size:
+                data: bytes = image.read(offset, min(_CHUNK, size - offset))
+                yield data
+                offset += len(data)
 
     def create(self, name: RbdName, size: int) -> None:
         with self._pool(name.pool, str(name)) as ioctx:
@@ -256,7 +277,7 @@ class LibrbdCluster:
             connected = self._connected
             if connected is None or connected[0] != os.getpid():
                 cluster = _rados().Rados(rados_id=self._user, conffile=self._conf)
-                cluster.connect(timeout=_CONNECT_SECONDS)
+                cluster.connect(timeout=self._connect_timeout)
                 self._connected = connected = (os.getpid(), cluster)
             return connected[1]
 

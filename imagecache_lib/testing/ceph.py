@@ -8,7 +8,7 @@ import dataclasses
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 from imagecache_lib import errors
 from imagecache_lib.backends import ceph
@@ -51,6 +51,8 @@ class FakeCluster:
         self._pools: dict[str, dict[str, _Image]] = {pool: {} for pool in pools}
         #: Pools that the user may not read.
         self.forbidden: set[str] = set()
+        #: Bytes that :meth:`chunks` yields at once.
+        self.chunk = 2**16
         #: Set it to let every write fail for want of room.
         self.is_full = False
         #: Set it to let every call fail as if the monitors did not answer.
@@ -71,6 +73,14 @@ class FakeCluster:
             image = self._image(name)
             size = len(self._content(name))
             return ceph.RbdImage(size, image.parent, image.touched)
+
+    def chunks(self, name: RbdName, offset: int = 0) -> Generator[bytes]:
+        size = self.stat(name).size
+        while offset < size:
+            self._answer(str(name))
+            data = self.read(name, offset, self.chunk)
+            yield data
+            offset += len(data)
 
     def create(self, name: RbdName, size: int) -> None:
         with self._lock:

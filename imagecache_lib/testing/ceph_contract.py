@@ -79,6 +79,19 @@ class CephContract(_Case):
         self.assertEqual(b"last", self.read(name, MIB - 4, 4))
         self.assertIn(name.image, self.cluster.names(name.pool))
 
+    def test_its_content_is_read_from_any_offset(self) -> None:
+        snapshot = self.snapshot()
+        content = self.read(snapshot, 0, MIB)
+        for offset in (0, 1, 4096, MIB - 4, MIB):
+            self.assertEqual(content[offset:], b"".join(self.cluster.chunks(snapshot, offset)))
+
+    def test_what_was_opened_for_reading_is_closed_again(self) -> None:
+        name = self.made()
+        chunks = self.cluster.chunks(name)
+        next(chunks)
+        chunks.close()
+        self.cluster.remove(name)
+
     def test_its_id_is_always_the_same(self) -> None:
         self.assertRegex(self.cluster.fsid(), r"^[0-9a-f-]{36}$")
         self.assertEqual(self.cluster.fsid(), self.cluster.fsid())

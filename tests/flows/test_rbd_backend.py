@@ -6,16 +6,20 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import importlib.util
+import pathlib
 import pickle
 import tempfile
 import unittest
+from collections.abc import Generator
 from typing import Any
 
 from imagecache_lib import CacheConfig, CacheResult, ImageCacheManager, Request, System, errors, events, model
 from imagecache_lib.backends import load_backend, rbd
 from imagecache_lib.backends.ceph import RbdName
 from imagecache_lib.backends.interface import CannotClone
+from imagecache_lib.ingest.rbd_source import RbdSource
 from imagecache_lib.sources.interface import CannotCopy
+from imagecache_lib.store import layout
 from imagecache_lib.testing.ceph import FakeCluster
 from imagecache_lib.testing.sources import FakeSource
 from tests.support import qcow2_images
@@ -343,3 +347,69 @@ class TestSetUp(unittest.TestCase):
     def test_cannot_clone_carries_the_store_through_a_pickle(self) -> None:
         error = CannotClone("why", image="image", store="ceph")
         self.assertEqual("ceph", pickle.loads(pickle.dumps(error)).store)
+
+
+class TestReadingFromTheCluster(RbdCase):
+    """Nova's ``enable_rbd_download``: for disks that are files, the image's bytes come from the cluster."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.glance = Glance(HERE)
+
+    def fetch(self, **options: Any) -> bytes:
+        config = CacheConfig(instances_path=self.directory, num_retries=0, **options)
+        source = RbdSource(self.glance, self.cluster)
+        host = System(name="here", sleep=self.sleep)
+        manager = ImageCacheManager(config, source, backend="qcow2", host=host)
+        with manager.fetch_or_reuse("image") as base, open(base.path, "rb") as file:
+            return file.read()
+
+    def nothing_is_left(self) -> None:
+        left = [path for path in pathlib.Path(self.directory, "_base").rglob("*") if "stage/" in str(path)]
+        self.assertEqual([], left)
+        self.assertFalse(pathlib.Path(self.directory, "_base", layout.base_name("image")).exists())
+
+    def test_the_service_is_asked_for_no_bytes(self) -> None:
+        self.assertEqual(DATA, self.fetch())
+        self.assertEqual(0, self.glance.opens)
+
+    def test_the_digest_is_checked(self) -> None:
+        self.cluster.remove_snapshot(SNAPSHOT)
+        self.cluster.fill(RbdName("images", "image"), [(0, b"other")])
+        self.cluster.create_snapshot(SNAPSHOT)
+        with self.assertRaisesRegex(errors.ImageRejected, "sha512|digest"):
+            self.fetch()
+        self.nothing_is_left()
+
+    def test_what_the_cluster_lacks_comes_from_the_service(self) -> None:
+        for what, location in (
+            ("another cluster", HERE.replace("aaaaaaaa", "bbbbbbbb")),
+            ("another store", "file:///images/image"),
+            ("a snapshot that is gone", f"{HERE}-gone"),
+            ("a pool that is denied", HERE),
+            ("a cluster that is down", HERE),
+        ):
+            with self.subTest(what):
+                self.setUp()
+                self.glance = Glance(location)
+                self.cluster.is_down = "down" in what
+                self.cluster.forbidden = {"images"} if "denied" in what else set()
+                self.assertEqual(DATA, self.fetch())
+                self.assertEqual(1, self.glance.opens)
+
+    def test_a_cluster_that_goes_away_on_the_way_is_told_and_nothing_is_left(self) -> None:
+        cluster = self.cluster
+
+        class Breaking(FakeCluster):
+            def chunks(self, name: RbdName, offset: int = 0) -> Generator[bytes]:
+                for chunk in cluster.chunks(name, offset):
+                    yield chunk
+                    cluster.is_down = True
+
+        self.cluster = Breaking(FSID)
+        self.cluster._pools = cluster._pools
+        with self.assertRaisesRegex(
+            errors.SourceError, "image image: its snapshot in Ceph cannot be read on"
+        ):
+            self.fetch()
+        self.nothing_is_left()

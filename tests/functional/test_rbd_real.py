@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import multiprocessing
+import os
 import pathlib
 import subprocess
 import unittest
@@ -20,6 +22,7 @@ from imagecache_lib import CacheConfig, CacheResult, ImageCacheManager, System, 
 from imagecache_lib.backends.ceph import Busy, LibrbdCluster, RbdName
 from imagecache_lib.backends.interface import CannotClone
 from imagecache_lib.backends.rbd import RbdBackend
+from imagecache_lib.ingest.rbd_source import RbdSource
 from imagecache_lib.testing.backend_contract import BackendContract, commit
 from imagecache_lib.testing.ceph_contract import CephContract
 from imagecache_lib.testing.sources import FakeSource
@@ -303,3 +306,38 @@ def test_cannot_clone_says_what_is_wrong(ceph: ceph_lab.Ceph, tmp_path: pathlib.
     gone = location(ceph, RbdName("images", "gone", "snap"))
     with pytest.raises(CannotClone, match="images/gone@snap"):
         backend.clone(model.Image("image", "raw", locations=(gone,)), new_target(), None)
+
+
+def test_an_images_bytes_are_read_from_the_cluster_and_not_from_the_service(
+    ceph: ceph_lab.Ceph, tmp_path: pathlib.Path
+) -> None:
+    """Nova's ``enable_rbd_download``, for disks that are files."""
+    data = os.urandom(5 * MIB)
+    snapshot = snapshot_image(ceph, data)
+    source = Located({"image": data}, location(ceph, snapshot))
+    cluster = LibrbdCluster(str(ceph.conf))
+    manager = ImageCacheManager(
+        CacheConfig(instances_path=str(tmp_path)), RbdSource(source, cluster), "qcow2"
+    )
+    with manager.fetch_or_reuse("image") as base:
+        assert pathlib.Path(base.path).read_bytes() == data
+    assert source.opens == 0
+    # What the service says that it is counts, whatever lies in the cluster.
+    other = Located({"other": data[::-1]}, location(ceph, snapshot))
+    with pytest.raises(errors.ImageRejected):
+        ImageCacheManager(manager.config, RbdSource(other, cluster), "qcow2").cache_image("other")
+    gone = Located({"gone": data[:MIB]}, location(ceph, snapshot) + "-gone")
+    ImageCacheManager(manager.config, RbdSource(gone, cluster), "qcow2").cache_image("gone")
+    assert gone.opens == 1
+    assert list((tmp_path / "_base/.imagecache/stage").iterdir()) == []
+
+
+class Located(FakeSource):
+    """A source that says where it keeps its images."""
+
+    def __init__(self, images: dict[str, bytes], where: str) -> None:
+        super().__init__(images)
+        self._where = where
+
+    def describe(self, image_id: str) -> model.Image:
+        return dataclasses.replace(super().describe(image_id), locations=(self._where,))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import nova.conf
 from nova import service_auth, utils
 
 import imagecache_lib as ic
+from imagecache_lib.backends.ceph import LibrbdCluster
+from imagecache_lib.ingest.rbd_source import RbdSource
 from imagecache_lib.sources.interface import CannotResume
 from imagecache_lib.store import layout
 
@@ -20,8 +23,8 @@ CONF = nova.conf.CONF
 _CHUNK = 2**20
 
 
-def glance(context) -> ic.GlanceSource:
-    """Return Glance as this request may use it.
+def glance(context) -> ic.ImageSource:
+    """Return Glance as this request may use it, with ``enable_rbd_download`` past its API where that can be.
 
     The adapter that Nova makes of ``[glance]`` brings its interface, region and endpoint; the authentication
     sends the service's token beside the user's where ``[service_user]`` says so; and the request's global id
@@ -35,7 +38,16 @@ def glance(context) -> ic.GlanceSource:
         ksa_session=service_auth.get_service_auth_session(nova.conf.glance.glance_group.name),
     )
     adapter.global_request_id = context.global_id
-    return ic.GlanceSource(CONF.glance.api_servers or (), adapter=adapter)
+    source = ic.GlanceSource(CONF.glance.api_servers or (), adapter=adapter)
+    if not CONF.glance.enable_rbd_download:
+        return source
+    return RbdSource(source, _cluster(CONF.glance.rbd_ceph_conf, CONF.glance.rbd_user or None))
+
+
+@functools.lru_cache(maxsize=1)
+def _cluster(conf: str, user: str | None) -> LibrbdCluster:
+    """Return the cluster in which Glance keeps its images: one connection for the process."""
+    return LibrbdCluster(conf, user, connect_timeout=CONF.glance.rbd_connect_timeout)
 
 
 class HostSource(ic.ImageSource):
