@@ -213,6 +213,8 @@ class FileBackend(StorageBackend):
         return pinned or ("qcow2" if looks_like_qcow2 else "raw")
 
     def ensure_durable(self, target: str) -> bool:
+        # Its name may be durable where the file that pins its format is not. The disk itself is marked.
+        self._formats.complete(target)
         with translated(target):
             fd = _open_disk(target)
             try:

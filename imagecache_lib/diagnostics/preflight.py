@@ -152,7 +152,7 @@ def _layout(cache: CacheStore) -> Iterator[Finding]:
         found = durable.read_file(cache.layout.version)
     except PermissionError:
         return  # _directories() has reported that this process may not use the directory
-    if found is not None and (not found.strip().isdigit() or int(found) > layout.VERSION):
+    if found is not None and not layout.is_known_version(found):
         yield _error(
             "The cache was written by a newer release: its layout is "
             f"{found[:20].decode('ascii', 'replace').strip()}, and this one knows {layout.VERSION}.",

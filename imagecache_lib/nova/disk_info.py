@@ -105,6 +105,18 @@ class DiskInfo:
                 raise
             _complete(path, {disk: format})
 
+    def complete(self, disk: str) -> None:
+        """Pin anew what the marks of the disks beside a ``disk.info`` say, and a power cut took from it.
+
+        :raises NoSpaceError, BackendError: the file cannot be written.
+        """
+        path = _beside(disk)
+        with contextlib.suppress(Damaged):
+            if disk in _read(path):
+                return
+        with self._locked(path):
+            _complete(path, {})
+
     def forget(self, disk: str) -> None:
         """Remove the entry of a disk that is gone, if it has one.
 

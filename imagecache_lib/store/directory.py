@@ -214,7 +214,7 @@ class CacheStore:
         if found is None:
             durable.write_file(self.layout.version, b"%d\n" % layout.VERSION)
             return
-        if not found.strip().isdigit() or int(found) > layout.VERSION:
+        if not layout.is_known_version(found):
             raise errors.ConfigError(
                 f"the cache has layout version {found[:20].decode('ascii', 'replace').strip()}, "
                 f"this release knows {layout.VERSION}",

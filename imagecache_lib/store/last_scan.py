@@ -30,6 +30,9 @@ _VERSION = 1
 #: makes the file anew from the disks that it saw, and no disk has an empty path.
 _OURS = ""
 
+#: How often what other processes wrote at the same time is merged before it is left to them.
+_MOST_TURNS = 100
+
 #: The most bytes that a file of a last scan is read for.
 _LIMIT = 2**30
 
@@ -209,24 +212,48 @@ def save_last_scan(where: layout.Layout, host_id: str, before: LastScan, last: L
     :param before: what :func:`load_last_scan` returned when the pass began.
     :raises OSError: it cannot be written.
     """
-    data, _problem = _data(where.last_scan(host_id))
+    path = where.last_scan(host_id)
+    data, _problem = _data(path)
     if data is not None and data == before.data:
         if before.is_whole and _fields(last, before.fields["readings"]) == before.fields:
-            os.utime(where.last_scan(host_id))  # nothing has changed; when the pass was is told
+            os.utime(path)  # nothing has changed; when the pass was is told
             return
-        now = None
-    else:
-        now = parse(data) if data is not None else None
-    if now is not None:
-        foreign = {disk: seen for disk, seen in now.disks.items() if disk not in before.disks}
-        new_roots = {root: identity for root, identity in now.roots.items() if root not in before.roots}
-        last = dataclasses.replace(
-            last,
-            disks={**foreign, **last.disks},
-            roots={**new_roots, **last.roots},
-            report=last.report if last.report is not None else now.report,
-        )
-    replace(where, host_id, last)
+    elif data is not None:
+        last = _merged(last, before, parse(data))
+    for _turn in range(_MOST_TURNS):
+        readings = readings_to_json(last)
+        # The one that has the identities comes first: a crash in between leaves no disk that is in neither.
+        replaced = durable.exchange_file(path, to_json(last, _digest(readings)), limit=_LIMIT)
+        durable.write_file(where.readings(host_id), readings)
+        if replaced == data or replaced is None:
+            return
+        # Another process wrote between our look and this: what it saw is put back beside what we saw.
+        data = to_json(last, _digest(readings))
+        last = _merged(last, before, parse(replaced))
+
+
+def _merged(last: LastScan, before: LastScan, now: LastScan | None) -> LastScan:
+    """Return what a pass saw with what another process wrote down meanwhile.
+
+    :param before: what was known when the pass began: what is in it and not in ``last`` is gone, unless the
+        other process saw another file there since.
+    """
+    if now is None:
+        return last
+
+    def is_news(seen: SeenDisk) -> bool:
+        known = before.disks.get(seen.path)
+        facts = (seen.names, seen.inode, seen.born)
+        return known is None or (known.names, known.inode, known.born) != facts
+
+    foreign = {disk: seen for disk, seen in now.disks.items() if is_news(seen)}
+    new_roots = {root: identity for root, identity in now.roots.items() if root not in before.roots}
+    return dataclasses.replace(
+        last,
+        disks={**foreign, **last.disks},
+        roots={**new_roots, **last.roots},
+        report=last.report if last.report is not None else now.report,
+    )
 
 
 def replace(where: layout.Layout, host_id: str, last: LastScan) -> None:

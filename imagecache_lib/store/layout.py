@@ -187,6 +187,11 @@ class Kind(enum.Enum):
     UNKNOWN = "unknown"
 
 
+def is_known_version(data: bytes) -> bool:
+    """Whether the file ``version`` states a layout that this release knows."""
+    return re.fullmatch(rb"[0-9]{1,9}", data.strip()) is not None and int(data) <= VERSION
+
+
 def classify(name: str) -> Kind:
     """Return what a name in ``_base`` stands for. The cache never changes an entry that is UNKNOWN."""
     if _ORIGINAL.fullmatch(name):

@@ -16,6 +16,9 @@ from imagecache_lib.system import atomic_file, durable, locks
 
 LOG = logging.getLogger(__name__)
 
+#: A time that lies ahead by more seconds than this was noted by a wrong clock.
+_AHEAD = 300
+
 #: What an NFS client renames a file to that is unlinked while it is open.
 _SILLY = re.compile(r"\.nfs[0-9a-f]+")
 
@@ -64,7 +67,7 @@ def _finish_publications(cache: CacheStore, observers: events.Observers) -> None
 def _sweep_stages(cache: CacheStore, observers: events.Observers, now: float) -> None:
     for entry in os.listdir(cache.layout.stages):
         stage_id = entry.partition(".")[0]
-        if not _STAGE.fullmatch(stage_id):
+        if not _STAGE.fullmatch(stage_id) or entry.endswith(atomic_file.NOTE_SUFFIX):
             continue
         path = cache.layout.stage(stage_id)
         if entry != stage_id:
@@ -104,6 +107,7 @@ def sweep_if_dead(path: str, cache: CacheStore, now: float, *, marked: bool = Fa
     try:
         found = os.fstat(fd)
         if now - found.st_mtime < cache.config.stage_idle_seconds:
+            _date_anew(path, found, cache, now)
             return False
         if cache.host.locking and not own(fd):
             return False
@@ -144,8 +148,21 @@ def _sweep_records(cache: CacheStore, now: float) -> None:
 
 def _unlink_if_idle(path: str, cache: CacheStore, now: float) -> None:
     with contextlib.suppress(OSError):
-        if now - os.stat(path, follow_symlinks=False).st_mtime >= cache.config.stage_idle_seconds:
+        found = os.stat(path, follow_symlinks=False)
+        if now - found.st_mtime >= cache.config.stage_idle_seconds:
             os.unlink(path)
+        else:
+            _date_anew(path, found, cache, now)
+
+
+def _date_anew(path: str, found: os.stat_result, cache: CacheStore, now: float) -> None:
+    """Let the age of a leftover count from now if a wrong clock dated it ahead: it would stay till then.
+
+    Its owner, should it live after all, dates it itself with each write.
+    """
+    if found.st_mtime > now + max(cache.config.stage_idle_seconds, _AHEAD):
+        with contextlib.suppress(OSError):
+            os.utime(path, (now, now), follow_symlinks=False)
 
 
 def sweep_unfinished_disks(

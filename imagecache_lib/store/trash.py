@@ -145,7 +145,7 @@ def _is_regular(path: str) -> bool:
     """Whether a path is a file. Nothing else was ever moved in, and nothing else may get a base's name."""
     try:
         return stat.S_ISREG(os.stat(path, follow_symlinks=False).st_mode)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

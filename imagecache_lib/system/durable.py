@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import stat
 import uuid
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_libc = ctypes.CDLL(None, use_errno=True)
 
 #: How often a file that another host replaces meanwhile is looked up again.
 _STALE_TURNS = 3
@@ -78,6 +83,47 @@ def write_file(
         raise
     if sync and sync_name:
         sync_directory(directory)
+
+
+def exchange_file(path: str, data: bytes, *, limit: int = 2**24) -> bytes | None:
+    """Replace a small file durably, and return what was replaced: what the file held at that very moment.
+
+    Returns None if there was no file. A filesystem that cannot exchange two names (NFS) is asked for the
+    content just before, which leaves a moment in which another writer may come.
+
+    :raises OSError: the file cannot be written.
+    """
+    directory, name = os.path.split(path)
+    temporary = os.path.join(directory, f".{name}.{new_id()}.new")
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    write_file(temporary, data, sync_name=False)
+    before: bytes | None = None
+    try:
+        while not _exchange(temporary, path):
+            if os.path.lexists(path):
+                before = read_file(path, limit=limit)
+                os.rename(temporary, path)
+                break
+            try:
+                os.link(temporary, path, follow_symlinks=False)
+            except FileExistsError:
+                continue  # another writer was first
+            break
+        else:
+            before = read_file(temporary, limit=limit)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    sync_directory(directory)
+    return before
+
+
+def _exchange(one: str, other: str) -> bool:
+    """Exchange two files' names. Returns False if one is not there, or the filesystem cannot do that."""
+    paths = os.fsencode(one), os.fsencode(other)
+    flags = ctypes.c_uint(_RENAME_EXCHANGE)
+    return bool(_libc.renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], flags) == 0)
 
 
 def read_file(path: str, *, limit: int = 2**24) -> bytes | None:

@@ -202,3 +202,51 @@ class TestModes(LeftoverCase):
                 for name in names:
                     mode = stat.S_IMODE(os.stat(os.path.join(parent, name)).st_mode)
                     self.assertFalse(mode & 0o022, os.path.join(parent, name))
+
+
+class TestWrongClocks(LeftoverCase):
+    def test_what_a_clock_that_was_ahead_dated_goes_an_hour_after_it_was_seen(self) -> None:
+        target = pathlib.Path(self.target())
+        left = self.killed("disk", target)
+        self.manager().cache_image(OTHER_ID)
+        stage = self.stage / ("0" * 32)
+        for path in (stage, stage.with_suffix(".json"), stage.with_suffix(".new")):
+            path.write_bytes(b"{}")
+        dated = [*left, stage]
+        for path in dated:
+            files.age(path, seconds=-365 * DAY)
+        self.manager().verify_base_images(())
+        self.assertEqual([True, True], [path.exists() for path in dated])
+        for path in dated:
+            self.assertLess(path.stat().st_mtime, self.host().clock() + 60)
+            files.age(path, seconds=2 * 3600)
+        self.manager().verify_base_images(())
+        self.assertEqual([False, False], [path.exists() for path in dated])
+
+
+class TestOddEntries(LeftoverCase):
+    def test_nothing_that_was_put_into_the_trash_by_hand_stops_a_call(self) -> None:
+        manager = self.manager()
+        trash = self.instances / "_base" / ".imagecache" / "trash"
+        manager.cache_image(OTHER_ID)
+        name = self.base().name
+        os.mkfifo(trash / f"{name}.{'1' * 32}")
+        (trash / f"{name}.{'2' * 32}").symlink_to("nowhere")
+        (trash / f"{name}.{'3' * 32}").symlink_to(self.outside)
+        (trash / f"{name}.{'4' * 32}" / "base").mkdir(parents=True)
+        before = sorted(os.listdir(trash))
+        disk = manager.create_disk(ID, self.target())
+        self.assertEqual("qcow2", disk.format)
+        manager.verify_base_images(())
+        manager.evict_image(OTHER_ID)
+        self.assertEqual(before, sorted(os.listdir(trash)))
+
+    def test_a_version_that_is_none_is_refused_and_said(self) -> None:
+        self.manager().cache_image(ID)
+        version = self.instances / "_base" / ".imagecache" / "version"
+        for data in (b"9" * 5000, b"", b"-1", "²".encode(), b"1 2", b"\xff"):
+            version.write_bytes(data)
+            with self.assertRaises(ic.ConfigError):
+                self.manager().cache_image(ID)
+            found = [each.text for each in self.manager().preflight()]
+            self.assertTrue([text for text in found if "newer release" in text], data)

@@ -422,6 +422,26 @@ class TestWhatGoes(UpkeepCase):
         self.verify()
         self.assertFalse(self.record().exists())
 
+    def test_a_second_reading_that_is_interrupted_puts_back_what_the_pass_took(self) -> None:
+        class Interrupt(BaseException):
+            pass
+
+        for error in (Interrupt(), OSError(24, "Too many open files"), MemoryError()):
+
+            def interrupt(error: BaseException = error) -> None:
+                raise error
+
+            bases = [self.cached(), self.cached(OTHER_ID)]
+            inodes = [base.stat().st_ino for base in bases]
+            self.points.at("evict:renamed", lambda: None)
+            self.points.at("evict:renamed", lambda: None)
+            self.points.at("references:known", lambda: None)
+            self.points.at("references:known", interrupt)
+            with self.assertRaises((Interrupt, errors.ImageCacheError, MemoryError)):
+                self.verify()
+            self.assertEqual(inodes, [base.stat().st_ino for base in bases])
+            self.assertEqual([], list((self.private / "trash").iterdir()))
+
     def test_an_announced_eviction_that_was_killed_leaves_nothing(self) -> None:
         base = self.cached()
         directory = self.private / "trash" / f"{NAME}.{'1' * 32}"
