@@ -16,7 +16,21 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 
-from benchmarks import cold, crowd, floors, imports, lab, link, machine, report, serving, upkeep, warm
+from benchmarks import (
+    cold,
+    commands,
+    crowd,
+    floors,
+    imports,
+    lab,
+    link,
+    machine,
+    others,
+    report,
+    serving,
+    upkeep,
+    warm,
+)
 from benchmarks.figures import Group, Row
 from tests.lab import environment
 from tests.support import needs
@@ -45,6 +59,7 @@ _SCENARIOS: dict[str, _Scenario] = {
     "floor-raw-2": functools.partial(floors.measure, kind="raw", cores=2),
     "floor-zlib-1": functools.partial(floors.measure, kind="zlib", cores=1),
     "floor-uncompressed-1": functools.partial(floors.measure, kind="uncompressed", cores=1),
+    "floor-zlib-kept-2": functools.partial(floors.measure, kind="zlib", cores=2, keep=True),
     "link": link.measure,
     "maps": cold.measure_maps,
     "warm-qcow2": warm.measure_overlay,
@@ -52,7 +67,11 @@ _SCENARIOS: dict[str, _Scenario] = {
     "warm-copy": warm.measure_copy,
     "crowd": crowd.measure,
     "verify": upkeep.measure,
+    "swap": functools.partial(others.measure_generated, kind="swap"),
+    "ephemeral": functools.partial(others.measure_generated, kind="ephemeral"),
+    "adoption": others.measure_adoption,
     "imports": imports.measure,
+    "command": commands.measure,
 }
 
 
