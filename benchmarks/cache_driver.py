@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import shutil
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import meter, serving
@@ -78,7 +80,9 @@ class Driver:
 
     def _new_manager(self) -> None:
         ic, self._timeline = self._ic, Timeline()
-        config = ic.CacheConfig(instances_path=self._options.instances)
+        config = ic.CacheConfig(
+            instances_path=self._options.instances, force_raw_images=not self._options.keep_format
+        )
         host = ic.System(trace=self._timeline)
         self._manager = ic.ImageCacheManager(config, self._source, self._options.backend, host=host)
 
@@ -110,8 +114,42 @@ class Driver:
         answers = [self.spawn(image_id, size, keep=False) for _ in range(count)]
         return {"each": [answer["seconds"] for answer in answers], "phases": answers[-1]["phases"]}
 
-    def verify(self, image_ids: list[str], directories: list[str]) -> dict[str, Any]:
-        """Run the periodic pass over instances whose directories exist; none of their bases may go."""
+    def swap(self, size: int) -> dict[str, Any]:
+        """Make a swap disk of so many MiB."""
+        return self._generate(lambda target: self._manager.create_swap(target, size_mb=size))
+
+    def ephemeral(self, size: int) -> dict[str, Any]:
+        """Make an ephemeral disk of so many GiB."""
+        return self._generate(lambda target: self._manager.create_ephemeral(target, size_gb=size))
+
+    def _generate(self, make: Callable[[str], object]) -> dict[str, Any]:
+        directory = os.path.join(self._options.instances, str(uuid.uuid4()))
+        os.makedirs(directory)
+        measured = meter.Meter()
+        make(os.path.join(directory, "disk"))
+        return measured.read()
+
+    def adopt(self, images: list[dict[str, str]]) -> dict[str, Any]:
+        """Use bases that another program left, each once, with images in files that know their digests."""
+        files = {}
+        for image in images:
+            with open(image["path"], "rb") as file:
+                digest = self._ic.Digest("sha512", hashlib.file_digest(file, "sha512").hexdigest())
+            files[image["id"]] = self._ic.FileImage(image["path"], "raw", digest)
+        request = self._ic.Request(source=self._ic.FileSource(files))
+        measured = meter.Meter()
+        for image_id in files:
+            with self._manager.fetch_or_reuse(image_id, request=request):
+                pass
+        return measured.read()
+
+    def verify(self, image_ids: list[str], directories: list[str], fresh: bool = False) -> dict[str, Any]:
+        """Run the periodic pass over instances whose directories exist; none of their bases may go.
+
+        :param fresh: by a manager that was just made.
+        """
+        if fresh:
+            self._new_manager()
         name = self._manager.host.name
         instances = [
             self._ic.Instance(uuid=directory, host=name, images=(image_id,))
@@ -168,6 +206,7 @@ def main() -> None:
     parser.add_argument("--token")
     parser.add_argument("--images", help="JSON file of images on a web server, instead of Glance")
     parser.add_argument("--backend", default="qcow2")
+    parser.add_argument("--keep-format", action="store_true", help="store qcow2 images as they are")
     parser.add_argument("--without-extras", action="store_true")
     options = parser.parse_args()
     if options.without_extras:
@@ -180,6 +219,9 @@ def main() -> None:
             "forget": driver.forget,
             "spawn": driver.spawn,
             "warm": driver.warm,
+            "swap": driver.swap,
+            "ephemeral": driver.ephemeral,
+            "adopt": driver.adopt,
             "verify": driver.verify,
             "maps": driver.maps,
         }

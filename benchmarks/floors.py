@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -33,17 +34,21 @@ _TARGET, _TARGET_PLAIN = 1.2, 1.25
 _MODELLED = (4, 8, 16)
 
 
-def measure(lab: Lab, kind: str, cores: int, *, extras: bool = True) -> tuple[Group, list[Row]]:
+def measure(
+    lab: Lab, kind: str, cores: int, *, extras: bool = True, keep: bool = False
+) -> tuple[Group, list[Row]]:
     """Measure one kind of image on some processors.
 
     :param extras: with the packages that inflate faster.
+    :param keep: store the image in the format that it has.
     """
     title = "raw" if kind == "raw" else f"{kind} qcow2{'' if extras else ', no extras'}"
-    key = f"floor-{kind}{'' if extras else '-plain'}-{cores}"
+    title += ", stored as it is" if keep else ""
+    key = f"floor-{kind}{'' if extras else '-plain'}{'-kept' if keep else ''}-{cores}"
     group = Group(key, f"Over the floor, {title}, {cores} processor{'s' if cores > 1 else ''}", _TIMED)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_bound_to(cores))
-        competitors = _competitors(lab, kind, extras, key, stack)
+        competitors = _competitors(lab, kind, _Way(key, extras, keep), stack)
         figures.by_turns(group, competitors, lab.scale.repetitions, lab.tell)
     parts = [name for name in (RECEIVE, DIGEST, INFLATE, PLACE) if name in group.series]
     group.series[FLOOR] = [
@@ -69,24 +74,35 @@ def measure(lab: Lab, kind: str, cores: int, *, extras: bool = True) -> tuple[Gr
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """How the image is brought in, and what the group's files are called."""
+
+    key: str
+    extras: bool
+    keep: bool
+
+
 def _competitors(
-    lab: Lab, kind: str, extras: bool, key: str, stack: contextlib.ExitStack
+    lab: Lab, kind: str, way: _Way, stack: contextlib.ExitStack
 ) -> dict[str, Callable[[], Sample]]:
-    file, raw = lab.data.files[kind], lab.data.files["raw"].path
+    file, key = lab.data.files[kind], way.key
+    stored = file.path if way.keep else lab.data.files["raw"].path
     server = stack.enter_context(loopback.running(file.path.parent))
     url = server.url(file.path.name)
     listed = lab.home / f"{key}.json"
     listed.write_text(
         json.dumps({kind: {"url": url, "disk_format": file.disk_format, "sha512": file.sha512}})
     )
-    plain = [] if extras else ["--without-extras"]
+    plain = [] if way.extras else ["--without-extras"]
+    kept = ["--keep-format"] if way.keep else []
     instances = lab.home / key / "instances"
     instances.mkdir(parents=True)
     ours = stack.enter_context(
         serving.Competitor(
             sys.executable,
             "benchmarks.cache_driver",
-            *("--instances", str(instances), "--images", str(listed), *plain),
+            *("--instances", str(instances), "--images", str(listed), *plain, *kept),
             log=lab.home / f"{key}.log",
         )
     )
@@ -117,11 +133,11 @@ def _competitors(
 
     def write() -> Sample:
         prepare()
-        return parts.ask("write", path=str(raw), directory=str(lab.home))
+        return parts.ask("write", path=str(stored), directory=str(lab.home))
 
     def place() -> Sample:
         prepare()
-        return parts.ask("place", path=str(raw), directory=str(lab.home), holes=kind == "raw")
+        return parts.ask("place", path=str(stored), directory=str(lab.home), holes=way.keep or kind == "raw")
 
     found: dict[str, Callable[[], Sample]] = {
         WHOLE: whole,
@@ -130,7 +146,7 @@ def _competitors(
         PLACE: place,
         WRITE: write,
     }
-    if kind in ("zlib", "zstd"):
+    if kind in ("zlib", "zstd") and not way.keep:
         found[INFLATE] = functools.partial(parts.ask, "inflate", path=str(file.path))
     return found
 

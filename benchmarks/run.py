@@ -18,12 +18,14 @@ from collections.abc import Callable, Sequence
 
 from benchmarks import (
     cold,
+    commands,
     crowd,
     floors,
     imports,
     lab,
     link,
     machine,
+    others,
     report,
     serving,
     under_nova,
@@ -58,6 +60,7 @@ _SCENARIOS: dict[str, _Scenario] = {
     "floor-raw-2": functools.partial(floors.measure, kind="raw", cores=2),
     "floor-zlib-1": functools.partial(floors.measure, kind="zlib", cores=1),
     "floor-uncompressed-1": functools.partial(floors.measure, kind="uncompressed", cores=1),
+    "floor-zlib-kept-2": functools.partial(floors.measure, kind="zlib", cores=2, keep=True),
     "link": link.measure,
     "maps": cold.measure_maps,
     "warm-qcow2": warm.measure_overlay,
@@ -68,7 +71,11 @@ _SCENARIOS: dict[str, _Scenario] = {
     "nova-first": under_nova.measure_first,
     "nova-second": under_nova.measure_second,
     "nova-pass": under_nova.measure_pass,
+    "swap": functools.partial(others.measure_generated, kind="swap"),
+    "ephemeral": functools.partial(others.measure_generated, kind="ephemeral"),
+    "adoption": others.measure_adoption,
     "imports": imports.measure,
+    "command": commands.measure,
 }
 
 
