@@ -17,6 +17,7 @@ chains and rates below it. What is modelled:
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import random
 import statistics
@@ -130,7 +131,6 @@ class _Host:
         self.parents: tuple[str, ...] = ()
         self.origin = False
         self.dies_at = fleet.dying.get(number, float("inf"))
-        self.children = 0
         self.done_at: float | None = None
         self.leaves_at: float | None = None
 
@@ -177,20 +177,16 @@ class Model:
         fleet, step = self._fleet, self._fleet.hop
         origin = fleet.origin * GOODPUT / 8
         wan = None if fleet.wan is None else fleet.wan * GOODPUT / 8
+        open_hosts = list(self._hosts)
         while True:
             now = self._env.now
-            asking = [0] * fleet.sites
-            for host in self._hosts:
-                host.before = host.have
-                host.children = 0
-            active = [host for host in self._hosts if host.source is not None and host.done_at is None]
-            active = [host for host in active if host.dies_at > now]
+            open_hosts = [host for host in open_hosts if host.done_at is None and host.dies_at > now]
+            active = [host for host in open_hosts if host.source is not None]
+            asking = collections.Counter(host.site for host in active if host.source == ORIGIN)
+            children = collections.Counter(host.source for host in active)
+            heads = children[ORIGIN]
             for host in active:
-                if host.source == ORIGIN:
-                    asking[host.site] += 1
-                elif host.source is not None:
-                    self._by_name[host.source].children += 1
-            heads = sum(asking)
+                host.before = host.have
             for host in active:
                 if host.source == ORIGIN:
                     most = min(host.rate, origin / heads)
@@ -203,11 +199,12 @@ class Model:
                     if parent.dies_at <= now:
                         self._lose(host, now)
                         continue
-                    most = min(host.rate, parent.rate / parent.children)
+                    most = min(host.rate, parent.rate / children[parent.name])
                     taken = max(0.0, min(most * step, parent.before - host.have))
                 host.have += taken
                 if host.have >= fleet.size - 0.5:
                     host.done_at = now + step
+                    host.before = fleet.size
             yield self._env.timeout(step)
 
     def _lose(self, host: _Host, now: float) -> None:

@@ -120,8 +120,6 @@ class HostAgent:
         for image_id in task.image_ids:
             layout.base_name(image_id)
         task = self._by_own_clock(task)
-        if task.relay is not None and self._passing_on is not None:
-            self._passing_on.expect(task.job_id, task.image_ids)
         with self._lock:
             known = self._tasks.get(task.job_id)
             if known is None:
@@ -131,6 +129,8 @@ class HostAgent:
                 _require_few({*known.cells, *task.image_ids})
                 known.extend(task)
             known.watched_until = self._host.clock() + client.WATCHED_SECONDS
+            if known.route is not None and self._passing_on is not None:
+                self._passing_on.expect(task.job_id, known.pending(task.image_ids))
             if known.thread is None and not known.is_over:
                 known.thread = threading.Thread(
                     target=self._work, args=(known,), name=f"imagecache-task-{task.job_id}", daemon=True
@@ -265,7 +265,8 @@ class HostAgent:
             with self._slot:
                 cell = self._cache_one(task, attempt)
             if self._passing_on is not None and cell.result is not None:
-                self._passing_on.ended(attempt.image_id, proved=cell.result is job.Result.CACHED)
+                proved = cell.result is job.Result.CACHED
+                self._passing_on.ended(attempt.image_id, proved=proved)
             self._keep(task, attempt, cell)
 
     def _keep(self, task: Task, attempt: Attempt, cell: job.Cell) -> None:

@@ -73,6 +73,10 @@ class PassingOn:
         if spool is not None and proved:
             spool.prove()
         self._spools.settle(image_id)
+        with self._lock:
+            is_needed = any(image_id in images for images in self._needed.values())
+        if not is_needed:
+            self._spools.release([image_id])  # its job was cancelled meanwhile
 
     def release(self, job_id: str) -> None:
         """Remove what is kept for a job's hosts, unless another job needs it."""

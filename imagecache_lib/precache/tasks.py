@@ -86,6 +86,10 @@ class Task:
             if self.cancelled.is_set():
                 self.cancelled = threading.Event()
 
+    def pending(self, image_ids: Iterable[str]) -> list[str]:
+        """Return those of some images of the task that have no result."""
+        return [image_id for image_id in image_ids if self.cells[image_id].result is None]
+
     def next(self, now: float) -> Attempt | None:
         """Return the image to try now, or None if every image has a result or waits for a retry."""
         self.current = None

@@ -39,6 +39,9 @@ _CHUNK = 2**20
 #: Seconds for which a parent that failed is left alone.
 _AVOIDED = 10.0
 
+#: Seconds without a byte after which a parent is left although it waits itself: others may have more.
+_HUNGRY = 20.0
+
 #: Seconds between two questions for the hashes of pieces.
 _ASK_EVERY = 5.0
 
@@ -294,7 +297,8 @@ class Filler:
         except (errors.SourceError, errors.ImageNotFound) as error:
             # A parent that has no more than this host waits for its own: no reason to leave it.
             has = self._parents.has(supplier, self._spool.image)
-            if has is None or has > self._spool.have or isinstance(error, _WrongPiece):
+            is_hungry = self._system.monotonic() - self._fed_at > _HUNGRY
+            if has is None or has > self._spool.have or is_hungry or isinstance(error, _WrongPiece):
                 self._avoid(supplier, error)
             else:
                 self._route.wait(self._route.version, _BREATH)

@@ -13,7 +13,7 @@ from imagecache_lib.precache.agent import HostAgent
 from imagecache_lib.precache.chains import HostRoute
 from imagecache_lib.precache.database import JobDatabase
 from imagecache_lib.precache.in_process import InProcessClient
-from imagecache_lib.precache.passing_on import PassingOn
+from imagecache_lib.precache.passing_on import KEPT_SECONDS, PassingOn
 from imagecache_lib.precache.precacher import AggregatePrecacher
 from imagecache_lib.precache.watch import Watch
 from imagecache_lib.sources.route import RouteState
@@ -21,7 +21,7 @@ from imagecache_lib.store.pieces import PIECE
 from imagecache_lib.testing.sources import FakeSource
 from tests.flows.test_precache import FakeHosts, JobCase
 from tests.support.cache_case import ID, OTHER_ID, raw_image
-from tests.support.relay_hosts import RelayCase, RelayHost
+from tests.support.relay_hosts import RelayCase, RelayHost, until
 
 CACHED, ERROR, SKIPPED = job.Result.CACHED, job.Result.ERROR, job.Result.SKIPPED
 NAMES = ["one", "two", "three", "four", "five"]
@@ -258,6 +258,33 @@ class ChainTest(RelayCase):
         hosts = self.hosts(3, FakeSource({}))
         work = self.run_job(self.agents(hosts), [host.name for host in hosts], [ID])
         self.assertEqual(3, work.count()[ERROR])
+
+    def test_a_task_that_is_begun_again_lets_no_host_wait_for_what_ended(self) -> None:
+        (host,) = self.hosts(1, FakeSource({ID: raw_image(1, size=PIECE)}))
+        agents = self.agents([host])
+        agent = agents[host.name]
+        task = client.HostTask("job", (ID,), relay=HostRoute((), origin=True))
+        agent.begin(task)
+        self.wait_for(agent)
+        agent.begin(task)
+        self.assertFalse(host.spools.is_expected(ID))
+        agent.cancel("job")
+        self.assertIsNone(host.spools.find(ID))
+
+    def test_what_no_host_reads_any_more_is_not_kept(self) -> None:
+        now = [1000.0]
+        (host,) = self.hosts(1, FakeSource({ID: raw_image(1, size=PIECE)}), monotonic=lambda: now[0])
+        agent = self.agents([host])[host.name]
+        agent.begin(client.HostTask("job", (ID,), relay=HostRoute((), origin=True)))
+        self.wait_for(agent)
+        agent.changes()
+        self.assertIsNotNone(host.spools.find(ID))
+        now[0] += KEPT_SECONDS + 1
+        agent.changes()
+        self.assertIsNone(host.spools.find(ID))
+
+    def wait_for(self, agent: HostAgent) -> None:
+        until(lambda: all(cell.result is not None for cell in agent.poll("job").cells.values()))
 
     def test_a_limit_of_a_job_counts_what_is_kept_for_others(self) -> None:
         size = 4 * PIECE

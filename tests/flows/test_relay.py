@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import os
-import time
 import unittest
-from collections.abc import Callable
 
 import requests
 
@@ -18,18 +16,9 @@ from imagecache_lib.store.pieces import PIECE
 from imagecache_lib.store.spool import Spool
 from imagecache_lib.testing.sources import FakeSource
 from tests.support.cache_case import ID, disk_image, raw_image
-from tests.support.relay_hosts import TOKEN, GatedSource, RelayCase, RelayHost
+from tests.support.relay_hosts import TOKEN, GatedSource, RelayCase, RelayHost, until
 
 DATA = raw_image(5, size=8 * PIECE)
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    """Wait for something that another thread is about to do."""
-    deadline = time.monotonic() + 60
-    while not is_so():
-        if time.monotonic() > deadline:
-            raise AssertionError("it does not happen")
-        time.sleep(0.01)
 
 
 def spool_of(host: RelayHost) -> Spool:

@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import imagecache_lib as ic
@@ -21,6 +22,15 @@ from imagecache_lib.testing.sources import FakeSource
 from tests.support.cache_case import CacheCase, Running
 
 TOKEN = "a-secret-of-the-hosts"
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    """Wait for something that another thread is about to do."""
+    deadline = time.monotonic() + 60
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise AssertionError("it does not happen")
+        time.sleep(0.01)
 
 
 def free_port() -> int:
@@ -67,10 +77,11 @@ class RelayHost:
         self.name = f"127.0.0.{number}"
         directory = case.directory / f"host-{number}"
         directory.mkdir()
+        clocks = {name: options.pop(name) for name in ("monotonic",) if name in options}
         self.origin = origin
         self.manager = case.manager(
             origin,
-            host=dataclasses.replace(case.host(), name=self.name),
+            host=dataclasses.replace(case.host(), name=self.name, **clocks),
             instances_path=str(directory),
             num_retries=2,
             **options,
