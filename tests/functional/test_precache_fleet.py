@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -486,3 +487,25 @@ def test_an_image_that_is_gone_comes_from_a_peer(fleet: Fleet, glance: glance_la
     ended = fleet.finish(fleet.start(["alpha", "gamma"], [image]), code=10)
     assert [row["result"] for row in ended.values()] == ["cached", "error"]
     assert fleet.has("alpha", image)
+
+
+def test_hosts_that_relay_fetch_an_image_once_and_others_by_themselves(
+    fleet: Fleet, glance: glance_lab.Glance, tmp_path: pathlib.Path
+) -> None:
+    images = make_images(glance, 8 * MIB, 6 * MIB)
+    token = tmp_path / "token"
+    token.write_text("a-secret-of-the-hosts\n")
+    # A loopback address is a host's name and its address at once.
+    relaying = [f"127.0.0.{number}" for number in (21, 22, 23)]
+    with socket.create_server(("127.0.0.20", 0)) as listener:
+        port = listener.getsockname()[1]
+    words = ["--peer-token-file", str(token), "--relay", f"http://{{host}}:{port}"]
+    for name in relaying:
+        fleet.start_agent(name, *words, "--serve-peers", f"{name}:{port}")
+    fleet.start_agent("alpha")
+    names = [*relaying, "alpha"]
+    ended = fleet.finish(fleet.start(names, images, "--relay", "--heads", "1"))
+    assert {row["Result"] for row in ended.values()} == {"cached"}
+    assert [len(glance.downloads(image)) for image in images] == [2, 2]
+    stages = [os.listdir(fleet.instances(name) / "_base" / ".imagecache" / "stage") for name in names]
+    assert stages == [[]] * 4
