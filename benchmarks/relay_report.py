@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the documentation says of relaying: the model's figures, beside what was measured.
 
-    python -m benchmarks.relay_report [--lab FILE] [--directory doc/source/reference/benchmarks]
+    python -m benchmarks.relay_report [--lab FILE] [--directory doc/source/reference/benchmarks] [FLEET ...]
 
 FILE has what ``python -m benchmarks.relay --json`` printed. Without it, the measured figures of the last
-report stay.
+report stay. With numbers of fleets, from 0 on, only these are modelled anew.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ _NAMED = {"1,300 hosts, 2 heads": "ours", "2,600 hosts, 3 GB at 2.4 Gbit/s, 5 he
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.relay_report")
+    parser.add_argument("fleet", nargs="*", type=int, default=list(range(len(_FLEETS))))
     parser.add_argument("--lab", type=pathlib.Path)
     parser.add_argument(
         "--directory", type=pathlib.Path, default=pathlib.Path("doc/source/reference/benchmarks")
@@ -62,16 +63,17 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
     kept = options.directory / "relay.json"
-    before = json.loads(kept.read_text()) if kept.exists() else {"lab": []}
+    before = json.loads(kept.read_text()) if kept.exists() else {"lab": [], "model": []}
     lab = before["lab"]
     if options.lab is not None:
         lab = [json.loads(line) for line in options.lab.read_text().splitlines() if line.startswith("{")]
-    modelled = []
-    for name, fleet in _FLEETS.items():
-        began = time.monotonic()
-        modelled.append(_figures(name, relay_model.run(fleet)))
-        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
-    found = {"lab": lab, "model": modelled}
+    modelled = {each["name"]: each for each in before["model"]}
+    for number, (name, fleet) in enumerate(_FLEETS.items()):
+        if number in options.fleet:
+            began = time.monotonic()
+            modelled[name] = _figures(name, relay_model.run(fleet))
+            print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+    found = {"lab": lab, "model": [modelled[name] for name in _FLEETS if name in modelled]}
     kept.write_text(json.dumps(found, indent=1) + "\n")
     (options.directory / "relay.inc").write_text(_tables(found))
     _draw(found, options.directory)
