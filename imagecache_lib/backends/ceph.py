@@ -277,7 +277,10 @@ class LibrbdCluster:
             connected = self._connected
             if connected is None or connected[0] != os.getpid():
                 cluster = _rados().Rados(rados_id=self._user, conffile=self._conf)
-                cluster.connect(timeout=self._connect_timeout)
+                # connect() has a parameter for that and ignores it: the bindings' rados.pyx.
+                for option in ("client_mount_timeout", "rados_mon_op_timeout"):
+                    cluster.conf_set(option, str(self._connect_timeout))
+                cluster.connect()
                 self._connected = connected = (os.getpid(), cluster)
             return connected[1]
 

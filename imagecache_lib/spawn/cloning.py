@@ -26,7 +26,7 @@ def clone(
 ) -> model.Disk | None:
     """Clone a disk. Returns the disk, or None if it cannot be cloned and the image may be fetched instead.
 
-    :raises BackendError: the disk cannot be cloned, and fetching the image is forbidden; the cause says why.
+    :raises CannotClone: the disk cannot be cloned, and fetching the image is forbidden; the cause says why.
     :raises: whatever else the backend's :meth:`~imagecache_lib.StorageBackend.clone` raises.
     """
     try:
@@ -39,7 +39,7 @@ def clone(
     except CannotClone as error:
         reason = error.cause
     if cache.config.never_download_image_if_on_rbd:
-        raise errors.BackendError(
+        raise CannotClone(
             f"it cannot be cloned, and fetching it is forbidden: {reason}",
             image=call.image_id,
             path=target,

@@ -210,7 +210,7 @@ class TestCloning(RbdCase):
     def test_where_fetching_is_forbidden_the_refusal_says_why(self) -> None:
         source = Glance("rbd://other/images/image/snap")
         manager = self.manager(source, never_download_image_if_on_rbd=True)
-        with self.assertRaises(errors.BackendError) as caught:
+        with self.assertRaises(CannotClone) as caught:
             manager.create_disk("image", "vm_disk")
         for part in ("image image", FSID, "never_download_image_if_on_rbd"):
             self.assertIn(part, str(caught.exception))

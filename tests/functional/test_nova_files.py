@@ -16,6 +16,7 @@ import pytest
 
 import imagecache_lib
 from tests.lab import bindings
+from tests.lab import ceph as ceph_lab
 from tests.lab.environment import environment
 
 LAB = pathlib.Path(__file__).parent.parent / "lab"
@@ -59,6 +60,8 @@ def nova(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pathlib.Path]:
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", *wheels)
         (site,) = (work / "venv/lib").glob("python3.*/site-packages")
         bindings.link(site, "python3-libvirt", ["libvirt", "libvirtmod"])
+        bindings.link(site, "python3-rados", ["rados"])
+        bindings.link(site, "python3-rbd", ["rbd"])
         yield python
 
 
@@ -166,14 +169,25 @@ def test_a_release_of_nova_that_was_not_tested_is_refused_unless_an_option_allow
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("suite", SUITES)
-def test_real_files(nova: pathlib.Path, tmp_path: pathlib.Path, suite: str) -> None:
+def outcomes(nova: pathlib.Path, tmp_path: pathlib.Path, suite: str, **environment: str) -> dict[str, str]:
+    """Run one test case of tests/lab/nova_files.py, and return what became of each test, by id."""
     support = tmp_path / "support"
     support.mkdir()
     (support / "tests").symlink_to(SOURCES / "tests")  # and not the sources: what was installed is tried
     answer = tmp_path / "outcomes"
-    command = (nova, "-P", LAB / "nova_suites.py", answer, "0/1", f"tests.lab.nova_files.{suite}")
-    run(*command, IMAGECACHE_ADAPTER_OFF="1", PYTHONPATH=str(support), TMPDIR=str(tmp_path))
-    found = json.loads(answer.read_text())
+    environment |= {"IMAGECACHE_ADAPTER_OFF": "1", "PYTHONPATH": str(support), "TMPDIR": str(tmp_path)}
+    run(nova, "-P", LAB / "nova_suites.py", answer, "0/1", f"tests.lab.nova_files.{suite}", **environment)
+    found: dict[str, str] = json.loads(answer.read_text())
     assert found
+    return found
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_real_files(nova: pathlib.Path, tmp_path: pathlib.Path, suite: str) -> None:
+    found = outcomes(nova, tmp_path, suite)
+    assert {name: outcome for name, outcome in found.items() if outcome != "ok"} == {}
+
+
+def test_real_ceph(nova: pathlib.Path, tmp_path: pathlib.Path, ceph: ceph_lab.Ceph) -> None:
+    found = outcomes(nova, tmp_path, "RbdDisks", IMAGECACHE_CEPH_CONF=str(ceph.conf))
     assert {name: outcome for name, outcome in found.items() if outcome != "ok"} == {}

@@ -9,7 +9,9 @@ import hashlib
 import multiprocessing
 import os
 import pathlib
+import socket
 import subprocess
+import time
 import unittest
 import urllib.parse
 import uuid
@@ -330,6 +332,19 @@ def test_an_images_bytes_are_read_from_the_cluster_and_not_from_the_service(
     ImageCacheManager(manager.config, RbdSource(gone, cluster), "qcow2").cache_image("gone")
     assert gone.opens == 1
     assert list((tmp_path / "_base/.imagecache/stage").iterdir()) == []
+
+
+def test_a_cluster_whose_monitors_do_not_answer_is_given_up_in_time(
+    ceph: ceph_lab.Ceph, tmp_path: pathlib.Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        conf = tmp_path / "ceph.conf"
+        port = silent.getsockname()[1]
+        conf.write_text(f"[global]\nmon host = v2:127.0.0.1:{port}\nauth client required = none\n")
+        begun = time.monotonic()
+        with pytest.raises(errors.BackendError, match="Ceph failed"):
+            LibrbdCluster(str(conf), connect_timeout=2).fsid()
+    assert time.monotonic() - begun < 100  # librados itself waits for 300 seconds
 
 
 class Located(FakeSource):

@@ -14,6 +14,7 @@ from nova.virt.imagecachelib import sources
 
 import imagecache_lib as ic
 from imagecache_lib import opts
+from imagecache_lib.backends.interface import CannotClone
 from imagecache_lib.sources.interface import NotPermitted
 
 CONF = nova.conf.CONF
@@ -99,7 +100,7 @@ def translated(image_id: str) -> Iterator[None]:
         raise exception.ImageNotAuthorized(image_id=image_id) from error
     except ic.ImageNotFound as error:
         raise exception.ImageNotFound(image_id=image_id) from error
-    except ic.ImageRejected as error:
+    except (ic.ImageRejected, CannotClone) as error:
         raise exception.ImageUnacceptable(image_id=image_id, reason=str(error)) from error
     except ic.DiskTooSmallError as error:
         raise exception.FlavorDiskSmallerThanImage(
