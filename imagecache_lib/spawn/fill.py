@@ -136,8 +136,9 @@ class Filler:
                 return  # what lies there may serve without the source
         try:
             request.producer.prepare()
-        except errors.ImageCacheError:
+        except errors.ImageCacheError as error:
             if not is_there(self._cache, request):
+                self._cache.observers(events.FetchFailed.of(request.name, request.label, error))
                 raise
 
     def go_around(self, request: BaseRequest, unmet: Unmet | None, *, bypass: bool) -> SealedStage:

@@ -56,6 +56,12 @@ def check_seen(target: str, config: CacheConfig) -> None:
     )
 
 
+def is_below_roots(path: str, config: CacheConfig) -> bool:
+    """Whether a file lies below a disk root, and not only behind a link that lies there."""
+    real = os.path.realpath(os.path.dirname(path)) + "/"
+    return any(real.startswith(os.path.realpath(root).rstrip("/") + "/") for root in config.roots)
+
+
 def notes_for(target: str, config: CacheConfig) -> str:
     """Return the directory for a note of where a file is in the making, or "" if the pass sees it there."""
     try:

@@ -87,8 +87,7 @@ It passes over ``stage/<name>.<id>.waits``, ``stage/<id>.outside``, ``stage/<nam
 the field ``origin`` of a stage's note: its callers neither share a failure nor are told of one, and what it
 does is in no history. An operator's ``passed_over_directories`` is an option of this release: the older one
 reads those directories as all others, and keeps what they refer to. It removes any file in the making by its
-name, and this one only a file that carries ``user.imagecache.made``: what the older one left when it was
-killed, its own passes remove.
+name, and this one behind a link only a file that carries ``user.imagecache.made``.
 
 *A damaged* ``.scan`` is replaced by what ``.readings`` says, and the other way round. If neither can be read,
 everything stays.

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 
 from imagecache_lib import errors, events
-from imagecache_lib.store import history, layout, pins, publish, stage, trash
+from imagecache_lib.store import disk_roots, history, layout, pins, publish, stage, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import atomic_file, durable, locks
 
@@ -174,7 +174,9 @@ def sweep_unfinished_disks(
     """
     for path in paths:
         made = atomic_file.UNFINISHED.fullmatch(os.path.basename(path))
-        if made is not None and sweep_if_dead(path, cache, now, marked=True):
+        # Below a root the name is this library's own. Behind a link any program's files may lie.
+        foreign = not disk_roots.is_below_roots(path, cache.config)
+        if made is not None and sweep_if_dead(path, cache, now, marked=foreign):
             observers(events.Recovered(made["target"], what="an unfinished disk is removed"))
 
 
@@ -189,7 +191,8 @@ def _sweep_outside(cache: CacheStore, observers: events.Observers, now: float) -
             path = os.fsdecode(data or b"")
             named = os.path.basename(path).endswith(f".{entry.removesuffix(atomic_file.NOTE_SUFFIX)}.new")
             if os.path.isabs(path) and named:
-                sweep_unfinished_disks(cache, observers, [path], now=now)
+                if sweep_if_dead(path, cache, now):
+                    observers(events.Recovered(os.path.basename(path), what="an unfinished file is removed"))
                 # A directory that is not there now may be on a filesystem that is not mounted.
                 if os.path.lexists(path) or not os.path.isdir(os.path.dirname(path)):
                     continue

@@ -84,8 +84,7 @@ class TestOutsideOfTheRoots(LeftoverCase):
 
     def test_a_note_leads_to_no_other_file(self) -> None:
         self.manager().cache_image(ID)
-        precious = self.outside / ("." + "x." + "0" * 32 + ".new")
-        for path in (precious, self.outside / "precious"):
+        for path in (self.outside / f".x.{'1' * 32}.new", self.outside / "precious"):
             path.write_bytes(b"precious")
             files.age(path, seconds=5 * DAY)
             (self.stage / f"{'0' * 32}.outside").write_bytes(os.fsencode(path))
@@ -103,12 +102,17 @@ class TestOutsideOfTheRoots(LeftoverCase):
 class TestForeignFiles(LeftoverCase):
     def test_a_file_that_only_has_such_a_name_stays(self) -> None:
         (self.instances / "link").symlink_to(self.outside)
-        for directory in (self.outside, pathlib.Path(self.target()).parent):
-            path = directory / f".report.{'a' * 32}.new"
-            path.write_bytes(b"not ours")
-            files.age(path, seconds=5 * DAY)
-            self.passes()
-            self.assertTrue(path.exists())
+        path = self.outside / f".report.{'a' * 32}.new"
+        path.write_bytes(b"not ours")
+        files.age(path, seconds=5 * DAY)
+        self.passes()
+        self.assertTrue(path.exists())
+
+    def test_what_was_made_here_goes_from_behind_a_link(self) -> None:
+        (self.instances / "link").symlink_to(self.outside)
+        self.killed("disk", self.instances / "link" / "disk", "qcow2")
+        self.passes()
+        self.assertEqual([], list(self.outside.iterdir()))
 
     def test_what_was_made_here_goes_from_the_roots(self) -> None:
         target = pathlib.Path(self.target())
