@@ -22,7 +22,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import verify_pass
@@ -211,6 +211,15 @@ class Beside:
         )
 
 
+_ROWS: Mapping[str, Callable[[Beside], str]] = {
+    "pass": lambda beside: beside.verify(3000, 1000).told(),
+    "warm": lambda beside: beside.warm(1, 40).told(),
+    "warm-1000": lambda beside: beside.warm(1000, 40).told(),
+    "cold": lambda beside: beside.cold(3).told(),
+    "copies": lambda beside: beside.copies(3),
+}
+
+
 @contextlib.contextmanager
 def _unpacked(revision: str, home: pathlib.Path) -> Iterator[pathlib.Path]:
     archive = subprocess.run(["git", "archive", revision], cwd=_HERE, check=True, capture_output=True).stdout
@@ -222,6 +231,7 @@ def _unpacked(revision: str, home: pathlib.Path) -> Iterator[pathlib.Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("revision")
+    parser.add_argument("rows", nargs="*", help=f"of {', '.join(_ROWS)}; default: all")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--directory", help="where to measure; default: the one for temporary files")
     options = parser.parse_args()
@@ -230,11 +240,8 @@ def main() -> None:
         with _unpacked(options.revision, home) as before:
             beside = Beside(home, before, options.turns)
             print(f"load average before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors", flush=True)
-            print(beside.verify(3000, 1000).told(), flush=True)
-            print(beside.warm(1, 40).told(), flush=True)
-            print(beside.warm(1000, 40).told(), flush=True)
-            print(beside.cold(3).told(), flush=True)
-            print(beside.copies(3), flush=True)
+            for name in options.rows or _ROWS:
+                print(_ROWS[name](beside), flush=True)
             print(f"load average after: {os.getloadavg()[0]:.1f}", flush=True)
 
 

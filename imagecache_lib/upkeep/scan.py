@@ -156,11 +156,12 @@ class Scan:
 
     def _read_instance(self, instance: model.Instance) -> None:
         """Read an instance's directories by name: a rename during a directory scan can hide an entry."""
-        for name in (instance.uuid, *instance.directories):
-            if not _is_directory_name(name):
-                self._facts.append(NotADirectoryName(instance.uuid, name))
-        found = False
         names = tuple(directory_names(instance))
+        if len(names) < len(SUFFIXES) * (1 + len(instance.directories)):
+            for name in (instance.uuid, *instance.directories):
+                if not _is_directory_name(name):
+                    self._facts.append(NotADirectoryName(instance.uuid, name))
+        found = False
         for root, top in self._tops.items():
             prefix = os.path.join(root, "")
             first = False
@@ -425,10 +426,9 @@ def _is_directory_name(name: object) -> bool:
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
         return False
     try:
-        os.fsencode(name)
+        return name.isascii() or bool(os.fsencode(name))
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def _is_open(name: str, directory_fd: int) -> bool:
