@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import imagecache_lib as ic
-from imagecache_lib import errors
+from imagecache_lib import dates, errors
 from imagecache_lib.store import layout
 from imagecache_lib.upkeep.verify import VerifyReport
 from tests.support import files
@@ -591,7 +591,7 @@ class TestSharedStorage(UpkeepCase):
         self.verify()
         (told,) = self.verify().problems
         held = sum(path.stat().st_blocks * 512 for path in (self.private / "trash").glob("*/base"))
-        self.assertIn(f"{held} bytes", told)
+        self.assertIn(dates.size(held), told)
         self.assertIn("silent", told)
         host_id = told.split("imagecache host forget ")[1].strip()
         self.manager().forget_host(host_id)
