@@ -41,6 +41,7 @@ _FLEETS: dict[str, Fleet] = {
     "1,300 hosts, 2 heads, a hop of 0.02 s": Fleet(hosts=1300, size=_SIZE, hop=0.02),
     "1,300 hosts, 2 heads, a hop of 0.1 s": Fleet(hosts=1300, size=_SIZE, hop=0.1),
     "1,300 hosts, 2 heads, with faults": Fleet(hosts=1300, size=_SIZE).with_faults(0.01),
+    "1,000 hosts at 4 sites": Fleet(hosts=1000, size=_SIZE, sites=4, wan=1e9, origin=1e9),
     "10,000 hosts at one site, 8 heads": Fleet(hosts=10_000, size=_SIZE, heads=8),
     "10,000 hosts at 40 sites": _SITES,
     "10,000 hosts at 40 sites, with faults": _SITES.with_faults(0.01),
