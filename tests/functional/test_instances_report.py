@@ -30,7 +30,7 @@ _NOVA = """
 
 
 def report(libvirt: Libvirt, path: pathlib.Path, uri: str | None = None) -> int:
-    command = [
+    command: list[str | pathlib.Path] = [
         sys.executable,
         PROGRAM,
         "--connect",
