@@ -30,17 +30,8 @@ _NOVA = """
 
 
 def report(libvirt: Libvirt, path: pathlib.Path, uri: str | None = None) -> int:
-    command: list[str | pathlib.Path] = [
-        sys.executable,
-        PROGRAM,
-        "--connect",
-        uri or libvirt.uri,
-        "--host",
-        "compute-1",
-        "--output",
-        path,
-    ]
-    return subprocess.run(command, check=False).returncode
+    options = ("--connect", uri or libvirt.uri, "--host", "compute-1", "--output", str(path))
+    return subprocess.run([sys.executable, str(PROGRAM), *options], check=False).returncode
 
 
 def test_a_pass_keeps_the_image_of_an_instance_that_libvirt_knows(
