@@ -113,6 +113,13 @@ class Hosts:
         files.age_tree(self.bases, seconds=2 * DAY)
 
 
+@pytest.fixture(scope="module")
+def glance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[glance_lab.Glance]:
+    """A Glance that Nova's own client never finds to have closed a connection."""
+    with glance_lab.running_glance(tmp_path_factory.mktemp("glance"), tells=True) as running:
+        yield running
+
+
 def images_of(glance: glance_lab.Glance, home: pathlib.Path) -> dict[str, str]:
     """Upload what the instances are made from."""
     found = {}
