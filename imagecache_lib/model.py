@@ -219,6 +219,8 @@ class Request:
         :class:`SourceError`. With None the call has no deadline.
     :param cancel: asked several times a second; once it is set, the call raises :class:`CancelledError`.
     :param rate: bytes per second that the call may fetch at most, or None for no limit.
+    :param hash_pieces: whether the hashes of the pieces of the image's data are kept beside its base, for
+        hosts to which this one passes the image on. It costs a SHA-256 of the data beside the digest.
     """
 
     source: Any = None  # ImageSource; typed loosely because sources import this module
@@ -228,3 +230,4 @@ class Request:
     deadline: float | None = None
     cancel: CancelToken | None = None
     rate: int | None = None
+    hash_pieces: bool = False

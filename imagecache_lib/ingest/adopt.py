@@ -257,7 +257,7 @@ def _compare(
     if use is evidence.Use.FILE and not as_it_came and image.size is not None:
         raise errors.ImageRejected(f"it has {base.stat.st_size} bytes and the image has {image.size}")
     if as_it_came and image.digest is not None:
-        with contextlib.closing(digest.StreamDigest(image.digest, call.waiter, with_pieces=False)) as hashed:
+        with contextlib.closing(digest.StreamDigest(image.digest, call.waiter)) as hashed:
             for chunk in inspection.chunks_of(base.fd):
                 call.check()
                 hashed.feed(chunk)

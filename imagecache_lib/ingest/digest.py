@@ -16,27 +16,29 @@ from imagecache_lib.system.waiter import Waiter
 _STRONG_ENOUGH = frozenset(hashlib.algorithms_guaranteed)
 
 
-def checking(image: model.Image, waiter: Waiter) -> Consumer[Pieces | None]:
+def checking(image: model.Image, waiter: Waiter, *, hash_pieces: bool) -> Consumer[Pieces | None]:
     """Return a consumer that compares the digest of an image's data with the one that the source states.
 
-    At the end it returns the hashes of the data's pieces, or None if no digest vouches for them: the source
-    states none, for which the consumer does nothing, or states that of another cache's conversion.
+    At the end it returns the hashes of the data's pieces, or None if they are not wanted or no digest vouches
+    for them: the source states none, for which the consumer does nothing, or that of another cache's
+    conversion.
 
     :param waiter: the caller, which may stop waiting.
+    :param hash_pieces: whether the hashes of the pieces are wanted.
     :raises ImageRejected: the algorithm is unknown here, or the value is none of it.
     """
     if image.digest is None:
         return Ignoring(None)
-    return StreamDigest(image.digest, waiter, with_pieces=image.converted_from is None)
+    return StreamDigest(image.digest, waiter, hash_pieces=hash_pieces and image.converted_from is None)
 
 
 class _Hashes:
     """The hash of the whole, and the hashes of its pieces if they are asked for."""
 
-    def __init__(self, algorithm: str, *, with_pieces: bool) -> None:
+    def __init__(self, algorithm: str, *, hash_pieces: bool) -> None:
         # md5 is what old images have; it detects damage, which is what it is used for here.
         self.whole = hashlib.new(algorithm, usedforsecurity=False)
-        self.pieces = Hasher() if with_pieces else None
+        self.pieces = Hasher() if hash_pieces else None
 
     def update(self, data: bytes) -> None:
         self.whole.update(data)
@@ -49,18 +51,18 @@ class StreamDigest:
 
     :param expected: what the source says.
     :param waiter: the caller, which may stop waiting.
-    :param with_pieces: whether to hash the pieces of the data, too.
+    :param hash_pieces: whether to hash the pieces of the data, too.
     :raises ImageRejected: the algorithm is unknown here, or the value is none of it.
     """
 
-    def __init__(self, expected: model.Digest, waiter: Waiter, *, with_pieces: bool = True) -> None:
+    def __init__(self, expected: model.Digest, waiter: Waiter, *, hash_pieces: bool = False) -> None:
         self._expected = expected
         if expected.algorithm not in _STRONG_ENOUGH or expected.algorithm.startswith("shake"):
             raise errors.ImageRejected(
                 f"its digest's algorithm {expected.algorithm!r} is not known here",
                 next_step="have the image service use sha512",
             )
-        self._hashes = _Hashes(expected.algorithm, with_pieces=with_pieces)
+        self._hashes = _Hashes(expected.algorithm, hash_pieces=hash_pieces)
         if not re.fullmatch(f"[0-9a-f]{{{2 * self._hashes.whole.digest_size}}}", expected.value):
             raise errors.ImageRejected(
                 f"its digest {expected.value[:140]!r} is no {expected.algorithm} in hex",

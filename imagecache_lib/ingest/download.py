@@ -37,7 +37,12 @@ def fill(
         work.reservation.raise_to(image.size or 0)
         try:
             pipeline = Pipeline(
-                image, requirements, work, certificate_store=certificate_store, disk_size=call.size
+                image,
+                requirements,
+                work,
+                certificate_store=certificate_store,
+                disk_size=call.size,
+                hash_pieces=call.request.hash_pieces,
             )
             with contextlib.closing(pipeline), contextlib.closing(transfer.chunks()) as chunks:
                 for chunk in chunks:

@@ -36,6 +36,7 @@ class Pipeline:
     :param work: what its decoder works with.
     :param certificate_store: for images whose signature must be verified.
     :param disk_size: virtual size in bytes of the disk that is wanted, or None for the image's own size.
+    :param hash_pieces: whether the hashes of the pieces of the data are kept.
     :raises ImageRejected: what the source says of the image rules it out.
     :raises ConfigError: what unpacks it is not installed.
     """
@@ -48,6 +49,7 @@ class Pipeline:
         *,
         certificate_store: CertificateStore | None,
         disk_size: int | None,
+        hash_pieces: bool,
     ) -> None:
         self._image = image
         self._work = work
@@ -73,7 +75,7 @@ class Pipeline:
                     most=config.max_virtual_size,
                     reservation=work.reservation,
                 )
-            self._digest = digest.checking(image, waiter)
+            self._digest = digest.checking(image, waiter, hash_pieces=hash_pieces)
             closing.callback(self._digest.close)
             self._signature: Consumer[VerifiedSignature] = Ignoring(UNVERIFIED)
             if requirements.signed:

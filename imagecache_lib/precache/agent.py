@@ -327,6 +327,7 @@ class HostAgent:
             # What fills a spool keeps to the rate itself: what is read from it is on this host already.
             rate=asked.rate or None if relayed is None else None,
             fallbacks=self._fallbacks,
+            hash_pieces=relayed is not None,
         )
         self._require_budget(task, image_id, request)
         report = self._cache.precache_image(image_id, pin_until=asked.pin_until, request=request)

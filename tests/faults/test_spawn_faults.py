@@ -185,7 +185,6 @@ def test_sigkill_at_every_call_that_changes_something(
             disk,
             disk.parent / "disk.info",
             private / "records" / f"{NAME}.json",
-            private / "records" / f"{NAME}.pieces",
             private / "records" / f"{NAME}.sums",
         }
         assert left == {*made, private / "version"}, number

@@ -14,6 +14,8 @@ from imagecache_lib.store.pieces import Hasher, Pieces
 from imagecache_lib.testing.sources import FakeSource
 from tests.support.cache_case import ID, OTHER_ID, CacheCase, disk_image, raw_image
 
+WITH_PIECES = ic.Request(hash_pieces=True)
+
 
 class _WrongDigest(FakeSource):
     def describe(self, image_id: str) -> ic.Image:
@@ -42,30 +44,35 @@ class TestPiecesOfBases(CacheCase):
                 if disk_format != "raw":
                     image = disk_image(self.directory, disk_format, data=image)
                 source = FakeSource({f"image-{disk_format}": image}, disk_format=disk_format)
-                self.manager(source).cache_image(f"image-{disk_format}")
+                self.manager(source).cache_image(f"image-{disk_format}", request=WITH_PIECES)
                 expected = self.expected(image, source, f"image-{disk_format}")
                 self.assertEqual(expected, self.stored(f"image-{disk_format}"))
 
     def test_without_a_digest_there_are_none(self) -> None:
-        self.manager(FakeSource({ID: raw_image(1)}, digests=False)).cache_image(ID)
+        self.manager(FakeSource({ID: raw_image(1)}, digests=False)).cache_image(ID, request=WITH_PIECES)
+        self.assertEqual(1, len(self.manager().list_bases()))
+        self.assertIsNone(self.stored())
+
+    def test_a_disk_alone_takes_none(self) -> None:
+        self.spawn(self.manager())
         self.assertEqual(1, len(self.manager().list_bases()))
         self.assertIsNone(self.stored())
 
     def test_a_wrong_digest_leaves_none(self) -> None:
         with self.assertRaises(errors.ImageRejected):
-            self.manager(_WrongDigest({ID: raw_image(1)})).cache_image(ID)
+            self.manager(_WrongDigest({ID: raw_image(1)})).cache_image(ID, request=WITH_PIECES)
         self.assertEqual([], os.listdir(self.record().parent))
         self.assertEqual([], self.in_flight())
 
     def test_they_go_with_their_base(self) -> None:
         manager = self.manager()
-        manager.cache_image(ID)
+        manager.cache_image(ID, request=WITH_PIECES)
         self.assertTrue(self.record().with_suffix(".pieces").exists())
         manager.evict_image(ID)
         self.assertEqual([], os.listdir(self.record().parent))
 
     def test_torn_ones_and_those_of_another_base_count_as_none(self) -> None:
-        self.manager().cache_image(ID)
+        self.manager().cache_image(ID, request=WITH_PIECES)
         path = self.record().with_suffix(".pieces")
         whole = path.read_bytes()
         known = pieces.parse(whole, self.known_id())
@@ -85,8 +92,8 @@ class TestPiecesOfBases(CacheCase):
     def test_a_base_of_the_same_content_has_its_own(self) -> None:
         same = FakeSource({ID: raw_image(1), OTHER_ID: raw_image(1)})
         manager = self.manager(same)
-        manager.cache_image(ID)
-        manager.cache_image(OTHER_ID)
+        manager.cache_image(ID, request=WITH_PIECES)
+        manager.cache_image(OTHER_ID, request=WITH_PIECES)
         self.assertEqual(1, same.opens)
         self.assertEqual(self.expected(raw_image(1), same), self.stored(OTHER_ID))
 
@@ -99,7 +106,7 @@ class TestPiecesOfBases(CacheCase):
 
         self.points.at("publish:synced", kill)
         with self.assertRaises(Killed):
-            self.manager().cache_image(ID)
+            self.manager().cache_image(ID, request=WITH_PIECES)
         self.spawn(self.manager())
         self.assertEqual(1, self.source.opens)
         self.assertEqual(self.expected(raw_image(1), self.source), self.stored())

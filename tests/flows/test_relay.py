@@ -55,7 +55,7 @@ class TestChain(RelayCase):
     def test_what_is_in_the_cache_as_it_came_needs_no_spool(self) -> None:
         origin = FakeSource({ID: DATA})
         hosts = self.hosts(2, origin)
-        hosts[0].manager.cache_image(ID)
+        hosts[0].manager.cache_image(ID, request=ic.Request(hash_pieces=True))
         hosts[1].fetch(ID, Route([hosts[0].name], origin=False))
         self.assertEqual(DATA, hosts[1].content(ID))
         self.assertEqual(1, origin.opens)

@@ -297,5 +297,5 @@ def test_a_driver_killed_anywhere_leaves_what_the_next_one_repairs(
     assert sorted(os.listdir(instances / "killed-0")) == ["disk", "disk.info"]
     assert base.stat().st_nlink == 1
     records = os.listdir(instances / "_base" / ".imagecache" / "records")
-    assert sorted(records) == [f"{NAME}.json", f"{NAME}.pieces", f"{NAME}.sums"]
+    assert sorted(records) == [f"{NAME}.json", f"{NAME}.sums"]
     assert not [name for name in os.listdir(instances / "_base" / ".imagecache") if name.endswith(".new")]

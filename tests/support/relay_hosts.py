@@ -107,7 +107,7 @@ class RelayHost:
 
     def fetch(self, image_id: str, route: Route, **options: Any) -> ic.CacheResult:
         """Cache an image along a route."""
-        request = ic.Request(source=self.source(route, **options))
+        request = ic.Request(source=self.source(route, **options), hash_pieces=True)
         self.spools.expect([image_id])
         try:
             result = self.manager.cache_image(image_id, request=request)
