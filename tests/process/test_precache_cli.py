@@ -157,8 +157,9 @@ def test_a_job_that_is_left_goes_on_later(cli: JobsCli, number: signal.Signals) 
 
 
 def test_cancelled_by_another_process(cli: JobsCli) -> None:
+    # So slow that it cannot end before it is cancelled, however busy the machine is.
     running = subprocess.Popen(
-        cli.command(*cli.start("--rate", "32K"), "-f", "json"),
+        cli.command(*cli.start("--rate", "1K"), "-f", "json"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
