@@ -226,6 +226,34 @@ class OtherUsersTest(DatabaseCase):
             ended = AggregatePrecacher(database, Agents(), host=self.host()).run(work.id)
         self.assertEqual(2, ended.count()[job.Result.CACHED])
 
+    def test_a_reader_that_holds_up_a_writer_ends_no_host(self) -> None:
+        database = self.database()
+        work = self.start(database)
+        database.close()
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            connection.execute("PRAGMA journal_mode = delete")  # as on a network filesystem
+        reading, agents = contextlib.ExitStack(), Agents()
+        begin = agents.begin
+
+        def read(host: str, task: client.HostTask) -> None:
+            if not agents.begun:
+                reading.enter_context(self.transaction("BEGIN", "SELECT * FROM cells"))
+            begin(host, task)
+
+        def look(seconds: float) -> None:
+            self.sleep(seconds)
+            if self.now > 1035:
+                reading.close()
+
+        agents.begin = read  # type: ignore[method-assign]
+        with self.transaction("BEGIN", "SELECT * FROM cells"):
+            database = self.database()  # which cannot change the journal while that is read
+            self.assertEqual(work, database.get(work.id))
+        host = System(clock=lambda: self.now, sleep=look, random=lambda: 0.5)
+        ended = AggregatePrecacher(database, agents, host=host).run(work.id)
+        self.assertEqual(2, ended.count()[job.Result.CACHED])
+        self.assertEqual(2, len(agents.begun))
+
     def test_a_writer_holds_up_no_reader(self) -> None:
         database = self.database()
         work = self.start(database)
