@@ -142,6 +142,8 @@ class _HostsCommand(jobs.JobCommand):
             number: signal.signal(number, lambda _number, _frame: leave.set())
             for number in (signal.SIGTERM, signal.SIGINT)
         }
+        # Who reads this may interrupt: from here on that leaves the job, and nothing else.
+        self.note(f"job {work.id}: {len(work.image_ids)} images on {len(work.hosts)} hosts")
         running = threading.Thread(target=run, name="imagecache-job")
         running.start()
         try:
@@ -315,7 +317,6 @@ class Start(_HostsCommand):
                     "precache_concurrency in the configuration, lets more of them fetch at a time"
                 )
             work = conductor.start(parsed_args.aggregate, names, images, terms)
-            self.note(f"job {work.id}: {len(images)} images on {len(hosts)} hosts")
             return self.follow(work, conductor, lambda leave: conductor.run(work.id, leave=leave))
 
     def _prune(self, conductor: AggregatePrecacher) -> None:

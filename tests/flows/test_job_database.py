@@ -96,6 +96,23 @@ class DatabaseCase(TestCase):
         with contextlib.closing(sqlite3.connect(self.path)) as connection, connection:
             connection.execute(statement)
 
+    def small_filesystem(self) -> pathlib.Path:
+        """Keep jobs on a filesystem of one MiB, and return where that is."""
+        needs.root()
+        small = self.directory / "small"
+        small.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], check=True)
+        self.addCleanup(lambda: subprocess.run(["umount", "-l", small], check=True))
+        self.path = str(small / "jobs.sqlite")
+        return small
+
+    def fill(self, small: pathlib.Path) -> None:
+        """Leave no room on a filesystem, by a file called "fill"."""
+        with contextlib.suppress(OSError), open(small / "fill", "wb") as stream:
+            while True:
+                stream.write(bytes(4096))
+                stream.flush()
+
     @contextlib.contextmanager
     def transaction(self, *statements: str) -> Iterator[sqlite3.Connection]:
         """Another process has a transaction open."""
@@ -157,12 +174,85 @@ class OtherUsersTest(DatabaseCase):
         self.assertEqual({None}, {cell.result for cells in found.cells.values() for cell in cells.values()})
         self.assertEqual(2, conductor.resume(work.id).count()[job.Result.CACHED])
 
+    def test_a_filesystem_that_fills_up_meanwhile_ends_the_run_and_no_host(self) -> None:
+        small = self.small_filesystem()
+        database, agents = self.database(), Agents()
+        work = self.start(database, [f"host-{number}" for number in range(200)])
+        begin = agents.begin
+
+        def fill(host: str, task: client.HostTask) -> None:
+            if not agents.begun:
+                self.fill(small)
+            begin(host, task)
+
+        agents.begin = fill  # type: ignore[method-assign]
+        conductor = AggregatePrecacher(database, agents, host=self.host())
+        with self.assertRaisesRegex(errors.ConfigError, "(?s)full.*resume"):
+            conductor.run(work.id)
+        self.assertGreaterEqual(self.now, 1000 + writer.PATIENCE)
+        found = EmbeddedJobs(self.path).get(work.id)
+        self.assertEqual({None}, {cell.result for cells in found.cells.values() for cell in cells.values()})
+        (small / "fill").unlink()
+        self.assertEqual(200, conductor.resume(work.id).count()[job.Result.CACHED])
+
+    def test_room_that_is_made_in_time_costs_no_result(self) -> None:
+        small = self.small_filesystem()
+        database, agents = self.database(), Agents()
+        work = self.start(database, [f"host-{number}" for number in range(200)])
+        begin = agents.begin
+
+        def fill(host: str, task: client.HostTask) -> None:
+            if not agents.begun:
+                self.fill(small)
+            begin(host, task)
+
+        def make_room(seconds: float) -> None:
+            self.sleep(seconds)
+            if self.now > 1030:
+                (small / "fill").unlink(missing_ok=True)
+
+        agents.begin = fill  # type: ignore[method-assign]
+        host = System(clock=lambda: self.now, sleep=make_room, random=lambda: 0.5)
+        with self.assertLogs("imagecache_lib.precache", "INFO") as logged:
+            ended = AggregatePrecacher(database, agents, host=host).run(work.id)
+        self.assertEqual(200, ended.count()[job.Result.CACHED])
+        self.assertEqual(200, len(agents.begun))
+        self.assertIn("works again", logged.output[-1])
+
     def test_a_reader_holds_up_no_writer(self) -> None:
         database = self.database()
         work = self.start(database)
         with self.transaction("BEGIN", "SELECT * FROM cells"):
             ended = AggregatePrecacher(database, Agents(), host=self.host()).run(work.id)
         self.assertEqual(2, ended.count()[job.Result.CACHED])
+
+    def test_a_reader_that_holds_up_a_writer_ends_no_host(self) -> None:
+        database = self.database()
+        work = self.start(database)
+        database.close()
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            connection.execute("PRAGMA journal_mode = delete")  # as on a network filesystem
+        reading, agents = contextlib.ExitStack(), Agents()
+        begin = agents.begin
+
+        def read(host: str, task: client.HostTask) -> None:
+            if not agents.begun:
+                reading.enter_context(self.transaction("BEGIN", "SELECT * FROM cells"))
+            begin(host, task)
+
+        def look(seconds: float) -> None:
+            self.sleep(seconds)
+            if self.now > 1035:
+                reading.close()
+
+        agents.begin = read  # type: ignore[method-assign]
+        with self.transaction("BEGIN", "SELECT * FROM cells"):
+            database = self.database()  # which cannot change the journal while that is read
+            self.assertEqual(work, database.get(work.id))
+        host = System(clock=lambda: self.now, sleep=look, random=lambda: 0.5)
+        ended = AggregatePrecacher(database, agents, host=host).run(work.id)
+        self.assertEqual(2, ended.count()[job.Result.CACHED])
+        self.assertEqual(2, len(agents.begun))
 
     def test_a_writer_holds_up_no_reader(self) -> None:
         database = self.database()
@@ -221,22 +311,14 @@ class ReadingTest(DatabaseCase):
         subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, stdout=subprocess.DEVNULL)
 
     def test_a_filesystem_that_is_full_or_read_only_can_be_looked_at(self) -> None:
-        needs.root()
-        small = self.directory / "small"
-        small.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], check=True)
-        self.addCleanup(lambda: subprocess.run(["umount", "-l", small], check=True))
-        self.path = str(small / "jobs.sqlite")
+        small = self.small_filesystem()
         database = self.database()
         work = self.start(database)
         for crashed in (True, False):
             with self.subTest(crashed=crashed):
                 if not crashed:
                     database.close()
-                with contextlib.suppress(OSError), open(small / "fill", "wb") as stream:
-                    while True:
-                        stream.write(bytes(4096))
-                        stream.flush()
+                self.fill(small)
                 self.assertEqual(work, EmbeddedJobs(self.path).get(work.id))
                 (small / "fill").unlink()
         subprocess.run(["mount", "-o", "remount,ro", small], check=True)
@@ -303,8 +385,9 @@ class OddRowsTest(DatabaseCase):
         ):
             with self.subTest(what=what):
                 pathlib.Path(self.path).write_bytes(damaged)
-                with self.assertRaisesRegex(errors.ConfigError, self.path):
-                    EmbeddedJobs(self.path).summaries()
+                for use in (lambda: EmbeddedJobs(self.path).summaries(), lambda: self.database().summaries()):
+                    with self.assertRaisesRegex(errors.ConfigError, self.path):
+                        use()
 
 
 class VersionTest(DatabaseCase):

@@ -156,9 +156,46 @@ def test_a_job_that_is_left_goes_on_later(cli: JobsCli, number: signal.Signals) 
     assert result["result"] == "cached"
 
 
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(("--rate", "1K"), id="at work"),
+        pytest.param(("--jitter", "1h"), id="before its turn"),
+        pytest.param(("--host", "elsewhere"), id="while the host is down"),
+    ],
+)
+def test_interrupted_in_any_phase_it_leaves_what_can_be_resumed(
+    cli: JobsCli, words: tuple[str, ...], times: int
+) -> None:
+    left = subprocess.Popen(
+        cli.command(*cli.start(*words), "-f", "json"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=cli.environment,
+    )
+    assert left.stderr is not None
+    assert any(": 1 images on 1 hosts" in line for line in left.stderr)
+    stage = cli.instances / "_base" / ".imagecache" / "stage"
+    while "--rate" in words and not (stage.is_dir() and any(stage.iterdir())):
+        assert left.poll() is None
+    for _time in range(times):
+        left.send_signal(signal.SIGINT)
+    out, said = left.communicate(timeout=60)
+    assert left.returncode == 10, said
+    assert "Traceback" not in said
+    assert [row["result"] for row in json.loads(out)] == [None]
+    (listed,) = cli.json("precache", "list")
+    assert listed["state"] == "not_done"
+    assert f"imagecache precache resume {listed['id']}" in said
+    assert not stage.is_dir() or not any(stage.iterdir())
+
+
 def test_cancelled_by_another_process(cli: JobsCli) -> None:
+    # So slow that it cannot end before it is cancelled, however busy the machine is.
     running = subprocess.Popen(
-        cli.command(*cli.start("--rate", "32K"), "-f", "json"),
+        cli.command(*cli.start("--rate", "1K"), "-f", "json"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
