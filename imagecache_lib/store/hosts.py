@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Collection, Container, Iterable, Mapping
 
 from imagecache_lib import errors
@@ -17,6 +18,10 @@ from imagecache_lib.store import trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.membership import HostFile, parse
 from imagecache_lib.system import durable
+
+#: What every release calls a member's file. A copy of one under another name is nobody's, and would be waited
+#: for without end.
+_FILE = re.compile(r"([0-9a-f]{32})\.json")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -63,9 +68,8 @@ class Hosts:
         """Return every registered host by id; None for one whose file cannot be read."""
         found: dict[str, HostFile | None] = {}
         for entry in os.listdir(self._cache.layout.hosts):
-            if entry.endswith(".json"):
-                host_id = entry.removesuffix(".json")
-                found[host_id] = self._read(host_id)
+            if (member := _FILE.fullmatch(entry)) is not None:
+                found[member[1]] = self._read(member[1])
         return found
 
     def forget(self, host_id: str) -> None:

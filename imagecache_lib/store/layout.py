@@ -122,8 +122,10 @@ of nothing else: without them, or with torn ones, the digest of the whole decide
 which leave them alone. What is left of them beside a base that an earlier release evicted is removed an hour
 later.
 
-A torn or unknown record is treated as absent; a torn or unknown pin or host file as *keep*. Modes do not
-depend on the umask: bases 0644, ``_base`` and ``locks`` 0755, ``.imagecache`` 0700.
+A torn or unknown record is treated as absent; a torn or unknown pin or host file as *keep*. A host's id has
+32 hex digits, and a file in ``hosts`` under any other name is no member's: the release before takes one that
+ends in ``.json`` for a member that never looks, and keeps what lies in the trash. Modes do not depend on the
+umask: bases 0644, ``_base`` and ``locks`` 0755, ``.imagecache`` 0700.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class FilesystemIds:
         self._sources: dict[str, bytes] | None = None
 
     def of(self, fd: int, device: int) -> int:
-        """Return the number of an open file's filesystem, or 0 if it has none.
+        """Return the number of an open file's filesystem, or 0 if it has none or cannot be asked now.
 
         It is ``f_fsid`` of statvfs(3). Network filesystems and FUSE have none, and most get the next free
         device number when they are mounted: what they are mounted from tells them apart.
@@ -30,7 +30,8 @@ class FilesystemIds:
             try:
                 found = int(os.fstatvfs(fd).f_fsid)
             except OSError:
-                found = 0
+                # A number made otherwise would be that of another filesystem, and be remembered as such.
+                return 0
             self._found[device] = found = found or self._source(device)
         return found
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -599,11 +600,23 @@ class TestSharedStorage(UpkeepCase):
 
     def test_a_torn_host_file_keeps(self) -> None:
         base = self.cached()
-        (self.private / "hosts" / "deadbeef.json").write_text("{")
+        (self.private / "hosts" / f"{'deadbeef' * 4}.json").write_text("{")
         report = self.verify()
         self.assertFalse(base.exists())
         self.assertIn("deadbeef", self.reason(report))
         self.assertEqual(1, len(os.listdir(self.private / "trash")))
+
+    def test_a_copy_of_a_host_file_is_no_host_to_wait_for(self) -> None:
+        self.cached()
+        hosts = self.private / "hosts"
+        (own,) = hosts.glob("*.json")
+        for name in ("backup.json", f"{own.stem}.bak.json", f"copy of {own.name}"):
+            shutil.copyfile(own, hosts / name)
+        (evicted,) = self.verify().evicted
+        self.assertEqual(NAME, evicted.name)
+        self.assertEqual([], os.listdir(self.private / "trash"))
+        (registered,) = self.manager().list_hosts()
+        self.assertEqual(own.stem, registered.id)
 
     def test_novas_registry_is_kept_fresh_if_there_is_one(self) -> None:
         registry = self.instances / "compute_nodes"
