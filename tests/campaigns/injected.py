@@ -29,8 +29,8 @@ from tests.support.recorded_calls import attached
 
 _NAMES = ("EIO", "ENOSPC", "EDQUOT", "EACCES", "EROFS", "ESTALE")
 
-#: What each call may fail with. The names are the kernel's, which sees preadv2 where the os module says preadv:
-#: a call under any other name is never failed.
+#: What each call may fail with. The names are the kernel's, which sees preadv2 where the os module says preadv.
+#: A call under any other name is never failed.
 FAULTS: Mapping[str, tuple[str, ...]] = {
     "openat": ("EIO", "EMFILE", "ENFILE", "EACCES", "ENOSPC", "ESTALE"),
     "newfstatat": ("EIO", "EACCES", "ESTALE"),

@@ -385,9 +385,10 @@ class OddRowsTest(DatabaseCase):
         ):
             with self.subTest(what=what):
                 pathlib.Path(self.path).write_bytes(damaged)
-                for use in (lambda: EmbeddedJobs(self.path).summaries(), lambda: self.database().summaries()):
-                    with self.assertRaisesRegex(errors.ConfigError, self.path):
-                        use()
+                with self.assertRaisesRegex(errors.ConfigError, self.path):
+                    EmbeddedJobs(self.path).summaries()
+                with self.assertRaisesRegex(errors.ConfigError, self.path):
+                    self.database().summaries()
 
 
 class VersionTest(DatabaseCase):
