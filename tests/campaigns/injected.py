@@ -29,7 +29,7 @@ from tests.support.recorded_calls import attached
 
 _NAMES = ("EIO", "ENOSPC", "EDQUOT", "EACCES", "EROFS", "ESTALE")
 
-#: What each call may fail with. The names are the kernel's, which sees preadv2 where the os module says preadv.
+#: What each call may fail with. The names are the kernel's, which sees preadv2 for os.preadv.
 #: A call under any other name is never failed.
 FAULTS: Mapping[str, tuple[str, ...]] = {
     "openat": ("EIO", "EMFILE", "ENFILE", "EACCES", "ENOSPC", "ESTALE"),
