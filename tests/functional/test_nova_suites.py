@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -12,7 +11,7 @@ from collections.abc import Iterable
 
 import imagecache_lib
 from tests.lab import nova_suites_known as known
-from tests.lab.environment import environment
+from tests.lab.environment import describe_library, environment
 
 HERE = pathlib.Path(__file__).parent.parent / "lab"
 SOURCES = pathlib.Path(imagecache_lib.__file__).parent.parent
@@ -26,15 +25,11 @@ WORKERS = 2
 def outcomes(tests: Iterable[str], tmp_path: pathlib.Path) -> dict[str, str]:
     """Return what became of each test, by id."""
     python = environment("nova-suites", HERE / "nova-suites-requirements.txt") / "bin/python"
-    # What says which backends there are lies beside the sources only where the package is installed.
-    metadata = tmp_path / "metadata/imagecache_lib-0.dist-info"
-    metadata.mkdir(parents=True)
-    for name in ("METADATA", "entry_points.txt"):
-        text = importlib.metadata.distribution("imagecache-lib").read_text(name)
-        assert text is not None
-        (metadata / name).write_text(text)
+    site = tmp_path / "site"
+    site.mkdir()
+    describe_library(site)
     more = {
-        "PYTHONPATH": f"{SOURCES}:{metadata.parent}",
+        "PYTHONPATH": f"{SOURCES}:{site}",
         "IMAGECACHE_ADAPTER": str(ADAPTER),
         "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
         "TMPDIR": str(tmp_path),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -35,3 +36,16 @@ def environment(name: str, requirements: pathlib.Path) -> pathlib.Path:
             subprocess.run([directory / "bin/pip", "install", "--quiet", "-r", requirements], check=True)
             complete.touch()
     return directory
+
+
+def describe_library(site: pathlib.Path) -> None:
+    """Write what is installed of the library into a directory for ``PYTHONPATH``: it says which backends there are.
+
+    :param site: an existing directory, from which the sources are not imported.
+    """
+    # A build may have left a description beside the sources too, under other names.
+    found = importlib.metadata.distribution("imagecache-lib")
+    described = site / "imagecache_lib-0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text(found.read_text("METADATA") or found.read_text("PKG-INFO") or "")
+    (described / "entry_points.txt").write_text(found.read_text("entry_points.txt") or "")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -336,10 +335,7 @@ def install(where: pathlib.Path, site: pathlib.Path) -> None:
         copy_function=os.symlink,
         ignore=shutil.ignore_patterns("tests"),
     )
-    # What is installed says which backends there are.
-    described = importlib.metadata.distribution("imagecache-lib").locate_file("")
-    (metadata,) = pathlib.Path(str(described)).glob("imagecache_lib-*.dist-info")
-    (site / metadata.name).symlink_to(metadata)
+    environment.describe_library(site)
     adapter = "nova/virt/imagecachelib"
     shutil.copytree(CHECKOUT / "integrations/nova" / adapter, site / adapter)
 
