@@ -39,7 +39,7 @@ def environment(name: str, requirements: pathlib.Path) -> pathlib.Path:
 
 
 def describe_library(site: pathlib.Path) -> None:
-    """Write what is installed of the library into a directory for ``PYTHONPATH``: it says which backends there are.
+    """Write what is installed of the library into a directory for ``PYTHONPATH``: it names the backends.
 
     :param site: an existing directory, from which the sources are not imported.
     """
