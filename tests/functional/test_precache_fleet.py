@@ -19,6 +19,7 @@ from typing import Any
 
 import oslo_messaging
 import pytest
+from kombu.connection import Connection
 from oslo_config import cfg
 
 from imagecache_lib.precache import client, rpc
@@ -245,6 +246,95 @@ def test_the_message_bus_restarts_meanwhile(
     ended = fleet.finish(running)
     assert {row["result"] for row in ended.values()} == {"cached"}
     assert [len(glance.downloads(image)) for image in images] == [2, 2]
+
+
+@pytest.mark.parametrize("lacking", ["memory", "disk"])
+def test_a_broker_without_memory_or_disk_holds_up_the_news_and_no_download(
+    fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit, lacking: str
+) -> None:
+    images = make_images(glance, MIB, 4 * MIB)
+    fleet.start_agent("alpha")
+    running = fleet.start(["alpha"], images, "--rate", "1M")
+    fleet.wait_for(lambda: fleet.has("alpha", images[0]))
+    with rabbit.alarm(lacking):
+        fleet.wait_for(lambda: fleet.has("alpha", images[1]))
+    ended = fleet.finish(running)
+    assert {row["result"] for row in ended.values()} == {"cached"}
+    assert [len(glance.downloads(image)) for image in images] == [1, 1]
+
+
+def test_the_virtual_host_is_deleted_and_made_again(
+    fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit
+) -> None:
+    images = make_images(glance, MIB, 4 * MIB)
+    fleet.start_agent("alpha")
+    running = fleet.start(["alpha"], images, "--rate", "1M")
+    fleet.wait_for(lambda: fleet.has("alpha", images[0]))
+    rabbit.remake_vhost(lambda: fleet.wait_for(lambda: fleet.has("alpha", images[1])))
+    ended = fleet.finish(running)
+    assert {row["result"] for row in ended.values()} == {"cached"}
+    assert [len(glance.downloads(image)) for image in images] == [1, 1]
+
+
+def test_an_agent_killed_while_it_fetches_repeats_nothing_finished_when_it_is_back(
+    fleet: Fleet, glance: glance_lab.Glance
+) -> None:
+    images = make_images(glance, MIB, 4 * MIB)
+    pid = fleet.start_agent("alpha")
+    running = fleet.start(["alpha"], images, "--rate", "512K")
+    stage = fleet.instances("alpha") / "_base" / ".imagecache" / "stage"
+    fleet.wait_for(lambda: fleet.has("alpha", images[0]) and any(stage.iterdir()))
+    os.kill(pid, signal.SIGKILL)
+    fleet.stop_agent("alpha")
+    fleet.start_agent("alpha")
+    ended = fleet.finish(running)
+    assert {row["result"] for row in ended.values()} <= {"cached", "existing"}
+    assert len(glance.downloads(images[0])) == 1
+    assert len(glance.downloads(images[1])) <= 2
+
+
+def test_messages_that_nobody_meant_for_an_agent_cost_the_next_job_nothing(
+    fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit
+) -> None:
+    (image,) = make_images(glance, MIB)
+    pid = fleet.start_agent("alpha")
+    envelope = json.dumps(
+        {"oslo.version": "2.0", "oslo.message": json.dumps({"method": "begin", "args": {}})}
+    )
+    bodies = [b"", b"\xff\x00", b"null", b"[]", b"{}", envelope.encode()[:-9], envelope.encode()]
+    bodies += [
+        json.dumps({"oslo.version": "2.0", "oslo.message": inner}).encode() for inner in ("{", 5, None)
+    ]
+    url = rabbit.url.replace("rabbit://", "amqp://") + "/"
+    with Connection(url) as connection:  # type: ignore[no-untyped-call]
+        producer = connection.Producer()
+        for body in bodies:
+            for kind in ("application/json", "application/x-python-serialize", "application/octet-stream"):
+                producer.publish(
+                    body, routing_key=f"{fleet.topic}.alpha", content_type=kind, content_encoding="binary"
+                )
+    ended = fleet.finish(fleet.start(["alpha"], [image], "--deadline", "60s"))
+    assert ended["alpha", image]["result"] == "cached"
+    assert os.path.exists(f"/proc/{pid}")
+
+
+def test_a_job_that_was_cancelled_while_its_host_was_down_fetches_nothing_later(
+    fleet: Fleet, glance: glance_lab.Glance
+) -> None:
+    (image,) = make_images(glance, 90 * MIB)
+    os.kill(fleet.start_agent("alpha"), signal.SIGKILL)  # its queue stays, and takes calls
+    fleet.stop_agent("alpha")
+    running = fleet.start(["alpha"], [image], "--rate", "256K")
+    fleet.wait_for(lambda: "alpha" in (fleet.home / "conductor.log").read_text())
+    fleet.finish(fleet.conductor("cancel", fleet.job_id(), "--topic", fleet.topic, "-f", "json"), code=10)
+    assert fleet.finish(running, code=10)["alpha", image]["result"] == "skipped"
+    fleet.start_agent("alpha")
+    (other,) = make_images(glance, MIB)
+    ended = fleet.finish(fleet.start(["alpha"], [other]))  # which waits for its turn, if there is another
+    assert ended["alpha", other]["result"] == "cached"
+    assert not fleet.has("alpha", image)
+    stage = fleet.instances("alpha") / "_base" / ".imagecache" / "stage"
+    assert not any(stage.iterdir())
 
 
 def test_the_image_service_is_lost_and_back(

@@ -9,7 +9,7 @@ import os
 import pathlib
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from tests.lab import server
 from tests.support import needs
@@ -55,13 +55,29 @@ class Rabbit:
         )
 
     @contextlib.contextmanager
-    def alarm(self) -> Iterator[None]:
-        """Have the broker believe that it has no memory left: it takes no messages meanwhile."""
-        self.control("set_vm_memory_high_watermark", "0.00001")
+    def alarm(self, lacking: str = "memory") -> Iterator[None]:
+        """Have the broker believe that it has no memory, or disk, left: it takes no messages meanwhile."""
+        setting, far_off, usual = {
+            "memory": ("set_vm_memory_high_watermark", "0.00001", "0.4"),
+            "disk": ("set_disk_free_limit", "1000000GB", "50MB"),
+        }[lacking]
+        self.control(setting, far_off)
         try:
             yield
         finally:
-            self.control("set_vm_memory_high_watermark", "0.4")
+            self.control(setting, usual)
+
+    def remake_vhost(self, meanwhile: Callable[[], None]) -> None:
+        """Delete the virtual host with all its queues and connections, and make it again.
+
+        :param meanwhile: called while there is none.
+        """
+        self.control("delete_vhost", "/")
+        try:
+            meanwhile()
+        finally:
+            self.control("add_vhost", "/")
+            self.control("set_permissions", "-p", "/", "guest", ".*", ".*", ".*")
 
     def control(self, *words: str) -> str:
         """Run rabbitmqctl on it, and return what that prints."""
