@@ -595,7 +595,7 @@ def test_hosts_that_relay_fetch_an_image_once_and_others_by_themselves(
     fleet.start_agent("alpha")
     names = [*relaying, "alpha"]
     ended = fleet.finish(fleet.start(names, images, "--relay", "--heads", "1"))
-    assert {row["Result"] for row in ended.values()} == {"cached"}
+    assert {row["result"] for row in ended.values()} == {"cached"}
     assert [len(glance.downloads(image)) for image in images] == [2, 2]
     stages = [os.listdir(fleet.instances(name) / "_base" / ".imagecache" / "stage") for name in names]
     assert stages == [[]] * 4
