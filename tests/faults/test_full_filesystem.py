@@ -322,3 +322,57 @@ def test_once_the_deadline_passed_it_says_that_there_was_no_room(
     assert now[0] == 1010.0
     stop.go_on()
     assert first.result() is ic.CacheResult.CACHED
+
+
+class _Died(BaseException):
+    """Ends a publisher where it stands, as a kill does."""
+
+
+def _publish_half(make: Callable[..., ic.ImageCacheManager]) -> None:
+    """Give a base its name, and die before its record has its own."""
+
+    def die(point: str) -> None:
+        if point == "publish:linked":
+            raise _Died
+
+    with contextlib.suppress(_Died):
+        make(host=System(trace=die)).cache_image(IDS[0])
+
+
+def _fill_up(path: pathlib.Path) -> None:
+    """Take all the room there is, to the last block."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as filling:
+        for piece in (MIB, 4096, 512):
+            with contextlib.suppress(OSError):
+                while True:
+                    filling.write(bytes(piece))
+
+
+def test_the_evidence_of_a_base_outlives_a_full_filesystem(
+    instances: pathlib.Path, make: Callable[..., ic.ImageCacheManager]
+) -> None:
+    _publish_half(make)
+    private = instances / "_base" / ".imagecache"
+    filling = instances / "_base" / "filling"
+    _fill_up(filling)
+    files.age_tree(private / "stage", seconds=7200)  # a leftover otherwise
+    for _pass in range(2):
+        make().verify_base_images([])
+    assert not list((private / "records").glob("*.json"))
+    filling.unlink()
+    make().verify_base_images([])
+    found = make().show_base(IDS[0])
+    assert found is not None and found.image_id == IDS[0]
+    assert found.origin == "fetched"
+    assert not list((private / "stage").iterdir())
+
+
+def test_a_base_whose_evidence_finds_no_room_for_a_day_may_be_evicted_for_room(
+    instances: pathlib.Path, make: Callable[..., ic.ImageCacheManager]
+) -> None:
+    _publish_half(make)
+    _fill_up(instances / "_base" / "filling")
+    files.age_tree(instances / "_base" / ".imagecache" / "stage", seconds=2 * AGED)
+    for _pass in range(2):
+        make().verify_base_images([])
+    assert not base(instances, IDS[0]).exists()
