@@ -376,3 +376,23 @@ def test_a_base_whose_evidence_finds_no_room_for_a_day_may_be_evicted_for_room(
     for _pass in range(2):
         make().verify_base_images([])
     assert not base(instances, IDS[0]).exists()
+
+
+def test_eviction_ends_where_it_gives_nothing_back(tmp_path: pathlib.Path, images: dict[str, bytes]) -> None:
+    with filesystems.loop_mounted(
+        tmp_path, filesystems.XFS_SMALLEST, ["mkfs.xfs", "-q", "-m", "reflink=1"]
+    ) as mount_point:
+
+        def cache(image_id: str, *, low: int = 0) -> None:
+            config = ic.CacheConfig(instances_path=str(mount_point), num_retries=0, free_space_low=low)
+            ic.ImageCacheManager(config, FakeSource(images)).cache_image(image_id)
+
+        for number, image_id in enumerate(IDS[:5]):
+            cache(image_id)
+            # A snapshot keeps the blocks of a base that is evicted.
+            copy = mount_point / f"snapshot-{number}"
+            subprocess.run(["cp", "--reflink=always", base(mount_point, image_id), copy], check=True)
+            age_base(mount_point, image_id, AGED)
+        with pytest.raises(ic.NoSpaceError):
+            cache(IDS[5], low=free(mount_point) - IMAGE_SIZE // 2)
+        assert sum(base(mount_point, image_id).exists() for image_id in IDS[:5]) == 4
