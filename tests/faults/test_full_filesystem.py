@@ -396,3 +396,25 @@ def test_eviction_ends_where_it_gives_nothing_back(tmp_path: pathlib.Path, image
         with pytest.raises(ic.NoSpaceError):
             cache(IDS[5], low=free(mount_point) - IMAGE_SIZE // 2)
         assert sum(base(mount_point, image_id).exists() for image_id in IDS[:5]) == 4
+
+
+def test_what_an_attempt_to_decode_reserved_is_not_reserved_twice(
+    instances: pathlib.Path, make: Callable[..., ic.ImageCacheManager], tmp_path: pathlib.Path
+) -> None:
+    raw, path = tmp_path / "raw", tmp_path / "image"
+    with raw.open("wb") as file:
+        file.write(b"compressible" * (36 * MIB // 12))
+        file.truncate(600 * MIB)
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", raw, path], check=True)
+    # A second table behind the data, for the same cluster: it can be decoded only as a whole.
+    image = bytearray(path.read_bytes())
+    level_1 = int.from_bytes(image[40:48], "big")
+    table = int.from_bytes(image[level_1 : level_1 + 8], "big") & (2**56 - 1)
+    image += bytes(-len(image) % 65536)
+    image[level_1 + 8 : level_1 + 16] = len(image).to_bytes(8, "big")
+    image += image[table : table + 8] + bytes(65536 - 8)
+    # It fits once, and not twice.
+    assert make(FakeSource({"image": bytes(image)}, disk_format="qcow2")).cache_image("image")
+    found = base(instances, "image").stat()
+    assert found.st_size == 600 * MIB
+    assert found.st_blocks * 512 > 36 * MIB
