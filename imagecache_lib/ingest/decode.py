@@ -251,7 +251,10 @@ class SpoolAndConvert:
         virtual_size = settle(self._spool.fd, source, work.rules, work.converter, work.waiter)
         with translated(self._stage.path):
             os.ftruncate(self._stage.fd, virtual_size)
-        # What the spool has allocated is gone from the free space already.
+        # The spool is whole, and what it has allocated is gone from the free space already. It took over what
+        # an attempt to decode the image as it arrives may have reserved, far more than its file.
+        self._spool.reserved = 0
+        self._spool.write_info()
         work.reservation.raise_to(self._decoded_bytes(source))
         work.converter.convert_to_raw(source, self._stage.path, waiter=work.waiter)
         self._stage.read_back()

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from imagecache_lib import errors, events
 from imagecache_lib.store import disk_roots, history, layout, pins, publish, stage, trash
@@ -38,8 +38,8 @@ def recover(cache: CacheStore, observers: events.Observers) -> None:
         LOG.warning(
             "%s cannot be read. Nothing is evicted until it goes; make it readable, or remove it", path
         )
-    _finish_publications(cache, observers)
-    _sweep_stages(cache, observers, now)
+    unfinished = _finish_publications(cache, observers)
+    _sweep_stages(cache, observers, now, unfinished=unfinished)
     _sweep_leftovers(cache, now)
     pins.sweep(cache, now=now)
     _sweep_records(cache, now)
@@ -49,12 +49,14 @@ def recover(cache: CacheStore, observers: events.Observers) -> None:
     history.sweep(cache, now=now)
 
 
-def _finish_publications(cache: CacheStore, observers: events.Observers) -> None:
-    for _stage_id, note in list(stage.iter_stages(cache)):
+def _finish_publications(cache: CacheStore, observers: events.Observers) -> set[str]:
+    """Write the records that are missing. Returns the stages whose evidence has no other place yet."""
+    unfinished = set()
+    for stage_id, note in list(stage.iter_stages(cache)):
         if note.record is None or layout.classify(note.name) is layout.Kind.UNKNOWN:
             continue
-        # What cannot be finished now is finished by the base's next user, or next time.
-        with contextlib.suppress(errors.CacheEntryError, OSError):
+        # What cannot be finished now, for lack of room say, is finished by the base's next user or next time.
+        try:
             opened = cache.open_base(note.name)
             if opened is None:
                 continue
@@ -62,9 +64,21 @@ def _finish_publications(cache: CacheStore, observers: events.Observers) -> None
                 if cache.record_of(opened) is None and publish.finish(cache, opened) is not None:
                     image_id = note.record.image_id
                     observers(events.Recovered(note.name, image_id, what="its publication is finished"))
+        except errors.CacheEntryError:
+            continue
+        except OSError:
+            unfinished.add(stage_id)
+    return unfinished
 
 
-def _sweep_stages(cache: CacheStore, observers: events.Observers, now: float) -> None:
+def _sweep_stages(
+    cache: CacheStore, observers: events.Observers, now: float, *, unfinished: Container[str]
+) -> None:
+    """Remove stages whose owner is dead.
+
+    :param unfinished: hold a base's only evidence. Not for ever: while they lie there, the base cannot be
+        evicted, which may be what a full filesystem needs.
+    """
     for entry in os.listdir(cache.layout.stages):
         stage_id = entry.partition(".")[0]
         if not _STAGE.fullmatch(stage_id) or entry.endswith(atomic_file.NOTE_SUFFIX):
@@ -74,11 +88,21 @@ def _sweep_stages(cache: CacheStore, observers: events.Observers, now: float) ->
             # Its data went first: a crash of the sweep, or of a discard.
             if not os.path.lexists(path):
                 _unlink_if_idle(os.path.join(cache.layout.stages, entry), cache, now)
+        elif stage_id in unfinished and _is_recent(path, cache, now):
+            continue
         elif sweep_if_dead(path, cache, now):
             for beside in cache.layout.beside_stage(stage_id):
                 with contextlib.suppress(OSError):
                     os.unlink(beside)
             observers(events.Recovered(stage_id, what="removed, a leftover of an interrupted fetch"))
+
+
+def _is_recent(path: str, cache: CacheStore, now: float) -> bool:
+    try:
+        changed = os.stat(path, follow_symlinks=False).st_mtime
+    except OSError:
+        return True
+    return now - changed < cache.config.foreign_stage_idle_seconds
 
 
 def sweep_if_dead(path: str, cache: CacheStore, now: float, *, marked: bool = False) -> bool:

@@ -32,6 +32,13 @@ ALLOWANCE = 128 * 1024
 #: How often one that waits for room looks again, in seconds.
 _SLICE = 0.5
 
+#: How many slices the blocks of evicted bases may take to become free.
+_LATE_TURNS = 3
+
+#: Of what evicted files had allocated, one part in so many has to become free, or eviction ends: a record and
+#: checksums are freed with a base that shares all its blocks.
+_LEAST_SHARE = 4
+
 
 def outstanding(cache: CacheStore) -> int:
     """Return the bytes that living owners have reserved and not yet allocated."""
@@ -112,11 +119,28 @@ class Reservation:
         Returns why there is no room, or None once the bytes are reserved.
         """
         with self._locked(ROOM_LOCK):
-            while True:
-                # The process that held this lock before may have freed more than it took.
-                refusal = self._try(needed)
-                if refusal is None or self._evictor.make_room(refusal.short) <= 0:
-                    return refusal
+            # The process that held this lock before may have freed more than it took.
+            refusal = self._try(needed)
+            while refusal is not None and (freed := self._evictor.make_room(refusal.short)) > 0:
+                enough = refusal.short - freed // _LEAST_SHARE
+                refusal = self._try_after_eviction(needed, enough)
+                # What evicted files share with snapshots stays allocated, however many are evicted.
+                if refusal is not None and refusal.short > enough:
+                    break
+            return refusal
+
+    def _try_after_eviction(self, needed: int, enough: int) -> _Refusal | None:
+        """Try again, for a moment until an eviction shows: XFS frees the blocks after unlink(2) returned.
+
+        :param enough: bytes that are lacking at most once it shows.
+        """
+        for _turn in range(_LATE_TURNS):
+            refusal = self._try(needed)
+            if refusal is None or refusal.short <= enough:
+                return refusal
+            self._waiter.check()
+            self._cache.host.sleep(_SLICE)
+        return self._try(needed)
 
     def _try(self, needed: int) -> _Refusal | None:
         stage, cache = self._stage, self._cache

@@ -416,7 +416,9 @@ class OwnerLock:
                     set_lock(self.fd, fcntl.F_WRLCK, *_OWNER_BYTE)
 
     def close(self) -> None:
-        """Close the file, and with it drop the lock."""
+        """Drop the lock, also where a child that was forked as the file was opened has it, and close it."""
+        with contextlib.suppress(OSError, ValueError):  # it is closed already, as in a forked child
+            set_lock(self.fd, fcntl.F_UNLCK, *_OWNER_BYTE)
         self._held.close()
 
 

@@ -322,3 +322,99 @@ def test_once_the_deadline_passed_it_says_that_there_was_no_room(
     assert now[0] == 1010.0
     stop.go_on()
     assert first.result() is ic.CacheResult.CACHED
+
+
+class _Died(BaseException):
+    """Ends a publisher where it stands, as a kill does."""
+
+
+def _publish_half(make: Callable[..., ic.ImageCacheManager]) -> None:
+    """Give a base its name, and die before its record has its own."""
+
+    def die(point: str) -> None:
+        if point == "publish:linked":
+            raise _Died
+
+    with contextlib.suppress(_Died):
+        make(host=System(trace=die)).cache_image(IDS[0])
+
+
+def _fill_up(path: pathlib.Path) -> None:
+    """Take all the room there is, to the last block."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as filling:
+        for piece in (MIB, 4096, 512):
+            with contextlib.suppress(OSError):
+                while True:
+                    filling.write(bytes(piece))
+
+
+def test_the_evidence_of_a_base_outlives_a_full_filesystem(
+    instances: pathlib.Path, make: Callable[..., ic.ImageCacheManager]
+) -> None:
+    _publish_half(make)
+    private = instances / "_base" / ".imagecache"
+    filling = instances / "_base" / "filling"
+    _fill_up(filling)
+    files.age_tree(private / "stage", seconds=7200)  # a leftover otherwise
+    for _pass in range(2):
+        make().verify_base_images([])
+    assert not list((private / "records").glob("*.json"))
+    filling.unlink()
+    make().verify_base_images([])
+    found = make().show_base(IDS[0])
+    assert found is not None and found.image_id == IDS[0]
+    assert found.origin == "fetched"
+    assert not list((private / "stage").iterdir())
+
+
+def test_a_base_whose_evidence_finds_no_room_for_a_day_may_be_evicted_for_room(
+    instances: pathlib.Path, make: Callable[..., ic.ImageCacheManager]
+) -> None:
+    _publish_half(make)
+    _fill_up(instances / "_base" / "filling")
+    files.age_tree(instances / "_base" / ".imagecache" / "stage", seconds=2 * AGED)
+    for _pass in range(2):
+        make().verify_base_images([])
+    assert not base(instances, IDS[0]).exists()
+
+
+def test_eviction_ends_where_it_gives_nothing_back(tmp_path: pathlib.Path, images: dict[str, bytes]) -> None:
+    with filesystems.loop_mounted(
+        tmp_path, filesystems.XFS_SMALLEST, ["mkfs.xfs", "-q", "-m", "reflink=1"]
+    ) as mount_point:
+
+        def cache(image_id: str, *, low: int = 0) -> None:
+            config = ic.CacheConfig(instances_path=str(mount_point), num_retries=0, free_space_low=low)
+            ic.ImageCacheManager(config, FakeSource(images)).cache_image(image_id)
+
+        for number, image_id in enumerate(IDS[:5]):
+            cache(image_id)
+            # A snapshot keeps the blocks of a base that is evicted.
+            copy = mount_point / f"snapshot-{number}"
+            subprocess.run(["cp", "--reflink=always", base(mount_point, image_id), copy], check=True)
+            age_base(mount_point, image_id, AGED)
+        with pytest.raises(ic.NoSpaceError):
+            cache(IDS[5], low=free(mount_point) - IMAGE_SIZE // 2)
+        assert sum(base(mount_point, image_id).exists() for image_id in IDS[:5]) == 4
+
+
+def test_what_an_attempt_to_decode_reserved_is_not_reserved_twice(
+    instances: pathlib.Path, make: Callable[..., ic.ImageCacheManager], tmp_path: pathlib.Path
+) -> None:
+    raw, path = tmp_path / "raw", tmp_path / "image"
+    with raw.open("wb") as file:
+        file.write(b"compressible" * (36 * MIB // 12))
+        file.truncate(600 * MIB)
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", raw, path], check=True)
+    # A second table behind the data, for the same cluster: it can be decoded only as a whole.
+    image = bytearray(path.read_bytes())
+    level_1 = int.from_bytes(image[40:48], "big")
+    table = int.from_bytes(image[level_1 : level_1 + 8], "big") & (2**56 - 1)
+    image += bytes(-len(image) % 65536)
+    image[level_1 + 8 : level_1 + 16] = len(image).to_bytes(8, "big")
+    image += image[table : table + 8] + bytes(65536 - 8)
+    # It fits once, and not twice.
+    assert make(FakeSource({"image": bytes(image)}, disk_format="qcow2")).cache_image("image")
+    found = base(instances, "image").stat()
+    assert found.st_size == 600 * MIB
+    assert found.st_blocks * 512 > 36 * MIB

@@ -448,6 +448,40 @@ class TestOwners(LockCase):
         self.assertFalse(locks.has_owner(looker))
         self.assertTrue(locks.try_own(looker))
 
+    def test_a_child_that_was_forked_as_the_file_was_opened_keeps_no_lock_on_it(self) -> None:
+        fd = os.open(self.file, os.O_RDWR | os.O_CREAT)
+        ready, end = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(end)
+            os.read(ready, 1)
+            os._exit(0)
+        os.close(ready)
+        try:
+            locks.OwnerLock(fd, self.host).close()
+            other = os.open(self.file, os.O_RDWR)
+            try:
+                self.assertIs(False, locks.has_owner(other))
+            finally:
+                os.close(other)
+        finally:
+            os.close(end)
+            os.waitpid(child, 0)
+
+    def test_a_child_that_closes_an_owners_file_leaves_the_lock(self) -> None:
+        owner = self.owned()
+        child = os.fork()
+        if child == 0:
+            owner.close()
+            os._exit(0)
+        os.waitpid(child, 0)
+        other = os.open(self.file, os.O_RDWR)
+        try:
+            self.assertTrue(locks.has_owner(other))
+        finally:
+            os.close(other)
+            owner.close()
+
     def test_qemu_img_may_write_into_an_owned_file(self) -> None:
         owner = self.owned()
         self.addCleanup(owner.close)
