@@ -9,6 +9,8 @@ import sys
 import tempfile
 import unittest
 
+import imagecache_lib
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LICENSE_LINE = "# SPDX-License-Identifier: Apache-2.0"
 #: What listing needs none of: HTTP, inspectors, running programs, what makes disks, decodes and scrubs.
@@ -45,6 +47,9 @@ class TreeTest(unittest.TestCase):
         finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         self.assertEqual((1, ""), (finished.returncode, finished.stdout))
         self.assertEqual("imagecache: cliff is not installed; install imagecache-lib[cli]\n", finished.stderr)
+
+    def test_shells_and_the_documentation_see_every_public_name(self) -> None:
+        self.assertLessEqual(set(imagecache_lib.__all__), set(dir(imagecache_lib)))
 
     def test_importing_the_package_loads_nothing_heavy(self) -> None:
         # A virt driver imports us in every compute service, used or not.
