@@ -323,3 +323,26 @@ def test_what_waits_is_told_in_whole_where_there_is_no_terminal() -> None:
         f"{UUID}: waiting: compute-1, pid 1989 fetches it, 80 %  32.0 MiB of 40.0 MiB",
         "swap: waiting: compute-1, pid 1989 fetches it",
     ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_what_commands_print_fits_the_terminal(cli: Cli, width: int) -> None:
+    cli.cache(UUID)
+    cli.run("disk", "create", UUID, str(cli.instances / "vm/disk"), "--size", "1G", "--file", str(cli.data))
+    cli.run("image", "pin", OTHER, "--for", "7d", "--owner", "night-shift")
+    cli.environment["COLUMNS"] = str(width)
+    for words, code in (
+        (("image", "list"), 0),
+        (("image", "pins"), 0),
+        (("history", UUID), 0),
+        (("cache", "verify"), 10),
+        (("host", "list"), 0),
+        (("prune", "--dry-run"), 0),
+        (("df",), 0),
+    ):
+        said = cli.run(*words, code=code).stdout
+        assert said.strip(), words
+        # A path cannot be broken without harm.
+        lines = [line for line in said.splitlines() if str(cli.instances) not in line]
+        assert max(map(len, lines)) <= width, said
+        assert not any(line.strip() in ("|", "+") for line in lines), said
