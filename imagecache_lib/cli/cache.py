@@ -179,7 +179,9 @@ class Audit(base.BaseLister):
         report = self.admin().audit(base.read_instances(parsed_args.instances))
         if any(each.severity is not ic.Severity.INFO for each in report.findings):
             self.exit_code = base.ATTENTION
-        self.note(f"{report.bases} base images, {report.overlays} disks that refer to one")
+        bases = "1 base image" if report.bases == 1 else f"{report.bases} base images"
+        disks = "1 disk that refers" if report.overlays == 1 else f"{report.overlays} disks that refer"
+        self.note(f"{bases}, {disks} to one")
         return ["severity", "subject", "finding", "what_to_do"], [
             (values.Word(each.severity.value), each.subject, each.text, each.next_step)
             for each in report.findings

@@ -346,3 +346,11 @@ def test_what_commands_print_fits_the_terminal(cli: Cli, width: int) -> None:
         lines = [line for line in said.splitlines() if str(cli.instances) not in line]
         assert max(map(len, lines)) <= width, said
         assert not any(line.strip() in ("|", "+") for line in lines), said
+
+
+def test_what_is_said_to_people_has_no_words_of_python(cli: Cli) -> None:
+    cli.cache()
+    shown = cli.run("image", "show", IMAGE).stdout
+    assert not {"True", "False", "None"} & set(shown.split())
+    assert (cli.json("image", "show", IMAGE)["damaged"]) is False
+    assert "1 base image, 0 disks" in cli.run("cache", "audit").stderr
