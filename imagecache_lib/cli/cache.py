@@ -57,16 +57,18 @@ class Verify(base.BaseLister):
         if report.problems or before.damaged:
             self.exit_code = base.ATTENTION
         return ["image", "name", "on_disk", "fate", "reason", "base", "damaged", "reasons"], [
-            self._row(each, known.get(each.name), gone, instances is None) for each in report.bases
+            self._row(each, known.get(each.name), gone, instances) for each in report.bases
         ]
 
     def _row(
-        self, each: ic.BaseReport, known: ic.SurveyedBase | None, gone: str, unreported: bool
+        self,
+        each: ic.BaseReport,
+        known: ic.SurveyedBase | None,
+        gone: str,
+        instances: Sequence[ic.Instance] | None,
     ) -> list[Any]:
         damaged = known is not None and known.base.damaged
-        reason = each.reason
-        if unreported and "could not tell" in reason:
-            reason = "--instances FILE is missing"
+        reason = base.to_operator(each.reason, instances)
         return [
             values.Id(each.image_id or each.name),
             values.Label(known.base.image_name if known is not None else None),

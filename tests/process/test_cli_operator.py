@@ -354,3 +354,12 @@ def test_what_is_said_to_people_has_no_words_of_python(cli: Cli) -> None:
     assert not {"True", "False", "None"} & set(shown.split())
     assert (cli.json("image", "show", IMAGE)["damaged"]) is False
     assert "1 base image, 0 disks" in cli.run("cache", "audit").stderr
+
+
+def test_an_operator_is_asked_for_a_report_and_told_of_the_image_by_its_id(cli: Cli) -> None:
+    cli.cache()
+    explained = cli.run("image", "explain", IMAGE).stdout
+    assert "the driver" not in explained
+    assert "give --instances FILE" in explained
+    cli.run("image", "pin", IMAGE)
+    assert f"image {IMAGE}: " in cli.run("image", "evict", IMAGE, code=11).stderr
