@@ -146,7 +146,7 @@ reno-lint: $(STAMPS)/dev
 	$(BIN)/reno --quiet lint
 
 docs: $(STAMPS)/dev
-	$(BIN)/sphinx-build -q -W --keep-going -b html doc/source doc/build/html
+	$(BIN)/sphinx-build -q -n -W --keep-going -b html doc/source doc/build/html
 
 # The drawings are kept beside their text, so that building the documentation takes no Graphviz.
 drawings: $(STAMPS)/bench $(STAMPS)/system-drawings

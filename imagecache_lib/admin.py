@@ -93,7 +93,8 @@ class CacheAdmin:
     def survey(self, instances: Iterable[model.Instance] | None = None) -> survey.Survey:
         """Look at the whole cache: the state of each base image, and where the space went. Changes nothing.
 
-        :param instances: as for :meth:`verify_base_images`. None: as the driver last reported them.
+        :param instances: as for :meth:`ImageCacheManager.verify_base_images`. None: as the driver last
+            reported them.
         :raises ConfigError: the instances directory is not there.
         :raises BackendError: the cache cannot be read.
         """
@@ -117,12 +118,12 @@ class CacheAdmin:
         return next((base for base in self.list_bases() if base.name == name), None)
 
     def explain(self, image_id: str, instances: Iterable[model.Instance] | None) -> Explanation | None:
-        """Return what :meth:`verify_base_images` would do with a base now, and why.
+        """Return what :meth:`ImageCacheManager.verify_base_images` would do with a base now, and why.
 
         Returns None if the base is not in the cache.
 
         :param image_id: an image's, or the name of a base.
-        :param instances: as for :meth:`verify_base_images`.
+        :param instances: as for :meth:`ImageCacheManager.verify_base_images`.
         """
         self._start()
         with translated(self.config.base_path):
@@ -203,8 +204,8 @@ class CacheAdmin:
 
         What is leased, pinned, referred to, or was used within ``space_minimum_age_seconds`` stays.
 
-        :param instances: as for :meth:`verify_base_images`. None: as the driver last reported them; an
-            instance that was never reported and has no disk yet loses nothing but time.
+        :param instances: as for :meth:`ImageCacheManager.verify_base_images`. None: as the driver last
+            reported them; an instance that was never reported and has no disk yet loses nothing but time.
         :param older_than: seconds since its last use for which a base image stays.
         :param until_free: stop when so many bytes of the filesystem are free, the least recently used first.
             0: everything goes that may.
@@ -272,7 +273,8 @@ class CacheAdmin:
     def audit(self, instances: Iterable[model.Instance] | None = None) -> audit.AuditReport:
         """Report what does not fit together in disks and base images. Changes nothing, and makes nothing.
 
-        :param instances: as for :meth:`verify_base_images`, or None if only the disks are known.
+        :param instances: as for :meth:`ImageCacheManager.verify_base_images`, or None if only the disks are
+            known.
         :raises ConfigError, BackendError: the cache itself cannot be read.
         """
         from imagecache_lib.diagnostics import audit

@@ -168,11 +168,12 @@ class DiskAdmin(CacheAdmin):
         The header may name the base in any of the ways that QEMU writes, and other overlays in the disk's
         directory may lie between, as external snapshots leave them.
 
-        :param image_id: the image that the disk was made from, or None if :meth:`create_swap` or
-            :meth:`create_ephemeral` made it; then its base is made anew, byte for byte.
-        :param os_type: of an ephemeral disk, as :meth:`create_ephemeral` was asked for it, since the name of
-            its base does not tell which filesystem it has; or None if the caller does not know it, in which
-            case the disk itself may show it.
+        :param image_id: the image that the disk was made from, or None if
+            :meth:`ImageCacheManager.create_swap` or :meth:`ImageCacheManager.create_ephemeral` made it; then
+            its base is made anew, byte for byte.
+        :param os_type: of an ephemeral disk, as :meth:`ImageCacheManager.create_ephemeral` was asked for it,
+            since the name of its base does not tell which filesystem it has; or None if the caller does not
+            know it, in which case the disk itself may show it.
         :param fs: likewise.
         :param label: likewise.
         :param backend: of this disk, or None for the manager's.

@@ -66,6 +66,24 @@ class Progress(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class Waiting(Event):
+    """A base image was asked for, and another request fetches or makes it: this one waits for that.
+
+    It is told anew as the other one gets on.
+
+    :param host: the host where the other one is.
+    :param pid: id of the process there.
+    :param received: bytes that arrived so far.
+    :param total: bytes in all, if that is known.
+    """
+
+    host: str = ""
+    pid: int = 0
+    received: int = 0
+    total: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Fetched(Event):
     """An image's data arrived, was checked and is complete.
 
@@ -311,6 +329,7 @@ KINDS: tuple[type[Event], ...] = (
     Hit,
     Miss,
     Progress,
+    Waiting,
     Fetched,
     Copied,
     Published,

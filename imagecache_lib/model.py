@@ -60,9 +60,9 @@ class Image:
     :param stores: names of the image service's stores that hold it.
     :param converted_from: the data is a conversion of an image of this format, as other caches have it.
         With None the data is the image's own.
-    :param compression: how the data is compressed: one of :data:`COMPRESSIONS`. It is decompressed while it
-        arrives; ``size`` and ``digest`` are of the compressed data. With None it is not, as far as the source
-        knows.
+    :param compression: how the data is compressed: one of :data:`imagecache_lib.model.COMPRESSIONS`. It is
+        decompressed while it arrives; ``size`` and ``digest`` are of the compressed data. With None it is
+        not, as far as the source knows.
     :param properties: everything else the source said, such as ``img_signature``.
     """
 

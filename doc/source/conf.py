@@ -10,7 +10,13 @@ project = "imagecache-lib"
 author = "The imagecache-lib maintainers"
 copyright = author
 
-extensions = ["sphinx.ext.autodoc", "oslo_config.sphinxconfiggen", "oslo_config.sphinxext", "command_help"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "oslo_config.sphinxconfiggen",
+    "oslo_config.sphinxext",
+    "command_help",
+    "own_names",
+]
 
 # Writes imagecache.conf.sample beside this file, for admin/configuration.
 config_generator_config_file = [("config-generator.conf", "imagecache")]
@@ -21,6 +27,14 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 # Optional parts, which need not be installed to read about them.
 autodoc_mock_imports = ["cursive", "oslo_messaging", "prometheus_client", "rados", "rbd"]
+
+# Links to the documentation of Python and of other packages would need the network while this is built.
+_OTHERS = (
+    "collections.abc|contextlib|hashlib|logging|os|queue|re|ssl|threading|unittest"
+    "|oslo_concurrency|oslo_messaging|prometheus_client|requests"
+)
+# Sphinx splits the type of a parameter at its comma.
+nitpick_ignore_regex = [("py:.*", rf"({_OTHERS})\..*|({_OTHERS})|tuple\[str")]
 
 html_theme = "alabaster"
 html_theme_options = {

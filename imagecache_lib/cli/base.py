@@ -307,6 +307,21 @@ def read_instances(path: str | None) -> tuple[model.Instance, ...] | None:
     return tuple(report)
 
 
+#: What a pass says where it was given no report; and what it is to an operator, who may have no driver.
+_UNREPORTED = (
+    ("the driver could not tell which instances there are", "--instances FILE is missing"),
+    ("find that out, or report the instances", "give --instances FILE"),
+)
+
+
+def to_operator(text: str, instances: Sequence[model.Instance] | None) -> str:
+    """Return a text of a pass as it is said to an operator who gave that report, or None."""
+    if instances is None:
+        for said, meant in _UNREPORTED:
+            text = text.replace(said, meant)
+    return text
+
+
 def _unreadable(path: str, why: str) -> errors.ConfigError:
     return errors.ConfigError(
         f"the report of instances cannot be read: {why}", path=path, next_step="correct the file"

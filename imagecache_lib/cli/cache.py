@@ -57,16 +57,18 @@ class Verify(base.BaseLister):
         if report.problems or before.damaged:
             self.exit_code = base.ATTENTION
         return ["image", "name", "on_disk", "fate", "reason", "base", "damaged", "reasons"], [
-            self._row(each, known.get(each.name), gone, instances is None) for each in report.bases
+            self._row(each, known.get(each.name), gone, instances) for each in report.bases
         ]
 
     def _row(
-        self, each: ic.BaseReport, known: ic.SurveyedBase | None, gone: str, unreported: bool
+        self,
+        each: ic.BaseReport,
+        known: ic.SurveyedBase | None,
+        gone: str,
+        instances: Sequence[ic.Instance] | None,
     ) -> list[Any]:
         damaged = known is not None and known.base.damaged
-        reason = each.reason
-        if unreported and "could not tell" in reason:
-            reason = "--instances FILE is missing"
+        reason = base.to_operator(each.reason, instances)
         return [
             values.Id(each.image_id or each.name),
             values.Label(known.base.image_name if known is not None else None),
@@ -179,7 +181,9 @@ class Audit(base.BaseLister):
         report = self.admin().audit(base.read_instances(parsed_args.instances))
         if any(each.severity is not ic.Severity.INFO for each in report.findings):
             self.exit_code = base.ATTENTION
-        self.note(f"{report.bases} base images, {report.overlays} disks that refer to one")
+        bases = "1 base image" if report.bases == 1 else f"{report.bases} base images"
+        disks = "1 disk that refers" if report.overlays == 1 else f"{report.overlays} disks that refer"
+        self.note(f"{bases}, {disks} to one")
         return ["severity", "subject", "finding", "what_to_do"], [
             (values.Word(each.severity.value), each.subject, each.text, each.next_step)
             for each in report.findings

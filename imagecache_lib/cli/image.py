@@ -134,8 +134,8 @@ class Show(base.BaseShow):
             "length": values.Bytes(found.apparent),
             "on_disk": values.Bytes(found.allocated),
             "digest": digest(found.digest),
-            "damaged": found.damaged,
-            "inspected": found.inspected,
+            "damaged": values.Yes(found.damaged),
+            "inspected": values.Yes(found.inspected),
             "certificates": values.Lines(found.certificates),
             "last_use": values.Date(found.last_use),
             "hard_links": found.links,
@@ -167,10 +167,12 @@ class Explain(base.BaseShow):
             "base": found.base.name,
             "image": found.base.image_id,
             "next_pass": "evicts it" if found.base.evicted else "keeps it",
-            "because": found.base.reason,
-            "kept_by": values.Lines(what for what, _change in found.obstacles),
-            "to_change_that": values.Lines(change for _what, change in found.obstacles),
-            "problems": values.Lines(found.problems),
+            "because": base.to_operator(found.base.reason, instances),
+            "kept_by": values.Lines(base.to_operator(what, instances) for what, _change in found.obstacles),
+            "to_change_that": values.Lines(
+                base.to_operator(change, instances) for _what, change in found.obstacles
+            ),
+            "problems": values.Lines(base.to_operator(each, instances) for each in found.problems),
         }
         return list(shown), list(shown.values())
 
@@ -239,6 +241,7 @@ class Evict(base.Base):
             try:
                 admin.evict_image(base.base_of(admin, image))
             except ic.ImageCacheError as error:
+                error.image = values.printable(image)  # as the operator calls it, and not the base's name
                 self.complain(error)
                 codes.append(base.code_of(error))
         self.exit_code = base.worst(codes)

@@ -223,7 +223,8 @@ class ImageProducer:
                 image=self._call.image_id,
                 next_step="find out where the source has that from",
             )
-        stage = Stage(self._cache, self._call.name, origin=origin_of(source, image.id))
+        origin = origin_of(source, image.id)
+        stage = Stage(self._cache, self._call.name, origin=origin, total=image.size)
         try:
             return self._produce_in(stage, source, image)
         except BaseException as error:

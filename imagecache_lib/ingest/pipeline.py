@@ -102,6 +102,8 @@ class Pipeline:
         self._content.feed(chunk)
         if self._received - self._told >= _TELL_EVERY or self._received == self._image.size:
             self._told = self._received
+            if self._received >= _TELL_EVERY:  # less has arrived before anybody reads of it
+                self._work.stage.tell(self._received, self._image.size)
             name = self._work.stage.name
             self._work.cache.observers(
                 events.Progress(name, self._image.id, received=self._received, total=self._image.size)

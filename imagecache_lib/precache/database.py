@@ -237,7 +237,7 @@ class JobDatabase:
 
         Returns whether an operator cancelled the job.
 
-        :raises LeaseLost: another conductor runs the job; nothing is stored.
+        :raises lease.LeaseLost: another conductor runs the job; nothing is stored.
         """
         values = [_parameters(job_id, change) for change in changes]
         with self._writing() as connection:
@@ -252,7 +252,7 @@ class JobDatabase:
     def retry(self, job_id: str, runner: str) -> None:
         """Clear the results that a resume tries again, and the mark of a cancelled job.
 
-        :raises LeaseLost: another conductor runs the job.
+        :raises lease.LeaseLost: another conductor runs the job.
         """
         jobs, cells = schema.JOBS.c, schema.CELLS.c
         with self._writing() as connection:

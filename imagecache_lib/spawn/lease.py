@@ -221,13 +221,33 @@ class _BeingMade:
         self._cache = cache
         self._request = request
         self._wanted = wanted
+        self._told: stage.Fetcher | None = None
 
     def progress(self) -> object:
         """Return something that changes while any process gets on with making the base."""
         self._request.awaited.look(self._cache, self._request.name)
+        self._tell()
         with contextlib.suppress(OSError):
             return stage.progress(self._cache, self._request.name)
         return None
+
+    def _tell(self) -> None:
+        """Tell observers who makes the base, as often as that gets on."""
+        found = None
+        with contextlib.suppress(OSError):
+            found = stage.fetcher(self._cache, self._request.name)
+        if found is not None and found != self._told:
+            self._told = found
+            self._cache.observers(
+                events.Waiting(
+                    self._request.name,
+                    self._request.label,
+                    host=found.host,
+                    pid=found.pid,
+                    received=found.received,
+                    total=found.total,
+                )
+            )
 
     def is_done(self) -> bool:
         """Whether the lock is not needed any more.

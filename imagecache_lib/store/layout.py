@@ -16,7 +16,8 @@ place and stays readable by Nova::
         records/<name>.json     evidence of how a base was made, bound to the file
         records/<name>.sums     checksums of its content, taken in flight, bound to the record
         records/<name>.pieces   hashes of the source's data, piece by piece, bound to digest, size and base
-        stage/<id>, <id>.json   in flight: the data; its record-to-be with the bytes it reserves
+        stage/<id>, <id>.json   in flight: the data; its record-to-be with the bytes it reserves, and who
+                                fetches it and how far that is
         stage/<id>.sums         its checksums, once the data is complete
         stage/<id>.pieces       its source's hashes, once the digest of the whole turned out to be right
         stage/<name>.<id>.waits  empty: a request waits for a base that another one makes
@@ -84,10 +85,15 @@ of its directory, and stays until it is seen again, its instance leaves the repo
 An entry with an empty path and no names says that this release wrote the file; the older one drops it.
 
 It passes over ``stage/<name>.<id>.waits``, ``stage/<id>.outside``, ``stage/<name>.failed``, ``history``, and
-the field ``origin`` of a stage's note: its callers neither share a failure nor are told of one, and what it
-does is in no history. An operator's ``passed_over_directories`` is an option of this release: the older one
-reads those directories as all others, and keeps what they refer to. It removes any file in the making by its
-name, and this one behind a link only a file that carries ``user.imagecache.made``.
+the fields ``origin`` and ``fetcher`` of a stage's note: its callers neither share a failure nor are told of
+one, and what it does is in no history. An operator's ``passed_over_directories`` is an option of this
+release: the older one reads those directories as all others, and keeps what they refer to. It removes any
+file in the making by its name, and this one behind a link only a file that carries ``user.imagecache.made``.
+
+*The field* ``fetcher`` *of a stage's note* says who fills the file, for people who wait for it: ``host``, its
+name; ``pid``, the process there; ``received``, bytes of the source's data that arrived, written anew every
+16 MiB; ``total``, bytes in all, or null. It is evidence of nothing, and null once the data is complete. A
+note without it, or with another form of it, is a note.
 
 *A damaged* ``.scan`` is replaced by what ``.readings`` says, and the other way round. If neither can be read,
 everything stays.

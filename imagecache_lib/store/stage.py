@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -34,6 +35,22 @@ class StageGone(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
+class Fetcher:
+    """Who fills a stage file, and how far that is: for people who wait, and evidence of nothing.
+
+    :param host: its name.
+    :param pid: id of the process there.
+    :param received: bytes of the source's data that arrived.
+    :param total: bytes in all, or None while that is not known.
+    """
+
+    host: str
+    pid: int
+    received: int = 0
+    total: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class StageInfo:
     """What lies beside a stage file.
 
@@ -42,16 +59,25 @@ class StageInfo:
     :param record: the base's evidence, once the data is complete.
     :param origin: where the data comes from, as a digest; empty if that cannot be told. Releases before do
         not write it, and pass over it.
+    :param fetcher: who fills the file, or None if that is over or cannot be told. Likewise.
     """
 
     name: str
     reserved: int = 0
     record: evidence.Record | None = None
     origin: str = ""
+    fetcher: Fetcher | None = None
 
     def to_json(self) -> bytes:
         record = None if self.record is None else self.record.to_json().decode()
-        fields = {"name": self.name, "reserved": self.reserved, "record": record, "origin": self.origin}
+        fetcher = None if self.fetcher is None else dataclasses.asdict(self.fetcher)
+        fields = {
+            "name": self.name,
+            "reserved": self.reserved,
+            "record": record,
+            "origin": self.origin,
+            "fetcher": fetcher,
+        }
         return json.dumps(fields).encode() + b"\n"
 
 
@@ -60,7 +86,7 @@ def parse_info(data: bytes) -> StageInfo | None:
     try:
         fields = json.loads(data)
         name, reserved, record = fields["name"], fields["reserved"], fields["record"]
-        origin = fields.get("origin", "")
+        origin, fetcher = fields.get("origin", ""), _fetcher(fields.get("fetcher"))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     if not isinstance(origin, str):
@@ -68,26 +94,43 @@ def parse_info(data: bytes) -> StageInfo | None:
     if not isinstance(name, str) or type(reserved) is not int or reserved < 0:
         return None
     if record is None:
-        return StageInfo(name, reserved, origin=origin)
+        return StageInfo(name, reserved, origin=origin, fetcher=fetcher)
     if not isinstance(record, str):
         return None
-    return StageInfo(name, reserved, evidence.parse(record.encode()), origin)
+    return StageInfo(name, reserved, evidence.parse(record.encode()), origin, fetcher)
+
+
+def _fetcher(fields: object) -> Fetcher | None:
+    """Return who fills a stage file, or None for anything torn or unknown: nothing depends on it."""
+    if not isinstance(fields, dict):
+        return None
+    host, pid, received, total = (fields.get(key) for key in ("host", "pid", "received", "total"))
+    if not isinstance(host, str) or type(pid) is not int or type(received) is not int or received < 0:
+        return None
+    if total is not None and (type(total) is not int or total < 0):
+        return None
+    return Fetcher(host, pid, received, total)
 
 
 class Stage:
     """One stage file of ours, open for reading and writing.
 
+    :param origin: as :class:`StageInfo` has it.
+    :param total: bytes of the source's data that will arrive, if that is known.
     :raises StageGone: the cache was removed meanwhile.
     :raises NoSpaceError: from anything that writes, when the filesystem is full.
     """
 
-    def __init__(self, cache: CacheStore, name: str, *, origin: str = "") -> None:
+    def __init__(self, cache: CacheStore, name: str, *, origin: str = "", total: int | None = None) -> None:
         self._cache = cache
         self.name = name
         self._origin = origin
         self.id = durable.new_id()
         self.path = cache.layout.stage(self.id)
         self.reserved = 0
+        self._fetcher: Fetcher | None = Fetcher(cache.host.name, os.getpid(), total=total)
+        # Who decodes may reserve more while who receives tells how far it is.
+        self._noting = threading.Lock()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with translated(self.path):
             try:
@@ -116,15 +159,26 @@ class Stage:
     def write_info(self, record: evidence.Record | None = None) -> None:
         """Write down what this stage will be; durably, and after checksums and hashes, if the record is
         there."""
-        data = StageInfo(self.name, self.reserved, record, self._origin).to_json()
-        with translated(self.path):
+        with self._noting, translated(self.path):
             if record is not None:
                 sums = self.checksums.to_bytes(record.base_id)
                 durable.write_file(self._cache.layout.stage_sums(self.id), sums)
                 if self.pieces is not None:
                     hashes = self.pieces.to_bytes(record.base_id)
                     durable.write_file(self._cache.layout.stage_pieces(self.id), hashes)
-            durable.write_file(self._cache.layout.stage_record(self.id), data, sync=record is not None)
+            self._write_note(record)
+
+    def _write_note(self, record: evidence.Record | None = None) -> None:
+        note = StageInfo(self.name, self.reserved, record, self._origin, self._fetcher)
+        path = self._cache.layout.stage_record(self.id)
+        durable.write_file(path, note.to_json(), sync=record is not None)
+
+    def tell(self, received: int, total: int | None) -> None:
+        """Let those who wait for the base see how far its data is, in bytes. That it cannot be told is no
+        error."""
+        with self._noting, contextlib.suppress(OSError):
+            self._fetcher = Fetcher(self._cache.host.name, os.getpid(), received, total)
+            self._write_note()
 
     def write(self, data: bytes, offset: int) -> None:
         """Write data that belongs at an offset; zeros become holes."""
@@ -146,6 +200,8 @@ class Stage:
         self.checksums.clear()
         self.pieces = None
         self._taken = 0
+        if self._fetcher is not None:
+            self._fetcher = dataclasses.replace(self._fetcher, received=0)
 
     def read_back(self) -> None:
         """Sum up what another program wrote. Weaker than what passed through here: the page cache vouches."""
@@ -155,6 +211,7 @@ class Stage:
     def seal(self) -> str:
         """Give the complete data its mode and its random id, and make it durable. Returns the id."""
         base_id = durable.new_id()
+        self._fetcher = None
         with translated(self.path):
             os.fchmod(self.fd, layout.BASE_MODE)
             directory.write_id(self.fd, base_id)
@@ -279,3 +336,28 @@ def progress(cache: CacheStore, name: str) -> list[tuple[str, int, int]]:
                 now = os.stat(cache.layout.stage(stage_id))
                 found.append((stage_id, now.st_mtime_ns, now.st_blocks))
     return sorted(found)
+
+
+def fetcher(cache: CacheStore, name: str) -> Fetcher | None:
+    """Return who fetches or makes a base now, on whichever host, or None if none does or that cannot be told.
+
+    Of several it is the one that is furthest: a fetch may have a second file, of what is still to be decoded.
+    """
+    found = [
+        note.fetcher
+        for stage_id, note in iter_stages(cache)
+        if note.name == name and note.fetcher is not None and _may_be_alive(cache, stage_id)
+    ]
+    return max(found, key=lambda each: (each.total is not None, each.received), default=None)
+
+
+def _may_be_alive(cache: CacheStore, stage_id: str) -> bool:
+    """Whether a process owns a stage file, as far as locks tell."""
+    try:
+        fd = os.open(cache.layout.stage(stage_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not cache.host.locking or locks.has_owner(fd) is not False
+    finally:
+        os.close(fd)

@@ -3,14 +3,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import pathlib
+import pty
+import socket
 import subprocess
+import termios
+import threading
+import time
+from typing import Any
 
 import pytest
 
+from imagecache_lib import events
+from imagecache_lib.cli.progress import ProgressObserver
+from imagecache_lib.testing import http_faults
+from imagecache_lib.testing.bad_server import BadServer
 from tests.process.test_cli import IMAGE, Cli
 
 UUID = "318ac4fb-a140-4405-8167-ad782f983e48"
@@ -264,3 +276,90 @@ def test_df_says_when_the_next_pass_is_due(cli: Cli, tmp_path: pathlib.Path) -> 
     found = cli.json("df")
     assert found["last_pass"] < found["next_pass"]
     assert " in " in next(line for line in cli.run("df").stdout.splitlines() if line.startswith("next pass"))
+
+
+def notes(cli: Cli) -> list[Any]:
+    """Return what lies beside the files in flight."""
+    stages = cli.instances / "_base/.imagecache/stage"
+    return [json.loads(path.read_bytes()) for path in stages.glob("[!.]*.json")]
+
+
+def test_a_second_command_says_who_fetches_the_image_and_how_far_that_is(cli: Cli) -> None:
+    with BadServer() as server, contextlib.ExitStack() as ends:
+        words = cli.command("image", "cache", UUID, "--http", server.put("/image", bytes(40 * 2**20)))
+        server.always_fail("/image", http_faults.stalled(33 * 2**20), method="GET")
+        first = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        ends.callback(first.wait)
+        ends.callback(first.kill)
+        too_late = threading.Timer(90, first.kill)
+        too_late.start()
+        ends.callback(too_late.cancel)
+        while not any(note["fetcher"]["received"] >= 32 * 2**20 for note in notes(cli)):
+            assert first.poll() is None
+            time.sleep(0.05)
+        ours, theirs = pty.openpty()
+        ends.callback(os.close, ours)
+        termios.tcsetwinsize(theirs, (24, 100))
+        second = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=theirs)
+        ends.callback(second.wait)
+        ends.callback(second.kill)
+        os.close(theirs)
+        said = b""
+        while b"40.0 MiB" not in said:
+            said += os.read(ours, 4096)
+    line = said.decode().split("\r")[-1]
+    assert line.startswith("318ac4fb")
+    assert len(line) < 100
+    assert f"waiting: {socket.gethostname()}, pid {first.pid} fetches it, 8" in line
+
+
+def test_what_waits_is_told_in_whole_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    observer = ProgressObserver(stream, clock=lambda: 0.0)
+    for received in (32 * 2**20, 33 * 2**20):
+        observer(events.Waiting("n", UUID, host="compute-1", pid=1989, received=received, total=40 * 2**20))
+    observer(events.Waiting("n", "swap", host="compute-1", pid=1989))
+    assert stream.getvalue().splitlines() == [
+        f"{UUID}: waiting: compute-1, pid 1989 fetches it, 80 %  32.0 MiB of 40.0 MiB",
+        "swap: waiting: compute-1, pid 1989 fetches it",
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_what_commands_print_fits_the_terminal(cli: Cli, width: int) -> None:
+    cli.cache(UUID)
+    cli.run("disk", "create", UUID, str(cli.instances / "vm/disk"), "--size", "1G", "--file", str(cli.data))
+    cli.run("image", "pin", OTHER, "--for", "7d", "--owner", "night-shift")
+    cli.environment["COLUMNS"] = str(width)
+    for words, code in (
+        (("image", "list"), 0),
+        (("image", "pins"), 0),
+        (("history", UUID), 0),
+        (("cache", "verify"), 10),
+        (("host", "list"), 0),
+        (("prune", "--dry-run"), 0),
+        (("df",), 0),
+    ):
+        said = cli.run(*words, code=code).stdout
+        assert said.strip(), words
+        # A path cannot be broken without harm.
+        lines = [line for line in said.splitlines() if str(cli.instances) not in line]
+        assert max(map(len, lines)) <= width, said
+        assert not any(line.strip() in ("|", "+") for line in lines), said
+
+
+def test_what_is_said_to_people_has_no_words_of_python(cli: Cli) -> None:
+    cli.cache()
+    shown = cli.run("image", "show", IMAGE).stdout
+    assert not {"True", "False", "None"} & set(shown.split())
+    assert (cli.json("image", "show", IMAGE)["damaged"]) is False
+    assert "1 base image, 0 disks" in cli.run("cache", "audit").stderr
+
+
+def test_an_operator_is_asked_for_a_report_and_told_of_the_image_by_its_id(cli: Cli) -> None:
+    cli.cache()
+    explained = cli.run("image", "explain", IMAGE).stdout
+    assert "the driver" not in explained
+    assert "give --instances FILE" in explained
+    cli.run("image", "pin", IMAGE)
+    assert f"image {IMAGE}: " in cli.run("image", "evict", IMAGE, code=11).stderr

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
 import unittest
+
+import imagecache_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LICENSE_LINE = "# SPDX-License-Identifier: Apache-2.0"
@@ -46,6 +49,9 @@ class TreeTest(unittest.TestCase):
         self.assertEqual((1, ""), (finished.returncode, finished.stdout))
         self.assertEqual("imagecache: cliff is not installed; install imagecache-lib[cli]\n", finished.stderr)
 
+    def test_shells_and_the_documentation_see_every_public_name(self) -> None:
+        self.assertLessEqual(set(imagecache_lib.__all__), set(dir(imagecache_lib)))
+
     def test_importing_the_package_loads_nothing_heavy(self) -> None:
         # A virt driver imports us in every compute service, used or not.
         program = f"import sys, imagecache_lib; print([m for m in {HEAVY!r} if m in sys.modules])"
@@ -62,3 +68,25 @@ class TreeTest(unittest.TestCase):
             )
             output = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True)
         self.assertEqual("[]", output.strip())
+
+
+class ContainerTest(unittest.TestCase):
+    """Building it takes a registry; what it is made of can be compared without."""
+
+    def setUp(self) -> None:
+        text = (ROOT / "examples/container/Containerfile").read_text()
+        joined = re.sub(r"\\\n\s*", "", text)
+        self.lines = [line for line in joined.splitlines() if line and not line.startswith("#")]
+
+    def test_each_line_is_an_instruction(self) -> None:
+        known = {"FROM", "RUN", "COPY", "ENV", "USER", "ENTRYPOINT", "CMD"}
+        self.assertEqual(set(), {line.split()[0] for line in self.lines} - known)
+
+    def test_it_has_the_extras_and_the_programs_of_the_debian_package(self) -> None:
+        rules = (ROOT / "debian/rules").read_text()
+        (extras,) = re.findall(r"^EXTRAS := (.*)$", rules, re.MULTILINE)
+        self.assertIn(f"'/src[{extras}]'", " ".join(self.lines))
+        (depends,) = re.findall(r"^Depends: (.*)$", (ROOT / "debian/control").read_text(), re.MULTILINE)
+        programs = {name for name in depends.split(", ") if not name.startswith("$")}
+        installing = [line for line in self.lines if "apt-get install" in line]
+        self.assertLessEqual(programs, set(installing[-1].split()))
