@@ -86,10 +86,10 @@ def manager_for(
 
 
 def files_in(path: pathlib.Path) -> dict[str, int]:
-    """Return every file's path and inode, but lock files and our registration."""
+    """Return every file's path and inode, but lock files, our registration and the history of failures."""
     found: dict[str, int] = {}
     for parent, _directories, names in os.walk(path):
-        if os.path.basename(parent) not in ("locks", "hosts"):
+        if os.path.basename(parent) not in ("history", "hosts", "locks"):
             paths = [os.path.join(parent, name) for name in names]
             found |= {path: os.lstat(path).st_ino for path in paths}
     return found
