@@ -38,6 +38,10 @@ CREATE TEMP VIEW cells AS
 """
 
 
+class _Unmade(Exception):
+    """The file is there, and the process that makes the database has made nothing in it yet."""
+
+
 class EmbeddedJobs:
     """Reads jobs from an sqlite file. Safe to share between threads.
 
@@ -50,14 +54,20 @@ class EmbeddedJobs:
     def get(self, job_id: str) -> job.Job:
         if not os.path.exists(self._path):
             raise job_rows.unknown_job(job_id)
-        with self._reading() as query:
-            return job_rows.read_job(query, job_id)
+        try:
+            with self._reading() as query:
+                return job_rows.read_job(query, job_id)
+        except _Unmade:
+            raise job_rows.unknown_job(job_id) from None
 
     def summaries(self) -> list[job.JobSummary]:
         if not os.path.exists(self._path):
             return []
-        with self._reading() as query:
-            return job_rows.read_summaries(query)
+        try:
+            with self._reading() as query:
+                return job_rows.read_summaries(query)
+        except _Unmade:
+            return []
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[job_rows.Query]:
@@ -112,6 +122,8 @@ class EmbeddedJobs:
         if version == 1:
             connection.executescript(_VERSION_1)
         elif version == 0:
+            if connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone() == (0,):
+                raise _Unmade
             raise JobDatabaseError(
                 "the file is not a job database", path=self._path, next_step="choose another --jobs"
             )

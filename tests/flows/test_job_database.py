@@ -434,6 +434,12 @@ class VersionTest(DatabaseCase):
             with self.assertRaisesRegex(errors.ConfigError, "version 3.*upgrade"):
                 attempt()
 
+    def test_a_database_in_the_making_holds_no_job_yet(self) -> None:
+        pathlib.Path(self.path).touch()
+        self.assertEqual([], EmbeddedJobs(self.path).summaries())
+        with self.assertRaisesRegex(errors.ConfigError, "there is no job"):
+            EmbeddedJobs(self.path).get("0" * 32)
+
     def test_a_file_that_is_something_else_is_refused(self) -> None:
         with contextlib.closing(sqlite3.connect(self.path)) as connection:
             connection.execute("CREATE TABLE recipes (name TEXT)")
