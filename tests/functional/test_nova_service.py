@@ -211,7 +211,7 @@ def test_guests_go_over_from_novas_driver_and_back(cloud: Cloud) -> None:
     client.delete(client.boot(unused, flavor))
     with compute_again(cloud, nova_service.NOVAS):
         server.wait_until(
-            lambda: layout.base_name(unused) not in cloud.bases, "Nova removes the unused base", seconds=60
+            lambda: layout.base_name(unused) not in cloud.bases, "Nova removes the unused base", seconds=180
         )
         assert {layout.base_name(each) for each in (theirs, ours)} <= cloud.bases
         for guest, said in zip(
