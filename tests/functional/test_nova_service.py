@@ -191,7 +191,7 @@ def test_the_periodic_pass_removes_what_no_guest_uses(cloud: Cloud) -> None:
     with compute_again(cloud, nova_service.OURS):
         client.delete(other)
         server.wait_until(
-            lambda: layout.base_name(unused) not in cloud.bases, "the unused base is removed", seconds=60
+            lambda: layout.base_name(unused) not in cloud.bases, "the unused base is removed", seconds=180
         )
         assert layout.base_name(kept) in cloud.bases
         client.act(guest, "reboot", {"type": "HARD"}, until="ACTIVE")
