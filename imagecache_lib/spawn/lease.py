@@ -30,6 +30,13 @@ from imagecache_lib.system import locks
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 
+#: Seconds for which a network filesystem's client may find a name that another host took: ``acdirmax`` of
+#: nfs(5) by default. FUSE filesystems, such as GlusterFS, have a second or so.
+_REMEMBERED = 60.0
+
+#: Seconds between two looks whether it has forgotten.
+_LOOK_AGAIN = 0.1
+
 
 @dataclasses.dataclass(frozen=True)
 class Lease:
@@ -155,16 +162,32 @@ class Leases:
             filled = True
 
     def _hold(self, stack: contextlib.ExitStack, request: BaseRequest) -> Fit | evidence.Unmet | None:
-        """Look under the shared lock, and lease what serves until the stack is closed."""
-        with self._locked(request, shared=True):
-            self._cache.host.trace(TracePoint.LEASE_SHARED)
-            found = lookup.look(self._cache, request)
-            if isinstance(found, Fit):
-                stack.callback(found.opened.close)
-                locks.lease(found.opened.fd, self._cache.host)
-                stack.callback(locks.end_lease, found.opened.fd)
-                self._cache.touch(found.opened)
-        return found
+        """Look under the shared lock, and lease what serves until the stack is closed.
+
+        A base that another host has taken, and that only this host's kernel still finds, is none. Until the
+        kernel forgets it, nothing can be made under its name here either: so that is waited for.
+        """
+        system = self._cache.host
+        until = system.monotonic() + _REMEMBERED
+        while True:
+            with self._locked(request, shared=True), contextlib.ExitStack() as held:
+                system.trace(TracePoint.LEASE_SHARED)
+                found = lookup.look(self._cache, request)
+                if not isinstance(found, Fit):
+                    return found
+                held.callback(found.opened.close)
+                with translated(found.opened.path):
+                    remembered = found.opened.is_only_remembered()
+                if not remembered:
+                    locks.lease(found.opened.fd, system)
+                    held.callback(locks.end_lease, found.opened.fd)
+                    self._cache.touch(found.opened)
+                    stack.enter_context(held.pop_all())
+                    return found
+            request.waiter.check()
+            if system.monotonic() > until:
+                raise self._vanished(request)
+            system.sleep(_LOOK_AGAIN)
 
     def _fill(self, request: BaseRequest, *, bypass: bool) -> SealedStage | Production | None:
         """Do under the exclusive lock what makes the next look a hit, or make a private copy."""

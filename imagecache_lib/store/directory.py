@@ -66,10 +66,18 @@ class OpenBase:
             return False
         if (now.st_dev, now.st_ino) != (self.stat.st_dev, self.stat.st_ino):
             return False
+        return not self.is_only_remembered()
+
+    def is_only_remembered(self) -> bool:
+        """Return whether another host has taken the name, and only this host's kernel still finds it.
+
+        :raises OSError: the cache cannot be listed.
+        """
         if self.cache is None or not self.cache.may_be_stale(self.fd):
-            return True
+            return False
         directory, name = os.path.split(self.path)
-        return names.is_listed(directory, name, now.st_ino, known=os.path.basename(self.cache.layout.private))
+        known = os.path.basename(self.cache.layout.private)
+        return not names.is_listed(directory, name, self.stat.st_ino, known=known)
 
     def close(self) -> None:
         os.close(self.fd)

@@ -68,6 +68,24 @@ def test_a_spawn_notices_that_its_base_was_evicted_though_the_kernel_has_the_nam
         assert (served / name).read_bytes() == raw_image()
 
 
+def test_a_spawn_waits_until_its_kernel_forgets_a_base_that_another_host_evicted(
+    tmp_path: pathlib.Path,
+) -> None:
+    with stale_names.mounted(tmp_path, 2, seconds=4) as (one, two):
+        here = _manager(two, "two")
+        here.cache_image(ID)
+        _manager(one, "one").list_hosts()
+        served = tmp_path / "served" / "_base"
+        with contextlib.suppress(errors.BackendError):  # in the trash, where it waits for the other host
+            _manager(one, "one").evict_image(ID)
+        assert not (served / layout.base_name(ID)).exists()
+        assert (two / "_base" / layout.base_name(ID)).exists(), "the kernel has forgotten it already"
+        directory = tmp_path / "private-two" / "instance"
+        directory.mkdir()
+        here.create_disk(ID, str(directory / "disk"))
+        assert (served / layout.base_name(ID)).read_bytes() == raw_image()
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize("seconds", campaign.pick(sample=[1.0], whole=[0.0, 1.0, 30.0]))
 def test_hosts_with_stale_names_lose_nothing(
