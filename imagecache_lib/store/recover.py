@@ -153,11 +153,19 @@ def _is_free(fd: int) -> bool:
 def _sweep_leftovers(cache: CacheStore, now: float) -> None:
     """Remove small files that were being written when their writer died, and that nobody waits for."""
     where = cache.layout
-    of_pins = [where.pins_of(name) for name in pins.names(cache) if os.path.isdir(where.pins_of(name))]
+    of_pins = [where.pins_of(name) for name in pins.names(cache)]
     for directory in (where.private, where.records, where.stages, where.hosts, where.pins, *of_pins):
-        for entry in os.listdir(directory):
+        for entry in _entries(directory):
             if _LEFTOVER.fullmatch(entry):
                 _unlink_if_idle(os.path.join(directory, entry), cache, now)
+
+
+def _entries(directory: str) -> list[str]:
+    """Return the names in a directory, which is not there where only an earlier release has pins."""
+    try:
+        return os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _sweep_records(cache: CacheStore, now: float) -> None:

@@ -111,27 +111,30 @@ class HeldDescriptor:
 class _Parked:
     """Descriptors of lock files that could not be closed without dropping locks of Nova's in this process.
 
-    There are at most as many of a file as threads waited for it in vain at the same time.
+    Each is closed once no lock of its file is held and any lock is asked for, so that there are at most as
+    many as threads waited in vain for locks that are held.
     """
 
     def __init__(self) -> None:
-        self._files: dict[str, list[HeldDescriptor]] = {}
+        self._files: list[tuple[str, HeldDescriptor]] = []
 
     def put(self, path: str, descriptor: HeldDescriptor) -> None:
-        self._files.setdefault(path, []).append(descriptor)
+        self._files.append((path, descriptor))
 
     def take(self, path: str) -> HeldDescriptor | None:
-        """Return a descriptor of the file that is at the path now, or None if there is none."""
-        parked = self._files.get(path, [])
-        for _ in range(len(parked)):
+        """Return a descriptor of the file that is at the path now, or None if there is none.
+
+        On the way those of other files are closed that can be.
+        """
+        for _ in range(len(self._files)):
             try:
-                descriptor = parked.pop(0)
+                parked, descriptor = self._files.pop(0)
             except IndexError:  # another thread took it
                 break
-            if _is_at(path, descriptor.fd):
+            if parked == path and _is_at(path, descriptor.fd):
                 return descriptor
             if not _close_locked(descriptor):
-                parked.append(descriptor)
+                self._files.append((parked, descriptor))
         return None
 
     def forget(self) -> None:

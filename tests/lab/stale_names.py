@@ -95,8 +95,9 @@ def _serve(backing: str, mount_point: str, seconds: str) -> None:
         open = staticmethod(asked(lambda path, flags: os.open(backing + path, flags & ~os.O_CREAT)))
         create = staticmethod(
             asked(
-                lambda path, mode, _info=None: os.open(
-                    backing + path, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode
+                # A file that another host made meanwhile is opened, unless the caller wants none to be there.
+                lambda path, mode, flags: os.open(
+                    backing + path, os.O_RDWR | os.O_CREAT | flags & os.O_EXCL, mode
                 )
             )
         )

@@ -51,6 +51,9 @@ class LockCase(unittest.TestCase):
         self.addCleanup(directory.cleanup)
         self.path = os.path.join(directory.name, "locks", f"nova-{NAME}")
         self.host = System(name="here")
+        # What an earlier test waited for in vain is free by now: files are counted without it.
+        with locks.without_waiting(os.path.join(directory.name, "first"), host=self.host):
+            pass
 
     def take(
         self,
@@ -263,6 +266,15 @@ class TestNovaInThisProcess(LockCase):
                     pass
         self.assertTrue(self.is_free())
         self.assertEqual(len(before), len(os.listdir("/proc/self/fd")))
+
+    def test_a_lock_that_is_asked_for_closes_the_files_of_others_that_are_free(self) -> None:
+        before = len(os.listdir("/proc/self/fd"))
+        with self.novas():
+            locks.is_taken(self.path, host=self.host)
+            self.assertGreater(len(os.listdir("/proc/self/fd")), before)
+        with locks.without_waiting(f"{self.path}-another", host=self.host):
+            pass
+        self.assertEqual(before, len(os.listdir("/proc/self/fd")))
 
     def test_a_parked_descriptor_of_a_file_that_nova_unlinked_is_not_used(self) -> None:
         with self.novas():
