@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -20,6 +21,8 @@ from imagecache_lib.store import layout
 from imagecache_lib.system import atomic_file, durable, locks
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
+
+LOG = logging.getLogger(__name__)
 
 NAME = "disk.info"
 
@@ -103,7 +106,16 @@ class DiskInfo:
                 if before.get(disk) != format:
                     _put_back(path, disk, before.get(disk))
                 raise
-            _complete(path, {disk: format})
+            try:
+                _complete(path, {disk: format})
+            except errors.ImageCacheError as error:
+                # The disk has its name, and no caller expects that of a call that fails. Its mark pins its
+                # format, and the entry was durable before.
+                if _mark_of(disk) != format:
+                    raise
+                LOG.warning(
+                    "%s may lack the format of %s, which the disk itself tells: %s", path, disk, error
+                )
 
     def complete(self, disk: str) -> None:
         """Pin anew what the marks of the disks beside a ``disk.info`` say, and a power cut took from it.
@@ -198,7 +210,18 @@ def _marked(path: str, known: Collection[str]) -> Iterator[tuple[str, str]]:
         disk = os.path.join(directory, name)
         if disk not in known and name != NAME and not atomic_file.UNFINISHED.fullmatch(name):
             with contextlib.suppress(OSError, UnicodeDecodeError):
-                yield disk, os.getxattr(disk, FORMAT_MARK, follow_symlinks=False).decode("ascii")
+                yield disk, _mark(disk)
+
+
+def _mark(disk: str) -> str:
+    return os.getxattr(disk, FORMAT_MARK, follow_symlinks=False).decode("ascii")
+
+
+def _mark_of(disk: str) -> str | None:
+    """Return the format that a disk is marked with, or None if that cannot be told."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return _mark(disk)
+    return None
 
 
 def _beside(disk: str) -> str:

@@ -103,6 +103,23 @@ def content_of(disk: pathlib.Path) -> bytes:
     return data
 
 
+def test_a_spawn_that_fails_leaves_no_disk_whatever_becomes_of_disk_info(
+    instances: pathlib.Path, image: pathlib.Path
+) -> None:
+    driver(instances, image, target="")
+    directory, codes = instances / "instance", []
+    for number in range(1, 5):
+        inject = f"inject=openat:error=EIO:when={number}"
+        faults = ("-P", str(directory / "disk.info"), "-e", "trace=openat", "-e", inject)
+        run = driver(instances, image, injected=faults)
+        codes.append(run.returncode)
+        assert (directory / "disk").exists() == (run.returncode == 0), (number, run.stdout + run.stderr)
+        for name in ("disk", "disk.info"):
+            (directory / name).unlink(missing_ok=True)
+    # Before the disk has its name, and after that.
+    assert codes == [3, 0, 0, 0]
+
+
 def test_each_fsync_that_fails_is_an_error_and_nothing_unproven_is_published(
     instances: pathlib.Path, image: pathlib.Path
 ) -> None:
