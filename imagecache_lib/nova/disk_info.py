@@ -113,9 +113,7 @@ class DiskInfo:
                 # format, and the entry was durable before.
                 if _mark_of(disk) != format:
                     raise
-                LOG.warning(
-                    "%s may lack the format of %s, which the disk itself tells: %s", path, disk, error
-                )
+                LOG.warning("%s may lack the format of %s, which that tells itself: %s", path, disk, error)
 
     def complete(self, disk: str) -> None:
         """Pin anew what the marks of the disks beside a ``disk.info`` say, and a power cut took from it.
