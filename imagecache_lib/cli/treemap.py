@@ -62,10 +62,11 @@ def _worst(areas: Sequence[float], side: float) -> float:
 def _row(areas: Sequence[float], box: Box) -> tuple[list[Box], Box]:
     """Place a row along the shorter side. Returns its boxes, and what is left."""
     total, side = sum(areas), min(box.width, box.height)
-    depth = total / side if side > 0 else 0.0
+    # What earlier rows left is a difference, so a thin rest is not exact: no row is deeper than the box.
+    depth = min(total / side, max(box.width, box.height)) if side > 0 else 0.0
     boxes, along = [], 0.0
     for area in areas:
-        length = area / depth if depth > 0 else 0.0
+        length = side * (area / total) if total > 0 else 0.0
         if box.width >= box.height:
             boxes.append(Box(box.x, box.y + along, depth, length))
         else:

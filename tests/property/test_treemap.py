@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from imagecache_lib.cli.treemap import Box, squarified
@@ -13,6 +13,8 @@ WHOLE = Box(10, 20, 300, 100)
 
 
 @given(st.lists(st.integers(0, 2**40), max_size=30))
+@example([83951617, 1])
+@example([1, 1, 1, 67174400, 33423106, 1])
 def test_the_area_of_each_box_is_its_amount_and_all_lie_inside(amounts: list[int]) -> None:
     boxes = squarified(amounts, WHOLE)
     assert len(boxes) == len(amounts)
