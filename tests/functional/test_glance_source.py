@@ -18,6 +18,7 @@ from imagecache_lib.system import host
 from tests.lab import glance as glance_lab
 from tests.lab import relay as relay_lab
 from tests.lab import server
+from tests.support.ports import free_port
 
 DATA = random.Random(2).randbytes(3 * 2**20)
 #: Retries at once: the waits between them are tested elsewhere.
@@ -183,7 +184,7 @@ def test_many_requests_in_a_row_survive_what_uwsgi_does_to_connections(
 
 
 def test_an_endpoint_that_is_down_is_passed_over(glance: glance_lab.Glance, image_id: str) -> None:
-    nobody = f"http://127.0.0.1:{server.free_port()}"
+    nobody = f"http://127.0.0.1:{free_port()}"
     assert fetch(glance_source(nobody, glance.url), image_id) == DATA
 
 

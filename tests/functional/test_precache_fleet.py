@@ -30,6 +30,7 @@ from tests.lab import rabbit as rabbit_lab
 from tests.lab import relay as relay_lab
 from tests.lab import server
 from tests.support import needs
+from tests.support.ports import free_port
 
 COMMAND = (sys.executable, "-W", "ignore", "-m", "imagecache_lib.cli.main")
 MIB = 2**20
@@ -549,7 +550,7 @@ def test_an_image_that_is_gone_comes_from_a_peer(fleet: Fleet, glance: glance_la
         check=True,
         capture_output=True,
     )
-    port = server.free_port()
+    port = free_port()
     fleet.start_agent(
         "beta",
         "--serve-peers",

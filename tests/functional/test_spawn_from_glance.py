@@ -20,8 +20,9 @@ from imagecache_lib import errors
 from imagecache_lib.store import layout
 from imagecache_lib.testing import bootdisk
 from tests.lab import glance as glance_lab
-from tests.lab import guest, server
+from tests.lab import guest
 from tests.lab import relay as relay_lab
+from tests.support.ports import free_port
 
 MIB = 2**20
 SIZE = 16 * MIB
@@ -234,7 +235,7 @@ def test_what_is_cached_serves_when_the_image_is_deleted_and_glance_is_down(
     glance.delete(image_id)
     manager = manager_for(instances, glance.url)
     check(manager.create_disk(image_id, target(instances, "one"), size=SIZE), tmp_path)
-    nobody = f"http://127.0.0.1:{server.free_port()}"
+    nobody = f"http://127.0.0.1:{free_port()}"
     check(manager_for(instances, nobody).create_disk(image_id, target(instances, "two"), size=SIZE), tmp_path)
 
 

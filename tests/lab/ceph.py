@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from tests.lab import server
 from tests.support import needs
+from tests.support.ports import free_port
 
 POOLS = ("images", "vms")
 
@@ -72,7 +73,7 @@ def running_ceph(home: pathlib.Path) -> Iterator[Ceph]:
     """
     for program in ("ceph", "ceph-mon", "ceph-osd", "monmaptool", "rbd"):
         needs.program(program)
-    fsid, v2, v1 = str(uuid.uuid4()), server.free_port(), server.free_port()
+    fsid, v2, v1 = str(uuid.uuid4()), free_port(), free_port()
     conf = home / "ceph.conf"
     conf.write_text(_CONFIGURATION.format(home=home, fsid=fsid, v2=v2, v1=v1))
     for name in ("mon", "osd"):

@@ -19,6 +19,7 @@ from typing import IO, Any
 import requests
 
 from tests.lab import environment, server
+from tests.support.ports import free_port
 
 HERE = pathlib.Path(__file__).parent
 ADMIN = "admin:admin-project:admin"
@@ -208,7 +209,7 @@ def running_glance(home: pathlib.Path, *, tells: bool = False) -> Iterator[Glanc
         test.
     """
     programs = environment.environment("glance", HERE / "glance-requirements.txt") / "bin"
-    port = server.free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     for name in ("images", "second", "staging", "tasks", "lock"):
         (home / name).mkdir()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from tests.lab import server
 from tests.support import needs
+from tests.support.ports import free_port
 
 #: Without its management daemon, which refuses loopback addresses: the brick and the clients read these.
 _BRICK = """
@@ -58,7 +59,7 @@ def mounted_twice(home: pathlib.Path) -> Iterator[tuple[pathlib.Path, pathlib.Pa
     :param home: an existing, empty directory for all it writes.
     """
     needs.root()
-    port, brick = server.free_port(), home / "brick"
+    port, brick = free_port(), home / "brick"
     brick.mkdir()
     (home / "brick.vol").write_text(_BRICK.format(brick=brick, port=port))
     (home / "client.vol").write_text(_CLIENT.format(port=port))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from tests.lab import server
 from tests.support import needs
+from tests.support.ports import free_port
 
 
 @dataclasses.dataclass
@@ -86,7 +87,7 @@ def running_mariadb(home: pathlib.Path) -> Iterator[MariaDb]:
 
     :param home: an existing, empty directory for all it writes.
     """
-    found = MariaDb(home, server.free_port())
+    found = MariaDb(home, free_port())
     found.install()
     found.start()
     try:

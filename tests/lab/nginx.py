@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from tests.lab import server
 from tests.support import needs
+from tests.support.ports import free_port
 
 _CONFIGURATION = """
 daemon off;
@@ -109,7 +110,7 @@ def running_nginx(
     program = needs.program("nginx")
     root = home / "root"
     root.mkdir()
-    port = server.free_port()
+    port = free_port()
     certificate = _self_signed(home) if tls else None
     configuration = home / "nginx.conf"
     configuration.write_text(

@@ -27,6 +27,7 @@ from tests.lab.libvirt import Libvirt
 from tests.lab.mariadb import MariaDb
 from tests.lab.rabbit import Rabbit
 from tests.support import needs
+from tests.support.ports import free_port
 
 HERE = pathlib.Path(__file__).parent
 CHECKOUT = pathlib.Path(imagecache_lib.__file__).parent.parent
@@ -254,7 +255,7 @@ def running_nova(
     _make_databases(mariadb)
     bindings.link(home / "bindings", "python3-libvirt", ["libvirt", "libvirtmod"])
     install(found, home / "site")
-    ports = {name: server.free_port() for name in ("api", "placement")}
+    ports = {name: free_port() for name in ("api", "placement")}
     with contextlib.ExitStack() as stack:
         network = stack.enter_context(neutron.running_neutron())
         fields = {

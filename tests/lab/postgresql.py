@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from tests.lab import server
 from tests.support import needs
+from tests.support.ports import free_port
 
 _USER = "postgres"
 
@@ -93,7 +94,7 @@ def running_postgresql(home: pathlib.Path) -> Iterator[PostgreSql]:
     """
     found = sorted(pathlib.Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     programs = found[-1].parent if found else pathlib.Path(needs.program("postgres")).parent
-    running = PostgreSql(home, server.free_port(), programs)
+    running = PostgreSql(home, free_port(), programs)
     running.install()
     running.start()
     try:

@@ -16,6 +16,7 @@ from typing import Any
 
 from tests.lab import server
 from tests.support import needs
+from tests.support.ports import free_port
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def running_prometheus(home: pathlib.Path, series: str, rules: pathlib.Path) -> 
     promtool("tsdb", "create-blocks-from", "openmetrics", home / "recorded", home / "data")
     configuration = home / "prometheus.yml"
     configuration.write_text(f"global: {{evaluation_interval: 1s}}\nrule_files: [{rules}]\n")
-    port = server.free_port()
+    port = free_port()
     command = [
         needs.program("prometheus"),
         f"--config.file={configuration}",

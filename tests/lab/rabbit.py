@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from tests.lab import server
 from tests.support import needs
+from tests.support.ports import free_port
 
 _PROGRAM = "/usr/lib/rabbitmq/bin/rabbitmq-server"
 _CONTROL = "/usr/lib/rabbitmq/bin/rabbitmqctl"
@@ -107,7 +108,7 @@ def running_rabbit(home: pathlib.Path) -> Iterator[Rabbit]:
     """
     if not os.access(_PROGRAM, os.X_OK):
         needs.lack("rabbitmq-server is not installed")
-    epmd, port, mapper, peers = needs.program("epmd"), *(server.free_port() for _ in range(3))
+    epmd, port, mapper, peers = needs.program("epmd"), *(free_port() for _ in range(3))
     (home / "plugins").write_text("[].\n")
     (home / "rabbitmq.conf").write_text(_CONFIGURATION.format(port=port))
     environment = {

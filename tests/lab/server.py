@@ -22,14 +22,6 @@ class StartError(Exception):
     """A server ended, or did not answer in time; its log is in the message."""
 
 
-def free_port() -> int:
-    """Return a loopback TCP port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def listens(port: int) -> bool:
     """Whether something accepts connections on that loopback port."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):

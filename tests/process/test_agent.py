@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from imagecache_lib.cli import exposition
-from tests.lab.server import free_port
+from tests.support.ports import free_port
 
 COMMAND = (sys.executable, "-W", "ignore", "-m", "imagecache_lib.cli.main")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from imagecache_lib.sources.route import Route
 from imagecache_lib.system.waiter import Waiter
 from imagecache_lib.testing.sources import FakeSource
 from tests.support.cache_case import CacheCase, Running
+from tests.support.ports import free_port
 
 TOKEN = "a-secret-of-the-hosts"
 
@@ -31,12 +31,6 @@ def until(is_so: Callable[[], bool]) -> None:
         if time.monotonic() > deadline:
             raise AssertionError("it does not happen")
         time.sleep(0.01)
-
-
-def free_port() -> int:
-    """Return a port that is free on loopback addresses that no other test uses."""
-    with socket.create_server(("127.0.0.9", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 class GatedSource(FakeSource):
@@ -127,8 +121,9 @@ class RelayCase(CacheCase):
     """Gives each test a chain of hosts, the first of which asks the image service."""
 
     def hosts(self, count: int, origin: FakeSource, **options: Any) -> list[RelayHost]:
-        port = free_port()
-        return [RelayHost(self, number, port, origin, **options) for number in range(11, 11 + count)]
+        numbers = range(11, 11 + count)
+        port = free_port(*(f"127.0.0.{number}" for number in numbers))
+        return [RelayHost(self, number, port, origin, **options) for number in numbers]
 
     def chain(self, hosts: Sequence[RelayHost]) -> list[Route]:
         """Return the routes that make a chain of hosts."""
