@@ -67,6 +67,7 @@ class Row:
     """What was measured of one piece of work: for each side the seconds, processor seconds, and calls.
 
     :param extra: seconds that ours may take more, which the same run timed.
+    :param extra_cpu: processor seconds of the same.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Row:
     cpu: tuple[float, float] | None
     calls: tuple[float, float] | None
     extra: float = 0.0
+    extra_cpu: float = 0.0
     per: int = 1
 
     def told(self) -> str:
@@ -86,7 +88,10 @@ class Row:
         parts.append(f"(wanted: {self.target} x)")
         if self.cpu is not None:
             before, after = (each / self.per * 1e3 for each in self.cpu)
-            parts.append(f"processor {before:.3f} and {after:.3f} ms, {after / before:.2f} x")
+            ratio = (after - self.extra_cpu * 1e3) / before
+            parts.append(f"processor {before:.3f} and {after:.3f} ms, {ratio:.2f} x")
+            if self.extra_cpu:
+                parts.append(f"after taking off {self.extra_cpu * 1e3:.3f} ms of that sync")
         if self.calls is not None:
             before, after = (each / self.per for each in self.calls)
             parts.append(f"{before:.1f} and {after:.1f} system calls")
@@ -199,7 +204,9 @@ class Beside:
     ) -> Row:
         each = [statistics.median(one for answer in side for one in answer["each"]) for side in answers]
         cpu = [min(answer["cpu"] for answer in side) for side in answers]
+        # That of the earlier one's disks: a disk of ours has been synced already.
         sync = [one for answer in answers[0] for one in answer.get("sync", ())] if synced else []
+        sync_cpu = min(answer.get("sync_cpu", 0.0) for answer in answers[0]) if synced else 0.0
         calls = (answers[0][0]["calls"], answers[1][0]["calls"]) if work else None
         return Row(
             name,
@@ -208,6 +215,7 @@ class Beside:
             (cpu[0], cpu[1]),
             calls,
             statistics.median(sync) if sync else 0.0,
+            sync_cpu,
         )
 
 

@@ -39,6 +39,7 @@ class FakeSource(ImageSource):
             for image_id, data in images.items()
         }
         self._chunk_size = chunk_size
+        self._origins: dict[str, str] = {}
         self._breaks: list[int] = []
         self._describe_errors: list[errors.ImageCacheError] = []
         self._open_errors: list[errors.ImageCacheError] = []
@@ -60,7 +61,12 @@ class FakeSource(ImageSource):
         """Return a text that is the same for sources with the same data for an image."""
         with self._lock:
             data = self._images.get(image_id)
-        return "" if data is None else f"fake:{hashlib.sha256(data).hexdigest()}"
+            if data is None:
+                return ""
+            # Hashed once: a real source tells where it reads from without reading it.
+            if image_id not in self._origins:
+                self._origins[image_id] = f"fake:{hashlib.sha256(data).hexdigest()}"
+            return self._origins[image_id]
 
     def vouches_for_digest(self, image: model.Image) -> bool:
         """Return whether this source computed the digest, as an image service does of what is uploaded."""
@@ -85,6 +91,7 @@ class FakeSource(ImageSource):
         """Change what is sent, but not what is said of it: a source that lies, or was overtaken."""
         with self._lock:
             self._images[image_id] = data
+            self._origins.pop(image_id, None)
 
     def change_status(self, image_id: str, status: str) -> None:
         """Change the image's status."""
@@ -96,6 +103,7 @@ class FakeSource(ImageSource):
         with self._lock:
             del self._images[image_id]
             del self._described[image_id]
+            self._origins.pop(image_id, None)
 
     def describe(self, image_id: str) -> model.Image:
         with self._lock:
