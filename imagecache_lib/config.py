@@ -7,6 +7,7 @@ Field names are Nova's where Nova has the option. :mod:`imagecache_lib.opts` fil
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 
 from imagecache_lib import errors
@@ -190,22 +191,22 @@ class CacheConfig:
             if getattr(self, name) not in choices:
                 raise _wrong(name, getattr(self, name), f"must be one of {', '.join(choices)}")
 
-    @property
+    @functools.cached_property
     def base_path(self) -> str:
         """Absolute path of the directory of base images."""
         return os.path.join(self.instances_path, self.subdirectory_name)
 
-    @property
+    @functools.cached_property
     def locks_path(self) -> str:
         """Absolute path of the directory of lock files."""
         return self.lock_path or os.path.join(self.instances_path, "locks")
 
-    @property
+    @functools.cached_property
     def passed_over(self) -> frozenset[str]:
         """Names of directories in which no pass looks for disks."""
         return frozenset((*_SNAPSHOTS, *self.passed_over_directories))
 
-    @property
+    @functools.cached_property
     def roots(self) -> tuple[str, ...]:
         """Absolute paths of every disk root."""
         return self.disk_roots or (self.instances_path,)

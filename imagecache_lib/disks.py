@@ -248,8 +248,8 @@ class DiskAdmin(CacheAdmin):
 
         :raises ConfigError: the backend is unknown or its configuration cannot work.
         """
-        request = self._stoppable(request)
-        waiter = Waiter(self.host, None, request.deadline, request.cancel)
+        request = request or model.Request()
+        waiter = Waiter(self.host, None, request.deadline, EitherToken(self._stopping, request.cancel))
         return self._load(backend).for_caller(waiter)
 
     def _load(self, backend: StorageBackend | str | None) -> StorageBackend:
@@ -264,7 +264,8 @@ class DiskAdmin(CacheAdmin):
 
     def _stoppable(self, request: model.Request | None) -> model.Request:
         """Return a request that is cancelled too once this manager is shut down."""
-        request = request or model.Request()
+        if request is None:
+            return model.Request(cancel=EitherToken(self._stopping, None))
         return dataclasses.replace(request, cancel=EitherToken(self._stopping, request.cancel))
 
     def _call(

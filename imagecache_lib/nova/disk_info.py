@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping
 from imagecache_lib import errors
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import layout
-from imagecache_lib.system import atomic_file, durable, locks
+from imagecache_lib.system import atomic_file, durable, locks, names
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 
@@ -137,7 +137,9 @@ class DiskInfo:
             _put_back(path, disk, None)
 
     def _locked(self, path: str) -> contextlib.AbstractContextManager[bool]:
-        number = zlib.crc32(os.fsencode(os.path.realpath(path))) % _LOCKS
+        directory, name = os.path.split(path)
+        real = os.path.join(names.real_directory(directory), name)
+        number = zlib.crc32(os.fsencode(real)) % _LOCKS
         lock = os.path.join(self._locks_path, layout.lock_name(f"imagecache-disk-info-{number:x}"))
         return locks.waiting(lock, shared=False, host=self._host, stall_timeout=self._stall_timeout)
 
@@ -203,10 +205,12 @@ def _marked(path: str, known: Collection[str]) -> Iterator[tuple[str, str]]:
     """
     directory = os.path.dirname(path)
     with translated(path):
-        names = os.listdir(directory)
-    for name in names:
+        entries = os.listdir(directory)
+    for name in entries:
+        if name == NAME or (name[0] == "." and atomic_file.UNFINISHED.fullmatch(name)):
+            continue
         disk = os.path.join(directory, name)
-        if disk not in known and name != NAME and not atomic_file.UNFINISHED.fullmatch(name):
+        if disk not in known:
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 yield disk, _mark(disk)
 

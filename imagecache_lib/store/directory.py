@@ -29,6 +29,29 @@ _LONGEST_NAME = 255
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
+#: A directory's time of change that is younger than this proves nothing: the coarsest filesystems count whole
+#: seconds, FAT two.
+_GRANULARITY = 2.0
+
+#: How many parsed records are kept.
+_RECORDS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """The cache's own directory, when those within it were looked at.
+
+    :param changed: its ``st_ctime_ns``.
+    :param looked: when that time of change was first seen, in seconds of the monotonic clock.
+    :param is_settled: those within were looked at so long after that that a later change has another time.
+    """
+
+    identity: tuple[int, int]
+    changed: int
+    looked: float
+    is_settled: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class OpenBase:
     """A base file that is open: while it is, no other file can get its inode number.
@@ -99,8 +122,10 @@ class CacheStore:
         self.host = host
         self.observers = observers or events.Observers(())
         self.layout = layout.Layout(config.base_path, config.locks_path)
-        self._prepared: tuple[int, int] | None = None
+        self._prepared: _Prepared | None = None
         self._starting = threading.Lock()
+        # Records are read for each spawn, and few differ.
+        self._parse = functools.lru_cache(_RECORDS)(evidence.parse)
 
     def start(self) -> bool:
         """Make the directories that are missing and check those that are there, if need be.
@@ -121,14 +146,30 @@ class CacheStore:
             self._check_owner()
             self._make_directories()
             self._check_version()
-            self._prepared = _identity(self.layout.private)
+            self._prepared = self._look_at_private()
             return True
 
     def is_prepared(self) -> bool:
         """Whether the cache's directories are there, and the cache is the one that :meth:`start` prepared."""
-        if self._prepared is None or _identity(self.layout.private) != self._prepared:
+        before, now = self._prepared, self._look_at_private()
+        if before is None or now is None or now.identity != before.identity:
             return False
-        return all(_identity(path) is not None for path in self._inner_directories())
+        if now.changed == before.changed and before.is_settled:
+            return True  # no name in it was made or removed since those were looked at
+        if any(_identity(path) is None for path in self._inner_directories()):
+            return False
+        if now.changed == before.changed:
+            now = dataclasses.replace(before, is_settled=now.looked - before.looked > _GRANULARITY)
+        self._prepared = now
+        return True
+
+    def _look_at_private(self) -> _Prepared | None:
+        looked = self.host.monotonic()
+        try:
+            found = os.stat(self.layout.private)
+        except OSError:
+            return None  # preparing the cache says what is wrong with it
+        return _Prepared((found.st_dev, found.st_ino), found.st_ctime_ns, looked)
 
     def _inner_directories(self) -> tuple[str, ...]:
         where = self.layout
@@ -293,7 +334,7 @@ class CacheStore:
         except OSError as error:
             LOG.warning("The record of base image %s cannot be read: %s", self.layout.base(name), error)
             return None
-        return evidence.parse(data) if data is not None else None
+        return self._parse(data) if data is not None else None
 
     def write_record(self, record: evidence.Record) -> None:
         """Put a record in its place, durably."""

@@ -13,14 +13,19 @@ from collections.abc import Iterator
 from imagecache_lib import errors
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import layout
+from imagecache_lib.system import names
 
 _Identity = tuple[int, int]
 
 
 def own_directories(config: CacheConfig) -> set[_Identity]:
     """Return ``(st_dev, st_ino)`` of the directories that hold no disks, however they are reached."""
-    where = layout.Layout(config.base_path, config.locks_path)
-    return _identities(where.base_path, where.private, where.locks_path)
+    return _Looks().at(*_own_paths(config))
+
+
+def _own_paths(config: CacheConfig) -> tuple[str, str, str]:
+    base_path = config.base_path
+    return base_path, os.path.join(base_path, layout.PRIVATE), config.locks_path
 
 
 def check_seen(target: str, config: CacheConfig) -> None:
@@ -31,11 +36,12 @@ def check_seen(target: str, config: CacheConfig) -> None:
         that the pass passes over.
     """
     directory = os.path.dirname(target)
-    real = os.path.realpath(directory)
+    real = names.real_directory(directory)
     _refuse_passed_over(target, {directory, real}, config)
-    roots, own = _identities(*config.roots), own_directories(config)
+    looks = _Looks()
+    roots, own = looks.at(*config.roots), looks.at(*_own_paths(config))
     # By identity, as the pass does it: a root may be a link, or be mounted in two places.
-    for each in _upwards(real):
+    for each in looks.upwards(real):
         if each in roots:
             return
         if each in own:
@@ -45,7 +51,7 @@ def check_seen(target: str, config: CacheConfig) -> None:
                 next_step="choose an instance directory",
             )
     # The pass follows links, so that what the target's path says counts too, where it means what it says.
-    if os.pardir not in directory.split("/") and any(each in roots for each in _upwards(directory)):
+    if os.pardir not in directory.split("/") and any(each in roots for each in looks.upwards(directory)):
         return
     raise errors.BackendError(
         f"the target {target} is outside every disk root ({', '.join(config.roots)}): the periodic pass would"
@@ -76,12 +82,13 @@ def _refuse_passed_over(target: str, directories: set[str], config: CacheConfig)
 
     :param directories: the target's directory by its names.
     """
+    passed_over = config.passed_over
     for directory in directories:
-        if config.passed_over.isdisjoint(directory.split("/")):
+        if passed_over.isdisjoint(directory.split("/")):
             continue
         for root in {*config.roots, *map(os.path.realpath, config.roots)}:
             below = os.path.relpath(directory, root).split("/")
-            if below[0] != os.pardir and (over := sorted(config.passed_over.intersection(below))):
+            if below[0] != os.pardir and (over := sorted(passed_over.intersection(below))):
                 raise errors.BackendError(
                     f"the target is below a directory {over[0]}, which is passed over where disks are looked"
                     " for",
@@ -90,22 +97,32 @@ def _refuse_passed_over(target: str, directories: set[str], config: CacheConfig)
                 )
 
 
-def _upwards(directory: str) -> Iterator[_Identity]:
-    """Yield a directory's identity, and that of every one above it."""
-    while True:
-        yield from _identities(directory)
-        above = os.path.dirname(directory)
-        if above == directory:
-            return
-        directory = above
+class _Looks:
+    """Identities of directories, each looked at once."""
 
+    def __init__(self) -> None:
+        self._found: dict[str, _Identity | None] = {}
 
-def _identities(*paths: str) -> set[_Identity]:
-    found = set()
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError:
-            continue  # what is not there cannot be above a directory that is
-        found.add((status.st_dev, status.st_ino))
-    return found
+    def at(self, *paths: str) -> set[_Identity]:
+        """Return the identities of those that are there: nothing else can be above a directory that is."""
+        return {identity for path in paths if (identity := self._at(path)) is not None}
+
+    def upwards(self, directory: str) -> Iterator[_Identity]:
+        """Yield a directory's identity, and that of every one above it."""
+        while True:
+            if (identity := self._at(directory)) is not None:
+                yield identity
+            above = os.path.dirname(directory)
+            if above == directory:
+                return
+            directory = above
+
+    def _at(self, path: str) -> _Identity | None:
+        if path not in self._found:
+            try:
+                status = os.stat(path)
+            except OSError:
+                self._found[path] = None
+            else:
+                self._found[path] = (status.st_dev, status.st_ino)
+        return self._found[path]

@@ -138,6 +138,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import os
 import re
@@ -158,6 +159,9 @@ BASE_MODE = 0o644
 BASE_DIR_MODE = 0o755
 LOCKS_DIR_MODE = 0o755
 PRIVATE_DIR_MODE = 0o700
+
+#: Name, in the directory of base images, of the one that is this library's alone.
+PRIVATE = ".imagecache"
 
 #: Nova's names for files in flight.
 FOREIGN_STAGE_SUFFIXES = (".part", ".converted")
@@ -276,6 +280,8 @@ class Layout:
     :param locks_path: absolute path of the directory of lock files.
     """
 
+    # Paths are asked for many times in one spawn. A cached property leaves the value itself as it is.
+
     base_path: str
     locks_path: str
 
@@ -285,88 +291,88 @@ class Layout:
     def lock(self, name: str) -> str:
         return os.path.join(self.locks_path, lock_name(name))
 
-    @property
+    @functools.cached_property
     def private(self) -> str:
-        return os.path.join(self.base_path, ".imagecache")
+        return os.path.join(self.base_path, PRIVATE)
 
-    @property
+    @functools.cached_property
     def version(self) -> str:
         return os.path.join(self.private, "version")
 
-    @property
+    @functools.cached_property
     def records(self) -> str:
         return os.path.join(self.private, "records")
 
-    @property
+    @functools.cached_property
     def stages(self) -> str:
         return os.path.join(self.private, "stage")
 
-    @property
+    @functools.cached_property
     def trash(self) -> str:
         return os.path.join(self.private, "trash")
 
-    @property
+    @functools.cached_property
     def hosts(self) -> str:
         return os.path.join(self.private, "hosts")
 
-    @property
+    @functools.cached_property
     def histories(self) -> str:
         return os.path.join(self.private, "history")
 
     def history(self, host_id: str) -> str:
-        return os.path.join(self.histories, host_id)
+        return f"{self.histories}/{host_id}"
 
-    @property
+    @functools.cached_property
     def scrubbed(self) -> str:
         return os.path.join(self.private, "scrubbed")
 
-    @property
+    @functools.cached_property
     def pins(self) -> str:
         return os.path.join(self.private, "pins")
 
     def record(self, name: str) -> str:
-        return os.path.join(self.records, f"{name}.json")
+        return f"{self.records}/{name}.json"
 
     def sums(self, name: str) -> str:
-        return os.path.join(self.records, f"{name}.sums")
+        return f"{self.records}/{name}.sums"
 
     def pieces(self, name: str) -> str:
-        return os.path.join(self.records, f"{name}.pieces")
+        return f"{self.records}/{name}.pieces"
 
     def stage(self, stage_id: str) -> str:
-        return os.path.join(self.stages, stage_id)
+        return f"{self.stages}/{stage_id}"
 
     def stage_record(self, stage_id: str) -> str:
-        return os.path.join(self.stages, f"{stage_id}.json")
+        return f"{self.stages}/{stage_id}.json"
 
     def stage_sums(self, stage_id: str) -> str:
-        return os.path.join(self.stages, f"{stage_id}.sums")
+        return f"{self.stages}/{stage_id}.sums"
 
     def stage_pieces(self, stage_id: str) -> str:
-        return os.path.join(self.stages, f"{stage_id}.pieces")
+        return f"{self.stages}/{stage_id}.pieces"
 
     def beside_stage(self, stage_id: str) -> tuple[str, ...]:
         """All that may lie beside a stage file."""
         return self.stage_record(stage_id), self.stage_sums(stage_id), self.stage_pieces(stage_id)
 
     def waits(self, name: str, waiter_id: str) -> str:
-        return os.path.join(self.stages, f"{name}.{waiter_id}{WAITS}")
+        return f"{self.stages}/{name}.{waiter_id}{WAITS}"
 
     def failure(self, name: str) -> str:
-        return os.path.join(self.stages, f"{name}.failed")
+        return f"{self.stages}/{name}.failed"
 
     def trashed(self, name: str, trash_id: str) -> str:
         """The directory that an evicted base is renamed into."""
-        return os.path.join(self.trash, f"{name}.{trash_id}")
+        return f"{self.trash}/{name}.{trash_id}"
 
     def host(self, host_id: str) -> str:
-        return os.path.join(self.hosts, f"{host_id}.json")
+        return f"{self.hosts}/{host_id}.json"
 
     def readings(self, host_id: str) -> str:
-        return os.path.join(self.hosts, f"{host_id}.readings")
+        return f"{self.hosts}/{host_id}.readings"
 
     def last_scan(self, host_id: str) -> str:
-        return os.path.join(self.hosts, f"{host_id}.scan")
+        return f"{self.hosts}/{host_id}.scan"
 
     def pins_of(self, name: str) -> str:
         """The directory of a base's pins."""

@@ -8,7 +8,6 @@ import ctypes
 import errno
 import os
 import stat
-import uuid
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -19,8 +18,8 @@ _STALE_TURNS = 3
 
 
 def new_id() -> str:
-    """Return a random id for a file name."""
-    return uuid.uuid4().hex
+    """Return a random id for a file name: 32 hex digits."""
+    return os.urandom(16).hex()
 
 
 def make_directories(path: str, mode: int) -> None:

@@ -36,7 +36,7 @@ from imagecache_lib.system.waiter import Waiter
 LOG = logging.getLogger(__name__)
 
 # struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length (0: to the end), pid (0 for OFD).
-_FLOCK = "hhqqi4x"
+_FLOCK = struct.Struct("hhqqi4x")
 
 #: What a filesystem says that has no locks; ENOLCK is that of an NFS server without lockd.
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -58,7 +58,7 @@ def set_lock(fd: int, kind: int, start: int = 0, length: int = 0) -> None:
     :raises OSError: the filesystem cannot lock.
     """
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0))
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
     except PermissionError as error:
         # fcntl(2) allows EACCES for a conflict, where Linux says EAGAIN.
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
@@ -69,14 +69,14 @@ def is_locked(fd: int, start: int = 0, length: int = 0) -> bool | None:
 
     Returns None if the filesystem has no locks.
     """
-    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
     try:
         answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return None
         raise
-    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 # A forked child shares the open file descriptions and with them the locks: were they left open there, an
@@ -89,18 +89,17 @@ class HeldDescriptor:
 
     An interrupt may come while a lock is being released: it must not stay held for as long as the process
     lives. No interrupt comes between what :class:`io.FileIO` does in C.
+
+    :ivar fd: the descriptor, or -1 once it is closed.
     """
 
     def __init__(self, fd: int) -> None:
         self._file = io.FileIO(fd)
+        self.fd = fd
         _held.add(self)
 
-    @property
-    def fd(self) -> int:
-        """The descriptor, or -1 once it is closed."""
-        return -1 if self._file.closed else self._file.fileno()
-
     def close(self) -> None:
+        self.fd = -1  # first: after an interrupt the number may be another file's
         self._file.close()
 
     def __del__(self) -> None:
@@ -213,6 +212,19 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
                 next_step="check its owner and mode",
             ) from error
 
+    def acquire_now(self) -> bool:
+        """Acquire it if it is free, without what fasteners does for those who wait. Returns whether it was.
+
+        :raises BackendError: the lock file cannot be opened.
+        """
+        self._do_open()
+        try:
+            self.trylock()
+        except BlockingIOError:
+            return False
+        self.acquired = True
+        return True
+
     def _do_close(self) -> None:
         if self._descriptor is not None:
             self._descriptor.close()
@@ -242,7 +254,8 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
     def let_go(self) -> None:
         """Release it if it was got, and close the file, or park it."""
         if self.acquired:
-            self.release()
+            self.acquired = False
+            self._do_close()
         elif self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
             if not _close_locked(descriptor):
@@ -295,7 +308,7 @@ def waiting(
     """
     lock = FileLock(path, shared=shared, host=host)
     try:
-        got = lock.acquire(blocking=False)
+        got = lock.acquire_now()
         if not got:
             # Not by the clock of the day: one that is set back must not make a caller wait for the past.
             work = watched or _Unwatched()
@@ -326,7 +339,7 @@ def without_waiting(path: str, *, host: System) -> Iterator[bool]:
     """Hold an exclusive lock for the body if it is free. Yields whether the lock was got."""
     lock = FileLock(path, shared=False, host=host)
     try:
-        yield lock.acquire(blocking=False)
+        yield lock.acquire_now()
     finally:
         lock.let_go()
 

@@ -3,42 +3,54 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import pwd
-from collections.abc import Iterator
+from types import TracebackType
 
 from imagecache_lib import errors
 
 
-@contextlib.contextmanager
-def translated(path: str) -> Iterator[None]:
-    """Turn an ``OSError`` of the body into one of the library's errors.
+class translated:
+    """Turn an ``OSError`` of the body of a ``with`` statement into one of the library's errors.
+
+    A class and no generator: a spawn enters it ten times.
 
     :param path: what the body works on, for the message.
     :raises NoSpaceError: the filesystem or a quota is full.
     :raises BackendError: for any other ``OSError``.
     """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise errors.NoSpaceError(
-                "the filesystem is full", path=path, next_step="make room, then ask again"
-            ) from error
-        where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise errors.BackendError(
-                f"permission denied for {_user()}",
-                path=where,
-                next_step="run as the service's user, or correct the owner and mode",
-            ) from error
-        raise errors.BackendError(
-            f"the filesystem failed: {error.strerror or error}",
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        """Begin the body."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError):
+            raise _translation(error, self._path) from error
+
+
+def _translation(error: OSError, path: str) -> errors.ImageCacheError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return errors.NoSpaceError("the filesystem is full", path=path, next_step="make room, then ask again")
+    where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return errors.BackendError(
+            f"permission denied for {_user()}",
             path=where,
-            next_step="check the disk and its mount options, then ask again",
-        ) from error
+            next_step="run as the service's user, or correct the owner and mode",
+        )
+    return errors.BackendError(
+        f"the filesystem failed: {error.strerror or error}",
+        path=where,
+        next_step="check the disk and its mount options, then ask again",
+    )
 
 
 def _user() -> str:

@@ -49,6 +49,28 @@ class TestRemovedCache(CacheCase):
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
                 self.use()
 
+    def test_a_part_that_goes_long_after_the_last_look_is_made_anew(self) -> None:
+        now = [0.0]
+        self.service = self.manager(host=self.host(monotonic=lambda: now[0]))
+        private = self.instances / "_base" / ".imagecache"
+        self.use()
+        for part in sorted(path for path in private.iterdir() if path.is_dir()):
+            with self.subTest(part.name):
+                for _look in range(3):
+                    now[0] += 10
+                    self.assertTrue(self.service.is_cached(ID))
+                self.let_clock_go_on(private)
+                shutil.rmtree(part)
+                self.use()
+
+    def let_clock_go_on(self, changed: pathlib.Path) -> None:
+        """Return once a change of a file has another time than the last change of ``changed``."""
+        file = self.instances / "clock"
+        while True:
+            file.touch()
+            if file.stat().st_ctime_ns > changed.stat().st_ctime_ns:
+                return
+
     def test_each_call_of_a_running_manager_works_first(self) -> None:
         for call in (
             lambda: self.service.cache_image(ID),
