@@ -457,11 +457,25 @@ def _silent(outcomes: Sequence[evict.Outcome]) -> list[str]:
         for host in outcome.blocked_by:
             held.setdefault(host, []).append(outcome.allocated)
     return [
-        f"Host {host.name} has not looked at {len(sizes)} evicted base images, which hold"
-        f" {dates.size(sum(sizes))}. Let its periodic pass run; if it will not come back, "
-        + _how_to_forget(host)
+        _says_nothing(host, f"{len(sizes)} evicted base images, which hold {dates.size(sum(sizes))}")
         for host, sizes in sorted(held.items())
     ]
+
+
+def _says_nothing(host: HostRef, what: str) -> str:
+    """Return a sentence on a host that has not looked at bases, and on what an operator can do.
+
+    :param what: the bases, as a phrase.
+    """
+    if host.id == members.UNTOLD:
+        return (
+            f"Hosts may not have looked at {what}: {host.name}. Nova writes its registry anew in its next"
+            " pass; if no Nova runs here, remove it."
+        )
+    return (
+        f"Host {host.name} has not looked at {what}. Let its periodic pass run; if it will not come back, "
+        + _how_to_forget(host)
+    )
 
 
 def _how_to_forget(host: HostRef) -> str:

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small files and odd words: none stops more than it is about, and none makes less be kept than before."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+import imagecache_lib as ic
+from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.system import locks
+from tests.flows.test_upkeep import UpkeepCase
+
+DAY = 86400
+
+
+class SmallFilesCase(UpkeepCase):
+    def store(self) -> CacheStore:
+        return CacheStore(ic.CacheConfig(instances_path=str(self.instances)), self.host())
+
+    def comes_back(self, call: Callable[[], object]) -> None:
+        """Check that a call returns, or raises, and does not wait for ever."""
+        done = threading.Event()
+
+        def run() -> None:
+            call()
+            done.set()
+
+        threading.Thread(target=run, daemon=True).start()
+        self.assertTrue(done.wait(30), "it does not come back")
+
+
+class TestNovasRegistry(SmallFilesCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.cached()
+        self.registry = self.instances / "compute_nodes"
+
+    def assertWaits(self, problem: str) -> None:
+        report = self.verify()
+        self.assertIn("until these hosts have looked too", self.reason(report))
+        (told,) = self.verify().problems
+        self.assertIn(problem, told)
+        self.assertEqual(1, len(os.listdir(self.private / "trash")))
+
+    def assertGoes(self) -> None:
+        self.verify()
+        self.assertEqual([], os.listdir(self.private / "trash"))
+
+    def test_one_that_is_torn_may_name_any_host(self) -> None:
+        # So it is while Nova writes it: Nova truncates it first.
+        for torn in (b"", b'{"nova-', b"[]", b"\xff"):
+            with self.subTest(torn):
+                self.registry.write_bytes(torn)
+                self.assertWaits(f"{self.registry} is damaged")
+        self.registry.unlink()
+        self.assertGoes()
+
+    def test_one_that_is_no_file_may_name_any_host(self) -> None:
+        self.registry.symlink_to("nowhere")
+        self.assertWaits("compute_nodes cannot be read")
+        self.registry.unlink()
+        self.registry.mkdir()
+        self.assertWaits("compute_nodes is damaged")
+
+    def test_a_host_lives_whose_entry_does_not_say_when_it_was_written(self) -> None:
+        odd: tuple[object, ...] = ("yesterday", None, [], float("nan"), 10**4000)
+        for entry in odd:
+            with self.subTest(str(entry)[:9]):
+                self.registry.write_text(json.dumps({"nova-only": entry}))
+                self.assertWaits("nova-only")
+
+    def test_a_clock_that_runs_ahead_makes_no_other_host_look_silent(self) -> None:
+        now = self.base().parent.stat().st_mtime
+        self.registry.write_text(json.dumps({"nova-only": now}))
+        report = self.verify(host=self.host(clock=lambda: now + 3 * DAY))
+        self.assertIn("nova-only", self.reason(report))
+
+    def test_what_another_host_writes_meanwhile_is_not_lost(self) -> None:
+        self.registry.write_text(json.dumps({"nova-only": 1.0}))
+        lock = self.instances / "locks" / "nova-storage-registry-lock"
+        others = [{"nova-only": 2.0, "another": 3.0}]
+
+        def clock() -> float:
+            # Under the lock the time is asked for between reading and writing. Locks do not lock here.
+            if lock.exists() and others:
+                self.registry.write_text(json.dumps(others.pop()))
+            return 4.0
+
+        self.verify(host=self.host(clock=clock, locking=False))
+        found = json.loads(self.registry.read_text())
+        self.assertEqual({"nova-only": 2.0, "another": 3.0, "here": 4.0}, found)
+
+    def test_a_pass_does_not_wait_for_its_lock_for_long(self) -> None:
+        self.registry.write_text(json.dumps({"nova-only": 1.0}))
+        lock = str(self.instances / "locks" / "nova-storage-registry-lock")
+        looks: Iterator[int] = iter(range(1000))
+        with locks.without_waiting(lock, host=self.host()) as got:
+            self.assertTrue(got)
+            self.verify(host=self.host(monotonic=lambda: float(next(looks))))
+        self.assertLess(next(looks), 20)
