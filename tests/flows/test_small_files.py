@@ -9,9 +9,11 @@ import threading
 from collections.abc import Callable, Iterator
 
 import imagecache_lib as ic
+from imagecache_lib import errors
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import locks
 from tests.flows.test_upkeep import UpkeepCase
+from tests.support import files
 
 DAY = 86400
 
@@ -101,3 +103,16 @@ class TestNovasRegistry(SmallFilesCase):
             self.assertTrue(got)
             self.verify(host=self.host(monotonic=lambda: float(next(looks))))
         self.assertLess(next(looks), 20)
+
+
+class TestDisksToForget(SmallFilesCase):
+    def test_a_path_that_is_not_absolute_is_refused(self) -> None:
+        # An empty one, of a variable that is not set, would forget every disk.
+        base = self.cached()
+        disk = self.instances / "uuid" / "disk"
+        files.overlay(disk, base)
+        self.verify()
+        for path in ("", "uuid", "./uuid"):
+            with self.subTest(path), self.assertRaisesRegex(errors.ConfigError, "no absolute path"):
+                self.manager().forget_disks(path)
+        self.assertEqual(1, self.manager().forget_disks(str(disk.parent)))
