@@ -14,6 +14,7 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import locks
 from tests.flows.test_upkeep import UpkeepCase
 from tests.support import files
+from tests.support.cache_case import ID
 
 DAY = 86400
 
@@ -116,3 +117,25 @@ class TestDisksToForget(SmallFilesCase):
             with self.subTest(path), self.assertRaisesRegex(errors.ConfigError, "no absolute path"):
                 self.manager().forget_disks(path)
         self.assertEqual(1, self.manager().forget_disks(str(disk.parent)))
+
+
+class TestPins(SmallFilesCase):
+    def test_an_owner_that_is_none_is_refused(self) -> None:
+        manager = self.manager()
+        for owner in ("", "\udcff", None, 3, b"me"):
+            with self.subTest(repr(owner)), self.assertRaisesRegex(errors.ConfigError, "can own no pin"):
+                manager.pin(ID, owner=owner)  # type: ignore[arg-type]
+            with self.subTest(repr(owner)), self.assertRaisesRegex(errors.ConfigError, "can own no pin"):
+                manager.unpin(ID, owner=owner)  # type: ignore[arg-type]
+        self.assertEqual((), manager.list_pins())
+
+    def test_an_end_that_is_no_time_is_refused(self) -> None:
+        # Written down, it would make the pin one that cannot be read, which holds for ever.
+        manager = self.manager()
+        odd: tuple[object, ...] = ("tomorrow", True, [], {})
+        for end in odd:
+            with self.subTest(end), self.assertRaisesRegex(errors.ConfigError, "cannot end at"):
+                manager.pin(ID, owner="me", expires=end)  # type: ignore[arg-type]
+            with self.subTest(end), self.assertRaisesRegex(errors.ConfigError, "cannot end at"):
+                manager.cache_image(ID, pin_until=end)  # type: ignore[arg-type]
+        self.assertEqual((), manager.list_pins())
