@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import imagecache_lib as ic
 from imagecache_lib import errors
+from imagecache_lib.store import history
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import locks
 from tests.flows.test_upkeep import UpkeepCase
@@ -139,3 +140,38 @@ class TestPins(SmallFilesCase):
             with self.subTest(end), self.assertRaisesRegex(errors.ConfigError, "cannot end at"):
                 manager.cache_image(ID, pin_until=end)  # type: ignore[arg-type]
         self.assertEqual((), manager.list_pins())
+
+
+class TestHistory(SmallFilesCase):
+    def test_an_old_entry_that_cannot_be_removed_keeps_no_other(self) -> None:
+        self.cached()
+        kept = self.private / "history" / "directory"
+        kept.mkdir()
+        old = [self.private / "history" / f"{number:032x}" for number in range(20)]
+        for path in old:
+            path.write_bytes(b"\n")
+        for path in (kept, *old):
+            files.age(path, seconds=61 * DAY)
+        self.verify()
+        self.assertEqual([], [path.name for path in old if path.exists()])
+
+    def test_what_a_clock_that_was_ahead_dated_goes_with_time(self) -> None:
+        self.cached()
+        store = self.store()
+        ahead = self.private / "history" / ("0" * 32)
+        ahead.write_bytes(b"\n")
+        files.age(ahead, seconds=-3650 * DAY)
+        now = store.filesystem_now()
+        history.sweep(store, now=now)
+        history.sweep(store, now=now + 61 * DAY)
+        self.assertFalse(ahead.exists())
+
+    def test_lines_that_lie_ahead_are_put_aside(self) -> None:
+        self.cached()
+        (own,) = (self.private / "history").iterdir()
+        line = json.loads(own.read_bytes().split(b"\n")[1])
+        for at in (line["at"] + 3650 * DAY, float("inf"), float("nan")):
+            own.write_text(f"\n{json.dumps({**line, 'at': at})}\n")
+            self.verify(None)
+            self.assertFalse(own.exists())
+            self.assertTrue(self.manager().history(ID))
