@@ -13,9 +13,9 @@ from imagecache_lib import errors
 from imagecache_lib.store import history
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import locks
-from tests.flows.test_upkeep import UpkeepCase
+from tests.flows.test_upkeep import NAME, UpkeepCase
 from tests.support import files
-from tests.support.cache_case import ID
+from tests.support.cache_case import ID, OTHER_ID
 
 DAY = 86400
 
@@ -107,6 +107,18 @@ class TestNovasRegistry(SmallFilesCase):
         self.assertLess(next(looks), 20)
 
 
+class TestPipes(SmallFilesCase):
+    def test_one_in_the_place_of_a_file_in_flight_is_not_waited_for(self) -> None:
+        self.cached()
+        stage = self.private / "stage" / ("ab" * 16)
+        os.mkfifo(stage)
+        note = {"name": NAME, "reserved": 4096, "record": None}
+        note["fetcher"] = {"host": "h", "pid": 1, "received": 0, "total": None}
+        stage.with_suffix(".json").write_text(json.dumps(note))
+        self.comes_back(self.manager().get_space)
+        self.comes_back(lambda: self.spawn(self.manager(), OTHER_ID))
+
+
 class TestDisksToForget(SmallFilesCase):
     def test_a_path_that_is_not_absolute_is_refused(self) -> None:
         # An empty one, of a variable that is not set, would forget every disk.
@@ -175,3 +187,22 @@ class TestHistory(SmallFilesCase):
             self.verify(None)
             self.assertFalse(own.exists())
             self.assertTrue(self.manager().history(ID))
+
+
+class TestLastReport(SmallFilesCase):
+    def test_one_of_wrong_types_keeps_everything_until_the_next_one(self) -> None:
+        base = self.cached()
+        self.verify([ic.Instance("uuid", "there", images=(ID,))])
+        (kept,) = (self.private / "hosts").glob("*.scan")
+        written = json.loads(kept.read_text())
+        for bad in (
+            ["uuid", "there", [], [], 0, ["x"]],
+            ["uuid", "there", [], [], 0, [float("nan")]],
+            [{}, "there", [], [], 0, []],
+            ["uuid", "there", "images", [], 0, []],
+        ):
+            with self.subTest(bad):
+                kept.write_text(json.dumps({**written, "report": [bad]}))
+                with self.assertRaisesRegex(errors.BackendError, "is damaged"):
+                    self.manager().evict_image(ID)
+        self.assertTrue(base.exists())
