@@ -441,6 +441,10 @@ class Upkeep:
             f"{self._cache.layout.base(name)} is nothing that belongs into the cache. Move it away."
             for name in look.inventory.unknown
         ]
+        unknown += [
+            f"{self._cache.layout.base(name)} cannot be looked at ({cause}), and stays. Check the filesystem."
+            for name, cause in look.inventory.unreadable
+        ]
         problems = (*look.references.problems, *_silent(outcomes), *unknown)
         return VerifyReport(tuple(sorted(bases, key=lambda base: base.name)), problems, dry_run)
 

@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable, Iterator
 
 import imagecache_lib as ic
-from imagecache_lib import errors
-from imagecache_lib.store import history
+from imagecache_lib import errors, events
+from imagecache_lib.store import history, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import locks
+from imagecache_lib.system.trace import TracePoint
 from tests.flows.test_upkeep import NAME, UpkeepCase
 from tests.support import files
 from tests.support.cache_case import ID, OTHER_ID
@@ -206,3 +207,80 @@ class TestLastReport(SmallFilesCase):
                 with self.assertRaisesRegex(errors.BackendError, "is damaged"):
                     self.manager().evict_image(ID)
         self.assertTrue(base.exists())
+
+
+class TestTrash(SmallFilesCase):
+    def test_the_record_of_a_base_that_got_the_same_inode_stays(self) -> None:
+        self.cached()
+        record = self.record()
+        found = json.loads(record.read_text())
+        newer = json.dumps({**found, "base_id": "cd" * 16})
+        self.points.at(TracePoint.EVICT_UNLINKED, lambda: record.write_text(newer))
+        self.verify()
+        self.assertEqual(newer, record.read_text())
+
+    def test_a_file_in_the_place_of_the_spare_directory_becomes_no_base(self) -> None:
+        self.cached()
+        spare = self.private / "spare"
+        if spare.is_dir():
+            spare.rmdir()
+        spare.write_bytes(b"")
+        entry = trash.TrashEntry(NAME, str(self.private / "trash" / f"{NAME}.{'0' * 32}"))
+        with self.assertRaises(NotADirectoryError):
+            os.rename(f"{spare}/", entry.directory)  # what an eviction on a full filesystem does
+        self.verify()
+        self.assertEqual(b"", spare.read_bytes())
+
+
+class TestObservers(SmallFilesCase):
+    def test_one_that_is_interrupted_leaves_nothing_in_flight(self) -> None:
+        """At each event of a spawn and an eviction, as a green thread's timeout may end it."""
+        calls: dict[str, Callable[[ic.ImageCacheManager], object]] = {
+            "spawn": self.spawn,
+            "evict": lambda manager: manager.verify_base_images([]),
+        }
+        for name, call in calls.items():
+            for number in range(100):
+                with self.subTest(name, number=number):
+                    self.unused() if self.base().exists() else self.cached()
+                    if name == "spawn":
+                        self.manager(remove_unused_original_minimum_age_seconds=0).evict_image(ID)
+                    told = _Interrupts(number)
+                    config = ic.CacheConfig(instances_path=str(self.instances), num_retries=0)
+                    manager = ic.ImageCacheManager(config, self.source, host=self.host(), observers=(told,))
+                    try:
+                        call(manager)
+                    except Interrupt:
+                        pass
+                    else:
+                        break
+                    self.assertEqual([], self.in_flight())
+                    self.assertEqual([], os.listdir(self.private / "trash"))
+                    self.assertEqual([], self.open_files())
+            else:
+                self.fail("there are too many events")
+
+    def open_files(self) -> list[str]:
+        found = []
+        for entry in os.listdir("/proc/self/fd"):
+            try:
+                found.append(os.readlink(f"/proc/self/fd/{entry}"))
+            except FileNotFoundError:
+                continue
+        return [path for path in found if path.startswith(str(self.cache_dir))]
+
+
+class Interrupt(BaseException):
+    """As the timeout of a green thread."""
+
+
+class _Interrupts:
+    """An observer that is interrupted at one event."""
+
+    def __init__(self, number: int) -> None:
+        self._left = number
+
+    def __call__(self, event: events.Event) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise Interrupt
