@@ -431,12 +431,13 @@ class Upkeep:
             entry = decision.entry
             outcome = became.pop(entry.name, None)
             evicted = outcome.gone if outcome is not None else decision.evict and dry_run
-            reason = outcome.reason if outcome is not None else decision.reason
+            reason = dates.plain(outcome.reason if outcome is not None else decision.reason)
             image_id = look.image_ids.get(entry.name)
             bases.append(BaseReport(entry.name, evicted, reason, entry.allocated, image_id))
         for outcome in became.values():
             image_id = look.image_ids.get(outcome.name)
-            bases.append(BaseReport(outcome.name, outcome.gone, outcome.reason, outcome.allocated, image_id))
+            reason = dates.plain(outcome.reason)
+            bases.append(BaseReport(outcome.name, outcome.gone, reason, outcome.allocated, image_id))
         unknown = [
             f"{self._cache.layout.base(name)} is nothing that belongs into the cache. Move it away."
             for name in look.inventory.unknown
@@ -446,7 +447,8 @@ class Upkeep:
             for name, cause in look.inventory.unreadable
         ]
         problems = (*look.references.problems, *_silent(outcomes), *unknown)
-        return VerifyReport(tuple(sorted(bases, key=lambda base: base.name)), problems, dry_run)
+        told = tuple(dates.plain(problem) for problem in problems)
+        return VerifyReport(tuple(sorted(bases, key=lambda base: base.name)), told, dry_run)
 
     def image_id(self, name: str) -> str | None:
         """Return the id of the image a base was made from, or None if no record says so."""

@@ -108,6 +108,19 @@ class TestNovasRegistry(SmallFilesCase):
         self.assertLess(next(looks), 20)
 
 
+class TestNames(SmallFilesCase):
+    def test_what_a_pass_says_is_one_line_of_text_whatever_files_are_called(self) -> None:
+        base = self.cached()
+        odd = "od\nd \x1b[31m\udcff"
+        files.overlay(self.instances / odd / "disk", base)
+        (self.cache_dir / odd).write_bytes(b"")
+        report = self.verify()
+        told = [*report.problems, *(each.reason for each in report.bases)]
+        self.assertEqual([], [each for each in told if not each.isprintable()])
+        self.assertIn(r"od\nd \x1b[31m\udcff", self.reason(report))
+        self.assertIn(r"od\nd \x1b[31m\udcff", report.problems[0])
+
+
 class TestPipes(SmallFilesCase):
     def test_one_in_the_place_of_a_file_in_flight_is_not_waited_for(self) -> None:
         self.cached()
