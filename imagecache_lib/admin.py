@@ -166,10 +166,16 @@ class CacheAdmin:
         A disk that a pass saw, and that no pass sees any more, keeps its base image until there is proof that
         it was removed. This call is the operator's word for that. The next pass sees again what is there.
 
-        :param path: of a disk, a directory or a disk root.
+        :param path: absolute, of a disk, a directory or a disk root.
         :returns: how many disks are forgotten.
+        :raises ConfigError: the path is not absolute: an empty one would mean all disks.
         :raises NoSpaceError, BackendError: that cannot be written down.
         """
+        if not os.path.isabs(path):
+            raise errors.ConfigError(
+                f"{path!r} is no absolute path of disks to forget",
+                next_step="name the disk, the directory or the disk root as the problem names it",
+            )
         self._start()
         with translated(self.config.base_path):
             return self._upkeep.forget_disks(path)
@@ -181,6 +187,7 @@ class CacheAdmin:
 
         :param owner: of the pin; an owner has one pin on an image at most.
         :param expires: epoch seconds, or None to keep the pin until :meth:`unpin`.
+        :raises ConfigError: the owner is no text, or the end no number.
         """
         name = layout.base_name(image_id)
         self._start()

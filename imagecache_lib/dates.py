@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times and amounts of bytes as people read and write them."""
+"""Times, amounts of bytes and foreign words as people read and write them."""
 
 from __future__ import annotations
 
@@ -55,3 +55,13 @@ def parse_size(text: str) -> int:
     return (
         int(float(number) * _MULTIPLES[found[3]]) if found[2] else int(found[1]) * _MULTIPLES[found[3] or ""]
     )
+
+
+def plain(text: str) -> str:
+    """Return text that fits into one line of any log and terminal, with what is not printable as an escape.
+
+    A file's name may hold line feeds, what moves a cursor, and bytes that are no text.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cliff import command, lister, show
 
-from imagecache_lib import admin, errors, events, model, opts
+from imagecache_lib import admin, dates, errors, events, model, opts
 from imagecache_lib.cli import formats, values
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.observers.log import LogObserver
@@ -90,7 +90,7 @@ class Base(command.Command):
 
     def note(self, text: str) -> None:
         """Write a line that is not part of the result to stderr."""
-        self.app.stderr.write(f"{self.app.NAME}: {text}\n")
+        self.app.stderr.write(f"{self.app.NAME}: {dates.plain(text)}\n")
         self.app.stderr.flush()
 
     def config(self) -> CacheConfig:
@@ -178,6 +178,8 @@ class BaseLister(Base, lister.Lister):
             data = [_without(row, hidden) for row in data]
         try:
             return super().produce_output(parsed_args, column_names, data)
+        except UnicodeError:
+            raise
         except ValueError as error:
             raise errors.ConfigError(
                 f"there is no column {', '.join(parsed_args.columns)}",

@@ -68,7 +68,8 @@ class Forget(base.BaseShow):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
-        path = os.path.abspath(parsed_args.path)
+        # An empty one, of a variable that is not set, would become the working directory's.
+        path = os.path.abspath(parsed_args.path) if parsed_args.path else ""
         return ["path", "forgotten_disks"], [path, self.admin().forget_disks(path)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -96,6 +97,9 @@ class ImageCacheApp(app.App):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files may be no text, and a list of them is worth more than the error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     return ImageCacheApp().run(arguments or ["--help"])
 
 

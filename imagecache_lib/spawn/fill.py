@@ -109,10 +109,10 @@ class Filler:
                 return Production(copy.received)
             if not bypass:
                 raise self._in_the_way(request, reason)
+            self._cache.observers(events.Bypassed(request.name, request.label, reason=reason))
         except BaseException:
             copy.stage.discard()
             raise
-        self._cache.observers(events.Bypassed(request.name, request.label, reason=reason))
         return copy
 
     def _share_failure(self, request: BaseRequest, *, final: bool) -> None:

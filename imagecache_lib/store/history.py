@@ -37,6 +37,9 @@ _LONGEST = 1000
 
 _OLD = ".old"
 
+#: A time that lies ahead by more seconds than this was noted by a wrong clock.
+_AHEAD = 300
+
 #: The events that are kept, and what each is called.
 _KINDS: dict[type[events.Event], str] = {
     events.Published: "published",
@@ -160,11 +163,16 @@ def sweep(cache: CacheStore, *, now: float) -> None:
     age = cache.config.history_age_seconds
     with contextlib.suppress(OSError):
         for path, status in _files(cache, ""):
-            if now - status.st_mtime > age:
-                os.unlink(path)
+            with contextlib.suppress(OSError):  # what cannot be removed must not keep the others
+                if now - status.st_mtime > age:
+                    os.unlink(path)
+                elif status.st_mtime > now + _AHEAD:
+                    os.utime(path, (now, now), follow_symlinks=False)  # a wrong clock dated it
+    with contextlib.suppress(OSError):
         path = cache.layout.history(cache.host_id)
         first = next(_parsed(path), None)
-        if first is not None and now - first.at > age / 2:
+        latest = max(now, cache.host.clock()) + _AHEAD
+        if first is not None and not now - age / 2 <= first.at <= latest:
             os.rename(path, f"{path}.{durable.new_id()}{_OLD}")
 
 

@@ -33,8 +33,11 @@ _OURS = ""
 #: How often what other processes wrote at the same time is merged before it is left to them.
 _MOST_TURNS = 100
 
-#: The most bytes that a file of a last scan is read for.
-_LIMIT = 2**30
+#: The most bytes that a file of a last scan is read for: two million disks take less.
+_LIMIT = 2**28
+
+#: What each form begins with. It takes minutes to find that as many zeros, as a crash may leave, are no JSON.
+_BEGIN = b"{"
 
 
 class Boundary(enum.StrEnum):
@@ -341,6 +344,8 @@ def _fields(last: LastScan, mark: str | None) -> dict[str, Any]:
 
 def parse(data: bytes) -> LastScan | None:
     """Return the last scan in ``data``. Returns None for anything torn or unknown."""
+    if not data.startswith(_BEGIN):
+        return None
     try:
         fields = json.loads(data)
         directories, report = fields["directories"], fields["report"]
@@ -381,8 +386,14 @@ def _is_directory(number: int, packed: Sequence[Any]) -> bool:
 
 
 def _is_instance(packed: Sequence[Any]) -> bool:
-    _uuid, _host, images, directories, swap_mb, ephemerals = packed
-    return type(images) is type(directories) is type(ephemerals) is list and type(swap_mb) is int
+    uuid, host, images, directories, swap_mb, ephemerals = packed
+    return (
+        type(images) is type(directories) is type(ephemerals) is list
+        and type(swap_mb) is int
+        and all(type(size) is int for size in ephemerals)
+        and not isinstance(uuid, list | dict)
+        and not isinstance(host, list | dict)
+    )
 
 
 class _Disks(Mapping[str, SeenDisk]):
@@ -473,6 +484,8 @@ def _unpack_instance(packed: Sequence[Any]) -> model.Instance:
 
 def parse_readings(data: bytes) -> dict[str, tuple[str, ...]] | None:
     """Return the names by path of disk in an older release's form. Returns None for anything torn."""
+    if not data.startswith(_BEGIN):
+        return None
     try:
         found = json.loads(data)
         return {str(path): tuple(str(name) for name in names) for path, names in found.items()}

@@ -65,7 +65,9 @@ take the byte for QEMU's, so that each keeps what the other leases. Nova sees ne
 for long is touched meanwhile, so that it is too young for Nova's pass.
 
 *A stage file* belongs to the process that holds an OFD lock on it. It is a leftover when that lock is free
-and the file was not touched for an hour.
+and the file was not touched for an hour, or when it was not touched for a day: its owner is stopped, or on a
+host that hangs, and makes another should it go on. Until then nothing can be evicted that it is about to
+publish.
 
 *A record* is evidence only for the very file it was written for: its random id must equal the base's
 ``user.imagecache.id`` attribute, and inode and size must match. Otherwise the base counts as adopted: it is

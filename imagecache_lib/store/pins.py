@@ -77,12 +77,35 @@ def parse(data: bytes) -> PinFile | None:
 
 
 def add(cache: CacheStore, name: str, image_id: str, pin: Pin) -> Pin | None:
-    """Pin a base, whether it is there or not. Returns the owner's earlier pin, whose place it takes."""
+    """Pin a base, whether it is there or not. Returns the owner's earlier pin, whose place it takes.
+
+    :raises ConfigError: the owner is no text, or the end no number: a file with that would be torn.
+    """
+    _require_owner(pin.owner)
+    if pin.expires is not None and type(pin.expires) not in (int, float):
+        raise errors.ConfigError(
+            f"a pin cannot end at {pin.expires!r}", next_step="give epoch seconds, or None"
+        )
     with translated(cache.layout.pins):
         earlier = _pin_of(cache, name, pin.owner)
         _write(cache, name, image_id, pin)
         _show_earlier_releases(cache, name, image_id)
         return earlier
+
+
+def _require_owner(owner: object) -> None:
+    if not isinstance(owner, str) or not owner or not _is_unicode(owner):
+        raise errors.ConfigError(
+            f"{owner!r} can own no pin", next_step="name the owner by non-empty text in valid Unicode"
+        )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def take_back(cache: CacheStore, name: str, image_id: str, pin: Pin, earlier: Pin | None) -> None:
@@ -101,7 +124,11 @@ def take_back(cache: CacheStore, name: str, image_id: str, pin: Pin, earlier: Pi
 
 
 def remove(cache: CacheStore, name: str, image_id: str, owner: str) -> bool:
-    """Take an owner's pin away. Returns whether there was one."""
+    """Take an owner's pin away. Returns whether there was one.
+
+    :raises ConfigError: the owner is no text.
+    """
+    _require_owner(owner)
     with translated(cache.layout.pins):
         there = _pin_of(cache, name, owner) is not None
         _remove(cache, name, owner)

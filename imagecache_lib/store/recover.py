@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 from collections.abc import Container, Iterable
@@ -90,7 +91,7 @@ def _sweep_stages(
                 _unlink_if_idle(os.path.join(cache.layout.stages, entry), cache, now)
         elif stage_id in unfinished and _is_recent(path, cache, now):
             continue
-        elif sweep_if_dead(path, cache, now):
+        elif sweep_if_dead(path, cache, now, stuck_after=cache.config.foreign_stage_idle_seconds):
             for beside in cache.layout.beside_stage(stage_id):
                 with contextlib.suppress(OSError):
                     os.unlink(beside)
@@ -105,7 +106,9 @@ def _is_recent(path: str, cache: CacheStore, now: float) -> bool:
     return now - changed < cache.config.foreign_stage_idle_seconds
 
 
-def sweep_if_dead(path: str, cache: CacheStore, now: float, *, marked: bool = False) -> bool:
+def sweep_if_dead(
+    path: str, cache: CacheStore, now: float, *, marked: bool = False, stuck_after: float = math.inf
+) -> bool:
     """Unlink a file in flight whose owner is dead: its lock is free, and it was not touched for long.
 
     Both are asked for, since the owner may not have its lock yet, and since locks may not work at all. The
@@ -113,6 +116,8 @@ def sweep_if_dead(path: str, cache: CacheStore, now: float, *, marked: bool = Fa
     unlinked.
 
     :param marked: whether only a file that says of itself that it was made here may go.
+    :param stuck_after: seconds without a touch after which it goes though its lock is held: its owner is
+        stopped, or on a host that hangs, and makes it anew should it go on.
     """
     own = locks.try_own
     try:
@@ -133,7 +138,7 @@ def sweep_if_dead(path: str, cache: CacheStore, now: float, *, marked: bool = Fa
         if now - found.st_mtime < cache.config.stage_idle_seconds:
             _date_anew(path, found, cache, now)
             return False
-        if cache.host.locking and not own(fd):
+        if cache.host.locking and not own(fd) and now - found.st_mtime < stuck_after:
             return False
         if marked and not atomic_file.is_made_here(fd, path):
             return False
@@ -161,10 +166,12 @@ def _sweep_leftovers(cache: CacheStore, now: float) -> None:
 
 
 def _entries(directory: str) -> list[str]:
-    """Return the names in a directory, which is not there where only an earlier release has pins."""
+    """Return the names in a directory: none if it is not there, as where only an earlier release has pins, or
+    cannot be listed: what lies in it stays then."""
     try:
         return os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        LOG.debug("Leftovers in %s are not looked for: %s", directory, error.strerror)
         return []
 
 

@@ -56,7 +56,7 @@ def _living(cache: CacheStore) -> list[int]:
 def _owed(cache: CacheStore, stage_id: str, reserved: int) -> int | None:
     """Return the bytes that a stage has reserved and not yet allocated, or None if its owner is dead."""
     try:
-        fd = os.open(cache.layout.stage(stage_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(cache.layout.stage(stage_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:

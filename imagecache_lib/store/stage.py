@@ -354,7 +354,7 @@ def fetcher(cache: CacheStore, name: str) -> Fetcher | None:
 def _may_be_alive(cache: CacheStore, stage_id: str) -> bool:
     """Whether a process owns a stage file, as far as locks tell."""
     try:
-        fd = os.open(cache.layout.stage(stage_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(cache.layout.stage(stage_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return False
     try:

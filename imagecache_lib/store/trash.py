@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import dataclasses
 import errno
+import logging
 import os
 import stat
 
@@ -27,6 +28,8 @@ from imagecache_lib.store import evidence, layout, stage
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable
 from imagecache_lib.system.trace import TracePoint
+
+LOG = logging.getLogger(__name__)
 
 _ID_LENGTH = 32
 
@@ -95,8 +98,9 @@ def _write_intent(cache: CacheStore, entry: TrashEntry) -> None:
             raise
         # On a full filesystem nothing can be made, and eviction is what helps.
         try:
-            os.rename(_spare(cache), entry.directory)
-        except FileNotFoundError:
+            # With the slash it can be nothing but a directory: a file there would be taken for a base.
+            os.rename(_spare(cache) + "/", entry.directory)
+        except (FileNotFoundError, NotADirectoryError):
             raise error from None
 
 
@@ -137,8 +141,21 @@ def entries(cache: CacheStore, name: str | None = None) -> list[TrashEntry]:
 
 
 def find(cache: CacheStore, name: str | None = None) -> list[TrashEntry]:
-    """Return the files that lie in the trash: those of one base, or all of them."""
-    return [entry for entry in entries(cache, name) if _is_regular(entry.path)]
+    """Return the files that lie in the trash: those of one base, or all of them.
+
+    :raises OSError: the entry of the base that is asked for cannot be looked at: its name must stay free for
+        it. Among all, such an entry is left out, and stays.
+    """
+    found = []
+    for entry in entries(cache, name):
+        try:
+            if _is_regular(entry.path):
+                found.append(entry)
+        except OSError as error:
+            if name is not None:
+                raise
+            LOG.warning("%s cannot be looked at (%s), and stays. Check the filesystem.", entry.path, error)
+    return found
 
 
 def _is_regular(path: str) -> bool:
@@ -227,7 +244,10 @@ def _rename_back(path: str, base: str) -> bool:
         # NFS and gluster cannot. Publishers leave the name alone while the file is here.
         if os.path.lexists(base):
             return False
-        os.rename(path, base)
+        try:
+            os.rename(path, base)
+        except FileNotFoundError:
+            return False  # another process put it back
     elif code:
         raise OSError(code, os.strerror(code), path)
     return True
@@ -249,17 +269,28 @@ def is_restored(cache: CacheStore, entry: TrashEntry) -> bool:
 def unlink(cache: CacheStore, entry: TrashEntry) -> None:
     """Remove a file for good, its record, checksums and hashes unless the name has a base again."""
     found = os.stat(entry.path, follow_symlinks=False)
+    carried = _id_of(entry)
     os.unlink(entry.path)
     cache.host.trace(TracePoint.EVICT_UNLINKED)
     _drop_intent(entry)
     record = cache.layout.record(entry.name)
     data = durable.read_file(record)
     described = evidence.parse(data) if data is not None else None
-    is_its = described is None or described.inode == found.st_ino
+    # A base that was published since may have got the inode that became free.
+    is_its = described is None or (
+        described.inode == found.st_ino and carried in (None, "", described.base_id)
+    )
     if is_its and not os.path.lexists(cache.layout.base(entry.name)):
         for path in (record, cache.layout.sums(entry.name), cache.layout.pieces(entry.name)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+def _id_of(entry: TrashEntry) -> str | None:
+    """Return the random id that a file carries, or None if that cannot be told."""
+    with contextlib.suppress(OSError):
+        return os.getxattr(entry.path, layout.ID_ATTRIBUTE, follow_symlinks=False).decode("ascii", "replace")
+    return None
 
 
 def sweep(cache: CacheStore, *, now: float) -> None:

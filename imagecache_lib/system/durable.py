@@ -75,7 +75,7 @@ def write_file(
                 os.fsync(fd)
         finally:
             os.close(fd)
-        os.rename(temporary, path)
+        _rename(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -84,7 +84,15 @@ def write_file(
         sync_directory(directory)
 
 
-def exchange_file(path: str, data: bytes, *, limit: int = 2**24) -> bytes | None:
+def _rename(temporary: str, path: str) -> None:
+    """Give a file its name. An error names the file that was to be written, and not the temporary one."""
+    try:
+        os.rename(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+def exchange_file(path: str, data: bytes, *, mode: int = 0o600, limit: int = 2**24) -> bytes | None:
     """Replace a small file durably, and return what was replaced: what the file held at that very moment.
 
     Returns None if there was no file. A filesystem that cannot exchange two names (NFS) is asked for the
@@ -96,13 +104,13 @@ def exchange_file(path: str, data: bytes, *, limit: int = 2**24) -> bytes | None
     temporary = os.path.join(directory, f".{name}.{new_id()}.new")
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    write_file(temporary, data, sync_name=False)
+    write_file(temporary, data, mode=mode, sync_name=False)
     before: bytes | None = None
     try:
         while not _exchange(temporary, path):
             if os.path.lexists(path):
                 before = read_file(path, limit=limit)
-                os.rename(temporary, path)
+                _rename(temporary, path)
                 break
             try:
                 os.link(temporary, path, follow_symlinks=False)

@@ -208,15 +208,17 @@ def describe(
     registered: Mapping[str, HostFile | None],
     hosts: Hosts,
 ) -> Iterator[tuple[trash.TrashEntry, InTrash]]:
-    """Yield what has to be known of entries of the trash to decide about them. One that is gone is left out.
+    """Yield what has to be known of entries of the trash to decide about them.
+
+    One that is gone, or cannot be looked at, is left out.
 
     :param registered: the hosts that have to look, as :func:`members.of` returned them.
     """
     for entry in found:
         try:
             status = os.stat(entry.path, follow_symlinks=False)
-        except FileNotFoundError:
-            continue
+        except OSError:
+            continue  # it is gone, or cannot be looked at, and stays
         yield (
             entry,
             InTrash(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import stat
@@ -41,11 +42,13 @@ class Inventory:
     :param foreign_stages: what Nova has or had in flight.
     :param unknown: names of entries that are no regular file, or that neither Nova nor this cache gives. They
         are not touched.
+    :param unreadable: names of entries that cannot be looked at, each with why.
     """
 
     bases: tuple[Entry, ...]
     foreign_stages: tuple[Entry, ...]
     unknown: tuple[str, ...]
+    unreadable: tuple[tuple[str, str], ...] = ()
 
 
 def take(cache: CacheStore) -> Inventory:
@@ -53,6 +56,7 @@ def take(cache: CacheStore) -> Inventory:
     bases: list[Entry] = []
     foreign: list[Entry] = []
     unknown: list[str] = []
+    unreadable: list[tuple[str, str]] = []
     noted = _notes_of_use(cache)
     passed_over = {layout.LOST_AND_FOUND, *cache.config.passed_over}
     try:
@@ -68,6 +72,10 @@ def take(cache: CacheStore) -> Inventory:
                 status = found.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
+            except OSError as error:
+                # A damaged inode is one entry's affair: the others are looked at all the same.
+                unreadable.append((found.name, error.strerror or str(error)))
+                continue
             if kind is layout.Kind.UNKNOWN or not stat.S_ISREG(status.st_mode):
                 unknown.append(found.name)
                 continue
@@ -75,7 +83,10 @@ def take(cache: CacheStore) -> Inventory:
             (foreign if kind is layout.Kind.FOREIGN_STAGE else bases).append(entry)
     by_name = lambda entry: entry.name  # noqa: E731
     return Inventory(
-        tuple(sorted(bases, key=by_name)), tuple(sorted(foreign, key=by_name)), tuple(sorted(unknown))
+        tuple(sorted(bases, key=by_name)),
+        tuple(sorted(foreign, key=by_name)),
+        tuple(sorted(unknown)),
+        tuple(sorted(unreadable)),
     )
 
 
@@ -87,10 +98,9 @@ def look(cache: CacheStore, name: str) -> Entry | None:
         return None
     if not stat.S_ISREG(status.st_mode):
         return None
-    try:
+    noted = 0.0
+    with contextlib.suppress(OSError):
         noted = os.stat(cache.layout.record(name), follow_symlinks=False).st_mtime
-    except FileNotFoundError:
-        noted = 0.0
     return _entry(cache, name, layout.classify(name), status, noted)
 
 
@@ -134,10 +144,8 @@ def _notes_of_use(cache: CacheStore) -> dict[str, float]:
     with entries:
         for found in entries:
             if found.name.endswith(".json"):
-                try:
+                with contextlib.suppress(OSError):
                     noted[found.name.removesuffix(".json")] = found.stat(follow_symlinks=False).st_mtime
-                except FileNotFoundError:
-                    continue
     return noted
 
 
@@ -181,8 +189,8 @@ def allocated_under(path: str, *, passed_over: Collection[str] = ()) -> int:
                         pending.append(found.path)
                         continue
                     status = found.stat(follow_symlinks=False)
-                except (FileNotFoundError, PermissionError):
-                    continue
+                except OSError:
+                    continue  # it is gone, or damaged
                 if status.st_ino not in counted:
                     counted.add(status.st_ino)
                     total += status.st_blocks * 512

@@ -431,18 +431,24 @@ class Upkeep:
             entry = decision.entry
             outcome = became.pop(entry.name, None)
             evicted = outcome.gone if outcome is not None else decision.evict and dry_run
-            reason = outcome.reason if outcome is not None else decision.reason
+            reason = dates.plain(outcome.reason if outcome is not None else decision.reason)
             image_id = look.image_ids.get(entry.name)
             bases.append(BaseReport(entry.name, evicted, reason, entry.allocated, image_id))
         for outcome in became.values():
             image_id = look.image_ids.get(outcome.name)
-            bases.append(BaseReport(outcome.name, outcome.gone, outcome.reason, outcome.allocated, image_id))
+            reason = dates.plain(outcome.reason)
+            bases.append(BaseReport(outcome.name, outcome.gone, reason, outcome.allocated, image_id))
         unknown = [
             f"{self._cache.layout.base(name)} is nothing that belongs into the cache. Move it away."
             for name in look.inventory.unknown
         ]
+        unknown += [
+            f"{self._cache.layout.base(name)} cannot be looked at ({cause}), and stays. Check the filesystem."
+            for name, cause in look.inventory.unreadable
+        ]
         problems = (*look.references.problems, *_silent(outcomes), *unknown)
-        return VerifyReport(tuple(sorted(bases, key=lambda base: base.name)), problems, dry_run)
+        told = tuple(dates.plain(problem) for problem in problems)
+        return VerifyReport(tuple(sorted(bases, key=lambda base: base.name)), told, dry_run)
 
     def image_id(self, name: str) -> str | None:
         """Return the id of the image a base was made from, or None if no record says so."""
@@ -457,11 +463,25 @@ def _silent(outcomes: Sequence[evict.Outcome]) -> list[str]:
         for host in outcome.blocked_by:
             held.setdefault(host, []).append(outcome.allocated)
     return [
-        f"Host {host.name} has not looked at {len(sizes)} evicted base images, which hold"
-        f" {dates.size(sum(sizes))}. Let its periodic pass run; if it will not come back, "
-        + _how_to_forget(host)
+        _says_nothing(host, f"{len(sizes)} evicted base images, which hold {dates.size(sum(sizes))}")
         for host, sizes in sorted(held.items())
     ]
+
+
+def _says_nothing(host: HostRef, what: str) -> str:
+    """Return a sentence on a host that has not looked at bases, and on what an operator can do.
+
+    :param what: the bases, as a phrase.
+    """
+    if host.id == members.UNTOLD:
+        return (
+            f"Hosts may not have looked at {what}: {host.name}. Nova writes its registry anew in its next"
+            " pass; if no Nova runs here, remove it."
+        )
+    return (
+        f"Host {host.name} has not looked at {what}. Let its periodic pass run; if it will not come back, "
+        + _how_to_forget(host)
+    )
 
 
 def _how_to_forget(host: HostRef) -> str:

@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import imagecache_lib as ic
-from imagecache_lib.store import layout
+from imagecache_lib.store import layout, trash
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep.verify import VerifyReport
-from tests.support import files, needs
+from tests.support import files, needs, recorded_calls
 from tests.support.cache_case import ID
 
 NAME = layout.base_name(ID)
@@ -431,3 +432,78 @@ def rename_while_reading(cache: Cache, name: str) -> None:
     host = ic.System(name="here", trace=trace)
     ic.ImageCacheManager(config, FakeSource({}), host=host, observers=()).verify_base_images([])
     assert cache.base.exists()
+
+
+def failing(call: str, error: str, path: pathlib.Path, function: Callable[[], object]) -> None:
+    """Run a function in a child in which a system call on a path fails each time."""
+    options = ["-o", os.devnull, "-e", "signal=none", "-P", str(path), "-e", f"trace={call}"]
+    status = recorded_calls.attached(function, [*options, "-e", f"inject={call}:error={error}"])
+    assert status == 0
+
+
+def test_a_damaged_inode_in_the_cache_stops_nothing_else(cache: Cache) -> None:
+    damaged = cache.base.with_name("ab" * 20)
+    damaged.write_bytes(b"")
+
+    def verify() -> None:
+        (told,) = cache.verify().problems
+        assert f"{damaged} cannot be looked at (Structure needs cleaning)" in told, told
+
+    failing("newfstatat", "EUCLEAN", damaged, verify)
+    assert not cache.base.exists()
+    assert damaged.exists()
+
+
+def test_an_entry_of_the_trash_that_cannot_be_looked_at_stops_nothing_else(cache: Cache) -> None:
+    entry = cache.trash / f"{'ab' * 20}.{'0' * 32}"
+    entry.mkdir()
+    (entry / "base").write_bytes(b"x")
+    failing("newfstatat", "EIO", entry / "base", cache.verify)
+    assert not cache.base.exists()
+    assert (entry / "base").exists()
+
+
+def test_a_base_in_the_trash_that_cannot_be_looked_at_is_not_fetched_over(cache: Cache) -> None:
+    entry = cache.trash / f"{NAME}.{'0' * 32}"
+    entry.mkdir()
+    os.rename(cache.base, entry / "base")
+
+    def fetch() -> None:
+        with pytest.raises(ic.BackendError):
+            cache.manager().cache_image(ID)
+
+    failing("newfstatat", "EIO", entry / "base", fetch)
+    assert not cache.base.exists()
+    cache.manager().cache_image(ID)
+    assert not entry.exists()
+
+
+def test_a_directory_of_pins_that_cannot_be_read_keeps_its_base_and_stops_nothing(cache: Cache) -> None:
+    cache.manager().pin(ID, owner="me")
+    pins = cache.base.parent / ".imagecache" / "pins" / NAME
+
+    def verify() -> None:
+        (base,) = cache.verify().bases
+        assert "its pins cannot be read" in base.reason, base
+
+    failing("openat", "EIO", pins, verify)
+    assert cache.base.exists()
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["alone", "another process is faster"])
+def test_a_base_is_put_back_where_nothing_can_be_linked(cache: Cache, lost: bool) -> None:
+    """On a filesystem that can neither link nor rename without replacing, as some are."""
+    entry = trash.TrashEntry(NAME, str(cache.trash / f"{NAME}.{'0' * 32}"))
+    os.mkdir(entry.directory)
+    os.rename(cache.base, entry.path)
+    config = ic.CacheConfig(instances_path=str(cache.instances))
+
+    def restore() -> None:
+        assert trash.restore(CacheStore(config, ic.System(name="here")), entry) is not lost
+
+    options = ["-o", os.devnull, "-e", "signal=none", "-e", "trace=link,linkat,rename,renameat2"]
+    options += ["-e", "inject=link,linkat:error=EPERM", "-e", "inject=renameat2:error=EINVAL"]
+    options += ["-e", "inject=rename:error=ENOENT"] if lost else []
+    assert recorded_calls.attached(restore, options) == 0
+    assert cache.base.exists() is not lost
+    assert os.path.exists(entry.directory) is lost

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, padding, rsa
 
 import imagecache_lib as ic
+from imagecache_lib import events
 from imagecache_lib.store import evidence
 from imagecache_lib.testing.sources import FakeSource
 from tests.support import certificates, files
@@ -66,6 +67,15 @@ class SignedSource(FakeSource):
 
     def describe(self, image_id: str) -> ic.Image:
         return dataclasses.replace(super().describe(image_id), properties=self.told)
+
+
+class InterruptedAtBypass(list[events.Event]):
+    """Events, of which one is told to an observer that is interrupted."""
+
+    def append(self, event: events.Event) -> None:
+        if isinstance(event, events.Bypassed):
+            raise KeyboardInterrupt
+        super().append(event)
 
 
 class SignatureCase(CacheCase):
@@ -291,6 +301,19 @@ class TestLaterRequests(SignatureCase):
         with self.assertRaisesRegex(ic.BackendError, "cannot be replaced while it is in use"):
             manager.cache_image(ID, request=request)
         self.assertEqual([], list((self.instances / "_base/.imagecache/stage").iterdir()))
+
+    def test_a_copy_that_proves_nothing_goes_though_an_observer_is_interrupted(self) -> None:
+        self.nova_made()
+        with open(self.base(), "r+b") as file:
+            file.seek(2 * MIB)  # a hole of the image
+            file.write(b"other")
+        self.signed._described[ID] = dataclasses.replace(self.signed._described[ID], digest=None)
+        self.manager().create_disk(ID, self.target(instance="unsigned"))
+        self.events = InterruptedAtBypass()
+        request = ic.Request(trusted_certs=("root", "middle"))
+        with self.assertRaises(KeyboardInterrupt):
+            self.manager().create_disk(ID, self.target(instance="signed"), request=request)
+        self.assertEqual([], self.in_flight())
 
     def test_a_bad_signature_proves_nothing_and_leaves_the_base(self) -> None:
         manager = self.manager()

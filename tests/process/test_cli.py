@@ -65,6 +65,22 @@ def cli(tmp_path: pathlib.Path) -> Cli:
     return Cli(tmp_path)
 
 
+def test_names_of_files_that_are_no_text_stop_no_table_and_move_no_cursor(cli: Cli) -> None:
+    cli.cache()
+    odd = "od\nd \x1b[31m\udcff"
+    (cli.instances / odd).mkdir()
+    base = hashlib.sha1(IMAGE.encode()).hexdigest()
+    (cli.instances / odd / "disk").symlink_to(cli.instances / "_base" / base)
+    (cli.instances / "_base" / odd).touch()
+    report = cli.instances.parent / "report.json"
+    report.write_text("[]")
+    for form in ("table", "csv", "value", "json"):
+        found = cli.run("cache", "verify", "--instances", str(report), "-f", form, code=10)
+        assert r"od\nd \x1b[31m\udcff" in found.stderr
+        assert "\x1b" not in found.stderr
+    assert "Traceback" not in cli.run("cache", "audit", "-f", "csv", code=10).stdout
+
+
 def test_an_image_is_cached_listed_shown_pinned_and_evicted(cli: Cli) -> None:
     arguments = ("image", "cache", IMAGE, "--file", str(cli.data), "--digest", cli.digest)
     assert cli.json(*arguments) == [{"image": IMAGE, "result": "cached", "reason": None}]

@@ -47,6 +47,7 @@ def trace(point):
     if point == options.get("kill_at"):
         os.kill(os.getpid(), signal.SIGKILL)
     if point == options.get("stop_at"):
+        del options["stop_at"]
         print("stopped", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -211,6 +212,31 @@ def test_a_stopped_holder_of_the_lock_does_not_stop_the_others(
     # The other one was first. The holder throws its own away and uses that.
     finish(holder)
     assert (instances / "_base" / NAME).stat().st_ino == inode
+    check_disks(sorted(instances.glob("*/disk")))
+    assert stages_in(instances) == []
+
+
+@pytest.mark.parametrize("point", ["ingest:reserved", "publish:begin"])
+def test_a_fetch_that_was_stopped_for_a_day_holds_no_space_and_begins_anew(
+    instances: pathlib.Path, server: BadServer, point: str
+) -> None:
+    holder = driver(instances, server, "stopped", stop_at=point)
+    manager = manager_for(instances, lock_timeout=0.5)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "stopped\n"
+        (stage,) = [each for each in stages_in(instances) if len(each) == 32]
+        path = instances / "_base" / ".imagecache" / "stage" / stage
+        files.age(path, seconds=86400 - 600)
+        manager.verify_base_images([])
+        assert path.exists()
+        files.age(path, seconds=86400 + 600)
+        manager.verify_base_images([])
+        assert not path.exists()
+        assert manager.get_space().reserved == 0
+    finally:
+        holder.send_signal(signal.SIGCONT)
+    finish(holder)
     check_disks(sorted(instances.glob("*/disk")))
     assert stages_in(instances) == []
 
