@@ -22,15 +22,16 @@ from tests.lab.environment import environment
 
 LAB = pathlib.Path(__file__).parent.parent / "lab"
 SOURCES = pathlib.Path(imagecache_lib.__file__).parent.parent
-#: Test cases of tests/lab/nova_files.py.
+#: Test cases of tests/lab.
 SUITES = (
-    "Qcow2Disks",
-    "FlatDisks",
-    "LvmDisks",
-    "FetchToRaw",
-    "ImageCache",
-    "Concurrency",
-    "Certificates",
+    "nova_files.Qcow2Disks",
+    "nova_files.FlatDisks",
+    "nova_files.LvmDisks",
+    "nova_files.FetchToRaw",
+    "nova_files.ImageCache",
+    "nova_files.Concurrency",
+    "nova_certificates.Certificates",
+    "nova_situations.Situations",
 )
 
 
@@ -139,9 +140,10 @@ _CLONES = "[libvirt]\nimages_type = rbd\n[workarounds]\nnever_download_image_if_
             "[image_cache]\nfree_space_low = 1000\nfree_space_high = 10\n",
             ("free_space_high", "free_space_low"),
         ),
+        ("[image_cache]\nsubdirectory_name = bases/of/images\n", ("subdirectory_name", "bases/of/images")),
     ],
 )
-def test_contradicting_options_are_refused_by_their_names(
+def test_options_that_cannot_work_are_refused_by_their_names(
     nova: pathlib.Path, tmp_path: pathlib.Path, options: str, named: tuple[str, str]
 ) -> None:
     done = load(nova, tmp_path, options)
@@ -186,7 +188,7 @@ def outcomes(nova: pathlib.Path, tmp_path: pathlib.Path, *suites: str, **environ
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_real_files(nova: pathlib.Path, tmp_path: pathlib.Path, suite: str) -> None:
-    found = outcomes(nova, tmp_path, f"nova_files.{suite}")
+    found = outcomes(nova, tmp_path, suite)
     assert {name: outcome for name, outcome in found.items() if outcome != "ok"} == {}
 
 

@@ -8,7 +8,6 @@ methods, and what lies on the filesystem in the end is looked at.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import pathlib
@@ -18,8 +17,6 @@ import threading
 import time
 
 import nova.conf
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from nova import context, exception, objects, test
 from nova.compute import vm_states
 from nova.tests.fixtures import libvirt as fakelibvirt
@@ -29,7 +26,6 @@ from nova.virt import fake
 from nova.virt.libvirt import blockinfo, imagecache
 from nova.virt.libvirt import utils as libvirt_utils
 
-from tests.support.certificates import certificate
 from tests.support.servers import GlanceServer
 
 CONF = nova.conf.CONF
@@ -612,51 +608,3 @@ class Concurrency(FilesCase):
             stop.set()
             first.join()
         self.assertEqual([1, 0], done)
-
-
-class Certificates(FilesCase):
-    def setUp(self):
-        super().setUp()
-        self.key = rsa.generate_private_key(65537, 2048)
-        self.pems = self.directory / "certificates"
-        self.pems.mkdir()
-        (self.pems / "root.pem").write_bytes(certificate("root", self.key, "root", self.key, signs=True))
-        leaf = rsa.generate_private_key(65537, 2048)
-        (self.pems / "leaf.pem").write_bytes(certificate("leaf", leaf, "root", self.key))
-        pss = padding.PSS(padding.MGF1(hashes.SHA256()), padding.PSS.MAX_LENGTH)
-        signature = leaf.sign(raw_disk(), pss, hashes.SHA256())
-        self.signed = {
-            "img_signature": base64.b64encode(signature).decode(),
-            "img_signature_hash_method": "SHA-256",
-            "img_signature_key_type": "RSA-PSS",
-            "img_signature_certificate_uuid": "leaf",
-        }
-        CONF.set_override("certificates_path", str(self.pems), "image_cache")
-        self.addCleanup(CONF.clear_override, "certificates_path", "image_cache")
-
-    def trusting(self, *ids, **more):
-        instance = self.instance(**more)
-        instance.trusted_certs = objects.TrustedCerts(ids=list(ids))
-        return instance
-
-    def test_an_image_signed_by_a_trusted_one_is_used(self):
-        self.glance.add(ROOT, raw_disk(), **self.signed)
-        made = self.create(self.trusting("root"))
-        self.assertEqual(str(self.base()), image_info(made / "disk")["full-backing-filename"])
-
-    def test_an_image_that_is_not_is_refused(self):
-        self.glance.add(ROOT, raw_disk(), **self.signed)
-        self.assertRaises(exception.ImageUnacceptable, self.create, self.trusting("other"))
-        self.glance.add(ROOT, raw_disk(2), **self.signed)
-        self.assertRaises(exception.ImageUnacceptable, self.create, self.trusting("root"))
-        self.glance.add(ROOT, raw_disk())
-        self.assertRaises(exception.ImageUnacceptable, self.create, self.trusting("root"))
-        self.assertFalse(self.base().exists())
-
-    def test_a_base_that_was_cached_unverified_is_proven(self):
-        self.glance.add(ROOT, raw_disk(), **self.signed)
-        self.create(self.instance())
-        for number in range(2):
-            made = self.create(self.trusting("root", uuid=f"6d1a3a0e-1111-4000-8000-00000000000{number}"))
-            self.assertEqual(str(self.base()), image_info(made / "disk")["full-backing-filename"])
-        self.assertEqual(2, self.downloads())
