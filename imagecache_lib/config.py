@@ -143,6 +143,11 @@ class CacheConfig:
     images_rbd_ceph_conf: str = ""
     #: Ceph user, without ``client.``, or None for librados's default.
     rbd_user: str | None = None
+    #: Seconds to wait for the cluster's monitors, or 0 for no limit.
+    rbd_connect_timeout: int = 5
+    #: Seconds to wait for each operation of the cluster's OSDs, unless the cluster's configuration limits it
+    #: itself; or 0 for no limit.
+    rbd_op_timeout: int = 120
     #: Glance's name for the rbd store that it should copy images into, or an empty text to ask for no copies.
     images_rbd_glance_store_name: str = ""
     #: Seconds between two looks at a copy that Glance makes.

@@ -66,6 +66,7 @@ _FIELDS = {
         "authorize_timeout",
         "stage_idle_seconds",
         "foreign_stage_idle_seconds",
+        "rbd_op_timeout",
     ),
     "glance": (
         "num_retries",
@@ -78,6 +79,7 @@ _FIELDS = {
         "images_rbd_pool",
         "images_rbd_ceph_conf",
         "rbd_user",
+        "rbd_connect_timeout",
         "images_rbd_glance_store_name",
         "images_rbd_glance_copy_poll_interval",
         "images_rbd_glance_copy_timeout",
@@ -506,6 +508,11 @@ def _libvirt_opts() -> list[cfg.Opt]:
             help="Seconds after which such a copy is given up.",
         ),
         cfg.StrOpt("rbd_user", help="Ceph user, without client. in front. Unset: librados's default."),
+        cfg.IntOpt(
+            "rbd_connect_timeout",
+            default=5,
+            help="Seconds to wait for the monitors of the Ceph cluster. With 0 there is no limit.",
+        ),
     ]
 
 
@@ -664,4 +671,10 @@ def _new_opts() -> Sequence[cfg.Opt]:
             "seconds ago are forgotten. 0: never.",
         ),
         integer("foreign_stage_idle_seconds", "The same for .part and .converted files that Nova left."),
+        integer(
+            "rbd_op_timeout",
+            "Seconds to wait for each operation of a Ceph cluster's OSDs, before the disk or the download "
+            "that needs it fails. If ceph.conf has a rados_osd_op_timeout, that counts instead. With 0 there "
+            "is no limit: a cluster without OSDs, or a pool that is full, is waited for.",
+        ),
     ]

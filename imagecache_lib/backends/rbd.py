@@ -18,6 +18,7 @@ from typing import Self
 from imagecache_lib import errors, model
 from imagecache_lib.backends import ceph, interface
 from imagecache_lib.backends.interface import CannotClone, Feature, PendingDisk, StorageBackend
+from imagecache_lib.backends.librbd import LibrbdCluster
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.system import durable, sparse
 from imagecache_lib.system.host import System
@@ -59,7 +60,13 @@ class RbdBackend(StorageBackend):
 
     @classmethod
     def from_config(cls, config: CacheConfig, host: System) -> Self:
-        return cls(config, host, ceph.LibrbdCluster(config.images_rbd_ceph_conf, config.rbd_user))
+        cluster = LibrbdCluster(
+            config.images_rbd_ceph_conf,
+            config.rbd_user,
+            connect_timeout=config.rbd_connect_timeout,
+            op_timeout=config.rbd_op_timeout,
+        )
+        return cls(config, host, cluster)
 
     # -- targets -------------------------------------------------------------------------------------
 
@@ -103,6 +110,9 @@ class RbdBackend(StorageBackend):
             try:
                 self._cluster.clone(snapshot, pending.image)
             except (ceph.Missing, ceph.Denied, ceph.Unprotected) as error:
+                # Where no disk can be made, the snapshot is not to blame, and fetching is of no use.
+                with contextlib.suppress(errors.DiskExistsError):
+                    self._cluster.create(pending.image, wanted)
                 raise self._cannot(
                     image, f"its snapshot {snapshot} cannot be cloned: {error.cause}"
                 ) from error

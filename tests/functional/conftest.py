@@ -72,6 +72,13 @@ def ceph(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ceph_lab.Ceph]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def ceph_glance(ceph: ceph_lab.Ceph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[glance_lab.Glance]:
+    """A running Glance with a store in that cluster. Tests share it: they look at their own images only."""
+    with glance_lab.running_glance(tmp_path_factory.mktemp("ceph-glance"), ceph=ceph) as running:
+        yield running
+
+
 @pytest.fixture
 def xfs(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     """An xfs that can reflink, 1 GiB."""

@@ -17,19 +17,21 @@ import pytest
 import imagecache_lib
 from tests.lab import bindings
 from tests.lab import ceph as ceph_lab
+from tests.lab import glance as glance_lab
 from tests.lab.environment import environment
 
 LAB = pathlib.Path(__file__).parent.parent / "lab"
 SOURCES = pathlib.Path(imagecache_lib.__file__).parent.parent
-#: Test cases of tests/lab/nova_files.py.
+#: Test cases of tests/lab.
 SUITES = (
-    "Qcow2Disks",
-    "FlatDisks",
-    "LvmDisks",
-    "FetchToRaw",
-    "ImageCache",
-    "Concurrency",
-    "Certificates",
+    "nova_files.Qcow2Disks",
+    "nova_files.FlatDisks",
+    "nova_files.LvmDisks",
+    "nova_files.FetchToRaw",
+    "nova_files.ImageCache",
+    "nova_files.Concurrency",
+    "nova_certificates.Certificates",
+    "nova_situations.Situations",
 )
 
 
@@ -138,9 +140,10 @@ _CLONES = "[libvirt]\nimages_type = rbd\n[workarounds]\nnever_download_image_if_
             "[image_cache]\nfree_space_low = 1000\nfree_space_high = 10\n",
             ("free_space_high", "free_space_low"),
         ),
+        ("[image_cache]\nsubdirectory_name = bases/of/images\n", ("subdirectory_name", "bases/of/images")),
     ],
 )
-def test_contradicting_options_are_refused_by_their_names(
+def test_options_that_cannot_work_are_refused_by_their_names(
     nova: pathlib.Path, tmp_path: pathlib.Path, options: str, named: tuple[str, str]
 ) -> None:
     done = load(nova, tmp_path, options)
@@ -169,14 +172,15 @@ def test_a_release_of_nova_that_was_not_tested_is_refused_unless_an_option_allow
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def outcomes(nova: pathlib.Path, tmp_path: pathlib.Path, suite: str, **environment: str) -> dict[str, str]:
-    """Run one test case of tests/lab/nova_files.py, and return what became of each test, by id."""
+def outcomes(nova: pathlib.Path, tmp_path: pathlib.Path, *suites: str, **environment: str) -> dict[str, str]:
+    """Run test cases of tests/lab, and return what became of each test, by id."""
     support = tmp_path / "support"
     support.mkdir()
     (support / "tests").symlink_to(SOURCES / "tests")  # and not the sources: what was installed is tried
     answer = tmp_path / "outcomes"
     environment |= {"IMAGECACHE_ADAPTER_OFF": "1", "PYTHONPATH": str(support), "TMPDIR": str(tmp_path)}
-    run(nova, "-P", LAB / "nova_suites.py", answer, "0/1", f"tests.lab.nova_files.{suite}", **environment)
+    names = [f"tests.lab.{suite}" for suite in suites]
+    run(nova, "-P", LAB / "nova_suites.py", answer, "0/1", *names, **environment)
     found: dict[str, str] = json.loads(answer.read_text())
     assert found
     return found
@@ -188,6 +192,12 @@ def test_real_files(nova: pathlib.Path, tmp_path: pathlib.Path, suite: str) -> N
     assert {name: outcome for name, outcome in found.items() if outcome != "ok"} == {}
 
 
-def test_real_ceph(nova: pathlib.Path, tmp_path: pathlib.Path, ceph: ceph_lab.Ceph) -> None:
-    found = outcomes(nova, tmp_path, "RbdDisks", IMAGECACHE_CEPH_CONF=str(ceph.conf))
+def test_real_ceph(
+    nova: pathlib.Path, tmp_path: pathlib.Path, ceph: ceph_lab.Ceph, ceph_glance: glance_lab.Glance
+) -> None:
+    servers = {
+        "IMAGECACHE_CEPH": f"{ceph.conf},{ceph.fsid},{ceph.daemons['osd']}",
+        "IMAGECACHE_GLANCE": f"{ceph_glance.url},{ceph_glance.home}",
+    }
+    found = outcomes(nova, tmp_path, "nova_ceph.RbdDisks", "nova_ceph.GlanceOnCeph", **servers)
     assert {name: outcome for name, outcome in found.items() if outcome != "ok"} == {}

@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 
 from imagecache_lib import CacheConfig, CacheResult, ImageCacheManager, System, errors, events, model
-from imagecache_lib.backends.ceph import Busy, LibrbdCluster, RbdName
+from imagecache_lib.backends.ceph import Busy, RbdName
 from imagecache_lib.backends.interface import CannotClone
+from imagecache_lib.backends.librbd import LibrbdCluster
 from imagecache_lib.backends.rbd import RbdBackend
 from imagecache_lib.ingest.rbd_source import RbdSource
 from imagecache_lib.testing.backend_contract import BackendContract, commit

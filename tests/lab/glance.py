@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import uuid
@@ -18,7 +19,8 @@ from typing import IO, Any
 
 import requests
 
-from tests.lab import environment, server
+from tests.lab import bindings, environment, server
+from tests.lab.ceph import Ceph
 from tests.support.ports import free_port
 
 HERE = pathlib.Path(__file__).parent
@@ -35,7 +37,7 @@ _CONFIGURATION = """
 log_file = {home}/glance-api.log
 use_stderr = false
 worker_self_reference_url = {url}
-enabled_backends = disk:file,second:file
+enabled_backends = disk:file,second:file{more}
 hashing_algorithm = sha512
 [database]
 connection = sqlite:///{home}/glance.sqlite
@@ -57,6 +59,16 @@ enforce_new_defaults = false
 enforce_scope = false
 [paste_deploy]
 config_file = {home}/paste.ini
+"""
+
+_CEPH = """
+[DEFAULT]
+show_multiple_locations = true
+[ceph]
+rbd_store_ceph_conf = {conf}
+rbd_store_pool = images
+rbd_store_user = {user}
+rados_connect_timeout = 10
 """
 
 _PIPELINE = """
@@ -154,11 +166,13 @@ class Glance:
         disk_format: str = "raw",
         token: str = MEMBER,
         visibility: str = "private",
+        store: str | None = None,
         **properties: Any,
     ) -> str:
         """Create an image with this data and return its id; it is ``active`` then.
 
         :param data: the bytes, or the file that has them.
+        :param store: which of Glance's stores gets it, or None for the default.
         """
         image_id = self.create(disk_format=disk_format, token=token, visibility=visibility, **properties)
         with contextlib.ExitStack() as stack:
@@ -168,7 +182,10 @@ class Glance:
                 f"/images/{image_id}/file",
                 token=token,
                 body=body,
-                headers={"Content-Type": "application/octet-stream"},
+                headers={
+                    "Content-Type": "application/octet-stream",
+                    **({"X-Image-Meta-Store": store} if store else {}),
+                },
             )
         answer.raise_for_status()
         status = self.metadata(image_id, token=token)["status"]
@@ -201,12 +218,13 @@ class Glance:
 
 
 @contextlib.contextmanager
-def running_glance(home: pathlib.Path, *, tells: bool = False) -> Iterator[Glance]:
+def running_glance(home: pathlib.Path, *, tells: bool = False, ceph: Ceph | None = None) -> Iterator[Glance]:
     """Run a Glance for the length of the context.
 
     :param home: an existing, empty directory for all it writes.
     :param tells: it says that it closes a connection: for clients of others, whose retries are not ours to
         test.
+    :param ceph: a cluster for one more store, ``ceph``. What lies there is told with its location.
     """
     programs = environment.environment("glance", HERE / "glance-requirements.txt") / "bin"
     port = free_port()
@@ -215,7 +233,9 @@ def running_glance(home: pathlib.Path, *, tells: bool = False) -> Iterator[Glanc
         (home / name).mkdir()
     (home / "requests.log").touch()
     configuration = home / "glance-api.conf"
-    configuration.write_text(_CONFIGURATION.format(home=home, url=url))
+    store = _store_in(ceph, home / "bindings") if ceph else ""
+    more = ",ceph:rbd" if ceph else ""
+    configuration.write_text(_CONFIGURATION.format(home=home, url=url, more=more) + store)
     (home / "paste.ini").write_text(_PIPELINE)
     with (home / "db_sync.log").open("wb") as log:
         subprocess.run(
@@ -258,8 +278,20 @@ def running_glance(home: pathlib.Path, *, tells: bool = False) -> Iterator[Glanc
         directory=home,
         environment={
             "OS_GLANCE_CONFIG_DIR": str(home),
-            "PYTHONPATH": str(HERE / "glance_plugin"),
+            "PYTHONPATH": os.pathsep.join(map(str, (HERE / "glance_plugin", home / "bindings"))),
             "LAB_REQUEST_LOG": str(home / "requests.log"),
         },
     ):
         yield Glance(url, home)
+
+
+def _store_in(ceph: Ceph, modules: pathlib.Path) -> str:
+    """Let Glance use a cluster, as a user of its own pool only; return what its configuration lacks.
+
+    :param modules: a directory to be made for the Python modules that Glance needs for it.
+    """
+    modules.mkdir()
+    for module in ("rados", "rbd"):
+        bindings.link(modules, f"python3-{module}", [module])
+    user = ceph.user("glance", mon="profile rbd", osd="profile rbd pool=images")
+    return _CEPH.format(conf=ceph.conf, user=user)

@@ -8,7 +8,6 @@ methods, and what lies on the filesystem in the end is looked at.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import pathlib
@@ -18,8 +17,6 @@ import threading
 import time
 
 import nova.conf
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from nova import context, exception, objects, test
 from nova.compute import vm_states
 from nova.tests.fixtures import libvirt as fakelibvirt
@@ -29,7 +26,6 @@ from nova.virt import fake
 from nova.virt.libvirt import blockinfo, imagecache
 from nova.virt.libvirt import utils as libvirt_utils
 
-from tests.support.certificates import certificate
 from tests.support.servers import GlanceServer
 
 CONF = nova.conf.CONF
@@ -381,143 +377,6 @@ class LvmDisks(FilesCase):
         self.assertTrue(self.driver.cache_image(self.context, ROOT))
 
 
-class RbdDisks(FilesCase):
-    """Disks in a real cluster, whose configuration the environment names."""
-
-    images_type = "rbd"
-
-    def setUp(self):
-        self.conf = os.environ["IMAGECACHE_CEPH_CONF"]
-        self.flags_of_ceph = {
-            "images_rbd_pool": "vms",
-            "images_rbd_ceph_conf": self.conf,
-            "rbd_user": "admin",
-        }
-        super().setUp()
-        self.data = raw_disk()
-        self.image = f"image-{os.urandom(8).hex()}"
-        source = self.directory / "source"
-        source.write_bytes(self.data)
-        self.rbd("import", source, f"images/{self.image}")
-        self.rbd("snap", "create", f"images/{self.image}@snap")
-        self.rbd("snap", "protect", f"images/{self.image}@snap")
-        fsid = output("ceph", "--conf", self.conf, "fsid").strip()
-        self.url = f"rbd://{fsid}/images/{self.image}/snap"
-        self.locate(self.url)
-
-    def load(self):
-        self.flags(group="libvirt", **self.flags_of_ceph)
-        return super().load()
-
-    def locate(self, url):
-        self.glance.add(ROOT, raw_disk(), locations=[{"url": url, "metadata": {}}])
-
-    def rbd(self, *arguments):
-        return output("rbd", "--conf", self.conf, *arguments)
-
-    def new_instance(self, **more):
-        number = os.urandom(6).hex()
-        return self.instance(uuid=f"6d1a3a0e-2222-4000-8000-{number}", **more)
-
-    def info(self, instance, name="disk"):
-        return json.loads(self.rbd("info", "--format", "json", f"vms/{instance.uuid}_{name}"))
-
-    def left(self, instance):
-        return [name for name in self.rbd("ls", "vms").split() if instance.uuid in name]
-
-    def content(self, instance, name="disk", length=8 * MIB):
-        exported = self.directory / "exported"
-        exported.unlink(missing_ok=True)
-        self.rbd("export", f"vms/{instance.uuid}_{name}", exported)
-        with open(exported, "rb") as file:
-            return file.read(length)
-
-    def test_a_root_disk_is_a_clone_and_nothing_is_downloaded(self):
-        instance = self.new_instance(ephemeral_gb=1, swap=8, kernel_id=KERNEL)
-        made = self.create(instance)
-        self.assertEqual(self.image, self.info(instance)["parent"]["image"])
-        self.assertEqual(GIB, self.info(instance)["size"])
-        self.assertEqual(self.data, self.content(instance))
-        self.assertEqual(GIB, self.info(instance, "disk.local")["size"])
-        self.assertEqual(8 * MIB, self.info(instance, "disk.swap")["size"])
-        self.assertEqual(b"kernel" * 1000, (made / "kernel").read_bytes())
-        self.assertEqual(0, self.downloads())
-        self.create(instance)
-        self.assertEqual(3, len(self.left(instance)))
-
-    def test_a_resize_grows_it(self):
-        instance = self.new_instance()
-        self.create(instance)
-        instance.flavor.root_gb = 2
-        self.create(instance)
-        self.assertEqual(2 * GIB, self.info(instance)["size"])
-
-    def test_an_unshelved_disk_needs_its_snapshot_no_more(self):
-        instance = self.new_instance(vm_state=vm_states.SHELVED_OFFLOADED)
-        self.create(instance)
-        self.assertNotIn("parent", self.info(instance))
-        self.assertEqual(self.data, self.content(instance))
-
-    def test_what_is_not_in_the_cluster_is_fetched_and_imported(self):
-        self.locate("file:///elsewhere")
-        instance = self.new_instance()
-        self.create(instance)
-        self.assertNotIn("parent", self.info(instance))
-        self.assertEqual(self.data, self.content(instance))
-
-    def test_a_snapshot_that_is_gone_is_no_more_than_a_download(self):
-        self.locate(f"{self.url}-gone")
-        instance = self.new_instance()
-        self.create(instance)
-        self.assertEqual((self.data, 1), (self.content(instance), self.downloads()))
-
-    def test_where_a_download_is_forbidden_it_is_novas_error(self):
-        self.flags(never_download_image_if_on_rbd=True, group="workarounds")
-        self.locate(f"{self.url}-gone")
-        instance = self.new_instance()
-        error = self.assertRaises(exception.ImageUnacceptable, self.create, instance)
-        self.assertIn("never_download_image_if_on_rbd", str(error))
-        self.assertEqual(([], 0), (self.left(instance), self.downloads()))
-
-    def test_nothing_is_cached_ahead_of_time(self):
-        self.assertRaises(NotImplementedError, self.driver.cache_image, self.context, ROOT)
-
-    def test_a_flavor_that_is_too_small_is_novas_error(self):
-        large = f"{self.image}-large"
-        self.rbd("create", "--size", "2G", f"images/{large}")
-        self.rbd("snap", "create", f"images/{large}@snap")
-        self.rbd("snap", "protect", f"images/{large}@snap")
-        self.locate(self.url.replace(self.image, large))
-        instance = self.new_instance()
-        self.assertRaises(exception.FlavorDiskSmallerThanImage, self.create, instance)
-        self.assertEqual([], self.left(instance))
-
-    def test_a_cluster_that_does_not_answer_is_told(self):
-        conf = self.directory / "ceph.conf"
-        conf.write_text("[global]\nmon host = v2:127.0.0.1:1\nauth client required = none\n")
-        self.flags(images_rbd_ceph_conf=str(conf), group="libvirt")
-        image = self.driver.image_backend.backend("rbd")(instance=self.new_instance(), disk_name="disk")
-        error = self.assertRaises(
-            exception.InternalError,
-            image.cache,
-            fetch_func=libvirt_utils.fetch_image,
-            context=self.context,
-            filename=self.base().name,
-            image_id=ROOT,
-            size=GIB,
-            trusted_certs=None,
-        )
-        self.assertIn(ROOT, str(error))
-        self.assertIn("Ceph", str(error))
-
-    def test_bytes_are_read_from_the_cluster_for_disks_that_are_files(self):
-        self.flags(images_type="qcow2", group="libvirt")
-        self.flags(enable_rbd_download=True, rbd_ceph_conf=self.conf, rbd_user="admin", group="glance")
-        driver = virt_driver.load_compute_driver(fake.FakeVirtAPI())
-        self.assertTrue(driver.cache_image(self.context, ROOT))
-        self.assertEqual((self.data, 0), (self.base().read_bytes(), self.downloads()))
-
-
 class FetchToRaw(FilesCase):
     """What Nova's fetch_to_raw accepts, refuses and converts."""
 
@@ -749,51 +608,3 @@ class Concurrency(FilesCase):
             stop.set()
             first.join()
         self.assertEqual([1, 0], done)
-
-
-class Certificates(FilesCase):
-    def setUp(self):
-        super().setUp()
-        self.key = rsa.generate_private_key(65537, 2048)
-        self.pems = self.directory / "certificates"
-        self.pems.mkdir()
-        (self.pems / "root.pem").write_bytes(certificate("root", self.key, "root", self.key, signs=True))
-        leaf = rsa.generate_private_key(65537, 2048)
-        (self.pems / "leaf.pem").write_bytes(certificate("leaf", leaf, "root", self.key))
-        pss = padding.PSS(padding.MGF1(hashes.SHA256()), padding.PSS.MAX_LENGTH)
-        signature = leaf.sign(raw_disk(), pss, hashes.SHA256())
-        self.signed = {
-            "img_signature": base64.b64encode(signature).decode(),
-            "img_signature_hash_method": "SHA-256",
-            "img_signature_key_type": "RSA-PSS",
-            "img_signature_certificate_uuid": "leaf",
-        }
-        CONF.set_override("certificates_path", str(self.pems), "image_cache")
-        self.addCleanup(CONF.clear_override, "certificates_path", "image_cache")
-
-    def trusting(self, *ids, **more):
-        instance = self.instance(**more)
-        instance.trusted_certs = objects.TrustedCerts(ids=list(ids))
-        return instance
-
-    def test_an_image_signed_by_a_trusted_one_is_used(self):
-        self.glance.add(ROOT, raw_disk(), **self.signed)
-        made = self.create(self.trusting("root"))
-        self.assertEqual(str(self.base()), image_info(made / "disk")["full-backing-filename"])
-
-    def test_an_image_that_is_not_is_refused(self):
-        self.glance.add(ROOT, raw_disk(), **self.signed)
-        self.assertRaises(exception.ImageUnacceptable, self.create, self.trusting("other"))
-        self.glance.add(ROOT, raw_disk(2), **self.signed)
-        self.assertRaises(exception.ImageUnacceptable, self.create, self.trusting("root"))
-        self.glance.add(ROOT, raw_disk())
-        self.assertRaises(exception.ImageUnacceptable, self.create, self.trusting("root"))
-        self.assertFalse(self.base().exists())
-
-    def test_a_base_that_was_cached_unverified_is_proven(self):
-        self.glance.add(ROOT, raw_disk(), **self.signed)
-        self.create(self.instance())
-        for number in range(2):
-            made = self.create(self.trusting("root", uuid=f"6d1a3a0e-1111-4000-8000-00000000000{number}"))
-            self.assertEqual(str(self.base()), image_info(made / "disk")["full-backing-filename"])
-        self.assertEqual(2, self.downloads())

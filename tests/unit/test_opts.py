@@ -34,6 +34,7 @@ NOVAS = {
     ("libvirt", "images_rbd_pool"): "rbd",
     ("libvirt", "images_rbd_ceph_conf"): "",
     ("libvirt", "rbd_user"): None,
+    ("libvirt", "rbd_connect_timeout"): 5,
     ("libvirt", "images_rbd_glance_store_name"): "",
     ("libvirt", "images_rbd_glance_copy_poll_interval"): 15,
     ("libvirt", "images_rbd_glance_copy_timeout"): 600,
@@ -76,6 +77,7 @@ NEW: dict[tuple[str, str], object] = {
     ("image_cache", "authorize_timeout"): 10.0,
     ("image_cache", "stage_idle_seconds"): 3600,
     ("image_cache", "foreign_stage_idle_seconds"): 86400,
+    ("image_cache", "rbd_op_timeout"): 120,
 }
 
 
@@ -147,6 +149,7 @@ class ConfigFromTest(OptsCase):
             images_rbd_pool = vms
             images_rbd_ceph_conf = /etc/ceph/ceph.conf
             rbd_user = cinder
+            rbd_connect_timeout = 17
             images_rbd_glance_store_name = ceph
             images_rbd_glance_copy_poll_interval = 16
             images_rbd_glance_copy_timeout = 601
@@ -182,6 +185,7 @@ class ConfigFromTest(OptsCase):
             authorize_timeout = 4
             stage_idle_seconds = 12
             foreign_stage_idle_seconds = 13
+            rbd_op_timeout = 14
             """.replace("            ", "")
         )
         default = config.CacheConfig(instances_path="/elsewhere")

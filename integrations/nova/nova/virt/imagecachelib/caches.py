@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Iterator
 
@@ -46,19 +47,30 @@ class DiskOps:
             limit.release()
 
 
+def configuration() -> ic.CacheConfig:
+    """Return what Nova's configuration says of the cache as it is now.
+
+    :raises ConfigError: it cannot work.
+    """
+    return opts.config_from(CONF, backend="raw" if CONF.libvirt.images_type in _NOVAS else None)
+
+
 class Caches:
-    """The manager of each configuration. A service has one; tests change theirs."""
+    """The manager of each configuration. A service has one, from its start; tests change theirs."""
 
     def __init__(self) -> None:
         self._managers: dict[ic.CacheConfig, ic.ImageCacheManager] = {}
         self._making = threading.Lock()
 
-    def manager(self) -> ic.ImageCacheManager:
+    def manager(self, subdirectory: str | None = None) -> ic.ImageCacheManager:
         """Return the manager of Nova's configuration as it is now.
 
+        :param subdirectory: the name of the cache's directory, or None for the one that is configured.
         :raises ConfigError: it cannot work.
         """
-        config = opts.config_from(CONF, backend="raw" if CONF.libvirt.images_type in _NOVAS else None)
+        config = configuration()
+        if subdirectory is not None:
+            config = dataclasses.replace(config, subdirectory_name=subdirectory)
         with self._making:
             if config not in self._managers:
                 self._managers[config] = ic.ImageCacheManager(
@@ -68,6 +80,22 @@ class Caches:
                     disk_ops=DiskOps(),
                 )
             return self._managers[config]
+
+    def start(self) -> None:
+        """Begin anew, with a manager that is not shut down.
+
+        :raises ConfigError: the configuration cannot work.
+        """
+        with self._making:
+            self._managers.clear()
+        self.manager()
+
+    def shutdown(self) -> None:
+        """Cancel what is in flight, and what is asked until the next start."""
+        self.manager()  # or else the first call after this one would have one that is not shut down
+        with self._making:
+            for manager in self._managers.values():
+                manager.shutdown()
 
 
 #: One for the process, since Nova makes the objects of its disks anew for each call.

@@ -30,12 +30,18 @@ class LibvirtDriver(driver.LibvirtDriver):
         checks.require_tested_release(CONF)
         opts.register_opts(CONF)
         checks.require_no_contradiction(CONF)
+        caches.configuration()
         super().__init__(virtapi, read_only)
         self.image_backend = images.Backend(CONF.use_cow_images)
         self.image_cache_manager = upkeep.ImageCacheManager()
 
+    def init_host(self, host):
+        # Not with the driver: by now the service has limited its disk operations.
+        caches.CACHES.start()
+        super().init_host(host)
+
     def cleanup_host(self, host):
-        caches.CACHES.manager().shutdown()
+        caches.CACHES.shutdown()
         super().cleanup_host(host)
 
     def cache_image(self, context, image_id):
@@ -55,6 +61,8 @@ class LibvirtDriver(driver.LibvirtDriver):
     ):
         if isinstance(image, images.Cached):
             image.fallback_host, fallback_from_host = fallback_from_host, None
+            if self._needs_rebase_original_qcow2_image(instance, image):
+                image.original = instance.system_metadata.get("image_base_image_ref")
         super()._try_fetch_image_cache(
             image, fetch_func, context, filename, image_id, instance, size, fallback_from_host
         )

@@ -7,6 +7,7 @@ mkfs, in a spawn, a rescue, a resize, a migration, an unshelve and a hard reboot
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from nova.virt.disk import api as disk_api
@@ -15,14 +16,22 @@ from nova.virt.imagecachelib import caches
 from nova.virt.libvirt import imagebackend
 from oslo_concurrency import processutils
 from oslo_log import log as logging
+from oslo_utils import uuidutils
 
+import imagecache_lib as ic
+from imagecache_lib.backends.chain import HEADER_BYTES
 from imagecache_lib.backends.interface import StorageBackend
 from imagecache_lib.backends.raw import RawBackend
+from imagecache_lib.formats.qcow2 import header
+from imagecache_lib.store import layout
 
 LOG = logging.getLogger(__name__)
 
 #: Disks that are an image's bytes as they came. A rescue's have a suffix.
 _FILES = ("kernel", "ramdisk")
+
+#: What an overlay may stand on.
+_BASES = (layout.Kind.ORIGINAL, layout.Kind.RESIZED, layout.Kind.SWAP, layout.Kind.EPHEMERAL)
 
 
 def grow_filesystem(path: str) -> None:
@@ -41,10 +50,13 @@ class Cached:
 
     :ivar fallback_host: a host whose cache may have what Glance has no more; set by the driver for one call.
     :ivar only_base: the image's base is all that is wanted, since the driver rebases the disk onto it.
+    :ivar original: the image onto which the driver rebases the disk, so that an existing disk may be of this
+        one already: an unshelve was interrupted.
     """
 
     fallback_host: str | None = None
     only_base = False
+    original: str | None = None
     backend_name: str
 
     @property
@@ -55,6 +67,10 @@ class Cached:
     def storage(self) -> StorageBackend | str:
         """Return the library's backend for the disk."""
         return self.backend_name
+
+    def manager(self) -> ic.ImageCacheManager:
+        """Return the manager of the cache that the disk's base is in."""
+        return caches.CACHES.manager()
 
     def cache(self, fetch_func, filename, size=None, safe=False, *args, **kwargs) -> None:
         """Make the disk, or make sure of its base and grow it, as Nova's method of that name.
@@ -67,7 +83,7 @@ class Cached:
             if wanted.get("image_id") is not None:
                 self._from_image(wanted, size or None)
             elif "swap_mb" in wanted:
-                caches.CACHES.manager().create_swap(
+                self.manager().create_swap(
                     self.target, size_mb=int(wanted["swap_mb"]), if_exists="reuse", backend=self.storage()
                 )
             elif "ephemeral_size" in wanted:
@@ -77,7 +93,7 @@ class Cached:
         self._made()
 
     def _from_image(self, wanted: dict[str, Any], size: int | None) -> None:
-        manager, image_id = caches.CACHES.manager(), wanted["image_id"]
+        manager, image_id = self.manager(), wanted["image_id"]
         request = caches.request(wanted.get("context"), wanted.get("trusted_certs"), self.fallback_host)
         name = getattr(self, "disk_name", None) or ""
         if name.split(".")[0] in _FILES:
@@ -85,12 +101,21 @@ class Cached:
         elif self.only_base:
             manager.cache_image(image_id, request=request)
         else:
+            if self.original is not None and self._is_of(self.original):
+                image_id = self.original
             manager.create_disk(
                 image_id, self.target, size=size, if_exists="reuse", backend=self.storage(), request=request
             )
 
+    def _is_of(self, image_id: str) -> bool:
+        """Whether there is a disk, and it was made from this image or stands alone."""
+        if not self.exists():
+            return False
+        disk = self.manager().inspect_disk(self.target, backend=self.storage())
+        return disk.base in (None, layout.base_name(image_id))
+
     def _ephemeral(self, wanted: dict[str, Any], size: int | None) -> None:
-        manager, backend = caches.CACHES.manager(), self.storage()
+        manager, backend = self.manager(), self.storage()
         os_type, fs, label = (wanted.get(key) for key in ("os_type", "specified_fs", "fs_label"))
         if not self.exists():
             disk = manager.create_ephemeral(
@@ -129,6 +154,35 @@ class Flat(Cached, imagebackend.Flat):
 
 class Qcow2(Cached, imagebackend.Qcow2):
     backend_name = "qcow2"
+
+    def manager(self) -> ic.ImageCacheManager:
+        """Return the manager of the directory that an existing overlay names, or else of the configured one.
+
+        The directory's name may have been changed since the disk was made, or hold the address of the host
+        that the disk came from. As with Nova, guests go on with the base that they have.
+        """
+        manager = caches.CACHES.manager()
+        directory, name = os.path.split(self._named())
+        parent, subdirectory = os.path.split(directory)
+        if parent != manager.config.instances_path or directory in (
+            manager.config.base_path,
+            manager.config.locks_path,
+        ):
+            return manager
+        # A directory of an instance, such as <uuid>_resize, holds no cache.
+        if uuidutils.is_uuid_like(subdirectory[:36]) or layout.classify(name) not in _BASES:
+            return manager
+        return caches.CACHES.manager(subdirectory)
+
+    def _named(self) -> str:
+        """Return what the header of an existing overlay names, which the library judges; or an empty text."""
+        try:
+            if caches.CACHES.manager().inspect_disk(self.path, backend=self.backend_name).format != "qcow2":
+                return ""  # its guest wrote the header
+            with open(self.path, "rb") as disk:
+                return os.fsdecode(header.parse(disk.read(HEADER_BYTES)).backing_file or b"")
+        except (ic.BackendError, OSError, header.NotQcow2, header.HeaderError):
+            return ""
 
 
 class Rbd(Cached, imagebackend.Rbd):

@@ -13,7 +13,7 @@ import nova.conf
 from nova import service_auth, utils
 
 import imagecache_lib as ic
-from imagecache_lib.backends.ceph import LibrbdCluster
+from imagecache_lib.backends.librbd import LibrbdCluster
 from imagecache_lib.ingest.rbd_source import RbdSource
 from imagecache_lib.sources.interface import CannotResume
 from imagecache_lib.store import layout
@@ -41,13 +41,20 @@ def glance(context) -> ic.ImageSource:
     source = ic.GlanceSource(CONF.glance.api_servers or (), adapter=adapter)
     if not CONF.glance.enable_rbd_download:
         return source
-    return RbdSource(source, _cluster(CONF.glance.rbd_ceph_conf, CONF.glance.rbd_user or None))
+    options = CONF.glance
+    cluster = _cluster(
+        options.rbd_ceph_conf,
+        options.rbd_user or None,
+        options.rbd_connect_timeout,
+        CONF.image_cache.rbd_op_timeout,
+    )
+    return RbdSource(source, cluster)
 
 
 @functools.lru_cache(maxsize=1)
-def _cluster(conf: str, user: str | None) -> LibrbdCluster:
+def _cluster(conf: str, user: str | None, connect_timeout: int, op_timeout: int) -> LibrbdCluster:
     """Return the cluster in which Glance keeps its images: one connection for the process."""
-    return LibrbdCluster(conf, user, connect_timeout=CONF.glance.rbd_connect_timeout)
+    return LibrbdCluster(conf, user, connect_timeout=connect_timeout, op_timeout=op_timeout)
 
 
 class HostSource(ic.ImageSource):

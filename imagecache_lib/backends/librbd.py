@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real Ceph cluster, through librados and librbd.
+
+The bindings come with the distribution's Ceph packages and are not on PyPI, so they are imported when the
+cluster is first used.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime as dt
+import errno
+import os
+import re
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
+
+from imagecache_lib import errors
+from imagecache_lib.backends.ceph import Busy, Denied, Missing, RbdImage, RbdName, Unprotected
+
+#: Bytes that are read at once: rbd's own default object size.
+_CHUNK = 4 * 2**20
+
+#: Writes in flight while an image is filled: enough to keep several OSDs busy.
+_IN_FLIGHT = 8
+
+
+class LibrbdCluster:
+    """A real cluster, through librados and librbd. Nothing is loaded or asked before the first call.
+
+    :param conf: path of the cluster's configuration, or an empty text for librados's search path.
+    :param user: Ceph user, without ``client.``, or None for ``admin``, librados's default.
+    :param connect_timeout: seconds to wait for the monitors, or 0 for no limit.
+    :param op_timeout: seconds to wait for each operation of the OSDs, where ``rados_osd_op_timeout`` in the
+        configuration is 0; or 0 for no limit. librados itself waits for as long as an OSD is away. An
+        operation that was given up may still take place later.
+    """
+
+    def __init__(
+        self, conf: str = "", user: str | None = None, *, connect_timeout: int = 5, op_timeout: int = 120
+    ) -> None:
+        self._conf = conf
+        self._user = user
+        self._connect_timeout = connect_timeout
+        self._op_timeout = op_timeout
+        self._connecting = threading.Lock()
+        # By process: a forked child has none of librados' threads, so that it needs a connection of its own.
+        self._connected: tuple[int, Any] | None = None
+
+    def fsid(self) -> str:
+        cluster = self._cluster()
+        with self._translated("the cluster"):
+            return str(cluster.get_fsid())
+
+    def names(self, pool: str) -> list[str]:
+        with self._pool(pool, f"pool {pool}") as ioctx:
+            found: list[str] = _rbd().RBD().list(ioctx)
+            return found
+
+    def stat(self, name: RbdName) -> RbdImage:
+        with self._open(name, read_only=True) as image:
+            try:
+                parent = RbdName(*image.parent_info())
+            except _rbd().ImageNotFound:
+                parent = None
+            touched = max(_epoch(image.create_timestamp()), _epoch(image.modify_timestamp()))
+            return RbdImage(int(image.size()), parent, touched)
+
+    def chunks(self, name: RbdName, offset: int = 0) -> Generator[bytes]:
+        with self._open(name, read_only=True) as image:
+            size = int(image.size())
+            while offset < size:
+                data: bytes = image.read(offset, min(_CHUNK, size - offset))
+                yield data
+                offset += len(data)
+
+    def create(self, name: RbdName, size: int) -> None:
+        with self._pool(name.pool, str(name)) as ioctx:
+            _rbd().RBD().create(ioctx, name.image, size, old_format=False)
+
+    def fill(self, name: RbdName, chunks: Iterable[tuple[int, bytes]]) -> None:
+        with self._open(name, read_only=False) as image:
+            pending: collections.deque[Any] = collections.deque()
+            try:
+                for offset, data in chunks:
+                    if len(pending) >= _IN_FLIGHT:
+                        _finish(pending.popleft())
+                    pending.append(image.aio_write(data, offset, lambda _completion: None))
+            finally:
+                failures = [failure for each in pending if (failure := _failure(each)) is not None]
+            if failures:
+                raise failures[0]
+            image.flush()
+
+    def clone(self, snapshot: RbdName, name: RbdName) -> None:
+        with self._pool(snapshot.pool, str(snapshot)) as parent, self._pool(name.pool, str(name)) as child:
+            try:
+                _rbd().RBD().clone(parent, snapshot.image, snapshot.snapshot, child, name.image)
+            except _rbd().InvalidArgument:
+                with _rbd().Image(parent, snapshot.image, read_only=True) as image:
+                    if image.is_protected_snap(snapshot.snapshot):
+                        raise
+                raise Unprotected("the snapshot is not protected", path=str(snapshot)) from None
+
+    def resize(self, name: RbdName, size: int) -> None:
+        with self._open(name, read_only=False) as image:
+            image.resize(size)
+
+    def flatten(self, name: RbdName) -> None:
+        with self._open(name, read_only=False) as image:
+            try:
+                image.parent_info()
+            except _rbd().ImageNotFound:
+                return
+            image.flatten()
+
+    def rename(self, name: RbdName, new: str) -> None:
+        # librbd's own rename looks whether the new name is free and then writes it: of several renames to one
+        # name at once all may report success, and all callers but one take another's image for their own.
+        # Restoring from the trash creates the name exclusively, as creating and cloning do.
+        with self._open(name, read_only=True) as image:
+            image_id = image.id()
+        wanted = RbdName(name.pool, new)
+        with self._pool(name.pool, str(wanted)) as ioctx:
+            trash = _rbd().RBD()
+            with contextlib.suppress(_rbd().ImageNotFound):
+                _rbd().Image(ioctx, new, read_only=True).close()
+                raise _exists(str(wanted))
+            trash.trash_move(ioctx, name.image, 0)
+            try:
+                trash.trash_restore(ioctx, image_id, new)
+            except _rbd().Error:
+                # Half restored it can only be restored, not removed.
+                trash.trash_restore(ioctx, image_id, name.image)
+                raise
+
+    def mend_names(self, pool: str, names: re.Pattern[str], before: float) -> None:
+        with self._pool(pool, f"pool {pool}") as ioctx:
+            trash = _rbd().RBD()
+            for entry in list(trash.trash_list(ioctx)):
+                if names.fullmatch(entry["name"]) and _epoch(entry["deletion_time"]) < before:
+                    trash.trash_restore(ioctx, entry["id"], entry["name"])
+
+    def remove(self, name: RbdName) -> None:
+        with self._pool(name.pool, str(name)) as ioctx:
+            _rbd().RBD().remove(ioctx, name.image)
+
+    # -- connections ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _open(self, name: RbdName, *, read_only: bool) -> Iterator[Any]:
+        with (
+            self._pool(name.pool, str(name)) as ioctx,
+            _rbd().Image(ioctx, name.image, snapshot=name.snapshot, read_only=read_only) as image,
+        ):
+            yield image
+
+    @contextlib.contextmanager
+    def _pool(self, pool: str, what: str) -> Iterator[Any]:
+        cluster = self._cluster()
+        with self._translated(what):
+            ioctx = cluster.open_ioctx(pool)
+            try:
+                yield ioctx
+            finally:
+                ioctx.close()
+
+    def _cluster(self) -> Any:
+        with self._connecting:
+            connected = self._connected
+            if connected is None or connected[0] != os.getpid():
+                with self._translated("the cluster"):
+                    self._connected = connected = (os.getpid(), self._connect())
+            return connected[1]
+
+    def _connect(self) -> Any:
+        try:
+            cluster = _rados().Rados(rados_id=self._user, conffile=self._conf)
+            # connect() has a parameter for that and ignores it: the bindings' rados.pyx.
+            for option in ("client_mount_timeout", "rados_mon_op_timeout"):
+                cluster.conf_set(option, str(self._connect_timeout))
+            if not float(cluster.conf_get("rados_osd_op_timeout") or 0):
+                cluster.conf_set("rados_osd_op_timeout", str(self._op_timeout))
+            cluster.connect()
+        except _rados().Error as error:
+            # Never an error of an image: one that is missing or denied would be fetched instead.
+            raise errors.BackendError(
+                f"Ceph cannot be reached as {self._who}: {error}",
+                path=self._conf or None,
+                next_step="see whether its monitors answer (ceph -s), and the user's keyring is here",
+            ) from error
+        return cluster
+
+    @property
+    def _who(self) -> str:
+        return f"client.{self._user or 'admin'}"
+
+    @contextlib.contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        """Turn what the bindings raise into the library's errors; all of it has an errno."""
+        try:
+            yield
+        except errors.ImageCacheError:
+            raise
+        except Exception as error:
+            number = getattr(error, "errno", None)
+            if number is None and not isinstance(error, (_rados().Error, _rbd().Error)):
+                raise
+            if abs(number or 0) == errno.ESHUTDOWN:
+                # The cluster fenced this client off, which holds for the connection: the next call makes one.
+                self._connected = None
+            raise _as_ours(error, abs(number or 0), what, self._who) from error
+
+
+def _rados() -> Any:
+    return _binding("rados", "python3-rados")
+
+
+def _rbd() -> Any:
+    return _binding("rbd", "python3-rbd")
+
+
+def _binding(module: str, package: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise errors.ConfigError(
+            f"Ceph's Python bindings cannot be loaded: {error}",
+            next_step=f"install {package}, and let a virtualenv see the system's packages",
+        ) from error
+
+
+def _failure(completion: Any) -> Exception | None:
+    """Wait for a write and return what went wrong."""
+    completion.wait_for_complete_and_cb()
+    result = int(completion.get_return_value())
+    return None if result >= 0 else OSError(-result, os.strerror(-result))
+
+
+def _finish(completion: Any) -> None:
+    failure = _failure(completion)
+    if failure is not None:
+        raise failure
+
+
+def _epoch(moment: dt.datetime) -> float:
+    # The bindings give UTC: naive in older releases.
+    return moment.replace(tzinfo=dt.UTC).timestamp()
+
+
+def _exists(what: str) -> errors.DiskExistsError:
+    return errors.DiskExistsError(
+        "the target exists already", path=what, next_step="remove it, or ask for it to be reused"
+    )
+
+
+def _as_ours(error: Exception, number: int, what: str, who: str) -> errors.ImageCacheError:
+    if number == errno.ENOENT:
+        return Missing("there is no such pool or image", path=what, next_step="check the name and the pool")
+    if number == errno.EEXIST:
+        return _exists(what)
+    if number in (errno.EBUSY, errno.ENOTEMPTY):
+        return Busy(
+            "it is open somewhere, or has snapshots or clones",
+            path=what,
+            next_step="stop what uses it, or remove its snapshots, then ask again",
+        )
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return Denied(
+            f"the Ceph user {who} has no permission",
+            path=what,
+            next_step="check the user's caps (ceph auth get)",
+        )
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return errors.NoSpaceError("the pool is full", path=what, next_step="make room, then ask again")
+    if number == errno.ETIMEDOUT:
+        return errors.BackendError(
+            "Ceph did not answer in time",
+            path=what,
+            next_step="see whether its OSDs are up and its pools have room (ceph -s), then ask again",
+        )
+    return errors.BackendError(
+        f"Ceph failed: {error}", path=what, next_step="check the cluster, then ask again"
+    )
