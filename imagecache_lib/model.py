@@ -221,6 +221,10 @@ class Request:
     :param rate: bytes per second that the call may fetch at most, or None for no limit.
     :param hash_pieces: whether the hashes of the pieces of the image's data are kept beside its base, for
         hosts to which this one passes the image on. It costs a SHA-256 of the data beside the digest.
+    :param resume: with a token, the fetch goes on where an earlier one of the same data broke off, and leaves
+        what came to the next one should it break off itself; if it is cancelled, only if this token is set
+        then. The data of images that are decoded while they arrive is kept besides, as far as there is room.
+        Only images with a digest are resumed.
     """
 
     source: Any = None  # ImageSource; typed loosely because sources import this module
@@ -231,3 +235,4 @@ class Request:
     cancel: CancelToken | None = None
     rate: int | None = None
     hash_pieces: bool = False
+    resume: CancelToken | None = None

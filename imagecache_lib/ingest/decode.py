@@ -16,6 +16,7 @@ from imagecache_lib.formats.qcow2.decoder import StreamDecoder
 from imagecache_lib.formats.qcow2.spill import Spill
 from imagecache_lib.formats.qemu_img import DataRefused, DiskFile, QemuImg
 from imagecache_lib.formats.reader import OpenFile
+from imagecache_lib.ingest.resumption import Resumption
 from imagecache_lib.ingest.stream import Consumer
 from imagecache_lib.store import stage as stages
 from imagecache_lib.store.directory import CacheStore
@@ -108,6 +109,8 @@ class Work:
     :param stage: is filled.
     :param reservation: of the stage; raised before more is written than was known to come.
     :param rules: of inspection, as far as they are judged on a whole file.
+    :param resumption: keeps what comes for another fetch, should this one break off; or None for content that
+        is not what the source sends.
     :param whole: convert an image as a whole: decoding it as it arrives was tried and is not possible.
     """
 
@@ -117,6 +120,7 @@ class Work:
     converter: QemuImg
     rules: Rules
     waiter: Waiter
+    resumption: Resumption | None
     whole: bool = False
 
 
@@ -183,6 +187,7 @@ class Qcow2Stream:
     def __init__(self, work: Work, file_size: int | None) -> None:
         self._stage = work.stage
         self._reservation = work.reservation
+        self._copy = None if work.resumption is None else work.resumption.beside(work.reservation)
         self._decoder = StreamDecoder(
             work.stage.content,
             spill=Spill(lambda: stages.side_file(work.cache)),
@@ -191,6 +196,8 @@ class Qcow2Stream:
         )
 
     def feed(self, chunk: bytes) -> None:
+        if self._copy is not None:
+            self._copy.append(chunk)
         with translated(self._stage.path):
             self._decoder.write(chunk)
         self._stage.taken(len(chunk))
@@ -225,6 +232,8 @@ class SpoolAndConvert:
         try:
             self._spool.write_info()
             stage.write_info()
+            if work.resumption is not None:
+                work.resumption.hold(self._spool)
         except BaseException:
             self._spool.discard()
             raise
@@ -268,8 +277,10 @@ class SpoolAndConvert:
         return self._spool.allocated
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._spool.discard()
+        resumption = self._work.resumption
+        if resumption is None or not resumption.holds(self._spool):
+            with contextlib.suppress(OSError):
+                self._spool.discard()
 
 
 def choose(finding: Finding | None, work: Work, *, wanted: str | None, file_size: int | None) -> Decoder:
@@ -280,10 +291,13 @@ def choose(finding: Finding | None, work: Work, *, wanted: str | None, file_size
     :param file_size: of the image's data in bytes, if it is known.
     :raises ImageRejected: the format that is wanted is neither raw nor the image's own.
     """
+    is_raw = finding is None or finding.format == "raw" or finding.ending is not Ending.NONE
+    to_raw = finding is not None and _is_converted(finding, wanted, work.cache.config)
+    if work.resumption is not None and (is_raw or not to_raw):
+        work.resumption.hold(work.stage)
     if finding is None:
         return PassThrough(work.stage)
-    to_raw = _is_converted(finding, wanted, work.cache.config)
-    if finding.format == "raw" or finding.ending is not Ending.NONE:
+    if is_raw:
         return PassThrough(work.stage, finding.ending, inspected=work.rules.strict)
     if not to_raw:
         return Keep(finding, work)

@@ -30,10 +30,11 @@ def fill(
     :param certificate_store: for images whose signature must be verified.
     :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: the stage is not filled.
     """
-    transfer = call.transfer()
+    transfer, resumption = call.transfer(), work.resumption
     while True:  # every pass draws on the transfer's one retry budget
         work.stage.clear()
         image = transfer.image  # the answer with the data may have told another length
+        kept = None if resumption is None else resumption.begin_pass(work.stage)
         work.reservation.raise_to(image.size or 0)
         try:
             pipeline = Pipeline(
@@ -44,10 +45,11 @@ def fill(
                 disk_size=call.size,
                 hash_pieces=call.request.hash_pieces,
             )
-            with contextlib.closing(pipeline), contextlib.closing(transfer.chunks()) as chunks:
+            with contextlib.closing(pipeline), contextlib.closing(transfer.chunks(kept)) as chunks:
                 for chunk in chunks:
                     pipeline.feed(chunk)
-                return pipeline.finish()
+                content = pipeline.finish()
+                return dataclasses.replace(content, received=content.received - transfer.kept)
         except StartAgain:
             continue
         except Unstreamable as error:

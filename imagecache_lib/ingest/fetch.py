@@ -18,8 +18,10 @@ from imagecache_lib.ingest import adopt, certificates, decompress, dedup, downlo
 from imagecache_lib.ingest.call import Call, origin_of
 from imagecache_lib.ingest.decode import Work
 from imagecache_lib.ingest.producer import BaseRequest
+from imagecache_lib.ingest.resumption import Resumption
 from imagecache_lib.ingest.stream import Content
 from imagecache_lib.sources import checked
+from imagecache_lib.sources.identity import identity
 from imagecache_lib.sources.interface import ImageSource, SourceRefused
 from imagecache_lib.sources.retry import DeadlinePassed
 from imagecache_lib.store import evidence, failures
@@ -224,11 +226,18 @@ class ImageProducer:
                 next_step="find out where the source has that from",
             )
         origin = origin_of(source, image.id)
+        ending, resumption = self._call.request.resume, None
+        if ending is not None:
+            data, size = identity(image), image.size or 0
+            resumption = Resumption(self._cache, self._call.name, data, size, ending)
         stage = Stage(self._cache, self._call.name, origin=origin, total=image.size)
         try:
-            return self._produce_in(stage, source, image)
+            sealed = self._produce_in(stage, source, image, resumption)
+            if resumption is not None:
+                resumption.end(stage, None)
+            return sealed
         except BaseException as error:
-            self._give_up(stage, error)
+            self._give_up(stage, error, resumption)
             # A signature is verified with the certificates that a caller brings.
             if isinstance(error, errors.ImageRejected) and not self._call.demands_signature:
                 judged = self._judged(source, image)
@@ -268,17 +277,21 @@ class ImageProducer:
             record, reason = adopt.adopt(self._cache, opened, self._call, self._use, self._ingest.converter)
         return record if record is not None else Unmet(reason)
 
-    def _produce_in(self, stage: Stage, source: ImageSource, image: model.Image) -> SealedStage:
+    def _produce_in(
+        self, stage: Stage, source: ImageSource, image: model.Image, resumption: Resumption | None
+    ) -> SealedStage:
         started = self._cache.host.monotonic()
         reservation = Reservation(stage, self._cache, self._ingest.evictor, self._call.waiter)
         stage.write_info()
         with self._ingest.slot(stage, self._call.waiter):
             twin = self._copy_twin(stage, source, image, reservation)
             if twin is None:
+                if resumption is not None:
+                    resumption.make_room(reservation)
                 reservation.raise_to(image.size or 0)
                 self._cache.host.trace(TracePoint.INGEST_RESERVED)
-                rules = Rules.of(self._cache.config)
-                work = Work(stage, self._cache, reservation, self._ingest.converter, rules, self._call.waiter)
+                rules, converter = Rules.of(self._cache.config), self._ingest.converter
+                work = Work(stage, self._cache, reservation, converter, rules, self._call.waiter, resumption)
                 content = download.fill(work, self._call, self.requirements, self._certificates)
             else:
                 content = twin.content
@@ -324,14 +337,17 @@ class ImageProducer:
         )
         return _Copy(content, shared)
 
-    def _give_up(self, stage: Stage, error: BaseException) -> None:
-        """Remove what is left of a stage, whatever else fails, and tell why."""
+    def _give_up(self, stage: Stage, error: BaseException, resumption: Resumption | None) -> None:
+        """Remove or leave what came, whatever else fails, and tell why."""
         swept = False
         try:
             with contextlib.suppress(OSError):
                 swept = not stage.is_at_path()
         finally:
-            stage.discard()
+            if resumption is None:
+                stage.discard()
+            else:
+                resumption.end(stage, error)
         if swept and isinstance(error, errors.BackendError):
             raise StageGone from error
         if isinstance(error, errors.ImageRejected):

@@ -18,6 +18,7 @@ from imagecache_lib.ingest.aside import Ignoring
 from imagecache_lib.ingest.certificates import CertificateStore
 from imagecache_lib.ingest.content import ContentStage
 from imagecache_lib.ingest.decode import Work
+from imagecache_lib.ingest.resumption import Copy
 from imagecache_lib.ingest.stream import UNVERIFIED, Consumer, Content, VerifiedSignature
 from imagecache_lib.store.evidence import Requirements
 
@@ -57,6 +58,10 @@ class Pipeline:
         self._told = 0
         config, waiter = work.cache.config, work.waiter
         compression = decompress.compression_of(image, requirements.use, config)
+        self._copy: Copy | None = None
+        if compression is not None and work.resumption is not None:
+            self._copy = work.resumption.beside(work.reservation)
+            work = dataclasses.replace(work, resumption=None)
         with contextlib.ExitStack() as closing:
             self._content: Consumer[Content] = ContentStage(
                 image,
@@ -97,6 +102,8 @@ class Pipeline:
         reservation = self._work.reservation
         if self._image.size is None and self._received > reservation.reserved:
             reservation.raise_to(self._received + _UNKNOWN_SIZE_STEP)
+        if self._copy is not None:
+            self._copy.append(chunk)
         self._digest.feed(chunk)
         self._signature.feed(chunk)
         self._content.feed(chunk)

@@ -81,6 +81,8 @@ class HostAgent:
         #: One image at a time on this host, however many conductors ask.
         self._slot = threading.Lock()
         self._instance = durable.new_id()
+        #: Set when the agent ends: its next start goes on with the downloads.
+        self._ending = threading.Event()
         #: Set whenever an image ends, for the thread that waits for that.
         self.image_ended = threading.Event()
 
@@ -216,8 +218,11 @@ class HostAgent:
     def stop(self, timeout: float | None = None) -> None:
         """Cancel all tasks and wait until they end. A conductor begins them again once the agent is back.
 
+        What came of an image under way is left, for the next agent to go on with.
+
         :param timeout: seconds to wait at most. A fetch whose source hangs sees the cancellation late.
         """
+        self._ending.set()
         with self._lock:
             tasks = list(self._tasks.values())
             threads = [task.thread for task in tasks if task.thread is not None]
@@ -328,6 +333,8 @@ class HostAgent:
             rate=asked.rate or None if relayed is None else None,
             fallbacks=self._fallbacks,
             hash_pieces=relayed is not None,
+            # What other hosts pass on is kept in a spool, which is what goes on.
+            resume=self._ending if relayed is None else None,
         )
         self._require_budget(task, image_id, request)
         report = self._cache.precache_image(image_id, pin_until=asked.pin_until, request=request)

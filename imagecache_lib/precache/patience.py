@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from imagecache_lib.precache import client, job
 from imagecache_lib.precache.slots import HostState
 from imagecache_lib.system.host import System
@@ -29,23 +31,53 @@ BUSY_PATIENCE = 3600.0
 GRACE = 15.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Pauses:
+    """What a conductor waits for its hosts. All times are in seconds.
+
+    :param poll: between two looks at a host that works and does not report by itself.
+    :param quiet: of silence, after which a host that reports by itself is asked.
+    :param down: before a host that is down is asked again at first.
+    :param longest_down: the same at most.
+    :param silence: for which a host that was at work and does not answer keeps its slot.
+    :param patience: for which a host is down until it is given up, where there is no deadline.
+    :param busy: the same for a host that has too many tasks.
+    :param grace: after the deadline, in which a host may still say how its images ended.
+    """
+
+    poll: float = POLL
+    quiet: float = QUIET
+    down: float = POLL_DOWN
+    longest_down: float = LONGEST_POLL_DOWN
+    silence: float = SILENCE
+    patience: float = PATIENCE
+    busy: float = BUSY_PATIENCE
+    grace: float = GRACE
+
+
+#: What conductors wait that nobody told otherwise.
+USUAL = Pauses()
+
+
 class Patience:
     """The patience of one run of a job with its hosts.
 
     :param host: the source of randomness, which keeps hosts from being asked all at the same time.
+    :param pauses: how long to wait for what.
     """
 
-    def __init__(self, terms: job.Terms, host: System) -> None:
+    def __init__(self, terms: job.Terms, host: System, pauses: Pauses = USUAL) -> None:
         self._deadline = terms.deadline
         self._random = host.random
+        self.pauses = pauses
 
     def next_look(self, state: HostState, now: float) -> float:
         """Return when to ask a host that was just heard, in epoch seconds."""
         if not state.begun:
             return now
         if not state.reports:
-            return now + POLL * (0.5 + self._random())
-        moment = min(now + QUIET * (1.0 + 0.5 * self._random()), state.ask_by)
+            return now + self.pauses.poll * (0.5 + self._random())
+        moment = min(now + self.pauses.quiet * (1.0 + 0.5 * self._random()), state.ask_by)
         return min(moment, self.last_moment(state))
 
     def ask_by(self, now: float) -> float:
@@ -55,15 +87,15 @@ class Patience:
     def last_moment(self, state: HostState) -> float:
         """Return when to give a host up, in epoch seconds."""
         if self._deadline is not None:
-            return self._deadline + (GRACE if state.begun and not state.trouble else 0.0)
+            return self._deadline + (self.pauses.grace if state.begun and not state.trouble else 0.0)
         if state.down_since is not None:
-            return state.down_since + PATIENCE
-        return state.busy_since + BUSY_PATIENCE if state.busy_since is not None else float("inf")
+            return state.down_since + self.pauses.patience
+        return state.busy_since + self.pauses.busy if state.busy_since is not None else float("inf")
 
     def next_try(self, state: HostState, now: float, *, failures: int) -> float:
         """Return when to ask again a host that does not answer, or has too many tasks, in epoch seconds.
 
         :param failures: how often in a row the host was put off.
         """
-        pause = min(POLL_DOWN * 2.0 ** min(failures, 8), LONGEST_POLL_DOWN) * (0.5 + self._random())
-        return min(now + pause, self.last_moment(state))
+        pause = min(self.pauses.down * 2.0 ** min(failures, 8), self.pauses.longest_down)
+        return min(now + pause * (0.5 + self._random()), self.last_moment(state))

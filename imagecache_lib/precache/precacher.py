@@ -20,6 +20,7 @@ from imagecache_lib.precache import client, job, job_rows, lease
 from imagecache_lib.precache.calls import Call, Stop, Visit
 from imagecache_lib.precache.database import JobDatabase
 from imagecache_lib.precache.job_events import JobEvent, JobObserver, Teller
+from imagecache_lib.precache.patience import USUAL, Pauses
 from imagecache_lib.precache.progress import JobProgress
 from imagecache_lib.precache.run import JobRun
 from imagecache_lib.precache.writer import JobWriter
@@ -63,6 +64,7 @@ class AggregatePrecacher:
     :param hosts: reaches the agents.
     :param observers: called with each event, one after the other, in a thread of their own; what they raise
         is logged.
+    :param pauses: how long to wait for what.
     """
 
     def __init__(
@@ -72,11 +74,13 @@ class AggregatePrecacher:
         *,
         host: System | None = None,
         observers: Sequence[JobObserver] = (),
+        pauses: Pauses = USUAL,
     ) -> None:
         self._database = database
         self._hosts = hosts
         self._host = host or System()
         self._observers = tuple(observers)
+        self._pauses = pauses
         self._running: dict[str, JobProgress] = {}
 
     def plan(
@@ -193,6 +197,7 @@ class AggregatePrecacher:
             host=self._host,
             done=done,
             leave=leave,
+            pauses=self._pauses,
         )
         self._running[job_id] = progress
         try:

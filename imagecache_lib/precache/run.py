@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from imagecache_lib import errors, model
 from imagecache_lib.precache import client, job
 from imagecache_lib.precache.calls import Call, Stop, Visit
-from imagecache_lib.precache.patience import POLL, SILENCE, Patience
+from imagecache_lib.precache.patience import USUAL, Patience, Pauses
 from imagecache_lib.precache.progress import JobProgress
 from imagecache_lib.precache.relaying import Relaying, Unicast
 from imagecache_lib.precache.slots import HostState, Slots
@@ -55,6 +55,7 @@ class JobRun:
     :param hosts: reaches the agents.
     :param done: called with a host whose images all have a result.
     :param leave: once it is set, the run returns, and the hosts go on by themselves.
+    :param pauses: how long to wait for what.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class JobRun:
         host: System,
         done: Callable[[str], None],
         leave: model.CancelToken,
+        pauses: Pauses = USUAL,
     ) -> None:
         self._progress = progress
         self._work = progress.job
@@ -76,7 +78,7 @@ class JobRun:
         self._leave = leave
         self._arrivals: queue.SimpleQueue[Visit | client.HostReport | None] = queue.SimpleQueue()
         self._mailbox: str | None = None
-        self._patience = Patience(self._work.terms, host)
+        self._patience = Patience(self._work.terms, host, pauses)
         self._stopping = False
         self._relaying = Unicast() if self._work.terms.relay is None else Relaying(self._work)
         now, terms = host.clock(), self._work.terms
@@ -142,7 +144,7 @@ class JobRun:
                 continue
             if stop is None and not self._relaying.admits(state.name):
                 self._slots.returned(state.name)
-                self._slots.give_away(state, self._host.clock() + POLL)
+                self._slots.give_away(state, self._host.clock() + self._patience.pauses.poll)
                 continue
             pending = self._progress.pending(state.name)
             task = None
@@ -365,7 +367,7 @@ class JobRun:
             LOG.warning("Host %s does not answer, to be tried again: %s", state.name, error)
         state.trouble = f"the host is down: {error}"
         self._progress.set_reason(state.name, state.trouble)
-        if state.begun and now - state.down_since <= SILENCE:
+        if state.begun and now - state.down_since <= self._patience.pauses.silence:
             self._slots.keep(state, self._patience.next_try(state, now, failures=0))
         else:
             self._slots.give_away(state, self._patience.next_try(state, now, failures=state.failures))

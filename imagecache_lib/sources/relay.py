@@ -23,11 +23,12 @@ from collections.abc import Iterator
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import checked
+from imagecache_lib.sources.identity import identity
 from imagecache_lib.sources.interface import CannotResume, ImageSource
 from imagecache_lib.sources.parents import Parents
 from imagecache_lib.sources.route import ORIGIN, Route
 from imagecache_lib.store.pieces import PIECE, Pieces
-from imagecache_lib.store.spool import Spool, SpoolReader, Spools
+from imagecache_lib.store.spool import EARLIER, Spool, SpoolReader, Spools
 from imagecache_lib.system.rate import Pace
 from imagecache_lib.system.waiter import Waiter
 
@@ -112,7 +113,7 @@ class RelaySource(ImageSource):
             with self._origin.open(image, offset) as chunks:
                 yield chunks
             return
-        spool = self._spools.open(image, self._waiter)
+        spool = self._spools.open(image, self._waiter, source=identity(image))
         if offset == 0:
             self._check_whole(spool)
         elif self._cuts is None or offset > spool.good_below(self._cuts):
@@ -136,7 +137,8 @@ class RelaySource(ImageSource):
         """Throw away what is wrong of a complete spool: its content was given out before, and did not do."""
         if not spool.is_complete or _digest_of(spool, self._waiter) == spool.digest.value.lower():
             return
-        for parent in spool.suppliers() - {ORIGIN}:
+        others = spool.suppliers() - {ORIGIN, EARLIER}
+        for parent in others:
             known = self._parents.pieces(parent, spool.image)
             wrong = spool.learn(known)
             if wrong is not None:
@@ -147,7 +149,7 @@ class RelaySource(ImageSource):
             spool.image.id,
             _names(spool),
         )
-        if spool.suppliers() - {ORIGIN}:
+        if others:
             self._route.mismatched()
         spool.learn(None)
         spool.cut(0)
@@ -292,7 +294,7 @@ class Filler:
             self._ask_for_pieces(supplier)
             with self._parents.data(supplier, self._spool.image, self._spool.have) as body:
                 self._feed(body, supplier)
-        except _WrongHashes:
+        except (_WrongHashes, _FromThere):
             return
         except (errors.SourceError, errors.ImageNotFound) as error:
             # A parent that has no more than this host waits for its own: no reason to leave it.
@@ -348,7 +350,8 @@ class Filler:
                 # The piece was begun before the hashes were known. It is compared once it is complete.
                 spool.append(bytes(held[:wanted]), supplier)
                 if spool.learn(known) is not None:
-                    self._distrust(supplier, piece)
+                    began = spool.supplier_of(piece * PIECE)
+                    self._distrust(EARLIER if began == EARLIER else supplier, piece)
             elif hashlib.sha256(held[:wanted]).digest() != known.of(piece):
                 self._distrust(supplier, piece)
             else:
@@ -358,8 +361,11 @@ class Filler:
     def _distrust(self, supplier: str, piece: int) -> None:
         """Leave a supplier whose piece does not match. Two that contradict the hashes are believed.
 
-        :raises _WrongPiece, _WrongHashes: always.
+        :raises _WrongPiece, _WrongHashes, _FromThere: always.
         """
+        if supplier == EARLIER:
+            _cut(self._spool, piece, self._route, supplier)
+            raise _FromThere("what an earlier process left is wrong", image=self._spool.image.id)
         self._accused.add(supplier)
         if len(self._accused) > 1:
             LOG.warning("The hashes of image %s are not believed any more", self._spool.image.id)
@@ -397,12 +403,16 @@ class _WrongHashes(errors.SourceError):
     """The hashes themselves are wrong."""
 
 
+class _FromThere(errors.SourceError):
+    """Bytes were thrown away that no supplier is to blame for: they are asked for anew."""
+
+
 def _cut(spool: Spool, piece: int, route: Route, supplier: str | None = None) -> None:
     """Throw a wrong piece away, with what came behind it, and tell who sent it."""
     found = spool.supplier_of(piece * PIECE) if supplier is None else supplier
     if spool.have > piece * PIECE:
         spool.cut(piece * PIECE)
-    if found:
+    if found and found != EARLIER:
         LOG.warning("Host %s passed on a wrong piece, %d, of image %s", found, piece, spool.image.id)
         route.blame(found)
 
@@ -419,7 +429,8 @@ def _digest_of(spool: Spool, waiter: Waiter) -> str:
 
 
 def _names(spool: Spool) -> str:
-    return ", ".join(sorted(f"host {name}" if name else "the image service" for name in spool.suppliers()))
+    said = {ORIGIN: "the image service", EARLIER: "an earlier process of this host"}
+    return ", ".join(sorted(said.get(name, f"host {name}") for name in spool.suppliers()))
 
 
 def _no_leave(image: model.Image) -> errors.SourceError:

@@ -21,7 +21,8 @@ The loop ends: every pass draws on the one retry budget that the :class:`Transfe
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from typing import Protocol
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import checked
@@ -114,9 +115,17 @@ def _inactive(image: model.Image) -> errors.ImageCacheError:
     return errors.ImageRejected(cause, image=image.id, next_step="have the image's owner see to it")
 
 
+class Kept(Protocol):
+    """What an earlier transfer of the same data left."""
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the first bytes of the data, in order."""
+
+
 class Transfer:
     """The fetching of one image, however often it breaks.
 
+    :ivar kept: number of bytes of the current pass that no source was asked for.
     :ivar image: the description, as the answer with the data corrected it. It may be another after
         :class:`StartAgain`.
     :param source: where :func:`describe` found it.
@@ -157,6 +166,7 @@ class Transfer:
         self._corrected = False
         self._stream: checked.Opened | None = None
         self._offset = 0
+        self.kept = 0
 
     @property
     def resumed(self) -> bool:
@@ -193,22 +203,28 @@ class Transfer:
         self._budget.spend(doubt)
         return True
 
-    def chunks(self) -> Generator[bytes]:
+    def chunks(self, kept: Kept | None = None) -> Generator[bytes]:
         """Yield the image's bytes in order, from the first to the last: one pass.
 
         Close the generator (:func:`contextlib.closing`) to let go of the connection early.
 
         It ends only when the image is complete: exactly ``image.size`` bytes, if that is known.
 
+        :param kept: the first bytes, as an earlier transfer of the same data left them, or None for nothing.
+            The source is asked for the bytes behind them.
         :raises StartAgain: iterate anew; what was given out is void.
         :raises ImageRejected: there are more bytes than the image has.
         :raises ImageNotFound: the image is gone.
         :raises SourceError: the source failed too often, or the deadline passed.
         :raises CancelledError: ``cancel`` was set.
         """
-        self._offset = 0
+        self._offset = self.kept = 0
         self._resumed = False
         self._stream = None
+        if kept is not None and self.image.size is not None:
+            yield from self._pass_over(kept, self.image.size)
+            if self._offset == self.image.size:
+                return
         while True:
             reached = self._offset
             try:
@@ -217,6 +233,17 @@ class Transfer:
             except errors.ImageCacheError as error:
                 failure = error
             self._recover(failure, reached)
+
+    def _pass_over(self, kept: Kept, size: int) -> Generator[bytes]:
+        """Yield what an earlier transfer left, as fast as the disk gives it: no source is asked for that."""
+        for chunk in kept.chunks():
+            self._budget.check()
+            if self._offset + len(chunk) > size:
+                return
+            self._offset += len(chunk)
+            self.kept = self._offset
+            self._resumed = True
+            yield chunk
 
     def _attempt(self) -> Generator[bytes]:
         self._budget.check()

@@ -87,15 +87,22 @@ of its directory, and stays until it is seen again, its instance leaves the repo
 An entry with an empty path and no names says that this release wrote the file; the older one drops it.
 
 It passes over ``stage/<name>.<id>.waits``, ``stage/<id>.outside``, ``stage/<name>.failed``, ``history``, and
-the fields ``origin`` and ``fetcher`` of a stage's note: its callers neither share a failure nor are told of
-one, and what it does is in no history. An operator's ``passed_over_directories`` is an option of this
-release: the older one reads those directories as all others, and keeps what they refer to. It removes any
-file in the making by its name, and this one behind a link only a file that carries ``user.imagecache.made``.
+the fields ``origin``, ``fetcher`` and ``source`` of a stage's note: its callers neither share a failure nor
+are told of one, and what it does is in no history. An operator's ``passed_over_directories`` is an option of
+this release: the older one reads those directories as all others, and keeps what they refer to. It removes
+any file in the making by its name, and this one behind a link only a file that carries
+``user.imagecache.made``.
 
 *The field* ``fetcher`` *of a stage's note* says who fills the file, for people who wait for it: ``host``, its
 name; ``pid``, the process there; ``received``, bytes of the source's data that arrived, written anew every
 16 MiB; ``total``, bytes in all, or null. It is evidence of nothing, and null once the data is complete. A
 note without it, or with another form of it, is a note.
+
+*The field* ``source`` *of a stage's note* says that the file holds an image's data as its source sent it,
+from the first byte on, and which data: a digest over the image's id and its data's size, digest and entity
+tag. It is empty for any other file. Once the owner of such a file is dead, which only a lock that is free
+proves, and never a filesystem without locks, a fetch of the same data may own it and begin with its bytes.
+They are evidence of nothing. Releases that do not know the field sweep the file like any other.
 
 *A damaged* ``.scan`` is replaced by what ``.readings`` says, and the other way round. If neither can be read,
 everything stays.
@@ -112,6 +119,7 @@ What a crash leaves, and who repairs it
 crash                                             what the next start or user does
 ================================================  ============================================================
 while fetching                                    the stage is unlinked an hour later; it is fetched again
+while an agent fetches                            the next agent goes on with what came, or the same
 after the stage is complete, before the link      the same
 after the link, before the record moved           the next user of the base, or start, moves the record
 after the record moved, before the stage is gone  the stage name is unlinked; the base stays

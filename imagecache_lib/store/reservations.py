@@ -90,6 +90,10 @@ class Reservation:
         self._evictor = evictor
         self._waiter = waiter
 
+    def of(self, stage: Stage) -> Reservation:
+        """Return the reservation of another stage file of the same caller."""
+        return Reservation(stage, self._cache, self._evictor, self._waiter)
+
     @property
     def reserved(self) -> int:
         """Bytes that the stage has reserved in all."""
@@ -112,6 +116,15 @@ class Reservation:
             self._waiter.check()
             cache.host.trace(TracePoint.SPACE_WAITING)
             cache.host.sleep(min(_SLICE, deadline - now))
+
+    def fits(self, needed: int) -> bool:
+        """Raise what the stage has reserved to ``needed`` bytes in all if there is room without an eviction.
+
+        Returns whether there is.
+
+        :raises CancelledError, LockTimeoutError: the caller no longer waits.
+        """
+        return needed <= self._stage.reserved or self._try(needed) is None
 
     def _try_harder(self, needed: int) -> _Refusal | None:
         """Have room made and try again, one caller after another.

@@ -2,8 +2,8 @@
 """An image's bytes as its source sent them, kept while they arrive, for other hosts to read meanwhile.
 
 A spool is a stage file (:mod:`imagecache_lib.store.stage`): owned by this process, reserved before its first
-byte, counted with everything in flight, and swept like any other should the process die. It never becomes a
-base.
+byte, counted with everything in flight, and swept like any other should the process die, unless the next one
+takes it over (:mod:`imagecache_lib.store.remains`). It never becomes a base.
 
 One thread fills a spool, in order; any number read it. When what came turns out to be wrong, the spool is cut
 back to what is right, and those who read beyond that are told so.
@@ -18,15 +18,19 @@ import threading
 from collections.abc import Collection, Iterator
 
 from imagecache_lib import errors, model
-from imagecache_lib.store import layout
+from imagecache_lib.store import layout, remains
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.evictor import Evictor
 from imagecache_lib.store.pieces import PIECE, Hasher, Pieces
+from imagecache_lib.store.remains import Remains
 from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import Stage
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import Waiter
+
+#: Stands for who sent the bytes that an earlier process of this host left.
+EARLIER = "(an earlier process)"
 
 
 class SpoolCut(errors.SourceError):
@@ -143,6 +147,22 @@ class Spool:
         """Return everyone who sent bytes that are there."""
         return frozenset(name for _offset, name in self._suppliers)
 
+    def restore(self, left: Remains, waiter: Waiter) -> None:
+        """Take what an earlier process left in the stage file for the first bytes.
+
+        :raises CancelledError, LockTimeoutError: the caller no longer waits.
+        """
+        have = 0
+        for chunk in left.chunks():
+            waiter.check()
+            if have + len(chunk) > self.size:
+                break
+            self._hasher.update(chunk)
+            have += len(chunk)
+        with self._changed:
+            self._suppliers = [(0, EARLIER)] if have else []
+            self._have = have
+
     # -- right or wrong ------------------------------------------------------------------------------
 
     def learn(self, known: Pieces | None) -> int | None:
@@ -207,12 +227,18 @@ class Spool:
     def _settled(self, offset: int, cuts: int) -> bool:
         return self._have > offset or self._closed or self._error is not None or self._cuts != cuts
 
-    def close(self) -> None:
-        """Remove the spool."""
+    def close(self, *, leave: bool = False) -> None:
+        """Remove the spool.
+
+        :param leave: leave what is there of an image that is not complete, for the next process.
+        """
         with self._changed:
             if not self._closed:
                 self._closed = True
-                self._stage.discard()
+                if leave and not self.is_complete:
+                    self._stage.leave()
+                else:
+                    self._stage.discard()
                 self._changed.notify_all()
 
 
@@ -250,9 +276,12 @@ class Spools:
         self._spools: dict[str, Spool] = {}
         self._expected: set[str] = set()
 
-    def open(self, image: model.Image, waiter: Waiter) -> Spool:
+    def open(self, image: model.Image, waiter: Waiter, *, source: str = "") -> Spool:
         """Return the spool of an image, a new one if need be. One thread per image calls this.
 
+        A new one begins with what an earlier process left of the same data.
+
+        :param source: which data that is, as :class:`~imagecache_lib.store.stage.StageInfo` has it.
         :raises NoSpaceError: there is no room for the whole image.
         :raises CancelledError, LockTimeoutError: the caller no longer waits.
         """
@@ -261,11 +290,16 @@ class Spools:
             return found
         if found is not None:
             found.close()
-        stage = Stage(self._cache, layout.base_name(image.id))
+        name = layout.base_name(image.id)
+        with translated(self._cache.layout.stages):
+            left = remains.find(self._cache, name, source)
+        stage = Stage(self._cache, name, taken=None if left is None else (left.id, left.owner))
         try:
-            stage.write_info()
+            stage.hold(source)
             Reservation(stage, self._cache, self._evictor, waiter).raise_to(image.size or 0)
             made = Spool(image, stage, self._cache.host)
+            if left is not None:
+                made.restore(left, waiter)
         except BaseException:
             stage.discard()
             raise
@@ -313,7 +347,9 @@ class Spools:
                 found.close()
 
     def close(self) -> None:
-        """Remove all spools."""
+        """Remove all spools of images that are complete, and leave the others for the next process."""
+        for spool in list(self._spools.values()):
+            spool.close(leave=True)
         self.release(list(self._spools))
 
     def pieces_of_base(self, image_id: str) -> Pieces | None:

@@ -60,6 +60,8 @@ class StageInfo:
     :param origin: where the data comes from, as a digest; empty if that cannot be told. Releases before do
         not write it, and pass over it.
     :param fetcher: who fills the file, or None if that is over or cannot be told. Likewise.
+    :param source: which data the file holds as its source sent it, from the first byte on, as a digest of
+        what the source says of it; empty if the file holds anything else. Likewise.
     """
 
     name: str
@@ -67,6 +69,7 @@ class StageInfo:
     record: evidence.Record | None = None
     origin: str = ""
     fetcher: Fetcher | None = None
+    source: str = ""
 
     def to_json(self) -> bytes:
         record = None if self.record is None else self.record.to_json().decode()
@@ -77,6 +80,7 @@ class StageInfo:
             "record": record,
             "origin": self.origin,
             "fetcher": fetcher,
+            "source": self.source,
         }
         return json.dumps(fields).encode() + b"\n"
 
@@ -87,17 +91,17 @@ def parse_info(data: bytes) -> StageInfo | None:
         fields = json.loads(data)
         name, reserved, record = fields["name"], fields["reserved"], fields["record"]
         origin, fetcher = fields.get("origin", ""), _fetcher(fields.get("fetcher"))
+        source = fields.get("source", "")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    if not isinstance(origin, str):
-        origin = ""
+    origin, source = (text if isinstance(text, str) else "" for text in (origin, source))
     if not isinstance(name, str) or type(reserved) is not int or reserved < 0:
         return None
     if record is None:
-        return StageInfo(name, reserved, origin=origin, fetcher=fetcher)
+        return StageInfo(name, reserved, origin=origin, fetcher=fetcher, source=source)
     if not isinstance(record, str):
         return None
-    return StageInfo(name, reserved, evidence.parse(record.encode()), origin, fetcher)
+    return StageInfo(name, reserved, evidence.parse(record.encode()), origin, fetcher, source)
 
 
 def _fetcher(fields: object) -> Fetcher | None:
@@ -117,27 +121,32 @@ class Stage:
 
     :param origin: as :class:`StageInfo` has it.
     :param total: bytes of the source's data that will arrive, if that is known.
+    :param taken: the id and the owner's lock of a file that was left by a dead owner, to go on with; or None
+        for a new file.
     :raises StageGone: the cache was removed meanwhile.
     :raises NoSpaceError: from anything that writes, when the filesystem is full.
     """
 
-    def __init__(self, cache: CacheStore, name: str, *, origin: str = "", total: int | None = None) -> None:
+    def __init__(
+        self,
+        cache: CacheStore,
+        name: str,
+        *,
+        origin: str = "",
+        total: int | None = None,
+        taken: tuple[str, locks.OwnerLock] | None = None,
+    ) -> None:
         self._cache = cache
         self.name = name
         self._origin = origin
-        self.id = durable.new_id()
+        self._source = ""
+        self.id = durable.new_id() if taken is None else taken[0]
         self.path = cache.layout.stage(self.id)
         self.reserved = 0
         self._fetcher: Fetcher | None = Fetcher(cache.host.name, os.getpid(), total=total)
         # Who decodes may reserve more while who receives tells how far it is.
         self._noting = threading.Lock()
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with translated(self.path):
-            try:
-                fd = os.open(self.path, flags, 0o600)
-            except FileNotFoundError as error:
-                raise StageGone from error
-            self._owner = locks.OwnerLock(fd, cache.host)
+        self._owner = self._make() if taken is None else taken[1]
         self._taken = 0
         #: Of the content so far.
         self.checksums = checksums.Checksums()
@@ -145,6 +154,15 @@ class Stage:
         self.pieces: Pieces | None = None
         #: Takes data in any order and from any thread.
         self.content = sparse.SparseFile(self.fd, self.checksums)
+
+    def _make(self) -> locks.OwnerLock:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with translated(self.path):
+            try:
+                fd = os.open(self.path, flags, 0o600)
+            except FileNotFoundError as error:
+                raise StageGone from error
+            return locks.OwnerLock(fd, self._cache.host)
 
     @property
     def fd(self) -> int:
@@ -169,9 +187,14 @@ class Stage:
             self._write_note(record)
 
     def _write_note(self, record: evidence.Record | None = None) -> None:
-        note = StageInfo(self.name, self.reserved, record, self._origin, self._fetcher)
+        note = StageInfo(self.name, self.reserved, record, self._origin, self._fetcher, self._source)
         path = self._cache.layout.stage_record(self.id)
         durable.write_file(path, note.to_json(), sync=record is not None)
+
+    def hold(self, source: str) -> None:
+        """Write down that the file holds a source's bytes as they come: see :class:`StageInfo`."""
+        self._source = source
+        self.write_info()
 
     def tell(self, received: int, total: int | None) -> None:
         """Let those who wait for the base see how far its data is, in bytes. That it cannot be told is no
@@ -202,6 +225,8 @@ class Stage:
         self._taken = 0
         if self._fetcher is not None:
             self._fetcher = dataclasses.replace(self._fetcher, received=0)
+        if self._source:
+            self.hold("")
 
     def read_back(self) -> None:
         """Sum up what another program wrote. Weaker than what passed through here: the page cache vouches."""

@@ -444,7 +444,8 @@ class AgentFaultsTest(AgentCase):
         ending = Running(agent.stop)
         stop.go_on()
         ending.result()
-        self.assertEqual([], self.in_flight())
+        self.assertFalse(self.base(ID).exists())
+        self.assertEqual(2, len(self.in_flight()), "what came is left to the next agent, with its note")
 
     def test_times_are_by_the_agents_own_clock(self) -> None:
         for off in (-86400.0, 86400.0):

@@ -11,7 +11,6 @@ import pathlib
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,165 +22,84 @@ from kombu.connection import Connection
 from oslo_config import cfg
 
 from imagecache_lib.precache import client, rpc
-from imagecache_lib.precache.reader import EmbeddedJobs
 from imagecache_lib.store import layout
 from tests.lab import glance as glance_lab
 from tests.lab import rabbit as rabbit_lab
 from tests.lab import relay as relay_lab
 from tests.lab import server
+from tests.lab.fleet import Fleet
 from tests.support import needs
 from tests.support.ports import free_port
 
-COMMAND = (sys.executable, "-W", "ignore", "-m", "imagecache_lib.cli.main")
+#: Hosts whose agents all tests share.
+SHARED = ("alpha", "beta", "gamma")
+
+#: Connections that break before an answer. The agent's first try fails of eight, its second stands two.
+CUTS = 10
+
+KIB = 2**10
 MIB = 2**20
 
 
 @pytest.fixture(scope="module")
 def rabbit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[rabbit_lab.Rabbit]:
-    """A running RabbitMQ. Tests share it: their agents have names of their own."""
+    """A running RabbitMQ. Tests share it: hosts that are not shared have names of their own."""
     with rabbit_lab.running_rabbit(tmp_path_factory.mktemp("rabbit")) as running:
         yield running
 
 
-@dataclasses.dataclass
-class Fleet:
-    """Agents and conductors of one test.
+@pytest.fixture(scope="module")
+def link(glance: glance_lab.Glance) -> Iterator[relay_lab.Relay]:
+    """The link between agents and Glance. Answers can be held on it: what is fetched stays half done."""
+    with relay_lab.running_relay(glance.url) as running:
+        yield running
 
-    :param home: for all they write.
-    """
 
-    home: pathlib.Path
-    rabbit: rabbit_lab.Rabbit
-    glance_url: str
-    topic: str
-    stack: contextlib.ExitStack
-    agents: dict[str, contextlib.ExitStack] = dataclasses.field(default_factory=dict)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("OS_")}
-        return {
-            **kept,
-            "HOME": str(self.home),
-            "OS_DEFAULT__TRANSPORT_URL": self.rabbit.url,
-            "OS_TOKEN": glance_lab.ADMIN,
-            "IMAGECACHE_JOBS": str(self.home / "jobs.sqlite"),
-        }
-
-    def instances(self, name: str) -> pathlib.Path:
-        return self.home / name / "instances"
-
-    def start_agent(self, name: str, *words: str, interval: int = -1, directory: str | None = None) -> int:
-        """Start a host's agent, and return its pid when it is ready.
-
-        :param directory: name of the directory for all it keeps, if that is not the host's name.
-        """
-        directory = directory or name
-        self.instances(directory).mkdir(parents=True, exist_ok=True)
-        configuration = self.home / directory / "imagecache.conf"
-        configuration.write_text(
-            f"[DEFAULT]\nhost = {name}\ninstances_path = {self.instances(directory)}\n"
-            f"[image_cache]\nmanager_interval = {interval}\n[glance]\nnum_retries = 1\n"
-            "[oslo_messaging_rabbit]\nrabbit_retry_interval = 1\nkombu_reconnect_delay = 0.5\n"
-        )
-        log = self.home / directory / "agent.log"
-        log.write_bytes(b"")
-        running = self.agents[directory] = contextlib.ExitStack()
-        self.stack.callback(running.close)
-        command = [
-            *COMMAND,
-            "--config-file",
-            str(configuration),
-            "agent",
-            "--topic",
-            self.topic,
-            "--glance-endpoint",
-            self.glance_url,
-            *words,
-        ]
-        return running.enter_context(
-            server.running(
-                command, ready=lambda: b"is ready" in log.read_bytes(), log=log, environment=self.environment
-            )
-        )
-
-    def stop_agent(self, name: str) -> None:
-        self.agents.pop(name).close()
-
-    def conductor(self, *words: str) -> subprocess.Popen[str]:
-        """Begin a command."""
-        with (self.home / "conductor.log").open("ab") as log:
-            process = subprocess.Popen(
-                [*COMMAND, "precache", *words],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=self.environment,
-            )
-        self.stack.enter_context(process)  # waits, and closes the pipe
-        self.stack.callback(process.kill)
-        return process
-
-    def finish(self, process: subprocess.Popen[str], *, code: int = 0) -> dict[tuple[str, str], Any]:
-        """Return the rows of a command's table, by host and image."""
-        out, _err = process.communicate(timeout=180)
-        assert process.returncode == code, (out, (self.home / "conductor.log").read_text())
-        return {(row["host"], row.get("image", "")): row for row in json.loads(out)}
-
-    def start(self, names: list[str], images: list[str], *words: str) -> subprocess.Popen[str]:
-        hosts = [word for name in names for word in ("--host", name)]
-        return self.conductor(
-            "start", *images, *hosts, "--topic", self.topic, "--concurrency", "8", "-f", "json", *words
-        )
-
-    def job_id(self) -> str:
-        listed = subprocess.run(
-            [*COMMAND, "precache", "list", "-f", "json"],
-            check=True,
-            capture_output=True,
-            text=True,
-            env=self.environment,
-        )
-        return str(json.loads(listed.stdout)[-1]["id"])
-
-    def attempt(self) -> int:
-        """Return how often the last job was resumed."""
-        return EmbeddedJobs(str(self.home / "jobs.sqlite")).get(self.job_id()).attempt
-
-    def resume(self) -> subprocess.Popen[str]:
-        return self.conductor("resume", self.job_id(), "--topic", self.topic, "-f", "json")
-
-    def has(self, name: str, image_id: str) -> bool:
-        return (self.instances(name) / "_base" / layout.base_name(image_id)).exists()
-
-    def wait_for(self, what: Callable[[], bool]) -> None:
-        server.wait_until(what, "the fleet", seconds=120)
+@pytest.fixture(scope="module")
+def shared(rabbit: rabbit_lab.Rabbit, link: relay_lab.Relay) -> Iterator[Fleet]:
+    """The agents of three hosts that no test ends or breaks: alpha, beta and gamma."""
+    with tempfile.TemporaryDirectory(prefix="imagecache-fleet-") as name:
+        home = pathlib.Path(name)
+        fleet = Fleet(home, home, rabbit, link.url, f"topic-{home.name}", contextlib.ExitStack())
+        try:
+            fleet.start_agents(*SHARED)
+            yield fleet
+        finally:
+            fleet.close()
 
 
 @pytest.fixture
-def fleet_of(rabbit: rabbit_lab.Rabbit) -> Iterator[Callable[[str], Fleet]]:
-    """Make a fleet that fetches from a URL."""
-    with (
-        tempfile.TemporaryDirectory(prefix="imagecache-fleet-") as home,
-        contextlib.ExitStack() as processes,
-    ):
-        yield lambda url: Fleet(pathlib.Path(home), rabbit, url, f"topic-{os.path.basename(home)}", processes)
-
-
-@pytest.fixture
-def fleet(fleet_of: Callable[[str], Fleet], glance: glance_lab.Glance) -> Fleet:
-    return fleet_of(glance.url)
+def fleet(shared: Fleet, tmp_path: pathlib.Path) -> Iterator[Fleet]:
+    """The shared agents, and what a test starts beside them, under names of its own."""
+    fleet = dataclasses.replace(shared, home=tmp_path, stack=contextlib.ExitStack(), agents={})
+    try:
+        yield fleet
+    finally:
+        fleet.close()
 
 
 def make_images(glance: glance_lab.Glance, *sizes: int) -> list[str]:
     return [glance.upload(os.urandom(size)) for size in sizes]
 
 
+@contextlib.contextmanager
+def half_done(
+    fleet: Fleet, link: relay_lab.Relay, names: list[str], images: list[str]
+) -> Iterator[tuple[subprocess.Popen[str], relay_lab.Hold]]:
+    """Yield the conductor of a job whose hosts have one image, of 1 MiB, and half of another, of 4 MiB.
+
+    They get the rest once that is let go.
+    """
+    with link.held_after(3 * MIB) as hold:
+        running = fleet.start(names, images)
+        fleet.wait_for(lambda: hold.count == len(names))
+        fleet.wait_for(lambda: all(fleet.has(name, images[0]) for name in names))
+        yield running, hold
+
+
 def test_every_host_gets_every_image(fleet: Fleet, glance: glance_lab.Glance) -> None:
     images = make_images(glance, 3 * MIB, 5 * MIB)
-    names = ["alpha", "beta", "gamma"]
-    for name in names:
-        fleet.start_agent(name)
+    names = list(SHARED)
     hosts = [word for name in names for word in ("--host", name)]
     plan = fleet.finish(fleet.conductor("plan", *images, *hosts, "--topic", fleet.topic, "-f", "json"))
     assert [row["to_fetch"] for row in plan.values()] == [8 * MIB] * 3
@@ -196,109 +114,106 @@ def test_every_host_gets_every_image(fleet: Fleet, glance: glance_lab.Glance) ->
 
 def test_a_host_that_was_down_is_served_when_it_is_back(fleet: Fleet, glance: glance_lab.Glance) -> None:
     (image,) = make_images(glance, 2 * MIB)
-    fleet.start_agent("alpha")
-    running = fleet.start(["alpha", "beta"], [image], "--deadline", "120s")
-    fleet.wait_for(lambda: fleet.has("alpha", image))
-    fleet.start_agent("beta")
+    running = fleet.impatient("start", "120", image, "alpha", "late")
+    fleet.wait_for(lambda: fleet.has("alpha", image) and "Host late does not answer" in fleet.said())
+    fleet.start_agent("late")
     ended = fleet.finish(running)
     assert {row["result"] for row in ended.values()} == {"cached"}
 
 
 def test_a_host_that_is_lost_is_skipped_and_the_others_are_served(
-    fleet: Fleet, glance: glance_lab.Glance
+    fleet: Fleet, glance: glance_lab.Glance, link: relay_lab.Relay
 ) -> None:
-    images = make_images(glance, 8 * MIB)
-    fleet.start_agent("alpha")
-    pid = fleet.start_agent("beta")
-    running = fleet.start(["alpha", "beta"], images, "--rate", "1M", "--deadline", "25s")
-    stage = fleet.instances("beta") / "_base" / ".imagecache" / "stage"
-    fleet.wait_for(lambda: stage.is_dir() and any(stage.iterdir()))
-    os.kill(pid, signal.SIGKILL)
+    (image,) = make_images(glance, 2 * MIB)
+    fleet.start_agent("lost")
+    with link.held_after(MIB) as hold:
+        running = fleet.impatient("start", "6", image, "alpha", "lost")
+        fleet.wait_for(lambda: hold.count == 2)
+        fleet.kill_agent("lost")
     ended = fleet.finish(running, code=10)
-    assert ended["alpha", images[0]]["result"] == "cached"
-    assert ended["beta", images[0]]["result"] == "skipped"
-    assert "down" in ended["beta", images[0]]["reason"]
+    assert ended["alpha", image]["result"] == "cached"
+    assert ended["lost", image]["result"] == "skipped"
+    assert "down" in ended["lost", image]["reason"]
 
 
-def test_a_conductor_that_is_killed_repeats_no_download(fleet: Fleet, glance: glance_lab.Glance) -> None:
-    images = make_images(glance, MIB, 6 * MIB)
-    for name in ("alpha", "beta"):
-        fleet.start_agent(name)
-    running = fleet.start(["alpha", "beta"], images, "--rate", "1M")
-    fleet.wait_for(lambda: fleet.has("alpha", images[0]) and fleet.has("beta", images[0]))
-    running.kill()
-    running.wait()
-    ended = fleet.finish(fleet.resume())
+def test_a_conductor_that_is_killed_repeats_no_download(
+    fleet: Fleet, glance: glance_lab.Glance, link: relay_lab.Relay
+) -> None:
+    images = make_images(glance, MIB, 4 * MIB)
+    with half_done(fleet, link, ["alpha", "beta"], images) as (running, _hold):
+        running.kill()
+        running.wait()
+        resumed = fleet.resume()
+        fleet.wait_for(lambda: fleet.attempt() == 1)
+    ended = fleet.finish(resumed)
     assert {row["result"] for row in ended.values()} == {"cached"}
     assert [len(glance.downloads(image)) for image in images] == [2, 2]
 
 
 def test_the_message_bus_restarts_meanwhile(
-    fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit
+    fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit, link: relay_lab.Relay
 ) -> None:
-    images = make_images(glance, MIB, 6 * MIB)
-    for name in ("alpha", "beta"):
-        fleet.start_agent(name)
-    running = fleet.start(["alpha", "beta"], images, "--rate", "1M")
-    fleet.wait_for(lambda: fleet.has("alpha", images[0]) and fleet.has("beta", images[0]))
-    rabbit.stop()
-    fleet.wait_for(lambda: fleet.has("alpha", images[1]) and fleet.has("beta", images[1]))
-    rabbit.start()
-    ended = fleet.finish(running)
+    images = make_images(glance, MIB, 4 * MIB)
+    with half_done(fleet, link, ["alpha", "beta"], images) as (running, hold):
+        rabbit.stop()
+        hold.let_go()
+        fleet.wait_for(lambda: fleet.has("alpha", images[1]) and fleet.has("beta", images[1]))
+        rabbit.start()
+        ended = fleet.finish(running)
     assert {row["result"] for row in ended.values()} == {"cached"}
     assert [len(glance.downloads(image)) for image in images] == [2, 2]
 
 
 @pytest.mark.parametrize("lacking", ["memory", "disk"])
 def test_a_broker_without_memory_or_disk_holds_up_the_news_and_no_download(
-    fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit, lacking: str
+    fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit, link: relay_lab.Relay, lacking: str
 ) -> None:
     images = make_images(glance, MIB, 4 * MIB)
-    fleet.start_agent("alpha")
-    running = fleet.start(["alpha"], images, "--rate", "1M")
-    fleet.wait_for(lambda: fleet.has("alpha", images[0]))
-    with rabbit.alarm(lacking):
-        fleet.wait_for(lambda: fleet.has("alpha", images[1]))
-    ended = fleet.finish(running)
+    with half_done(fleet, link, ["alpha"], images) as (running, hold):
+        with rabbit.alarm(lacking):
+            hold.let_go()
+            fleet.wait_for(lambda: fleet.has("alpha", images[1]))
+        ended = fleet.finish(running)
     assert {row["result"] for row in ended.values()} == {"cached"}
     assert [len(glance.downloads(image)) for image in images] == [1, 1]
 
 
 def test_the_virtual_host_is_deleted_and_made_again(
-    fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit
+    fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit, link: relay_lab.Relay
 ) -> None:
     images = make_images(glance, MIB, 4 * MIB)
-    fleet.start_agent("alpha")
-    running = fleet.start(["alpha"], images, "--rate", "1M")
-    fleet.wait_for(lambda: fleet.has("alpha", images[0]))
-    rabbit.remake_vhost(lambda: fleet.wait_for(lambda: fleet.has("alpha", images[1])))
-    ended = fleet.finish(running)
+    with half_done(fleet, link, ["alpha"], images) as (running, hold):
+
+        def fetch_the_rest() -> None:
+            hold.let_go()
+            fleet.wait_for(lambda: fleet.has("alpha", images[1]))
+
+        rabbit.remake_vhost(fetch_the_rest)
+        ended = fleet.finish(running)
     assert {row["result"] for row in ended.values()} == {"cached"}
     assert [len(glance.downloads(image)) for image in images] == [1, 1]
 
 
-def test_an_agent_killed_while_it_fetches_repeats_nothing_finished_when_it_is_back(
-    fleet: Fleet, glance: glance_lab.Glance
+def test_an_agent_killed_while_it_fetches_goes_on_with_the_missing_bytes_alone_when_it_is_back(
+    fleet: Fleet, glance: glance_lab.Glance, link: relay_lab.Relay
 ) -> None:
     images = make_images(glance, MIB, 4 * MIB)
-    pid = fleet.start_agent("alpha")
-    running = fleet.start(["alpha"], images, "--rate", "512K")
-    stage = fleet.instances("alpha") / "_base" / ".imagecache" / "stage"
-    fleet.wait_for(lambda: fleet.has("alpha", images[0]) and any(stage.iterdir()))
-    os.kill(pid, signal.SIGKILL)
-    fleet.stop_agent("alpha")
-    fleet.start_agent("alpha")
+    fleet.start_agent("killed")
+    with half_done(fleet, link, ["killed"], images) as (running, _hold):
+        fleet.kill_agent("killed")
+        fleet.start_agent("killed")
     ended = fleet.finish(running)
     assert {row["result"] for row in ended.values()} <= {"cached", "existing"}
     assert len(glance.downloads(images[0])) == 1
-    assert len(glance.downloads(images[1])) <= 2
+    whole, rest = glance.downloads(images[1])
+    assert whole.range is None
+    assert int(str(rest.range).removeprefix("bytes=").rstrip("-")) >= MIB
 
 
 def test_messages_that_nobody_meant_for_an_agent_cost_the_next_job_nothing(
     fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit
 ) -> None:
     (image,) = make_images(glance, MIB)
-    pid = fleet.start_agent("alpha")
     envelope = json.dumps(
         {"oslo.version": "2.0", "oslo.message": json.dumps({"method": "begin", "args": {}})}
     )
@@ -309,49 +224,47 @@ def test_messages_that_nobody_meant_for_an_agent_cost_the_next_job_nothing(
     url = rabbit.url.replace("rabbit://", "amqp://") + "/"
     with Connection(url) as connection:  # type: ignore[no-untyped-call]
         producer = connection.Producer()
+
+        def publish(body: bytes, kind: str) -> None:
+            where = f"{fleet.topic}.alpha"
+            producer.publish(body, routing_key=where, content_type=kind, content_encoding="binary")
+
         for body in bodies:
             for kind in ("application/json", "application/x-python-serialize", "application/octet-stream"):
-                producer.publish(
-                    body, routing_key=f"{fleet.topic}.alpha", content_type=kind, content_encoding="binary"
-                )
+                publish(body, kind)
     ended = fleet.finish(fleet.start(["alpha"], [image], "--deadline", "60s"))
     assert ended["alpha", image]["result"] == "cached"
-    assert os.path.exists(f"/proc/{pid}")
 
 
 def test_a_job_that_was_cancelled_while_its_host_was_down_fetches_nothing_later(
     fleet: Fleet, glance: glance_lab.Glance
 ) -> None:
-    (image,) = make_images(glance, 90 * MIB)
-    os.kill(fleet.start_agent("alpha"), signal.SIGKILL)  # its queue stays, and takes calls
-    fleet.stop_agent("alpha")
-    running = fleet.start(["alpha"], [image], "--rate", "256K")
-    fleet.wait_for(lambda: "alpha" in (fleet.home / "conductor.log").read_text())
-    fleet.finish(fleet.conductor("cancel", fleet.job_id(), "--topic", fleet.topic, "-f", "json"), code=10)
-    assert fleet.finish(running, code=10)["alpha", image]["result"] == "skipped"
-    fleet.start_agent("alpha")
-    (other,) = make_images(glance, MIB)
-    ended = fleet.finish(fleet.start(["alpha"], [other]))  # which waits for its turn, if there is another
-    assert ended["alpha", other]["result"] == "cached"
-    assert not fleet.has("alpha", image)
-    stage = fleet.instances("alpha") / "_base" / ".imagecache" / "stage"
-    assert not any(stage.iterdir())
+    image, other = make_images(glance, 4 * MIB, MIB)
+    fleet.start_agent("asleep")
+    fleet.kill_agent("asleep")  # its queue stays, and takes calls
+    running = fleet.impatient("start", "120", image, "asleep")
+    fleet.wait_for(lambda: "Host asleep does not answer" in fleet.said())
+    fleet.finish(fleet.impatient("cancel", fleet.job_id()), code=10)
+    assert fleet.finish(running, code=10)["asleep", image]["result"] == "skipped"
+    fleet.start_agent("asleep")
+    ended = fleet.finish(fleet.start(["asleep"], [other]))  # which waits for its turn, if there is another
+    assert ended["asleep", other]["result"] == "cached"
+    assert not fleet.has("asleep", image)
+    assert fleet.in_flight("asleep") == []
 
 
 def test_the_image_service_is_lost_and_back(
-    fleet_of: Callable[[str], Fleet],
-    glance: glance_lab.Glance,
-    relay_to: Callable[[str], relay_lab.Relay],
+    fleet: Fleet, glance: glance_lab.Glance, relay_to: Callable[[str], relay_lab.Relay]
 ) -> None:
     (image,) = make_images(glance, 4 * MIB)
     relay = relay_to(glance.url)
-    fleet = fleet_of(relay.url)
-    fleet.start_agent("alpha")
-    relay.cut_after(*[1] * 16)
-    ended = fleet.finish(fleet.start(["alpha"], [image]))
-    assert ended["alpha", image]["result"] == "cached"
-    assert relay.resets == 16
-    assert "to be tried again" in (fleet.home / "alpha" / "agent.log").read_text()
+    fleet.launch_agent("cut-off", url=relay.url)
+    fleet.wait_until_ready("cut-off")
+    relay.cut_after(*[1] * CUTS)
+    ended = fleet.finish(fleet.start(["cut-off"], [image]))
+    assert ended["cut-off", image]["result"] == "cached"
+    assert relay.resets == CUTS
+    assert "to be tried again" in fleet.log("cut-off").read_text()
 
 
 def test_an_agent_stops_gracefully_and_evicts_what_its_instances_do_not_need(
@@ -360,21 +273,20 @@ def test_an_agent_stops_gracefully_and_evicts_what_its_instances_do_not_need(
     (image,) = make_images(glance, MIB)
     instances = fleet.home / "instances.json"
     instances.write_text("[]")
-    pid = fleet.start_agent("alpha", "--instances", str(instances), interval=1)
-    fleet.finish(fleet.start(["alpha"], [image]))
-    base = fleet.instances("alpha") / "_base" / layout.base_name(image)
+    pid = fleet.start_agent("tidy", "--instances", str(instances), interval=1)
+    fleet.finish(fleet.start(["tidy"], [image]))
+    base = fleet.instances("tidy") / "_base" / layout.base_name(image)
     os.utime(base, (1, 1))
     os.utime(base.parent / ".imagecache" / "records" / f"{base.name}.json", (1, 1))
     fleet.wait_for(lambda: not base.exists())
     os.kill(pid, signal.SIGTERM)
     fleet.wait_for(lambda: not os.path.exists(f"/proc/{pid}/fd") or not os.listdir(f"/proc/{pid}/fd"))
-    assert "Traceback" not in (fleet.home / "alpha" / "agent.log").read_text()
+    assert "Traceback" not in fleet.log("tidy").read_text()
 
 
 def test_an_agent_that_speaks_another_version_is_told_apart_from_one_that_is_down(
     fleet: Fleet, rabbit: rabbit_lab.Rabbit
 ) -> None:
-    fleet.start_agent("alpha")
     cfg.CONF([], project="imagecache-test", default_config_files=[])
     transport = oslo_messaging.get_rpc_transport(cfg.CONF, url=rabbit.url)
     try:
@@ -428,62 +340,55 @@ def test_an_agent_of_the_first_release_is_served(fleet: Fleet, rabbit: rabbit_la
 
 
 def test_two_agents_under_one_name_are_named_as_the_cause(fleet: Fleet, glance: glance_lab.Glance) -> None:
-    images = make_images(glance, 6 * MIB)
-    fleet.start_agent("alpha")
-    fleet.start_agent("alpha", directory="twin")
-    ended = fleet.finish(fleet.start(["alpha"], images, "--rate", "1M"), code=10)
-    assert ended["alpha", images[0]]["result"] == "error"
-    assert "two agents answer" in ended["alpha", images[0]]["reason"]
+    images = make_images(glance, 30 * MIB)
+    for directory in ("one", "another"):
+        fleet.launch_agent("twin", directory=directory)
+    fleet.wait_until_ready("one", "another")
+    ended = fleet.finish(fleet.start(["twin"], images, "--rate", "256K"), code=10)
+    assert ended["twin", images[0]]["result"] == "error"
+    assert "two agents answer" in ended["twin", images[0]]["reason"]
 
 
 def test_a_plan_ends_although_the_broker_takes_no_messages(
     fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit
 ) -> None:
     images = make_images(glance, MIB)
-    fleet.start_agent("alpha")
+    words = (*images, "--host", "alpha", "--topic", fleet.topic, "--timeout", "2s", "-f", "json")
     with rabbit.alarm():
         began = time.monotonic()
-        plan = fleet.finish(
-            fleet.conductor("plan", *images, "--host", "alpha", "--topic", fleet.topic, "-f", "json"), code=10
-        )
-        assert time.monotonic() - began < 60
+        plan = fleet.finish(fleet.conductor("plan", *words), code=10)
+        assert time.monotonic() - began < 40
     assert plan["alpha", ""]["problem"]
     ended = fleet.finish(fleet.start(["alpha"], images))
     assert ended["alpha", images[0]]["result"] == "cached"
 
 
 def test_a_job_is_cancelled_after_its_conductor_was_killed(fleet: Fleet, glance: glance_lab.Glance) -> None:
-    images = make_images(glance, MIB, 90 * MIB)
-    fleet.start_agent("alpha")
-    running = fleet.start(["alpha"], images, "--rate", "1M")
+    # So slow that it cannot end before it is cancelled, however busy the machine is.
+    images = make_images(glance, 512 * KIB, 30 * MIB)
+    running = fleet.start(["alpha"], images, "--rate", "256K")
     fleet.wait_for(lambda: fleet.has("alpha", images[0]))
     running.kill()
     running.wait()
     began = time.monotonic()
-    ended = fleet.finish(
-        fleet.conductor("cancel", fleet.job_id(), "--topic", fleet.topic, "-f", "json"), code=10
-    )
+    ended = fleet.cancel()
     assert time.monotonic() - began < 25, "the conductor is seen to be dead on its own machine"
     assert [row["result"] for row in ended.values()] == ["cached", "skipped"]
-    stage = fleet.instances("alpha") / "_base" / ".imagecache" / "stage"
-    fleet.wait_for(lambda: not any(stage.iterdir()))
+    fleet.wait_for(lambda: fleet.in_flight("alpha") == [])
 
 
 def test_left_resumed_and_cancelled_it_stops(fleet: Fleet, glance: glance_lab.Glance) -> None:
-    images = make_images(glance, 90 * MIB)
-    fleet.start_agent("alpha")
-    stage = fleet.instances("alpha") / "_base" / ".imagecache" / "stage"
-    # So slow that it cannot end before it is cancelled, however busy the machine is.
+    images = make_images(glance, 30 * MIB)
     left = fleet.start(["alpha"], images, "--rate", "256K")
-    fleet.wait_for(lambda: stage.is_dir() and any(stage.iterdir()))
+    fleet.wait_for(lambda: fleet.in_flight("alpha") != [])
     left.send_signal(signal.SIGINT)
     fleet.finish(left, code=10)
     resumed = fleet.resume()
     fleet.wait_for(lambda: fleet.attempt() == 1)
-    fleet.finish(fleet.conductor("cancel", fleet.job_id(), "--topic", fleet.topic, "-f", "json"), code=10)
+    fleet.cancel()
     ended = fleet.finish(resumed, code=10)
     assert ended["alpha", images[0]]["result"] == "skipped"
-    fleet.wait_for(lambda: not any(stage.iterdir()))
+    fleet.wait_for(lambda: fleet.in_flight("alpha") == [])
     assert not fleet.has("alpha", images[0])
 
 
@@ -495,28 +400,32 @@ def mailboxes(rabbit: rabbit_lab.Rabbit, topic: str) -> dict[str, str]:
 
 
 def test_agents_report_to_a_queue_that_expires_with_its_conductor(
-    fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit
+    fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit, link: relay_lab.Relay
 ) -> None:
-    images = make_images(glance, MIB, 6 * MIB)
-    fleet.start_agent("alpha")
-    running = fleet.start(["alpha"], images, "--rate", "1M")
-    fleet.wait_for(lambda: fleet.has("alpha", images[0]))
-    running.kill()
-    running.wait()
-    fleet.wait_for(lambda: len(mailboxes(rabbit, fleet.topic)) == 1)  # those without an expiry vanish
-    assert all("x-expires" in arguments for arguments in mailboxes(rabbit, fleet.topic).values())
+    images, earlier = make_images(glance, MIB, 4 * MIB), set(mailboxes(rabbit, fleet.topic))
+
+    def own() -> dict[str, str]:
+        found = mailboxes(rabbit, fleet.topic)
+        return {name: arguments for name, arguments in found.items() if name not in earlier}
+
+    with half_done(fleet, link, ["alpha"], images) as (running, _hold):
+        running.kill()
+        running.wait()
+        fleet.wait_for(lambda: len(own()) == 1)  # those without an expiry vanish
+        assert all("x-expires" in arguments for arguments in own().values())
     ended = fleet.finish(fleet.resume())
     assert {row["result"] for row in ended.values()} == {"cached"}
 
 
-def test_two_that_resume_one_job_fetch_once(fleet: Fleet, glance: glance_lab.Glance) -> None:
-    images = make_images(glance, MIB, 6 * MIB)
-    fleet.start_agent("alpha")
-    running = fleet.start(["alpha"], images, "--rate", "1M")
-    fleet.wait_for(lambda: fleet.has("alpha", images[0]))
-    running.kill()
-    running.wait()
-    both = [fleet.resume(), fleet.resume()]
+def test_two_that_resume_one_job_fetch_once(
+    fleet: Fleet, glance: glance_lab.Glance, link: relay_lab.Relay
+) -> None:
+    images = make_images(glance, MIB, 4 * MIB)
+    with half_done(fleet, link, ["alpha"], images) as (running, _hold):
+        running.kill()
+        running.wait()
+        both = [fleet.resume(), fleet.resume()]
+        fleet.wait_for(lambda: fleet.attempt() == 1)
     for each in both:
         assert {row["result"] for row in fleet.finish(each).values()} == {"cached"}
     assert [len(glance.downloads(image)) for image in images] == [1, 1]
@@ -552,7 +461,7 @@ def test_an_image_that_is_gone_comes_from_a_peer(fleet: Fleet, glance: glance_la
     )
     port = free_port()
     fleet.start_agent(
-        "beta",
+        "giver",
         "--serve-peers",
         f"127.0.0.1:{port}",
         "--peer-token-file",
@@ -562,10 +471,10 @@ def test_an_image_that_is_gone_comes_from_a_peer(fleet: Fleet, glance: glance_la
         "--peer-key",
         key,
     )
-    fleet.finish(fleet.start(["beta"], [image]))
+    fleet.finish(fleet.start(["giver"], [image]))
     glance.delete(image)
     fleet.start_agent(
-        "alpha",
+        "taker",
         "--peer",
         f"https://127.0.0.1:{port}",
         "--trust-peers",
@@ -574,10 +483,9 @@ def test_an_image_that_is_gone_comes_from_a_peer(fleet: Fleet, glance: glance_la
         "--peer-cafile",
         certificate,
     )
-    fleet.start_agent("gamma")
-    ended = fleet.finish(fleet.start(["alpha", "gamma"], [image]), code=10)
+    ended = fleet.finish(fleet.start(["taker", "gamma"], [image]), code=10)
     assert [row["result"] for row in ended.values()] == ["cached", "error"]
-    assert fleet.has("alpha", image)
+    assert fleet.has("taker", image)
 
 
 def test_hosts_that_relay_fetch_an_image_once_and_others_by_themselves(
@@ -592,11 +500,10 @@ def test_hosts_that_relay_fetch_an_image_once_and_others_by_themselves(
         port = listener.getsockname()[1]
     words = ["--peer-token-file", str(token), "--relay", f"http://{{host}}:{port}"]
     for name in relaying:
-        fleet.start_agent(name, *words, "--serve-peers", f"{name}:{port}")
-    fleet.start_agent("alpha")
+        fleet.launch_agent(name, *words, "--serve-peers", f"{name}:{port}")
+    fleet.wait_until_ready(*relaying)
     names = [*relaying, "alpha"]
     ended = fleet.finish(fleet.start(names, images, "--relay", "--heads", "1"))
     assert {row["result"] for row in ended.values()} == {"cached"}
     assert [len(glance.downloads(image)) for image in images] == [2, 2]
-    stages = [os.listdir(fleet.instances(name) / "_base" / ".imagecache" / "stage") for name in names]
-    assert stages == [[]] * 4
+    assert [fleet.in_flight(name) for name in names] == [[]] * 4

@@ -6,6 +6,7 @@ Networks and load balancers break transfers at any byte; a server on loopback ne
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import select
 import socket
@@ -14,6 +15,46 @@ import threading
 from collections.abc import Iterator
 
 _CHUNK = 64 * 1024
+
+#: Seconds between two looks whether answers that are held may go on, or nobody waits for them any more.
+_LOOK_SECONDS = 0.02
+
+
+class Hold:
+    """Answers that stop midway, on each connection, until they are let go. Of :meth:`Relay.held_after`."""
+
+    def __init__(self, after: int) -> None:
+        self._after = after
+        self._lock = threading.Lock()
+        self._passed: collections.Counter[socket.socket] = collections.Counter()
+        self._held: set[socket.socket] = set()
+        self._released = threading.Event()
+
+    @property
+    def count(self) -> int:
+        """How many connections are held now."""
+        with self._lock:
+            return len(self._held)
+
+    def let_go(self) -> None:
+        """Let all answers go on, now and from now on."""
+        self._released.set()
+
+    def admit(self, client: socket.socket, size: int) -> bool:
+        """Wait until so many bytes more may pass to a client. Returns False if it went away meanwhile."""
+        with self._lock:
+            self._passed[client] += size
+            if self._passed[client] <= self._after:
+                return True
+            self._held.add(client)
+        try:
+            while not self._released.wait(_LOOK_SECONDS):
+                if select.select([client], [], [], 0)[0] and not client.recv(1, socket.MSG_PEEK):
+                    return False
+            return True
+        finally:
+            with self._lock:
+                self._held.discard(client)
 
 
 class Relay:
@@ -27,6 +68,8 @@ class Relay:
         self._resets_reused = False
         self._reset_count = 0
         self._open: set[socket.socket] = set()
+        self._hold: Hold | None = None
+        self._passed = 0
 
     @property
     def url(self) -> str:
@@ -37,6 +80,25 @@ class Relay:
         """How many connections were reset."""
         with self._lock:
             return self._reset_count
+
+    @property
+    def passed(self) -> int:
+        """How many bytes of answers it passed on."""
+        with self._lock:
+            return self._passed
+
+    @contextlib.contextmanager
+    def held_after(self, count: int) -> Iterator[Hold]:
+        """Hold the answers on each connection after that many bytes, until the body ends or lets them go."""
+        hold = Hold(count)
+        with self._lock:
+            self._hold = hold
+        try:
+            yield hold
+        finally:
+            with self._lock:
+                self._hold = None
+            hold.let_go()
 
     def cut_after(self, *counts: int) -> None:
         """Reset one connection for each count, in turn, after that many bytes of answers."""
@@ -106,7 +168,13 @@ class Relay:
                 if left is not None:
                     data = data[:left]
                     left -= len(data)
+                with self._lock:
+                    hold = self._hold
+                if hold is not None and not hold.admit(client, len(data)):
+                    return
                 client.sendall(data)
+                with self._lock:
+                    self._passed += len(data)
                 if left == 0:
                     return self._reset(client)
 

@@ -70,7 +70,7 @@ class RelayHost:
     def __init__(self, case: CacheCase, number: int, port: int, origin: FakeSource, **options: Any) -> None:
         self.name = f"127.0.0.{number}"
         directory = case.directory / f"host-{number}"
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         clocks = {name: options.pop(name) for name in ("monotonic",) if name in options}
         self.origin = origin
         self.manager = case.manager(
