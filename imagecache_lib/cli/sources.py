@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from imagecache_lib import errors, model
-from imagecache_lib.cli import openstack
+from imagecache_lib.cli import openstack, values
 from imagecache_lib.sources import file, glance, http, tables
 from imagecache_lib.sources.interface import ImageSource
 
@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     where = group.add_mutually_exclusive_group()
     where.add_argument("--glance-endpoint", metavar="URL", action="append", help="URL of Glance")
     where.add_argument("--http", metavar="URL", help="URL of the image's data")
-    where.add_argument("--file", metavar="PATH", help="file with the image's data")
+    where.add_argument("--file", type=values.path, metavar="PATH", help="file with the image's data")
     where.add_argument(
         "--source", metavar="NAME", help=f"a source by its entry point in {SOURCES}, such as http or glance"
     )
