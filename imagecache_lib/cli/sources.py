@@ -20,6 +20,9 @@ from imagecache_lib.sources.interface import ImageSource
 #: Entry points that are classes of :class:`~imagecache_lib.ImageSource`.
 SOURCES = "imagecache_lib.sources"
 
+#: Glance's names of those formats that can become a disk, and qemu's name for VHD.
+_DISK_FORMATS = ("aki", "ami", "ari", "iso", "qcow2", "raw", "vdi", "vhd", "vhdx", "vmdk", "vpc")
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose the source to a command."""
@@ -45,7 +48,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--digest", type=_digest, metavar="ALGORITHM:HEX", help="what --http and --file must have"
     )
-    group.add_argument("--disk-format", metavar="FORMAT", help="what --http and --file are said to be")
+    group.add_argument(
+        "--disk-format",
+        metavar="FORMAT",
+        choices=_DISK_FORMATS,
+        help=f"what --http and --file are said to be: {', '.join(_DISK_FORMATS)}",
+    )
 
 
 def is_cloud(arguments: argparse.Namespace) -> bool:
@@ -167,7 +175,7 @@ def _from_environment(environment: Mapping[str, str]) -> ImageSource:
 
 
 def _digest(text: str) -> model.Digest:
-    found = tables.parse_digest(text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no digest: write sha512:1f40...")
-    return found
+    try:
+        return tables.parse_digest(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None

@@ -379,6 +379,9 @@ def test_an_operator_is_asked_for_a_report_and_told_of_the_image_by_its_id(cli: 
         (("--instances-pth", "x", "image", "list"), 2, "--instances-path is one"),
         (("cache", "scrub", "--rate", "10X"), 2, "imagecache cache scrub --help"),
         (("help", "nope"), 2, "no command 'nope'"),
+        (("image", "cache", "i", "--file", "f", "--digest", "sha512:00"), 2, "128 hexadecimal digits"),
+        (("image", "cache", "i", "--file", "f", "--digest", "crc:00"), 2, "crc is no digest's algorithm"),
+        (("image", "cache", "i", "--file", "f", "--disk-format", "qcow"), 2, "qcow2"),
         (
             ("precache", "plan", "i", "--hosts-file", "/nonexistent"),
             7,
