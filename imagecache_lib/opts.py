@@ -24,6 +24,11 @@ from imagecache_lib.system.host import System
 #: How oslo.config says where a value comes from.
 _LOCATION = re.compile(r"LocationInfo\(location=<[^>]*>, detail='?([^')]*)'?\)")
 
+#: How Python says that a text is no number.
+_NO_NUMBER = re.compile(
+    r"(?:invalid literal for int\(\) with base 10|could not convert string to float): ('[^']*')"
+)
+
 #: ``images_type`` to the name of a backend; ``default`` depends on ``use_cow_images``.
 _BACKENDS = {"raw": "raw", "flat": "raw", "qcow2": "qcow2", "rbd": "rbd"}
 
@@ -229,6 +234,10 @@ def _read(conf: cfg.ConfigOpts, paths: Sequence[str]) -> None:
     arguments = [word for path in paths for word in ("--config-file", path)]
     try:
         conf(arguments, project="imagecache", prog="imagecache")
+    except UnicodeDecodeError as error:
+        raise errors.ConfigError(
+            "the configuration cannot be read: a file is no UTF-8 text", next_step="correct --config-file"
+        ) from error
     except (cfg.Error, OSError) as error:
         raise errors.ConfigError(
             f"the configuration cannot be read: {_plainly(error)}", next_step="correct --config-file"
@@ -237,7 +246,10 @@ def _read(conf: cfg.ConfigOpts, paths: Sequence[str]) -> None:
 
 def _plainly(error: Exception) -> str:
     """Return what oslo.config says, with the file where it has an object of Python."""
-    return _LOCATION.sub(lambda found: found[1] or "the command line", " ".join(str(error).split()))
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    text = _LOCATION.sub(lambda found: found[1] or "the command line", " ".join(str(error).split()))
+    return _NO_NUMBER.sub(r"\1 is no number", text)
 
 
 def _group(conf: cfg.ConfigOpts, group: str) -> Any:

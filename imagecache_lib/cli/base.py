@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from cliff import command, lister, show
 
 from imagecache_lib import admin, dates, errors, events, model, opts
 from imagecache_lib.cli import formats, values
+from imagecache_lib.cli.parsing import complain_in_one_line
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.observers.log import LogObserver
 from imagecache_lib.store import layout
@@ -35,14 +37,22 @@ ATTENTION = 10
 #: Fewer letters than this name no image by how its id begins.
 _FEWEST_LETTERS = 4
 
+
+class Unknown(errors.ConfigError):
+    """There is no job, host or disk of the name that the command line gives."""
+
+
+_SET_UP = 7
+
 #: Exit codes by error; the first that fits. 1 is for an error that is none of the library's, 2 for a wrong
 #: command line.
 _CODES: tuple[tuple[type[errors.ImageCacheError], int], ...] = (
     (errors.ImageNotFound, 3),
+    (Unknown, 3),
     (errors.ImageRejected, 4),
     (errors.SourceError, 5),
     (errors.NoSpaceError, 6),
-    (errors.ConfigError, 7),
+    (errors.ConfigError, _SET_UP),
     (errors.DiskExistsError, 8),
     (errors.DiskTooSmallError, 8),
     (errors.LockTimeoutError, 9),
@@ -50,9 +60,14 @@ _CODES: tuple[tuple[type[errors.ImageCacheError], int], ...] = (
 )
 _BACKEND = 11
 
+#: Errors of the kernel that only the set-up can mend, whatever call of the library met them.
+_OF_SET_UP = (errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 def code_of(error: errors.ImageCacheError) -> int:
     """Return the exit code for an error."""
+    if isinstance(error.__cause__, OSError) and error.__cause__.errno in _OF_SET_UP:
+        return _SET_UP
     return next((code for kind, code in _CODES if isinstance(error, kind)), _BACKEND)
 
 
@@ -70,6 +85,7 @@ class Base(command.Command):
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
+        complain_in_one_line(parser)
         if self.examples:
             parser.formatter_class = argparse.RawDescriptionHelpFormatter
             parser.epilog = "examples:\n" + "\n".join(f"  imagecache {line}" for line in self.examples)
@@ -176,13 +192,16 @@ class BaseLister(Base, lister.Lister):
             hidden = {column_names.index(name) for name in self.machine_only if name in column_names}
             column_names = _without(column_names, hidden)
             data = [_without(row, hidden) for row in data]
+        unsortable = [name for name in parsed_args.sort_columns if not _is_column(name, column_names)]
         try:
+            if unsortable:
+                raise ValueError
             return super().produce_output(parsed_args, column_names, data)
         except UnicodeError:
             raise
         except ValueError as error:
             raise errors.ConfigError(
-                f"there is no column {', '.join(parsed_args.columns)}",
+                f"there is no column {', '.join(unsortable or parsed_args.columns)}",
                 next_step=f"name some of: {', '.join(column_names)}",
             ) from error
 
@@ -192,6 +211,11 @@ class BaseShow(Base, show.ShowOne):
 
     def _load_formatter_plugins(self) -> Any:
         return formats.Formats(formats.SHOW)
+
+
+def _is_column(name: str, column_names: Sequence[str]) -> bool:
+    """Whether cliff finds a column by that name, which may be written as a table's head has it."""
+    return name.lower().replace(" ", "_") in column_names
 
 
 def _without(row: Sequence[Any], hidden: Collection[int]) -> list[Any]:
@@ -296,8 +320,11 @@ def read_instances(path: str | None) -> tuple[model.Instance, ...] | None:
             found = json.load(stream)
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise _unreadable(path, f"it is no JSON from {where} on") from error
     except (ValueError, RecursionError) as error:
-        raise _unreadable(path, f"it is no JSON: {error}") from error
+        raise _unreadable(path, "it is no JSON text") from error
     if not isinstance(found, list):
         raise _unreadable(path, "it is not a list")
     report = []

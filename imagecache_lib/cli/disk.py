@@ -21,8 +21,10 @@ class Create(base.BaseShow):
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("image", help="id of an image")
-        parser.add_argument("target", help="path of the disk; for rbd the name of an image in the pool")
+        parser.add_argument("image", type=values.image_id, help="id of an image")
+        parser.add_argument(
+            "target", type=values.path, help="path of the disk; for rbd the name of an image in the pool"
+        )
         parser.add_argument(
             "--size",
             type=values.size,
@@ -64,13 +66,22 @@ class Forget(base.BaseShow):
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("path", help="of a disk, a directory or a disk root, as a problem names it")
+        parser.add_argument(
+            "path", type=values.path, help="of a disk, a directory or a disk root, as a problem names it"
+        )
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         # An empty one, of a variable that is not set, would become the working directory's.
         path = os.path.abspath(parsed_args.path) if parsed_args.path else ""
-        return ["path", "forgotten_disks"], [path, self.admin().forget_disks(path)]
+        forgotten = self.admin().forget_disks(path)
+        if not forgotten:
+            raise base.Unknown(
+                "no pass saw a disk there or below it",
+                path=values.printable(path),
+                next_step="give the path as a problem of imagecache cache verify names it",
+            )
+        return ["path", "forgotten_disks"], [path, forgotten]
 
 
 class Repair(base.BaseShow):
@@ -87,7 +98,7 @@ class Repair(base.BaseShow):
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("disk", help="path of the disk")
+        parser.add_argument("disk", type=values.path, help="path of the disk")
         parser.add_argument(
             "--image", metavar="ID", help="the image that it was made from (default: as the cache knows it)"
         )
@@ -99,6 +110,10 @@ class Repair(base.BaseShow):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         path = os.path.abspath(parsed_args.disk)
+        if not os.path.lexists(path):
+            raise base.Unknown(
+                "there is no such disk", path=values.printable(path), next_step="give the path of a disk"
+            )
         manager = self.manager(sources.chosen(parsed_args, [parsed_args.image or path], needed=False))
         needed = manager.inspect_disk(path).base
         image = parsed_args.image or _image_of(manager, needed, path)

@@ -27,6 +27,7 @@ class History(base.BaseLister):
         parser = super().get_parser(prog_name)
         parser.add_argument(
             "image",
+            type=values.image_id,
             help="id of an image or name of a base image, as a disk's header has it; of what is in the "
             "cache, the image's name or the first letters will do",
         )

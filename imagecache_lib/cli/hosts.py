@@ -37,4 +37,10 @@ class Forget(base.Base):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
-        self.admin().forget_host(parsed_args.id)
+        admin = self.admin()
+        if parsed_args.id not in [host.id for host in admin.list_hosts()]:
+            raise base.Unknown(
+                f"no host has the id {values.printable(parsed_args.id)!r}",
+                next_step="see: imagecache host list",
+            )
+        admin.forget_host(parsed_args.id)

@@ -189,7 +189,7 @@ class Cache(base.BaseLister):
         from imagecache_lib.cli import sources
 
         parser = super().get_parser(prog_name)
-        parser.add_argument("image", nargs="+", help="id of an image")
+        parser.add_argument("image", nargs="+", type=values.image_id, help="id of an image")
         parser.add_argument(
             "--pin-for",
             type=values.duration,
@@ -254,7 +254,7 @@ class Pin(base.Base):
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("image", help="id of an image")
+        parser.add_argument("image", type=values.image_id, help="id of an image")
         parser.add_argument("--owner", default=_OWNER, help="owner of the pin (default: %(default)s)")
         parser.add_argument(
             "--for",
@@ -284,7 +284,7 @@ class Unpin(base.Base):
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        parser.add_argument("image", help="id of an image")
+        parser.add_argument("image", type=values.image_id, help="id of an image")
         parser.add_argument("--owner", default=_OWNER, help="owner of the pin (default: %(default)s)")
         return parser
 

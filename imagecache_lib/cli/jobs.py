@@ -113,7 +113,7 @@ class JobCommand(base.BaseLister):
             return found[0]
         said = values.printable(arguments.job or "")
         what = f"{len(found)} jobs have an id that begins with {said}" if found else f"there is no job {said}"
-        raise errors.ConfigError(what.strip(), next_step="see: imagecache precache list -f value -c id")
+        raise base.Unknown(what.strip(), next_step="see: imagecache precache list -f value -c id")
 
 
 class Status(JobCommand):
@@ -152,6 +152,9 @@ class List(JobCommand):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         results = [each.value for each in job.Result]
+        summaries = self.reader(parsed_args).summaries()
+        if not summaries:
+            self.note("there are no jobs; imagecache precache start makes one")
         header = ["id", "aggregate", "created", "hosts", "images", "state", "per_cent", *results]
         return header, [
             (
@@ -164,7 +167,7 @@ class List(JobCommand):
                 _part(sum(work.counts.values()), work.hosts * work.images),
                 *work.counts.values(),
             )
-            for work in self.reader(parsed_args).summaries()
+            for work in summaries
         ]
 
 

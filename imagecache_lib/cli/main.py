@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.metadata
 import io
+import itertools
 import logging
 import sys
 from collections.abc import Sequence
 
 from cliff import app, commandmanager
+
+from imagecache_lib.cli.parsing import complain_in_one_line
 
 _PACKAGE = "imagecache_lib.cli"
 
@@ -67,6 +71,25 @@ class ImageCacheApp(app.App):
         for name, where in COMMANDS.items():
             manager.commands[name] = importlib.metadata.EntryPoint(name, f"{_PACKAGE}.{where}", _PACKAGE)
 
+    def run_subcommand(self, argv: list[str]) -> int:
+        try:
+            self.command_manager.find_command(argv)
+        except ValueError:
+            self.stderr.write(f"{self.NAME}: error: {self._unknown(argv)}\n")
+            return 2
+        return super().run_subcommand(argv)
+
+    def _unknown(self, argv: list[str]) -> str:
+        """Say what is wrong with a command line that names no command."""
+        if argv[0].startswith("-"):
+            options = [option for action in self.parser._actions for option in action.option_strings]
+            return f"there is no option {argv[0]} before the command{_near(argv[0], options)}"
+        words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+        rest = [name.split()[1] for name in COMMANDS if name.startswith(f"{words[0]} ")]
+        if rest and len(words) == 1:
+            return f"{words[0]} is followed by one of: {', '.join(rest)}"
+        return f"there is no command {' '.join(words[:2])!r}{_near(' '.join(words[:2]), list(COMMANDS))}"
+
     def configure_logging(self) -> None:
         super().configure_logging()
         # What they have to say of each other is nothing to an operator.
@@ -80,6 +103,7 @@ class ImageCacheApp(app.App):
         parser = super().build_option_parser(
             description, version, {**(argparse_kwargs or {}), "allow_abbrev": False}
         )
+        complain_in_one_line(parser)
         parser.add_argument(
             "--config-file",
             action="append",
@@ -92,6 +116,12 @@ class ImageCacheApp(app.App):
             "--instances-path", metavar="PATH", help="instances directory, instead of the configuration's"
         )
         return parser
+
+
+def _near(said: str, known: Sequence[str]) -> str:
+    """Return a clause with what was most likely meant, and where help is."""
+    found = difflib.get_close_matches(said, known, 1)
+    return f"; {found[0]} is one" if found else "; see: imagecache help"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

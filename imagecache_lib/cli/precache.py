@@ -390,8 +390,9 @@ def _read_hosts(path: str) -> list[Placed]:
         with open(path, encoding="utf-8") as stream:
             lines = [line.partition("#")[0].strip() for line in stream]
     except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise errors.ConfigError(
-            f"the list of hosts cannot be read: {error}", path=path, next_step="correct the file"
+            f"the list of hosts cannot be read: {why}", path=path, next_step="correct --hosts-file"
         ) from error
     return [_placed(line, path) for line in lines if line]
 

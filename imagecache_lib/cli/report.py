@@ -25,11 +25,13 @@ class Report(base.Base):
         parser.add_argument(
             "--html",
             required=True,
+            type=values.path,
             metavar="FILE",
             help="the page, which needs no other file and no network. It is replaced in one step",
         )
         parser.add_argument(
             "--history",
+            type=values.path,
             metavar="FILE",
             help="SQLite file that keeps what each report saw, for a plot over time; it is made if it is not "
             "there",

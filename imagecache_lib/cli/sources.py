@@ -13,12 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from imagecache_lib import errors, model
-from imagecache_lib.cli import openstack
+from imagecache_lib.cli import openstack, values
 from imagecache_lib.sources import file, glance, http, tables
 from imagecache_lib.sources.interface import ImageSource
 
 #: Entry points that are classes of :class:`~imagecache_lib.ImageSource`.
 SOURCES = "imagecache_lib.sources"
+
+#: Glance's names of those formats that can become a disk, and qemu's name for VHD.
+_DISK_FORMATS = ("aki", "ami", "ari", "iso", "qcow2", "raw", "vdi", "vhd", "vhdx", "vmdk", "vpc")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     where = group.add_mutually_exclusive_group()
     where.add_argument("--glance-endpoint", metavar="URL", action="append", help="URL of Glance")
     where.add_argument("--http", metavar="URL", help="URL of the image's data")
-    where.add_argument("--file", metavar="PATH", help="file with the image's data")
+    where.add_argument("--file", type=values.path, metavar="PATH", help="file with the image's data")
     where.add_argument(
         "--source", metavar="NAME", help=f"a source by its entry point in {SOURCES}, such as http or glance"
     )
@@ -45,7 +48,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--digest", type=_digest, metavar="ALGORITHM:HEX", help="what --http and --file must have"
     )
-    group.add_argument("--disk-format", metavar="FORMAT", help="what --http and --file are said to be")
+    group.add_argument(
+        "--disk-format",
+        metavar="FORMAT",
+        choices=_DISK_FORMATS,
+        help=f"what --http and --file are said to be: {', '.join(_DISK_FORMATS)}",
+    )
 
 
 def is_cloud(arguments: argparse.Namespace) -> bool:
@@ -167,7 +175,7 @@ def _from_environment(environment: Mapping[str, str]) -> ImageSource:
 
 
 def _digest(text: str) -> model.Digest:
-    found = tables.parse_digest(text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no digest: write sha512:1f40...")
-    return found
+    try:
+        return tables.parse_digest(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None

@@ -36,6 +36,20 @@ def duration(text: str) -> int:
     return int(found[1]) * _SECONDS[found[2]]
 
 
+def path(text: str) -> str:
+    """Return a path. One that is empty, such as a variable that was not set, means no directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def image_id(text: str) -> str:
+    """Return an image's id, which may be of any form."""
+    if not text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{printable(text)!r} is no image's id")
+    return text
+
+
 def address(text: str) -> tuple[str, int]:
     """Return host and port from ``127.0.0.1:9471`` or ``[::1]:9471``."""
     found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/\s]+)):(\d{1,5})", text.strip())

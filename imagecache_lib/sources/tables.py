@@ -13,6 +13,7 @@ with ``url`` for :class:`HttpSource` and ``path`` for :class:`FileSource`; all e
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -25,10 +26,27 @@ T = TypeVar("T")
 _DIGEST = re.compile(r"([A-Za-z0-9_-]+):([0-9a-fA-F]+)")
 
 
-def parse_digest(text: str) -> model.Digest | None:
-    """Return the digest that ``<algorithm>:<hex>`` is, or None if it is none."""
+def parse_digest(text: str) -> model.Digest:
+    """Return the digest that ``<algorithm>:<hex>`` is.
+
+    :raises ValueError: it is none: :mod:`hashlib` does not know the algorithm, or its digests have another
+        length. Nothing could ever match it.
+    """
     found = _DIGEST.fullmatch(text)
-    return None if found is None else model.Digest(found[1], found[2])
+    if found is None:
+        raise ValueError("it is no digest: write sha512:1f40...")
+    digest = model.Digest(found[1], found[2])
+    try:
+        letters = hashlib.new(digest.algorithm, usedforsecurity=False).digest_size * 2
+    except ValueError:
+        letters = 0
+    if not letters:
+        raise ValueError(f"{found[1]} is no digest's algorithm: write sha512:1f40...")
+    if len(digest.value) != letters:
+        raise ValueError(
+            f"a digest by {digest.algorithm} has {letters} hexadecimal digits, this has {len(digest.value)}"
+        )
+    return digest
 
 
 def read(path: str, entry: type[T]) -> dict[str, T]:
@@ -59,9 +77,10 @@ def _entry(path: str, image_id: str, fields: object, entry: type[T]) -> T:
         wanted = int if key == "size" else str
         if type(value) is not wanted:
             raise _wrong(path, f"{key} is not {'a number' if wanted is int else 'text'}", image_id)
-        values[key] = parse_digest(str(value)) if key == "digest" else value
-        if values[key] is None:
-            raise _wrong(path, "its digest is none: write sha512:1f40...", image_id)
+        try:
+            values[key] = parse_digest(value) if key == "digest" else value
+        except ValueError as error:
+            raise _wrong(path, str(error), image_id) from None
     try:
         return entry(**values)
     except TypeError:

@@ -242,13 +242,13 @@ class CacheStore:
             raise errors.ConfigError(
                 f"the cache's directories cannot be made: {error.strerror}",
                 path=error.filename or where.base_path,
-                next_step="make it writable for the service's user",
+                next_step=_step(error.errno),
             ) from error
         if not os.access(where.private, os.W_OK | os.X_OK):
             raise errors.ConfigError(
                 "the cache directory is not writable",
                 path=where.private,
-                next_step="make it writable for the service's user",
+                next_step=_step(errno.EROFS if _is_mounted_read_only(where.private) else errno.EACCES),
             )
 
     def _check_version(self) -> None:
@@ -455,6 +455,19 @@ def _make_directory(path: str, mode: int) -> None:
     except FileExistsError:
         return
     os.chmod(path, mode)  # mkdir() let the umask take bits away
+
+
+def _is_mounted_read_only(path: str) -> bool:
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
+def _step(number: int | None) -> str:
+    """Return what to do about an error of the kernel that keeps the cache from being written."""
+    if number == errno.EROFS:
+        return "mount it for writing; dmesg tells whether the kernel made it read-only"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "make room"
+    return "run as the service's user, or make it writable for this one"
 
 
 def _odd_entry(path: str, what: str) -> errors.CacheEntryError:

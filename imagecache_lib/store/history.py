@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from imagecache_lib import events
+from imagecache_lib import dates, events
 from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable
@@ -114,7 +114,7 @@ class HistoryObserver:
 def _why(event: events.Event) -> str:
     match event:
         case events.Fetched(received=received):
-            return f"{received} bytes"
+            return dates.size(received)
         case events.Copied(origin=origin):
             return f"from {origin}, which has its content"
         case events.Recovered(what=what):

@@ -222,7 +222,7 @@ def test_audit_finds_a_disk_without_its_base_and_changes_nothing(cli: Cli) -> No
 def test_hosts_are_listed_and_forgotten(cli: Cli) -> None:
     (host,) = cli.json("host", "list")
     assert host["is_this"] is True
-    assert "list the hosts" in cli.run("host", "forget", "nobody", code=7).stderr
+    assert "imagecache host list" in cli.run("host", "forget", "nobody", code=3).stderr
     cli.run("host", "forget", host["id"])
 
 

@@ -363,3 +363,55 @@ def test_an_operator_is_asked_for_a_report_and_told_of_the_image_by_its_id(cli: 
     assert "give --instances FILE" in explained
     cli.run("image", "pin", IMAGE)
     assert f"image {IMAGE}: " in cli.run("image", "evict", IMAGE, code=11).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("disk", "repair", "/nonexistent/disk"), 3, "/nonexistent/disk"),
+        (("disk", "forget", "/nonexistent/disk"), 3, "no pass saw a disk"),
+        (("disk", "forget", ""), 2, "the path is empty"),
+        (("host", "forget", "nope"), 3, "imagecache host list"),
+        (("image", "pin", ""), 2, "no image's id"),
+        (("image", "list", "--sort-column", "nope"), 7, "there is no column nope"),
+        (("image", "lst"), 2, "image list is one"),
+        (("image",), 2, "followed by one of: cache, evict"),
+        (("--instances-pth", "x", "image", "list"), 2, "--instances-path is one"),
+        (("cache", "scrub", "--rate", "10X"), 2, "imagecache cache scrub --help"),
+        (("help", "nope"), 2, "no command 'nope'"),
+        (("image", "cache", "i", "--file", "f", "--digest", "sha512:00"), 2, "128 hexadecimal digits"),
+        (("image", "cache", "i", "--file", "f", "--digest", "crc:00"), 2, "crc is no digest's algorithm"),
+        (("image", "cache", "i", "--file", "f", "--disk-format", "qcow"), 2, "qcow2"),
+        (
+            ("precache", "plan", "i", "--hosts-file", "/nonexistent"),
+            7,
+            "No such file or directory (/nonexistent)",
+        ),
+    ],
+)
+def test_what_is_not_there_or_misspelt_is_one_line_with_the_way_out(
+    cli: Cli, words: tuple[str, ...], code: int, said: str
+) -> None:
+    found = cli.run(*words, code=code)
+    (line,) = found.stderr.splitlines()[-1:]
+    assert said in line
+    assert found.stdout == ""
+    assert not {"Errno", "None", "literal", "codec"} & set(line.replace("[", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"\xff\xfe", "no UTF-8 text"),
+        (b"[image_cache]\nmanager_interval = soon\n", "'soon' is no number"),
+        (b"[image_cache\n", "imagecache.conf:1"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_said_in_words(
+    cli: Cli, tmp_path: pathlib.Path, text: bytes, said: str
+) -> None:
+    file = tmp_path / "imagecache.conf"
+    file.write_bytes(text)
+    stderr = cli.run("--config-file", str(file), "image", "list", code=7).stderr
+    assert said in stderr
+    assert len(stderr.splitlines()) == 1

@@ -76,7 +76,7 @@ def test_a_host_that_nobody_reaches_is_skipped(cli: JobsCli) -> None:
 def test_requests_that_make_no_sense(cli: JobsCli, tmp_path: pathlib.Path) -> None:
     assert "twice" in cli.run(*cli.start("--host", "a", "--host", "a"), code=7).stderr
     assert "list of hosts" in cli.run(*cli.start("--hosts-file", str(tmp_path / "none")), code=7).stderr
-    assert "no job" in cli.run("precache", "status", "nonsense", code=7).stderr
+    assert "no job" in cli.run("precache", "status", "nonsense", code=3).stderr
     assert "message bus" in cli.run("agent", code=7).stderr
 
 
@@ -95,7 +95,7 @@ def test_a_job_is_meant_by_its_first_letters_and_by_being_the_last(cli: JobsCli)
     assert cli.json("precache", "status", "--last")[0]["state"] == "existing"
     assert "name one job" in cli.run("precache", "status", code=7).stderr
     assert "name one job" in cli.run("precache", "status", last, "--last", code=7).stderr
-    assert "there is no job fff" in cli.run("precache", "resume", "fffffffff", code=7).stderr
+    assert "there is no job fff" in cli.run("precache", "resume", "fffffffff", code=3).stderr
 
 
 def test_a_job_is_watched_until_it_is_over(cli: JobsCli) -> None:
