@@ -162,16 +162,17 @@ def _examined(overlay: Overlay, base_path: str, findings: list[AuditFinding]) ->
     name = _name_in_cache(path, overlay.references[0], base_path)
     if name is None:
         return None
-    if overlay.pinned not in (None, "qcow2"):
+    pinned = overlay.pinned
+    if pinned not in (None, "qcow2"):
         findings.append(
             AuditFinding(
                 Severity.WARNING,
                 path,
-                f"disk.info says {overlay.pinned}, and its header says qcow2",
+                f"disk.info says {pinned}, and its header says qcow2",
                 "find out which is true; a guest may have written the header",
             )
         )
-    if overlay.pinned == "raw":
+    if pinned == "raw":
         return None
     format = header.backing_format
     return _Disk(path, name, None if format is None else format.decode("ascii", "replace"))

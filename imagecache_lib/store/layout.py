@@ -152,7 +152,6 @@ import functools
 import hashlib
 import os
 import re
-import unicodedata
 
 from imagecache_lib import errors
 
@@ -195,6 +194,9 @@ _SWAP = re.compile(r"swap_\d+")
 _EPHEMERAL = re.compile(r"ephemeral_\d+_[0-9a-z.]+")
 
 _MAX_ID_BYTES = 1024
+
+#: All of Unicode's category Cc.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Kind(enum.Enum):
@@ -251,7 +253,7 @@ def base_name(image_id: str) -> str:
             f"image id {image_id[:40]!r}... has {len(encoded)} bytes, at most {_MAX_ID_BYTES} are possible",
             next_step="correct the request",
         )
-    if any(unicodedata.category(character) == "Cc" for character in image_id):
+    if _CONTROL.search(image_id) is not None:
         raise errors.ImageRejected(
             f"image id {image_id[:80]!r} holds a control character", next_step="correct the request"
         )

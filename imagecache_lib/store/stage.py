@@ -179,11 +179,13 @@ class Stage:
         there."""
         with self._noting, translated(self.path):
             if record is not None:
+                # Their names are made durable with that of the note, in the same directory: before that, no
+                # crash leaves a base that needs them.
                 sums = self.checksums.to_bytes(record.base_id)
-                durable.write_file(self._cache.layout.stage_sums(self.id), sums)
+                durable.write_file(self._cache.layout.stage_sums(self.id), sums, sync_name=False)
                 if self.pieces is not None:
                     hashes = self.pieces.to_bytes(record.base_id)
-                    durable.write_file(self._cache.layout.stage_pieces(self.id), hashes)
+                    durable.write_file(self._cache.layout.stage_pieces(self.id), hashes, sync_name=False)
             self._write_note(record)
 
     def _write_note(self, record: evidence.Record | None = None) -> None:

@@ -32,8 +32,11 @@ UNFINISHED = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{32}\.new")
 
 _MODE = 0o644
 
-#: Extended attribute of a file that was made here: the random id in the name that it had in the making.
+#: Extended attribute of a file that was made here: the first digits of the random id in the name that it had
+#: in the making. They leave room, in an inode of ext4, for the attribute that says which format a disk has:
+#: one without room there takes a block of its own, which each spawn would have to make and to sync.
 MADE_MARK = "user.imagecache.made"
+_MADE_DIGITS = 8
 
 #: How the names of notes end that say where a file is in the making: the path is all that is in them.
 NOTE_SUFFIX = ".outside"
@@ -115,7 +118,7 @@ class UnfinishedFile:
                 self._forget_note()
                 raise
             try:
-                attributes.write(self.fd, MADE_MARK, own_id)
+                attributes.write(self.fd, MADE_MARK, own_id[:_MADE_DIGITS])
             except BaseException:
                 self.close()
                 raise
@@ -202,7 +205,7 @@ def is_made_here(fd: int, path: str) -> bool:
     """
     named = os.path.basename(path)[: -len(".new")].rpartition(".")[2]
     try:
-        return os.getxattr(fd, MADE_MARK) == named.encode()
+        return os.getxattr(fd, MADE_MARK) == named[:_MADE_DIGITS].encode()
     except OSError as error:
         if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP):
             return True  # on a filesystem without attributes the name has to do

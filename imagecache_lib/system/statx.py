@@ -17,10 +17,8 @@ _BIRTH = 0x800
 _MOUNT_ROOT = 0x2000
 _SIZE = 256
 
-_MASK = struct.Struct("=I")
-_ATTRIBUTES = struct.Struct("=Q")
-_ATTRIBUTES_AT, _ATTRIBUTES_MASK_AT, _BIRTH_AT = 8, 56, 80
-_TIME = struct.Struct("=qI")
+# stx_mask at 0, stx_attributes at 8, stx_attributes_mask at 56, stx_btime at 80.
+_FIELDS = struct.Struct("=I4xQ40xQ16xqI")
 
 _statx = getattr(ctypes.CDLL(None, use_errno=True), "statx", None)
 if _statx is not None:
@@ -39,26 +37,21 @@ class Statx:
 
     def born(self, fd: int) -> int:
         """Return when an open file was born, in nanoseconds, or 0 if the filesystem does not keep it."""
-        return self._birth() if self._ask(fd, b"", _EMPTY_PATH) else 0
+        return self._read()[1] if self._ask(fd, b"", _EMPTY_PATH) else 0
 
     def born_at(self, directory_fd: int, name: str) -> int:
         """Return when the file of that name was born, as :meth:`born`. A link is not followed."""
-        return self._birth() if self._ask(directory_fd, os.fsencode(name), _NO_FOLLOW) else 0
+        return self._read()[1] if self._ask(directory_fd, os.fsencode(name), _NO_FOLLOW) else 0
 
-    def _birth(self) -> int:
-        if not _MASK.unpack_from(self._buffer)[0] & _BIRTH:
-            return 0
-        seconds, nanoseconds = _TIME.unpack_from(self._buffer, _BIRTH_AT)
-        return int(seconds * 10**9 + nanoseconds)
+    def _read(self) -> tuple[bool, int]:
+        """Return whether a mount begins there, and when it was born in nanoseconds, or 0."""
+        mask, attributes, known, seconds, nanoseconds = _FIELDS.unpack_from(self._buffer)
+        born = seconds * 10**9 + nanoseconds if mask & _BIRTH else 0
+        return bool(known & attributes & _MOUNT_ROOT), born
 
     def of_directory(self, fd: int) -> tuple[bool, int]:
         """Return whether a mount, if only a bind mount, begins in an open directory, and when that was born.
 
         A kernel that cannot tell says that no mount begins there; another device shows most of them.
         """
-        if not self._ask(fd, b"", _EMPTY_PATH):
-            return False, 0
-        known = _ATTRIBUTES.unpack_from(self._buffer, _ATTRIBUTES_MASK_AT)[0]
-        return bool(
-            known & _ATTRIBUTES.unpack_from(self._buffer, _ATTRIBUTES_AT)[0] & _MOUNT_ROOT
-        ), self._birth()
+        return self._read() if self._ask(fd, b"", _EMPTY_PATH) else (False, 0)

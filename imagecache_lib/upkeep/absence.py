@@ -17,8 +17,9 @@ directory than before, and what fsck moved into a ``lost+found`` that cannot be 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from imagecache_lib.store.last_scan import Boundary, Identity, LastScan, SeenDirectory, SeenDisk
 from imagecache_lib.upkeep.facts import Found, ReadDirectory
@@ -59,14 +60,24 @@ class Absence:
     def __init__(self, last: LastScan, found: Found, reported: Collection[str] | None) -> None:
         self._reported = None if reported is None else frozenset(reported)
         self._renumbered = _renumbered(last, found)
-        self._by_path = {each.seen.path: each for each in found.directories}
-        self._by_inode: dict[int, list[ReadDirectory]] = {}
-        for each in found.directories:
-            if each.seen.identity is not None:
-                self._by_inode.setdefault(each.seen.identity.inode, []).append(each)
+        self._directories = found.directories
         # An older release did not look at what fsck puts aside.
         knows = any(root.inode for root in last.roots.values())
         self._lost = [top for top, changed in found.lost.items() if knows and last.lost.get(top) != changed]
+
+    # Needed only if a disk is missing, which most passes do not see.
+
+    @functools.cached_property
+    def _by_path(self) -> Mapping[str, ReadDirectory]:
+        return {each.seen.path: each for each in self._directories}
+
+    @functools.cached_property
+    def _by_inode(self) -> Mapping[int, Sequence[ReadDirectory]]:
+        found: dict[int, list[ReadDirectory]] = {}
+        for each in self._directories:
+            if each.seen.identity is not None:
+                found.setdefault(each.seen.identity.inode, []).append(each)
+        return found
 
     def is_proved(self, disk: SeenDisk) -> bool:
         """Whether a disk that was not seen now was removed."""

@@ -33,7 +33,7 @@ from imagecache_lib.upkeep.facts import (
 )
 from imagecache_lib.upkeep.follow import CannotTell, Follower, Looked
 from imagecache_lib.upkeep.names import Names, lasting
-from imagecache_lib.upkeep.scan import directory_names
+from imagecache_lib.upkeep.scan import directory_names, plain_names
 
 #: A chain of backing files is followed this far. QEMU opens every file of it, and gives up long before.
 _LONGEST_CHAIN = 1000
@@ -75,7 +75,7 @@ class Disks:
         self._report = report
         self._names = names
         self._follower = follower
-        self._owners = {name: str(each.uuid) for each in report for name in directory_names(each)}
+        self._owners = {name: str(each.uuid) for each in report for name in plain_names(each)}
         self._looked: dict[str, Looked | CannotTell | None] = {}
         self._overlays = {fact.path for fact in found.facts if isinstance(fact, Overlay)}
         self._disks: dict[str, SeenDisk] = {}
@@ -225,6 +225,9 @@ class Disks:
             return None
         for part in path.split("/"):
             if (owner := self._owners.get(part)) is not None:
+                return owner
+            plain = part.removesuffix("_resize").removesuffix("_del")
+            if plain != part and (owner := self._owners.get(plain)) is not None:
                 return owner
         return None
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from imagecache_lib.store.last_scan import Identity, SeenDirectory
-from imagecache_lib.upkeep.headers import Formats
+from imagecache_lib.upkeep.headers import pinned_format
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -17,7 +17,6 @@ class Overlay:
     :param directory: where it was found.
     :param references: the texts that may name what it refers to: a backing file, an external data file, or of
         a header that cannot be parsed, all that is near it.
-    :param formats: the formats that the ``disk.info`` beside it pins.
     :param inode: ``st_ino``.
     :param born: ``stx_btime`` in nanoseconds, or 0 if it is unknown.
     """
@@ -25,14 +24,13 @@ class Overlay:
     path: str
     directory: SeenDirectory
     references: tuple[bytes, ...]
-    formats: Formats
     inode: int
     born: int
 
     @property
     def pinned(self) -> str | None:
         """The format that the ``disk.info`` beside it, which is read now, pins; or None if it pins none."""
-        return self.formats.of(self.path)
+        return pinned_format(self.path)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from urllib.parse import unquote_to_bytes
 
 from imagecache_lib.formats.qcow2 import header
@@ -37,6 +37,8 @@ _OTHERS = {
     b"vhdx": 2**22,
 }
 
+_NAMING = frozenset((header.MAGIC, *_OTHERS))
+
 #: Where a version 3 header has its incompatible features, of which bit 2 says that there is a data file.
 _FEATURES_AT = 79
 
@@ -62,7 +64,7 @@ def read_head(fd: int) -> bytes:
     head = os.read(fd, HEAD)
     if 0 < len(head) < _SHORTEST:
         head = read_at(fd, HEAD)
-    if head[:4] != header.MAGIC and head[:4] not in _OTHERS:
+    if head[:4] not in _NAMING:
         return b""
     # A filesystem may return less than there is.
     return head if len(head) == HEAD else read_at(fd, HEAD)
@@ -181,24 +183,13 @@ def _texts(value: object, key: str) -> Iterator[str]:
             yield from _texts(inner, key)
 
 
-class Formats:
-    """The formats that an instance directory's disk.info pins, read when the first is asked for."""
-
-    __slots__ = ("_directory", "_found")
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._found: Mapping[str, str] | None = None
-
-    def of(self, path: str) -> str | None:
-        if self._found is None:
-            self._found = self._read()
-        return disk_info.format_in(self._found, path)
-
-    def _read(self) -> Mapping[str, str]:
-        try:
-            data = durable.read_file(os.path.join(self._directory, disk_info.NAME), limit=_DEEP)
-        except OSError:
-            return {}
-        # What is torn pins nothing: the header counts then, which keeps more.
-        return (disk_info.parse(data) if data is not None else None) or {}
+def pinned_format(path: str) -> str | None:
+    """Return the format that the ``disk.info`` beside a file, which is read now, pins; or None if it pins
+    none."""
+    try:
+        data = durable.read_file(os.path.join(os.path.dirname(path), disk_info.NAME), limit=_DEEP)
+    except OSError:
+        return None
+    # What is torn pins nothing: the header counts then, which keeps more.
+    formats = disk_info.parse(data) if data is not None else None
+    return disk_info.format_in(formats or {}, path)

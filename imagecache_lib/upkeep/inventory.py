@@ -90,6 +90,17 @@ def take(cache: CacheStore) -> Inventory:
     )
 
 
+def foreign_stages(cache: CacheStore) -> list[str]:
+    """Return the names of what Nova has or had in flight, sorted. Nothing else is looked at."""
+    try:
+        entries = os.scandir(cache.layout.base_path)
+    except FileNotFoundError:
+        return []
+    with entries:
+        named = [each for each in entries if layout.classify(each.name) is layout.Kind.FOREIGN_STAGE]
+        return sorted(each.name for each in named if each.is_file(follow_symlinks=False))
+
+
 def look(cache: CacheStore, name: str) -> Entry | None:
     """Return one base, or None if it is not there or is no regular file."""
     try:

@@ -43,6 +43,8 @@ class Names:
 
     def condense(self, texts: tuple[bytes, ...]) -> tuple[bytes, ...]:
         """Make of long texts, which come out of broken headers, their beginnings and the names in them."""
+        if len(texts) == 1 and len(texts[0]) <= _LONG:
+            return texts
         if all(len(text) <= _LONG for text in texts):
             return texts
         return (*(text[:_LONG] for text in texts), *(name.encode() for name in self.find(texts)))

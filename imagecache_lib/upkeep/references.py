@@ -114,17 +114,21 @@ def reported(
     by_original: dict[str, list[str]] = {}
     for name in names:
         by_original.setdefault(name.partition("_")[0], []).append(name)
+    originals: dict[str, str] = {}
     for instance in instances:
         user = f"used by instance {instance.uuid} on {instance.host}"
         for image_id in instance.images:
-            try:
-                original = layout.base_name(image_id)
-            except errors.ImageRejected as error:
-                problems.append(
-                    f"The driver reports that instance {instance.uuid} uses an image, and {error.cause}."
-                    " Leave out what it does not have, and correct the rest."
-                )
-                continue
+            original = originals.get(image_id) if isinstance(image_id, str) else None
+            if original is None:
+                try:
+                    original = layout.base_name(image_id)
+                except errors.ImageRejected as error:
+                    problems.append(
+                        f"The driver reports that instance {instance.uuid} uses an image, and {error.cause}."
+                        " Leave out what it does not have, and correct the rest."
+                    )
+                    continue
+                originals[image_id] = original
             for name in by_original.get(original, ()):
                 yield name, user
         if instance.swap_mb:

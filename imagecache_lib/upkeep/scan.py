@@ -64,12 +64,11 @@ class _Directory:
     :ivar listed: it was listed at least once.
     """
 
-    __slots__ = ("changed", "entries", "formats", "listed", "prefix", "seen", "settled")
+    __slots__ = ("changed", "entries", "listed", "prefix", "seen", "settled")
 
     def __init__(self, seen: SeenDirectory, status: os.stat_result) -> None:
         self.seen = seen
         self.prefix = seen.path if seen.path.endswith("/") else seen.path + "/"
-        self.formats = headers.Formats(seen.path)
         self.entries: dict[str, int] = {}
         self.changed = status.st_mtime_ns
         self.settled = False
@@ -157,6 +156,7 @@ class Scan:
     def _read_instance(self, instance: model.Instance) -> None:
         """Read an instance's directories by name: a rename during a directory scan can hide an entry."""
         names = tuple(directory_names(instance))
+        last = len(SUFFIXES) - 1
         if len(names) < len(SUFFIXES) * (1 + len(instance.directories)):
             for name in (instance.uuid, *instance.directories):
                 if not _is_directory_name(name):
@@ -166,10 +166,16 @@ class Scan:
             prefix = os.path.join(root, "")
             first = False
             for number, name in enumerate(names):
-                if first and number % len(SUFFIXES) == len(SUFFIXES) - 1:
-                    continue  # it was there under this name at first
+                place = number % len(SUFFIXES)
+                if place == last:
+                    if first:
+                        continue  # it was there under this name at first
+                elif place and first and not os.access(prefix + name, os.F_OK):
+                    # Nearly all are absent, and an open that fails takes three times as long. Whatever else
+                    # access(2) may mean by that: what keeps its name is in the listing that follows.
+                    continue
                 there = self._read_tree(prefix + name, top.seen)
-                first = there if number % len(SUFFIXES) == 0 else first
+                first = there if place == 0 else first
                 found = found or there
         if not found and instance.host == self._host.name:
             self._facts.append(MissingInstance(str(instance.uuid)))
@@ -178,13 +184,12 @@ class Scan:
 
     def _read_tree(self, path: str, above: SeenDirectory, *, link: bool = False) -> bool:
         """Read a directory and all below it. Returns False if there is none of that name."""
-        pending = [(path, above, link)]
-        found = False
+        pending = self._read_directory(path, above, link)
+        if pending is None:
+            return False
         while pending:
-            inner = self._read_directory(*pending.pop())
-            found = found or inner is not None
-            pending.extend(inner or ())
-        return found
+            pending.extend(self._read_directory(*pending.pop()) or ())
+        return True
 
     def _read_directory(
         self, path: str, above: SeenDirectory, link: bool
@@ -261,7 +266,7 @@ class Scan:
             for entry in found:
                 name = entry.name
                 inode = entries[name] = entry.inode()
-                if before.get(name) == inode:
+                if before and before.get(name) == inode:
                     continue
                 if entry.is_file(follow_symlinks=False):
                     self._read_file(directory, name, fd, inode)
@@ -387,7 +392,7 @@ class Scan:
             return
         if references:
             path = directory.prefix + name
-            self._facts.append(Overlay(path, directory.seen, references, directory.formats, inode, born))
+            self._facts.append(Overlay(path, directory.seen, references, inode, born))
 
     # -- what cannot be read -------------------------------------------------------------------------
 
@@ -416,9 +421,14 @@ class Scan:
 
 def directory_names(instance: model.Instance) -> Iterator[str]:
     """Yield the names that an instance's directory may have, in the order in which to look for them."""
-    for name in filter(_is_directory_name, (instance.uuid, *instance.directories)):
+    for name in plain_names(instance):
         for suffix in SUFFIXES:
             yield name + suffix
+
+
+def plain_names(instance: model.Instance) -> Iterator[str]:
+    """Yield the names that an instance's directory may have while nothing is done to it."""
+    return filter(_is_directory_name, (instance.uuid, *instance.directories))
 
 
 def _is_directory_name(name: object) -> bool:

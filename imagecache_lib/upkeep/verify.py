@@ -182,16 +182,14 @@ class Upkeep:
 
     def _tidy(self, now: float) -> None:
         """Everything that needs no references."""
-        found = inventory.take(self._cache)
+        foreign = inventory.foreign_stages(self._cache)
         recover.recover(self._cache, self._observers)
         self._hosts.register()
         try:
             compute_nodes.refresh(self._cache)
         except OSError as error:
             LOG.warning("Nova's registry of hosts that share this storage cannot be written: %s", error)
-        evict.sweep_foreign_stages(
-            self._cache, self._observers, [entry.name for entry in found.foreign_stages], now=now
-        )
+        evict.sweep_foreign_stages(self._cache, self._observers, foreign, now=now)
 
     def prune(
         self,

@@ -122,7 +122,16 @@ class TestForeignFiles(LeftoverCase):
 
     def test_a_disk_says_that_it_was_made_here(self) -> None:
         disk = self.manager(backend="raw").create_disk(ID, self.target())
-        self.assertRegex(os.getxattr(disk.target, atomic_file.MADE_MARK), b"^[0-9a-f]{32}$")
+        self.assertRegex(os.getxattr(disk.target, atomic_file.MADE_MARK), b"^[0-9a-f]{8}$")
+
+    def test_what_a_disk_says_of_itself_takes_no_block_of_its_own(self) -> None:
+        disk = self.manager().create_disk(ID, self.target())
+        empty = pathlib.Path(self.target("empty"))
+        empty.touch()
+        for name in os.listxattr(disk.target):
+            os.setxattr(empty, name, os.getxattr(disk.target, name))
+        self.assertEqual(2, len(os.listxattr(empty)))
+        self.assertEqual(0, empty.stat().st_blocks)
 
 
 class TestSillyRenames(LeftoverCase):
