@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -170,6 +172,45 @@ def test_a_release_of_nova_that_was_not_tested_is_refused_unless_an_option_allow
     assert "ConfigError" in last and "35.1.0" in last and "allow_untested_nova" in last, done.stderr[-3000:]
     done = load(nova, tmp_path, "[image_cache]\nallow_untested_nova = true\n", later)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def documented(heading: str) -> list[str]:
+    """Return the commands that an operator is shown first below a heading of the page on Nova."""
+    page = (SOURCES / "doc/source/admin/with-nova.rst").read_text()
+    section = page.partition(f"\n{heading}\n{'-' * len(heading)}\n")[2]
+    block = section.partition("::\n\n")[2].splitlines()
+    shown = itertools.takewhile(lambda line: not line or line.startswith("    "), block)
+    return [line.removeprefix("    ") for line in shown]
+
+
+def test_the_documented_package_has_what_the_driver_needs_and_nothing_of_novas(
+    nova: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    make_wheels, *commands = documented("From a distribution package")
+    assert make_wheels.startswith("pip wheel ")  # which made those that are installed
+    shutil.copytree(nova.parents[2] / "wheels", tmp_path / "wheels")
+    script = "set -eu\n" + "\n".join(commands)
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True)
+    (package,) = tmp_path.glob("*.deb")
+    root = tmp_path / "root"
+    run("dpkg-deb", "-x", package, root)
+    packages = root / "usr/lib/python3/dist-packages"
+    files = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+    places = "(imagecache_lib|nova/virt/imagecachelib|imagecache_lib(_nova)?-[0-9.]+[.]dist-info)"
+    assert [file for file in files if not re.match(f"usr/lib/python3/dist-packages/{places}/", file)] == []
+    mine = packages / "nova/virt/imagecachelib"
+    (theirs,) = nova.parents[1].glob("lib/python3.*/site-packages/nova")
+    shutil.copytree(
+        theirs,
+        packages / "nova",
+        copy_function=os.symlink,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("tests", "imagecachelib"),
+    )
+    done = load(nova, tmp_path, "", f"import sys; sys.path.insert(0, {str(packages)!r})\n")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert pathlib.Path(done.stdout.split()[0]).parent == mine
 
 
 def outcomes(nova: pathlib.Path, tmp_path: pathlib.Path, *suites: str, **environment: str) -> dict[str, str]:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole Nova with the adapter as its driver, asked through its API, with guests that boot.
 
-What cannot run here, and why: live and cold migration and evacuation, since there is one host, and libvirt
-takes a second libvirtd on one machine for the same host; volumes, for want of Cinder; ports, for want of
-Neutron; trusted certificates, for want of a key manager; KVM, which is not there. Nova's tests of those run
-through the adapter in :mod:`tests.functional.test_nova_suites`.
+What cannot run here, and why: volumes, for want of Cinder; ports, for want of Neutron; trusted certificates,
+for want of a key manager; KVM, which is not there. Nova's tests of those run through the adapter in
+:mod:`tests.functional.test_nova_suites`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import pytest
 from imagecache_lib.store import layout
 from imagecache_lib.testing import bootdisk
 from tests.lab import glance as glance_lab
-from tests.lab import kernel, libvirt, mariadb, nova_service, rabbit, server
+from tests.lab import kernel, libvirt, mariadb, nova_hosts, nova_service, rabbit, server
 from tests.lab.nova_client import NovaClient
 
 #: A pass every few seconds, for which a base is old as soon as nothing uses it.
@@ -37,6 +36,7 @@ class Cloud:
     """Nova, who asks it, and where its images are."""
 
     nova: nova_service.NovaService
+    libvirt: libvirt.Libvirt
     client: NovaClient
     glance: glance_lab.Glance
     home: pathlib.Path
@@ -67,6 +67,11 @@ class Cloud:
             seconds=60,
         )
 
+    def services(self, host: str) -> list[str]:
+        """Return the ids of a host's services."""
+        found = self.client.call("GET", f"/os-services?host={host}")["services"]
+        return [str(each["id"]) for each in found]
+
     def disks(self, guest: str) -> list[pathlib.Path]:
         return sorted(
             path for path in (self.nova.instances / guest).glob("disk*") if path.name != "disk.info"
@@ -93,10 +98,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
         for path in homes.values():
             path.mkdir()
         images = stack.enter_context(glance_lab.running_glance(homes["glance"], tells=True))
+        hypervisor = stack.enter_context(libvirt.running_libvirt(homes["libvirt"]))
         nova = stack.enter_context(
             nova_service.running_nova(
                 homes["nova"],
-                libvirt=stack.enter_context(libvirt.running_libvirt(homes["libvirt"])),
+                libvirt=hypervisor,
                 glance=images,
                 rabbit=stack.enter_context(rabbit.running_rabbit(homes["rabbit"])),
                 mariadb=stack.enter_context(mariadb.running_mariadb(homes["mariadb"])),
@@ -104,7 +110,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
         )
         client = NovaClient(nova.url)
         nova.start_compute()
-        yield Cloud(nova, client, images, tmp_path_factory.mktemp("images"))
+        yield Cloud(nova, hypervisor, client, images, tmp_path_factory.mktemp("images"))
 
 
 def test_a_guest_boots_from_the_api_and_the_next_one_from_the_cache(cloud: Cloud) -> None:
@@ -220,6 +226,50 @@ def test_guests_go_over_from_novas_driver_and_back(cloud: Cloud) -> None:
             client.act(guest, "reboot", {"type": "HARD"}, until="ACTIVE")
             client.says(guest, said)
     assert (cloud.downloads(theirs), cloud.downloads(ours)) == (1, 1)
+
+
+@pytest.fixture
+def second(cloud: Cloud) -> Iterator[nova_hosts.SecondHost]:
+    """A second compute host, which no guest is put on once the test is over."""
+    with tempfile.TemporaryDirectory(prefix="second-", dir="/var/tmp") as name:
+        home = pathlib.Path(name)
+        home.chmod(0o755)
+        with nova_hosts.second_host(cloud.nova, cloud.libvirt, home) as running:
+            try:
+                yield running
+            finally:
+                (service,) = cloud.services(nova_hosts.NAME)
+                cloud.client.call("PUT", f"/os-services/{service}", {"status": "disabled"})
+
+
+def test_guests_move_between_hosts(cloud: Cloud, second: nova_hosts.SecondHost) -> None:
+    client, here, there = cloud.client, nova_service.HOST, nova_hosts.NAME
+    image, gone = cloud.image("MOVED"), cloud.image("LOST")
+    flavor = client.flavor(swap=8, ephemeral=1)
+    moved, lost = (client.boot(each, flavor, host=here) for each in (image, gone))
+    for guest, greeting in ((moved, "MOVED"), (lost, "LOST")):
+        client.says(guest, f"{greeting} BOOT 0")
+    # Whoever has not what Glance lost gets it from the other host.
+    cloud.glance.delete(gone, token=glance_lab.ADMIN)
+    for guest, greeting in ((moved, "MOVED"), (lost, "LOST")):
+        client.act(guest, "migrate", {"host": there}, until="VERIFY_RESIZE")
+        client.says(guest, f"{greeting} BOOT 1")
+        client.act(guest, "confirmResize", until="ACTIVE")
+        assert client.show(guest)["OS-EXT-SRV-ATTR:host"] == there
+        assert not (cloud.nova.instances / guest).exists()
+    bases = {path.name for path in (second.instances / "_base").iterdir()}
+    assert {layout.base_name(image), layout.base_name(gone), "swap_8"} <= bases
+    assert (cloud.downloads(image), cloud.downloads(gone)) == (2, 1)
+    client.act(lost, "os-migrateLive", {"host": here, "block_migration": "auto"}, until="ACTIVE")
+    assert client.show(lost)["OS-EXT-SRV-ATTR:host"] == here
+    client.act(lost, "reboot", {"type": "HARD"}, until="ACTIVE")
+    client.says(lost, "LOST BOOT 2")
+    second.fail()
+    (service,) = cloud.services(there)
+    client.call("PUT", f"/os-services/{service}", {"forced_down": True})
+    client.act(moved, "evacuate", {"host": here}, until="ACTIVE")
+    client.says(moved, "MOVED BOOT 0")
+    assert cloud.downloads(image) == 2
 
 
 @contextlib.contextmanager

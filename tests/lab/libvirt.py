@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import shutil
 import subprocess
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from xml.sax import saxutils
 
 from tests.lab import server
@@ -20,6 +22,8 @@ from tests.support import needs
 _RUNTIME = "/run/libvirt"
 #: Where definitions of domains are kept.
 _DEFINITIONS = "/etc/libvirt/qemu"
+#: Where QEMU's sockets are.
+_STATE = "/var/lib/libvirt/qemu"
 
 _CONFIGURATION = """
 listen_tls = 0
@@ -28,6 +32,7 @@ auth_unix_rw = "none"
 auth_unix_ro = "none"
 unix_sock_rw_perms = "0777"
 unix_sock_dir = "{sockets}"
+host_uuid = "{host}"
 """
 
 # Consoles need no virtlogd, and QEMU no mount namespace of its own within ours.
@@ -62,10 +67,12 @@ class Libvirt:
 
     :param uri: what clients connect to.
     :param home: a directory that QEMU's user can reach, for disks.
+    :param pid: of the process whose mount namespace is its own.
     """
 
     uri: str
     home: pathlib.Path
+    pid: int = 0
 
     def virsh(self, *arguments: str) -> str:
         """Run a virsh command and return what it printed.
@@ -108,15 +115,19 @@ class Libvirt:
 
 
 @contextlib.contextmanager
-def running_libvirt(home: pathlib.Path) -> Iterator[Libvirt]:
+def running_libvirt(
+    home: pathlib.Path, *, name: str | None = None, covers: Mapping[pathlib.Path, pathlib.Path] | None = None
+) -> Iterator[Libvirt]:
     """Run a libvirtd for the length of the context.
 
     :param home: an existing, empty directory that every user can reach, by a short path: a socket's has at
         most 107 bytes.
+    :param name: of the host that it takes this machine for, so that two of them can be two hosts.
+    :param covers: directories that this host has where the machine has others: what it sees, by path.
     """
     needs.root()
     configuration = home / "libvirtd.conf"
-    configuration.write_text(_CONFIGURATION.format(sockets=home))
+    configuration.write_text(_CONFIGURATION.format(sockets=home, host=uuid.uuid4()))
     running = Libvirt(f"qemu+unix:///system?socket={home}/libvirt-sock", home)
 
     def answers() -> bool:
@@ -127,9 +138,9 @@ def running_libvirt(home: pathlib.Path) -> Iterator[Libvirt]:
         return False
 
     options = ["--config", str(configuration), "--pid-file", str(home / "libvirtd.pid")]
-    command = [*_namespace(home), needs.program("libvirtd"), *options]
-    with _shared(home), server.running(command, ready=answers, log=home / "libvirtd.log"):
-        yield running
+    command = [*_namespace(home, name, covers or {}), needs.program("libvirtd"), *options]
+    with _shared(home), server.running(command, ready=answers, log=home / "libvirtd.log") as pid:
+        yield dataclasses.replace(running, pid=pid)
 
 
 @contextlib.contextmanager
@@ -143,13 +154,18 @@ def _shared(home: pathlib.Path) -> Iterator[None]:
         subprocess.run([needs.program("umount"), "--lazy", home], check=True)
 
 
-def _namespace(home: pathlib.Path) -> list[str]:
+def _namespace(home: pathlib.Path, name: str | None, more: Mapping[pathlib.Path, pathlib.Path]) -> list[str]:
     """Return what to run libvirtd under: a mount namespace with settings of our own and no KVM.
 
     The drivers' settings are read from a compiled-in path. And a /dev/kvm that root may use and QEMU's user
     may not makes libvirt ask QEMU for its abilities again, for four seconds, whenever it looks at them.
     """
-    covers = {"/etc/libvirt/qemu.conf": home / "qemu.conf"}
+    state = home / "qemu"
+    state.mkdir()
+    state.chmod(0o755)
+    shutil.chown(state, "libvirt-qemu")
+    covers = {"/etc/libvirt/qemu.conf": home / "qemu.conf", _STATE: state}
+    covers |= {str(path): seen for path, seen in more.items()}
     covers["/etc/libvirt/qemu.conf"].write_text(_QEMU_CONFIGURATION)
     if pathlib.Path("/dev/kvm").exists():
         covers["/dev/kvm"] = home / "no-kvm"
@@ -159,5 +175,7 @@ def _namespace(home: pathlib.Path) -> list[str]:
         f"mkdir -p {path} && mount -t tmpfs -o mode=755 libvirt {path}" for path in (_RUNTIME, _DEFINITIONS)
     )
     mounts = " && ".join([*private, *(f"mount --bind {cover} {path}" for path, cover in covers.items())])
-    unshare = [needs.program("unshare"), "--mount", "--propagation", "slave"]
+    if name is not None:
+        mounts = f"{mounts} && echo {name} >/proc/sys/kernel/hostname"
+    unshare = [needs.program("unshare"), "--mount", "--uts", "--propagation", "slave"]
     return [*unshare, needs.program("sh"), "-c", f'{mounts} && exec "$@"', "sh"]

@@ -21,7 +21,7 @@ from typing import Any
 import requests
 
 import imagecache_lib
-from tests.lab import bindings, environment, neutron, server
+from tests.lab import bindings, environment, neutron, nova_ssh, server
 from tests.lab.glance import Glance
 from tests.lab.libvirt import Libvirt
 from tests.lab.mariadb import MariaDb
@@ -35,14 +35,16 @@ CHECKOUT = pathlib.Path(imagecache_lib.__file__).parent.parent
 OURS = "imagecachelib.LibvirtDriver"
 NOVAS = "libvirt.LibvirtDriver"
 HOST = "lab-host"
+ADDRESS = "127.0.0.1"
 REGION = "lab"
 
-_SECONDS = 120.0
+#: How long a service may take to start.
+SECONDS = 120.0
 
 _CONFIGURATION = """
 [DEFAULT]
 host = {host}
-my_ip = 127.0.0.1
+my_ip = {address}
 state_path = {home}/state
 instances_path = {instances}
 compute_driver = {driver}
@@ -101,6 +103,8 @@ connection_uri = {libvirt}
 virt_type = qemu
 cpu_mode = none
 images_type = qcow2
+live_migration_inbound_addr = {address}
+live_migration_uri = qemu+unix:///system?socket={home}/hosts/%s/libvirt/libvirt-sock
 [nova_sys_admin]
 helper_command = {programs}/privsep-helper --config-file {home}/nova.conf
 [os_brick]
@@ -215,18 +219,18 @@ class NovaService:
                 command,
                 ready=ready,
                 log=self.home / "logs/nova-compute.out",
-                seconds=_SECONDS,
+                seconds=SECONDS,
                 environment=self.variables,
             )
         )
         if self._starts == 1:
-            # The scheduler would look for new hosts in a minute.
-            configuration = [f"--config-file={self.home}/{name}.conf" for name in ("nova", "databases")]
-            _run(
-                [self.programs / "nova-manage", *configuration, "cell_v2", "discover_hosts"],
-                self.home,
-                self.variables,
-            )
+            self.discover_hosts()
+
+    def discover_hosts(self) -> None:
+        """Let the scheduler know new hosts, for which it would look in a minute."""
+        configuration = [f"--config-file={self.home}/{name}.conf" for name in ("nova", "databases")]
+        command = [str(self.programs / "nova-manage"), *configuration, "cell_v2", "discover_hosts"]
+        _run(command, self.home, self.variables)
 
     def stop_compute(self) -> None:
         """End nova-compute. Its guests run on."""
@@ -250,8 +254,9 @@ def running_nova(
     instances = libvirt.home / "instances"
     instances.mkdir()
     instances.chmod(0o755)
-    for name in ("state", "lock", "logs", "bindings", "site"):
+    for name in ("state", "lock", "logs", "bindings", "site", "bin", "hosts"):
         (home / name).mkdir()
+    nova_ssh.write(home / "bin", home / "hosts")
     _make_databases(mariadb)
     bindings.link(home / "bindings", "python3-libvirt", ["libvirt", "libvirtmod"])
     install(found, home / "site")
@@ -261,6 +266,7 @@ def running_nova(
         fields = {
             "home": home,
             "host": HOST,
+            "address": ADDRESS,
             "instances": instances,
             "driver": OURS,
             "rabbit": rabbit.url,
@@ -281,7 +287,7 @@ def running_nova(
         path = [home / "site", home / "bindings", HERE / "nova_plugin", CHECKOUT]
         variables = {
             "PYTHONPATH": os.pathsep.join(map(str, path)),
-            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+            "PATH": f"{home}/bin:{os.environ['PATH']}:/usr/sbin:/sbin",
             "OS_NOVA_CONFIG_DIR": str(home),
             "OS_NOVA_CONFIG_FILES": "api-paste.ini;nova.conf;databases.conf",
             "OS_PLACEMENT_CONFIG_DIR": str(home),
@@ -313,7 +319,7 @@ def running_nova(
                     ],
                     ready=functools.partial(_says, log, "Starting"),
                     log=home / f"logs/{name}.out",
-                    seconds=_SECONDS,
+                    seconds=SECONDS,
                     environment=variables,
                 )
             )
@@ -400,7 +406,7 @@ def _wsgi(
         command,
         ready=answers,
         log=home / f"logs/{name}.out",
-        seconds=_SECONDS,
+        seconds=SECONDS,
         environment=variables,
         directory=home,
     ):

@@ -120,6 +120,17 @@ class Situations(FilesCase):
             )
             self.assertIn(f"TYPE={filesystem}", output("blkid", "-o", "export", flat))
 
+    def test_an_ephemeral_disk_moves_to_a_host_without_its_base_whatever_type_its_guest_has(self):
+        for number, os_type in enumerate(("linux", None, "other")):
+            uuid = f"6d1a3a0e-1111-4000-8000-00000000000{number}"
+            instance = self.instance(uuid=uuid, ephemeral_gb=1, os_type=os_type)
+            made = self.create(instance)
+            before = content(made / "disk.local")
+            for path in self.bases.glob("ephemeral_*"):
+                path.unlink()
+            self.create(instance)
+            self.assertEqual(before, content(made / "disk.local"))
+
     def test_a_command_of_the_operators_makes_the_filesystem(self):
         command = "mkfs.ext3 -L %(fs_label)s -F %(target)s"
         self.flags(virt_mkfs=[f"linux={command}"])

@@ -133,7 +133,10 @@ class Cached:
                 # gives all disks of one size the same base, whatever filesystem and label they were to have.
                 manager.ensure_backing(self.target, backend=backend)
             else:
-                manager.ensure_backing(self.target, os_type=os_type, fs=fs, label=label, backend=backend)
+                # An instance without a type has a filesystem all the same: that of Nova's type "default".
+                manager.ensure_backing(
+                    self.target, os_type=os_type or "default", fs=fs, label=label, backend=backend
+                )
         if size and size > disk.virtual_size:
             manager.resize_disk(disk, size, backend=backend)
 
