@@ -26,7 +26,6 @@ from imagecache_lib.store import layout
 from tests.lab import glance as glance_lab
 from tests.lab import rabbit as rabbit_lab
 from tests.lab import relay as relay_lab
-from tests.lab import server
 from tests.lab.fleet import Fleet
 from tests.support import needs
 from tests.support.ports import free_port
