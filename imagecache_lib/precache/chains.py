@@ -12,7 +12,7 @@ The same rules run in the conductor and in ``benchmarks/relay_model.py``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 
 #: How many hosts of a site ask the image service, unless a job says otherwise.
 HEADS = 2
@@ -164,15 +164,6 @@ class Chains:
         """Return all chains, each from its head to its end."""
         return [list(self._from(head)) for head in self.heads()]
 
-    def culprits(self, failed: Collection[str]) -> set[str]:
-        """Return who sent the wrong bytes if these hosts received an image that is not what its digest says.
-
-        Those behind a host that received wrong bytes received them too. So it is the one before the topmost
-        of them. A head that failed received them from the image service, and no host is the culprit.
-        """
-        tops = [host for host in failed if host in self._above and self._above[host] not in failed]
-        return {above for host in tops if (above := self._above[host]) is not None}
-
     def _before(self, host: str) -> Iterator[str]:
         above = self._above[host]
         while above is not None:
@@ -184,3 +175,18 @@ class Chains:
         while host is not None:
             yield host
             host = self._below[host]
+
+
+def culprit(host: str, before: Mapping[str, str | None]) -> str | None:
+    """Return who sent the wrong bytes that a host received: an image that is not what its digest says.
+
+    Those behind a host that received wrong bytes received them too. So it is the one before the topmost of
+    them. A head that received them has them from the image service, and no host is the culprit.
+
+    :param before: the hosts that received wrong bytes, each with the host before it when it said so.
+    """
+    above, seen = before[host], {host}
+    while above is not None and above in before and above not in seen:
+        seen.add(above)
+        above = before[above]
+    return None if above in seen else above

@@ -75,6 +75,8 @@ class JobDatabase:
         with _translated(self._name(where)):
             self._engine = _embedded(where, busy) if self._embedded else _server(where)
         self._where = self._name(where)
+        #: Device and inode of an sqlite file, once it was opened.
+        self._file: tuple[int, int] | None = None
         self._require_schema(change=change_schema)
 
     @staticmethod
@@ -90,6 +92,7 @@ class JobDatabase:
     def close(self) -> None:
         """Close all connections. The last one of an sqlite file merges its log into it."""
         self._engine.dispose()
+        self._file = None
 
     # -- jobs ----------------------------------------------------------------------------------------
 
@@ -318,13 +321,40 @@ class JobDatabase:
     # -- transactions --------------------------------------------------------------------------------
 
     @contextlib.contextmanager
+    def _of_one_file(self) -> Iterator[None]:
+        """Have an sqlite file be the same one before and after the body.
+
+        A file that was removed or replaced takes what is written all the same, and nobody will ever read it.
+        """
+        if not self._embedded:
+            yield
+            return
+        self._require_file()
+        yield
+        self._require_file()
+
+    def _require_file(self) -> None:
+        try:
+            found = os.stat(self._where)
+        except FileNotFoundError:
+            if self._file is None:
+                return  # it is made by whoever opens it first
+            raise _lost(self._where, "is gone") from None
+        except OSError as error:
+            raise _lost(self._where, f"cannot be reached ({error.strerror})") from error
+        self._file = self._file or (found.st_dev, found.st_ino)
+        if (found.st_dev, found.st_ino) != self._file:
+            raise _lost(self._where, "was replaced by another file")
+
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
-        with _translated(self._where), self._engine.begin() as connection:
+        with self._of_one_file(), _translated(self._where), self._engine.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[job_rows.Query]:
-        with _translated(self._where), self._engine.execution_options(reading=True).begin() as connection:
+        reading = self._engine.execution_options(reading=True)
+        with self._of_one_file(), _translated(self._where), reading.begin() as connection:
 
             def query(statement: str, parameters: Mapping[str, Any] | None = None) -> Iterable[Sequence[Any]]:
                 return connection.execute(sa.text(statement), dict(parameters or {}))
@@ -411,6 +441,12 @@ def _server(url: str) -> sa.Engine:
     # A connection that a server or a firewall closed meanwhile is found out before it is used.
     return sa.create_engine(
         parsed, connect_args=limits, pool_pre_ping=True, pool_size=2, isolation_level="READ COMMITTED"
+    )
+
+
+def _lost(path: str, what: str) -> JobDatabaseError:
+    return JobDatabaseError(
+        f"the job database {what}", path=path, next_step="put the file back that was there"
     )
 
 

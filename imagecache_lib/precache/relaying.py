@@ -12,12 +12,14 @@ site have leave as it has heads.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 from collections.abc import Collection, Mapping
 
 from imagecache_lib.precache import client, job
-from imagecache_lib.precache.chains import Chains, HostRoute
+from imagecache_lib.precache.chains import Chains, HostRoute, culprit
 from imagecache_lib.precache.replan import Replanner
+from imagecache_lib.sources.relay import NOT_THE_IMAGE
 from imagecache_lib.sources.route import ORIGIN, RouteState
 
 LOG = logging.getLogger(__name__)
@@ -43,6 +45,11 @@ class Unicast:
         self, host: str, cells: Mapping[str, job.Cell], state: RouteState | None, *, now: float
     ) -> None:
         return
+
+    def explained(
+        self, host: str, cells: Mapping[str, job.Cell], state: RouteState | None
+    ) -> Mapping[str, job.Cell]:
+        return cells
 
     def down(self, host: str) -> None:
         return
@@ -88,7 +95,8 @@ class Relaying(Unicast):
         self._by_themselves: set[str] = set()
         self._leave: set[str] = set()
         self._wanting: dict[str, None] = {}
-        self._mismatched: set[str] = set()
+        #: Hosts that received wrong bytes, and the host before each of them when it first said so.
+        self._mismatched: dict[str, str | None] = {}
         self._silent: set[str] = set()
         self._told: dict[str, HostRoute] = {}
         self._doubtful: set[str] = set()
@@ -141,11 +149,28 @@ class Relaying(Unicast):
         if state is not None:
             self._follow(host, state)
 
+    def explained(
+        self, host: str, cells: Mapping[str, job.Cell], state: RouteState | None
+    ) -> Mapping[str, job.Cell]:
+        """Return what a host says of its images, completed by who passed on wrong bytes, if one did.
+
+        The host itself knows only whom it had them from.
+        """
+        if state is not None and state.mismatched and host in self._chains:
+            self._mismatched.setdefault(host, self._chains.parent(host))
+        found = culprit(host, self._mismatched) if host in self._mismatched else None
+        if found is None:
+            return cells
+        return {
+            image_id: dataclasses.replace(cell, reason=f"{cell.reason}; host {found} sent wrong bytes first")
+            if cell.result is job.Result.ERROR and NOT_THE_IMAGE in cell.reason
+            else cell
+            for image_id, cell in cells.items()
+        }
+
     def _follow(self, host: str, state: RouteState) -> None:
         """Take note of whom a host receives from, and who it says sent wrong bytes."""
         self._ask_for_leave(host, state)
-        if state.mismatched:
-            self._mismatched.add(host)
         parent = self._chains.parent(host)
         if parent in self._silent and state.parent not in (None, parent):
             # Its child has left it, too: it is not the message bus alone that does not reach it.
@@ -166,10 +191,9 @@ class Relaying(Unicast):
         self._wanting.pop(host, None)
         if not failed:
             return
-        if host in self._mismatched:
-            for culprit in self._chains.culprits(self._mismatched):
-                LOG.warning("What host %s passed on is not the image: it goes to the end", culprit)
-                self._to_end(culprit)
+        wrong = culprit(host, self._mismatched) if host in self._mismatched else None
+        if wrong is not None and wrong in self._chains and self._to_end(wrong):
+            LOG.warning("What host %s passed on is not the image: it goes to the end", wrong)
         self._leaves(host)
 
     # -- what they are to do -------------------------------------------------------------------------

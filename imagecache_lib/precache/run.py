@@ -281,6 +281,7 @@ class JobRun:
             self._forgotten(state)
 
     def _keep(self, state: HostState, cells: Mapping[str, job.Cell], report: client.TaskReport) -> None:
+        cells = self._relaying.explained(state.name, cells, report.relay)
         if self._progress.record(state.name, cells):
             state.restarts = 0
         known = self._work.cells[state.name]

@@ -34,6 +34,9 @@ from imagecache_lib.system.waiter import Waiter
 
 LOG = logging.getLogger(__name__)
 
+#: How the error of an image ends that is not what its digest says although hosts passed it on as that.
+NOT_THE_IMAGE = "passed on is not the image"
+
 #: Bytes that are read from the spool at a time.
 _CHUNK = 2**20
 
@@ -198,9 +201,7 @@ class _Relayed:
         """What is wrong if the data is: hosts passed it on, and the image is not to blame."""
         if self._spool.suppliers() <= {ORIGIN}:
             return None
-        return errors.SourceError(
-            f"what {_names(self._spool)} passed on is not the image", image=self._spool.image.id
-        )
+        return errors.SourceError(f"what {_names(self._spool)} {NOT_THE_IMAGE}", image=self._spool.image.id)
 
     def __iter__(self) -> _Relayed:
         return self

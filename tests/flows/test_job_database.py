@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from unittest import TestCase
 
 from imagecache_lib import errors
@@ -77,10 +77,12 @@ class DatabaseCase(TestCase):
         self.directory = pathlib.Path(directory.name)
         self.path = str(self.directory / "jobs.sqlite")
         self.now = 1000.0
+        self.opened: list[JobDatabase] = []
 
     def database(self) -> JobDatabase:
         found = JobDatabase(self.path, busy=0.05)
         self.addCleanup(found.close)
+        self.opened.append(found)
         return found
 
     def host(self) -> System:
@@ -121,6 +123,45 @@ class DatabaseCase(TestCase):
             for statement in statements:
                 connection.execute(statement)
             yield connection
+
+    def at_work(self, trouble: Callable[[], object], *, over: Callable[[], object] | None = None) -> job.Job:
+        """Return what became of a job in which something befell the database once hosts were at work.
+
+        :param over: ends the trouble half a minute later.
+        """
+        database, agents = self.database(), Agents()
+        work = self.start(database, [f"host-{number}" for number in range(50)])
+        begin, pending = agents.begin, [trouble]
+        at_once = threading.Lock()
+
+        def befall(host: str, task: client.HostTask) -> None:
+            with at_once:
+                if pending:
+                    pending.pop()()
+            begin(host, task)
+
+        def look(seconds: float) -> None:
+            self.sleep(seconds)
+            if over is not None and self.now > 1030:
+                over()
+
+        agents.begin = befall  # type: ignore[method-assign]
+        host = System(name="conductor", clock=lambda: self.now, sleep=look, random=lambda: 0.5)
+        return AggregatePrecacher(database, agents, host=host).run(work.id)
+
+    def check_left(self, trouble: Callable[[], object], mend: Callable[[], object], why: str) -> None:
+        """Check that trouble which stays ends the run and no host, and that a resume brings all results.
+
+        :param why: what the run says.
+        """
+        with self.assertRaisesRegex(errors.ConfigError, f"(?s)is left.*{why}"):
+            self.at_work(trouble)
+        self.assertGreaterEqual(self.now, 1000 + writer.PATIENCE)
+        mend()
+        (found,) = EmbeddedJobs(self.path).summaries()
+        self.assertEqual(0, sum(found.counts.values()))
+        ended = AggregatePrecacher(self.database(), Agents(), host=self.host()).resume(found.id)
+        self.assertEqual(50, ended.count()[job.Result.CACHED])
 
 
 class OtherUsersTest(DatabaseCase):
@@ -218,6 +259,52 @@ class OtherUsersTest(DatabaseCase):
         self.assertEqual(200, ended.count()[job.Result.CACHED])
         self.assertEqual(200, len(agents.begun))
         self.assertIn("works again", logged.output[-1])
+
+    def test_a_later_release_that_changes_it_meanwhile_ends_the_run_and_no_host(self) -> None:
+        self.check_left(
+            lambda: self.change("PRAGMA user_version = 3"),
+            lambda: self.change("PRAGMA user_version = 2"),
+            "version 3",
+        )
+
+    def move(self, source: str, target: str) -> None:
+        for path in self.directory.glob(f"{source}*"):
+            path.rename(path.with_name(path.name.replace(source, target)))
+
+    def test_a_file_that_is_taken_away_meanwhile_ends_the_run_and_no_host(self) -> None:
+        self.check_left(
+            lambda: self.move("jobs.sqlite", "aside"), lambda: self.move("aside", "jobs.sqlite"), "is gone"
+        )
+
+    def test_a_file_that_is_put_back_in_time_costs_no_result(self) -> None:
+        ended = self.at_work(
+            lambda: self.move("jobs.sqlite", "aside"), over=lambda: self.move("aside", "jobs.sqlite")
+        )
+        self.assertEqual(50, ended.count()[job.Result.CACHED])
+        self.assertEqual(ended, EmbeddedJobs(self.path).get(ended.id))
+
+    def test_another_file_in_its_place_takes_no_results(self) -> None:
+        def replace() -> None:
+            self.move("jobs.sqlite", "aside")
+            self.change("CREATE TABLE other (id TEXT)")
+
+        def put_back() -> None:
+            pathlib.Path(self.path).unlink()
+            self.move("aside", "jobs.sqlite")
+
+        self.check_left(replace, put_back, "replaced by another file")
+
+    def test_a_file_that_is_damaged_meanwhile_ends_no_host(self) -> None:
+        def damage() -> None:
+            with open(self.path, "r+b") as file:
+                file.seek(4096)
+                file.write(os.urandom(os.path.getsize(self.path) - 4096))
+
+        with contextlib.suppress(errors.ConfigError):  # what it wrote before may be enough to go on with
+            self.assertEqual(50, self.at_work(damage).count()[job.Result.CACHED])
+        with contextlib.suppress(errors.ConfigError):
+            (found,) = EmbeddedJobs(self.path).summaries()
+            self.assertLessEqual({result for result, count in found.counts.items() if count}, {CACHED.result})
 
     def test_a_reader_holds_up_no_writer(self) -> None:
         database = self.database()

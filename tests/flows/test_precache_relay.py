@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import unittest
 from collections.abc import Mapping
 
@@ -16,6 +17,7 @@ from imagecache_lib.precache.in_process import InProcessClient
 from imagecache_lib.precache.passing_on import KEPT_SECONDS, PassingOn
 from imagecache_lib.precache.precacher import AggregatePrecacher
 from imagecache_lib.precache.watch import Watch
+from imagecache_lib.sources.relay import NOT_THE_IMAGE
 from imagecache_lib.sources.route import RouteState
 from imagecache_lib.store.pieces import PIECE
 from imagecache_lib.testing.sources import FakeSource
@@ -197,6 +199,36 @@ class RoutesTest(JobCase):
         for name in NAMES:
             if name not in (second,):
                 self.assertNotIn(second, self.parents(name, -1)[:3])
+
+    def test_the_reason_names_who_sent_wrong_bytes_first_and_no_other_host_is_moved(self) -> None:
+        for name in NAMES:
+            self.hosts.hosts[name].idle = True
+        began, sleep, order = self.time.now, self.time.sleep, list[str]()
+
+        def act(seconds: float) -> None:
+            sleep(seconds)
+            if self.time.now > began + 10 and not order:
+                order.extend(sorted(NAMES, key=lambda name: len(self.parents(name))))
+                for above, host in itertools.pairwise(order[1:]):
+                    self.hosts.states[host] = RouteState(above, mismatched=True)
+                    reason = f"what host {above} {NOT_THE_IMAGE}"
+                    self.hosts.hosts[host].fails = dict.fromkeys(self.IMAGES, job.Cell(ERROR, reason))
+            if self.time.now > began + 30:
+                for fake in self.hosts.hosts.values():
+                    fake.idle = False
+
+        self.time.host = dataclasses.replace(self.time.host, sleep=act)
+        with self.assertLogs("imagecache_lib.precache", "WARNING") as logged:
+            work = self.run_relay()
+        first, culprit, *failed = order
+        for above, host in itertools.pairwise([culprit, *failed]):
+            self.assertEqual(
+                {f"what host {above} {NOT_THE_IMAGE}; host {culprit} sent wrong bytes first"},
+                self.reasons(work, host),
+            )
+        self.assertEqual([CACHED, CACHED], self.results(work, first))
+        moved = [line for line in logged.output if "goes to the end" in line]
+        self.assertEqual([True], [f"host {culprit} " in line for line in moved])
 
     def parents(self, name: str, number: int = 0) -> tuple[str, ...]:
         route = self.routes(name)[number]

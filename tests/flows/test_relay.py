@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import os
+import pathlib
+import ssl
 import unittest
+from collections.abc import Sequence
 
 import requests
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 import imagecache_lib as ic
 from imagecache_lib import errors
@@ -16,6 +21,8 @@ from imagecache_lib.store.pieces import PIECE
 from imagecache_lib.store.spool import Spool
 from imagecache_lib.testing.sources import FakeSource
 from tests.support.cache_case import ID, disk_image, raw_image
+from tests.support.certificates import certificate
+from tests.support.ports import free_port
 from tests.support.relay_hosts import TOKEN, GatedSource, RelayCase, RelayHost, until
 
 DATA = raw_image(5, size=8 * PIECE)
@@ -203,6 +210,97 @@ class TestWrongBytes(RelayCase):
         second.origin = FakeSource({ID: raw_image(6, size=len(DATA))})
         with self.assertRaises(errors.SourceError):
             second.fetch(ID, Route([first.name], origin=False), starved=0.5)
+
+
+class Authority:
+    """A certificate authority of a test's own, in a directory."""
+
+    def __init__(self, directory: pathlib.Path, name: str) -> None:
+        self._directory = directory
+        self._name = name
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self.cafile = str(directory / f"{name}.pem")
+        own = certificate(name, self._key, name, self._key, signs=True)
+        pathlib.Path(self.cafile).write_bytes(own)
+
+    def server(self, address: str) -> ssl.SSLContext:
+        """Return what a server has to serve under an address."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        path = self._directory / f"{self._name}-{address}.pem"
+        path.write_bytes(
+            certificate(address, key, self._name, self._key, address=address)
+            + key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path)
+        return context
+
+
+class TestTls(RelayCase):
+    def tls_hosts(self, origin: FakeSource, contexts: Sequence[ssl.SSLContext]) -> list[RelayHost]:
+        numbers = range(11, 11 + len(contexts))
+        port = free_port(*(f"127.0.0.{number}" for number in numbers))
+        return [
+            RelayHost(self, number, port, origin, tls=context, cafile=self.authority.cafile)
+            for number, context in zip(numbers, contexts, strict=True)
+        ]
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.authority = Authority(self.directory, "authority")
+
+    def pass_on(self, origin: GatedSource, hosts: Sequence[RelayHost]) -> None:
+        """Have all hosts fetch the image at the same time."""
+        origin.allow(2 * PIECE)
+        running = [
+            self.fetching(host, ID, route) for host, route in zip(hosts, self.chain(hosts), strict=True)
+        ]
+        until(lambda: all(spool_of(host).have == 2 * PIECE for host in hosts))
+        origin.allow(None)
+        self.assertEqual([ic.CacheResult.CACHED] * len(hosts), [each.result() for each in running])
+        self.assertEqual([DATA] * len(hosts), [host.content(ID) for host in hosts])
+        self.assertEqual(len(DATA), origin.bytes_sent)
+
+    def test_hosts_with_certificates_of_an_authority_pass_an_image_on(self) -> None:
+        origin = GatedSource({ID: DATA})
+        hosts = self.tls_hosts(
+            origin, [self.authority.server(f"127.0.0.{number}") for number in (11, 12, 13)]
+        )
+        self.pass_on(origin, hosts)
+        self.assertEqual(frozenset({hosts[1].name}), spool_of(hosts[2]).suppliers())
+
+    def test_a_host_whose_certificate_is_wrong_is_passed_over(self) -> None:
+        other = Authority(self.directory, "other")
+        for what, wrong in (
+            ("of another authority", other.server("127.0.0.12")),
+            ("for another host", self.authority.server("127.0.0.13")),
+        ):
+            with self.subTest(what=what):
+                origin = GatedSource({ID: DATA})
+                self.directory = self.directory / what
+                self.directory.mkdir()
+                first, last = (self.authority.server(f"127.0.0.{number}") for number in (11, 13))
+                hosts = self.tls_hosts(origin, [first, wrong, last])
+                self.pass_on(origin, hosts)
+                self.assertEqual(frozenset({hosts[0].name}), spool_of(hosts[2]).suppliers())
+                for host in hosts:
+                    host.stop()
+
+    def test_without_tls_nothing_is_taken_where_certificates_are_asked_for(self) -> None:
+        origin = FakeSource({ID: DATA})
+        port = free_port("127.0.0.11", "127.0.0.12")
+        plain = RelayHost(self, 11, port, origin)
+        careful = RelayHost(
+            self, 12, port, origin, tls=self.authority.server("127.0.0.12"), cafile=self.authority.cafile
+        )
+        plain.fetch(ID, Route())
+        with self.assertRaisesRegex(errors.SourceError, "leave"):
+            careful.fetch(ID, Route([plain.name], origin=False), starved=0.5)
+        self.assertEqual(1, origin.opens)
 
 
 class TestSpools(RelayCase):

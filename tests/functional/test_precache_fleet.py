@@ -155,12 +155,42 @@ def test_the_message_bus_restarts_meanwhile(
     images = make_images(glance, MIB, 4 * MIB)
     with half_done(fleet, link, ["alpha", "beta"], images) as (running, hold):
         rabbit.stop()
+        beginning = fleet.impatient("start", "120", images[0], "gamma")
         hold.let_go()
         fleet.wait_for(lambda: fleet.has("alpha", images[1]) and fleet.has("beta", images[1]))
+        fleet.wait_for(lambda: "Host gamma does not answer" in fleet.said())
         rabbit.start()
-        ended = fleet.finish(running)
-    assert {row["result"] for row in ended.values()} == {"cached"}
-    assert [len(glance.downloads(image)) for image in images] == [2, 2]
+        rows = [row for each in (running, beginning) for row in fleet.finish(each).values()]
+    assert [row["result"] for row in rows] == ["cached"] * 5
+    assert [len(glance.downloads(image)) for image in images] == [3, 2]
+
+
+def test_an_agent_that_the_message_bus_alone_does_not_reach_goes_on_fetching(
+    fleet: Fleet,
+    glance: glance_lab.Glance,
+    rabbit: rabbit_lab.Rabbit,
+    link: relay_lab.Relay,
+    relay_to: Callable[[str], relay_lab.Relay],
+) -> None:
+    (image,) = make_images(glance, 2 * MIB)
+    bus = relay_to(f"http://127.0.0.1:{rabbit.port}")
+    for name in ("island", "sunk"):
+        fleet.launch_agent(name, bus=bus.port)
+    fleet.wait_until_ready("island", "sunk")
+    with link.held_after(MIB) as hold:
+        running = fleet.impatient("start", "120", image, "island", "sunk")
+        fleet.wait_for(lambda: hold.count == 2)
+        bus.sever()
+        fleet.wait_for(lambda: "Host island does not answer" in fleet.said())
+        hold.let_go()
+        fleet.wait_for(lambda: fleet.has("island", image) and fleet.has("sunk", image))
+        fleet.kill_agent("sunk")  # before it could tell
+        fleet.launch_agent("sunk", bus=bus.port)
+        bus.mend()
+    ended = fleet.finish(running)
+    assert ended["island", image]["result"] == "cached"
+    assert ended["sunk", image]["result"] in ("cached", "existing")
+    assert len(glance.downloads(image)) == 2
 
 
 @pytest.mark.parametrize("lacking", ["memory", "disk"])
@@ -220,6 +250,7 @@ def test_messages_that_nobody_meant_for_an_agent_cost_the_next_job_nothing(
     bodies += [
         json.dumps({"oslo.version": "2.0", "oslo.message": inner}).encode() for inner in ("{", 5, None)
     ]
+    much = json.dumps({"oslo.version": "2.0", "oslo.message": "[" * 48 * MIB}).encode()
     url = rabbit.url.replace("rabbit://", "amqp://") + "/"
     with Connection(url) as connection:  # type: ignore[no-untyped-call]
         producer = connection.Producer()
@@ -231,6 +262,8 @@ def test_messages_that_nobody_meant_for_an_agent_cost_the_next_job_nothing(
         for body in bodies:
             for kind in ("application/json", "application/x-python-serialize", "application/octet-stream"):
                 publish(body, kind)
+        for body in (much, bytes(64 * MIB)):
+            publish(body, "application/json")
     ended = fleet.finish(fleet.start(["alpha"], [image], "--deadline", "60s"))
     assert ended["alpha", image]["result"] == "cached"
 

@@ -35,6 +35,9 @@ kombu_reconnect_delay = 0.5
 """
 
 
+_BUS_URL = "OS_DEFAULT__TRANSPORT_URL"
+
+
 @dataclasses.dataclass
 class Fleet:
     """Agents, and the conductors of one test.
@@ -59,7 +62,7 @@ class Fleet:
         return {
             **kept,
             "HOME": str(self.home),
-            "OS_DEFAULT__TRANSPORT_URL": self.rabbit.url,
+            _BUS_URL: _bus(self.rabbit.port),
             "OS_TOKEN": glance_lab.ADMIN,
             "IMAGECACHE_JOBS": self.jobs,
         }
@@ -84,12 +87,19 @@ class Fleet:
         return pid
 
     def launch_agent(
-        self, name: str, *words: str, interval: int = -1, directory: str | None = None, url: str | None = None
+        self,
+        name: str,
+        *words: str,
+        interval: int = -1,
+        directory: str | None = None,
+        url: str | None = None,
+        bus: int | None = None,
     ) -> int:
         """Start a host's agent, and return its pid at once.
 
         :param directory: name of the directory for all it keeps, if that is not the host's name.
         :param url: where it fetches from, if it does not do so where all others do.
+        :param bus: loopback port of the message bus, if it is not the one of all others.
         """
         directory = directory or name
         self.instances(directory).mkdir(parents=True, exist_ok=True)
@@ -107,7 +117,7 @@ class Fleet:
                 [*_command(configuration), "agent", *options, *words],
                 ready=lambda: True,
                 log=self.log(directory),
-                environment=self.environment,
+                environment=self.environment if bus is None else {**self.environment, _BUS_URL: _bus(bus)},
             )
         )
         self.agents[directory] = pid, running
@@ -209,10 +219,16 @@ class Fleet:
         server.wait_until(what, "the fleet", seconds=120)
 
 
+def _bus(port: int) -> str:
+    """Return the transport URL of a message bus."""
+    return f"rabbit://guest:guest@127.0.0.1:{port}/"
+
+
 def _command(configuration: pathlib.Path) -> tuple[str, ...]:
     return (*_PYTHON, "imagecache_lib.cli.main", "--config-file", str(configuration))
 
 
 def _is_running(pid: int) -> bool:
-    """Whether a child runs: of one that has ended, and is not waited for yet, there is no command line."""
-    return bool(pathlib.Path(f"/proc/{pid}/cmdline").read_bytes())
+    """Whether a child runs: one that has ended, and is not waited for yet, is a zombie."""
+    state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state not in "ZX"

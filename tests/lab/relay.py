@@ -69,11 +69,17 @@ class Relay:
         self._reset_count = 0
         self._open: set[socket.socket] = set()
         self._hold: Hold | None = None
+        self._is_severed = False
         self._passed = 0
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def port(self) -> int:
+        """The loopback port that it listens on."""
+        return int(self._listener.getsockname()[1])
 
     @property
     def resets(self) -> int:
@@ -110,6 +116,17 @@ class Relay:
         with self._lock:
             self._resets_reused = True
 
+    def sever(self) -> None:
+        """Break all connections, and those that are tried from now on: the network between is gone."""
+        with self._lock:
+            self._is_severed = True
+        self._break_all()
+
+    def mend(self) -> None:
+        """Relay connections again."""
+        with self._lock:
+            self._is_severed = False
+
     def serve(self) -> None:
         while True:
             try:
@@ -123,6 +140,9 @@ class Relay:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self._break_all()
+
+    def _break_all(self) -> None:
         with self._lock:
             for connection in self._open:
                 with contextlib.suppress(OSError):
@@ -131,6 +151,8 @@ class Relay:
     def _relay(self, client: socket.socket) -> None:
         with client, socket.create_connection(self._upstream) as server:
             with self._lock:
+                if self._is_severed:
+                    return
                 self._open |= {client, server}
                 cut = self._cuts.pop(0) if self._cuts else None
             try:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import ipaddress
 from typing import Any
 
 from cryptography import x509
@@ -20,8 +21,12 @@ def certificate(
     *,
     signs: bool = False,
     days: int = 30,
+    address: str = "",
 ) -> bytes:
-    """Return a certificate, PEM encoded, valid from a day ago for so many days from now."""
+    """Return a certificate, PEM encoded, valid from a day ago for so many days from now.
+
+    :param address: the IP address that it is for, if it is a server's.
+    """
 
     def called(text: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
@@ -37,7 +42,7 @@ def certificate(
         encipher_only=False,
         decipher_only=False,
     )
-    built = (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(called(name))
         .issuer_name(called(issuer))
@@ -47,6 +52,9 @@ def certificate(
         .not_valid_after(NOW + dt.timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=signs, path_length=None), critical=True)
         .add_extension(usage, critical=True)
-        .sign(issuer_key, hashes.SHA256())
     )
+    if address:
+        names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
+        builder = builder.add_extension(names, critical=False)
+    built = builder.sign(issuer_key, hashes.SHA256())
     return built.public_bytes(serialization.Encoding.PEM)

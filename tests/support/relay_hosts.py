@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,9 +66,23 @@ class GatedSource(FakeSource):
 
 
 class RelayHost:
-    """One host: a cache, what it passes on, and a server for the hosts behind it."""
+    """One host: a cache, what it passes on, and a server for the hosts behind it.
 
-    def __init__(self, case: CacheCase, number: int, port: int, origin: FakeSource, **options: Any) -> None:
+    :param tls: with what it serves, or None for plain HTTP.
+    :param cafile: with what it verifies others, or "" if they serve plain HTTP.
+    """
+
+    def __init__(
+        self,
+        case: CacheCase,
+        number: int,
+        port: int,
+        origin: FakeSource,
+        *,
+        tls: ssl.SSLContext | None = None,
+        cafile: str = "",
+        **options: Any,
+    ) -> None:
         self.name = f"127.0.0.{number}"
         directory = case.directory / f"host-{number}"
         directory.mkdir(exist_ok=True)
@@ -81,9 +96,10 @@ class RelayHost:
             **options,
         )
         self.spools = self.manager.spools()
-        self.parents = Parents(f"http://{{host}}:{port}", token=TOKEN, timeout=(1.0, 1.0))
+        url = f"{'https' if cafile else 'http'}://{{host}}:{port}"
+        self.parents = Parents(url, token=TOKEN, verify=cafile or True, timeout=(1.0, 1.0))
         self.server: PeerServer | None = PeerServer(
-            self.manager, (self.name, port), token=TOKEN, spools=self.spools
+            self.manager, (self.name, port), token=TOKEN, spools=self.spools, tls=tls
         )
         self.server.start()
         case.addCleanup(self.spools.close)
