@@ -92,8 +92,11 @@ class ImageCacheApp(app.App):
     def configure_logging(self) -> None:
         super().configure_logging()
         # What they have to say of each other is nothing to an operator.
-        for name in ("stevedore", "cliff", "urllib3", "keystoneauth"):
+        for name in ("cliff", "urllib3"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        # What they warn of is said in the error that follows, with what to do.
+        for name in ("stevedore", "keystoneauth"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def build_option_parser(
         self, description: str | None, version: str | None, argparse_kwargs: dict[str, object] | None = None

@@ -285,7 +285,7 @@ def _is_dead_connection(error: BaseException) -> bool:
     return any(isinstance(cause, dead) for cause in _causes(error))
 
 
-def failure(error: BaseException, url: str, image_id: str) -> errors.SourceError:
+def failure(error: BaseException, url: str, image_id: str | None) -> errors.SourceError:
     """Say what went wrong without quoting the error: texts of requests' errors hold URLs and headers."""
     causes = _causes(error)
     where = shown(url)

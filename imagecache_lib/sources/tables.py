@@ -78,7 +78,7 @@ def _entry(path: str, image_id: str, fields: object, entry: type[T]) -> T:
         if type(value) is not wanted:
             raise _wrong(path, f"{key} is not {'a number' if wanted is int else 'text'}", image_id)
         try:
-            values[key] = parse_digest(value) if key == "digest" else value
+            values[key] = parse_digest(str(value)) if key == "digest" else value
         except ValueError as error:
             raise _wrong(path, str(error), image_id) from None
     try:
