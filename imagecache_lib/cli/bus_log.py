@@ -25,8 +25,8 @@ _NUMBER = re.compile(r"\[Errno -?\d+\] ")
 class BrokerFilter(logging.Filter):
     """Rewrites what the driver says when it cannot reach the broker, or has it again.
 
-    The driver tries on with growing pauses, and says so each time. Of the transport's URL only hosts and ports
-    are said.
+    The driver tries on with growing pauses, and says so each time. Of the transport's URL hosts and ports are
+    said, and nothing else.
 
     :param servers: host and port of each broker that may be meant.
     """

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from cliff import app, commandmanager
 
-from imagecache_lib.cli.parsing import complain_in_one_line
+from imagecache_lib.cli import parsing
 
 _PACKAGE = "imagecache_lib.cli"
 
@@ -92,6 +92,8 @@ class ImageCacheApp(app.App):
     def configure_logging(self) -> None:
         super().configure_logging()
         # What they have to say of each other is nothing to an operator.
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(parsing.without_numbers)
         for name in ("cliff", "urllib3"):
             logging.getLogger(name).setLevel(logging.WARNING)
         # What they warn of is said in the error that follows, with what to do.
@@ -105,7 +107,7 @@ class ImageCacheApp(app.App):
         parser = super().build_option_parser(
             description, version, {**(argparse_kwargs or {}), "allow_abbrev": False}
         )
-        complain_in_one_line(parser)
+        parsing.complain_in_one_line(parser)
         parser.add_argument(
             "--config-file",
             action="append",

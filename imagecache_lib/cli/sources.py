@@ -80,7 +80,7 @@ def chosen(arguments: argparse.Namespace, images: list[str], *, needed: bool = T
             )
         if arguments.http:
             one = http.HttpImage(arguments.http, arguments.disk_format, arguments.digest)
-            return http.HttpSource({images[0]: one})
+            return http.HttpSource({images[0]: one}, verify=os.environ.get("OS_CACERT") or True)
         path = os.path.abspath(arguments.file)
         return file.FileSource({images[0]: file.FileImage(path, arguments.disk_format, arguments.digest)})
     if arguments.digest or arguments.disk_format:
