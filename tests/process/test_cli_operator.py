@@ -431,9 +431,9 @@ def test_a_failure_is_told_once(cli: Cli, tmp_path: pathlib.Path) -> None:
     assert told.count(str(odd)) == 1
     cli.run("disk", "create", IMAGE, str(cli.instances / "vm/disk"))
     damage(cli, IMAGE)
-    told = cli.run("cache", "scrub", code=10)
-    assert "granules of 64.0 KiB" in told.stdout
-    assert len(told.stderr.splitlines()) == 1
+    found = cli.run("cache", "scrub", code=10)
+    assert "granules of 64.0 KiB" in found.stdout
+    assert len(found.stderr.splitlines()) == 1
 
 
 def test_the_numbers_of_errors_are_left_to_programmers() -> None:
