@@ -47,6 +47,8 @@ Provider = Callable[[], Sequence[model.Instance] | None]
 class Agent(base.Base):
     """Serve this host's cache: cache what conductors ask for, and run the periodic pass. Until SIGTERM."""
 
+    unlogged = ()
+
     examples = (
         "agent --instances /run/imagecache/instances.json --metrics 127.0.0.1:9471",
         "agent --instances-provider my_driver --max-bytes 200G",

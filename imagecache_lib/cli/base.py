@@ -17,7 +17,7 @@ from cliff import command, lister, show
 
 from imagecache_lib import admin, dates, errors, events, model, opts
 from imagecache_lib.cli import formats, values
-from imagecache_lib.cli.parsing import complain_in_one_line
+from imagecache_lib.cli.parsing import complain_in_one_line, plain
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.observers.log import LogObserver
 from imagecache_lib.store import layout
@@ -80,6 +80,9 @@ class Base(command.Command):
     #: The instances directory must be there. False for what says itself that it is not.
     needs_instances = True
 
+    #: Events that the command itself tells about, so that the log need not.
+    unlogged: tuple[type[events.Event], ...] = (events.Rejected, events.PassFinished)
+
     #: Command lines for the help, without the name of the program.
     examples: tuple[str, ...] = ()
 
@@ -102,7 +105,7 @@ class Base(command.Command):
 
     def complain(self, error: errors.ImageCacheError) -> None:
         """Write an error to stderr, in one line."""
-        self.note("error: " + " ".join(str(error).split()))
+        self.note("error: " + plain(str(error)))
 
     def note(self, text: str) -> None:
         """Write a line that is not part of the result to stderr."""
@@ -122,7 +125,7 @@ class Base(command.Command):
         :raises ConfigError: the configuration cannot be read, or cannot work.
         """
         config, host = self._configured()
-        return admin.CacheAdmin(config, host=host, observers=[LogObserver()])
+        return admin.CacheAdmin(config, host=host, observers=[self._log()])
 
     def manager(
         self,
@@ -143,13 +146,22 @@ class Base(command.Command):
         from imagecache_lib.sources import file
 
         config, host = self._configured()
-        all_observers: list[events.Observer] = [LogObserver(), *observers]
+        all_observers: list[events.Observer] = [self._log(), *observers]
         if progress_shown and self.app.options.verbose_level > 0:
             # First, so that its line is gone when the log writes one.
             all_observers.insert(0, progress.ProgressObserver(self.app.stderr))
         return manager.ImageCacheManager(
             config, source or file.FileSource({}), host=host, observers=all_observers
         )
+
+    def _log(self) -> events.Observer:
+        log = LogObserver()
+
+        def tell(event: events.Event) -> None:
+            if not isinstance(event, self.unlogged):
+                log(event)
+
+        return tell
 
     def _configured(self) -> tuple[CacheConfig, System]:
         options = self.app.options

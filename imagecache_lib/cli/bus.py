@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from imagecache_lib import errors, opts
+from imagecache_lib.cli import bus_log
 
 _TOPIC = "imagecache"
 
@@ -39,7 +40,9 @@ def transport(config_files: Sequence[str]) -> Any | None:
             "transport_url is set, and oslo.messaging is not installed",
             next_step="install imagecache-lib[messaging]",
         ) from None
-    return rpc.transport(opts.global_conf(config_files))
+    found = rpc.transport(opts.global_conf(config_files))
+    bus_log.say_plainly(rpc.servers(found))
+    return found
 
 
 def mailboxes(config_files: Sequence[str]) -> Any:

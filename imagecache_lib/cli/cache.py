@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import imagecache_lib as ic
+from imagecache_lib import events
 from imagecache_lib.cli import base, values
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Verify(base.BaseLister):
         if report.bases:
             some = f"{len(report.evicted)} of {len(report.bases)}"
             self.note(f"{some} {gone}, {values.shown(report.reclaimed)}")
+        else:
+            self.note(f"no base images in {self.config().base_path}")
         if report.problems or before.damaged:
             self.exit_code = base.ATTENTION
         return ["image", "name", "on_disk", "fate", "reason", "base", "damaged", "reasons"], [
@@ -98,6 +101,7 @@ class Scrub(base.BaseLister):
 
     machine_only = ("base",)
     droppable = ("read",)
+    unlogged = (*base.Base.unlogged, events.Damaged)
     examples = ("cache scrub --rate 100M", "cache scrub ubuntu-24.04")
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:

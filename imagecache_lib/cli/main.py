@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from cliff import app, commandmanager
 
-from imagecache_lib.cli.parsing import complain_in_one_line
+from imagecache_lib.cli import parsing
 
 _PACKAGE = "imagecache_lib.cli"
 
@@ -93,8 +93,13 @@ class ImageCacheApp(app.App):
     def configure_logging(self) -> None:
         super().configure_logging()
         # What they have to say of each other is nothing to an operator.
-        for name in ("stevedore", "cliff", "urllib3", "keystoneauth"):
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(parsing.without_numbers)
+        for name in ("cliff", "urllib3"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        # What they warn of is said in the error that follows, with what to do.
+        for name in ("stevedore", "keystoneauth"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def build_option_parser(
         self, description: str | None, version: str | None, argparse_kwargs: dict[str, object] | None = None
@@ -103,7 +108,7 @@ class ImageCacheApp(app.App):
         parser = super().build_option_parser(
             description, version, {**(argparse_kwargs or {}), "allow_abbrev": False}
         )
-        complain_in_one_line(parser)
+        parsing.complain_in_one_line(parser)
         parser.add_argument(
             "--config-file",
             action="append",

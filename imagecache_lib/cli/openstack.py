@@ -14,8 +14,19 @@ from typing import Any
 
 from imagecache_lib import errors
 from imagecache_lib.cli import values
+from imagecache_lib.sources import exchange
 
 _DEFAULT_INTERFACE = "public"
+
+#: What each type of login cannot do without: one variable of each group. Other types say so themselves.
+_NEEDED = {
+    "password": (("OS_AUTH_URL",), ("OS_USERNAME", "OS_USER_ID"), ("OS_PASSWORD",)),
+    "token": (("OS_AUTH_URL",), ("OS_TOKEN",)),
+    "admin_token": (("OS_ENDPOINT",), ("OS_TOKEN",)),
+    "http_basic": (("OS_ENDPOINT",), ("OS_USERNAME",), ("OS_PASSWORD",)),
+    "none": (("OS_ENDPOINT",),),
+}
+_URLS = ("OS_AUTH_URL", "OS_ENDPOINT")
 
 
 def is_named(environment: Mapping[str, str]) -> bool:
@@ -23,23 +34,35 @@ def is_named(environment: Mapping[str, str]) -> bool:
     return any(environment.get(name) for name in ("OS_CLOUD", "OS_AUTH_URL", "OS_AUTH_TYPE"))
 
 
-def session(environment: Mapping[str, str]) -> Any:
-    """Return a keystoneauth session.
+def adapter(environment: Mapping[str, str], service: str) -> Any:
+    """Return a keystoneauth adapter, which asks one service of the cloud with the user's token.
 
+    :param service: its type in the catalog, such as ``image``.
     :raises ConfigError: what it takes is not installed, or the environment does not say how to authenticate.
     """
     if environment.get("OS_CLOUD"):
-        return _session_of_cloud(environment["OS_CLOUD"])
+        return _adapter_of_cloud(environment, service)
     try:
-        from keystoneauth1 import exceptions, loading
-        from keystoneauth1 import session as sessions
+        from keystoneauth1 import adapter as adapters
     except ImportError:
         raise errors.ConfigError(
             "OS_AUTH_URL is set, and keystoneauth1 is not installed",
             next_step="install imagecache-lib[glance], or give --glance-endpoint with OS_TOKEN",
         ) from None
-    kind = environment.get("OS_AUTH_TYPE") or ("token" if "OS_TOKEN" in environment else "password")
-    _require_user(kind, environment)
+    return adapters.Adapter(
+        _session(environment),
+        service_type=service,
+        interface=environment.get("OS_INTERFACE") or _DEFAULT_INTERFACE,
+        region_name=environment.get("OS_REGION_NAME") or None,
+    )
+
+
+def _session(environment: Mapping[str, str]) -> Any:
+    from keystoneauth1 import exceptions, loading
+    from keystoneauth1 import session as sessions
+
+    kind = environment.get("OS_AUTH_TYPE") or ("token" if environment.get("OS_TOKEN") else "password")
+    _require_variables(kind, environment)
     try:
         loader: Any = loading.get_plugin_loader(kind)
         given = {option.dest: environment.get(f"OS_{option.dest.upper()}") for option in loader.get_options()}
@@ -48,12 +71,13 @@ def session(environment: Mapping[str, str]) -> Any:
         raise errors.ConfigError(
             f"the OS_ variables do not say how to authenticate: {error}", next_step="correct them"
         ) from error
+    except TypeError as error:  # what a plugin cannot do without, and does not declare as required
+        known = ", ".join(sorted(f"OS_{name.upper()}" for name in given))
+        raise errors.ConfigError(
+            f"the OS_ variables do not say all that OS_AUTH_TYPE={kind} needs",
+            next_step=f"set more of: {known}",
+        ) from error
     return sessions.Session(auth=auth, verify=environment.get("OS_CACERT") or True)
-
-
-def interface(environment: Mapping[str, str]) -> str:
-    """Return which of a service's endpoints is meant: ``public``, ``internal`` or ``admin``."""
-    return environment.get("OS_INTERFACE") or _DEFAULT_INTERFACE
 
 
 def hosts_of(aggregate: str) -> list[str]:
@@ -106,55 +130,79 @@ def _quoted(name: str) -> str:
 
 
 def _get(service: str, path: str, called: str, query: Mapping[str, str] | None = None) -> dict[str, Any]:
+    asked = adapter(os.environ, service)
     from keystoneauth1 import exceptions
 
-    filtered = {
-        "service_type": service,
-        "interface": interface(os.environ),
-        "region_name": os.environ.get("OS_REGION_NAME") or None,
-    }
     try:
-        asked = session(os.environ).get(path, endpoint_filter=filtered, params=dict(query or {}))
-        answer: dict[str, Any] = asked.json()
+        answer: dict[str, Any] = asked.get(path, params=dict(query or {})).json()
     except (exceptions.Unauthorized, exceptions.Forbidden) as error:
         raise errors.ConfigError(
             f"{called} refuses this user: {error}", next_step="check the OS_ variables and the user's roles"
         ) from error
+    except exceptions.AuthorizationFailure as error:
+        raise errors.ConfigError(
+            f"there is no login for {called}: {error}", next_step="check the OS_ variables"
+        ) from error
     except (exceptions.EndpointNotFound, exceptions.MissingAuthPlugin) as error:
         raise errors.ConfigError(
-            f"{called} is not in the catalog: {error}", next_step="check OS_REGION_NAME and OS_INTERFACE"
+            f"{called} is not in the catalog", next_step="check OS_REGION_NAME and OS_INTERFACE"
         ) from error
-    except (exceptions.ClientException, ValueError) as error:
-        raise errors.SourceError(f"{called} does not answer: {error}", next_step="try again later") from error
+    except (exceptions.HttpError, ValueError) as error:
+        why = str(error) if isinstance(error, exceptions.HttpError) else "its answer is no JSON"
+        raise errors.SourceError(f"{called} does not answer: {why}", next_step="try again later") from error
+    except exceptions.ClientException as error:
+        raise exchange.failure(error, called, None) from error
     return answer if isinstance(answer, dict) else {}
 
 
-def _session_of_cloud(name: str) -> Any:
+def _adapter_of_cloud(environment: Mapping[str, str], service: str) -> Any:
+    name = environment["OS_CLOUD"]
     try:
-        from openstack import config, exceptions
+        from keystoneauth1 import adapter as adapters
+        from openstack import config
     except ImportError:
         raise errors.ConfigError(
             "OS_CLOUD is set, and openstacksdk, which reads clouds.yaml, is not installed",
             next_step="pip install openstacksdk, or set OS_AUTH_URL and the other OS_ variables",
         ) from None
+    said = {"region_name": environment.get("OS_REGION_NAME"), "interface": environment.get("OS_INTERFACE")}
+    chosen: dict[str, Any] = {option: value for option, value in said.items() if value}
     try:
-        return config.OpenStackConfig().get_one(cloud=name).get_session()
-    except exceptions.SDKException as error:
+        region = config.OpenStackConfig().get_one(cloud=name, **chosen)
+        return adapters.Adapter(
+            region.get_session(),
+            service_type=service,
+            interface=region.get_interface(service) or _DEFAULT_INTERFACE,
+            region_name=region.get_region_name(service),
+            endpoint_override=region.get_endpoint(service),
+        )
+    except Exception as error:  # another package's, and what reads its file has errors of its own
         raise errors.ConfigError(
-            f"clouds.yaml does not say how to authenticate at {name}: {error}", next_step="correct it"
+            f"clouds.yaml does not say how to authenticate at {values.printable(name)}: "
+            f"{' '.join(str(error).split())}",
+            next_step="correct it, or OS_CLOUD",
         ) from error
 
 
-def _require_user(kind: str, environment: Mapping[str, str]) -> None:
-    """Refuse what no identity service can accept, before it is asked.
+def _require_variables(kind: str, environment: Mapping[str, str]) -> None:
+    """Refuse what no service can accept, before it is asked.
 
-    :raises ConfigError: a variable is not set.
+    :raises ConfigError: a variable is not set, is no URL, or names no file.
     """
-    if kind not in ("password", "v3password", "v2password"):
-        return
-    for names in (("OS_AUTH_URL",), ("OS_USERNAME", "OS_USER_ID"), ("OS_PASSWORD",)):
+    for names in _NEEDED.get(kind.removeprefix("v3").removeprefix("v2"), ()):
         if not any(environment.get(name) for name in names):
             raise errors.ConfigError(
-                f"{' or '.join(names)} is not set, which the identity service needs",
+                f"{' or '.join(names)} is not set, which a login by {kind} needs",
                 next_step="source the file with the OS_ variables of your project",
             )
+    for name in _URLS:
+        if environment.get(name):
+            try:
+                exchange.check_url(environment[name])
+            except errors.ConfigError:
+                raise errors.ConfigError(
+                    f"{name} is no http or https URL", next_step="write it as https://keystone.example/v3"
+                ) from None
+    bundle = environment.get("OS_CACERT")
+    if bundle and not os.path.exists(bundle):
+        raise errors.ConfigError("OS_CACERT names no file", path=bundle, next_step="correct it")

@@ -143,7 +143,8 @@ class _HostsCommand(jobs.JobCommand):
             for number in (signal.SIGTERM, signal.SIGINT)
         }
         # Who reads this may interrupt: from here on that leaves the job, and nothing else.
-        self.note(f"job {work.id}: {len(work.image_ids)} images on {len(work.hosts)} hosts")
+        images, hosts = values.counted(len(work.image_ids), "image"), values.counted(len(work.hosts), "host")
+        self.note(f"job {work.id}: {images} on {hosts}")
         running = threading.Thread(target=run, name="imagecache-job")
         running.start()
         try:
@@ -211,8 +212,8 @@ class Plan(_HostsCommand):
                 self.note(f"{number} of {total} hosts: {name}: {' '.join(str(answer).split())}")
             elif self.app.options.verbose_level > 0 and total > 1:
                 size = values.shown(sum(size or 0 for size in answer.missing.values()))
-                missing = len(answer.missing)
-                self.note(f"{number} of {total} hosts: {name}: {missing} images missing, {size} to fetch")
+                missing = values.counted(len(answer.missing), "image")
+                self.note(f"{number} of {total} hosts: {name}: {missing} missing, {size} to fetch")
 
         return learned
 

@@ -48,8 +48,8 @@ class Report(base.Base):
         looks = report_history.add(parsed_args.history, survey) if parsed_args.history else []
         host, path = admin.host.name, admin.config.base_path
         _replace(parsed_args.html, report_page.page(survey, looks, host=host, path=path))
-        images = "image" if len(survey.bases) == 1 else "images"
-        self.note(f"{parsed_args.html}: {len(survey.bases)} {images}, {values.shown(survey.allocated)}")
+        images = values.counted(len(survey.bases), "image")
+        self.note(f"{parsed_args.html}: {images}, {values.shown(survey.allocated)}")
 
 
 def _replace(path: str, text: str) -> None:

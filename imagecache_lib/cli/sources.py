@@ -28,8 +28,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose the source to a command."""
     group = parser.add_argument_group(
         "source",
-        "Without any of these, the image service is found through OS_AUTH_URL and the other OS_ variables of "
-        "OpenStack's clients. --glance-endpoint takes its token from OS_TOKEN.",
+        "Without any of these, the image service is found through OS_CLOUD, or OS_AUTH_URL and the other OS_ "
+        "variables of OpenStack's clients. --glance-endpoint takes its token from OS_TOKEN.",
     )
     where = group.add_mutually_exclusive_group()
     where.add_argument("--glance-endpoint", metavar="URL", action="append", help="URL of Glance")
@@ -80,7 +80,7 @@ def chosen(arguments: argparse.Namespace, images: list[str], *, needed: bool = T
             )
         if arguments.http:
             one = http.HttpImage(arguments.http, arguments.disk_format, arguments.digest)
-            return http.HttpSource({images[0]: one})
+            return http.HttpSource({images[0]: one}, verify=os.environ.get("OS_CACERT") or True)
         path = os.path.abspath(arguments.file)
         return file.FileSource({images[0]: file.FileImage(path, arguments.disk_format, arguments.digest)})
     if arguments.digest or arguments.disk_format:
@@ -113,8 +113,8 @@ def _no_source(image_id: str | None = None) -> errors.ConfigError:
     return errors.ConfigError(
         "there is no source for images",
         image=image_id,
-        next_step="set OS_AUTH_URL and the other OS_ variables, or give --glance-endpoint, --http, "
-        "--file or --source",
+        next_step="set OS_CLOUD, or OS_AUTH_URL and the other OS_ variables, or give --glance-endpoint, "
+        "--http, --file or --source",
     )
 
 
@@ -167,11 +167,7 @@ def _option(text: str, environment: Mapping[str, str]) -> tuple[str, str]:
 def _from_environment(environment: Mapping[str, str]) -> ImageSource:
     if not openstack.is_named(environment):
         raise _no_source()
-    return glance.GlanceSource(
-        session=openstack.session(environment),
-        interface=openstack.interface(environment),
-        region_name=environment.get("OS_REGION_NAME") or None,
-    )
+    return glance.GlanceSource(adapter=openstack.adapter(environment, "image"))
 
 
 def _digest(text: str) -> model.Digest:

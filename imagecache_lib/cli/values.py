@@ -181,6 +181,11 @@ class Facts(columns.FormattableColumn[Any]):
         return self._value
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number with what it counts: ``1 image``, ``2 images``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def brief_span(seconds: float) -> str:
     """Return seconds in their largest unit, rounded down: ``3 min``, ``12 d``."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):

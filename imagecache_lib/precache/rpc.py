@@ -56,9 +56,17 @@ def transport(conf: Any) -> Any:
     try:
         return oslo_messaging.get_rpc_transport(conf)
     except (oslo_messaging.MessagingException, cfg.Error) as error:
-        raise errors.ConfigError(
-            f"transport_url does not work: {type(error).__name__}", next_step="correct it"
-        ) from error
+        # The text of the error may quote the URL, and with it a password.
+        why = "it is no URL of a message bus, such as rabbit://user:password@host:5672/vhost"
+        if isinstance(error, oslo_messaging.DriverLoadFailure):
+            why = f"there is no driver for {error.driver}"
+        raise errors.ConfigError(f"transport_url does not work: {why}", next_step="correct it") from error
+
+
+def servers(transport: Any) -> list[str]:
+    """Return host and port of each broker that a transport may use."""
+    url = oslo_messaging.TransportURL.parse(transport.conf)
+    return [f"{host.hostname}:{host.port}" if host.port else str(host.hostname) for host in url.hosts]
 
 
 class RpcHostClient(client.HostClient):

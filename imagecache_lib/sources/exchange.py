@@ -285,7 +285,7 @@ def _is_dead_connection(error: BaseException) -> bool:
     return any(isinstance(cause, dead) for cause in _causes(error))
 
 
-def failure(error: BaseException, url: str, image_id: str) -> errors.SourceError:
+def failure(error: BaseException, url: str, image_id: str | None) -> errors.SourceError:
     """Say what went wrong without quoting the error: texts of requests' errors hold URLs and headers."""
     causes = _causes(error)
     where = shown(url)
@@ -294,7 +294,7 @@ def failure(error: BaseException, url: str, image_id: str) -> errors.SourceError
             return SourceRefused(
                 f"the certificate of {where} does not verify: {cause.verify_message}",
                 image=image_id,
-                next_step="give the source the file of the CA that signed it",
+                next_step="give the source the file of the CA that signed it (for imagecache: OS_CACERT)",
             )
         if getattr(cause, "http_status", None) in (401, 403):
             return SourceRefused(
@@ -325,6 +325,8 @@ def _reason(error: BaseException, causes: list[BaseException]) -> str:
         if any(isinstance(cause, types) for cause in causes):
             return text
     for cause in causes:
+        if isinstance(cause, ssl.SSLError) and cause.reason:
+            return f"TLS failed: {cause.reason.replace('_', ' ').lower()}"
         if isinstance(cause, OSError) and cause.strerror and not isinstance(cause, requests.RequestException):
             return cause.strerror
     return f"the transport failed ({type(error).__name__})"

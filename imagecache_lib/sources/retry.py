@@ -90,7 +90,14 @@ class SourceBudget(RetryBudget):
         final.__cause__ = failure
         super().spend(final)
         delay = self._delay(failure)
-        LOG.warning("%s; next attempt in %.1f s (%d of %d)", failure, delay, self._spent, self._retries)
+        LOG.warning(
+            "image %s: %s; next attempt in %.1f s (%d of %d)",
+            self._image_id,
+            failure.cause,
+            delay,
+            self._spent,
+            self._retries,
+        )
         self._wait(delay, failure)
 
     def _delay(self, failure: errors.ImageCacheError) -> float:

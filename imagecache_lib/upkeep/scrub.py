@@ -23,7 +23,7 @@ import platform
 import threading
 from collections.abc import Collection, Iterator
 
-from imagecache_lib import errors, events, model
+from imagecache_lib import dates, errors, events, model
 from imagecache_lib.store import checksums, evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable, locks, sparse
@@ -262,7 +262,8 @@ class _Content:
             return _Sound("its checksums match")
         first = wrong[0] * checksums.GRANULE
         return _Damaged(
-            f"{len(wrong)} of its granules of {checksums.GRANULE} bytes are wrong, the first at {first}"
+            f"{len(wrong)} of its granules of {dates.size(checksums.GRANULE)} are wrong, "
+            f"the first at byte {first}"
         )
 
     def compare_with_digest(self, digest: model.Digest) -> _Sound | _Damaged:

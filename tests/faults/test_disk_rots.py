@@ -53,7 +53,7 @@ def test_it_is_found_while_everybody_else_still_reads_the_right_bytes_from_memor
     assert base.read_bytes() == CONTENT
     (found,) = cache.scrub().bases
     assert found.verdict is ic.Verdict.DAMAGED
-    assert found.detail == f"1 of its granules of 65536 bytes are wrong, the first at {3 * MIB}"
+    assert found.detail == f"1 of its granules of 64.0 KiB are wrong, the first at byte {3 * MIB}"
     assert not base.exists()
     assert cache.cache_image(ID) is ic.CacheResult.CACHED
 

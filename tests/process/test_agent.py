@@ -109,6 +109,9 @@ def test_without_a_message_bus_it_is_ready_runs_its_pass_and_ends_soon(service: 
     assert running.returncode == 0, said
     assert time.monotonic() - told < 2.0, said
     assert "does not answer yet" in said
+    away = f"The message bus at 127.0.0.1:{service.port} is not reachable: Connection refused; trying on"
+    assert said.count(away) == 1
+    assert "guest" not in said
     assert "Traceback" not in said
 
 

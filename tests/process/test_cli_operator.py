@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import pathlib
 import pty
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 from imagecache_lib import events
+from imagecache_lib.cli import parsing
 from imagecache_lib.cli.progress import ProgressObserver
 from imagecache_lib.testing import http_faults
 from imagecache_lib.testing.bad_server import BadServer
@@ -415,3 +417,26 @@ def test_a_configuration_that_cannot_be_read_is_said_in_words(
     stderr = cli.run("--config-file", str(file), "image", "list", code=7).stderr
     assert said in stderr
     assert len(stderr.splitlines()) == 1
+
+
+def test_a_failure_is_told_once(cli: Cli, tmp_path: pathlib.Path) -> None:
+    words = ("image", "cache", IMAGE, "--file", str(cli.data), "--digest", "sha512:" + "0" * 128)
+    assert len(cli.run(*words, code=4).stderr.splitlines()) == 1
+    cli.cache()
+    odd = cli.instances / "_base/odd"
+    odd.mkdir()
+    report = tmp_path / "instances.json"
+    report.write_text("[]")
+    told = cli.run("cache", "verify", "--evict", "--instances", str(report), code=10).stderr
+    assert told.count(str(odd)) == 1
+    cli.run("disk", "create", IMAGE, str(cli.instances / "vm/disk"))
+    damage(cli, IMAGE)
+    found = cli.run("cache", "scrub", code=10)
+    assert "granules of 64.0 KiB" in found.stdout
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_the_numbers_of_errors_are_left_to_programmers() -> None:
+    record = logging.LogRecord("n", logging.WARNING, "", 0, "It failed: %s", (OSError(28, "No space"),), None)
+    assert parsing.without_numbers(record)
+    assert record.getMessage() == "It failed: No space"

@@ -141,7 +141,7 @@ def test_a_job_that_is_left_goes_on_later(cli: JobsCli, number: signal.Signals) 
     )
     assert left.stderr is not None
     for line in left.stderr:
-        if ": 1 images on 1 hosts" in line:
+        if ": 1 image on 1 host" in line:
             break
     stage = cli.instances / "_base" / ".imagecache" / "stage"
     while not (stage.is_dir() and any(stage.iterdir())):
@@ -176,7 +176,7 @@ def test_interrupted_in_any_phase_it_leaves_what_can_be_resumed(
         env=cli.environment,
     )
     assert left.stderr is not None
-    assert any(": 1 images on 1 hosts" in line for line in left.stderr)
+    assert any(": 1 image on 1 host" in line for line in left.stderr)
     stage = cli.instances / "_base" / ".imagecache" / "stage"
     while "--rate" in words and not (stage.is_dir() and any(stage.iterdir())):
         assert left.poll() is None
@@ -202,7 +202,7 @@ def test_cancelled_by_another_process(cli: JobsCli) -> None:
         env=cli.environment,
     )
     assert running.stderr is not None
-    word = next(line for line in running.stderr if ": 1 images on 1 hosts" in line)
+    word = next(line for line in running.stderr if ": 1 image on 1 host" in line)
     cli.run("precache", "cancel", word.split()[2].rstrip(":"), code=10)
     out, _err = running.communicate(timeout=60)
     assert running.returncode == 10

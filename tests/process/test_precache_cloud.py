@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host aggregates and images by name, as an OpenStack cloud has them. The cloud is made up."""
+"""An OpenStack cloud as the environment names it: logins, host aggregates, images by name.
+
+keystoneauth and openstacksdk are the real ones, and speak HTTP; the services that answer them are made up.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,14 @@ from tests.process.test_precache_cli import JobsCli
 
 IMAGE_ID = "318ac4fb-a140-4405-8167-ad782f983e48"
 NAME = 'ubuntu, "24.04"'
+DATA = bytes(2**20)
 
 
 class Cloud(http.server.ThreadingHTTPServer):
     """An identity, a compute and an image service at one port.
 
     :ivar allowed: whether the user may see host aggregates.
+    :ivar asked: the Authorization header and the path of each request.
     """
 
     daemon_threads = True
@@ -30,6 +35,7 @@ class Cloud(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.allowed = True
+        self.asked: list[tuple[str | None, str]] = []
 
     @property
     def url(self) -> str:
@@ -38,7 +44,7 @@ class Cloud(http.server.ThreadingHTTPServer):
     def answer(self, path: str, query: dict[str, list[str]]) -> tuple[int, Any]:
         if path == "/v3/auth/tokens":
             endpoints = [
-                {"type": kind, "name": kind, "id": kind, "endpoints": [self._endpoint(kind)]}
+                {"type": kind, "name": kind, "id": kind, "endpoints": self._endpoints(kind)}
                 for kind in ("compute", "image")
             ]
             token = {"methods": ["password"], "expires_at": "2999-01-01T00:00:00.000000Z", "user": {}}
@@ -55,19 +61,28 @@ class Cloud(http.server.ThreadingHTTPServer):
                     {"id": number, "name": name, "hosts": hosts} for number, (name, hosts) in enumerate(racks)
                 ]
             }
+        if path == f"/image/v2/images/{IMAGE_ID}":
+            size = {"size": len(DATA), "disk_format": "raw", "container_format": "bare"}
+            return 200, {"id": IMAGE_ID, "name": NAME, "status": "active", **size}
+        if path == f"/image/v2/images/{IMAGE_ID}/file":
+            return 200, DATA
         if path == "/image/v2/images":
             wanted = query.get("name") == ['in:"' + NAME.replace('"', '\\"') + '"']
             return 200, {"images": [{"id": IMAGE_ID}] if wanted else []}
         return 404, {"error": {"code": 404, "message": path}}
 
-    def _endpoint(self, kind: str) -> dict[str, str]:
-        return {
-            "interface": "public",
-            "url": f"{self.url}/{kind}",
-            "region": "r",
-            "region_id": "r",
-            "id": kind,
-        }
+    def _endpoints(self, kind: str) -> list[dict[str, str]]:
+        """Return where a service is: publicly in one region, internally in another."""
+        return [
+            {
+                "interface": interface,
+                "url": f"{self.url}/{kind}",
+                "region": region,
+                "region_id": region,
+                "id": f"{kind}-{interface}",
+            }
+            for interface, region in (("public", "r"), ("internal", "far"))
+        ]
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -76,11 +91,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = urllib.parse.urlsplit(self.path)
+        self.server.asked.append((self.headers.get("Authorization"), path.path))
         status, told = self.server.answer(path.path.rstrip("/"), urllib.parse.parse_qs(path.query))
-        body = json.dumps(told).encode()
+        body = told if isinstance(told, bytes) else json.dumps(told).encode()
         self.send_response(status)
         self.send_header("X-Subject-Token", "a-token")
-        self.send_header("Content-Type", "application/json")
+        kind = "octet-stream" if isinstance(told, bytes) else "json"
+        self.send_header("Content-Type", f"application/{kind}")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -149,3 +166,69 @@ def test_a_user_who_may_not_see_aggregates_is_told(cli: JobsCli, cloud: Cloud) -
 def test_hosts_that_are_named_need_no_compute_service(cli: JobsCli) -> None:
     words = ("precache", "plan", IMAGE_ID, "--aggregate", "mine", "--host", "node-9")
     assert [row["host"] for row in cli.json(*words, code=10)] == ["node-9"]
+
+
+@pytest.fixture
+def nobody(tmp_path: pathlib.Path) -> JobsCli:
+    """Return a command whose environment names no cloud."""
+    return JobsCli(tmp_path)
+
+
+def test_an_entry_of_clouds_yaml_says_where_and_how(
+    nobody: JobsCli, cloud: Cloud, tmp_path: pathlib.Path
+) -> None:
+    login = {
+        "auth_url": f"{cloud.url}/v3",
+        "username": "operator",
+        "password": "secret",
+        "project_name": "admin",
+        "user_domain_name": "Default",
+        "project_domain_name": "Default",
+    }
+    mine = {"auth": login, "interface": "internal", "region_name": "far"}
+    wrong = {"auth": login, "interface": "internal", "region_name": "nowhere"}
+    basic = {"endpoint": f"{cloud.url}/image", "username": "operator", "password": "secret"}
+    clouds = {
+        "mine": mine,
+        "wrong": wrong,
+        "open": {"auth_type": "none", "auth": {"endpoint": f"{cloud.url}/image"}},
+        "basic": {"auth_type": "http_basic", "auth": basic},
+    }
+    file = tmp_path / "clouds.yaml"
+    file.write_text(json.dumps({"clouds": clouds}))
+    nobody.environment["OS_CLIENT_CONFIG_FILE"] = str(file)
+    for name in ("mine", "open", "basic"):
+        nobody.environment["OS_CLOUD"] = name
+        (found,) = nobody.json("image", "cache", IMAGE_ID)
+        assert found["result"] == "cached", name
+        nobody.run("image", "evict", IMAGE_ID)
+    assert ("Basic b3BlcmF0b3I6c2VjcmV0", f"/image/v2/images/{IMAGE_ID}/file") in cloud.asked
+    nobody.environment["OS_CLOUD"] = "mine"
+    rows = nobody.json("precache", "plan", NAME, "--aggregate", "rack-7", code=10)
+    assert [row["host"] for row in rows] == ["node-1", "node-2"]
+    for name, told in (("wrong", "not in the catalog"), ("theirs", "theirs")):
+        nobody.environment["OS_CLOUD"] = name
+        stderr = nobody.run("precache", "plan", NAME, "--aggregate", "rack-7", code=7).stderr
+        assert told in stderr
+        assert len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"AUTH_URL": "keystone"}, "OS_AUTH_URL is no http or https URL"),
+        ({"AUTH_TYPE": "none", "ENDPOINT": ""}, "OS_ENDPOINT is not set"),
+        ({"AUTH_TYPE": "v3token", "TOKEN": ""}, "OS_TOKEN is not set"),
+        ({"AUTH_TYPE": "v3oidcaccesstoken"}, "identity_provider"),
+        ({"AUTH_TYPE": "nope"}, "nope"),
+        ({"CACERT": "/nonexistent"}, "OS_CACERT names no file (/nonexistent)"),
+    ],
+)
+def test_a_login_that_cannot_work_is_refused_before_anyone_is_asked(
+    cli: JobsCli, cloud: Cloud, variables: dict[str, str], told: str
+) -> None:
+    cli.environment |= {f"OS_{name}": value for name, value in variables.items()}
+    stderr = cli.run("image", "cache", IMAGE_ID, code=7).stderr
+    assert told in stderr
+    assert len(stderr.splitlines()) == 1
+    assert not cloud.asked
