@@ -59,7 +59,7 @@ class TestFinding(ScrubCase):
                 base = self.found(manager)
                 self.assertIs(ic.Verdict.DAMAGED, base.verdict)
                 granule = offset // checksums.GRANULE * checksums.GRANULE
-                self.assertIn(f"the first at {granule}", base.detail)
+                self.assertIn(f"the first at byte {granule}", base.detail)
 
     def test_data_that_became_a_hole_is_found(self) -> None:
         manager = self.manager()
