@@ -104,17 +104,23 @@ class FileBackend(StorageBackend):
             yield self._sealed(file, model.Disk(target, base.format, wanted), sync=sync)
 
     def _sealed(
-        self, file: atomic_file.UnfinishedFile, disk: model.Disk, *, sync: bool = True
+        self,
+        file: atomic_file.UnfinishedFile,
+        disk: model.Disk,
+        *,
+        sync: bool = True,
+        draft: disk_info.Draft | None = None,
     ) -> PendingDisk:
         """Mark a complete disk with its format and make it durable, so that it can get its name.
 
+        :param draft: what will most likely pin its format, if that is written already.
         :param sync: False leaves writing the content to the kernel, if the file can be marked as such.
         """
         with translated(disk.target):
             attributes.write(file.fd, FORMAT_MARK, disk.format)
             sync = sync or not _mark_unsynced(file.fd, self._host)
         file.seal(sync=sync)
-        return _PendingFile(file, disk, self._formats)
+        return _PendingFile(file, disk, self._formats, draft)
 
     def _grow_raw(self, fd: int, size: int, target: str) -> None:
         before = os.fstat(fd).st_size
@@ -293,14 +299,19 @@ class _PendingFile(PendingDisk):
     """A disk that is complete in a file without its name."""
 
     def __init__(
-        self, file: atomic_file.UnfinishedFile, disk: model.Disk, formats: disk_info.DiskInfo
+        self,
+        file: atomic_file.UnfinishedFile,
+        disk: model.Disk,
+        formats: disk_info.DiskInfo,
+        draft: disk_info.Draft | None,
     ) -> None:
         self._file = file
         self._disk = disk
         self._formats = formats
+        self._draft = draft
 
     def commit(self) -> model.Disk:
-        self._file.commit(self._formats.pinned(self._disk.target, self._disk.format))
+        self._file.commit(self._formats.pinned(self._disk.target, self._disk.format, self._draft))
         return self._disk
 
 

@@ -30,11 +30,15 @@ class Qcow2Backend(file.FileBackend):
     @contextlib.contextmanager
     def prepare(self, base: model.BaseImage, target: str, size: int | None) -> Iterator[PendingDisk]:
         wanted = interface.whole_sectors(base.virtual_size if size is None else size)
-        with atomic_file.unfinished(target, self._host) as file:
+        with (
+            atomic_file.unfinished(target, self._host) as file,
+            # Both are written before either is synced: most of what a spawn waits for are such syncs.
+            self._formats.drafted(target, "qcow2") as draft,
+        ):
             with translated(target):
                 overlay.write_overlay(file.fd, wanted, base.path, base.format)
                 self._preallocate(file.fd, wanted, target)
-            yield self._sealed(file, model.Disk(target, "qcow2", wanted, base.name))
+            yield self._sealed(file, model.Disk(target, "qcow2", wanted, base.name), draft=draft)
 
     @contextlib.contextmanager
     def prepare_standalone(

@@ -29,6 +29,8 @@ NAME = "disk.info"
 #: Extended attribute of a disk: its format, by QEMU's name, which a guest that owns the disk cannot change.
 FORMAT_MARK = "user.imagecache.format"
 
+_MODE = 0o644
+
 #: How often entries that other processes overwrote meanwhile are put back before it is left to them.
 _MOST_ROUNDS = 1000
 
@@ -65,6 +67,52 @@ def format_in(formats: Mapping[str, str], disk: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+class Draft:
+    """A ``disk.info`` that pins one disk's format beside those that were pinned when it was written."""
+
+    def __init__(self, disk: str, format: str) -> None:
+        self._path = _beside(disk)
+        self._formats: Mapping[str, str] = {}
+        self._file: durable.Draft | None = None
+        try:
+            with contextlib.suppress(errors.ImageCacheError, OSError):
+                before = _read(self._path)
+                if before.get(disk) != format:
+                    self._write({**before, disk: format})
+        except BaseException:
+            self.close()
+            raise
+
+    def _write(self, formats: Mapping[str, str]) -> None:
+        self._formats = formats
+        self._file = durable.Draft(self._path, _encoded(formats), mode=_MODE)
+        # As the disk itself, so that it goes after a crash wherever that goes.
+        atomic_file.mark_as_made(self._file.fd, self._file.id)
+        self._file.begin_writeback()
+
+    def place(self, formats: Mapping[str, str]) -> bool:
+        """Give it its name, durably, if it says what it should. Returns whether it has its name.
+
+        :raises NoSpaceError, BackendError: it cannot be written.
+        """
+        if self._file is None or formats != self._formats:
+            return False
+        try:
+            with translated(self._path):
+                self._file.place()
+        except errors.BackendError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return False  # another program removed what looks like a crash's leftover
+            raise
+        return True
+
+    def close(self) -> None:
+        """Remove it, unless it has its name."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+
 class DiskInfo:
     """Reads and writes ``disk.info`` files."""
 
@@ -81,7 +129,19 @@ class DiskInfo:
         return format_in(_read(_beside(disk)), disk)
 
     @contextlib.contextmanager
-    def pinned(self, disk: str, format: str) -> Iterator[None]:
+    def drafted(self, disk: str, format: str) -> Iterator[Draft]:
+        """Write what will most likely pin a disk's format, for :meth:`pinned`, before the disk is synced.
+
+        Yields it. What cannot be written now is written by :meth:`pinned`.
+        """
+        draft = Draft(disk, format)
+        try:
+            yield draft
+        finally:
+            draft.close()
+
+    @contextlib.contextmanager
+    def pinned(self, disk: str, format: str, draft: Draft | None = None) -> Iterator[None]:
         """Pin a disk's format before the body, which gives the disk its name. Other disks' entries stay.
 
         If the body fails, the entry is what it was: the name is another disk's then, whose format this is
@@ -92,6 +152,7 @@ class DiskInfo:
         it has the entries of all the disks beside it that are marked with their format: the process that
         writes last sees them.
 
+        :param draft: what :meth:`drafted` yielded for the same disk and format, or None.
         :raises Damaged: other disks' formats would be lost.
         :raises NoSpaceError, BackendError: the file cannot be written.
         """
@@ -99,7 +160,9 @@ class DiskInfo:
         with self._locked(path):
             before = _read(path)
             if before.get(disk) != format:
-                _write(path, {**before, disk: format})
+                formats = {**before, disk: format}
+                if draft is None or not draft.place(formats):
+                    _write(path, formats)
             try:
                 yield
             except BaseException:
@@ -162,11 +225,15 @@ def _read(path: str) -> dict[str, str]:
 def _write(path: str, formats: Mapping[str, str]) -> None:
     with translated(path):
         if formats:
-            durable.write_file(path, json.dumps(formats).encode(), mode=0o644, sync_name=False)
+            durable.write_file(path, _encoded(formats), mode=_MODE, sync_name=False)
         else:
             # Nothing is left to pin: leave the directory as it was before the first disk.
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+def _encoded(formats: Mapping[str, str]) -> bytes:
+    return json.dumps(formats).encode()
 
 
 def _put_back(path: str, disk: str, format: str | None) -> None:

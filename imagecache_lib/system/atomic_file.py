@@ -118,7 +118,7 @@ class UnfinishedFile:
                 self._forget_note()
                 raise
             try:
-                attributes.write(self.fd, MADE_MARK, own_id[:_MADE_DIGITS])
+                mark_as_made(self.fd, own_id)
             except BaseException:
                 self.close()
                 raise
@@ -194,6 +194,15 @@ class UnfinishedFile:
         if self._note:
             with contextlib.suppress(OSError):
                 os.unlink(self._note)
+
+
+def mark_as_made(fd: int, own_id: str) -> None:
+    """Let a file in the making say that it was made here, as far as its filesystem can.
+
+    :param own_id: the random digits in its name.
+    :raises OSError: as fsetxattr(2).
+    """
+    attributes.write(fd, MADE_MARK, own_id[:_MADE_DIGITS])
 
 
 def is_made_here(fd: int, path: str) -> bool:

@@ -9,6 +9,8 @@ import errno
 import os
 import stat
 
+from imagecache_lib.system import sparse
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -51,6 +53,63 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
+class Draft:
+    """A small file that is written under a temporary name, which no other writer uses, and has yet to get its
+    own.
+
+    Until it is placed another file can be synced: one commit of a filesystem's journal does for both then.
+
+    :ivar id: random digits in its temporary name.
+    :ivar fd: open for writing, or -1 after it was placed.
+    :raises OSError: it cannot be written; nothing is left of it.
+    """
+
+    def __init__(self, path: str, data: bytes, *, mode: int = 0o600) -> None:
+        # The form of all names of files in the making, by which upkeep finds what a crash left.
+        directory, name = os.path.split(path)
+        self._path = path
+        self.id = new_id()
+        self._temporary = os.path.join(directory, f".{name}.{self.id}.new")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.fd = os.open(self._temporary, flags, mode)
+        try:
+            os.fchmod(self.fd, mode)  # open() let the umask take bits away
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self.fd, view) :]
+        except BaseException:
+            self.close()
+            raise
+
+    def begin_writeback(self) -> None:
+        """Let the kernel begin to write it, and give it its blocks."""
+        sparse.start_writeback(self.fd)
+
+    def place(self, *, sync: bool = True) -> None:
+        """Replace the file at its path in one step. The name itself is not synced.
+
+        :param sync: whether to make the content durable first.
+        :raises OSError: it cannot be written; the old one stays.
+        """
+        fd, self.fd = self.fd, -1
+        try:
+            if sync:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        _rename(self._temporary, self._path)
+        self._temporary = ""
+
+    def close(self) -> None:
+        """Remove it, unless it was placed."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+        if self._temporary:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+
+
 def write_file(
     path: str, data: bytes, *, mode: int = 0o600, sync: bool = True, sync_name: bool = True
 ) -> None:
@@ -61,27 +120,13 @@ def write_file(
         since the journal of a filesystem keeps their order.
     :raises OSError: the file cannot be written; the old one stays.
     """
-    # The form of all names of files in the making, by which upkeep finds what a crash left.
-    directory, name = os.path.split(path)
-    temporary = os.path.join(directory, f".{name}.{new_id()}.new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    draft = Draft(path, data, mode=mode)
     try:
-        try:
-            os.fchmod(fd, mode)  # open() let the umask take bits away
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-            if sync:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
-        _rename(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+        draft.place(sync=sync)
+    finally:
+        draft.close()
     if sync and sync_name:
-        sync_directory(directory)
+        sync_directory(os.path.dirname(path))
 
 
 def _rename(temporary: str, path: str) -> None:

@@ -154,6 +154,29 @@ class TestFormats(FileBackendCase):
         self.assertEqual(b"somebody's", path.read_bytes())
         self.assertEqual(["disk"], os.listdir(self.instance))
 
+    def test_disks_that_are_made_at_once_keep_each_others_pins(self) -> None:
+        other = f"{self.target}.other"
+        with (
+            self.backend(Qcow2Backend).prepare(self.base, self.target, None) as one,
+            self.backend(RawBackend).prepare(self.base, other, None) as two,
+        ):
+            one.commit()
+            two.commit()
+        self.assertEqual({self.target: "qcow2", other: "raw"}, self.pinned())
+        self.assertEqual(["disk", "disk.info", "disk.other"], sorted(os.listdir(self.instance)))
+
+    def test_a_disk_that_is_given_up_leaves_no_pin(self) -> None:
+        with self.backend(Qcow2Backend).prepare(self.base, self.target, None):
+            self.assertFalse(self.info.exists())
+        self.assertEqual([], os.listdir(self.instance))
+
+    def test_a_pin_that_is_taken_for_a_leftover_meanwhile_is_written_anew(self) -> None:
+        with self.backend(Qcow2Backend).prepare(self.base, self.target, None) as pending:
+            (written,) = self.instance.glob(".disk.info.*.new")
+            written.unlink()
+            pending.commit()
+        self.assertEqual({self.target: "qcow2"}, self.pinned())
+
     def test_removing_one_disk_keeps_the_others_pins(self) -> None:
         one, two = self.create(RawBackend), self.create(Qcow2Backend, f"{self.target}.two")
         self.backend(RawBackend).remove(one)
