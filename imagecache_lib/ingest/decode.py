@@ -16,6 +16,7 @@ from imagecache_lib.formats.qcow2.decoder import StreamDecoder
 from imagecache_lib.formats.qcow2.spill import Spill
 from imagecache_lib.formats.qemu_img import DataRefused, DiskFile, QemuImg
 from imagecache_lib.formats.reader import OpenFile
+from imagecache_lib.ingest.in_order import InOrder
 from imagecache_lib.ingest.resumption import Resumption
 from imagecache_lib.ingest.stream import Consumer
 from imagecache_lib.store import stage as stages
@@ -60,12 +61,11 @@ class PassThrough:
 
     def __init__(self, stage: Stage, ending: Ending = Ending.NONE, *, inspected: bool = False) -> None:
         self.source_format = "raw"
-        self._stage = stage
+        self._out = InOrder(stage)
         self._ending = ending
         self._inspected = inspected
         self._end = b""
         self._held = b""
-        self._offset = 0
 
     def feed(self, chunk: bytes) -> None:
         self._end = (self._end + chunk[-_END:])[-_END:]
@@ -73,11 +73,7 @@ class PassThrough:
             # What may be a footer is held back: what was written is summed up, and cannot be taken back.
             whole = self._held + chunk
             chunk, self._held = whole[: -vhd.FOOTER_BYTES], whole[-vhd.FOOTER_BYTES :]
-        self._write(chunk)
-
-    def _write(self, chunk: bytes) -> None:
-        self._stage.write(chunk, self._offset)
-        self._offset += len(chunk)
+        self._out.write(chunk)
 
     def finish(self) -> int:
         if self._inspected and foreign.is_apple_image(self._end):
@@ -85,7 +81,7 @@ class PassThrough:
                 "it is an Apple disk image (dmg) and no disk",
                 next_step="convert it to raw or qcow2, and upload that under a new id",
             )
-        if vhd.is_fixed(self._held, self._offset):
+        if vhd.is_fixed(self._held, self._out.length):
             self.source_format = "vpc"
         elif self._ending is Ending.DEMANDED:
             raise errors.ImageRejected(
@@ -93,13 +89,12 @@ class PassThrough:
                 next_step="have its owner state the format that it has",
             )
         else:
-            self._write(self._held)
-        with translated(self._stage.path):
-            self._stage.content.truncate(self._offset)
-        return -(-self._offset // SECTOR) * SECTOR
+            self._out.write(self._held)
+        self._out.finish()
+        return -(-self._out.length // SECTOR) * SECTOR
 
     def close(self) -> None:
-        pass
+        self._out.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +126,13 @@ class Keep:
         self.source_format = self.stored_format = finding.format
         self._stage = work.stage
         self._work = work
-        self._offset = 0
+        self._out = InOrder(work.stage)
 
     def feed(self, chunk: bytes) -> None:
-        self._stage.write(chunk, self._offset)
-        self._offset += len(chunk)
+        self._out.write(chunk)
 
     def finish(self) -> int:
-        with translated(self._stage.path):
-            self._stage.content.truncate(self._offset)
+        self._out.finish()
         try:
             disk = DiskFile(self._stage.path, self.stored_format)
             return settle(self._stage.fd, disk, self._work.rules, self._work.converter, self._work.waiter)
@@ -149,7 +142,7 @@ class Keep:
             raise
 
     def close(self) -> None:
-        pass
+        self._out.close()
 
 
 def settle(fd: int, disk: DiskFile, rules: Rules, converter: QemuImg, waiter: Waiter) -> int:
@@ -200,7 +193,6 @@ class Qcow2Stream:
             self._copy.append(chunk)
         with translated(self._stage.path):
             self._decoder.write(chunk)
-        self._stage.taken(len(chunk))
         # The tables say what will be stored, long before the data they map has come.
         needed = self._decoder.mapped_bytes + self._decoder.spilled_bytes
         self._reservation.raise_to(needed)
@@ -228,7 +220,7 @@ class SpoolAndConvert:
         self._spool = Stage(work.cache, stage.name)
         # What was reserved for the download is filled by the spool now; the stage needs its own later.
         self._spool.reserved, stage.reserved = stage.reserved, 0
-        self._offset = 0
+        self._out = InOrder(self._spool)
         try:
             self._spool.write_info()
             stage.write_info()
@@ -239,12 +231,10 @@ class SpoolAndConvert:
             raise
 
     def feed(self, chunk: bytes) -> None:
-        self._spool.write(chunk, self._offset)
-        self._offset += len(chunk)
+        self._out.write(chunk)
 
     def finish(self) -> int:
-        with translated(self._spool.path):
-            os.ftruncate(self._spool.fd, self._offset)
+        self._out.finish()
         self._work.cache.host.trace(TracePoint.CONVERT)
         try:
             return self._convert()
@@ -277,6 +267,7 @@ class SpoolAndConvert:
         return self._spool.allocated
 
     def close(self) -> None:
+        self._out.close()
         resumption = self._work.resumption
         if resumption is None or not resumption.holds(self._spool):
             with contextlib.suppress(OSError):
