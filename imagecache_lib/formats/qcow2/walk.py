@@ -126,12 +126,17 @@ class Walk:
             self._tails += 1
             keep = self._tails <= _MAX_TAILS
         if keep:
-            start = self._mark
-            for data, first, last in self._window.pieces(start, upto):
-                with memoryview(data) as view, view[first:last] as kept:
-                    self._spill.keep(start, kept)
-                start += last - first
+            self._keep(self._mark, upto)
         self._mark = upto
+
+    def _keep(self, start: int, stop: int) -> None:
+        if stop - start < _SECTOR:
+            data, first, last = self._window.one(start, stop)
+            self._spill.keep(start, data[first:last])
+            return
+        for data, first, last in self._window.pieces(start, stop):
+            self._spill.keep(start, memoryview(data)[first:last])
+            start += last - first
 
     def _taken(self, upto: int) -> None:
         if not self._spill.crowded and upto > self._mark:
@@ -243,7 +248,7 @@ class Walk:
         limit = min(self._next_other(), end)
         most = min(len(descriptors), mapping.next + self._output.room)
         clusters: list[memoryview] = []
-        needed = passed = 0
+        needed, passed_before = 0, self._tail_end
         view, low, high = memoryview(b""), 0, 0  # of the chunk that the clusters come from
         for descriptor in descriptors[mapping.next : most]:
             if not descriptor & tables.COMPRESSED:
@@ -257,19 +262,20 @@ class Walk:
                     needed = stop
                     break
                 stop = end
-            if start > self._mark:
+            if self._tables_known:
+                self._mark = max(self._mark, start)
+            else:
                 self._skip(start, start)
             if start < low or stop > high:
                 data, first, _last = self._window.one(start, stop)
                 view, low = memoryview(data), start - first
                 high = low + len(data)
             clusters.append(view[start - low : stop - low])
-            passed += max(stop - self._tail_end, 0)
             # Its last sector may also hold the beginning of another compressed cluster.
             self._tail_end = stop
             self._taken(max(start + 1, (stop - 1) // _SECTOR * _SECTOR))
         if clusters:
-            self._output.inflate(mapping, clusters, passed)
+            self._output.inflate(mapping, clusters, max(self._tail_end - passed_before, 0))
             mapping.next += len(clusters)
             return 0
         return needed
