@@ -16,16 +16,17 @@ from imagecache_lib.formats.qcow2.decoder import StreamDecoder
 from imagecache_lib.formats.qcow2.spill import Spill
 from imagecache_lib.formats.qemu_img import DataRefused, DiskFile, QemuImg
 from imagecache_lib.formats.reader import OpenFile
-from imagecache_lib.ingest.in_order import InOrder
 from imagecache_lib.ingest.resumption import Resumption
 from imagecache_lib.ingest.stream import Consumer
 from imagecache_lib.store import stage as stages
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import Stage, StageGone
+from imagecache_lib.system.sparse import Piece
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import Waiter
+from imagecache_lib.system.write_behind import WriteBehind
 
 #: A guest's disk is counted in sectors of this size, so a raw image ends on a whole one.
 SECTOR = 512
@@ -50,6 +51,48 @@ class Decoder(Consumer[int], Protocol):
     stored_format: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """A chunk that is written as it came."""
+
+    offset: int
+    data: bytes
+
+    def pieces(self) -> list[tuple[int, Piece]]:
+        return [(self.offset, (self.data, 0, len(self.data)))]
+
+
+class _InOrder:
+    """Writes chunks one behind the other, on a thread of its own: what a stage file is filled with unchanged.
+
+    Its methods raise NoSpaceError and BackendError, perhaps of a chunk before.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._behind = WriteBehind(stage.content, 1, "imagecache-write")
+        #: Bytes so far.
+        self.length = 0
+
+    def write(self, chunk: bytes) -> None:
+        """Take the next chunk."""
+        with translated(self._stage.path):
+            self._behind.put(_Chunk(self.length, chunk))
+        self.length += len(chunk)
+
+    def finish(self) -> None:
+        """Wait until everything is written, and give the file its size."""
+        with translated(self._stage.path):
+            self._behind.drain()
+            self._stage.content.truncate(self.length)
+
+    def close(self) -> None:
+        """End the thread. What came is written first: another fetch may go on behind it."""
+        with contextlib.suppress(Exception):  # it was told, or what ended the pass matters more
+            self._behind.drain()
+        self._behind.close()
+
+
 class PassThrough:
     """Stores the bytes of a raw disk as they come, zeros as holes.
 
@@ -61,7 +104,7 @@ class PassThrough:
 
     def __init__(self, stage: Stage, ending: Ending = Ending.NONE, *, inspected: bool = False) -> None:
         self.source_format = "raw"
-        self._out = InOrder(stage)
+        self._out = _InOrder(stage)
         self._ending = ending
         self._inspected = inspected
         self._end = b""
@@ -126,7 +169,7 @@ class Keep:
         self.source_format = self.stored_format = finding.format
         self._stage = work.stage
         self._work = work
-        self._out = InOrder(work.stage)
+        self._out = _InOrder(work.stage)
 
     def feed(self, chunk: bytes) -> None:
         self._out.write(chunk)
@@ -220,7 +263,7 @@ class SpoolAndConvert:
         self._spool = Stage(work.cache, stage.name)
         # What was reserved for the download is filled by the spool now; the stage needs its own later.
         self._spool.reserved, stage.reserved = stage.reserved, 0
-        self._out = InOrder(self._spool)
+        self._out = _InOrder(self._spool)
         try:
             self._spool.write_info()
             stage.write_info()

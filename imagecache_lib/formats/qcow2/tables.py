@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 from imagecache_lib import errors
 from imagecache_lib.formats.qcow2.header import Header
+from imagecache_lib.system.sparse import Buffer
 
 #: Bits 9 to 55 of an L1 entry or of a standard L2 entry: where the table or the cluster lies.
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
@@ -120,7 +121,7 @@ class TableList:
         """Bytes of memory taken."""
         return len(self._keys) * self._keys.itemsize
 
-    def add(self, raw: bytes | bytearray) -> None:
+    def add(self, raw: Buffer) -> None:
         """Take the next entries of the L1 table, in its order.
 
         :raises ImageRejected: one points outside of the file or to the L1 table.
@@ -212,7 +213,7 @@ class Mapping:
                 setattr(self, name, array(values.typecode, map(values.__getitem__, order)))
 
 
-def parse_l2(raw: bytes | bytearray, geometry: Geometry, l1_index: int, tables: TableList) -> Mapping:
+def parse_l2(raw: Buffer, geometry: Geometry, l1_index: int, tables: TableList) -> Mapping:
     """Return what an L2 table maps.
 
     :param tables: all L2 tables of the image, which no data may overlap.
@@ -379,7 +380,7 @@ def subclusters(bitmap: int) -> Iterator[tuple[int, int]]:
         position += ones
 
 
-def big_endian(raw: bytes | bytearray) -> array[int]:
+def big_endian(raw: Buffer) -> array[int]:
     """Return the 64-bit numbers of a table."""
     values = array("Q")
     values.frombytes(raw)
