@@ -63,34 +63,40 @@ class _Chunk:
 
 
 class _InOrder:
-    """Writes chunks one behind the other, on a thread of its own: what a stage file is filled with unchanged.
+    """Writes chunks one behind the other: what a stage file is filled with unchanged.
 
     Its methods raise NoSpaceError and BackendError, perhaps of a chunk before.
+
+    :param at_once: whether a chunk is in the file when :meth:`write` returns, since another fetch may go on
+        behind it; else a thread of its own writes it.
     """
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, *, at_once: bool) -> None:
         self._stage = stage
-        self._behind = WriteBehind(stage.content, 1, "imagecache-write")
+        self._behind = None if at_once else WriteBehind(stage.content, 1, "imagecache-write")
         #: Bytes so far.
         self.length = 0
 
     def write(self, chunk: bytes) -> None:
         """Take the next chunk."""
-        with translated(self._stage.path):
-            self._behind.put(_Chunk(self.length, chunk))
+        if self._behind is None:
+            self._stage.write(chunk, self.length)
+        else:
+            with translated(self._stage.path):
+                self._behind.put(_Chunk(self.length, chunk))
         self.length += len(chunk)
 
     def finish(self) -> None:
         """Wait until everything is written, and give the file its size."""
         with translated(self._stage.path):
-            self._behind.drain()
+            if self._behind is not None:
+                self._behind.drain()
             self._stage.content.truncate(self.length)
 
     def close(self) -> None:
-        """End the thread. What came is written first: another fetch may go on behind it."""
-        with contextlib.suppress(Exception):  # it was told, or what ended the pass matters more
-            self._behind.drain()
-        self._behind.close()
+        """End the thread. Nothing is written after that."""
+        if self._behind is not None:
+            self._behind.close()
 
 
 class PassThrough:
@@ -102,9 +108,9 @@ class PassThrough:
 
     stored_format = "raw"
 
-    def __init__(self, stage: Stage, ending: Ending = Ending.NONE, *, inspected: bool = False) -> None:
+    def __init__(self, work: Work, ending: Ending = Ending.NONE, *, inspected: bool = False) -> None:
         self.source_format = "raw"
-        self._out = _InOrder(stage)
+        self._out = _InOrder(work.stage, at_once=work.resumption is not None)
         self._ending = ending
         self._inspected = inspected
         self._end = b""
@@ -169,7 +175,7 @@ class Keep:
         self.source_format = self.stored_format = finding.format
         self._stage = work.stage
         self._work = work
-        self._out = _InOrder(work.stage)
+        self._out = _InOrder(work.stage, at_once=work.resumption is not None)
 
     def feed(self, chunk: bytes) -> None:
         self._out.write(chunk)
@@ -263,7 +269,7 @@ class SpoolAndConvert:
         self._spool = Stage(work.cache, stage.name)
         # What was reserved for the download is filled by the spool now; the stage needs its own later.
         self._spool.reserved, stage.reserved = stage.reserved, 0
-        self._out = _InOrder(self._spool)
+        self._out = _InOrder(self._spool, at_once=work.resumption is not None)
         try:
             self._spool.write_info()
             stage.write_info()
@@ -330,9 +336,9 @@ def choose(finding: Finding | None, work: Work, *, wanted: str | None, file_size
     if work.resumption is not None and (is_raw or not to_raw):
         work.resumption.hold(work.stage)
     if finding is None:
-        return PassThrough(work.stage)
+        return PassThrough(work)
     if is_raw:
-        return PassThrough(work.stage, finding.ending, inspected=work.rules.strict)
+        return PassThrough(work, finding.ending, inspected=work.rules.strict)
     if not to_raw:
         return Keep(finding, work)
     if finding.format == "qcow2" and not work.whole:
