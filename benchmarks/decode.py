@@ -86,7 +86,7 @@ def print_row(kind: str, image: str, raw: str, runs: int) -> None:
     ways: dict[str, Callable[[], None]] = {
         "qemu": lambda: convert(image, out),
         "ours": lambda: decode(image, out, None),
-        "zlib": lambda: decode(image, out, inflate.zlib_inflate),
+        "zlib": lambda: decode(image, out, inflate.Zlib()),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(runs):
@@ -112,7 +112,7 @@ def convert(image: str, out: str) -> None:
     subprocess.run(["qemu-img", "convert", "-t", "none", "-f", "qcow2", "-O", "raw", image, out], check=True)
 
 
-def decode(image: str, out: str, chosen: inflate.Inflate | None) -> None:
+def decode(image: str, out: str, chosen: inflate.Inflater | None) -> None:
     digest, pieces = hashlib.sha512(), queue.Queue[bytes | None](8)
 
     def hash_pieces() -> None:
@@ -130,7 +130,7 @@ def decode(image: str, out: str, chosen: inflate.Inflate | None) -> None:
                 spill=Spill(tempfile.TemporaryFile),
                 file_size=os.path.getsize(image),
                 max_virtual_size=2**44,
-                inflate=chosen,
+                inflater=chosen,
             ) as decoding,
         ):
             while piece := source.read(_PIECE):

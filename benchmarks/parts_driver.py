@@ -65,7 +65,7 @@ def inflate(path: str) -> dict[str, Any]:
             if len(batch) == 64 or not stop:
                 began = time.thread_time()
                 for data in batch:
-                    way(data, header.cluster_size)
+                    way.one(data, header.cluster_size)
                 spent += time.thread_time() - began
                 batch.clear()
     return {"seconds": spent, "cpu": spent}

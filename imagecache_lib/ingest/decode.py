@@ -22,9 +22,11 @@ from imagecache_lib.store import stage as stages
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import Stage, StageGone
+from imagecache_lib.system.sparse import Piece
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import Waiter
+from imagecache_lib.system.write_behind import WriteBehind
 
 #: A guest's disk is counted in sectors of this size, so a raw image ends on a whole one.
 SECTOR = 512
@@ -49,6 +51,54 @@ class Decoder(Consumer[int], Protocol):
     stored_format: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """A chunk that is written as it came."""
+
+    offset: int
+    data: bytes
+
+    def pieces(self) -> list[tuple[int, Piece]]:
+        return [(self.offset, (self.data, 0, len(self.data)))]
+
+
+class _InOrder:
+    """Writes chunks one behind the other: what a stage file is filled with unchanged.
+
+    Its methods raise NoSpaceError and BackendError, perhaps of a chunk before.
+
+    :param at_once: whether a chunk is in the file when :meth:`write` returns, since another fetch may go on
+        behind it; else a thread of its own writes it.
+    """
+
+    def __init__(self, stage: Stage, *, at_once: bool) -> None:
+        self._stage = stage
+        self._behind = None if at_once else WriteBehind(stage.content, 1, "imagecache-write")
+        #: Bytes so far.
+        self.length = 0
+
+    def write(self, chunk: bytes) -> None:
+        """Take the next chunk."""
+        if self._behind is None:
+            self._stage.write(chunk, self.length)
+        else:
+            with translated(self._stage.path):
+                self._behind.put(_Chunk(self.length, chunk))
+        self.length += len(chunk)
+
+    def finish(self) -> None:
+        """Wait until everything is written, and give the file its size."""
+        with translated(self._stage.path):
+            if self._behind is not None:
+                self._behind.drain()
+            self._stage.content.truncate(self.length)
+
+    def close(self) -> None:
+        """End the thread. Nothing is written after that."""
+        if self._behind is not None:
+            self._behind.close()
+
+
 class PassThrough:
     """Stores the bytes of a raw disk as they come, zeros as holes.
 
@@ -58,14 +108,13 @@ class PassThrough:
 
     stored_format = "raw"
 
-    def __init__(self, stage: Stage, ending: Ending = Ending.NONE, *, inspected: bool = False) -> None:
+    def __init__(self, work: Work, ending: Ending = Ending.NONE, *, inspected: bool = False) -> None:
         self.source_format = "raw"
-        self._stage = stage
+        self._out = _InOrder(work.stage, at_once=work.resumption is not None)
         self._ending = ending
         self._inspected = inspected
         self._end = b""
         self._held = b""
-        self._offset = 0
 
     def feed(self, chunk: bytes) -> None:
         self._end = (self._end + chunk[-_END:])[-_END:]
@@ -73,11 +122,7 @@ class PassThrough:
             # What may be a footer is held back: what was written is summed up, and cannot be taken back.
             whole = self._held + chunk
             chunk, self._held = whole[: -vhd.FOOTER_BYTES], whole[-vhd.FOOTER_BYTES :]
-        self._write(chunk)
-
-    def _write(self, chunk: bytes) -> None:
-        self._stage.write(chunk, self._offset)
-        self._offset += len(chunk)
+        self._out.write(chunk)
 
     def finish(self) -> int:
         if self._inspected and foreign.is_apple_image(self._end):
@@ -85,7 +130,7 @@ class PassThrough:
                 "it is an Apple disk image (dmg) and no disk",
                 next_step="convert it to raw or qcow2, and upload that under a new id",
             )
-        if vhd.is_fixed(self._held, self._offset):
+        if vhd.is_fixed(self._held, self._out.length):
             self.source_format = "vpc"
         elif self._ending is Ending.DEMANDED:
             raise errors.ImageRejected(
@@ -93,13 +138,12 @@ class PassThrough:
                 next_step="have its owner state the format that it has",
             )
         else:
-            self._write(self._held)
-        with translated(self._stage.path):
-            self._stage.content.truncate(self._offset)
-        return -(-self._offset // SECTOR) * SECTOR
+            self._out.write(self._held)
+        self._out.finish()
+        return -(-self._out.length // SECTOR) * SECTOR
 
     def close(self) -> None:
-        pass
+        self._out.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +175,13 @@ class Keep:
         self.source_format = self.stored_format = finding.format
         self._stage = work.stage
         self._work = work
-        self._offset = 0
+        self._out = _InOrder(work.stage, at_once=work.resumption is not None)
 
     def feed(self, chunk: bytes) -> None:
-        self._stage.write(chunk, self._offset)
-        self._offset += len(chunk)
+        self._out.write(chunk)
 
     def finish(self) -> int:
-        with translated(self._stage.path):
-            self._stage.content.truncate(self._offset)
+        self._out.finish()
         try:
             disk = DiskFile(self._stage.path, self.stored_format)
             return settle(self._stage.fd, disk, self._work.rules, self._work.converter, self._work.waiter)
@@ -149,7 +191,7 @@ class Keep:
             raise
 
     def close(self) -> None:
-        pass
+        self._out.close()
 
 
 def settle(fd: int, disk: DiskFile, rules: Rules, converter: QemuImg, waiter: Waiter) -> int:
@@ -200,7 +242,6 @@ class Qcow2Stream:
             self._copy.append(chunk)
         with translated(self._stage.path):
             self._decoder.write(chunk)
-        self._stage.taken(len(chunk))
         # The tables say what will be stored, long before the data they map has come.
         needed = self._decoder.mapped_bytes + self._decoder.spilled_bytes
         self._reservation.raise_to(needed)
@@ -228,7 +269,7 @@ class SpoolAndConvert:
         self._spool = Stage(work.cache, stage.name)
         # What was reserved for the download is filled by the spool now; the stage needs its own later.
         self._spool.reserved, stage.reserved = stage.reserved, 0
-        self._offset = 0
+        self._out = _InOrder(self._spool, at_once=work.resumption is not None)
         try:
             self._spool.write_info()
             stage.write_info()
@@ -239,12 +280,10 @@ class SpoolAndConvert:
             raise
 
     def feed(self, chunk: bytes) -> None:
-        self._spool.write(chunk, self._offset)
-        self._offset += len(chunk)
+        self._out.write(chunk)
 
     def finish(self) -> int:
-        with translated(self._spool.path):
-            os.ftruncate(self._spool.fd, self._offset)
+        self._out.finish()
         self._work.cache.host.trace(TracePoint.CONVERT)
         try:
             return self._convert()
@@ -277,6 +316,7 @@ class SpoolAndConvert:
         return self._spool.allocated
 
     def close(self) -> None:
+        self._out.close()
         resumption = self._work.resumption
         if resumption is None or not resumption.holds(self._spool):
             with contextlib.suppress(OSError):
@@ -296,9 +336,9 @@ def choose(finding: Finding | None, work: Work, *, wanted: str | None, file_size
     if work.resumption is not None and (is_raw or not to_raw):
         work.resumption.hold(work.stage)
     if finding is None:
-        return PassThrough(work.stage)
+        return PassThrough(work)
     if is_raw:
-        return PassThrough(work.stage, finding.ending, inspected=work.rules.strict)
+        return PassThrough(work, finding.ending, inspected=work.rules.strict)
     if not to_raw:
         return Keep(finding, work)
     if finding.format == "qcow2" and not work.whole:

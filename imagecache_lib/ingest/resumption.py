@@ -145,4 +145,4 @@ class Copy:
             while written < len(view):
                 written += os.pwrite(self._stage.fd, view[written:], self._offset + written)
         self._offset += len(data)
-        self._stage.taken(len(data))
+        self._stage.writeback.wrote(len(data))

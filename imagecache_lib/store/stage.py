@@ -26,9 +26,6 @@ from imagecache_lib.system.translate import translated
 
 LOG = logging.getLogger(__name__)
 
-#: Start writing back once this much has arrived, so that the final fsync finds little to do.
-_WRITEBACK = 16 * 2**20
-
 
 class StageGone(Exception):
     """Another process swept the stage file away while it was filled: begin again."""
@@ -147,13 +144,14 @@ class Stage:
         # Who decodes may reserve more while who receives tells how far it is.
         self._noting = threading.Lock()
         self._owner = self._make() if taken is None else taken[1]
-        self._taken = 0
         #: Of the content so far.
         self.checksums = checksums.Checksums()
         #: Hashes of the source's data, once its digest turned out to be right; or None.
         self.pieces: Pieces | None = None
+        #: Is told of all that is written to the file.
+        self.writeback = sparse.Writeback(self.fd)
         #: Takes data in any order and from any thread.
-        self.content = sparse.SparseFile(self.fd, self.checksums)
+        self.content = sparse.SparseFile(self.fd, self.checksums, self.writeback)
 
     def _make(self) -> locks.OwnerLock:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -209,14 +207,6 @@ class Stage:
         """Write data that belongs at an offset; zeros become holes."""
         with translated(self.path):
             self.content.write(data, offset)
-        self.taken(len(data))
-
-    def taken(self, received: int) -> None:
-        """Count what arrived, and let the kernel begin to write once it is much."""
-        self._taken += received
-        if self._taken >= _WRITEBACK:
-            self._taken = 0
-            sparse.start_writeback(self.fd)
 
     def clear(self) -> None:
         """Make it empty, for another try."""
@@ -224,7 +214,6 @@ class Stage:
             os.ftruncate(self.fd, 0)
         self.checksums.clear()
         self.pieces = None
-        self._taken = 0
         if self._fetcher is not None:
             self._fetcher = dataclasses.replace(self._fetcher, received=0)
         if self._source:

@@ -175,7 +175,7 @@ def _superblock(data: bytes, _number: int) -> str:
 class _Nowhere:
     """Takes a disk's content, and checks that it is within the disk."""
 
-    def write(self, data: bytes | bytearray, offset: int, start: int = 0, end: int | None = None) -> None:
+    def write(self, data: sparse.Buffer, offset: int, start: int = 0, end: int | None = None) -> None:
         length = (len(data) if end is None else end) - start
         assert offset >= 0 and offset + length <= 2**30 + 2 * MIB
 

@@ -137,7 +137,7 @@ class ImagesThatQemuConverted(WithImages):
                 spill=Spill(tempfile.TemporaryFile),
                 file_size=None,
                 max_virtual_size=2**40,
-                inflate=inflate.zlib_inflate,
+                inflater=inflate.Zlib(),
             )
             with decoding:
                 decoding.write(self.image())

@@ -29,7 +29,7 @@ from imagecache_lib.formats.qcow2.header import (
     Truncated,
     parse,
 )
-from imagecache_lib.formats.qcow2.inflate import Inflate, fastest_deflate, zstd
+from imagecache_lib.formats.qcow2.inflate import Inflater, fastest_deflate, zstd
 from imagecache_lib.formats.qcow2.output import Output
 from imagecache_lib.formats.qcow2.pool import InflatePool, default_threads
 from imagecache_lib.formats.qcow2.spill import Spill
@@ -99,9 +99,9 @@ class StreamDecoder:
     :param spill: takes what has to be set aside. It is closed with the decoder.
     :param file_size: bytes the whole file has, if known: tables that point outside are then refused at once.
     :param max_virtual_size: bytes above which the image is refused.
-    :param inflate: inflates deflate clusters, or None for the fastest inflate that is installed.
+    :param inflater: inflates deflate clusters, or None for the fastest one that is installed.
     :param map_bytes: memory for maps of data that has not arrived; what exceeds it is read again at the end.
-    :param threads: number of threads that inflate and write compressed clusters, or None for one per
+    :param threads: number of threads that inflate and write clusters, or None for one per
         processor, up to four.
     """
 
@@ -112,7 +112,7 @@ class StreamDecoder:
         spill: Spill,
         file_size: int | None,
         max_virtual_size: int,
-        inflate: Inflate | None = None,
+        inflater: Inflater | None = None,
         threads: int | None = None,
         map_bytes: int = MAP_BYTES,
     ) -> None:
@@ -120,7 +120,7 @@ class StreamDecoder:
         self._spill = spill
         self._file_size = file_size
         self._max_virtual_size = max_virtual_size
-        self._inflate = inflate
+        self._inflater = inflater
         self._map_bytes = map_bytes
         self._thread_count = threads or default_threads()
         self._header: Header | None = None
@@ -214,20 +214,20 @@ class StreamDecoder:
             return
         check(header, self._max_virtual_size)
         self._header = header
-        pool = InflatePool(self._out, header.cluster_size, self._choose_inflate(header), self._thread_count)
+        pool = InflatePool(self._out, header.cluster_size, self._choose_inflater(header), self._thread_count)
         geometry = tables.Geometry.of(header, self._file_size)
-        output = Output(self._out, geometry, pool)
+        output = Output(geometry, pool)
         self._walk = Walk(geometry, output, self._spill, map_bytes=self._map_bytes)
         start, self._start = self._start, bytearray()
         self._walk.feed(bytes(start))
 
-    def _choose_inflate(self, header: Header) -> Inflate:
+    def _choose_inflater(self, header: Header) -> Inflater:
         if header.compression_type == Compression.DEFLATE:
-            return self._inflate or fastest_deflate()
-        inflate = zstd()
-        if inflate is None:
+            return self._inflater or fastest_deflate()
+        inflater = zstd()
+        if inflater is None:
             raise Unstreamable(
                 "a zstd-compressed qcow2 image cannot be decoded as it arrives",
                 next_step="install the zstd extra, or convert it with qemu-img",
             )
-        return inflate
+        return inflater

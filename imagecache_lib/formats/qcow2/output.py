@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from imagecache_lib.formats.qcow2 import tables
 from imagecache_lib.formats.qcow2.pool import InflatePool
-from imagecache_lib.system.sparse import Piece, Sink
+from imagecache_lib.system.sparse import Piece
 
 #: Contiguous clusters are written in runs of at most this.
 RUN_BYTES = 2**20
@@ -15,23 +15,34 @@ _FULL = 0xFFFF_FFFF
 
 
 class Output:
-    """Writes what a mapping's next entries say to a raw file. The caller moves the mapping on."""
+    """Has written what a mapping's next entries say. The caller moves the mapping on. Errors come later."""
 
-    def __init__(self, sink: Sink, geometry: tables.Geometry, pool: InflatePool) -> None:
-        self._sink = sink
+    def __init__(self, geometry: tables.Geometry, pool: InflatePool) -> None:
         self._geometry = geometry
         self._pool = pool
 
-    def inflate(self, mapping: tables.Mapping, data: bytes | memoryview, passed: int) -> None:
-        """Hand over the next cluster, which is compressed. Errors come later.
+    @property
+    def room(self) -> int:
+        """How many compressed clusters are handed over at once at most."""
+        return self._pool.room
+
+    def inflate(self, mapping: tables.Mapping, clusters: Sequence[bytes | memoryview], passed: int) -> None:
+        """Hand over the next clusters, which are compressed, no more than there is room for.
 
         :param passed: bytes of the stream since the cluster before.
         """
-        guest, length = self._place(mapping)
-        self._pool.submit(guest, length, data, passed)
+        size, first, left = self._geometry.cluster_size, mapping.first, self._geometry.virtual_size
+        indexes = mapping.indexes[mapping.next : mapping.next + len(clusters)]
+        self._pool.submit(
+            [
+                (guest := (first + index) * size, min(size, left - guest), data)
+                for index, data in zip(indexes, clusters, strict=True)
+            ],
+            passed,
+        )
 
     def inflate_now(self, mapping: tables.Mapping, data: bytes) -> None:
-        """Inflate and write the next cluster, which is compressed.
+        """Inflate and write the next cluster, which is compressed, before it returns.
 
         :raises ImageRejected: it does not inflate.
         """
@@ -65,13 +76,13 @@ class Output:
         guest, _ = self._place(mapping)
         bitmap = _FULL if mapping.bitmaps is None else mapping.bitmaps[mapping.next]
         if bitmap == _FULL:
-            self._sink.write_pieces(_part(pieces, guest, 0, length))
+            self._pool.place(_part(pieces, guest, 0, length))
             return
         size = self._geometry.cluster_size // 32
         for first, number in tables.subclusters(bitmap):
             begin, stop = first * size, min((first + number) * size, length)
             if begin < stop:
-                self._sink.write_pieces(_part(pieces, guest, begin, stop))
+                self._pool.place(_part(pieces, guest, begin, stop))
 
     def drain(self) -> None:
         """Wait until everything is written. Raises as :meth:`InflatePool.submit`."""
@@ -88,12 +99,14 @@ class Output:
         return guest, min(size, self._geometry.virtual_size - guest)
 
 
-def _part(pieces: Sequence[Piece], guest: int, begin: int, stop: int) -> Iterator[tuple[int, Piece]]:
-    """Yield bytes ``begin`` to ``stop`` of pieces that lie at an offset of the disk, with their offsets."""
+def _part(pieces: Sequence[Piece], guest: int, begin: int, stop: int) -> list[tuple[int, Piece]]:
+    """Return bytes ``begin`` to ``stop`` of pieces that lie at an offset of the disk, with their offsets."""
+    found: list[tuple[int, Piece]] = []
     at = 0
     for data, first, last in pieces:
         ahead = first - at
         low, high = max(begin, at), min(stop, at + last - first)
         if low < high:
-            yield guest + low, (data, ahead + low, ahead + high)
+            found.append((guest + low, (data, ahead + low, ahead + high)))
         at += last - first
+    return found

@@ -49,7 +49,7 @@ class Spill:
         """Keep bytes; offsets only ever grow."""
         if not self._starts or offset != self._end:
             self._starts.append(offset)
-            self._positions.append(self.size)
+            self._positions.append(self._written + len(self._buffer))
         self._buffer += data
         self._end = offset + len(data)
         if len(self._buffer) >= (_WRITE_BUFFER if self._file else _IN_MEMORY):

@@ -7,7 +7,10 @@ Nothing here keeps a Python object per cluster: an image of 256 GiB has four mil
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
+import itertools
+import operator
 import sys
 from array import array
 from bisect import bisect_left
@@ -15,11 +18,16 @@ from collections.abc import Iterator
 
 from imagecache_lib import errors
 from imagecache_lib.formats.qcow2.header import Header
+from imagecache_lib.system.sparse import Buffer
 
 #: Bits 9 to 55 of an L1 entry or of a standard L2 entry: where the table or the cluster lies.
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 COMPRESSED = 1 << 62
 _ZERO = 1
+#: What is usual of the entry of a cluster that is not compressed: its offset, and its zero flag not set.
+_PLAIN = OFFSET_MASK | _ZERO
+#: So many entries of a table are checked at once.
+_CHECKED_AT_ONCE = 2**13
 _SECTOR = 512
 #: Bytes that a stream could ever have; table offsets and L1 indexes then fit one 64-bit key.
 _MAX_FILE = 2**50
@@ -68,6 +76,11 @@ class Geometry:
         """L1 entries that map the disk; those behind map the VM state of a snapshot."""
         return -(-self.clusters // self.l2_entries)
 
+    @property
+    def compressed_mask(self) -> int:
+        """The bits of an L2 entry that say where a compressed cluster starts."""
+        return (1 << (62 - (self.cluster_bits - 8))) - 1
+
     def compressed_range(self, descriptor: int) -> tuple[int, int]:
         """Return where a compressed cluster starts, and the end of the last sector it may use."""
         shift = 62 - (self.cluster_bits - 8)
@@ -78,7 +91,7 @@ class Geometry:
     def start(self, descriptor: int) -> int:
         """Return where a cluster's data starts in the file."""
         if descriptor & COMPRESSED:
-            return descriptor & ((1 << (62 - (self.cluster_bits - 8))) - 1)
+            return descriptor & self.compressed_mask
         return descriptor
 
     def check_table(self, offset: int, what: str) -> None:
@@ -108,7 +121,7 @@ class TableList:
         """Bytes of memory taken."""
         return len(self._keys) * self._keys.itemsize
 
-    def add(self, raw: bytes | bytearray) -> None:
+    def add(self, raw: Buffer) -> None:
         """Take the next entries of the L1 table, in its order.
 
         :raises ImageRejected: one points outside of the file or to the L1 table.
@@ -149,8 +162,20 @@ class TableList:
 
     def overlap(self, start: int, end: int) -> bool:
         """Return whether an L2 table overlaps these bytes of the file."""
-        after = bisect_left(self._keys, -(-end // _SECTOR) << _L1_INDEX_BITS)
+        after = self._after(end)
         return after > 0 and self._offset(after - 1) + self._geometry.cluster_size > start
+
+    def overlapping(self, start: int, end: int) -> list[int]:
+        """Return the offsets of the L2 tables that overlap these bytes of the file, in order."""
+        found, number = [], self._after(end)
+        while number > 0 and (offset := self._offset(number - 1)) + self._geometry.cluster_size > start:
+            found.append(offset)
+            number -= 1
+        return found[::-1]
+
+    def _after(self, end: int) -> int:
+        """Return the number of the first table behind an offset of the file."""
+        return bisect_left(self._keys, -(-end // _SECTOR) << _L1_INDEX_BITS)
 
     def _offset(self, number: int) -> int:
         return (self._keys[number] >> _L1_INDEX_BITS) * _SECTOR
@@ -188,7 +213,7 @@ class Mapping:
                 setattr(self, name, array(values.typecode, map(values.__getitem__, order)))
 
 
-def parse_l2(raw: bytes | bytearray, geometry: Geometry, l1_index: int, tables: TableList) -> Mapping:
+def parse_l2(raw: Buffer, geometry: Geometry, l1_index: int, tables: TableList) -> Mapping:
     """Return what an L2 table maps.
 
     :param tables: all L2 tables of the image, which no data may overlap.
@@ -200,26 +225,96 @@ def parse_l2(raw: bytes | bytearray, geometry: Geometry, l1_index: int, tables: 
         entries, bitmaps = entries[::2], entries[1::2]
     first = l1_index * geometry.l2_entries
     mapping = Mapping(first, geometry.l2_entries > 2**16, geometry.extended)
-    last_start, ordered = 0, True
-    for index, entry in enumerate(entries):
+    for begin in range(0, len(entries), _CHECKED_AT_ONCE):
+        stop = min(begin + _CHECKED_AT_ONCE, len(entries))
+        if bitmaps is None and _add_usual(mapping, entries[begin:stop], begin, geometry, tables):
+            continue
+        if not _add(mapping, entries, bitmaps, range(begin, stop), geometry, tables):
+            break
+    mask = geometry.compressed_mask
+    starts = array("Q", (each & mask if each & COMPRESSED else each for each in mapping.descriptors))
+    if any(map(operator.gt, starts, itertools.islice(starts, 1, None))):
+        mapping.reorder(sorted(range(len(starts)), key=starts.__getitem__))
+    return mapping
+
+
+def _add_usual(
+    mapping: Mapping, entries: array[int], begin: int, geometry: Geometry, tables: TableList
+) -> bool:
+    """Add what some entries of a table map, if they are such that they can be checked all at once.
+
+    Returns False, and adds nothing, if each has to be looked at. Meanwhile no other thread would get on for
+    tens of milliseconds.
+
+    :param begin: position of the first one in the table.
+    """
+    indexes = [index for index, entry in enumerate(entries, begin) if entry]
+    if not indexes:
+        return True
+    # With its zero flag, and without an offset, an entry is not usual.
+    plain = [entry & _PLAIN for entry in entries if entry and not entry & COMPRESSED]
+    mask = geometry.compressed_mask
+    compressed = [entry & mask for entry in entries if entry & COMPRESSED]
+    low = min(min(plain, default=_MAX_FILE), min(compressed, default=_MAX_FILE))
+    end = max(max(plain, default=0) + geometry.cluster_size if plain else 0, max(compressed, default=0) + 1)
+    if (
+        functools.reduce(operator.or_, plain, 0) % geometry.cluster_size
+        or mapping.first + indexes[-1] >= geometry.clusters
+        or low < geometry.cluster_size
+        or end > geometry.file_size
+        or (low < geometry.l1_end and end > geometry.l1_start)
+        or _hit(tables.overlapping(low, end), geometry.cluster_size, plain, compressed)
+    ):
+        return False
+    flags = ~(2 * COMPRESSED)
+    mapping.descriptors.extend(
+        entry & flags if entry & COMPRESSED else entry & _PLAIN for entry in entries if entry
+    )
+    mapping.indexes.extend(indexes)
+    return True
+
+
+def _hit(offsets: list[int], size: int, plain: list[int], compressed: list[int]) -> bool:
+    """Return whether one of some tables lies where clusters begin.
+
+    :param plain: where clusters begin that are not compressed, aligned as tables are.
+    """
+    if not offsets:
+        return False
+    starts = sorted(compressed)
+    return not set(plain).isdisjoint(offsets) or any(
+        bisect_left(starts, offset) < bisect_left(starts, offset + size) for offset in offsets
+    )
+
+
+def _add(
+    mapping: Mapping,
+    entries: array[int],
+    bitmaps: array[int] | None,
+    positions: range,
+    geometry: Geometry,
+    tables: TableList,
+) -> bool:
+    """Add what some entries of a table map. Returns False if the disk ends there.
+
+    :raises ImageRejected: as :func:`parse_l2`.
+    """
+    for index in positions:
+        entry = entries[index]
         if not entry and not (bitmaps and bitmaps[index]):
             continue
         descriptor = _descriptor(entry, bitmaps[index] if bitmaps else None, geometry)
         if not descriptor:
             continue
-        if first + index >= geometry.clusters:
-            break  # behind the disk, where no reader looks
-        start = _check_data(descriptor, first + index, geometry, tables, bitmaps[index] if bitmaps else None)
-        ordered = ordered and start >= last_start
-        last_start = start
+        guest = mapping.first + index
+        if guest >= geometry.clusters:
+            return False  # behind the disk, where no reader looks
+        _check_data(descriptor, guest, geometry, tables, bitmaps[index] if bitmaps else None)
         mapping.descriptors.append(descriptor)
         mapping.indexes.append(index)
         if mapping.bitmaps is not None and bitmaps is not None:
             mapping.bitmaps.append(bitmaps[index])
-    if not ordered:
-        starts = array("Q", map(geometry.start, mapping.descriptors))
-        mapping.reorder(sorted(range(len(starts)), key=starts.__getitem__))
-    return mapping
+    return True
 
 
 def _descriptor(entry: int, bitmap: int | None, geometry: Geometry) -> int:
@@ -245,8 +340,8 @@ def _descriptor(entry: int, bitmap: int | None, geometry: Geometry) -> int:
 
 def _check_data(
     descriptor: int, guest: int, geometry: Geometry, tables: TableList, bitmap: int | None
-) -> int:
-    """Refuse data where none can be; return where it starts."""
+) -> None:
+    """Refuse data where none can be."""
     if descriptor & COMPRESSED:
         start = geometry.start(descriptor)
         # How far it really reaches only inflating tells: its last sector may be another's first.
@@ -261,7 +356,6 @@ def _check_data(
         raise errors.ImageRejected(f"a qcow2 cluster at {start} overlaps the header or the L1 table")
     if tables.overlap(start, checked_end):
         raise errors.ImageRejected(f"a qcow2 cluster at {start} overlaps an L2 table")
-    return start
 
 
 def data_length(geometry: Geometry, guest: int, bitmap: int | None) -> int:
@@ -286,7 +380,7 @@ def subclusters(bitmap: int) -> Iterator[tuple[int, int]]:
         position += ones
 
 
-def big_endian(raw: bytes | bytearray) -> array[int]:
+def big_endian(raw: Buffer) -> array[int]:
     """Return the 64-bit numbers of a table."""
     values = array("Q")
     values.frombytes(raw)

@@ -126,12 +126,17 @@ class Walk:
             self._tails += 1
             keep = self._tails <= _MAX_TAILS
         if keep:
-            start = self._mark
-            for data, first, last in self._window.pieces(start, upto):
-                with memoryview(data) as view, view[first:last] as kept:
-                    self._spill.keep(start, kept)
-                start += last - first
+            self._keep(self._mark, upto)
         self._mark = upto
+
+    def _keep(self, start: int, stop: int) -> None:
+        if stop - start < _SECTOR:
+            data, first, last = self._window.one(start, stop)
+            self._spill.keep(start, data[first:last])
+            return
+        for data, first, last in self._window.pieces(start, stop):
+            self._spill.keep(start, memoryview(data)[first:last])
+            start += last - first
 
     def _taken(self, upto: int) -> None:
         if not self._spill.crowded and upto > self._mark:
@@ -238,29 +243,42 @@ class Walk:
         return 0
 
     def _take_compressed(self, mapping: tables.Mapping, end: int, final: bool) -> int:
-        """Take the mapping's compressed clusters up to whatever else is awaited."""
-        descriptors, limit = mapping.descriptors, self._next_other()
-        needed, began = 0, mapping.next
-        while (
-            mapping.next < len(descriptors) and (descriptor := descriptors[mapping.next]) & tables.COMPRESSED
-        ):
-            start, stop = self._geometry.compressed_range(descriptor)
-            if mapping.next > began and (start >= limit or start >= end):
+        """Take the mapping's compressed clusters up to whatever else is awaited, and up to a batch."""
+        geometry, descriptors = self._geometry, mapping.descriptors
+        limit = min(self._next_other(), end)
+        most = min(len(descriptors), mapping.next + self._output.room)
+        clusters: list[memoryview] = []
+        needed, passed_before = 0, self._tail_end
+        view, low, high = memoryview(b""), 0, 0  # of the chunk that the clusters come from
+        for descriptor in descriptors[mapping.next : most]:
+            if not descriptor & tables.COMPRESSED:
                 break
-            stop = min(stop, self._geometry.file_size)
+            start, stop = geometry.compressed_range(descriptor)
+            if clusters and start >= limit:
+                break
+            stop = min(stop, geometry.file_size)
             if stop > end:
                 if not final:
                     needed = stop
                     break
                 stop = end
-            self._skip(start, start)
-            data, first, last = self._window.one(start, stop)
-            self._output.inflate(mapping, memoryview(data)[first:last], max(stop - self._tail_end, 0))
-            mapping.next += 1
+            if self._tables_known:
+                self._mark = max(self._mark, start)
+            else:
+                self._skip(start, start)
+            if start < low or stop > high:
+                data, first, _last = self._window.one(start, stop)
+                view, low = memoryview(data), start - first
+                high = low + len(data)
+            clusters.append(view[start - low : stop - low])
             # Its last sector may also hold the beginning of another compressed cluster.
             self._tail_end = stop
             self._taken(max(start + 1, (stop - 1) // _SECTOR * _SECTOR))
-        return needed if mapping.next == began else 0
+        if clusters:
+            self._output.inflate(mapping, clusters, max(self._tail_end - passed_before, 0))
+            mapping.next += len(clusters)
+            return 0
+        return needed
 
     def _next_other(self) -> int:
         """Return where in the file that begins which is awaited next beside the first mapping's data."""
@@ -299,7 +317,7 @@ class Walk:
         if not data:
             raise self._missing(self._start_of_next(mapping))
         if len(data) == length:
-            self._output.inflate(mapping, data, length)
+            self._output.inflate(mapping, [data], length)
             return
         # Its last sector went to the cluster that begins there. Most likely what is left is all of it.
         try:
