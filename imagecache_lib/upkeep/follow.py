@@ -53,12 +53,15 @@ Answer = Looked | Nothing | CannotTell
 class Follower:
     """Looks at files. Safe to share between threads.
 
+    :ivar devices: makes looks at block devices in instance directories, apart from the others: what a guest
+        wrote must not hold these up.
     :param limit: seconds that a look may take.
     :param looks: looks at one file, however long that takes, or None to look with stat(2) and open(2).
     """
 
     def __init__(self, limit: float = bounded.LIMIT, *, looks: Callable[[str], Answer] | None = None) -> None:
         self._bounded = Bounded(limit)
+        self.devices = Bounded(limit)
         self._looks = looks or _look
 
     def look(self, path: str) -> Answer:

@@ -11,6 +11,7 @@ import ctypes
 import os
 import pathlib
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from imagecache_lib.store import layout, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep.verify import VerifyReport
+from tests.lab import stale_names
 from tests.support import files, needs, recorded_calls
 from tests.support.cache_case import ID
 
@@ -365,6 +367,43 @@ def test_a_disk_that_is_a_block_device_node_counts(cache: Cache, tmp_path: pathl
         assert cache.base.exists()
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def test_a_block_device_that_does_not_answer_holds_up_no_pass(cache: Cache, tmp_path: pathlib.Path) -> None:
+    """As multipath's does that has lost all paths. Here a loop device is on a file whose server stops."""
+    with contextlib.ExitStack() as stack:
+        (mount,) = stack.enter_context(stale_names.mounted(tmp_path, 1, seconds=1.0))
+        cache.overlay(tmp_path / "served" / "image")
+        command = ["losetup", "--find", "--show", str(mount / "image")]
+        device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        stack.callback(subprocess.run, ["losetup", "--detach", device], check=True)
+        image = os.open(mount / "image", os.O_RDONLY)
+        stack.callback(os.close, image)
+        (cache.instances / "uuid").mkdir()
+        (cache.instances / "uuid" / "disk").symlink_to(device)
+        cache.verify()
+        assert cache.base.exists()
+        (server,) = processes_about(mount)
+        subprocess.run(["blockdev", "--flushbufs", device], check=True)
+        os.posix_fadvise(image, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.kill(server, signal.SIGSTOP)
+        stack.callback(os.kill, server, signal.SIGCONT)
+        begun = time.monotonic()
+        cache.grow_old()
+        (base,) = cache.verify().bases
+        assert f"used by the disk {cache.instances}/uuid/disk" in base.reason, base
+        assert time.monotonic() - begun < 60
+
+
+def processes_about(mount: pathlib.Path) -> list[int]:
+    """Return the ids of the processes that have a path among their arguments."""
+    found = []
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            words = pathlib.Path("/proc", entry, "cmdline").read_bytes().split(b"\0")
+            if entry.isdigit() and os.fsencode(mount) in words:
+                found.append(int(entry))
+    return found
 
 
 def test_a_path_in_a_header_that_does_not_answer_stops_no_pass(cache: Cache, tmp_path: pathlib.Path) -> None:
