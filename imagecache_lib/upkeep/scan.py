@@ -21,7 +21,6 @@ from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.last_scan import Boundary, Identity, SeenDirectory
 from imagecache_lib.system import atomic_file
-from imagecache_lib.system.bounded import Bounded
 from imagecache_lib.system.filesystem_id import FilesystemIds
 from imagecache_lib.system.statx import Statx
 from imagecache_lib.system.trace import TracePoint
@@ -41,6 +40,7 @@ from imagecache_lib.upkeep.facts import (
     Unreadable,
     Unsettled,
 )
+from imagecache_lib.upkeep.follow import Follower
 
 #: Nova's other names for an instance's directory, while it is moved and while it is deleted.
 SUFFIXES = ("", "_resize", "_del", "")
@@ -85,7 +85,7 @@ class Scan:
 
     :param former_roots: disk roots that a former pass read, besides those that are configured.
     :param condense: makes of long texts what matters of them, so that what guests wrote takes no memory.
-    :param devices: reads block devices, or None for one of its own.
+    :param follower: gives up what does not answer, or None for one of its own.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class Scan:
         former_roots: Collection[str] = (),
         *,
         condense: Callable[[tuple[bytes, ...]], tuple[bytes, ...]] = lambda texts: texts,
-        devices: Bounded | None = None,
+        follower: Follower | None = None,
     ) -> None:
         self._host = cache.host
         self._condense = condense
-        self._devices = devices or Bounded()
+        self._follower = follower or Follower()
         self._configured = cache.config.roots
         self._passed_over = cache.config.passed_over
         self._roots = (*self._configured, *(root for root in former_roots if root not in self._configured))
@@ -132,6 +132,9 @@ class Scan:
 
     def _open_root(self, root: str) -> None:
         try:
+            # The server of a disk root may be gone, and whoever asks for it waits for ever.
+            if not self._follower.roots.call(lambda: os.path.isdir(root)):
+                raise OSError(errno.ETIMEDOUT, "it does not answer")
             fd = os.open(root, _OPEN | os.O_DIRECTORY)
         except OSError as error:
             cause = error.strerror or str(error)
@@ -399,7 +402,7 @@ class Scan:
     def _read_device(self, directory: _Directory, name: str, directory_fd: int, inode: int) -> None:
         """Read a block device: it may never answer, as multipath's while it queues for want of a path."""
         path = directory.prefix + name
-        answers = self._devices.call(lambda: _references_at(path))
+        answers = self._follower.devices.call(lambda: _references_at(path))
         answer = answers[0] if answers else OSError(errno.ETIMEDOUT, "it does not answer")
         if isinstance(answer, FileNotFoundError):
             self._again = True

@@ -406,9 +406,9 @@ def processes_about(mount: pathlib.Path) -> list[int]:
     return found
 
 
-def test_a_path_in_a_header_that_does_not_answer_stops_no_pass(cache: Cache, tmp_path: pathlib.Path) -> None:
-    """A guest may have written it into its raw disk."""
-    hung = tmp_path / "hung"
+@contextlib.contextmanager
+def mount_that_does_not_answer(hung: pathlib.Path) -> Iterator[None]:
+    """Mount something at a path, for the body, of which every question is left open."""
     hung.mkdir()
     connection = os.open("/dev/fuse", os.O_RDWR)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -416,6 +416,15 @@ def test_a_path_in_a_header_that_does_not_answer_stops_no_pass(cache: Cache, tmp
     try:
         if libc.mount(b"hung", os.fsencode(hung), b"fuse", 0, options):
             pytest.skip(f"no FUSE here: {os.strerror(ctypes.get_errno())}")
+        yield
+    finally:
+        os.close(connection)  # which ends whoever waits for an answer
+        libc.umount2(os.fsencode(hung), 2)
+
+
+def test_a_path_in_a_header_that_does_not_answer_stops_no_pass(cache: Cache, tmp_path: pathlib.Path) -> None:
+    """A guest may have written it into its raw disk."""
+    with mount_that_does_not_answer(hung := tmp_path / "hung"):
         for instance in ("one", "two"):
             disk = cache.instances / instance / "disk"
             disk.parent.mkdir()
@@ -425,9 +434,38 @@ def test_a_path_in_a_header_that_does_not_answer_stops_no_pass(cache: Cache, tmp
         cache.verify()
         assert not cache.base.exists()
         assert time.monotonic() - begun < 60
-    finally:
-        os.close(connection)  # which ends whoever waits for an answer
-        libc.umount2(os.fsencode(hung), 2)
+
+
+def test_a_disk_root_that_does_not_answer_keeps_everything_and_holds_up_neither_pass_nor_spawn(
+    cache: Cache, tmp_path: pathlib.Path
+) -> None:
+    with mount_that_does_not_answer(hung := tmp_path / "hung"):
+        begun = time.monotonic()
+        (cache.instances / "uuid").mkdir()
+        manager = cache.manager(disk_roots=(str(hung), str(cache.instances)))
+        manager.remove_disk(manager.create_disk(ID, str(cache.instances / "uuid" / "disk")))
+        cache.grow_old()
+        report = cache.verify(disk_roots=(str(cache.instances), str(hung)))
+        assert f"{hung} cannot be read (it does not answer)" in report.problems[0]
+        assert cache.base.exists()
+        assert time.monotonic() - begun < 90
+    cache.verify(disk_roots=(str(cache.instances), str(hung)))
+    assert not cache.base.exists()
+
+
+def test_a_note_of_a_file_on_a_mount_that_does_not_answer_holds_up_no_start(
+    cache: Cache, tmp_path: pathlib.Path
+) -> None:
+    made = "ab" * 16
+    note = cache.base.parent / ".imagecache" / "stage" / f"{made}.outside"
+    with mount_that_does_not_answer(hung := tmp_path / "hung"):
+        note.write_text(str(hung / f".kernel.{made}.new"))
+        files.age(note, seconds=OLD)
+        cache.verify()
+        assert not cache.base.exists()
+        assert note.exists()
+    cache.verify()
+    assert not note.exists()
 
 
 @pytest.mark.parametrize("inode_size", ["128", "256"])
