@@ -84,12 +84,12 @@ def _copied(
         checked.copy_to_store(source, image, store)
     except errors.SourceError as error:
         raise CannotClone(f"{why.cause}; {error.cause}") from error
-    until = host.clock() + config.images_rbd_glance_copy_timeout
+    until = host.monotonic() + config.images_rbd_glance_copy_timeout
     while store not in image.stores:
         call.check()
         if store in str(image.properties.get("os_glance_failed_import", "")).split(","):
             raise CannotClone(f"{why.cause}; copying it into the store {store} failed")
-        if host.clock() >= until:
+        if host.monotonic() >= until:
             raise CannotClone(
                 f"{why.cause}; it was not in the store {store} after"
                 f" {config.images_rbd_glance_copy_timeout} s"

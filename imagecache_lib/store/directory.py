@@ -19,6 +19,7 @@ from imagecache_lib import errors, events
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import evidence, layout, membership, pieces
 from imagecache_lib.system import attributes, durable, names
+from imagecache_lib.system.bounded import Bounded
 from imagecache_lib.system.host import System
 
 LOG = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class CacheStore:
     :ivar host: the machine.
     :ivar observers: told what happens.
     :ivar layout: where everything lies.
+    :ivar elsewhere: makes looks at directories outside of the cache, whose server may be gone.
     """
 
     def __init__(self, config: CacheConfig, host: System, observers: events.Observers | None = None) -> None:
@@ -122,6 +124,7 @@ class CacheStore:
         self.host = host
         self.observers = observers or events.Observers(())
         self.layout = layout.Layout(config.base_path, config.locks_path)
+        self.elsewhere = Bounded()
         self._prepared: _Prepared | None = None
         self._starting = threading.Lock()
         # Records are read for each spawn, and few differ.

@@ -8,7 +8,7 @@ are the cache's own.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from imagecache_lib import errors
 from imagecache_lib.config import CacheConfig
@@ -39,17 +39,14 @@ def check_seen(target: str, config: CacheConfig) -> None:
     real = names.real_directory(directory)
     _refuse_passed_over(target, {directory, real}, config)
     looks = _Looks()
-    roots, own = looks.at(*config.roots), looks.at(*_own_paths(config))
-    # By identity, as the pass does it: a root may be a link, or be mounted in two places.
-    for each in looks.upwards(real):
-        if each in roots:
-            return
-        if each in own:
-            raise errors.BackendError(
-                "the target is in a directory that is the cache's own, where no disk is ever looked for",
-                path=target,
-                next_step="choose an instance directory",
-            )
+    own = looks.at(*_own_paths(config))
+    # Roots whose names are above the target's first: a look at another takes for ever if its server is gone.
+    above = [root for root in config.roots if _is_at_or_below(real, root) or _is_at_or_below(directory, root)]
+    if above and _is_in(looks.upwards(real), looks.at(*above), own, target):
+        return
+    roots = looks.at(*config.roots)
+    if _is_in(looks.upwards(real), roots, own, target):
+        return
     # The pass follows links, so that what the target's path says counts too, where it means what it says.
     if os.pardir not in directory.split("/") and any(each in roots for each in looks.upwards(directory)):
         return
@@ -62,10 +59,37 @@ def check_seen(target: str, config: CacheConfig) -> None:
     )
 
 
+def _is_in(upwards: Iterable[_Identity], roots: set[_Identity], own: set[_Identity], target: str) -> bool:
+    """Whether a directory is a disk root, or below one.
+
+    By identity, as the pass does it: a root may be a link, or be mounted in two places.
+
+    :param upwards: the directory, and every one above it.
+    :param own: the directories that hold no disks.
+    :raises BackendError: it is below one of these.
+    """
+    for each in upwards:
+        if each in roots:
+            return True
+        if each in own:
+            raise errors.BackendError(
+                "the target is in a directory that is the cache's own, where no disk is ever looked for",
+                path=target,
+                next_step="choose an instance directory",
+            )
+    return False
+
+
+def _is_at_or_below(path: str, root: str) -> bool:
+    return f"{path}/".startswith(root.rstrip("/") + "/")
+
+
 def is_below_roots(path: str, config: CacheConfig) -> bool:
     """Whether a file lies below a disk root, and not only behind a link that lies there."""
-    real = os.path.realpath(os.path.dirname(path)) + "/"
-    return any(real.startswith(os.path.realpath(root).rstrip("/") + "/") for root in config.roots)
+    real = os.path.realpath(os.path.dirname(path))
+    if any(_is_at_or_below(real, root) for root in config.roots):
+        return True  # without a look at the others, which may not answer
+    return any(_is_at_or_below(real, os.path.realpath(root)) for root in config.roots)
 
 
 def notes_for(target: str, config: CacheConfig) -> str:

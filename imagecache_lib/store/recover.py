@@ -230,6 +230,8 @@ def _sweep_outside(cache: CacheStore, observers: events.Observers, now: float) -
             path = os.fsdecode(data or b"")
             named = os.path.basename(path).endswith(f".{entry.removesuffix(atomic_file.NOTE_SUFFIX)}.new")
             if os.path.isabs(path) and named:
+                if not cache.elsewhere.call(lambda path=path: os.path.lexists(path)):  # type: ignore[misc]
+                    continue  # it is on a mount that does not answer
                 if sweep_if_dead(path, cache, now):
                     observers(events.Recovered(os.path.basename(path), what="an unfinished file is removed"))
                 # A directory that is not there now may be on a filesystem that is not mounted.

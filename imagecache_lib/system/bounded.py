@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -26,6 +27,7 @@ class Bounded:
         self._limit = limit
         self._lock = threading.Lock()
         self._given_up: threading.Thread | None = None
+        self._process = os.getpid()
 
     @property
     def is_stuck(self) -> bool:
@@ -37,6 +39,9 @@ class Bounded:
 
         Returns an empty list if it raised, or did not return within the limit.
         """
+        if self._process != os.getpid():
+            # Who held the lock as this process was forked is not here to give it back.
+            self._lock, self._given_up, self._process = threading.Lock(), None, os.getpid()
         with self._lock:
             if self.is_stuck:
                 return []

@@ -17,6 +17,9 @@ from imagecache_lib.system import bounded
 from imagecache_lib.system.bounded import Bounded
 from imagecache_lib.upkeep import headers
 
+#: How long a look at a disk root may take, in seconds: a file server that is busy is not one that is gone.
+_ROOTS_LIMIT = 30.0
+
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -53,12 +56,17 @@ Answer = Looked | Nothing | CannotTell
 class Follower:
     """Looks at files. Safe to share between threads.
 
+    :ivar devices: makes looks at block devices in instance directories, apart from the others: what a guest
+        wrote must not hold these up.
+    :ivar roots: makes looks at disk roots, likewise.
     :param limit: seconds that a look may take.
     :param looks: looks at one file, however long that takes, or None to look with stat(2) and open(2).
     """
 
     def __init__(self, limit: float = bounded.LIMIT, *, looks: Callable[[str], Answer] | None = None) -> None:
         self._bounded = Bounded(limit)
+        self.devices = Bounded(limit)
+        self.roots = Bounded(_ROOTS_LIMIT)
         self._looks = looks or _look
 
     def look(self, path: str) -> Answer:

@@ -67,7 +67,7 @@ def collect(
     report = instances if instances is not None else last.report or ()
     wanted = Names(names)
     former = [root for root in last.roots if root not in cache.config.roots]
-    found = Scan(cache, former, condense=wanted.condense).run(report)
+    found = Scan(cache, former, condense=wanted.condense, follower=follower).run(report)
     disks = Disks(cache, found, last, report, names=wanted, follower=follower)
     targets = dict(_files_of(cache, names))
     users: dict[str, str] = {}

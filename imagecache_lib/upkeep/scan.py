@@ -40,6 +40,7 @@ from imagecache_lib.upkeep.facts import (
     Unreadable,
     Unsettled,
 )
+from imagecache_lib.upkeep.follow import Follower
 
 #: Nova's other names for an instance's directory, while it is moved and while it is deleted.
 SUFFIXES = ("", "_resize", "_del", "")
@@ -52,6 +53,9 @@ _MOST_ROUNDS = 64
 _GRANULARITY = 2 * 10**9
 
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+
+#: What a node says whose device is not there.
+_NO_DEVICE = (errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM)
 
 
 class _Directory:
@@ -80,6 +84,7 @@ class Scan:
 
     :param former_roots: disk roots that a former pass read, besides those that are configured.
     :param condense: makes of long texts what matters of them, so that what guests wrote takes no memory.
+    :param follower: gives up what does not answer, or None for one of its own.
     """
 
     def __init__(
@@ -88,9 +93,11 @@ class Scan:
         former_roots: Collection[str] = (),
         *,
         condense: Callable[[tuple[bytes, ...]], tuple[bytes, ...]] = lambda texts: texts,
+        follower: Follower | None = None,
     ) -> None:
         self._host = cache.host
         self._condense = condense
+        self._follower = follower or Follower()
         self._configured = cache.config.roots
         self._passed_over = cache.config.passed_over
         self._roots = (*self._configured, *(root for root in former_roots if root not in self._configured))
@@ -124,6 +131,9 @@ class Scan:
 
     def _open_root(self, root: str) -> None:
         try:
+            # The server of a disk root may be gone, and whoever asks for it waits for ever.
+            if not self._follower.roots.call(lambda: os.path.isdir(root)):
+                raise OSError(errno.ETIMEDOUT, "it does not answer")
             fd = os.open(root, _OPEN | os.O_DIRECTORY)
         except OSError as error:
             cause = error.strerror or str(error)
@@ -280,7 +290,7 @@ class Scan:
                 elif entry.is_symlink():
                     self._read_link(directory, name, fd, inode, inner)
                 elif stat.S_ISBLK(entry.stat(follow_symlinks=False).st_mode):
-                    self._read_file(directory, name, fd, inode)
+                    self._read_device(directory, name, fd, inode)
         if entries != before and directory.listed:
             self._again = True
         directory.entries, directory.listed = entries, True
@@ -366,7 +376,8 @@ class Scan:
         elif stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
             # Nothing else is opened: opening alone does something to some devices.
             self._facts.append(LinkedFile(path, directory.seen, (status.st_dev, status.st_ino), inode))
-            self._read_file(directory, name, directory_fd, inode)
+            read = self._read_device if stat.S_ISBLK(status.st_mode) else self._read_file
+            read(directory, name, directory_fd, inode)
 
     def _read_file(self, directory: _Directory, name: str, directory_fd: int, inode: int) -> None:
         """Read a file. Most are no overlay, and cost an open, a read and a close."""
@@ -387,12 +398,24 @@ class Scan:
             self._again = True  # it may have another name now, which the listing missed
             return
         except OSError as error:
-            if error.errno not in (errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM):  # a device that is not there
-                self._unreadable_file(directory, name, directory_fd, inode, error)
+            self._unreadable_file(directory, name, directory_fd, inode, error)
             return
         if references:
             path = directory.prefix + name
             self._facts.append(Overlay(path, directory.seen, references, inode, born))
+
+    def _read_device(self, directory: _Directory, name: str, directory_fd: int, inode: int) -> None:
+        """Read a block device: it may never answer, as multipath's while it queues for want of a path."""
+        path = directory.prefix + name
+        answers = self._follower.devices.call(lambda: _references_at(path))
+        answer = answers[0] if answers else OSError(errno.ETIMEDOUT, "it does not answer")
+        if isinstance(answer, FileNotFoundError):
+            self._again = True
+        elif isinstance(answer, OSError):
+            if answer.errno not in _NO_DEVICE:
+                self._unreadable_file(directory, name, directory_fd, inode, answer)
+        elif references := self._condense(answer):
+            self._facts.append(Overlay(path, directory.seen, references, directory.formats, inode, 0))
 
     # -- what cannot be read -------------------------------------------------------------------------
 
@@ -417,6 +440,19 @@ class Scan:
         rights = (os.R_OK, os.W_OK, os.X_OK)
         foreign = owner != os.geteuid() and not any(os.access(path, right) for right in rights)
         self._facts.append(Unreadable(path, error.strerror or str(error), True, foreign=foreign))
+
+
+def _references_at(path: str) -> tuple[bytes, ...] | OSError:
+    """Return the texts in the header of a block device that may name another file, or why it is not read."""
+    try:
+        fd = os.open(path, _OPEN)
+        try:
+            head = headers.read_head(fd) if stat.S_ISBLK(os.fstat(fd).st_mode) else b""
+            return headers.references(fd, head) if head else ()
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return error
 
 
 def directory_names(instance: model.Instance) -> Iterator[str]:

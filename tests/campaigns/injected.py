@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An error of each kind from each system call of each public call, injected by strace.
+"""An error of each kind from each system call of each public call, injected by strace, or a SIGKILL at it.
 
 Only the library's errors may leave the public API, no descriptor may stay open, and afterwards every promise
 holds, as after a crash: :meth:`tests.campaigns.crashes.World.check` looks.
@@ -14,6 +14,7 @@ import pathlib
 import random
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import traceback
@@ -72,6 +73,17 @@ FAULTS: Mapping[str, tuple[str, ...]] = {
     "pipe2": ("EMFILE",),
     "memfd_create": ("EMFILE",),
 }
+
+#: What stands for an error where the process, or the program that it runs, is killed before the call.
+KILL = "SIGKILL"
+
+#: Calls that read, open or change something: a crash anywhere else is one before the next of these.
+_KILLED_AT = frozenset(
+    (
+        *("openat", "read", "write", "pwrite64", "pwritev2", "ftruncate", "fsync", "fdatasync", "rename"),
+        *("renameat2", "link", "linkat", "unlink", "rmdir", "mkdir", "fsetxattr", "fchmod", "utimensat"),
+    )
+)
 
 _OVERLAY = Disk("disk", A, "qcow2")
 
@@ -138,6 +150,11 @@ SCENES: Mapping[str, Scene] = {
     "reuse": Scene(crashes.SCENES["evict what is in use"].prepare, _reuse),
     "ensure a backing file": Scene(_lost_its_base, _ensure),
     "grow, flatten, remove": Scene(_about_to_change, _grow),
+    "prune": Scene(crashes.SCENES["the pass"].prepare, lambda world: world.manager().prune([])),
+    "forget disks": Scene(
+        crashes.SCENES["the pass"].prepare,
+        lambda world: world.manager().forget_disks(str(world.instances)),
+    ),
     "swap": Scene(
         crashes.SCENES["publish"].prepare,
         lambda world: world.manager().create_swap(str(world.instance / "disk.swap"), size_mb=1),
@@ -172,17 +189,25 @@ def faults(name: str) -> Iterator[tuple[str, str, int, str]]:
                 yield name, call, number, fault
 
 
+def kills(name: str) -> Iterator[tuple[str, str, int, str]]:
+    """Yield every place at which a scene is killed, as a fault."""
+    for call, count in sorted(count_calls(SCENES[name]).items()):
+        if call in _KILLED_AT:
+            yield from ((name, call, number, KILL) for number in range(1, count + 1))
+
+
 def inject(name: str, call: str, number: int, fault: str) -> str | None:
-    """Inject one error. Returns what is wrong, or None."""
+    """Inject one error, or kill. Returns what is wrong, or None."""
     scene = SCENES[name]
     with world_of(scene) as world, tempfile.NamedTemporaryFile("r", encoding="utf-8") as said:
         options = ["-o", os.devnull, "-e", "signal=none", "-e", f"trace={call}"]
-        options += ["-e", f"inject={call}:error={fault}:when={number}"]
+        what = f"signal={KILL}" if fault == KILL else f"error={fault}"
+        options += ["-e", f"inject={call}:{what}:when={number}"]
         try:
             status = attached(lambda: run(scene, world, said.name), options)
         except subprocess.TimeoutExpired:
             return "it hangs"
-        if status not in (FINE, REFUSED):
+        if status not in (FINE, REFUSED) and (fault, status) != (KILL, -signal.SIGKILL):
             return said.read() or f"it ended with {status}"
         if name == "swap":
             return None
@@ -245,11 +270,14 @@ def warm_up(name: str) -> None:
         scene.run(world)
 
 
-def chosen(count: int, chance: random.Random) -> list[tuple[str, str, int, str]]:
-    """Return so many faults at random, of a few scenes."""
+def chosen(count: int, chance: random.Random, *, killed: bool = False) -> list[tuple[str, str, int, str]]:
+    """Return so many faults at random, of a few scenes.
+
+    :param killed: kills, and no errors.
+    """
     found = []
     for name in chance.sample(sorted(SCENES), min(8, len(SCENES))):
         warm_up(name)
-        every = list(faults(name))
+        every = list(kills(name) if killed else faults(name))
         found += chance.sample(every, min(len(every), count // 8))
     return found

@@ -34,3 +34,17 @@ def test_an_error_of_any_system_call_is_the_librarys_and_does_no_harm() -> None:
                 wrong.append(f"{fault}: {found}")
     print(f"{count} errors injected, {len(wrong)} did harm, seed {SEED}")  # noqa: T201
     assert not wrong, "\n\n".join(wrong[:10])
+
+
+@pytest.mark.campaign
+def test_a_kill_at_any_system_call_does_no_harm() -> None:
+    needs.root()
+    if campaign.WHOLE:
+        for name in injected.SCENES:
+            injected.warm_up(name)
+        places = [place for name in injected.SCENES for place in injected.kills(name)]
+    else:
+        places = injected.chosen(16, random.Random(SEED), killed=True)
+    wrong = [f"{place}: {found}" for place in places if (found := injected.inject(*place)) is not None]
+    print(f"{len(places)} kills, {len(wrong)} did harm, seed {SEED}")  # noqa: T201
+    assert not wrong, "\n\n".join(wrong[:10])

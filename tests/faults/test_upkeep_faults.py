@@ -11,6 +11,7 @@ import ctypes
 import os
 import pathlib
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from imagecache_lib.store import layout, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep.verify import VerifyReport
+from tests.lab import stale_names
 from tests.support import files, needs, recorded_calls
 from tests.support.cache_case import ID
 
@@ -367,9 +369,46 @@ def test_a_disk_that_is_a_block_device_node_counts(cache: Cache, tmp_path: pathl
         subprocess.run(["losetup", "--detach", device], check=True)
 
 
-def test_a_path_in_a_header_that_does_not_answer_stops_no_pass(cache: Cache, tmp_path: pathlib.Path) -> None:
-    """A guest may have written it into its raw disk."""
-    hung = tmp_path / "hung"
+def test_a_block_device_that_does_not_answer_holds_up_no_pass(cache: Cache, tmp_path: pathlib.Path) -> None:
+    """As multipath's does that has lost all paths. Here a loop device is on a file whose server stops."""
+    with contextlib.ExitStack() as stack:
+        (mount,) = stack.enter_context(stale_names.mounted(tmp_path, 1, seconds=1.0))
+        cache.overlay(tmp_path / "served" / "image")
+        command = ["losetup", "--find", "--show", str(mount / "image")]
+        device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        stack.callback(subprocess.run, ["losetup", "--detach", device], check=True)
+        image = os.open(mount / "image", os.O_RDONLY)
+        stack.callback(os.close, image)
+        (cache.instances / "uuid").mkdir()
+        (cache.instances / "uuid" / "disk").symlink_to(device)
+        cache.verify()
+        assert cache.base.exists()
+        (server,) = processes_about(mount)
+        subprocess.run(["blockdev", "--flushbufs", device], check=True)
+        os.posix_fadvise(image, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.kill(server, signal.SIGSTOP)
+        stack.callback(os.kill, server, signal.SIGCONT)
+        begun = time.monotonic()
+        cache.grow_old()
+        (base,) = cache.verify().bases
+        assert f"used by the disk {cache.instances}/uuid/disk" in base.reason, base
+        assert time.monotonic() - begun < 60
+
+
+def processes_about(mount: pathlib.Path) -> list[int]:
+    """Return the ids of the processes that have a path among their arguments."""
+    found = []
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            words = pathlib.Path("/proc", entry, "cmdline").read_bytes().split(b"\0")
+            if entry.isdigit() and os.fsencode(mount) in words:
+                found.append(int(entry))
+    return found
+
+
+@contextlib.contextmanager
+def mount_that_does_not_answer(hung: pathlib.Path) -> Iterator[None]:
+    """Mount something at a path, for the body, of which every question is left open."""
     hung.mkdir()
     connection = os.open("/dev/fuse", os.O_RDWR)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -377,6 +416,15 @@ def test_a_path_in_a_header_that_does_not_answer_stops_no_pass(cache: Cache, tmp
     try:
         if libc.mount(b"hung", os.fsencode(hung), b"fuse", 0, options):
             pytest.skip(f"no FUSE here: {os.strerror(ctypes.get_errno())}")
+        yield
+    finally:
+        os.close(connection)  # which ends whoever waits for an answer
+        libc.umount2(os.fsencode(hung), 2)
+
+
+def test_a_path_in_a_header_that_does_not_answer_stops_no_pass(cache: Cache, tmp_path: pathlib.Path) -> None:
+    """A guest may have written it into its raw disk."""
+    with mount_that_does_not_answer(hung := tmp_path / "hung"):
         for instance in ("one", "two"):
             disk = cache.instances / instance / "disk"
             disk.parent.mkdir()
@@ -386,9 +434,38 @@ def test_a_path_in_a_header_that_does_not_answer_stops_no_pass(cache: Cache, tmp
         cache.verify()
         assert not cache.base.exists()
         assert time.monotonic() - begun < 60
-    finally:
-        os.close(connection)  # which ends whoever waits for an answer
-        libc.umount2(os.fsencode(hung), 2)
+
+
+def test_a_disk_root_that_does_not_answer_keeps_everything_and_holds_up_neither_pass_nor_spawn(
+    cache: Cache, tmp_path: pathlib.Path
+) -> None:
+    with mount_that_does_not_answer(hung := tmp_path / "hung"):
+        begun = time.monotonic()
+        (cache.instances / "uuid").mkdir()
+        manager = cache.manager(disk_roots=(str(hung), str(cache.instances)))
+        manager.remove_disk(manager.create_disk(ID, str(cache.instances / "uuid" / "disk")))
+        cache.grow_old()
+        report = cache.verify(disk_roots=(str(cache.instances), str(hung)))
+        assert f"{hung} cannot be read (it does not answer)" in report.problems[0]
+        assert cache.base.exists()
+        assert time.monotonic() - begun < 90
+    cache.verify(disk_roots=(str(cache.instances), str(hung)))
+    assert not cache.base.exists()
+
+
+def test_a_note_of_a_file_on_a_mount_that_does_not_answer_holds_up_no_start(
+    cache: Cache, tmp_path: pathlib.Path
+) -> None:
+    made = "ab" * 16
+    note = cache.base.parent / ".imagecache" / "stage" / f"{made}.outside"
+    with mount_that_does_not_answer(hung := tmp_path / "hung"):
+        note.write_text(str(hung / f".kernel.{made}.new"))
+        files.age(note, seconds=OLD)
+        cache.verify()
+        assert not cache.base.exists()
+        assert note.exists()
+    cache.verify()
+    assert not note.exists()
 
 
 @pytest.mark.parametrize("inode_size", ["128", "256"])

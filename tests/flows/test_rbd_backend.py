@@ -75,6 +75,7 @@ class RbdCase(unittest.TestCase):
     def setUp(self) -> None:
         self.directory = self.enterContext(tempfile.TemporaryDirectory())
         self.now = 1_000_000.0
+        self.ticks = 5.0
         self.cluster = FakeCluster(FSID, clock=lambda: self.now)
         self.cluster.create(RbdName("images", "image"), len(DATA))
         self.cluster.fill(RbdName("images", "image"), [(0, DATA)])
@@ -85,6 +86,7 @@ class RbdCase(unittest.TestCase):
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
         self.now += seconds
+        self.ticks += seconds
 
     def manager(self, source: FakeSource, **config: object) -> ImageCacheManager:
         complete = CacheConfig(
@@ -92,7 +94,7 @@ class RbdCase(unittest.TestCase):
             images_rbd_pool="vms",
             **config,  # type: ignore[arg-type]
         )
-        host = System(name="here", clock=lambda: self.now, sleep=self.sleep)
+        host = System(name="here", clock=lambda: self.now, monotonic=lambda: self.ticks, sleep=self.sleep)
         backend = rbd.RbdBackend(complete, host, self.cluster)
         return ImageCacheManager(complete, source, backend, host=host, observers=[self.seen.append])
 
@@ -257,6 +259,18 @@ class TestCopyingIntoTheStore(RbdCase):
         self.assertEqual(600, sum(self.slept))
         self.assertIn("after 600 s", self.reasons()[0])
         self.assertEqual(DATA, self.read("vm_disk"))
+
+    def test_a_clock_that_is_set_back_does_not_prolong_the_wait(self) -> None:
+        source = self.source(looks=1000)
+        slept = self.sleep
+
+        def sleep(seconds: float) -> None:
+            slept(seconds)
+            self.now = 0.0
+
+        self.sleep = sleep  # type: ignore[method-assign]
+        self.create(source)
+        self.assertEqual(600, sum(self.slept))
 
     def test_a_copy_that_fails_is_given_up_at_once(self) -> None:
         self.create(self.source(fails=True))
