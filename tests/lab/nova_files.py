@@ -159,6 +159,20 @@ class FilesCase(test.NoDBTestCase):
         left = [each for each in os.listdir(self.bases) if "." in each]
         self.assertEqual([".imagecache"], left)
 
+    def stand_in_for_ssh(self, directory, paths="*"):
+        """Let ``ssh ... -- HOST cat PATH`` read a file of that name in a directory.
+
+        :param paths: a pattern of the shell's for the paths that are there.
+        """
+        script = self.directory / "bin/ssh"
+        script.parent.mkdir()
+        found = f'{paths}) exec cat "{directory}/$(basename "$each")";;'
+        script.write_text(f'#!/bin/sh\nfor each; do :; done\ncase "$each" in {found} esac\nexit 1\n')
+        script.chmod(0o755)
+        before = os.environ["PATH"]
+        self.addCleanup(os.environ.__setitem__, "PATH", before)
+        os.environ["PATH"] = f"{script.parent}:{before}"
+
 
 class Qcow2Disks(FilesCase):
     def test_a_spawn_makes_every_kind_of_disk(self):
@@ -324,16 +338,6 @@ class Qcow2Disks(FilesCase):
         again = self.instance(none, uuid="6d1a3a0e-1111-4000-8000-000000000001")
         self.assertRaises(exception.NovaException, self.create, again, fallback_from_host="elsewhere")
         self.assert_nothing_in_flight()
-
-    def stand_in_for_ssh(self, directory):
-        """Let ``ssh ... -- HOST cat PATH`` read a file of that name in a directory."""
-        script = self.directory / "bin/ssh"
-        script.parent.mkdir()
-        script.write_text(f'#!/bin/sh\nfor each; do :; done\nexec cat "{directory}/$(basename "$each")"\n')
-        script.chmod(0o755)
-        before = os.environ["PATH"]
-        self.addCleanup(os.environ.__setitem__, "PATH", before)
-        os.environ["PATH"] = f"{script.parent}:{before}"
 
 
 class FlatDisks(FilesCase):

@@ -110,6 +110,22 @@ class Situations(FilesCase):
         self.create(self.instance(uuid="6d1a3a0e-1111-4000-8000-000000000001"))
         self.assertTrue((self.instances / "_elsewhere" / self.base().name).exists())
 
+    def test_what_glance_lost_comes_from_the_directory_that_the_other_host_has_it_in(self):
+        """Where the directory's name has the host's address in it, as in ``_base_$my_ip``."""
+        self.flags(subdirectory_name="_base_theirs", group="image_cache")
+        self.reload()
+        instance = self.instance()
+        made = self.create(instance)
+        theirs = self.directory / "theirs"
+        (self.instances / "_base_theirs").rename(theirs)
+        right = self.glance.answer
+        self.glance.answer = lambda seen: Answer(status=404) if ROOT in seen.path else right(seen)
+        self.stand_in_for_ssh(theirs, "*/_base_theirs/*")
+        self.flags(subdirectory_name="_base_ours", group="image_cache")
+        self.reload()
+        self.create(instance, fallback_from_host="elsewhere")
+        self.assertEqual(raw_disk(), content(made / "disk")[: 8 * MIB])
+
     def test_guests_of_windows_and_of_nothing_in_particular_get_their_filesystems(self):
         for number, (os_type, filesystem) in enumerate((("windows", "ntfs"), (None, "vfat"))):
             uuid = f"6d1a3a0e-1111-4000-8000-00000000000{number}"
