@@ -23,6 +23,9 @@ from imagecache_lib.backends.ceph import Busy, Denied, Missing, RbdImage, RbdNam
 #: Bytes that are read at once: rbd's own default object size.
 _CHUNK = 4 * 2**20
 
+#: How a configuration says that there is no limit: a number of seconds, in later releases with its unit.
+_NO_LIMIT = re.compile(r"0*(\.0*)?\s*[a-z]*")
+
 #: Writes in flight while an image is filled: enough to keep several OSDs busy.
 _IN_FLIGHT = 8
 
@@ -181,7 +184,7 @@ class LibrbdCluster:
             # connect() has a parameter for that and ignores it: the bindings' rados.pyx.
             for option in ("client_mount_timeout", "rados_mon_op_timeout"):
                 cluster.conf_set(option, str(self._connect_timeout))
-            if not float(cluster.conf_get("rados_osd_op_timeout") or 0):
+            if _NO_LIMIT.fullmatch(cluster.conf_get("rados_osd_op_timeout") or ""):
                 cluster.conf_set("rados_osd_op_timeout", str(self._op_timeout))
             cluster.connect()
         except _rados().Error as error:

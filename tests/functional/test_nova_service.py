@@ -148,7 +148,7 @@ def test_an_aggregate_has_images_before_anybody_boots_them(cloud: Cloud) -> None
 
 def test_a_guest_keeps_its_disk_through_all_that_is_done_to_it(cloud: Cloud) -> None:
     image, rescue, client = cloud.image("KEPT"), cloud.image("RESCUE"), cloud.client
-    guest = client.boot(image, client.flavor(disk=1, swap=8, ephemeral=1))
+    guest = client.boot(image, client.flavor(disk=1, swap=8, ephemeral=1), config_drive=True)
     client.says(guest, "KEPT BOOT 0")
     client.act(guest, "reboot", {"type": "HARD"}, until="ACTIVE")
     client.says(guest, "KEPT BOOT 1")
@@ -167,7 +167,9 @@ def test_a_guest_keeps_its_disk_through_all_that_is_done_to_it(cloud: Cloud) -> 
     client.says(guest, "KEPT BOOT 4")
     assert (cloud.downloads(image), cloud.downloads(rescue)) == (1, 1)
     client.act(guest, "os-stop", until="SHUTOFF")
-    for path in cloud.disks(guest):
+    drive, *disks = sorted(cloud.disks(guest), key=lambda path: path.name != "disk.config")
+    assert b"meta_data.json" in drive.read_bytes()
+    for path in disks:
         subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", path], check=True)
 
 

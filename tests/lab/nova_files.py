@@ -52,11 +52,13 @@ def image_info(path):
     return json.loads(output("qemu-img", "info", "-U", "--output=json", path))
 
 
-def content(path, format="qcow2"):
+def content(path, format="qcow2", length=8 * MIB):
+    """Return what a guest reads at the start of a disk, where the images of the tests are."""
     with tempfile.TemporaryDirectory() as directory:
         flat = pathlib.Path(directory) / "flat"
         subprocess.run(["qemu-img", "convert", "-U", "-f", format, "-O", "raw", path, flat], check=True)
-        return flat.read_bytes()
+        with flat.open("rb") as file:
+            return file.read(length)
 
 
 class FilesCase(test.NoDBTestCase):
@@ -159,6 +161,20 @@ class FilesCase(test.NoDBTestCase):
         left = [each for each in os.listdir(self.bases) if "." in each]
         self.assertEqual([".imagecache"], left)
 
+    def stand_in_for_ssh(self, directory, paths="*"):
+        """Let ``ssh ... -- HOST cat PATH`` read a file of that name in a directory.
+
+        :param paths: a pattern of the shell's for the paths that are there.
+        """
+        script = self.directory / "bin/ssh"
+        script.parent.mkdir()
+        found = f'{paths}) exec cat "{directory}/$(basename "$each")";;'
+        script.write_text(f'#!/bin/sh\nfor each; do :; done\ncase "$each" in {found} esac\nexit 1\n')
+        script.chmod(0o755)
+        before = os.environ["PATH"]
+        self.addCleanup(os.environ.__setitem__, "PATH", before)
+        os.environ["PATH"] = f"{script.parent}:{before}"
+
 
 class Qcow2Disks(FilesCase):
     def test_a_spawn_makes_every_kind_of_disk(self):
@@ -175,7 +191,7 @@ class Qcow2Disks(FilesCase):
             self.assertEqual(("qcow2", size), (found["format"], found["virtual-size"]))
             self.assertEqual(str(self.bases / base), found["full-backing-filename"])
             self.assertEqual("raw", found["backing-filename-format"])
-        self.assertEqual(raw_disk(), content(made / "disk")[: 8 * MIB])
+        self.assertEqual(raw_disk(), content(made / "disk"))
         self.assertEqual("qcow2", json.loads((made / "disk.info").read_text())[str(made / "disk")])
 
     def test_several_ephemeral_disks_have_what_was_asked_for(self):
@@ -220,7 +236,7 @@ class Qcow2Disks(FilesCase):
         self.create(instance, suffix=".rescue", images=images)
         self.assertEqual(raw_disk(2), content(made / "disk.rescue"))
         self.assertEqual(b"kernel" * 1000, (made / "kernel.rescue").read_bytes())
-        self.assertEqual(raw_disk(), content(made / "disk")[: 8 * MIB])
+        self.assertEqual(raw_disk(), content(made / "disk"))
 
     def test_a_resize_grows_the_root_disk(self):
         instance = self.instance()
@@ -253,12 +269,12 @@ class Qcow2Disks(FilesCase):
             }
             for name in ("disk", "disk.local", "disk.swap")
         ]
-        before = {name: content(made / name)[: 8 * MIB] for name in ("disk", "disk.swap")}
+        before = {name: content(made / name) for name in ("disk", "disk.swap")}
         for path in list(self.bases.iterdir()):
             if path.is_file():
                 path.unlink()
         self.driver._create_images_and_backing(self.context, instance, str(made), disks)
-        self.assertEqual(before, {name: content(made / name)[: 8 * MIB] for name in ("disk", "disk.swap")})
+        self.assertEqual(before, {name: content(made / name) for name in ("disk", "disk.swap")})
         subprocess.run(["qemu-img", "check", "-q", made / "disk.local"], check=True)
 
     def test_a_block_migration_makes_the_disks_that_will_be_filled(self):
@@ -300,7 +316,7 @@ class Qcow2Disks(FilesCase):
         instance.system_metadata["image_base_image_ref"] = ROOT
         made = self.create(instance)
         self.assertEqual(str(self.base()), image_info(made / "disk")["full-backing-filename"])
-        self.assertEqual(snapshot, content(made / "disk")[: 8 * MIB])
+        self.assertEqual(snapshot, content(made / "disk"))
         self.assertEqual([], list((self.bases / ".imagecache/pins").rglob("*.json")))
 
     def test_an_unshelved_disk_whose_image_is_gone_stands_alone(self):
@@ -308,7 +324,7 @@ class Qcow2Disks(FilesCase):
         instance.system_metadata["image_base_image_ref"] = "6d1a3a0e-0000-4000-8000-0000000000ff"
         made = self.create(instance)
         self.assertNotIn("full-backing-filename", image_info(made / "disk"))
-        self.assertEqual(raw_disk(2), content(made / "disk")[: 8 * MIB])
+        self.assertEqual(raw_disk(2), content(made / "disk"))
         self.assertEqual([], list((self.bases / ".imagecache/pins").rglob("*.json")))
 
     def test_another_hosts_cache_has_what_glance_lost(self):
@@ -318,22 +334,12 @@ class Qcow2Disks(FilesCase):
         (theirs / imagecache.get_cache_fname(gone)).write_bytes(raw_disk(3))
         self.stand_in_for_ssh(theirs)
         made = self.create(self.instance(gone), fallback_from_host="elsewhere")
-        self.assertEqual(raw_disk(3), content(made / "disk")[: 8 * MIB])
+        self.assertEqual(raw_disk(3), content(made / "disk"))
         # Where that host lacks it too, it is Glance's answer that counts.
         none = "6d1a3a0e-0000-4000-8000-0000000000fe"
         again = self.instance(none, uuid="6d1a3a0e-1111-4000-8000-000000000001")
         self.assertRaises(exception.NovaException, self.create, again, fallback_from_host="elsewhere")
         self.assert_nothing_in_flight()
-
-    def stand_in_for_ssh(self, directory):
-        """Let ``ssh ... -- HOST cat PATH`` read a file of that name in a directory."""
-        script = self.directory / "bin/ssh"
-        script.parent.mkdir()
-        script.write_text(f'#!/bin/sh\nfor each; do :; done\nexec cat "{directory}/$(basename "$each")"\n')
-        script.chmod(0o755)
-        before = os.environ["PATH"]
-        self.addCleanup(os.environ.__setitem__, "PATH", before)
-        os.environ["PATH"] = f"{script.parent}:{before}"
 
 
 class FlatDisks(FilesCase):

@@ -21,7 +21,7 @@ from typing import Any
 import requests
 
 import imagecache_lib
-from tests.lab import bindings, environment, neutron, nova_ssh, server
+from tests.lab import bindings, environment, neutron, nova_programs, server
 from tests.lab.glance import Glance
 from tests.lab.libvirt import Libvirt
 from tests.lab.mariadb import MariaDb
@@ -256,7 +256,7 @@ def running_nova(
     instances.chmod(0o755)
     for name in ("state", "lock", "logs", "bindings", "site", "bin", "hosts"):
         (home / name).mkdir()
-    nova_ssh.write(home / "bin", home / "hosts")
+    nova_programs.write(home / "bin", home / "hosts")
     _make_databases(mariadb)
     bindings.link(home / "bindings", "python3-libvirt", ["libvirt", "libvirtmod"])
     install(found, home / "site")

@@ -102,14 +102,17 @@ class Caches:
 CACHES = Caches()
 
 
-def request(context, trusted_certs=None, fallback_host: str | None = None) -> ic.Request:
+def request(
+    context, trusted_certs=None, fallback_host: str | None = None, config: ic.CacheConfig | None = None
+) -> ic.Request:
     """Return what is particular to one call.
 
     :param context: the request's ``nova.context.RequestContext``: its token fetches image and certificates.
     :param trusted_certs: the instance's ``nova.objects.TrustedCerts``. None: it demands none.
     :param fallback_host: a compute host whose cache may have what Glance has no more.
+    :param config: of the cache that is asked, which lies at the same path there; or None for Nova's.
     """
-    config = CACHES.manager().config
+    config = config or configuration()
     fallbacks = (sources.HostSource(fallback_host, config.base_path),) if fallback_host else ()
     return ic.Request(
         source=sources.glance(context),

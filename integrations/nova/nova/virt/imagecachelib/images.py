@@ -94,7 +94,9 @@ class Cached:
 
     def _from_image(self, wanted: dict[str, Any], size: int | None) -> None:
         manager, image_id = self.manager(), wanted["image_id"]
-        request = caches.request(wanted.get("context"), wanted.get("trusted_certs"), self.fallback_host)
+        request = caches.request(
+            wanted.get("context"), wanted.get("trusted_certs"), self.fallback_host, manager.config
+        )
         name = getattr(self, "disk_name", None) or ""
         if name.split(".")[0] in _FILES:
             manager.fetch_file(image_id, self.target, if_exists="reuse", request=request)

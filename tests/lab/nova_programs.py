@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in for ``ssh`` and ``scp`` where hosts are mount namespaces of one machine."""
+"""What stands in for programs that nova-compute calls.
+
+``ssh`` and ``scp`` enter mount namespaces, which are the hosts of one machine here. ``genisoimage`` makes a
+disk that has the files, and that no guest reads.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +26,19 @@ esac
 """
 
 
+_GENISOIMAGE = """#!/bin/sh
+while [ $# -gt 1 ]; do [ "$1" = -o ] && drive=$2; shift; done
+exec tar -cf "$drive" -C "$1" .
+"""
+
+
 def write(directory: pathlib.Path, hosts: pathlib.Path) -> None:
-    """Write both programs.
+    """Write the programs.
 
     :param directory: an existing one, for a ``PATH``.
     :param hosts: has a directory for each name and address of a host, with the id of a process there.
     """
-    for name, script in (("ssh", _SSH), ("scp", _SCP)):
-        (directory / name).write_text(script.format(hosts=hosts))
+    programs = {"ssh": _SSH.format(hosts=hosts), "scp": _SCP.format(), "genisoimage": _GENISOIMAGE}
+    for name, script in programs.items():
+        (directory / name).write_text(script)
         (directory / name).chmod(0o755)
