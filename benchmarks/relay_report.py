@@ -31,6 +31,7 @@ mpl.rcParams["svg.hashsalt"] = "imagecache-lib"
 from matplotlib import pyplot as plt  # noqa: E402
 
 _SIZE = 1_700_000_000
+_ONE_SITE = Fleet(hosts=10_000, size=_SIZE, heads=8)
 _SITES = Fleet(hosts=10_000, size=_SIZE, sites=40, wan=1e9, origin=10e9)
 
 #: What is modelled, by its name in the table.
@@ -43,6 +44,9 @@ _FLEETS: dict[str, Fleet] = {
     "1,300 hosts, 2 heads, with faults": Fleet(hosts=1300, size=_SIZE).with_faults(0.01),
     "1,000 hosts at 4 sites": Fleet(hosts=1000, size=_SIZE, sites=4, wan=1e9, origin=1e9),
     "10,000 hosts at one site, 8 heads": Fleet(hosts=10_000, size=_SIZE, heads=8),
+    "10,000 hosts at one site, 8 heads, with faults": Fleet(hosts=10_000, size=_SIZE, heads=8).with_faults(
+        0.01
+    ),
     "10,000 hosts at 40 sites": _SITES,
     "10,000 hosts at 40 sites, with faults": _SITES.with_faults(0.01),
     "2,600 hosts, 3 GB at 2.4 Gbit/s, 5 heads": Fleet(

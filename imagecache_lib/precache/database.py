@@ -47,6 +47,22 @@ _KNOWN = (None, schema.REVISION)
 _LOCK = 0x696D6167
 
 
+class Contended(JobDatabaseError):
+    """A server rolled a transaction back because another one was first. The same may work now."""
+
+
+#: How servers say that: MariaDB by the number of a deadlock, which is also what Galera answers for a conflict
+#: between two nodes, and PostgreSQL by the SQLSTATE of a serialization failure or a deadlock.
+_DEADLOCK = 1213
+_SQLSTATES = ("40001", "40P01")
+
+#: What surrounds each try of a transaction that must not fail because another one was first.
+_TRIES: tuple[contextlib.AbstractContextManager[Any], ...] = (
+    *(contextlib.suppress(Contended) for _try in range(4)),
+    contextlib.nullcontext(),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Change:
     """A cell that is to be kept.
@@ -169,31 +185,37 @@ class JobDatabase:
 
         :raises ConfigError: no job has that id.
         """
-        with self._writing() as connection:
-            marked = connection.execute(
-                sa.update(schema.JOBS).where(schema.JOBS.c.id == job_id).values(cancelled=1)
-            )
-            if not marked.rowcount:
-                raise job_rows.unknown_job(job_id)
+        for again in _TRIES:
+            with again, self._writing() as connection:
+                marked = connection.execute(
+                    sa.update(schema.JOBS).where(schema.JOBS.c.id == job_id).values(cancelled=1)
+                )
+                if not marked.rowcount:
+                    raise job_rows.unknown_job(job_id)
+                break
 
     def prune(self, before: float) -> int:
         """Delete the jobs that are over and were made before a moment in epoch seconds.
 
         Returns how many it deleted.
         """
-        with self._writing() as connection:
-            found = connection.execute(
-                sa.text(
-                    "SELECT id FROM jobs WHERE created < :before AND runner IS NULL AND NOT EXISTS"
-                    " (SELECT 1 FROM cells WHERE cells.job = jobs.id AND cells.result IS NULL)"
-                ),
-                {"before": before},
-            )
-            ids = [{"old": job_id} for (job_id,) in found]
-            if ids:
-                for table in (schema.CELLS, schema.JOB_IMAGES, schema.JOB_HOSTS):
-                    connection.execute(table.delete().where(table.c.job == sa.bindparam("old")), ids)
-                connection.execute(schema.JOBS.delete().where(schema.JOBS.c.id == sa.bindparam("old")), ids)
+        ids: list[dict[str, Any]] = []
+        jobs = schema.JOBS.c
+        for again in _TRIES:
+            with again, self._writing() as connection:
+                found = connection.execute(
+                    sa.text(
+                        "SELECT id FROM jobs WHERE created < :before AND runner IS NULL AND NOT EXISTS"
+                        " (SELECT 1 FROM cells WHERE cells.job = jobs.id AND cells.result IS NULL)"
+                    ),
+                    {"before": before},
+                )
+                ids = [{"old": job_id} for (job_id,) in found]
+                if ids:
+                    for table in (schema.CELLS, schema.JOB_IMAGES, schema.JOB_HOSTS):
+                        connection.execute(table.delete().where(table.c.job == sa.bindparam("old")), ids)
+                    connection.execute(schema.JOBS.delete().where(jobs.id == sa.bindparam("old")), ids)
+                break
         return len(ids)
 
     # -- the lease -----------------------------------------------------------------------------------
@@ -215,25 +237,32 @@ class JobDatabase:
         Returns whether the new runner has the lease now.
         """
         jobs = schema.JOBS.c
-        with self._writing() as connection:
-            taken = connection.execute(
-                sa.update(schema.JOBS)
-                .where(
-                    jobs.id == job_id, jobs.beat == seen.beat, jobs.runner.is_not_distinct_from(seen.runner)
-                )
-                .values(runner=runner, beat=seen.beat + 1)
-            )
-            return bool(taken.rowcount)
+        # Of two nodes of a cluster that take it at the same moment, one is refused at its commit.
+        with contextlib.suppress(Contended):
+            with self._writing() as connection:
+                taken = connection.execute(
+                    sa.update(schema.JOBS)
+                    .where(
+                        jobs.id == job_id,
+                        jobs.beat == seen.beat,
+                        jobs.runner.is_not_distinct_from(seen.runner),
+                    )
+                    .values(runner=runner, beat=seen.beat + 1)
+                ).rowcount
+            return bool(taken)
+        return False
 
     def release_lease(self, job_id: str, runner: str) -> None:
         """Give up the lease, so that another conductor can run the job at once."""
         jobs = schema.JOBS.c
-        with self._writing() as connection:
-            connection.execute(
-                sa.update(schema.JOBS)
-                .where(jobs.id == job_id, jobs.runner == runner)
-                .values(runner=None, beat=jobs.beat + 1)
-            )
+        for again in _TRIES:
+            with again, self._writing() as connection:
+                connection.execute(
+                    sa.update(schema.JOBS)
+                    .where(jobs.id == job_id, jobs.runner == runner)
+                    .values(runner=None, beat=jobs.beat + 1)
+                )
+                break
 
     def keep(self, job_id: str, runner: str, changes: Iterable[Change]) -> bool:
         """Store what a runner learned, and that the runner lives. A result that is there stays.
@@ -258,16 +287,20 @@ class JobDatabase:
         :raises lease.LeaseLost: another conductor runs the job.
         """
         jobs, cells = schema.JOBS.c, schema.CELLS.c
-        with self._writing() as connection:
-            self._require_lease(connection, job_id, runner)
-            connection.execute(
-                sa.update(schema.JOBS).where(jobs.id == job_id).values(cancelled=0, attempt=jobs.attempt + 1)
-            )
-            connection.execute(
-                sa.update(schema.CELLS)
-                .where(cells.job == job_id, cells.result.in_([each.value for each in job.RETRIED]))
-                .values(result=None, reason="", received=0)
-            )
+        for again in _TRIES:
+            with again, self._writing() as connection:
+                self._require_lease(connection, job_id, runner)
+                connection.execute(
+                    sa.update(schema.JOBS)
+                    .where(jobs.id == job_id)
+                    .values(cancelled=0, attempt=jobs.attempt + 1)
+                )
+                connection.execute(
+                    sa.update(schema.CELLS)
+                    .where(cells.job == job_id, cells.result.in_([each.value for each in job.RETRIED]))
+                    .values(result=None, reason="", received=0)
+                )
+                break
 
     def _require_lease(self, connection: sa.Connection, job_id: str, runner: str) -> None:
         jobs = schema.JOBS.c
@@ -456,7 +489,8 @@ def _translated(where: str) -> Iterator[None]:
         yield
     except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
         cause = getattr(error, "orig", None) or error
-        raise JobDatabaseError(
+        is_contended = getattr(cause, "sqlstate", None) in _SQLSTATES or cause.args[:1] == (_DEADLOCK,)
+        raise (Contended if is_contended else JobDatabaseError)(
             f"the job database failed: {' '.join(str(cause).split())}",
             path=where,
             next_step="check the database and its disk",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import tempfile
 import threading
@@ -17,9 +18,11 @@ from imagecache_lib import errors
 from imagecache_lib.precache import client, job, lease, schema
 from imagecache_lib.precache.database import Change, JobDatabase
 from imagecache_lib.precache.precacher import AggregatePrecacher
+from tests.lab.galera import running_galera
 from tests.lab.mariadb import MariaDb, running_mariadb
 from tests.lab.postgresql import PostgreSql, running_postgresql
 from tests.support.cache_case import Running, Stop
+from tests.support.relay_hosts import until
 
 Server = MariaDb | PostgreSql
 CACHED = job.Cell(job.Result.CACHED, "", 7, 7)
@@ -181,3 +184,47 @@ def test_a_later_release_changed_the_tables(server: Server) -> None:
         JobDatabase(server.url)
     with pytest.raises(errors.ConfigError, match="upgrade"):
         database.keep(work.id, "runner", [])
+
+
+def test_conductors_at_two_nodes_of_a_cluster_share_jobs() -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="jobs-", dir="/var/tmp") as name,
+        contextlib.ExitStack() as closing,
+    ):
+        nodes = closing.enter_context(running_galera(pathlib.Path(name)))
+        databases = [JobDatabase(node.url) for node in nodes]
+        for database in databases:
+            closing.callback(database.close)
+        work = start(databases[0])
+        for turn in range(5):
+            assert take_at_once(databases, work.id, f"turn-{turn}") == [False, True]
+        runner = str(databases[0].lease_of(work.id).runner)
+        databases[0].release_lease(work.id, runner)
+        # What one node wrote, the other may read a moment later.
+        until(lambda: databases[1].lease_of(work.id).runner is None)
+        agents = Agents()
+        agents.before = at_work = Stop()
+        running = Running(lambda: AggregatePrecacher(databases[1], agents).run(work.id))
+        at_work.wait()
+        databases[0].cancel(work.id)
+        until(lambda: databases[1].is_cancelled(work.id))
+        at_work.go_on()
+        assert running.result().is_over
+        until(lambda: databases[0].is_over(work.id))
+        assert databases[0].get(work.id).cells == databases[1].get(work.id).cells
+
+
+def take_at_once(databases: Sequence[JobDatabase], job_id: str, name: str) -> list[bool]:
+    """Have a conductor at each database take a job at the same moment. Returns which have it, sorted."""
+    until(lambda: len({database.lease_of(job_id) for database in databases}) == 1)
+    seen, at_once = databases[0].lease_of(job_id), threading.Barrier(len(databases))
+
+    def take(database: JobDatabase, runner: str) -> bool:
+        at_once.wait()
+        return database.take_lease(job_id, runner, seen)
+
+    running = [
+        Running(lambda database=database, number=number: take(database, f"{name}-{number}"))  # type: ignore[misc]
+        for number, database in enumerate(databases)
+    ]
+    return sorted(each.result() for each in running)

@@ -229,6 +229,7 @@ def test_an_agent_killed_while_it_fetches_goes_on_with_the_missing_bytes_alone_w
     images = make_images(glance, MIB, 4 * MIB)
     fleet.start_agent("killed")
     with half_done(fleet, link, ["killed"], images) as (running, _hold):
+        fleet.wait_for(lambda: fleet.written("killed") >= MIB)
         fleet.kill_agent("killed")
         fleet.start_agent("killed")
     ended = fleet.finish(running)

@@ -160,6 +160,14 @@ class Fleet:
         stage = self.instances(name) / "_base" / ".imagecache" / "stage"
         return list(stage.iterdir()) if stage.is_dir() else []
 
+    def written(self, name: str) -> int:
+        """Return how many bytes of the image that a host fetches are in its file."""
+        sizes = [0]
+        for path in self.in_flight(name):
+            with contextlib.suppress(FileNotFoundError):  # it was published meanwhile
+                sizes.append(path.stat().st_size if "." not in path.name else 0)
+        return max(sizes)
+
     # -- conductors ----------------------------------------------------------------------------------
 
     def conductor(self, *words: str) -> subprocess.Popen[str]:

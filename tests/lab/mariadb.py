@@ -21,10 +21,12 @@ class MariaDb:
 
     :param home: for all it writes.
     :param port: that it listens on.
+    :param options: of the server, besides.
     """
 
     home: pathlib.Path
     port: int
+    options: tuple[str, ...] = ()
     _running: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
     @property
@@ -67,6 +69,7 @@ class MariaDb:
             "--skip-name-resolve",
             "--innodb-buffer-pool-size=32M",
             "--innodb-log-file-size=16M",
+            *self.options,
         ]
         self._running.enter_context(
             server.running(
