@@ -22,7 +22,7 @@ BARE_SUITES := bookworm trixie
 
 .DEFAULT_GOAL := help
 .PRECIOUS: $(STAMPS)/system-%
-.PHONY: help demo bench test test-parallel test-serial functional faults campaigns pythons lowest bare \
+.PHONY: output help demo bench test test-parallel test-serial functional faults campaigns pythons lowest bare \
 	cover house lint ruff mypy reno-lint docs drawings man releasenotes check-install setup set-up-servers serial-suites clean
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "make house         the figures of the code's shape"
 	@echo "make docs          HTML in doc/build/html"
 	@echo "make man           the manual page in doc/build/man"
+	@echo "make output        the page with what the commands print, after a change of that"
 	@echo "make drawings      the drawings in the documentation, after a change of their text"
 	@echo "make check-install the sdist, the wheel and a git archive install, with each extra, and work"
 	@echo "make clean         remove what these made"
@@ -144,6 +145,9 @@ mypy: $(STAMPS)/dev
 
 reno-lint: $(STAMPS)/dev
 	$(BIN)/reno --quiet lint
+
+output: setup
+	$(BIN)/python -W ignore -m tests.support.printed
 
 docs: $(STAMPS)/dev
 	$(BIN)/sphinx-build -q -n -W --keep-going -b html doc/source doc/build/html

@@ -9,6 +9,7 @@ import importlib.metadata
 import io
 import itertools
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -95,6 +96,8 @@ class ImageCacheApp(app.App):
         # What they have to say of each other is nothing to an operator.
         for handler in logging.getLogger().handlers:
             handler.addFilter(parsing.without_numbers)
+            if parsing.is_journal(self.stderr, os.environ.get("JOURNAL_STREAM", "")):
+                handler.setFormatter(parsing.JournalFormatter())
         for name in ("cliff", "urllib3"):
             logging.getLogger(name).setLevel(logging.WARNING)
         # What they warn of is said in the error that follows, with what to do.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import threading
 from collections.abc import Sequence
@@ -72,7 +73,8 @@ class LogObserver:
             case Rejected() | Bypassed() | NotCloned() | Damaged():
                 self._tell_fault(event)
             case _:
-                LOG.debug("%r", event)
+                if LOG.isEnabledFor(logging.DEBUG):
+                    LOG.debug("%s", _in_words(event))
 
     def _tell_fault(self, event: Rejected | Bypassed | NotCloned | Damaged) -> None:
         text = _fault(event)
@@ -101,6 +103,14 @@ class LogObserver:
         with self._lock:
             for fault in faults:
                 self._told.pop((fault.__name__, event.name), None)
+
+
+def _in_words(event: Event) -> str:
+    """Return any event as a clause, with what it knows."""
+    kind = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in type(event).__name__)
+    facts = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+    known = [f"{name.replace('_', ' ')} {value}" for name, value in facts.items() if value not in (None, ())]
+    return f"{kind.strip().capitalize()}: {', '.join(known)}"
 
 
 def _fault(event: Rejected | Bypassed | NotCloned | Damaged) -> str:

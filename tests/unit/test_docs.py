@@ -11,6 +11,12 @@ import unittest
 ROOT = pathlib.Path(__file__).parents[2]
 DOC = ROOT / "doc" / "source"
 
+#: Text in italics at the beginning of a term or after a comma in it, as the FAQ writes messages.
+_MESSAGE = re.compile(r"(?:^|, )\*([^*]+)\*")
+#: Where Python's source breaks a text into literals, or fills in a value.
+_BROKEN = re.compile(r"\"\s*\n\s*f?\"")
+_FILLED = re.compile(r"\{[^{}]*\}|%s|%d")
+
 _TEST = re.compile(r"``(?:(?P<file>[a-z]+/test_\w+\.py)(?:::)?)?(?P<test>test_\w+)?``")
 
 
@@ -39,3 +45,32 @@ class TestReferences(unittest.TestCase):
                     self.assertIn(f"def {found['test']}(" if found["test"] else "def test_", code)
                 named += 1
             self.assertGreater(named, most_likely)
+
+
+class TestBenchmarks(unittest.TestCase):
+    def test_what_an_operator_feels_was_measured(self) -> None:
+        page = (DOC / "reference" / "benchmarks.rst").read_text()
+        measured = (DOC / "reference" / "benchmarks" / "results.inc").read_text()
+        felt = page.partition("What an operator feels")[2].partition("How it was measured")[0]
+        figures = re.findall(r"[\d.]+ (?:MiB|ms|µs|s)\b", felt.partition("=====\nwhat")[2])
+        self.assertGreater(len(figures), 8)
+        for figure in figures:
+            with self.subTest(figure):
+                self.assertIn(figure, measured)
+
+
+class TestFaq(unittest.TestCase):
+    def test_each_message_is_one_that_the_program_can_say(self) -> None:
+        sources = [
+            _FILLED.sub("...", _BROKEN.sub("", path.read_text()))
+            for path in (ROOT / "imagecache_lib").rglob("*.py")
+        ]
+        lines = (DOC / "admin" / "faq.rst").read_text().splitlines()
+        messages = [found for line in lines for found in _MESSAGE.findall(line)]
+        self.assertGreater(len(messages), 30)
+        for message in messages:
+            with self.subTest(message):
+                parts = [part.strip(" ,:") for part in message.split("...") if part.strip(" ,:")]
+                self.assertTrue(
+                    any(all(part in source for part in parts) for source in sources), "no source has it"
+                )

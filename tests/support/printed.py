@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of the documentation that shows what commands print, run again.
+
+Each line of a ``console`` block that begins with ``$`` is run, in the order of the page, in a directory of
+its own; what the page shows below it is what the command said, with the path that an operator's host has.
+``python -m tests.support.printed`` writes the page anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGE = ROOT / "doc/source/admin/output.rst"
+
+#: The directory as the page has it. The real one has a path of the same length, so that tables look alike.
+_SHOWN = "/var/lib/nova/instances"
+
+#: An agent is told to stop once it has said this.
+_STOP = {"agent": "base images 0 were evicted"}
+
+#: What differs from run to run, and what stands for it when two are compared.
+_VARYING = (
+    (re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ"), "DATE"),
+    (re.compile(r"\b[0-9a-f]{32}\b"), "ID"),
+    (re.compile(r"\b[0-9a-f]{8}(?=  )"), "ID"),
+    (re.compile(r"\d+(\.\d+)? ([KMGT]i)?B\b"), "SIZE"),
+    (re.compile(r"(\d+ (d|h|min) )?\b\d+(\.\d+)? (s|min|h|d)\b"), "TIME"),
+    (re.compile(r"\d+ %"), "PART"),
+    (re.compile(r"/usr\S*/python\S*|python3?\.\d+"), "PYTHON"),
+    (re.compile(r" +"), " "),
+)
+
+
+@dataclasses.dataclass
+class Line:
+    """One command of the page.
+
+    :param number: index of its line in the page.
+    :param command: as an operator types it.
+    :param shown: the lines below it.
+    """
+
+    number: int
+    command: str
+    shown: list[str]
+
+
+def lines_of(text: str) -> list[Line]:
+    """Return the commands of a page's console blocks, each with what is shown of it."""
+    found: list[Line] = []
+    within = False
+    for number, line in enumerate(text.splitlines()):
+        if line and not line.startswith(" "):
+            within = line == ".. code-block:: console"
+        elif within and line.startswith("   $ "):
+            found.append(Line(number, line.removeprefix("   $ "), []))
+        elif within and line.startswith("   ") and found:
+            found[-1].shown.append(line.removeprefix("   "))
+    return found
+
+
+def comparable(lines: list[str]) -> list[str]:
+    """Return lines without what differs from run to run."""
+    found = []
+    for line in lines:
+        text = line
+        for pattern, word in _VARYING:
+            text = pattern.sub(word, text)
+        found.append(text.strip())
+    return found
+
+
+@contextlib.contextmanager
+def host() -> Iterator[Host]:
+    """Yield a host on which nothing has run yet."""
+    home = pathlib.Path(tempfile.mkdtemp(prefix="ic-", dir="/tmp"))
+    instances = pathlib.Path(f"{home}-".ljust(len(_SHOWN), "i"))
+    try:
+        instances.mkdir()
+        yield Host(home, instances)
+    finally:
+        shutil.rmtree(home)
+        shutil.rmtree(instances, ignore_errors=True)
+
+
+class Host:
+    """Runs the page's commands.
+
+    :param home: an empty directory.
+    :param instances: an empty directory whose path is as long as the one that is shown.
+    """
+
+    def __init__(self, home: pathlib.Path, instances: pathlib.Path) -> None:
+        self._home = home
+        self._instances = instances
+        for name in ("vm1", "vm2"):
+            (instances / name).mkdir()
+        for name, fill in (("ubuntu.raw", b"u"), ("debian.raw", b"d")):
+            with open(home / name, "wb") as image:
+                image.write(fill * (3 << 20))
+                image.truncate(64 << 20)
+        (home / "instances.json").write_text("[]")
+        (home / "table.json").write_text("{}")
+        (home / "imagecache.conf").write_text(
+            f"[DEFAULT]\nhost = compute-1\ninstances_path = {instances}\ntransport_url = fake://\n"
+        )
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("OS_", "COLUMNS"))
+        }
+        self._server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.support.printed", "--serve"],
+            cwd=ROOT,
+            env={**environment, "HOME": str(home), "IMAGECACHE_JOBS": str(home / "jobs.sqlite")},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, command: str) -> list[str]:
+        """Return the lines that a command says."""
+        words = shlex.split(command.replace(_SHOWN, str(self._instances)))
+        if words[0] == "imagecache":
+            return self._imagecache(words[1:])
+        said = subprocess.run(
+            words, cwd=self._home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+        )
+        return self._shown(said.stdout)
+
+    def close(self) -> None:
+        self._server.communicate()
+
+    def _imagecache(self, words: list[str]) -> list[str]:
+        alone = words[0] == "precache"
+        configuration = [] if alone else ["--config-file", str(self._home / "imagecache.conf")]
+        if alone:  # a job of the machine's own needs no message bus
+            (self._home / "alone.conf").write_text(
+                (self._home / "imagecache.conf").read_text().replace("transport_url = fake://\n", "")
+            )
+            configuration = ["--config-file", str(self._home / "alone.conf")]
+        asked = {"words": [*configuration, *words], "home": str(self._home), "until": _STOP.get(words[0])}
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(f"{json.dumps(asked)}\n")
+        self._server.stdin.flush()
+        return self._shown(json.loads(self._server.stdout.readline()))
+
+    def _shown(self, said: str) -> list[str]:
+        text = said.replace(str(self._instances), _SHOWN).replace(str(self._home), "/home/operator")
+        return [line.rstrip() for line in text.splitlines()]
+
+
+def run_again(text: str) -> list[tuple[Line, list[str]]]:
+    """Return each command of a page with what it says now."""
+    with host() as machine:
+        try:
+            return [(line, machine.run(line.command)) for line in lines_of(text)]
+        finally:
+            machine.close()
+
+
+def rewritten(text: str) -> str:
+    """Return a page with what its commands say now."""
+    lines = text.splitlines()
+    for line, said in reversed(run_again(text)):
+        begin = line.number + 1
+        lines[begin : begin + len(line.shown)] = [f"   {each}".rstrip() for each in said]
+    return "\n".join(lines) + "\n"
+
+
+# -- the process that runs them: it has loaded everything once, and each command is a child of its own -----
+
+
+def _serve() -> None:
+    from imagecache_lib.cli import main
+
+    sys.argv[0] = "imagecache"  # whose history it is
+    for where in main.COMMANDS.values():
+        __import__(f"imagecache_lib.cli.{where.partition(':')[0]}")
+    import imagecache_lib.precache.precacher
+    import imagecache_lib.precache.rpc  # noqa: F401
+
+    for line in sys.stdin:
+        sys.stdout.write(f"{json.dumps(_answer(json.loads(line)))}\n")
+        sys.stdout.flush()
+
+
+def _answer(asked: dict[str, str]) -> str:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _run(list(asked["words"]), asked["home"], writing)
+    os.close(writing)
+    said, until = b"", asked["until"]
+    with open(reading, "rb", buffering=0) as stream:
+        while piece := stream.read(1 << 16):
+            said += piece
+            if until and until.encode() in said:
+                os.kill(child, signal.SIGTERM)
+                until = ""
+    os.waitpid(child, 0)
+    return said.decode()
+
+
+def _run(words: list[str], home: str, writing: int) -> None:
+    from imagecache_lib.cli import main
+
+    code = 1
+    try:
+        os.dup2(writing, 1)
+        os.dup2(writing, 2)
+        os.chdir(home)
+        sys.stdin = io.StringIO()
+        sys.stdout = os.fdopen(1, "w")
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        code = main.main(words)
+    except SystemExit as error:
+        code = int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--serve"]:
+        _serve()
+    else:
+        PAGE.write_text(rewritten(PAGE.read_text()))
