@@ -266,7 +266,7 @@ class SpoolAndConvert:
         self._spool.write_info()
         work.reservation.raise_to(self._decoded_bytes(source))
         work.converter.convert_to_raw(source, self._stage.path, waiter=work.waiter)
-        self._stage.read_back()
+        self._stage.read_back(work.waiter)
         return virtual_size
 
     def _decoded_bytes(self, source: DiskFile) -> int:
