@@ -2,8 +2,7 @@
 """Tells whether a file has all the data that its image's tables map: an image that was cut off does not.
 
 A program that reads such an image finds zeros behind the end of its file, and no error. Only what a guest can
-see has to be there. Each table is read once, however often others refer to it, so that the work is bounded by
-the size of the file. Facts are from the same specifications as those of the formats' own readers beside this
+see has to be there. Facts are from the same specifications as those of the formats' own readers beside this
 module.
 """
 
@@ -19,9 +18,12 @@ from imagecache_lib import errors
 from imagecache_lib.formats import contained, vdi, vhd, vhdx, vmdk
 from imagecache_lib.formats.qcow2 import tables
 from imagecache_lib.formats.reader import Reader
+from imagecache_lib.system.waiter import Waiter
 
 _SECTOR = 512
 _PIECE = 2**20
+#: Most grain tables of a vmdk, as QEMU has it: each is for 32 MiB of the disk.
+_MOST_TABLES = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +63,34 @@ class _Map:
         return True
 
 
-def require(image: Reader, format: str) -> None:
+def require(image: Reader, format: str, waiter: Waiter) -> None:
     """Refuse an image whose tables map data that its file does not have.
 
     :param image: a whole image that :func:`imagecache_lib.formats.contained.examine` accepts.
     :param format: QEMU's name of its format.
+    :param waiter: asked with each piece that is read whether the caller still waits.
     :raises ImageRejected: data is missing, or tables are.
+    :raises CancelledError, LockTimeoutError: the caller no longer waits.
     """
     check = _CHECKS.get(format)
     if check is not None:
-        check(image)
+        check(_Watched(image, waiter))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watched:
+    """An image that is read as long as a caller waits."""
+
+    image: Reader
+    waiter: Waiter
+
+    @property
+    def size(self) -> int | None:
+        return self.image.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        self.waiter.check()
+        return self.image.read(offset, length)
 
 
 def _qcow2(image: Reader) -> None:
@@ -138,12 +158,17 @@ def _vmdk(image: Reader) -> None:
     )
     count = -(-layout.disk_size // layout.grain_size)
     tables_count = -(-count // layout.table_entries)
-    known: set[int] = set()
-    number = 0
+    if tables_count > _MOST_TABLES:
+        raise errors.ImageRejected(
+            f"the vmdk image is broken: it has {tables_count} grain tables",
+            next_step="have its owner export it anew",
+        )
+    number = previous = 0
     for directory in _numbers(image, layout.directory_at, tables_count, "<", "vmdk"):
         for table in directory:
-            if table and table not in known:
-                known.add(table)
+            # Where one table stands for the whole disk, it was looked at for its first part.
+            if table not in (0, previous):
+                previous = table
                 first = number * layout.table_entries
                 entries = min(layout.table_entries, count - first)
                 _require_table(image, grains, table * _SECTOR, entries, "<", "vmdk", first=first)

@@ -164,7 +164,7 @@ def settle(fd: int, disk: DiskFile, rules: Rules, converter: QemuImg, waiter: Wa
     """
     image = OpenFile(fd)
     stated = rules.judge(image, disk.format).virtual_size
-    whole.require(image, disk.format)
+    whole.require(image, disk.format, waiter)
     try:
         seen = converter.virtual_size(disk, waiter=waiter)
     except DataRefused as error:
