@@ -26,6 +26,9 @@ _HEADER_AT = struct.Struct(">16xQ")
 # Cookie, data offset, table offset, version, number of entries, block size.
 _HEADER = struct.Struct(">8sQQIII")
 _HEADER_COOKIE = b"cxsparse"
+_HEADER_BYTES = 1024
+#: Name and locators of a parent.
+_PARENT = slice(64, 768)
 #: In the block allocation table: a block without data.
 UNMAPPED = 0xFFFF_FFFF
 
@@ -87,6 +90,10 @@ def read(image: Reader) -> Footer:
             else f"the vhd image is of type {found.kind}, which does not begin with a header",
             next_step=_NEXT_STEP,
         )
+    (at,) = _HEADER_AT.unpack(image.read(0, _HEADER_AT.size))
+    # Only a differencing image has a parent. A name of one is nothing that a writer of others leaves there.
+    if any(image.read(at, _HEADER_BYTES)[_PARENT]):
+        raise errors.ImageRejected("another file belongs to the vhd image", next_step=_NEXT_STEP)
     if image.size is not None:
         last = parse_footer(image.read(max(image.size - FOOTER_BYTES, 0), FOOTER_BYTES))
         if last is not None and (last.kind, last.current_size) != (found.kind, found.current_size):
