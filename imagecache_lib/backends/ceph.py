@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterable
 from typing import Protocol
 
 from imagecache_lib import errors
+from imagecache_lib.system.waiter import Waiter
 
 
 class Missing(errors.BackendError):
@@ -100,8 +101,12 @@ class CephCluster(Protocol):
     def resize(self, name: RbdName, size: int) -> None:
         """Change the size of an image to ``size`` bytes."""
 
-    def flatten(self, name: RbdName) -> None:
-        """Copy into a clone what its parent has, and forget the parent. An image without one is fine."""
+    def flatten(self, name: RbdName, waiter: Waiter | None = None) -> None:
+        """Copy into a clone what its parent has, and forget the parent. An image without one is fine.
+
+        :param waiter: asked now and then whether the caller still waits. What it raises is raised; the image
+            then still has its parent.
+        """
 
     def rename(self, name: RbdName, new: str) -> None:
         """Give a closed image another name in its pool. Of several that want one name at once, one gets it.

@@ -56,6 +56,7 @@ class FileBackend(StorageBackend):
         self._host = host
         self._grow_filesystem = grow_filesystem
         self._formats = disk_info.DiskInfo(config, host)
+        self._waiter: Waiter | None = None
         self._qemu_img = qemu_img.QemuImg(config, host)
         self._chains = ChainReader(CacheStore(config, host))
 
@@ -65,6 +66,7 @@ class FileBackend(StorageBackend):
 
     def for_caller(self, waiter: Waiter) -> Self:
         bound = copy.copy(self)
+        bound._waiter = waiter
         bound._qemu_img = self._qemu_img.for_caller(waiter)
         return bound
 
@@ -91,7 +93,7 @@ class FileBackend(StorageBackend):
         notes = disk_roots.notes_for(target, self._config)
         with atomic_file.unfinished(target, self._host, notes=notes) as file:
             with translated(target):
-                atomic_file.copy_content(base.fd, file.fd)
+                atomic_file.copy_content(base.fd, file.fd, self._waiter)
                 if base.format == "raw":
                     self._grow_raw(file.fd, wanted, target)
                     if wanted > base.virtual_size:

@@ -19,6 +19,7 @@ from typing import Any
 
 from imagecache_lib import errors
 from imagecache_lib.backends.ceph import Busy, Denied, Missing, RbdImage, RbdName, Unprotected
+from imagecache_lib.system.waiter import Waiter
 
 #: Bytes that are read at once: rbd's own default object size.
 _CHUNK = 4 * 2**20
@@ -111,13 +112,19 @@ class LibrbdCluster:
         with self._open(name, read_only=False) as image:
             image.resize(size)
 
-    def flatten(self, name: RbdName) -> None:
+    def flatten(self, name: RbdName, waiter: Waiter | None = None) -> None:
+        progress = _Progress(waiter)
         with self._open(name, read_only=False) as image:
             try:
                 image.parent_info()
             except _rbd().ImageNotFound:
                 return
-            image.flatten()
+            try:
+                image.flatten(on_progress=progress.look)
+            except _rbd().Error:
+                if progress.reason is not None:
+                    raise progress.reason from None
+                raise
 
     def rename(self, name: RbdName, new: str) -> None:
         # librbd's own rename looks whether the new name is free and then writes it: of several renames to one
@@ -215,6 +222,26 @@ class LibrbdCluster:
                 # The cluster fenced this client off, which holds for the connection: the next call makes one.
                 self._connected = None
             raise _as_ours(error, abs(number or 0), what, self._who) from error
+
+
+class _Progress:
+    """What librbd is told after each object of a long operation.
+
+    :ivar reason: why the operation was ended, or None if it was not.
+    """
+
+    def __init__(self, waiter: Waiter | None) -> None:
+        self._waiter = waiter
+        self.reason: errors.ImageCacheError | None = None
+
+    def look(self, _done: int, _total: int) -> int:
+        """Return 0, or a negative number to end the operation. librbd prints what is raised, and goes on."""
+        try:
+            if self._waiter is not None and self.reason is None:
+                self._waiter.check()
+        except errors.ImageCacheError as reason:
+            self.reason = reason
+        return 0 if self.reason is None else -errno.ECANCELED
 
 
 def _rados() -> Any:

@@ -50,7 +50,7 @@ class Qcow2Backend(file.FileBackend):
         with atomic_file.unfinished(target, self._host, notes=notes) as file:
             with translated(target):
                 if base.format == "raw":
-                    standalone.write_standalone(base.fd, file.fd, wanted)
+                    standalone.write_standalone(base.fd, file.fd, wanted, waiter=self._waiter)
                 else:
                     self._convert(base, base.fd, file, wanted)
                 self._preallocate(file.fd, wanted, target)
@@ -61,7 +61,7 @@ class Qcow2Backend(file.FileBackend):
         self, base: model.BaseImage, base_fd: int, file: atomic_file.UnfinishedFile, size: int
     ) -> None:
         if base.format == "qcow2":
-            atomic_file.copy_content(base_fd, file.fd)
+            atomic_file.copy_content(base_fd, file.fd, self._waiter)
         else:
             self._convert_to_qcow2(base, file)
         if size > base.virtual_size:

@@ -9,6 +9,7 @@ with each part url-quoted, which is how Glance's rbd store writes it.
 from __future__ import annotations
 
 import contextlib
+import copy as copying
 import os
 import re
 import urllib.parse
@@ -24,6 +25,7 @@ from imagecache_lib.system import durable, sparse
 from imagecache_lib.system.host import System
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 
 #: rbd's own default object size: one write is one object.
 _CHUNK = 4 * 2**20
@@ -57,6 +59,7 @@ class RbdBackend(StorageBackend):
         self._config = config
         self._host = host
         self._cluster = cluster
+        self._waiter: Waiter | None = None
 
     @classmethod
     def from_config(cls, config: CacheConfig, host: System) -> Self:
@@ -67,6 +70,11 @@ class RbdBackend(StorageBackend):
             op_timeout=config.rbd_op_timeout,
         )
         return cls(config, host, cluster)
+
+    def for_caller(self, waiter: Waiter) -> Self:
+        bound = copying.copy(self)
+        bound._waiter = waiter
+        return bound
 
     # -- targets -------------------------------------------------------------------------------------
 
@@ -153,7 +161,7 @@ class RbdBackend(StorageBackend):
         with self._pending(model.Disk(target, "raw", wanted)) as pending:
             # What librbd acknowledged is durable: closing the image after it was filled flushes it.
             self._cluster.create(pending.image, wanted)
-            self._cluster.fill(pending.image, _chunks(base.fd, base.path))
+            self._cluster.fill(pending.image, _chunks(base.fd, base.path, self._waiter))
             self._host.trace(TracePoint.DISK_MADE)
             yield pending
 
@@ -203,7 +211,7 @@ class RbdBackend(StorageBackend):
         return model.Disk(disk.target, "raw", size)
 
     def flatten(self, disk: model.Disk) -> model.Disk:
-        self._cluster.flatten(self._named(disk.target))
+        self._cluster.flatten(self._named(disk.target), self._waiter)
         return self.inspect(disk.target)
 
     def remove(self, disk: model.Disk) -> None:
@@ -242,11 +250,16 @@ class _PendingImage(PendingDisk):
         return self._disk
 
 
-def _chunks(fd: int, path: str) -> Iterator[tuple[int, bytes]]:
-    """Yield what is data in a file, by its offset; holes and zeros are left out."""
+def _chunks(fd: int, path: str, waiter: Waiter | None) -> Iterator[tuple[int, bytes]]:
+    """Yield what is data in a file, by its offset; holes and zeros are left out.
+
+    :param waiter: asked with each piece whether the caller still waits.
+    """
     for extent, end in sparse.data_extents(fd):
         start = extent
         while start < end:
+            if waiter is not None:
+                waiter.check()
             with translated(path):
                 data = os.pread(fd, min(_CHUNK - start % _CHUNK, end - start), start)
             if not data:

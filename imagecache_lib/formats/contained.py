@@ -61,7 +61,7 @@ def require(image: Reader, format: str, *, path: str, overlay: bool = False) -> 
     """
     try:
         if overlay and format == "qcow2":
-            _require_own_data(_qcow2_header(image))
+            _require_own_data(read_qcow2_header(image))
         else:
             examine(image, format)
     except errors.ImageRejected as error:
@@ -73,13 +73,18 @@ def _raw(image: Reader) -> Facts:
 
 
 def _qcow2(image: Reader) -> Facts:
-    header = _qcow2_header(image)
+    header = read_qcow2_header(image)
     _require_own_data(header)
     decoder.check(header, _NO_BOUND)
     return Facts(header.virtual_size)
 
 
-def _qcow2_header(image: Reader) -> Header:
+def read_qcow2_header(image: Reader) -> Header:
+    """Return a qcow2 image's header.
+
+    :raises ImageRejected: it is none.
+    :raises NeedMore: it has not arrived as a whole yet.
+    """
     needed = qcow2_header.V2_LENGTH
     while True:
         data = image.read(0, needed)

@@ -38,6 +38,7 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\xfd7zXZ\0", "an xz-compressed file", f"decompress it (unxz) {_UPLOAD}"),
     (0, b"\x28\xb5\x2f\xfd", "a zstd-compressed file", f"decompress it (unzstd) {_UPLOAD}"),
     (0, b"\x04\x22\x4d\x18", "an lz4-compressed file", f"decompress it (unlz4) {_UPLOAD}"),
+    (0, b"\x02\x21\x4c\x18", "an lz4-compressed file", f"decompress it (unlz4) {_UPLOAD}"),
     (0, b"\x89LZO\0\r\n\x1a\n", "an lzop-compressed file", f"decompress it (lzop -d) {_UPLOAD}"),
     (0, b"LZIP\x01", "an lzip-compressed file", f"decompress it (lzip -d) {_UPLOAD}"),
     (0, b"PK\x03\x04", "a zip archive", f"unpack it (unzip) {_UPLOAD}"),
@@ -48,11 +49,24 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"MSCF\0\0\0\0", "a cabinet archive", f"unpack it (cabextract) {_UPLOAD}"),
     (0, b"xar!", "a xar archive", f"unpack it {_UPLOAD}"),
     (0, b"MSWIM\0\0\0", "a Windows image archive (wim)", f"apply it to a disk {_UPLOAD}"),
+    (7, b"**ACE**", "an ACE archive", f"unpack it {_UPLOAD}"),
     (257, b"ustar", "a tar archive, as OVA files and container images are", f"unpack it (tar x) {_UPLOAD}"),
     (0, b"070701", "a cpio archive", f"unpack it (cpio) {_UPLOAD}"),
     (0, b"070702", "a cpio archive", f"unpack it (cpio) {_UPLOAD}"),
     (0, b"070707", "a cpio archive", f"unpack it (cpio) {_UPLOAD}"),
     (0, b"!<arch>\n", "an ar archive", f"unpack it (ar x) {_UPLOAD}"),
+    (0, b"VMA\0", "a guest's backup (vma)", f"unpack it (vma extract) {_UPLOAD}"),
+    (0, b"\x3a\xff\x26\xed", "an Android sparse image", f"unpack it (simg2img) {_UPLOAD}"),
+    (4, b"SignedImage ", "a full flash update image (ffu)", f"apply it to a disk {_UPLOAD}"),
+    (0, b"EVF\x09\x0d\x0a\xff\0", "an EnCase image (E01)", f"export it as raw (ewfexport) {_UPLOAD}"),
+    (0, b"EVF2\x0d\x0a\x81\0", "an EnCase image (Ex01)", f"export it as raw (ewfexport) {_UPLOAD}"),
+    (0, b"AFF10\r\n\0", "a forensic image (AFF)", f"convert it to raw {_UPLOAD}"),
+    (0, b"MComprHD", "a compressed disk image (chd)", f"extract it (chdman) {_UPLOAD}"),
+    (0, b"CISO", "a compressed ISO image", f"decompress it {_UPLOAD}"),
+    (0, b"partclone-image", "a partition's backup (partclone)", f"restore it to a disk {_UPLOAD}"),
+    (0, b"\0ntfsclone-image", "a partition's backup (ntfsclone)", f"restore it to a disk {_UPLOAD}"),
+    (0, b"btrfs-stream\0", "a btrfs send stream", f"receive it on a disk {_UPLOAD}"),
+    (0, b"d8:announce", "a torrent", "upload the file that it stands for"),
     (0, b"\xed\xab\xee\xdb", "an rpm package", _ADDRESS),
     (0, b"hsqs", "a squashfs archive", f"make a disk of its content (unsquashfs) {_UPLOAD}"),
     (0, b"sqsh", "a squashfs archive", f"make a disk of its content (unsquashfs) {_UPLOAD}"),
@@ -82,6 +96,21 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"encrcdsa", "an encrypted Apple disk image", _CONVERT),
 )
 
+#: What a few bytes alone do not tell.
+_PATTERNS = (
+    # Properties and a dictionary as the tools write them, and a size that is unknown or below a terabyte.
+    (
+        re.compile(rb"\x5d\0\0[\0\x40\x80\xc0][\0-\x10](?:\xff{8}|.{5}\0{3})", re.DOTALL),
+        "an lzma-compressed file",
+        f"decompress it (unlzma) {_UPLOAD}",
+    ),
+    (
+        re.compile(rb"[\x50-\x5f]\x2a\x4d\x18", re.DOTALL),
+        "a zstd- or lz4-compressed file",
+        f"decompress it {_UPLOAD}",
+    ),
+    (re.compile(rb"..-l[hz][0-9dsx]-", re.DOTALL), "an lha archive", f"unpack it (lha x) {_UPLOAD}"),
+)
 _BZIP2 = re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", re.DOTALL)
 _TAR_SUM = re.compile(rb" *([0-7]{1,7})[ \0]")
 #: Signature, version 4 and length 512 of the block that ends an Apple disk image.
@@ -102,6 +131,9 @@ def recognise(start: bytes, *, vouched: bool = True) -> Foreign | None:
     """
     for offset, magic, what, next_step in _MAGIC:
         if start.startswith(magic, offset):
+            return Foreign(what, next_step)
+    for pattern, what, next_step in _PATTERNS:
+        if pattern.match(start):
             return Foreign(what, next_step)
     if _BZIP2.match(start):
         return Foreign("a bzip2-compressed file", f"decompress it (bunzip2) {_UPLOAD}")

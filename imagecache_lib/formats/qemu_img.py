@@ -109,6 +109,17 @@ class QemuImg:
             if os.stat(target).st_size != size:
                 raise errors.BackendError("qemu-img changed the size of what it filled", path=target)
 
+    def read_through(self, disk: DiskFile, virtual_size: int, *, waiter: Waiter) -> None:
+        """Read all of a disk as a guest would, and keep nothing of it.
+
+        :param virtual_size: of the disk, in bytes.
+        :raises DataRefused: some of it cannot be read.
+        :raises StorageFailed: the storage failed, and not the image.
+        :raises BackendError: the host is at fault.
+        """
+        nowhere = json.dumps({"driver": "null-co", "size": virtual_size})
+        self._run(disk, (*_CONVERT, "-O", "null-co"), self._working, waiter, behind=(f"json:{nowhere}",))
+
     def convert(self, source: DiskFile, target: DiskFile) -> None:
         """Convert into an existing, empty disk that has the virtual size already; zeros stay holes.
 

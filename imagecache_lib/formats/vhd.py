@@ -22,6 +22,15 @@ _SECTOR = 512
 # cylinders, heads, sectors, type, checksum.
 _FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII")
 _CHECKSUM = slice(64, 68)
+_HEADER_AT = struct.Struct(">16xQ")
+# Cookie, data offset, table offset, version, number of entries, block size.
+_HEADER = struct.Struct(">8sQQIII")
+_HEADER_COOKIE = b"cxsparse"
+_HEADER_BYTES = 1024
+#: Name and locators of a parent.
+_PARENT = slice(64, 768)
+#: In the block allocation table: a block without data.
+UNMAPPED = 0xFFFF_FFFF
 
 _NEXT_STEP = "have its owner merge it into one image, or convert it to qcow2"
 
@@ -81,6 +90,10 @@ def read(image: Reader) -> Footer:
             else f"the vhd image is of type {found.kind}, which does not begin with a header",
             next_step=_NEXT_STEP,
         )
+    (at,) = _HEADER_AT.unpack(image.read(0, _HEADER_AT.size))
+    # Only a differencing image has a parent. A name of one is nothing that a writer of others leaves there.
+    if any(image.read(at, _HEADER_BYTES)[_PARENT]):
+        raise errors.ImageRejected("another file belongs to the vhd image", next_step=_NEXT_STEP)
     if image.size is not None:
         last = parse_footer(image.read(max(image.size - FOOTER_BYTES, 0), FOOTER_BYTES))
         if last is not None and (last.kind, last.current_size) != (found.kind, found.current_size):
@@ -89,6 +102,40 @@ def read(image: Reader) -> Footer:
                 next_step=_NEXT_STEP,
             )
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a dynamic image has its blocks, in bytes.
+
+    :param table_at: where the block allocation table lies: for each block the sector with which its bitmap
+        begins, in 32 bits. The block's data lie behind the bitmap.
+    """
+
+    table_at: int
+    bitmap_size: int
+    block_size: int
+    disk_size: int
+
+
+def layout(image: Reader) -> Layout:
+    """Return where a dynamic image has its blocks.
+
+    :raises ImageRejected: as :func:`read`, or the table cannot map the disk.
+    :raises NeedMore: the bytes that tell have not arrived yet.
+    """
+    disk_size = read(image).current_size
+    (at,) = _HEADER_AT.unpack(image.read(0, _HEADER_AT.size))
+    header = image.read(at, _HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(_HEADER_COOKIE):
+        raise errors.ImageRejected("the vhd image is broken: it has no dynamic header", next_step=_NEXT_STEP)
+    _cookie, _data_at, table_at, _version, entries, block_size = _HEADER.unpack(header)
+    if block_size < _SECTOR or entries * block_size < disk_size:
+        raise errors.ImageRejected(
+            "the vhd image is broken: its table does not cover the disk", next_step=_NEXT_STEP
+        )
+    bitmap = -(-block_size // _SECTOR // 8)
+    return Layout(table_at, -(-bitmap // _SECTOR) * _SECTOR, block_size, disk_size)
 
 
 def is_fixed(footer: bytes, length: int) -> bool:

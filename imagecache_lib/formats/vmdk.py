@@ -23,6 +23,12 @@ _GD_AT_END = 2**64 - 1
 _FOOTER_FROM_END = 2 * _SECTOR
 _MARKER_FROM_END = 3 * _SECTOR
 _FOOTER_MARKER = 3
+#: Of the header's flags: grains are compressed, and begin with a marker.
+_COMPRESSED = 1 << 16
+#: Bytes before the data of a compressed grain.
+MARKER_BYTES = 12
+#: Most grains of one grain table, and the usual number.
+_TABLE_ENTRIES = 512
 
 #: What is looked through for a parent: more than the header says, as a reader may look further than that, and
 #: there where all writers put the descriptor, as a reader may look there whatever the header says.
@@ -70,7 +76,10 @@ def read(image: Reader) -> Vmdk:
 
 @dataclasses.dataclass(frozen=True)
 class _Header:
+    flags: int
     capacity: int
+    grain: int
+    entries: int
     descriptor_at: int
     descriptor_sectors: int
     directory: int
@@ -79,8 +88,8 @@ class _Header:
     def parse(cls, data: bytes) -> _Header:
         if len(data) < _HEADER.size:
             raise _broken("its header is cut off")
-        magic, version, _flags, capacity, _grain, at, sectors, _entries, _redundant, directory = (
-            _HEADER.unpack(data)
+        magic, version, flags, capacity, grain, at, sectors, entries, _redundant, directory = _HEADER.unpack(
+            data
         )
         if magic != MAGIC:
             raise _broken("it has no sparse extent's header")
@@ -88,7 +97,7 @@ class _Header:
             raise _broken(f"version {version} is unknown")
         if not capacity:
             raise errors.ImageRejected(_OTHER_FILES, next_step=_CONVERT)
-        return cls(capacity, at, sectors, directory)
+        return cls(flags, capacity, grain, entries, at, sectors, directory)
 
 
 def _descriptor(image: Reader, header: _Header) -> str:
@@ -139,6 +148,42 @@ def _check_footer(image: Reader, header: _Header, size: int) -> None:
         raise _broken("header and footer differ in the disk's size")
     # Wherever the footer has the descriptor, there is no parent in it.
     _require_no_parent(image.read(footer.descriptor_at * _SECTOR, _LOOKED_THROUGH))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where an image has its grains, in bytes.
+
+    :param directory_at: where the grain directory lies: for each grain table the sector with which it begins,
+        in 32 bits. A grain table has the sectors of ``table_entries`` grains.
+    :param compressed: whether grains are compressed, so that each takes as much as its marker says.
+    """
+
+    directory_at: int
+    grain_size: int
+    table_entries: int
+    disk_size: int
+    compressed: bool
+
+
+def layout(image: Reader) -> Layout:
+    """Return where a whole image has its grains.
+
+    :raises ImageRejected: as :func:`read`, or its grains have no size.
+    """
+    header = _Header.parse(image.read(0, _HEADER.size))
+    size = image.size
+    if header.directory == _GD_AT_END and size is not None:
+        header = _Header.parse(image.read(size - _FOOTER_FROM_END, _HEADER.size))
+    if not header.grain or not 0 < header.entries <= _TABLE_ENTRIES:
+        raise _broken("its grain tables are not as a hosted extent has them")
+    return Layout(
+        header.directory * _SECTOR,
+        header.grain * _SECTOR,
+        header.entries,
+        header.capacity * _SECTOR,
+        bool(header.flags & _COMPRESSED),
+    )
 
 
 def _broken(how: str) -> errors.ImageRejected:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from imagecache_lib import errors
 from imagecache_lib.config import CacheConfig
-from imagecache_lib.formats import foreign, vhd
+from imagecache_lib.formats import foreign, vhd, whole
 from imagecache_lib.formats.inspection import Ending, Finding, Rules
 from imagecache_lib.formats.qcow2.decoder import StreamDecoder
 from imagecache_lib.formats.qcow2.spill import Spill
@@ -169,7 +169,7 @@ class Work:
 
 
 class Keep:
-    """Stores an image in the format that it has, once qemu-img opens what came."""
+    """Stores an image in the format that it has, once qemu-img has read all of what came."""
 
     def __init__(self, finding: Finding, work: Work) -> None:
         self.source_format = self.stored_format = finding.format
@@ -183,8 +183,10 @@ class Keep:
     def finish(self) -> int:
         self._out.finish()
         try:
-            disk = DiskFile(self._stage.path, self.stored_format)
-            return settle(self._stage.fd, disk, self._work.rules, self._work.converter, self._work.waiter)
+            disk, work = DiskFile(self._stage.path, self.stored_format), self._work
+            size = settle(self._stage.fd, disk, work.rules, work.converter, work.waiter)
+            _read_through(disk, size, work)
+            return size
         except errors.ImageCacheError as error:
             if not self._stage.is_at_path():
                 raise StageGone from error
@@ -198,10 +200,13 @@ def settle(fd: int, disk: DiskFile, rules: Rules, converter: QemuImg, waiter: Wa
     """Return the virtual size of a whole image on which its own header and the program that serves it agree.
 
     :param fd: the disk's file, open for reading.
-    :raises ImageRejected: they do not agree, or the program does not open the image, or the rules refuse it.
+    :raises ImageRejected: they do not agree, or the program does not open the image, or the rules refuse it,
+        or its file lacks data that its tables map.
     :raises BackendError: the host is at fault, and not the image.
     """
-    stated = rules.judge(OpenFile(fd), disk.format).virtual_size
+    image = OpenFile(fd)
+    stated = rules.judge(image, disk.format).virtual_size
+    whole.require(image, disk.format, waiter)
     try:
         seen = converter.virtual_size(disk, waiter=waiter)
     except DataRefused as error:
@@ -215,6 +220,21 @@ def settle(fd: int, disk: DiskFile, rules: Rules, converter: QemuImg, waiter: Wa
             next_step="have its owner convert it to qcow2 or raw, and upload that",
         )
     return seen
+
+
+def _read_through(disk: DiskFile, virtual_size: int, work: Work) -> None:
+    """Refuse an image that is kept as it is, and of which a guest could not read all.
+
+    :raises ImageRejected: some of it cannot be read.
+    :raises BackendError: the host is at fault, and not the image.
+    """
+    try:
+        work.converter.read_through(disk, virtual_size, waiter=work.waiter)
+    except DataRefused as error:
+        raise errors.ImageRejected(
+            f"not all of it can be read as {disk.format}: {error.cause}",
+            next_step="have its owner upload a good image under a new id",
+        ) from error
 
 
 class Qcow2Stream:
@@ -305,7 +325,7 @@ class SpoolAndConvert:
         self._spool.write_info()
         work.reservation.raise_to(self._decoded_bytes(source))
         work.converter.convert_to_raw(source, self._stage.path, waiter=work.waiter)
-        self._stage.read_back()
+        self._stage.read_back(work.waiter)
         return virtual_size
 
     def _decoded_bytes(self, source: DiskFile) -> int:

@@ -143,9 +143,9 @@ def share(twin: Twin, stage: Stage) -> bool:
         return atomic_file.share_extents(twin.opened.fd, stage.fd)
 
 
-def is_whole(twin: Twin, stage: Stage) -> bool:
+def is_whole(twin: Twin, stage: Stage, call: Call) -> bool:
     """Read what was shared. Returns False if its checksums differ, so that the disk has changed the twin."""
-    stage.read_back()
+    stage.read_back(call.waiter)
     return stage.checksums.differing(twin.sums) == []
 
 

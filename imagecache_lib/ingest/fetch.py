@@ -320,7 +320,7 @@ class ImageProducer:
         with contextlib.closing(found.opened):
             shared = dedup.share(found, stage)
             if shared:
-                whole = dedup.is_whole(found, stage)
+                whole = dedup.is_whole(found, stage, self._call)
             else:
                 reservation.raise_to(found.allocated)
                 whole = dedup.copy(found, stage, self._call)

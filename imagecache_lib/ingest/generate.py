@@ -414,7 +414,7 @@ class GenerationProducer:
                 image=wanted.name,
                 next_step="check that program, and virt_mkfs where it is configured",
             )
-        stage.read_back()
+        stage.read_back(self._waiter)
         self._cache.host.trace(TracePoint.GENERATE_MADE)
         record = self._record(wanted, stage.fd, stage.seal(), evidence.Origin.GENERATED)
         stage.write_info(record)

@@ -66,7 +66,7 @@ _DOCUMENT = re.compile(
 )
 #: Statuses that refuse a range where the whole may still be had. Glance answers 400 where its store cannot
 #: read from an offset.
-RANGE_REFUSED = frozenset({400, 412, 416, 501})
+RANGE_REFUSED = frozenset({204, 400, 412, 416, 501})
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
 _STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]*"')

@@ -22,11 +22,11 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import requests
-import requests.adapters
 import requests.auth
 import urllib3.exceptions
 
 from imagecache_lib import errors
+from imagecache_lib.sources import connection
 from imagecache_lib.sources.interface import SourceRefused
 
 #: Seconds to wait for the connection, and for each read.
@@ -82,7 +82,7 @@ class SessionSender:
             auth=_Authorization(headers["Authorization"]) if "Authorization" in headers else None,
             stream=True,
             allow_redirects=False,
-            timeout=self._timeout,
+            timeout=connection.bounded(self._timeout),
             verify=self._trust(),
         )
 
@@ -103,7 +103,7 @@ class SessionSender:
         if own is None or own[0] != os.getpid():
             session = requests.Session()
             for scheme in ("http://", "https://"):
-                session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=_POOL))
+                session.mount(scheme, connection.Adapter(pool_maxsize=_POOL))
             self._own = own = (os.getpid(), session)
         return own[1]
 
@@ -316,10 +316,17 @@ def failure(error: BaseException, url: str, image_id: str | None) -> errors.Sour
 def _reason(error: BaseException, causes: list[BaseException]) -> str:
     kinds: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
         ((requests.ConnectTimeout,), "no connection in time"),
+        ((connection.TooSlow,), "what it sends is no data, and takes too long"),
+        ((connection.TooMuch,), "it sends too much that is no data"),
         ((requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError), "nothing came in time"),
         ((http.client.RemoteDisconnected,), "the server closed the connection without an answer"),
         ((http.client.IncompleteRead, urllib3.exceptions.IncompleteRead), "the data broke off"),
         ((socket.gaierror,), "its name does not resolve"),
+        ((http.client.BadStatusLine, http.client.UnknownProtocol), "its answer is not HTTP"),
+        (
+            (http.client.HTTPException, urllib3.exceptions.InvalidHeader),
+            "its headers are not HTTP's",
+        ),
     )
     for types, text in kinds:
         if any(isinstance(cause, types) for cause in causes):

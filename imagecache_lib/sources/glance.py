@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import requests
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import answers, exchange
+from imagecache_lib.sources import answers, connection, exchange
 from imagecache_lib.sources.glance_metadata import image_from_metadata, read_metadata
 from imagecache_lib.sources.interface import (
     CannotCopy,
@@ -258,7 +258,7 @@ class _KeystoneSender:
             raise_exc=False,
             log=False,
             stream=True,
-            timeout=self._timeout,
+            timeout=connection.bounded(self._timeout),
         )
         return answer
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import requests
 
-from imagecache_lib import model
+from imagecache_lib import errors, model
 from imagecache_lib.sources import answers, exchange, interface, tables
 from imagecache_lib.sources.interface import ImageSource
 
@@ -97,7 +97,7 @@ class HttpSource(ImageSource):
         with self._ask("GET", entry, image_id, {"Range": "bytes=0-0"}) as response:
             if response.status_code == 206:
                 part = answers.parse_content_range(response.headers.get("Content-Range", ""))
-                response.raw.drain_conn()  # of one byte, so that the connection is kept
+                _read_byte(response, image_id)
                 return _image(image_id, entry, part[2] if part else None, response)
             if response.status_code == 200:
                 return _image(image_id, entry, answers.content_length(response.headers), response)
@@ -130,6 +130,12 @@ class HttpSource(ImageSource):
 
     def _entry(self, image_id: str) -> HttpImage:
         return interface.entry_of(self._images, image_id)
+
+
+def _read_byte(response: requests.Response, image_id: str) -> None:
+    """Read the one byte that was asked for, so that the connection is kept. Of more, no more is read."""
+    with contextlib.suppress(errors.SourceError):
+        next(answers.body(response, image_id), None)
 
 
 def _image(image_id: str, entry: HttpImage, size: int | None, response: requests.Response) -> model.Image:

@@ -72,6 +72,10 @@ class SourceBudget(RetryBudget):
                 next_step="try again later, or allow more time",
             ) from cause
 
+    def seconds_left(self) -> float | None:
+        """Return how many seconds away the deadline is, or None if there is none."""
+        return None if self._deadline is None else self._deadline - self.system.clock()
+
     def spend(self, failure: errors.ImageCacheError) -> None:
         """Count a failure and wait before the next attempt.
 
@@ -81,6 +85,7 @@ class SourceBudget(RetryBudget):
         """
         if isinstance(failure, (SourceRefused, DeadlinePassed)):
             raise failure
+        self.check(failure)
         final = errors.SourceError(
             f"{failure.cause}; gave up after {self._spent + 1} attempts",
             image=self._image_id,

@@ -20,12 +20,13 @@ The loop ends: every pass draws on the one retry budget that the :class:`Transfe
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import checked
+from imagecache_lib.sources import checked, connection
 from imagecache_lib.sources.interface import CannotResume, ImageSource, NotPermitted, SourceRefused
 from imagecache_lib.sources.retry import DeadlinePassed, SourceBudget
 from imagecache_lib.system.host import System
@@ -97,7 +98,8 @@ def _describe(source: ImageSource, image_id: str, budget: SourceBudget) -> model
     while True:
         budget.check()
         try:
-            image = checked.describe(source, image_id)
+            with connection.waiting(budget):
+                image = checked.describe(source, image_id)
         except errors.SourceError as error:
             budget.spend(error)
         else:
@@ -248,7 +250,9 @@ class Transfer:
     def _attempt(self) -> Generator[bytes]:
         self._budget.check()
         self._host.trace(TracePoint.TRANSFER_OPEN)
-        with checked.Opened(self._source, self.image, self._offset) as stream:
+        with contextlib.ExitStack() as stack:
+            with connection.waiting(self._budget):
+                stream = stack.enter_context(checked.Opened(self._source, self.image, self._offset))
             self._stream = stream
             if self._offset > 0:
                 self._resumed = True

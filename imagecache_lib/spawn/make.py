@@ -62,7 +62,7 @@ def make_file(leases: Leases, base: BaseRequest, path: str, host: System, *, not
         ):
             assert lease.base.fd is not None  # a leased base is open
             with translated(path):
-                atomic_file.copy_content(lease.base.fd, file.fd)
+                atomic_file.copy_content(lease.base.fd, file.fd, base.waiter)
             file.seal()
             if lease.is_current():
                 return file.commit()

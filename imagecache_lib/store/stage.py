@@ -23,6 +23,7 @@ from imagecache_lib.store.pieces import Pieces
 from imagecache_lib.system import durable, locks, sparse
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 
 LOG = logging.getLogger(__name__)
 
@@ -219,10 +220,13 @@ class Stage:
         if self._source:
             self.hold("")
 
-    def read_back(self) -> None:
-        """Sum up what another program wrote. Weaker than what passed through here: the page cache vouches."""
+    def read_back(self, waiter: Waiter) -> None:
+        """Sum up what another program wrote. Weaker than what passed through here: the page cache vouches.
+
+        :param waiter: asked with each piece whether the caller still waits.
+        """
         with translated(self.path):
-            self.checksums.read_back(self.fd)
+            self.checksums.read_back(self.fd, waiter)
 
     def seal(self) -> str:
         """Give the complete data its mode and its random id, and make it durable. Returns the id."""

@@ -16,6 +16,7 @@ from imagecache_lib.system import attributes, durable, locks, sparse
 from imagecache_lib.system.host import System
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 
 #: ioctl_ficlone(2): share the extents of another file.
 _FICLONE = 0x40049409
@@ -246,12 +247,14 @@ def share_extents(source: int, target: int) -> bool:
     return True
 
 
-def copy_content(source: int, target: int) -> None:
+def copy_content(source: int, target: int, waiter: Waiter | None = None) -> None:
     """Share a file's extents where the filesystem can; otherwise copy what is data and leave its holes.
 
     :param source: descriptor open for reading.
     :param target: descriptor of an empty file open for writing.
+    :param waiter: asked after each piece of a copy whether the caller still waits.
     :raises OSError: as the system calls.
+    :raises: what the waiter raises.
     """
     if share_extents(source, target):
         return
@@ -259,7 +262,11 @@ def copy_content(source: int, target: int) -> None:
     buffer = memoryview(bytearray(_COPY_CHUNK))
     size = os.fstat(source).st_size
     for start, end in sparse.data_extents(source):
-        _copy_range(source, target, start, end, buffer)
+        position = start
+        while position < end:
+            position += _copy_piece(source, target, position, end, buffer)
+            if waiter is not None:
+                waiter.check()
     os.ftruncate(target, size)
 
 
@@ -280,12 +287,12 @@ def allocate(fd: int, size: int) -> bool:
     return False
 
 
-def _copy_range(source: int, target: int, start: int, end: int, buffer: memoryview) -> None:
-    while start < end:
-        copied = os.preadv(source, [buffer[: min(len(buffer), end - start)]], start)
-        if copied == 0:
-            raise OSError(errno.EIO, "the file to copy ended early")
-        start += _write(target, buffer[:copied], start)
+def _copy_piece(source: int, target: int, start: int, end: int, buffer: memoryview) -> int:
+    """Copy as much as the buffer holds. Returns how many bytes that was."""
+    copied = os.preadv(source, [buffer[: min(len(buffer), end - start)]], start)
+    if copied == 0:
+        raise OSError(errno.EIO, "the file to copy ended early")
+    return _write(target, buffer[:copied], start)
 
 
 def _write(target: int, data: memoryview, offset: int) -> int:

@@ -48,6 +48,7 @@ class Pace:
 
         :raises CancelledError, LockTimeoutError, SourceError: the caller no longer waits.
         """
+        self._waits.check()
         if self._rate is None:
             return
         cost = amount / self._rate

@@ -19,16 +19,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import http.client
 import http.server
+import itertools
 import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 #: What an answer does after its body.
 KEEP, CLOSE, RESET, STALL, ENDLESS, DROP = "keep", "close", "reset", "stall", "endless", "drop"
 
+_T = TypeVar("_T")
 _PIECE = 2**16
 _BODILESS = frozenset({204, 304})
 
@@ -47,6 +51,13 @@ class Answer:
         out the last chunk.
     :param pause: seconds between pieces of the body.
     :param piece: bytes in each of these pieces.
+    :param version: of HTTP, in the status line. After an answer of HTTP/1.0 the connection is closed.
+    :param interim: statuses of interim answers before this one, such as 100 and 103. They may be endless, as
+        may be the next ones.
+    :param more_headers: further headers, behind all others.
+    :param head_pause: seconds between the bytes of the status line and the headers.
+    :param chunk_size: what is written as the size of each chunk instead of the size.
+    :param trailers: headers behind the last chunk.
     """
 
     status: int = 200
@@ -57,6 +68,12 @@ class Answer:
     chunked: bool = False
     pause: float = 0.0
     piece: int = _PIECE
+    version: str = "HTTP/1.1"
+    interim: Iterable[int] = ()
+    more_headers: Iterable[tuple[str, str]] = ()
+    head_pause: float = 0.0
+    chunk_size: str | None = None
+    trailers: Iterable[tuple[str, str]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +206,7 @@ class BadServer:
     def answer(self, seen: Seen) -> Answer:
         """Return the right answer to a request: 404 if its path has none. Subclasses may compute it."""
         with self._lock:
-            queue = self._scripts.get(seen.path)
+            queue = _of_path(self._scripts, seen.path)
             if not queue:
                 return Answer(status=404)
             script = queue.pop(0) if len(queue) > 1 else queue[0]
@@ -210,7 +227,7 @@ class BadServer:
 
     def _faults_for(self, seen: Seen) -> Iterable[Fault]:
         with self._lock:
-            planned = self._faults.get(seen.path, [])
+            planned = _of_path(self._faults, seen.path) or []
             fitting = [one for one in planned if one.method in (None, seen.method)]
             for one in fitting:
                 if not one.for_ever:
@@ -222,6 +239,29 @@ class BadServer:
         with self._lock:
             self._connections += 1
             return self._connections
+
+
+def _of_path(known: Mapping[str, list[_T]], path: str) -> list[_T] | None:
+    """Return what is known of a path, or if there is nothing, of the path without its query."""
+    return known.get(path) or known.get(path.partition("?")[0])
+
+
+class SilentServer:
+    """A server on loopback that takes connections and says nothing, not even what TLS begins with.
+
+    A context manager, which yields the server itself.
+    """
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        #: Its address, without a final slash. It is as silent to plain HTTP.
+        self.url = f"https://127.0.0.1:{self._socket.getsockname()[1]}"
+
+    def __enter__(self) -> SilentServer:
+        return self  # the kernel takes the connections, and nobody the requests
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
 
 
 class _Listener(http.server.ThreadingHTTPServer):
@@ -255,17 +295,8 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         if answer.after == DROP:
             self._reset()
             return
-        self.send_response(answer.status)
-        for name, value in answer.headers.items():
-            self.send_header(name, value)
-        length = len(answer.body) if answer.length is None else answer.length
-        if answer.chunked:
-            self.send_header("Transfer-Encoding", "chunked")
-        elif length >= 0 and answer.status not in _BODILESS:
-            self.send_header("Content-Length", str(length))
-        if answer.after != KEEP or (length < 0 and not answer.chunked):
-            self.close_connection = True
-        self.end_headers()
+        for line in self._head(answer):
+            self._write_head(line.encode("latin-1") + b"\r\n", answer.head_pause)
         if self.command == "HEAD":
             return
         self._send_body(answer)
@@ -274,7 +305,38 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         elif answer.after == STALL:
             self._owner.closing.wait()
         while answer.after == ENDLESS and not self._owner.closing.is_set():
-            self._write(bytes(_PIECE), chunked=answer.chunked)
+            self._write(bytes(_PIECE), answer)
+
+    def _head(self, answer: Answer) -> Iterator[str]:
+        """Yield the lines before the body, the empty one included."""
+        for status in answer.interim:
+            yield f"{answer.version} {status} {http.client.responses.get(status, '')}"
+            yield "Link: </style.css>; rel=preload"
+            yield ""
+        yield f"{answer.version} {answer.status} {http.client.responses.get(answer.status, '')}"
+        headers = [("Server", self.version_string()), ("Date", self.date_time_string())]
+        headers += answer.headers.items()
+        length = len(answer.body) if answer.length is None else answer.length
+        if answer.chunked:
+            headers.append(("Transfer-Encoding", "chunked"))
+        elif length >= 0 and answer.status not in _BODILESS:
+            headers.append(("Content-Length", str(length)))
+        if answer.after != KEEP or answer.version == "HTTP/1.0" or (length < 0 and not answer.chunked):
+            self.close_connection = True
+            headers.append(("Connection", "close"))
+        for name, value in itertools.chain(headers, answer.more_headers):
+            yield f"{name}: {value}"
+        yield ""
+
+    def _write_head(self, line: bytes, pause: float) -> None:
+        if self._owner.closing.is_set():
+            raise ConnectionAbortedError("the server ends")
+        if not pause:
+            self.wfile.write(line)
+        for number in line if pause else b"":
+            self.wfile.write(bytes((number,)))
+            if self._owner.closing.wait(pause):
+                return
 
     def _send_body(self, answer: Answer) -> None:
         # At once unless it is to be slow: a reset takes from the client what it has not read.
@@ -282,14 +344,18 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         for start in range(0, len(answer.body), piece):
             if start and self._owner.closing.wait(answer.pause):
                 return
-            self._write(answer.body[start : start + piece], chunked=answer.chunked)
+            self._write(answer.body[start : start + piece], answer)
         if answer.chunked and answer.after == KEEP:
-            self.wfile.write(b"0\r\n\r\n")
+            self.wfile.write(b"0\r\n")
+            for name, value in answer.trailers:
+                self._write_head(f"{name}: {value}\r\n".encode("latin-1"), answer.pause)
+            self.wfile.write(b"\r\n")
         self.wfile.flush()
 
-    def _write(self, piece: bytes, *, chunked: bool) -> None:
-        if chunked:
-            piece = b"%x\r\n%s\r\n" % (len(piece), piece)
+    def _write(self, piece: bytes, answer: Answer) -> None:
+        if answer.chunked:
+            size = f"{len(piece):x}" if answer.chunk_size is None else answer.chunk_size
+            piece = b"%s\r\n%s\r\n" % (size.encode("latin-1"), piece)
         self.wfile.write(piece)
 
     def _reset(self) -> None:

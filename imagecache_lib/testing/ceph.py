@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from imagecache_lib import errors
 from imagecache_lib.backends import ceph
 from imagecache_lib.backends.ceph import RbdName
+from imagecache_lib.system.waiter import Waiter
 
 
 @dataclasses.dataclass
@@ -105,11 +106,13 @@ class FakeCluster:
             del content[size:]
             content.extend(bytes(size - len(content)))
 
-    def flatten(self, name: RbdName) -> None:
+    def flatten(self, name: RbdName, waiter: Waiter | None = None) -> None:
         with self._lock:
             image = self._image(name)
             if image.parent is not None and self.is_full:
                 raise _full(name)
+            if image.parent is not None and waiter is not None:
+                waiter.check()
             image.parent = None
 
     def rename(self, name: RbdName, new: str) -> None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from imagecache_lib import errors
 from imagecache_lib.backends import ceph
 from imagecache_lib.backends.ceph import RbdName
+from imagecache_lib.system.host import System
+from imagecache_lib.system.waiter import Waiter
 
 # For the type checker this is a test case; at run time it is a mixin, so that nothing runs it by itself.
 if TYPE_CHECKING:
@@ -63,8 +65,8 @@ class CephContract(_Case):
         self.cluster.fill(name, [(0, b"first"), (4096, b"second"), (size - 4, b"last")])
         return name
 
-    def snapshot(self, *, protect: bool = True) -> RbdName:
-        name = self.made()
+    def snapshot(self, size: int = MIB, *, protect: bool = True) -> RbdName:
+        name = self.made(size)
         snapshot = RbdName(name.pool, name.image, "snap")
         self.create_snapshot(snapshot, protect=protect)
         return snapshot
@@ -183,6 +185,19 @@ class CephContract(_Case):
         self.assertIsNone(self.cluster.stat(child).parent)
         self.remove_snapshot(snapshot)
         self.assertEqual(b"second", self.read(child, 4096, 6))
+
+    def test_a_caller_who_no_longer_waits_ends_a_flatten(self) -> None:
+        snapshot, child = self.snapshot(64 * MIB), self.new_name(self.other_pool)
+        self.cluster.clone(snapshot, child)
+        cancel = threading.Event()
+        cancel.set()
+        with self.assertRaises(errors.CancelledError):
+            self.cluster.flatten(child, Waiter(System(name="contract"), cancel=cancel))
+        self.assertEqual(snapshot, self.cluster.stat(child).parent)
+        self.assertEqual(b"last", self.read(child, 64 * MIB - 4, 4))
+        self.cluster.flatten(child, Waiter(System(name="contract")))
+        self.assertIsNone(self.cluster.stat(child).parent)
+        self.assertEqual(b"last", self.read(child, 64 * MIB - 4, 4))
 
     def test_a_clone_that_is_removed_frees_its_parent(self) -> None:
         snapshot, child = self.snapshot(), self.new_name(self.other_pool)

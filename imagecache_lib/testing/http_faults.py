@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import itertools
 from collections.abc import Mapping
 
 from imagecache_lib.testing import bad_server
@@ -180,6 +181,108 @@ def entity_tag(tag: str | None) -> Fault:
 def header(name: str, value: str | None) -> Fault:
     """The answer has a header with this value, or, if ``value`` is None, does not have that header."""
     return lambda _seen, answer: _with(answer, {name: value})
+
+
+def slow_head(pause: float) -> Fault:
+    """Status line and headers come byte by byte with ``pause`` seconds between them."""
+    return lambda _seen, answer: dataclasses.replace(answer, head_pause=pause)
+
+
+def headers_without_end(pause: float = 0.0) -> Fault:
+    """Header follows header for ever, byte by byte with ``pause`` seconds between, or without a pause."""
+    endless = (("X-More", str(number)) for number in itertools.count())
+    return lambda _seen, answer: dataclasses.replace(answer, more_headers=endless, head_pause=pause)
+
+
+def many_headers(count: int = 1000, length: int = 100) -> Fault:
+    """There are ``count`` headers more, with ``length`` characters each."""
+    headers = [(f"X-{number}", "x" * length) for number in range(count)]
+    return lambda _seen, answer: dataclasses.replace(answer, more_headers=headers)
+
+
+def interim(*statuses: int) -> Fault:
+    """Interim answers come first, such as 100 (Continue) and 103 (Early Hints)."""
+    return lambda _seen, answer: dataclasses.replace(answer, interim=statuses)
+
+
+def interim_without_end(code: int = 100) -> Fault:
+    """Interim answers come, and never the final one."""
+    return lambda _seen, answer: dataclasses.replace(answer, interim=itertools.repeat(code))
+
+
+def chunk_size_told(size: str) -> Fault:
+    """The body is chunked, and this is said of the size of each chunk."""
+    return lambda _seen, answer: dataclasses.replace(answer, chunked=True, chunk_size=size)
+
+
+def trailers(*names: str) -> Fault:
+    """The body is chunked, and headers with these names follow its last chunk."""
+    headers = [(name, "x") for name in names]
+    return lambda _seen, answer: dataclasses.replace(answer, chunked=True, trailers=headers)
+
+
+def trailers_without_end(pause: float = 0.0) -> Fault:
+    """The body is chunked, and headers follow its last chunk for ever.
+
+    :param pause: seconds between the bytes of them.
+    """
+
+    def spoil(_seen: Seen, answer: Answer) -> Answer:
+        endless = (("X-More", str(number)) for number in itertools.count())
+        whole = max(1, len(answer.body))  # no pause within the body
+        return dataclasses.replace(answer, chunked=True, trailers=endless, pause=pause, piece=whole)
+
+    return spoil
+
+
+def http_1_0(*, with_length: bool = True) -> Fault:
+    """An answer of HTTP/1.0, with or without the length of its body, and the end of the connection."""
+
+    def spoil(_seen: Seen, answer: Answer) -> Answer:
+        length = None if with_length else -1
+        return dataclasses.replace(answer, version="HTTP/1.0", length=length, chunked=False)
+
+    return spoil
+
+
+def multipart_range() -> Fault:
+    """An answer to a range comes as multipart/byteranges, as only one to several ranges may."""
+
+    def spoil(_seen: Seen, answer: Answer) -> Answer:
+        if answer.status != 206:
+            return answer
+        part = f"Content-Range: {answer.headers.get('Content-Range', '')}\r\n\r\n".encode("latin-1")
+        body = b"--part\r\n" + part + answer.body + b"\r\n--part--\r\n"
+        changed = _with(
+            answer, {"Content-Range": None, "Content-Type": "multipart/byteranges; boundary=part"}
+        )
+        return dataclasses.replace(changed, body=body)
+
+    return spoil
+
+
+def partial_unasked() -> Fault:
+    """The first half of the data with 206, although no range was asked for."""
+
+    def spoil(seen: Seen, answer: Answer) -> Answer:
+        if "Range" in seen.headers or not answer.body:
+            return answer
+        half = len(answer.body) // 2
+        told = f"bytes 0-{half - 1}/{len(answer.body)}"
+        changed = _with(answer, {"Content-Range": told})
+        return dataclasses.replace(changed, status=206, body=answer.body[:half])
+
+    return spoil
+
+
+def redirected_on(code: int = 302) -> Fault:
+    """A redirect to the same path with another query each time."""
+
+    def spoil(seen: Seen, _answer: Answer) -> Answer:
+        path, _, number = seen.path.partition("?")
+        return Answer(status=code, headers={"Location": f"{path}?{int(number or 0) + 1}"})
+
+    return spoil
 
 
 def _with(answer: Answer, changed: Mapping[str, str | None]) -> Answer:

@@ -205,6 +205,10 @@ class TestNoDisks(FormatCase):
         yield "bzip2", bz2.compress(b"")
         yield "zstd", b"\x28\xb5\x2f\xfd" + data
         yield "lz4", b"\x04\x22\x4d\x18" + data
+        yield "lz4", b"\x02\x21\x4c\x18" + data
+        yield "zstd- or lz4", b"\x50\x2a\x4d\x18\x04\0\0\0none\x28\xb5\x2f\xfd" + data
+        yield "lzma", lzma.compress(data, format=lzma.FORMAT_ALONE)
+        yield "lha", b"\x21\0-lh5-" + bytes(4096)
         made = io.BytesIO()
         with zipfile.ZipFile(made, "w") as archive:
             archive.writestr("disk.img", data)
@@ -224,6 +228,14 @@ class TestNoDisks(FormatCase):
         yield "PNG", b"\x89PNG\r\n\x1a\n" + bytes(4096)
         yield "saved memory", b"LibvirtQemudSave" + bytes(4096)
         yield "squashfs", b"hsqs" + bytes(4096)
+        yield "ACE", bytes(7) + b"**ACE**" + bytes(4096)
+        yield "vma", b"VMA\0" + bytes(4096)
+        yield "Android", b"\x3a\xff\x26\xed\1\0\0\0" + bytes(4096)
+        yield "ffu", b"\x20\0\0\0SignedImage " + bytes(4096)
+        yield "E01", b"EVF\x09\x0d\x0a\xff\0" + bytes(4096)
+        yield "partclone", b"partclone-image\0" + bytes(4096)
+        yield "ntfsclone", b"\0ntfsclone-image" + bytes(4096)
+        yield "btrfs", b"btrfs-stream\0" + bytes(4096)
         yield "7z", b"7z\xbc\xaf\x27\x1c" + bytes(4096)
         yield "VMDK descriptor", b"# Disk DescriptorFile\nversion=1\n".ljust(4096, b"\0")
 

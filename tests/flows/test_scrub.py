@@ -15,6 +15,7 @@ from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep import scrub
 from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, content_of, raw_image
+from tests.support.tokens import Looks
 
 
 class ScrubCase(CacheCase):
@@ -207,6 +208,11 @@ class TestPace(ScrubCase):
         self.assertEqual([ID, OTHER_ID], [base.image_id for base in found])
         cancel.set()
         self.assertEqual((), manager.scrub(rate=0, cancel=cancel).bases)
+
+    def test_a_cancellation_ends_it_within_a_base(self) -> None:
+        manager = self.manager()
+        manager.cache_image(ID)
+        self.assertEqual((), manager.scrub(rate=0, cancel=Looks(2)).bases)
 
     def test_only_those_asked_for(self) -> None:
         manager = self.manager()

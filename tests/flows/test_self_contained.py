@@ -107,6 +107,12 @@ class TestSelfContained(CacheCase):
     def test_a_differencing_vhd(self) -> None:
         self.refused(dynamic_vhd(bytes(2**20), kind=4), "vhd")
 
+    def test_a_vhd_that_states_a_parent_although_it_is_of_a_type_that_has_none(self) -> None:
+        image = dynamic_vhd(bytes(2**20))
+        for at in (512 + 64, 512 + 576):
+            with self.subTest(at=at):
+                self.refused(edited(image, (at, ">I", 1)), "vhd")
+
     def test_a_vmdk_that_states_a_parent_where_readers_look_whatever_its_header_says(self) -> None:
         image = disk_image(self.directory, "vmdk", options="subformat=monolithicSparse")
         descriptor = image[512 : 512 + 10240]

@@ -114,6 +114,8 @@ def fault_of(words: Sequence[str]) -> str | None:
 def _fault_of_node(node: Any) -> str | None:
     if not isinstance(node, dict) or not isinstance(node.get("driver"), str):
         return "no driver is stated"
+    if node["driver"] == "null-co":  # no file: what is written to it is gone
+        return None if set(node) == {"driver", "size"} else "more than a size is stated of no file"
     file = node.get("file")
     if (
         not isinstance(file, dict)

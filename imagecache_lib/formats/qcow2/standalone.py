@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from imagecache_lib.formats.qcow2 import overlay
 from imagecache_lib.system import sparse
+from imagecache_lib.system.waiter import Waiter
 
 #: ioctl_ficlonerange(2), and its argument: descriptor, offset and length of the source, offset in the target.
 _FICLONERANGE = 0x4020940D
@@ -27,7 +28,12 @@ _COPY_BYTES = 2**20
 
 
 def write_standalone(
-    source: int, fd: int, virtual_size: int, *, cluster_bits: int = overlay.DEFAULT_CLUSTER_BITS
+    source: int,
+    fd: int,
+    virtual_size: int,
+    *,
+    cluster_bits: int = overlay.DEFAULT_CLUSTER_BITS,
+    waiter: Waiter | None = None,
 ) -> None:
     """Write a raw file's content as a version 3 image into an empty file. Nothing is synced.
 
@@ -37,14 +43,19 @@ def write_standalone(
     :param fd: open for reading and writing; the file must be empty.
     :param virtual_size: bytes that the guest sees, at least the raw file's size; a multiple of 512.
     :param cluster_bits: 9 to 21; the cluster size is ``1 << cluster_bits``.
+    :param waiter: asked with each piece whether the caller still waits.
     :raises overlay.OverlayError: the size is not a multiple of 512, or the clusters are too small for it.
     :raises OSError: a file cannot be read or written.
+    :raises: what the waiter raises.
     """
-    _Writer(source, fd, virtual_size, cluster_bits).run()
+    _Writer(source, fd, virtual_size, cluster_bits, waiter).run()
 
 
 class _Writer:
-    def __init__(self, source: int, fd: int, virtual_size: int, cluster_bits: int) -> None:
+    def __init__(
+        self, source: int, fd: int, virtual_size: int, cluster_bits: int, waiter: Waiter | None
+    ) -> None:
+        self._waiter = waiter
         self._source, self._fd = source, fd
         self._source_size = os.fstat(source).st_size
         self._virtual_size = virtual_size
@@ -88,6 +99,8 @@ class _Writer:
             first, count = first + whole, count - whole
         step = len(self._buffer) >> self._bits
         for begin in range(first, first + count, step):
+            if self._waiter is not None:
+                self._waiter.check()
             self._copy(begin, min(step, first + count - begin), l2)
 
     def _clone(self, first: int, count: int) -> bool:

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections whose reads end: once the caller no longer waits, and where a server sends what is no data.
+
+A timeout of requests and of http.client bounds the wait for the next bytes. It does not bound how many bytes
+a server takes for the head of an answer, for interim answers before that (RFC 9110, section 15.2), or for
+what lies between the data of a chunked one: sizes, extensions and trailers (RFC 9112, section 7.1). Each of
+these must be here as a whole within the read timeout, and within :data:`MOST` bytes. Nor does anything there
+look whether the caller still waits.
+
+An adapter of a session that the library makes has such connections. A session that the caller of the library
+brings has its own; of the deadline, :func:`bounded` lets it know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import http.client
+import io
+import socket
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import requests.adapters
+import urllib3
+import urllib3.connection
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+#: Most bytes of the head of an answer, interim answers included, and most bytes that are taken from the
+#: connection for one piece of data. A piece is asked for in 1 MiB.
+MOST = 2 * 2**20
+
+#: Seconds between two looks whether the caller still waits, while nothing comes.
+_SLICE = 0.5
+
+#: 101 is no interim answer, but the last one of a protocol that ends with it.
+_SWITCHING = 101
+
+#: Shortest timeout in seconds: zero would not wait at all.
+_SHORTEST = 0.01
+
+
+class Caller(Protocol):
+    """Whom a request is made for."""
+
+    def check(self) -> None:
+        """Raise if the caller no longer waits."""
+
+    def seconds_left(self) -> float | None:
+        """Return how long the caller waits yet, or None if that has no end."""
+
+
+class TooSlow(TimeoutError):
+    """What is no data came for longer than the read timeout."""
+
+
+class TooMuch(http.client.HTTPException):
+    """What is no data has more than :data:`MOST` bytes."""
+
+
+_caller: contextvars.ContextVar[Caller | None] = contextvars.ContextVar("imagecache_caller", default=None)
+
+
+@contextlib.contextmanager
+def waiting(caller: Caller) -> Iterator[None]:
+    """Say for whom the requests are made that are sent in the body, on this thread.
+
+    An answer that comes in the body is read for the same caller, whenever and on which thread ever that is.
+    """
+    token = _caller.set(caller)
+    try:
+        yield
+    finally:
+        _caller.reset(token)
+
+
+def bounded(timeout: tuple[float, float]) -> tuple[float, float]:
+    """Return the timeouts for a connection and for a read, neither beyond the time that the caller waits.
+
+    :param timeout: both in seconds.
+    """
+    caller = _caller.get()
+    left = None if caller is None else caller.seconds_left()
+    if left is None:
+        return timeout
+    left = max(left, _SHORTEST)
+    return min(timeout[0], left), min(timeout[1], left)
+
+
+class _Arriving(io.RawIOBase):
+    """What comes in on a socket.
+
+    :param whole: the socket's own file, which keeps the socket open as long as it is.
+    """
+
+    def __init__(self, sock: socket.socket, whole: io.BufferedReader) -> None:
+        self._socket = sock
+        self._whole = whole
+        self._caller = _caller.get()
+        self._timeout = sock.gettimeout()
+        self.start()
+
+    def start(self) -> None:
+        """Allow the whole time and the most bytes once more: another piece is asked for."""
+        # The timeouts of sockets are real time, whatever clock the host has.
+        self._until = None if self._timeout is None else time.monotonic() + self._timeout
+        self._amount = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        while True:
+            if self._caller is not None:
+                self._caller.check()
+            if self._amount > MOST:
+                raise TooMuch(f"more than {MOST} bytes that are no data")
+            self._socket.settimeout(self._next_slice())
+            try:
+                count = self._socket.recv_into(buffer)
+            except TimeoutError:
+                continue
+            finally:
+                self._socket.settimeout(self._timeout)
+            self._amount += count
+            return count
+
+    def _next_slice(self) -> float:
+        if self._until is None:
+            return _SLICE
+        left = self._until - time.monotonic()
+        if left > 0:
+            return min(left, _SLICE)
+        if self._amount:
+            raise TooSlow
+        raise TimeoutError("timed out")
+
+    def close(self) -> None:
+        self._whole.close()
+        super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer that is read with the bounds of this module. Interim answers are passed over."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self._arriving = _Arriving(sock, self.fp)
+        self.fp = io.BufferedReader(self._arriving)
+
+    def begin(self) -> None:
+        super().begin()
+        while 100 <= self.status < 200 and self.status != _SWITCHING:
+            self.headers = None  # type: ignore[assignment]  # so that it begins anew
+            super().begin()
+        if not self.chunked:
+            _require_length(self.headers.get_all("Content-Length", []))
+
+    def _read_next_chunk_size(self) -> int:
+        # int() takes more than the digits of a size: RFC 9112, section 7.1.
+        size: int = super()._read_next_chunk_size()  # type: ignore[misc]
+        if size < 0:
+            raise ValueError(size)  # as for what is no number
+        return size
+
+    def read1(self, n: int = -1) -> bytes:
+        self._arriving.start()
+        return super().read1(n)
+
+    def read(self, amt: int | None = None) -> bytes:
+        self._arriving.start()
+        return super().read(amt)
+
+
+def _require_length(told: list[str]) -> None:
+    """Refuse a length of the data that is none, or that is another each time (RFC 9112, section 6.3).
+
+    :param told: the values of all headers Content-Length.
+    """
+    lengths = {length.strip() for value in told for length in value.split(",")}
+    if len(lengths) > 1 or not all(length.isascii() and length.isdecimal() for length in lengths):
+        raise http.client.HTTPException("the length is none")
+
+
+class _HttpConnection(urllib3.connection.HTTPConnection):
+    response_class = _Answer
+
+
+class _HttpsConnection(urllib3.connection.HTTPSConnection):
+    response_class = _Answer
+
+
+class _HttpPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _HttpConnection
+
+
+class _HttpsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _HttpsConnection
+
+
+class Adapter(requests.adapters.HTTPAdapter):
+    """The transport of a requests session, with connections as this module describes them."""
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, **options)
+        self._use_pools(self.poolmanager)
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        manager = super().proxy_manager_for(proxy, **options)
+        if not proxy.lower().startswith("socks"):
+            self._use_pools(manager)
+        return manager
+
+    def _use_pools(self, manager: urllib3.PoolManager) -> None:
+        manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
