@@ -415,7 +415,7 @@ class Scan:
             if answer.errno not in _NO_DEVICE:
                 self._unreadable_file(directory, name, directory_fd, inode, answer)
         elif references := self._condense(answer):
-            self._facts.append(Overlay(path, directory.seen, references, directory.formats, inode, 0))
+            self._facts.append(Overlay(path, directory.seen, references, inode, 0))
 
     # -- what cannot be read -------------------------------------------------------------------------
 
