@@ -26,6 +26,8 @@ _T = TypeVar("_T")
 
 _VERSION = 1
 
+_FIELDS = {"version", "roots", "lost", "directories", "report", "readings"}
+
 #: Stands in ``hosts/<id>.readings`` where a path would, and says that this release wrote it: the one before
 #: makes the file anew from the disks that it saw, and no disk has an empty path.
 _OURS = ""
@@ -218,7 +220,7 @@ def save_last_scan(where: layout.Layout, host_id: str, before: LastScan, last: L
     path = where.last_scan(host_id)
     data, _problem = _data(path)
     if data is not None and data == before.data:
-        if before.is_whole and _fields(last, before.fields["readings"]) == before.fields:
+        if before.is_whole and _is_written(last, before):
             os.utime(path)  # nothing has changed; when the pass was is told
             return
     elif data is not None:
@@ -233,6 +235,33 @@ def save_last_scan(where: layout.Layout, host_id: str, before: LastScan, last: L
         # Another process wrote between our look and this: what it saw is put back beside what we saw.
         data = to_json(last, _digest(readings))
         last = _merged(last, before, parse(replaced))
+
+
+def _is_written(last: LastScan, before: LastScan) -> bool:
+    """Whether what a pass saw is what was parsed, and would be written down as that was.
+
+    They are compared as they are: the form on disk, made anew, is more objects than Python collects quickly.
+    """
+    fields = before.fields
+    if fields.keys() != _FIELDS or fields["version"] != _VERSION or fields["lost"] != dict(last.lost):
+        return False
+    if fields["roots"] != {path: _pack(identity) for path, identity in last.roots.items()}:
+        return False
+    return (
+        isinstance(before.disks, _Disks)
+        and before.disks.are(last.disks)
+        and _is_reported(last.report, fields["report"])
+    )
+
+
+def _is_reported(report: Sequence[model.Instance] | None, packed: list[list[Any]] | None) -> bool:
+    if report is None or packed is None:
+        return report is None and packed is None
+    if isinstance(report, _Report):
+        return report.packed == packed
+    return len(report) == len(packed) and all(
+        _pack_instance(instance) == each for instance, each in zip(report, packed, strict=True)
+    )
 
 
 def _merged(last: LastScan, before: LastScan, now: LastScan | None) -> LastScan:
@@ -421,6 +450,37 @@ class _Disks(Mapping[str, SeenDisk]):
 
     def __contains__(self, path: object) -> bool:
         return path in self._where
+
+    def are(self, disks: Mapping[str, SeenDisk]) -> bool:
+        """Whether these are the same disks, in the same directories."""
+        if len(disks) != len(self._where):
+            return False
+        known: dict[int, int] = {}
+        for path, disk in disks.items():
+            number, name = self._where.get(path, (-1, ""))
+            if number < 0:
+                return False
+            if self._packed[number][3][name] != [disk.inode, disk.born, disk.instance, list(disk.names)]:
+                return False
+            if known.get(id(disk.directory)) != number and not self._is(number, disk.directory, known):
+                return False
+        return True
+
+    def _is(self, number: int, directory: SeenDirectory, known: dict[int, int]) -> bool:
+        """Whether a directory, and each above it, is the one of that number.
+
+        :param known: numbers of directories by their ``id``, which gets the number of this one.
+        """
+        path, identity, above, _disks = self._packed[number]
+        if directory.path != path or _pack(directory.identity) != identity:
+            return False
+        if above is None or directory.above is None:
+            same = above is None and directory.above is None
+        else:
+            same = known.get(id(directory.above)) == above or self._is(above, directory.above, known)
+        if same:
+            known[id(directory)] = number
+        return same
 
     def _directory(self, number: int) -> SeenDirectory:
         found = self._directories.get(number)
