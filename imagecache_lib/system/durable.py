@@ -15,6 +15,9 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
 
+#: As much of a file that is too long is read, in bytes: enough to see that it is damaged.
+_LONG = 2**24
+
 #: How often a file that another host replaces meanwhile is looked up again.
 _STALE_TURNS = 3
 
@@ -181,7 +184,8 @@ def _exchange(one: str, other: str) -> bool:
 def read_file(path: str, *, limit: int = 2**24) -> bytes | None:
     """Return the content of a small file, or None if the path has no file or no regular one.
 
-    :param limit: most bytes that are read.
+    :param limit: most bytes that are read. A file that has more is none as it was written, and no more than
+        16 MiB of it are read.
     :raises OSError: the file cannot be read.
     """
     for _turn in range(_STALE_TURNS):
@@ -200,8 +204,11 @@ def _read(path: str, limit: int) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
             return None
+        if found.st_size > limit:
+            limit = min(limit, _LONG)
         parts = []
         while limit > 0 and (part := os.read(fd, min(limit, 2**20))):
             parts.append(part)

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kind of filesystem a path is on, as proc(5) tells it."""
+"""What is mounted where, and what kind of filesystem a path is on, as proc(5) tells it."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Collection
+
+#: How the kernel writes a space, a tab, a line feed and a backslash in a path.
+_ESCAPE = re.compile(rb"\\([0-3][0-7][0-7])")
 
 #: Filesystems that several machines may have mounted. Memory that processes map is not shared between them.
 _NETWORK = frozenset(
@@ -57,3 +62,18 @@ def is_listed_as_network(listing: str, device: int) -> bool:
         if mount.split()[2:3] == [wanted]:
             return filesystem.split()[:1] != [] and filesystem.split()[0] in _NETWORK
     return False
+
+
+def below(directories: Collection[str], *, mountinfo: str = "/proc/self/mountinfo") -> frozenset[str]:
+    """Return the paths below some directories at which something is mounted, as far as that can be told.
+
+    None of them is looked at: its server may be gone.
+    """
+    prefixes = tuple(f"{directory.rstrip('/')}/" for directory in directories)
+    try:
+        with open(mountinfo, "rb") as stream:
+            points = [line.split()[4] for line in stream if line.count(b" ") > 4]
+    except OSError:
+        return frozenset()
+    paths = (os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), point)) for point in points)
+    return frozenset(path for path in paths if path.startswith(prefixes) and path != "/")

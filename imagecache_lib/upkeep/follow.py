@@ -56,8 +56,8 @@ Answer = Looked | Nothing | CannotTell
 class Follower:
     """Looks at files. Safe to share between threads.
 
-    :ivar devices: makes looks at block devices in instance directories, apart from the others: what a guest
-        wrote must not hold these up.
+    :ivar inside: makes looks at what lies in instance directories and may not answer: block devices, mounts,
+        what links lead to. Apart from the others, since what a guest wrote must not hold these up.
     :ivar roots: makes looks at disk roots, likewise.
     :param limit: seconds that a look may take.
     :param looks: looks at one file, however long that takes, or None to look with stat(2) and open(2).
@@ -65,7 +65,7 @@ class Follower:
 
     def __init__(self, limit: float = bounded.LIMIT, *, looks: Callable[[str], Answer] | None = None) -> None:
         self._bounded = Bounded(limit)
-        self.devices = Bounded(limit)
+        self.inside = Bounded(limit)
         self.roots = Bounded(_ROOTS_LIMIT)
         self._looks = looks or _look
 

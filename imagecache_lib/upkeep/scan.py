@@ -20,7 +20,7 @@ from imagecache_lib import model
 from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.last_scan import Boundary, Identity, SeenDirectory
-from imagecache_lib.system import atomic_file
+from imagecache_lib.system import atomic_file, mounts
 from imagecache_lib.system.filesystem_id import FilesystemIds
 from imagecache_lib.system.statx import Statx
 from imagecache_lib.system.trace import TracePoint
@@ -53,6 +53,8 @@ _MOST_ROUNDS = 64
 _GRANULARITY = 2 * 10**9
 
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+
+_NO_ANSWER = "it does not answer"
 
 #: What a node says whose device is not there.
 _NO_DEVICE = (errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM)
@@ -106,6 +108,7 @@ class Scan:
         self._clock_device, self._now = _filesystem_clock(cache)
         self._filesystems = FilesystemIds()
         self._statx = Statx()
+        self._mounts = mounts.below(self._roots)
         self._facts: list[Fact] = []
         self._found_roots: dict[str, Identity] = {}
         self._lost: dict[str, int] = {}
@@ -133,7 +136,7 @@ class Scan:
         try:
             # The server of a disk root may be gone, and whoever asks for it waits for ever.
             if not self._follower.roots.call(lambda: os.path.isdir(root)):
-                raise OSError(errno.ETIMEDOUT, "it does not answer")
+                raise OSError(errno.ETIMEDOUT, _NO_ANSWER)
             fd = os.open(root, _OPEN | os.O_DIRECTORY)
         except OSError as error:
             cause = error.strerror or str(error)
@@ -206,6 +209,9 @@ class Scan:
     ) -> list[tuple[str, SeenDirectory, bool]] | None:
         """Read a directory's files, and return its directories, or None if there is none of that name."""
         self._host.trace(TracePoint.REFERENCES_DIRECTORY)
+        if path in self._mounts and not self._follower.inside.call(lambda: os.path.isdir(path)):
+            self._facts.append(Unreadable(path, _NO_ANSWER, True))
+            return []
         try:
             if link:
                 fd = os.open(path, _OPEN | os.O_DIRECTORY)
@@ -360,13 +366,13 @@ class Scan:
         inner: list[tuple[str, SeenDirectory, bool]],
     ) -> None:
         path = os.path.join(directory.seen.path, name)
-        try:
-            status = os.stat(name, dir_fd=directory_fd)
-        except OSError as error:
-            if error.errno == errno.ENOENT:
+        answers = self._follower.inside.call(lambda: _status_at(name, directory_fd))
+        status = answers[0] if answers else OSError(errno.ETIMEDOUT, _NO_ANSWER)
+        if isinstance(status, OSError):
+            if status.errno == errno.ENOENT:
                 self._facts.append(DanglingLink(path))
-            elif error.errno != errno.ELOOP:
-                self._facts.append(Unreadable(path, error.strerror or str(error), False, inode))
+            elif status.errno != errno.ELOOP:
+                self._facts.append(Unreadable(path, status.strerror or str(status), False, inode))
             return
         if stat.S_ISDIR(status.st_mode):
             if name in self._passed_over:
@@ -407,8 +413,8 @@ class Scan:
     def _read_device(self, directory: _Directory, name: str, directory_fd: int, inode: int) -> None:
         """Read a block device: it may never answer, as multipath's while it queues for want of a path."""
         path = directory.prefix + name
-        answers = self._follower.devices.call(lambda: _references_at(path))
-        answer = answers[0] if answers else OSError(errno.ETIMEDOUT, "it does not answer")
+        answers = self._follower.inside.call(lambda: _references_at(path))
+        answer = answers[0] if answers else OSError(errno.ETIMEDOUT, _NO_ANSWER)
         if isinstance(answer, FileNotFoundError):
             self._again = True
         elif isinstance(answer, OSError):
@@ -440,6 +446,14 @@ class Scan:
         rights = (os.R_OK, os.W_OK, os.X_OK)
         foreign = owner != os.geteuid() and not any(os.access(path, right) for right in rights)
         self._facts.append(Unreadable(path, error.strerror or str(error), True, foreign=foreign))
+
+
+def _status_at(name: str, directory_fd: int) -> os.stat_result | OSError:
+    """Return what a link leads to, or why that cannot be told."""
+    try:
+        return os.stat(name, dir_fd=directory_fd)
+    except OSError as error:
+        return error
 
 
 def _references_at(path: str) -> tuple[bytes, ...] | OSError:

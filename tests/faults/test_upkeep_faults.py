@@ -453,6 +453,19 @@ def test_a_disk_root_that_does_not_answer_keeps_everything_and_holds_up_neither_
     assert not cache.base.exists()
 
 
+def test_a_mount_below_a_disk_root_that_does_not_answer_holds_up_no_pass(cache: Cache) -> None:
+    (cache.instances / "two").mkdir()
+    with mount_that_does_not_answer(hung := cache.instances / "one"):
+        (cache.instances / "two" / "disk").symlink_to(hung / "disk")
+        begun = time.monotonic()
+        instances = [ic.Instance(name, "here") for name in ("one", "two")]
+        told = cache.manager().verify_base_images(instances).problems
+        for path in (hung, cache.instances / "two" / "disk"):
+            assert any(f"{path} cannot be read (it does not answer)" in problem for problem in told), told
+        assert not cache.base.exists()
+        assert time.monotonic() - begun < 60
+
+
 def test_a_note_of_a_file_on_a_mount_that_does_not_answer_holds_up_no_start(
     cache: Cache, tmp_path: pathlib.Path
 ) -> None:

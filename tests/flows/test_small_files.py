@@ -12,7 +12,7 @@ import imagecache_lib as ic
 from imagecache_lib import errors, events
 from imagecache_lib.store import history, trash
 from imagecache_lib.store.directory import CacheStore
-from imagecache_lib.system import locks
+from imagecache_lib.system import durable, locks
 from imagecache_lib.system.trace import TracePoint
 from tests.flows.test_upkeep import NAME, UpkeepCase
 from tests.support import files
@@ -144,6 +144,15 @@ class TestDisksToForget(SmallFilesCase):
             with self.subTest(path), self.assertRaisesRegex(errors.ConfigError, "no absolute path"):
                 self.manager().forget_disks(path)
         self.assertEqual(1, self.manager().forget_disks(str(disk.parent)))
+
+
+class TestLongFiles(SmallFilesCase):
+    def test_one_that_is_longer_than_any_is_not_read_to_its_end(self) -> None:
+        path = self.directory / "long"
+        path.touch()
+        os.truncate(path, 10 * 2**30)
+        self.assertEqual(2**24, len(durable.read_file(str(path), limit=2**30) or b""))
+        self.assertEqual(2**20, len(durable.read_file(str(path), limit=2**20) or b""))
 
 
 class TestPins(SmallFilesCase):

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is mounted below a directory, from the kernel's list alone."""
+
+from __future__ import annotations
+
+import pathlib
+
+from imagecache_lib.system import mounts
+
+LIST = rb"""22 1 254:1 / / rw,relatime - ext4 /dev/root rw
+30 22 0:27 / /var/lib/instances rw - nfs server:/export rw
+31 30 0:28 / /var/lib/instances/one rw - nfs server:/one rw
+32 30 0:29 / /var/lib/instances/a\040space\134 rw - nfs server:/two rw
+33 22 0:30 / /var/lib/instances-old/two rw - nfs server:/three rw
+torn
+"""
+
+
+def test_mounts_below_a_directory_are_found_whatever_they_are_called(tmp_path: pathlib.Path) -> None:
+    listing = tmp_path / "mountinfo"
+    listing.write_bytes(LIST)
+    found = mounts.below(["/var/lib/instances/"], mountinfo=str(listing))
+    assert found == {"/var/lib/instances/one", "/var/lib/instances/a space\\"}
+    assert len(mounts.below(["/"], mountinfo=str(listing))) == 4
+
+
+def test_without_a_list_there_are_none(tmp_path: pathlib.Path) -> None:
+    assert mounts.below(["/"], mountinfo=str(tmp_path / "none")) == frozenset()
