@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import io
 import multiprocessing
 import os
 import pathlib
@@ -369,6 +370,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     default = "nginx" if nginx_program() else "range_server"
     parser.add_argument("--server", choices=("nginx", "range_server"), default=default)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack the signs that lines are drawn with
     chosen = parser.parse_args().server
     missing = [each for each in ("qemu-img", "qemu-system-x86_64") if shutil.which(each) is None]
     if missing:

@@ -284,7 +284,9 @@ def _epoch(moment: dt.datetime) -> float:
 
 def _exists(what: str) -> errors.DiskExistsError:
     return errors.DiskExistsError(
-        "the target exists already", path=what, next_step="remove it, or ask for it to be reused"
+        "the target exists already",
+        path=what,
+        next_step="remove it, or ask for it to be reused (imagecache: --reuse)",
     )
 
 

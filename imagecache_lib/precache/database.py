@@ -490,8 +490,10 @@ def _translated(where: str) -> Iterator[None]:
     except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
         cause = getattr(error, "orig", None) or error
         is_contended = getattr(cause, "sqlstate", None) in _SQLSTATES or cause.args[:1] == (_DEADLOCK,)
+        # PyMySQL's errors are a number and a text.
+        text = str(cause.args[-1] if len(cause.args) == 2 else cause)
         raise (Contended if is_contended else JobDatabaseError)(
-            f"the job database failed: {' '.join(str(cause).split())}",
+            f"the job database failed: {' '.join(text.split())}",
             path=where,
             next_step="check the database and its disk",
         ) from error

@@ -18,7 +18,9 @@ def require_reuse(target: str, if_exists: str) -> None:
     """
     if if_exists != "reuse":
         raise errors.DiskExistsError(
-            "the target exists already", path=target, next_step="remove it, or ask for it to be reused"
+            "the target exists already",
+            path=target,
+            next_step="remove it, or ask for it to be reused (imagecache: --reuse)",
         )
 
 

@@ -67,7 +67,7 @@ def _exists(target: str) -> errors.DiskExistsError:
     return errors.DiskExistsError(
         "the target exists already",
         path=target,
-        next_step="remove it, or ask for it to be reused",
+        next_step="remove it, or ask for it to be reused (imagecache: --reuse)",
     )
 
 

@@ -220,7 +220,7 @@ class FakeCluster:
             raise errors.DiskExistsError(
                 "the target exists already",
                 path=str(name),
-                next_step="remove it, or ask for it to be reused",
+                next_step="remove it, or ask for it to be reused (imagecache: --reuse)",
             )
         pool[name.image] = image
 

@@ -381,6 +381,11 @@ def test_an_operator_is_asked_for_a_report_and_told_of_the_image_by_its_id(cli: 
         (("--instances-pth", "x", "image", "list"), 2, "--instances-path is one"),
         (("cache", "scrub", "--rate", "10X"), 2, "imagecache cache scrub --help"),
         (("help", "nope"), 2, "no command 'nope'"),
+        (
+            ("precache", "list", "--jobs", "mysql+pymysql://a:secret@127.0.0.1:1/x"),
+            7,
+            "failed: Can't connect to MySQL server on '127.0.0.1' (Connection refused)",
+        ),
         (("image", "cache", "i", "--file", "f", "--digest", "sha512:00"), 2, "128 hexadecimal digits"),
         (("image", "cache", "i", "--file", "f", "--digest", "crc:00"), 2, "crc is no digest's algorithm"),
         (("image", "cache", "i", "--file", "f", "--disk-format", "qcow"), 2, "qcow2"),
