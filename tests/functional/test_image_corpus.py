@@ -26,7 +26,7 @@ MIB = 2**20
 #: Options for each format, as lists of alternatives; the whole is their product, the sample one of each.
 _OPTIONS: dict[str, tuple[tuple[str, ...], ...]] = {
     "qcow2": (
-        ("compat=0.10", "compat=1.1", "extended_l2=on", "compression_type=zstd"),
+        ("compat=1.1", "compat=0.10", "extended_l2=on", "compression_type=zstd"),
         ("", "cluster_size=512", "cluster_size=4096", "cluster_size=2M"),
         ("", "preallocation=metadata", "preallocation=falloc", "preallocation=full", "lazy_refcounts=on"),
         ("", "refcount_bits=1", "refcount_bits=64"),
