@@ -84,12 +84,12 @@ def test_commands_about_the_cache_print_what_the_schema_says(cli: JobsCli) -> No
         (("history", IMAGE), 0),
         (("cache", "check"), 10),
         (("cache", "audit"), 10),
-        (("disk", "forget", "/srv"), 0),
     ):
         command = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
         check(command, cli.json(*words, code=code))
     check("image list --long", cli.json("image", "list", "--long"))
     check("cache verify", cli.json("cache", "verify", "--instances", report, code=10))
+    check("disk forget", cli.json("disk", "forget", str(cli.instances / "vm")))
 
 
 def test_commands_about_jobs_print_what_the_schema_says(cli: JobsCli) -> None:
