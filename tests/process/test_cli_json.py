@@ -89,6 +89,7 @@ def test_commands_about_the_cache_print_what_the_schema_says(cli: JobsCli) -> No
         check(command, cli.json(*words, code=code))
     check("image list --long", cli.json("image", "list", "--long"))
     check("cache verify", cli.json("cache", "verify", "--instances", report, code=10))
+    cli.run("cache", "verify", "--instances", report, "--evict", code=10)
     check("disk forget", cli.json("disk", "forget", str(cli.instances / "vm")))
 
 
