@@ -35,6 +35,7 @@ SKIPS = {
     "no cache has an image without a byte": "the contract's question has no meaning for a peer",
     "the release before is not in the history of this checkout": "a shallow clone has none, any other does",
     "a tracer's own locks would be interrupted": "it runs wherever coverage is not measured",
+    "make campaigns boots these guests, for minutes": "the others of their file boot here",
     "the installed qemu-img does not make this": "which options there are differs between releases of QEMU",
 }
 

@@ -22,6 +22,10 @@ from imagecache_lib.testing import bootdisk
 from tests.lab import glance as glance_lab
 from tests.lab import kernel, libvirt, mariadb, nova_hosts, nova_service, rabbit, server
 from tests.lab.nova_client import NovaClient
+from tests.support import campaign
+
+#: Tests that boot guests for minutes.
+long = pytest.mark.skipif(not campaign.WHOLE, reason="make campaigns boots these guests, for minutes")
 
 #: A pass every few seconds, for which a base is old as soon as nothing uses it.
 EAGER = {
@@ -207,6 +211,8 @@ def test_the_periodic_pass_removes_what_no_guest_uses(cloud: Cloud) -> None:
         assert cloud.downloads(kept) == 1
 
 
+@pytest.mark.campaign
+@long
 def test_guests_go_over_from_novas_driver_and_back(cloud: Cloud) -> None:
     client, flavor = cloud.client, cloud.client.flavor(swap=8, ephemeral=1)
     theirs, ours, unused = cloud.image("THEIRS"), cloud.image("OURS"), cloud.image("LEFT")
@@ -244,6 +250,8 @@ def second(cloud: Cloud) -> Iterator[nova_hosts.SecondHost]:
                 cloud.client.call("PUT", f"/os-services/{service}", {"status": "disabled"})
 
 
+@pytest.mark.campaign
+@long
 def test_guests_move_between_hosts(cloud: Cloud, second: nova_hosts.SecondHost) -> None:
     client, here, there = cloud.client, nova_service.HOST, nova_hosts.NAME
     image, gone = cloud.image("MOVED"), cloud.image("LOST")
