@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import select
+import selectors
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 _CHUNK = 64 * 1024
 
 #: Seconds between two looks whether answers that are held may go on, or nobody waits for them any more.
 _LOOK_SECONDS = 0.02
+
+
+def _readable(sides: Sequence[socket.socket], seconds: float | None = None) -> list[socket.socket]:
+    """Return which of the sockets have data, or an end. Unlike select(), it takes any descriptor."""
+    with selectors.DefaultSelector() as selector:
+        for side in sides:
+            selector.register(side, selectors.EVENT_READ)
+        ready = {key.fileobj for key, _events in selector.select(seconds)}
+    return [side for side in sides if side in ready]
 
 
 class Hold:
@@ -49,7 +58,7 @@ class Hold:
             self._held.add(client)
         try:
             while not self._released.wait(_LOOK_SECONDS):
-                if select.select([client], [], [], 0)[0] and not client.recv(1, socket.MSG_PEEK):
+                if _readable([client], 0) and not client.recv(1, socket.MSG_PEEK):
                     return False
             return True
         finally:
@@ -167,7 +176,7 @@ class Relay:
         answering = False
         sides = [client, server]
         while True:
-            readable, _, _ = select.select(sides, [], [])
+            readable = _readable(sides)
             if client in readable:
                 data = client.recv(_CHUNK)
                 if not data:

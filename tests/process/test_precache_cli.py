@@ -151,9 +151,11 @@ def test_a_job_that_is_left_goes_on_later(cli: JobsCli, number: signal.Signals) 
     assert left.returncode == 10, said
     (listed,) = cli.json("precache", "list")
     assert listed["state"] == "not_done", said
-    assert not any(stage.iterdir())
-    (result,) = cli.json("precache", "resume", listed["id"], "--file", str(cli.data))
+    assert any(stage.iterdir())  # what came of the image, with which the next attempt goes on
+    source = ("--file", str(cli.data), "--digest", cli.digest)
+    (result,) = cli.json("precache", "resume", listed["id"], *source)
     assert result["result"] == "cached"
+    assert not any(stage.iterdir())
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -189,7 +191,7 @@ def test_interrupted_in_any_phase_it_leaves_what_can_be_resumed(
     (listed,) = cli.json("precache", "list")
     assert listed["state"] == "not_done"
     assert f"imagecache precache resume {listed['id']}" in said
-    assert not stage.is_dir() or not any(stage.iterdir())
+    assert "--rate" in words or not stage.is_dir() or not any(stage.iterdir())
 
 
 def test_cancelled_by_another_process(cli: JobsCli) -> None:
