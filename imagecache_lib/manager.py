@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from imagecache_lib import errors, events, model
 from imagecache_lib.backends.interface import Feature, StorageBackend
 from imagecache_lib.disks import DiskAdmin
-from imagecache_lib.ingest import generate
+from imagecache_lib.ingest import generation
 from imagecache_lib.spawn import cloning
 from imagecache_lib.spawn.make import make_disk, make_file
 from imagecache_lib.spawn.reuse import check_file, is_reused, require_reuse
@@ -97,7 +97,7 @@ class ImageCacheManager(DiskAdmin):
         :raises NoSpaceError, BackendError, ConfigError: nothing is left behind.
         """
         storage = self._backend_of(backend)
-        wanted = generate.swap(size_mb, share=Feature.OVERLAY in storage.features)
+        wanted = generation.swap(size_mb, share=Feature.OVERLAY in storage.features)
         self._start()
         if is_reused(storage, target, if_exists):
             return self._reuse(storage, target, None)
@@ -128,7 +128,7 @@ class ImageCacheManager(DiskAdmin):
         :raises NoSpaceError, BackendError, ConfigError: nothing is left behind.
         """
         storage = self._backend_of(backend)
-        wanted = generate.ephemeral(
+        wanted = generation.ephemeral(
             size_gb,
             os_type=os_type,
             fs=fs,
@@ -141,7 +141,7 @@ class ImageCacheManager(DiskAdmin):
             return self._reuse(storage, target, wanted.size, os_type=os_type, fs=fs, label=label)
         return self._generate(storage, wanted, target)
 
-    def _generate(self, storage: StorageBackend, wanted: generate.Generation, target: str) -> model.Disk:
+    def _generate(self, storage: StorageBackend, wanted: generation.Generation, target: str) -> model.Disk:
         request = self._generator.request(wanted)
         return make_disk(self._leases, storage, request, target, shared=wanted.shared)
 

@@ -17,8 +17,15 @@ from imagecache_lib.formats import superblock
 from imagecache_lib.formats.qcow2 import header as qcow2_header
 from imagecache_lib.formats.qcow2.header import Header, HeaderError, NotQcow2
 from imagecache_lib.formats.superblock import Signature
-from imagecache_lib.ingest import generate
-from imagecache_lib.ingest.generate import GIB, LABEL, MIB, Generation
+from imagecache_lib.ingest.generation import (
+    GIB,
+    IDENTITIES,
+    LABEL,
+    MIB,
+    Generation,
+    can_be_shared,
+    filesystem,
+)
 from imagecache_lib.store import layout
 
 #: Of an entry of the L1 and L2 tables, from QEMU's docs/interop/qcow2.rst.
@@ -122,7 +129,7 @@ def generation(
     if is_swap:
         return Generation(needed.name, size, "swap", shared=True, publishable=True)
     told = fs is not None or os_type is not None
-    kind = generate.filesystem(os_type, fs, config) if told else _shown(needed, size, label)
+    kind = filesystem(os_type, fs, config) if told else _shown(needed, size, label)
     doubt = _contradiction(needed, kind, label)
     if doubt is not None and fs is None:
         raise errors.BackendError(
@@ -178,14 +185,14 @@ def _obstacle(needed: Backing, kind: str | None, label: str | None, *, told: boo
         return _Unfit(
             "nothing tells which filesystem it had: say so with os_type or fs, as the disk was asked for"
         )
-    if not generate.can_be_shared(kind):
+    if not can_be_shared(kind):
         return _Unfit(f"no two hosts make {kind} alike")
     if label not in (None, LABEL):
         return _Unfit(f"its label is {label!r}, and only {LABEL!r} is the same on every host")
     seen = needed.seen
     if seen is None or seen.kind != kind or not _is_bases(seen, label):
         return None
-    if seen.identity == generate.IDENTITIES[kind]:
+    if seen.identity == IDENTITIES[kind]:
         return None
     return _Unfit("it is another host's, whose filesystem no other host can make")
 

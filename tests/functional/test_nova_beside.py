@@ -15,7 +15,7 @@ from oslo_concurrency import lockutils
 
 import imagecache_lib as ic
 from imagecache_lib.formats import superblock
-from imagecache_lib.ingest import generate
+from imagecache_lib.ingest import generation
 from imagecache_lib.system import locks
 from imagecache_lib.testing.sources import FakeSource
 from tests.lab.nova import Nova
@@ -77,7 +77,7 @@ def test_ephemeral_bases_have_the_names_that_nova_gives_them(
         default_ephemeral_format=options.get("default_ephemeral_format"),
         virt_mkfs=tuple(options.get("virt_mkfs", ())),
     )
-    ours = [generate.ephemeral_name(1, os_type, config) for os_type in OS_TYPES]
+    ours = [generation.ephemeral_name(1, os_type, config) for os_type in OS_TYPES]
     assert ours == nova.call("names", os_types=OS_TYPES)
 
 

@@ -16,7 +16,7 @@ import pytest
 import imagecache_lib as ic
 from imagecache_lib.formats import superblock
 from imagecache_lib.formats.superblock import Signature
-from imagecache_lib.ingest import generate
+from imagecache_lib.ingest import generation
 from imagecache_lib.store import layout
 from imagecache_lib.system import sparse
 from imagecache_lib.testing.sources import FakeSource
@@ -390,7 +390,7 @@ def test_an_unused_one_is_evicted_and_a_used_one_stays(place: Place) -> None:
 
 
 def test_the_label_of_the_first_disk_is_the_shared_one() -> None:
-    assert generate.LABEL == "ephemeral0"
+    assert generation.LABEL == "ephemeral0"
 
 
 def arrive(disk: ic.Disk, here: Place, there: Place) -> str:
@@ -594,7 +594,7 @@ def test_guests_writes_without_a_superblock_are_put_on_no_base_that_a_name_sugge
 
 
 def test_the_identities_of_shared_filesystems_are_known(place: Place) -> None:
-    for kind, identity in generate.IDENTITIES.items():
+    for kind, identity in generation.IDENTITIES.items():
         manager = place.manager(default_ephemeral_format=kind)
         disk = manager.create_ephemeral(place.target(kind), size_gb=1)
         found = seen(place.base / str(disk.base))

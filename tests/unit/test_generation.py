@@ -7,7 +7,7 @@ import unittest
 
 from imagecache_lib import config, errors
 from imagecache_lib.formats import superblock
-from imagecache_lib.ingest import generate
+from imagecache_lib.ingest import generation
 from imagecache_lib.store import layout
 
 
@@ -17,14 +17,14 @@ def ephemeral(
     label: str | None = None,
     share: bool = True,
     **options: object,
-) -> generate.Generation:
+) -> generation.Generation:
     where = config.CacheConfig(instances_path="/instances", **options)  # type: ignore[arg-type]
-    return generate.ephemeral(10, os_type=os_type, fs=fs, label=label, config=where, share=share)
+    return generation.ephemeral(10, os_type=os_type, fs=fs, label=label, config=where, share=share)
 
 
 class SharingTest(unittest.TestCase):
     def test_names_are_those_that_nova_of_the_same_configuration_keeps(self) -> None:
-        self.assertEqual("swap_512", generate.swap(512, share=True).name)
+        self.assertEqual("swap_512", generation.swap(512, share=True).name)
         for os_type in ("linux", "windows", "solaris", None):
             self.assertEqual("ephemeral_10_0706d66", ephemeral(os_type).name)
             self.assertEqual("ephemeral_10_40d1d2c", ephemeral(os_type, default_ephemeral_format="ext4").name)
@@ -45,7 +45,7 @@ class SharingTest(unittest.TestCase):
         self.assertFalse(ephemeral(label="ephemeral1").publishable)
         self.assertFalse(ephemeral(fs="vfat").publishable)
         self.assertFalse(ephemeral(share=False).publishable)
-        self.assertFalse(generate.swap(512, share=False).publishable)
+        self.assertFalse(generation.swap(512, share=False).publishable)
 
     def test_what_differs_each_time_is_not_published(self) -> None:
         self.assertFalse(ephemeral("windows").publishable)
@@ -63,7 +63,7 @@ class SharingTest(unittest.TestCase):
     def test_no_base_is_shared_without_overlays_or_where_a_command_made_it(self) -> None:
         command = ("linux=mkfs.ext4 %(target)s",)
         self.assertFalse(ephemeral(share=False).shared)
-        self.assertFalse(generate.swap(512, share=False).shared)
+        self.assertFalse(generation.swap(512, share=False).shared)
         self.assertFalse(ephemeral(virt_mkfs=command).shared)
         self.assertFalse(ephemeral(fs="ext4", virt_mkfs=command).shared)
         self.assertTrue(ephemeral("windows", virt_mkfs=command).shared)
@@ -81,7 +81,7 @@ class SharingTest(unittest.TestCase):
         self.assertIn("a b; c", ephemeral(label="a b; c").words("/t"))
 
     def test_names_belong_to_generated_bases(self) -> None:
-        for wanted in (ephemeral(), generate.swap(1, share=True)):
+        for wanted in (ephemeral(), generation.swap(1, share=True)):
             self.assertIn(layout.classify(wanted.name), (layout.Kind.EPHEMERAL, layout.Kind.SWAP))
 
     def test_unknown_filesystems_are_refused(self) -> None:
