@@ -21,7 +21,7 @@ import functools
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from imagecache_lib.store.last_scan import Boundary, Identity, LastScan, SeenDirectory, SeenDisk
+from imagecache_lib.store.seen import Boundary, Identity, LastScan, SeenDirectory, SeenDisk
 from imagecache_lib.upkeep.facts import Found, ReadDirectory
 
 

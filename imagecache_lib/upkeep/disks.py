@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from imagecache_lib import model
 from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
-from imagecache_lib.store.last_scan import LastScan, SeenDisk
+from imagecache_lib.store.seen import LastScan, SeenDisk
 from imagecache_lib.upkeep import headers
 from imagecache_lib.upkeep.absence import Absence
 from imagecache_lib.upkeep.facts import (

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from imagecache_lib.store.last_scan import Identity, SeenDirectory
+from imagecache_lib.store.seen import Identity, SeenDirectory
 from imagecache_lib.upkeep.headers import pinned_format
 
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from imagecache_lib import errors, model
 from imagecache_lib.store import last_scan, layout, pins, trash
 from imagecache_lib.store.directory import CacheStore
-from imagecache_lib.store.last_scan import LastScan
+from imagecache_lib.store.seen import LastScan
 from imagecache_lib.system import locks
 from imagecache_lib.upkeep.disks import Disks
 from imagecache_lib.upkeep.follow import Follower

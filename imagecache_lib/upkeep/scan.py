@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from imagecache_lib import model
 from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.directory import CacheStore
-from imagecache_lib.store.last_scan import Boundary, Identity, SeenDirectory
+from imagecache_lib.store.seen import Boundary, Identity, SeenDirectory
 from imagecache_lib.system import atomic_file, mounts
 from imagecache_lib.system.filesystem_id import FilesystemIds
 from imagecache_lib.system.statx import Statx

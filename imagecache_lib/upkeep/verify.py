@@ -15,7 +15,7 @@ from imagecache_lib.nova import compute_nodes
 from imagecache_lib.store import last_scan, recover, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import HostRef, Hosts
-from imagecache_lib.store.last_scan import LastScan
+from imagecache_lib.store.seen import LastScan
 from imagecache_lib.system import locks
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated

@@ -9,8 +9,8 @@ import pathlib
 import threading
 
 from imagecache_lib.store import last_scan
-from imagecache_lib.store.last_scan import Identity, LastScan, SeenDirectory, SeenDisk
 from imagecache_lib.store.layout import Layout
+from imagecache_lib.store.seen import Identity, LastScan, SeenDirectory, SeenDisk
 from imagecache_lib.system import durable
 from tests.support.cache_case import ID, CacheCase
 

@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 import imagecache_lib as ic
 from imagecache_lib.store import layout, membership
 from imagecache_lib.store.hosts import HostRef
-from imagecache_lib.store.last_scan import (
+from imagecache_lib.store.last_scan_form import parse, to_json
+from imagecache_lib.store.seen import (
     Boundary,
     Identity,
     LastScan,
     SeenDirectory,
     SeenDisk,
-    parse,
-    to_json,
 )
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep import evict, policy

@@ -12,8 +12,8 @@ import pytest
 
 from imagecache_lib import model
 from imagecache_lib.store import last_scan
-from imagecache_lib.store.last_scan import Boundary, Identity, LastScan, SeenDirectory, SeenDisk
 from imagecache_lib.store.layout import Layout
+from imagecache_lib.store.seen import Boundary, Identity, LastScan, SeenDirectory, SeenDisk
 
 HOST = "0" * 32
 
