@@ -13,20 +13,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from imagecache_lib import errors
 from imagecache_lib.precache import job, job_rows, jobs_url, lease, reader
 from imagecache_lib.precache.job_rows import JobDatabaseError
-from imagecache_lib.system import durable, mounts
+from imagecache_lib.system import durable
 
 try:
     import sqlalchemy as sa
-    from sqlalchemy import event, pool
 
-    from imagecache_lib.precache import schema
+    from imagecache_lib.precache import engines, schema
+    from imagecache_lib.precache.engines import Contended, translated
 except ImportError as _error:
     raise errors.ConfigError(
         f"a job database is written with SQLAlchemy, which is not installed ({_error.name})",
@@ -36,25 +35,11 @@ except ImportError as _error:
 #: Seconds to wait for another process that writes. A caller that needs longer tries again.
 _BUSY = 5.0
 
-#: Seconds for a server to accept a connection, and to answer a statement.
-_CONNECT_SECONDS = 10
-_STATEMENT_SECONDS = 20
-
 #: The revisions that this release knows how to come from.
 _KNOWN = (None, schema.REVISION)
 
 #: Names the lock under which one conductor at a time changes a server's tables.
 _LOCK = 0x696D6167
-
-
-class Contended(JobDatabaseError):
-    """A server rolled a transaction back because another one was first. The same may work now."""
-
-
-#: How servers say that: MariaDB by the number of a deadlock, which is also what Galera answers for a conflict
-#: between two nodes, and PostgreSQL by the SQLSTATE of a serialization failure or a deadlock.
-_DEADLOCK = 1213
-_SQLSTATES = ("40001", "40P01")
 
 #: What surrounds each try of a transaction that must not fail because another one was first.
 _TRIES: tuple[contextlib.AbstractContextManager[Any], ...] = (
@@ -88,8 +73,8 @@ class JobDatabase:
 
     def __init__(self, where: str, *, busy: float = _BUSY, change_schema: bool = True) -> None:
         self._embedded = not jobs_url.is_url(where)
-        with _translated(self._name(where)):
-            self._engine = _embedded(where, busy) if self._embedded else _server(where)
+        with translated(self._name(where)):
+            self._engine = engines.embedded(where, busy) if self._embedded else engines.server(where)
         self._where = self._name(where)
         #: Device and inode of an sqlite file, once it was opened.
         self._file: tuple[int, int] | None = None
@@ -315,7 +300,7 @@ class JobDatabase:
 
     def _require_schema(self, *, change: bool) -> None:
         """Bring the tables to this release's version, if they are of an earlier one."""
-        with _translated(self._where), self._engine.execution_options(reading=True).begin() as connection:
+        with translated(self._where), self._engine.execution_options(reading=True).begin() as connection:
             revision = self._revision(connection)
         self._require_known(revision)
         if revision == schema.REVISION:
@@ -381,13 +366,13 @@ class JobDatabase:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
-        with self._of_one_file(), _translated(self._where), self._engine.begin() as connection:
+        with self._of_one_file(), translated(self._where), self._engine.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[job_rows.Query]:
         reading = self._engine.execution_options(reading=True)
-        with self._of_one_file(), _translated(self._where), reading.begin() as connection:
+        with self._of_one_file(), translated(self._where), reading.begin() as connection:
 
             def query(statement: str, parameters: Mapping[str, Any] | None = None) -> Iterable[Sequence[Any]]:
                 return connection.execute(sa.text(statement), dict(parameters or {}))
@@ -425,81 +410,7 @@ def _parameters(job_id: str, change: Change) -> dict[str, Any]:
     }
 
 
-# -- engines -------------------------------------------------------------------------------------------------
-
-
-def _embedded(path: str, busy: float) -> sa.Engine:
-    wal = not mounts.is_network(os.path.dirname(os.path.abspath(path)))
-
-    def connect() -> sqlite3.Connection:
-        # Autocommit by sqlite3's own idea: SQLAlchemy's transactions are begun below, as what they are.
-        connection = sqlite3.connect(path, timeout=busy, isolation_level=None, check_same_thread=False)
-        _set_journal(connection, wal=wal)
-        return connection
-
-    engine = sa.create_engine("sqlite://", creator=connect, poolclass=pool.QueuePool, pool_size=2)
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: sa.Connection) -> None:
-        # A transaction that will write takes the lock at once: one that read first could not wait for it.
-        reading = connection.get_execution_options().get("reading", False)
-        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
-
-    return engine
-
-
-def _set_journal(connection: sqlite3.Connection, *, wal: bool) -> None:
-    wanted = "wal" if wal else "delete"
-    (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
-    if mode != wanted:
-        # A process that reads keeps it as it is: slower, and no less safe.
-        with contextlib.suppress(sqlite3.OperationalError):
-            (mode,) = connection.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
-    # In WAL mode a power cut may lose the last seconds and never more. Agents remember them.
-    connection.execute(f"PRAGMA synchronous = {'NORMAL' if mode == 'wal' else 'FULL'}")
-
-
-def _server(url: str) -> sa.Engine:
-    parsed = sa.engine.make_url(url)
-    limits: dict[str, Any] = {"connect_timeout": _CONNECT_SECONDS}
-    if parsed.get_backend_name() in ("mysql", "mariadb"):
-        limits |= {"read_timeout": _STATEMENT_SECONDS, "write_timeout": _STATEMENT_SECONDS}
-    elif parsed.get_backend_name() == "postgresql":
-        limits["options"] = f"-c statement_timeout={_STATEMENT_SECONDS}s"
-    else:
-        raise errors.ConfigError(
-            f"the job database cannot be a {parsed.get_backend_name()} by URL",
-            next_step="give the path of an sqlite file, or the URL of a MariaDB or PostgreSQL",
-        )
-    # A connection that a server or a firewall closed meanwhile is found out before it is used.
-    return sa.create_engine(
-        parsed, connect_args=limits, pool_pre_ping=True, pool_size=2, isolation_level="READ COMMITTED"
-    )
-
-
 def _lost(path: str, what: str) -> JobDatabaseError:
     return JobDatabaseError(
         f"the job database {what}", path=path, next_step="put the file back that was there"
     )
-
-
-@contextlib.contextmanager
-def _translated(where: str) -> Iterator[None]:
-    try:
-        yield
-    except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
-        cause = getattr(error, "orig", None) or error
-        is_contended = getattr(cause, "sqlstate", None) in _SQLSTATES or cause.args[:1] == (_DEADLOCK,)
-        # PyMySQL's errors are a number and a text.
-        text = str(cause.args[-1] if len(cause.args) == 2 else cause)
-        raise (Contended if is_contended else JobDatabaseError)(
-            f"the job database failed: {' '.join(text.split())}",
-            path=where,
-            next_step="check the database and its disk",
-        ) from error
-    except ImportError as error:
-        raise errors.ConfigError(
-            f"the driver of the job database is not installed: {error}",
-            path=where,
-            next_step="install PyMySQL for mysql+pymysql:, or psycopg for postgresql+psycopg:",
-        ) from error

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a job database is connected to, and what its errors mean: an sqlite file, a MariaDB or a PostgreSQL."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event, pool
+
+from imagecache_lib import errors
+from imagecache_lib.precache.job_rows import JobDatabaseError
+from imagecache_lib.system import mounts
+
+#: Seconds for a server to accept a connection, and to answer a statement.
+_CONNECT_SECONDS = 10
+_STATEMENT_SECONDS = 20
+
+
+class Contended(JobDatabaseError):
+    """A server rolled a transaction back because another one was first. The same may work now."""
+
+
+#: How servers say that: MariaDB by the number of a deadlock, which is also what Galera answers for a conflict
+#: between two nodes, and PostgreSQL by the SQLSTATE of a serialization failure or a deadlock.
+_DEADLOCK = 1213
+_SQLSTATES = ("40001", "40P01")
+
+
+def embedded(path: str, busy: float) -> sa.Engine:
+    """Return the engine of an sqlite file.
+
+    :param busy: seconds to wait for another process that holds it.
+    """
+    wal = not mounts.is_network(os.path.dirname(os.path.abspath(path)))
+
+    def connect() -> sqlite3.Connection:
+        # Autocommit by sqlite3's own idea: SQLAlchemy's transactions are begun below, as what they are.
+        connection = sqlite3.connect(path, timeout=busy, isolation_level=None, check_same_thread=False)
+        _set_journal(connection, wal=wal)
+        return connection
+
+    engine = sa.create_engine("sqlite://", creator=connect, poolclass=pool.QueuePool, pool_size=2)
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        # A transaction that will write takes the lock at once: one that read first could not wait for it.
+        reading = connection.get_execution_options().get("reading", False)
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _set_journal(connection: sqlite3.Connection, *, wal: bool) -> None:
+    wanted = "wal" if wal else "delete"
+    (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+    if mode != wanted:
+        # A process that reads keeps it as it is: slower, and no less safe.
+        with contextlib.suppress(sqlite3.OperationalError):
+            (mode,) = connection.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
+    # In WAL mode a power cut may lose the last seconds and never more. Agents remember them.
+    connection.execute(f"PRAGMA synchronous = {'NORMAL' if mode == 'wal' else 'FULL'}")
+
+
+def server(url: str) -> sa.Engine:
+    """Return the engine of a server.
+
+    :param url: as SQLAlchemy has it.
+    :raises ConfigError: it is of no server that is supported.
+    """
+    parsed = sa.engine.make_url(url)
+    limits: dict[str, Any] = {"connect_timeout": _CONNECT_SECONDS}
+    if parsed.get_backend_name() in ("mysql", "mariadb"):
+        limits |= {"read_timeout": _STATEMENT_SECONDS, "write_timeout": _STATEMENT_SECONDS}
+    elif parsed.get_backend_name() == "postgresql":
+        limits["options"] = f"-c statement_timeout={_STATEMENT_SECONDS}s"
+    else:
+        raise errors.ConfigError(
+            f"the job database cannot be a {parsed.get_backend_name()} by URL",
+            next_step="give the path of an sqlite file, or the URL of a MariaDB or PostgreSQL",
+        )
+    # A connection that a server or a firewall closed meanwhile is found out before it is used.
+    return sa.create_engine(
+        parsed, connect_args=limits, pool_pre_ping=True, pool_size=2, isolation_level="READ COMMITTED"
+    )
+
+
+@contextlib.contextmanager
+def translated(where: str) -> Iterator[None]:
+    """Turn what a database or its driver raises into the library's errors.
+
+    :param where: the database, for the message.
+    :raises Contended: another transaction was first.
+    :raises JobDatabaseError: it failed.
+    :raises ConfigError: its driver is not installed.
+    """
+    try:
+        yield
+    except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
+        cause = getattr(error, "orig", None) or error
+        is_contended = getattr(cause, "sqlstate", None) in _SQLSTATES or cause.args[:1] == (_DEADLOCK,)
+        # PyMySQL's errors are a number and a text.
+        text = str(cause.args[-1] if len(cause.args) == 2 else cause)
+        raise (Contended if is_contended else JobDatabaseError)(
+            f"the job database failed: {' '.join(text.split())}",
+            path=where,
+            next_step="check the database and its disk",
+        ) from error
+    except ImportError as error:
+        raise errors.ConfigError(
+            f"the driver of the job database is not installed: {error}",
+            path=where,
+            next_step="install PyMySQL for mysql+pymysql:, or psycopg for postgresql+psycopg:",
+        ) from error
