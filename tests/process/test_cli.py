@@ -46,7 +46,7 @@ class Cli:
             capture_output=True,
             text=True,
             env=self.environment,
-            timeout=120,
+            timeout=300,
             check=False,
         )
         assert found.returncode == code, (found.returncode, found.stdout, found.stderr)

@@ -13,7 +13,7 @@ MIB = 2**20
 
 def run_example(instances: pathlib.Path, image: pathlib.Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, EXAMPLE, instances, image], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, EXAMPLE, instances, image], capture_output=True, text=True, check=False, timeout=300
     )
 
 

@@ -45,7 +45,7 @@ def boot(config: str) -> str:
     for drive in drives(config).values():
         read_only = "on" if drive["is_read_only"] else "off"
         command += ["-drive", f"file={drive['path_on_host']},format=raw,if=virtio,readonly={read_only}"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     return finished.stdout
 
 
@@ -88,7 +88,7 @@ def test_a_vm_that_cannot_be_made_pins_nothing(driver: Any) -> None:
 def test_the_command_prints_what_firecracker_takes(tmp_path: pathlib.Path, driver: Any) -> None:
     places = [str(tmp_path / name) for name in ("instances", "image", "kernel")]
     command = [sys.executable, str(EXAMPLE), *places]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr
     assert {"boot-source", "drives", "machine-config"} == set(json.loads(finished.stdout))
     assert "pinned" in finished.stderr
