@@ -24,6 +24,7 @@ from imagecache_lib.upkeep.facts import (
     Unreadable,
     Unsettled,
 )
+from imagecache_lib.upkeep.follow import NO_ANSWER, Follower
 from imagecache_lib.upkeep.names import Names
 from imagecache_lib.upkeep.scan import Scan
 
@@ -81,7 +82,8 @@ def examine(cache: CacheStore, instances: Sequence[model.Instance] | None) -> Au
     there = inventory.take(cache)
     names = {base.name for base in there.bases}
     wanted = Names(names)
-    found = Scan(cache, condense=wanted.condense).run(instances or ())
+    follower = Follower()
+    found = Scan(cache, condense=wanted.condense, follower=follower).run(instances or ())
     findings = list(_unreadable(found.facts))
     overlays: dict[str, _Disk] = {}
     used: set[str] = set()
@@ -89,7 +91,7 @@ def examine(cache: CacheStore, instances: Sequence[model.Instance] | None) -> Au
     for fact in found.facts:
         if isinstance(fact, Overlay):
             used |= wanted.find(fact.references)
-            disk = _examined(fact, base_path, findings)
+            disk = _examined(fact, base_path, findings, follower)
             if disk is not None:
                 overlays[disk.path] = disk
     images = dict(_images(instances or ()))
@@ -117,7 +119,7 @@ def examine(cache: CacheStore, instances: Sequence[model.Instance] | None) -> Au
             )
             findings.append(AuditFinding(Severity.INFO, base.name, text))
     unfinished = sorted({fact.path for fact in found.facts if isinstance(fact, Unfinished)})
-    findings.extend(_leftovers(cache, there, unfinished, now))
+    findings.extend(_leftovers(cache, there, unfinished, follower))
     rank = list(Severity)
     findings.sort(key=lambda each: (rank.index(each.severity), each.subject))
     return AuditReport(tuple(findings), len(names), len(overlays))
@@ -146,15 +148,20 @@ def _unreadable(facts: Iterable[Fact]) -> Iterator[AuditFinding]:
             )
 
 
-def _examined(overlay: Overlay, base_path: str, findings: list[AuditFinding]) -> _Disk | None:
+def _examined(
+    overlay: Overlay, base_path: str, findings: list[AuditFinding], follower: Follower
+) -> _Disk | None:
     """Return what a disk says of its base. Returns None if its base is not in this cache.
 
     :param findings: what is wrong with the disk's header is added to these.
     """
     path = overlay.path
     try:
-        with open(path, "rb") as stream:
-            header = qcow2_header.parse(stream.read(_HEAD))
+        # Its server may have ceased to answer since it was found.
+        heads = follower.inside.call(lambda: _head(path))
+        if not heads:
+            raise OSError(NO_ANSWER)
+        header = qcow2_header.parse(heads[0])
     except (OSError, NotQcow2, HeaderError) as error:
         text = f"its header cannot be read: {error}"
         findings.append(AuditFinding(Severity.WARNING, path, text, "check the disk"))
@@ -162,7 +169,7 @@ def _examined(overlay: Overlay, base_path: str, findings: list[AuditFinding]) ->
     name = _name_in_cache(path, overlay.references[0], base_path)
     if name is None:
         return None
-    pinned = overlay.pinned
+    pinned = follower.pinned(path)
     if pinned not in (None, "qcow2"):
         findings.append(
             AuditFinding(
@@ -176,6 +183,14 @@ def _examined(overlay: Overlay, base_path: str, findings: list[AuditFinding]) ->
         return None
     format = header.backing_format
     return _Disk(path, name, None if format is None else format.decode("ascii", "replace"))
+
+
+def _head(path: str) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(_HEAD)
+    except OSError:
+        return b""
 
 
 def _name_in_cache(path: str, reference: bytes, base_path: str) -> str | None:
@@ -237,14 +252,15 @@ def _format(cache: CacheStore, path: str, name: str, format: str | None) -> Iter
 
 
 def _leftovers(
-    cache: CacheStore, there: inventory.Inventory, unfinished: Sequence[str], now: float
+    cache: CacheStore, there: inventory.Inventory, unfinished: Sequence[str], follower: Follower
 ) -> Iterator[AuditFinding]:
+    now = cache.host.clock()
     for each in there.foreign_stages:
         yield AuditFinding(Severity.INFO, each.name, f"unfinished, {_age(now - each.last_use)} old")
     for path in (*unfinished, *_stages(cache)):
-        with contextlib.suppress(FileNotFoundError):
-            age = _age(now - os.stat(path, follow_symlinks=False).st_mtime)
-            yield AuditFinding(Severity.INFO, path, f"unfinished, {age} old")
+        for changed in follower.inside.call(lambda path=path: _changed(path)):  # type: ignore[misc]
+            if changed is not None:
+                yield AuditFinding(Severity.INFO, path, f"unfinished, {_age(now - changed)} old")
     for name in there.unknown:
         yield AuditFinding(
             Severity.WARNING,
@@ -252,6 +268,14 @@ def _leftovers(
             "no base image, and not known what it is",
             "find out who put it there, and move it away",
         )
+
+
+def _changed(path: str) -> float | None:
+    """Return when a file was last written, in epoch seconds, or None if it cannot be told."""
+    try:
+        return os.stat(path, follow_symlinks=False).st_mtime
+    except OSError:
+        return None
 
 
 def _stages(cache: CacheStore) -> list[str]:

@@ -21,7 +21,6 @@ import secrets
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
 
 from oslo_concurrency import processutils
 
@@ -112,9 +111,9 @@ def run(
     # Messages are matched, so they must not be translated.
     environment = {**os.environ, "LC_ALL": "C"}
     try:
-        with _watched(waiter, limits, subject) as watch:
+        with _Watch(waiter, limits, subject) as watch:
             try:
-                out, err = waiter.system.execute(*command, env_variables=environment, on_execute=watch)
+                out, err = waiter.system.execute(*command, env_variables=environment, on_execute=watch.start)
             except processutils.ProcessExecutionError as error:
                 raise _wrapper_failed(error, limits, subject) from error
             except OSError as error:
@@ -127,45 +126,56 @@ def run(
     return str(out)
 
 
-@contextlib.contextmanager
-def _watched(
-    waiter: Waiter, limits: Limits, subject: str
-) -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
-    """Yield a function that watches a process, and kills it once the caller no longer waits for it.
+class _Watch:
+    """Watches a process for the body of ``with``, and kills it once the caller no longer waits for it.
 
     It kills, too, what outlives its limit by the clock: timeout(1) is content once the shell has ended, and
     what the shell ran may block the signal that asks it to end, and hold our pipes for ever.
     """
-    over = threading.Event()
-    watchers: list[threading.Thread] = []
-    reasons: list[errors.ImageCacheError] = []
 
-    def watch(process: subprocess.Popen[bytes]) -> None:
-        until = waiter.system.monotonic() + limits.wall + _GRACE + 1
-        while not over.wait(_LOOK_EVERY):
+    def __init__(self, waiter: Waiter, limits: Limits, subject: str) -> None:
+        self._waiter = waiter
+        self._limits = limits
+        self._subject = subject
+        self._over = threading.Event()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._thread: threading.Thread | None = None
+        self._reason: errors.ImageCacheError | None = None
+
+    def __enter__(self) -> _Watch:
+        return self
+
+    def start(self, process: subprocess.Popen[bytes]) -> None:
+        """Watch a process that has been started."""
+        self._processes.append(process)
+        self._thread = threading.Thread(target=self._watch, name="imagecache-watch", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        until = self._waiter.system.monotonic() + self._limits.wall + _GRACE + 1
+        while not self._over.wait(_LOOK_EVERY):
             try:
-                waiter.check()
-                if waiter.system.monotonic() > until:
-                    raise _took_too_long(limits, subject)
+                self._waiter.check()
+                if self._waiter.system.monotonic() > until:
+                    raise _took_too_long(self._limits, self._subject)
             except errors.ImageCacheError as reason:
-                reasons.append(reason)
-                _kill(process)
+                self._reason = reason
+                self._kill()
                 return
 
-    def start(process: subprocess.Popen[bytes]) -> None:
-        watchers.append(threading.Thread(target=watch, args=(process,), name="imagecache-watch", daemon=True))
-        watchers[-1].start()
+    def _kill(self) -> None:
+        for process in self._processes:
+            if process.returncode is None:  # else the number may be another process's by now
+                _kill(process)
 
-    try:
-        yield start
-    except errors.ImageCacheError as error:
-        if reasons:
-            raise reasons[0] from error
-        raise
-    finally:
-        over.set()
-        for watcher in watchers:
-            watcher.join()
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        self._over.set()
+        if error is not None and not isinstance(error, Exception):
+            self._kill()  # nobody waits for it after an interrupt
+        if self._thread is not None and self._thread.ident is not None:  # an interrupt may come before that
+            self._thread.join()
+        if isinstance(error, errors.ImageCacheError) and self._reason is not None:
+            raise self._reason from error
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

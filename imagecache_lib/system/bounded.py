@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -20,11 +20,11 @@ class Bounded:
     Each is made in a thread of its own. While one that was given up has not come back, no other is begun, so
     that they do not gather.
 
-    :param limit: seconds that a call may take.
+    :ivar limit: seconds that a call may take without getting on.
     """
 
     def __init__(self, limit: float = LIMIT) -> None:
-        self._limit = limit
+        self.limit = limit
         self._lock = threading.Lock()
         self._given_up: threading.Thread | None = None
         self._process = os.getpid()
@@ -34,10 +34,12 @@ class Bounded:
         """Whether a call that was given up has not come back."""
         return self._given_up is not None and self._given_up.is_alive()
 
-    def call(self, function: Callable[[], T]) -> list[T]:
+    def call(self, function: Callable[[], T], *, progress: Sized = ()) -> list[T]:
         """Return what a function returns, as a list of one.
 
         Returns an empty list if it raised, or did not return within the limit.
+
+        :param progress: grows as the function gets on, which then has that much time again.
         """
         if self._process != os.getpid():
             # Who held the lock as this process was forked is not here to give it back.
@@ -51,6 +53,9 @@ class Bounded:
                 target=lambda: answers.append(function()), name="imagecache-bounded", daemon=True
             )
             thread.start()
-            thread.join(self._limit)
+            seen = -1
+            while thread.is_alive() and seen < len(progress):
+                seen = len(progress)
+                thread.join(self.limit)
             self._given_up = thread if thread.is_alive() else None
             return answers

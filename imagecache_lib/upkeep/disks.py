@@ -154,7 +154,7 @@ class Disks:
         if None in exact:
             names |= self._names.find(overlay.references)
             # A disk that is pinned raw counts by the names in it and no more: its guest wrote the header.
-            if overlay.pinned != "raw" and not self._follow(overlay, targets, names):
+            if self._follower.pinned(path) != "raw" and not self._follow(overlay, targets, names):
                 names |= self._chain_cannot_be_read(overlay)
         remembered = names | lasting(overlay.references) if None in exact else names
         if remembered:
@@ -210,7 +210,7 @@ class Disks:
                 " Make them readable."
             )
             return set(before.names)
-        if overlay.pinned == "qcow2" and self._owner(overlay.path) is None:
+        if self._follower.pinned(overlay.path) == "qcow2" and self._owner(overlay.path) is None:
             # Its format is known, so that no guest wrote this; and it was never read while its chain was
             # there.
             self._everything_stays(
@@ -273,10 +273,8 @@ class Disks:
         if any(_is_below(path, root) and path in self._overlays for path in self._last.disks):
             return True
         local = [instance for instance in self._report if instance.host == self._host_name]
-        return bool(local) and all(
-            any(os.path.isdir(os.path.join(root, name)) for name in directory_names(instance))
-            for instance in local
-        )
+        answers = self._follower.roots.call(lambda: _has_all(root, local))
+        return bool(local) and bool(answers) and answers[0]
 
     # -- what cannot be told -------------------------------------------------------------------------
 
@@ -334,6 +332,14 @@ class Disks:
         self.problems.insert(0, f"Nothing is evicted: {why}. To go on: {next_step}.")
         if self.unknown is None:
             self.unknown = why
+
+
+def _has_all(root: str, instances: Iterable[model.Instance]) -> bool:
+    """Whether a disk root has a directory of each instance."""
+    return all(
+        any(os.path.isdir(os.path.join(root, name)) for name in directory_names(instance))
+        for instance in instances
+    )
 
 
 def _is_no_disk(fact: Unreadable) -> bool:

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Mapping
 
 from imagecache_lib.store.seen import Identity, SeenDirectory
-from imagecache_lib.upkeep.headers import pinned_format
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,11 +25,6 @@ class Overlay:
     references: tuple[bytes, ...]
     inode: int
     born: int
-
-    @property
-    def pinned(self) -> str | None:
-        """The format that the ``disk.info`` beside it, which is read now, pins; or None if it pins none."""
-        return pinned_format(self.path)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

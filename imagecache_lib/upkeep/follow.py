@@ -20,6 +20,9 @@ from imagecache_lib.upkeep import headers
 #: How long a look at a disk root may take, in seconds: a file server that is busy is not one that is gone.
 _ROOTS_LIMIT = 30.0
 
+#: Why nothing is known of what was given up.
+NO_ANSWER = "it does not answer"
+
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -50,6 +53,9 @@ class CannotTell:
     cause: str
 
 
+#: What tells a filesystem apart: the path of where it is mounted, or ``st_dev`` where a link led to it.
+Mount = str | int
+
 Answer = Looked | Nothing | CannotTell
 
 
@@ -60,21 +66,49 @@ class Follower:
         what links lead to. Apart from the others, since what a guest wrote must not hold these up.
     :ivar roots: makes looks at disk roots, likewise.
     :param limit: seconds that a look may take.
+    :param roots_limit: seconds that a look at a disk root may take, or at disks on another filesystem than
+        the cache's, without getting on.
     :param looks: looks at one file, however long that takes, or None to look with stat(2) and open(2).
     """
 
-    def __init__(self, limit: float = bounded.LIMIT, *, looks: Callable[[str], Answer] | None = None) -> None:
+    def __init__(
+        self,
+        limit: float = bounded.LIMIT,
+        *,
+        roots_limit: float = _ROOTS_LIMIT,
+        looks: Callable[[str], Answer] | None = None,
+    ) -> None:
         self._bounded = Bounded(limit)
         self.inside = Bounded(limit)
-        self.roots = Bounded(_ROOTS_LIMIT)
+        self.roots = Bounded(roots_limit)
         self._looks = looks or _look
+        self._limit = limit
+        self._roots_limit = roots_limit
+        self._mounts: dict[Mount, Bounded] = {}
+
+    def at(self, mount: Mount) -> Bounded:
+        """Return what makes looks at the disks on one filesystem, which may cease to answer at any time.
+
+        Each filesystem has one of its own, so that one that is gone does not hide the others. While one is
+        gone the others, which may be of the same server, have less time.
+        """
+        found = self._mounts.setdefault(mount, Bounded(self._roots_limit))
+        gone = any(each.is_stuck for each in list(self._mounts.values()) if each is not found)
+        found.limit = self._limit if gone else self._roots_limit
+        return found
+
+    def pinned(self, path: str) -> str | None:
+        """Return the format that the ``disk.info`` beside a disk, which is read now, pins; or None if it pins
+        none, or does not answer: the disk's header counts then, which keeps more."""
+        answers = self.inside.call(lambda: headers.pinned_format(path))
+        return answers[0] if answers else None
 
     def look(self, path: str) -> Answer:
         """Look at a file. Returns what it is, or why that cannot be told within the limit."""
         if self._bounded.is_stuck:
             return CannotTell("a file that was looked at before it does not answer")
         answers = self._bounded.call(lambda: self._looks(path))
-        return answers[0] if answers else CannotTell("it does not answer")
+        return answers[0] if answers else CannotTell(NO_ANSWER)
 
 
 def _look(path: str) -> Answer:

@@ -39,8 +39,8 @@ _LIBRARY = os.path.dirname(ic.__file__) + os.sep
 #: What stands in for an image service keeps locks of its own, which nothing of the library waits for.
 _FAKES = _LIBRARY + "testing" + os.sep
 
-#: A call that was interrupted ends within so many seconds.
-_PATIENCE = 30
+#: A call that was interrupted ends within so many seconds, however busy the machine is.
+_PATIENCE = 300
 
 
 class Interrupt(BaseException):

@@ -18,7 +18,10 @@ import dataclasses
 import functools
 import os
 import pathlib
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 
 import imagecache_lib as ic
@@ -58,6 +61,10 @@ POINTS = frozenset(
         "rename:done",
     }
 )
+
+#: How long an actor may take for one step, in seconds of this process's own time, and by the clock.
+_LONGEST_STEP = 60.0
+_LONGEST_WAIT = 900.0
 
 #: Where a reading goes on with another directory: what a rename can slip through.
 READING = "references:directory"
@@ -119,8 +126,22 @@ class Actor:
         self.stopped.acquire()
 
     def step(self) -> None:
+        """Let it run to where it stops next.
+
+        :raises AssertionError: a minute of this process's own time is spent, or a quarter of an hour goes by.
+            A machine may be so busy that a step of milliseconds takes minutes.
+        """
+        until, spent = time.monotonic() + _LONGEST_WAIT, time.process_time() + _LONGEST_STEP
         self._go_on.release()
-        assert self.stopped.acquire(timeout=60), f"{self.name} hangs"
+        while not self.stopped.acquire(timeout=1):
+            where = self._where()
+            assert time.process_time() < spent, f"{self.name} goes on and on:\n{where}"
+            assert time.monotonic() < until, f"{self.name} hangs:\n{where}"
+
+    def _where(self) -> str:
+        """Return the stack of its thread, for people."""
+        frame = sys._current_frames().get(self._thread.ident or 0) if self._thread is not None else None
+        return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
     def _run(self, function: Callable[[], object]) -> None:
         try:

@@ -24,7 +24,7 @@ from imagecache_lib import errors
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep.verify import VerifyReport
-from tests.support import files
+from tests.support import files, recorded_calls
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -95,6 +95,19 @@ def test_a_volume_that_is_not_mounted_on_an_instance_directory_is_no_deletion(ho
     assert host.keeps()
     assert "uuid/disk is not to be seen now" in report.problems[0]
     assert "imagecache disk forget" in report.problems[0]
+
+
+def test_a_directory_that_cannot_be_listed_to_its_end_is_no_deletion(host: Host) -> None:
+    """Such as one with a bad block. That the driver reports its instance with other images proves nothing."""
+    directory = host.instances / "uuid"
+    host.disk(directory / "disk")
+    report = [ic.Instance("uuid", "here", images=("another",))]
+    host.verify(report)
+    failing = ["-o", os.devnull, "-P", str(directory), "-e", "inject=getdents64:error=EIO"]
+    assert recorded_calls.attached(lambda: host.verify(report), [*failing, "-e", "trace=getdents64"]) == 0
+    assert host.base.exists()
+    host.verify(report)
+    assert host.base.exists()
 
 
 @needs_root

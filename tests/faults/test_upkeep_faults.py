@@ -383,7 +383,7 @@ def test_a_block_device_that_does_not_answer_holds_up_no_pass(cache: Cache, tmp_
         (cache.instances / "uuid" / "disk").symlink_to(device)
         cache.verify()
         assert cache.base.exists()
-        (server,) = processes_about(mount)
+        (server,) = stale_names.servers_of(mount)
         subprocess.run(["blockdev", "--flushbufs", device], check=True)
         os.posix_fadvise(image, 0, 0, os.POSIX_FADV_DONTNEED)
         os.kill(server, signal.SIGSTOP)
@@ -393,17 +393,6 @@ def test_a_block_device_that_does_not_answer_holds_up_no_pass(cache: Cache, tmp_
         (base,) = cache.verify().bases
         assert f"used by the disk {cache.instances}/uuid/disk" in base.reason, base
         assert time.monotonic() - begun < 60
-
-
-def processes_about(mount: pathlib.Path) -> list[int]:
-    """Return the ids of the processes that have a path among their arguments."""
-    found = []
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError):
-            words = pathlib.Path("/proc", entry, "cmdline").read_bytes().split(b"\0")
-            if entry.isdigit() and os.fsencode(mount) in words:
-                found.append(int(entry))
-    return found
 
 
 @contextlib.contextmanager

@@ -62,6 +62,17 @@ def _served(backing: pathlib.Path, mount_point: pathlib.Path, seconds: float) ->
         server.wait()
 
 
+def servers_of(mount_point: pathlib.Path) -> list[int]:
+    """Return the ids of the processes that have a path among their arguments."""
+    found = []
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            words = pathlib.Path("/proc", entry, "cmdline").read_bytes().split(b"\0")
+            if entry.isdigit() and os.fsencode(mount_point) in words:
+                found.append(int(entry))
+    return found
+
+
 def _serve(backing: str, mount_point: str, seconds: str) -> None:
     import mfusepy
 

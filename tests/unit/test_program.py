@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 import time
 import unittest
+from collections.abc import Callable
+from typing import Any
 
 from imagecache_lib import System, errors
 from imagecache_lib.formats import program
@@ -90,6 +93,27 @@ class TestEndings(unittest.TestCase):
         with self.assertRaises(errors.CancelledError):
             _script("sleep 60 & wait", cancel=LaterCancelled())
         self.assertLess(time.monotonic() - began, 20)
+
+    def test_an_interrupt_ends_it_and_comes_out(self) -> None:
+        started: list[subprocess.Popen[bytes]] = []
+
+        def interrupted(
+            *command: str, on_execute: Callable[[Any], None], **_options: object
+        ) -> tuple[str, str]:
+            started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            on_execute(started[0])
+            raise KeyboardInterrupt
+
+        waiter = Waiter(System(name="here", execute=interrupted))
+        with self.assertRaises(KeyboardInterrupt):
+            program.run(
+                ("sleep", "1000"),
+                limits=Limits(cpu=10, memory=2**31, wall=2000),
+                waiter=waiter,
+                program="sleep",
+                subject="/disk",
+            )
+        self.assertLess(started[0].wait(timeout=60), 0)
 
     def test_it_is_known_how_it_ended_where_child_signals_are_ignored(self) -> None:
         before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)

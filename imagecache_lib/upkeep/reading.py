@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading one directory of disks: each file in it as a fact, and which directories it holds.
+
+The directory's server may cease to answer in the middle, and whoever waits for it then waits for ever. So a
+look keeps what it finds to itself, until it has come back and whoever asked for it takes that over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import stat
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+from imagecache_lib.store import layout
+from imagecache_lib.store.seen import Boundary, Identity, SeenDirectory
+from imagecache_lib.system import atomic_file
+from imagecache_lib.system.filesystem_id import FilesystemIds
+from imagecache_lib.system.host import System
+from imagecache_lib.system.statx import Statx
+from imagecache_lib.system.trace import TracePoint
+from imagecache_lib.upkeep import headers
+from imagecache_lib.upkeep.facts import (
+    DanglingLink,
+    Fact,
+    LinkedFile,
+    Overlay,
+    PassedOver,
+    Unfinished,
+    Unreadable,
+)
+from imagecache_lib.upkeep.follow import NO_ANSWER, Follower, Mount
+
+#: A directory's time of change that is younger than this proves nothing: the coarsest filesystems count whole
+#: seconds, FAT two. In nanoseconds.
+_GRANULARITY = 2 * 10**9
+
+_OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+
+#: What a node says whose device is not there.
+_NO_DEVICE = (errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM)
+
+
+class Directory:
+    """A directory that is being read.
+
+    :ivar prefix: what the paths of its entries begin with.
+    :ivar entries: the inode of each name, by its last listing.
+    :ivar changed: its ``st_mtime_ns`` before that listing.
+    :ivar settled: whether its time of change tells if it has changed since. Else only another listing does.
+    :ivar listed: it was listed at least once.
+    :ivar mount: by what :meth:`Follower.at` knows the filesystem that it is on, or None for the cache's.
+    """
+
+    __slots__ = ("changed", "entries", "listed", "mount", "prefix", "seen", "settled")
+
+    def __init__(self, seen: SeenDirectory, status: os.stat_result, mount: Mount | None) -> None:
+        self.seen = seen
+        self.prefix = seen.path if seen.path.endswith("/") else seen.path + "/"
+        self.entries: dict[str, int] = {}
+        self.changed = status.st_mtime_ns
+        self.settled = False
+        self.listed = False
+        self.mount = mount
+
+    def take(self, look: Look) -> None:
+        """Take over what a look found."""
+        self.changed = look.changed
+        self.entries, self.listed = look.entries, True
+        self.settled = look.settled
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What every look of a scan needs to know.
+
+    :param condense: makes of long texts what matters of them.
+    :param own: the directories that are the cache's own, by ``(st_dev, st_ino)``.
+    :param passed_over: names of directories that hold no disks.
+    :param directories: what was read already, by ``(st_dev, st_ino)``.
+    :param statx: for looks that are not given up.
+    :param device: of the cache's filesystem.
+    :param now: the time by that filesystem's clock, in nanoseconds.
+    """
+
+    host: System
+    follower: Follower
+    condense: Callable[[tuple[bytes, ...]], tuple[bytes, ...]]
+    own: Collection[tuple[int, int]]
+    passed_over: Collection[str]
+    directories: Mapping[tuple[int, int], Directory]
+    filesystems: FilesystemIds
+    statx: Statx
+    device: int
+    now: int
+
+
+class Inner(NamedTuple):
+    """A directory in a directory, or a link to one.
+
+    :param mount: as that of :class:`Directory`.
+    """
+
+    path: str
+    above: SeenDirectory
+    mount: Mount | None
+    is_link: bool = False
+
+
+class Look:
+    """One look at a directory: a listing of it, and a reading of what is new in it. Not reusable.
+
+    :param mount: as that of :class:`Directory`.
+    :param above: the directory that it is in, or None for a disk root.
+    :param follow: whether a link is followed.
+    :param directory: what is known of it, or None if it has not been read yet.
+    :ivar found: the directory if it was read to its end, or None.
+    :ivar key: its ``(st_dev, st_ino)`` then.
+    :ivar changed: its ``st_mtime_ns`` before the listing.
+    :ivar settled: as that of :class:`Directory`.
+    :ivar entries: the inode of each name. It grows as the look gets on.
+    :ivar facts: of its files.
+    :ivar inner: the directories in it that were not read before.
+    :ivar lost: what :func:`note_lost_and_found` noted.
+    :ivar is_link: there is a link of that name, which was not to be followed.
+    :ivar is_absent: there is no directory of that name.
+    :ivar is_unreadable: it cannot be read, or not to its end.
+    :ivar again: something has another name than it had, and may have been missed.
+    """
+
+    # Most keep these, and there is a look for each directory.
+    found: Directory | None = None
+    key = (0, 0)
+    changed = 0
+    settled = is_link = is_absent = is_unreadable = again = False
+
+    def __init__(
+        self,
+        path: str,
+        around: Surroundings,
+        *,
+        mount: Mount | None,
+        above: SeenDirectory | None = None,
+        follow: bool = False,
+        directory: Directory | None = None,
+    ) -> None:
+        self.path = path
+        self.mount = mount
+        self.facts: list[Fact] = []
+        self.inner: list[Inner] = []
+        self.lost: dict[str, int] = {}
+        self.entries: dict[str, int] = {}
+        self.directory = directory
+        self._around = around
+        self._above = above
+        self._follow = follow
+        # The buffer of one that was given up may be written to at any time.
+        self._statx = around.statx if mount is None else Statx()
+
+    def make(self) -> None:
+        """Make the look. Raises nothing: what cannot be read is a fact."""
+        try:
+            fd = os.open(self.path, _OPEN | os.O_DIRECTORY | (0 if self._follow else os.O_NOFOLLOW))
+        except FileNotFoundError:
+            self.is_absent = self.again = True  # it may have another name now, which the listing missed
+            return
+        except NotADirectoryError:
+            # So says the kernel of a link, too, where a directory is asked for.
+            self.is_link = not self._follow and os.path.islink(self.path)
+            self.is_absent = self.again = not self.is_link
+            return
+        except OSError as error:
+            self.is_link = error.errno == errno.ELOOP and not self._follow
+            if error.errno != errno.ELOOP:  # a link that leads to itself
+                self._unreadable_directory(error)
+            return
+        try:
+            self._read(fd)
+        except OSError as error:
+            self.inner = []
+            self._unreadable_directory(error)
+        finally:
+            os.close(fd)
+
+    def _read(self, fd: int) -> None:
+        status = os.fstat(fd)
+        key = (status.st_dev, status.st_ino)
+        if key in self._around.own:
+            return
+        if self._around.directories.get(key, self.directory) is not self.directory:
+            return  # it was read already, under another name
+        directory = self.directory
+        if directory is None:
+            boundary = Boundary.LINK if self._follow else Boundary.NONE
+            identity = identity_of(fd, status, self._around.filesystems, self._statx, boundary, self._above)
+            directory = Directory(SeenDirectory(self.path, identity, self._above), status, self.mount)
+        self.key, self.changed = key, status.st_mtime_ns
+        self._read_entries(directory, fd)
+        # Another directory's clock is another server's, and its granularity unknown.
+        here = directory.seen.identity is not None and directory.seen.identity.device == self._around.device
+        self.settled = here and self.changed < self._around.now - _GRANULARITY
+        self.found = directory
+
+    def _read_entries(self, directory: Directory, fd: int) -> None:
+        """Read the files that are new in a directory, and note its new directories."""
+        before, entries = directory.entries, self.entries
+        with os.scandir(fd) as listing:
+            for entry in listing:
+                name = entry.name
+                inode = entries[name] = entry.inode()
+                if before and before.get(name) == inode:
+                    continue
+                if entry.is_file(follow_symlinks=False):
+                    self._read_file(directory, name, fd, inode)
+                elif entry.is_dir(follow_symlinks=False):
+                    self._note_directory(directory, name, fd, inode)
+                elif entry.is_symlink():
+                    self._read_link(directory, name, fd, inode)
+                elif stat.S_ISBLK(entry.stat(follow_symlinks=False).st_mode):
+                    self._read_device(directory, name, fd, inode)
+        if entries != before and directory.listed:
+            self.again = True
+
+    def _note_directory(self, directory: Directory, name: str, fd: int, inode: int) -> None:
+        if name in self._around.passed_over:
+            self.facts.append(PassedOver(directory.prefix + name))
+        elif name == layout.LOST_AND_FOUND and not os.access(name, os.R_OK | os.X_OK, dir_fd=fd):
+            note_lost_and_found(directory.seen.path, self.lost)
+        elif not self._was_read(directory, name, inode):
+            self.inner.append(Inner(directory.prefix + name, directory.seen, self.mount))
+
+    def _was_read(self, above: Directory, name: str, inode: int) -> bool:
+        """Whether a directory was read already, under this path. Whether it has changed is seen later."""
+        assert above.seen.identity is not None
+        known = self._around.directories.get((above.seen.identity.device, inode))
+        return known is not None and known.seen.path == above.prefix + name
+
+    def _read_link(self, directory: Directory, name: str, directory_fd: int, inode: int) -> None:
+        path = directory.prefix + name
+        answers = self._around.follower.inside.call(lambda: _status_at(name, directory_fd))
+        status = answers[0] if answers else OSError(errno.ETIMEDOUT, NO_ANSWER)
+        if isinstance(status, OSError):
+            if status.errno == errno.ENOENT:
+                self.facts.append(DanglingLink(path))
+            elif status.errno != errno.ELOOP:
+                self.facts.append(Unreadable(path, status.strerror or str(status), False, inode))
+            return
+        if stat.S_ISDIR(status.st_mode):
+            if name in self._around.passed_over:
+                self.facts.append(PassedOver(path))
+            else:
+                mount = _mount(status, self._around.device)
+                self.inner.append(Inner(path, directory.seen, mount, is_link=True))
+        elif stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
+            # Nothing else is opened: opening alone does something to some devices.
+            self.facts.append(LinkedFile(path, directory.seen, (status.st_dev, status.st_ino), inode))
+            known = directory.seen.identity
+            near = (self._around.device, self._around.device if known is None else known.device)
+            if stat.S_ISREG(status.st_mode) and status.st_dev in near:
+                self._read_file(directory, name, directory_fd, inode, status.st_size)
+            else:
+                size = status.st_size if stat.S_ISREG(status.st_mode) else None
+                self._read_device(directory, name, directory_fd, inode, size)
+
+    def _read_file(
+        self, directory: Directory, name: str, directory_fd: int, inode: int, size: int | None = None
+    ) -> None:
+        """Read a file. Most are no overlay, and cost an open, a read and a close."""
+        if name.endswith(".new") and atomic_file.UNFINISHED.fullmatch(name):
+            self.facts.append(Unfinished(directory.prefix + name))
+            self._around.host.trace(TracePoint.REFERENCES_UNFINISHED)
+        try:
+            fd = os.open(name, _OPEN, dir_fd=directory_fd)
+            try:
+                head = headers.read_head(fd)
+                if not head:
+                    return
+                references = self._around.condense(headers.references(fd, head))
+                born = self._statx.born(fd) if references else 0
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            self.again = True  # it may have another name now, which the listing missed
+            return
+        except OSError as error:
+            if size is None:
+                size = _size_at(name, directory_fd)
+            self._unreadable_file(directory, name, directory_fd, inode, error, size)
+            return
+        if references:
+            self.facts.append(Overlay(directory.prefix + name, directory.seen, references, inode, born))
+
+    def _read_device(
+        self, directory: Directory, name: str, directory_fd: int, inode: int, size: int | None = None
+    ) -> None:
+        """Read what may never answer: a block device, as multipath's while it queues for want of a path; or
+        what a link leads to on another filesystem."""
+        path = directory.prefix + name
+        answers = self._around.follower.inside.call(lambda: _references_at(path))
+        answer = answers[0] if answers else OSError(errno.ETIMEDOUT, NO_ANSWER)
+        if isinstance(answer, FileNotFoundError):
+            self.again = True
+        elif isinstance(answer, OSError):
+            if answer.errno not in _NO_DEVICE:
+                self._unreadable_file(directory, name, directory_fd, inode, answer, size)
+        elif references := self._around.condense(answer):
+            self.facts.append(Overlay(path, directory.seen, references, inode, 0))
+
+    # -- what cannot be read -------------------------------------------------------------------------
+
+    def _unreadable_file(
+        self,
+        directory: Directory,
+        name: str,
+        directory_fd: int,
+        inode: int,
+        error: OSError,
+        size: int | None,
+    ) -> None:
+        born = self._statx.born_at(directory_fd, name)
+        cause = error.strerror or str(error)
+        self.facts.append(Unreadable(directory.prefix + name, cause, False, inode, born, size))
+
+    def _unreadable_directory(self, error: OSError) -> None:
+        try:
+            owner = os.stat(self.path).st_uid
+        except OSError:
+            owner = os.geteuid()
+        rights = (os.R_OK, os.W_OK, os.X_OK)
+        foreign = owner != os.geteuid() and not any(os.access(self.path, right) for right in rights)
+        self.facts.append(Unreadable(self.path, error.strerror or str(error), True, foreign=foreign))
+        self.is_unreadable = True
+
+
+def identity_of(
+    fd: int,
+    status: os.stat_result,
+    filesystems: FilesystemIds,
+    statx: Statx,
+    boundary: Boundary,
+    above: SeenDirectory | None,
+) -> Identity:
+    """Return what tells an open directory from any other.
+
+    :param boundary: what led to it, if that is no mount.
+    :param above: the directory that it is in, or None for a disk root.
+    """
+    is_mount, born = statx.of_directory(fd)
+    if boundary is Boundary.NONE and above is not None and above.identity is not None:
+        other = status.st_dev != above.identity.device
+        boundary = Boundary.MOUNT if is_mount or other else boundary
+    return Identity(status.st_dev, status.st_ino, filesystems.of(fd, status.st_dev), boundary, born)
+
+
+def mount_of(path: str, device: int) -> int | None:
+    """Return by what :meth:`Follower.at` knows the filesystem that a path is on, or None for the cache's.
+
+    :param device: of the cache's filesystem.
+    """
+    try:
+        return _mount(os.stat(path), device)
+    except OSError:
+        return None  # what it is, if it is there at all, shows as it is opened
+
+
+def _mount(status: os.stat_result, device: int) -> int | None:
+    return None if status.st_dev == device else status.st_dev
+
+
+def note_lost_and_found(top: str, lost: dict[str, int]) -> None:
+    """Note when fsck last put something aside on the filesystem of which a directory is the top."""
+    try:
+        found = os.stat(os.path.join(top, layout.LOST_AND_FOUND), follow_symlinks=False)
+    except OSError:
+        return
+    lost[top] = found.st_mtime_ns
+
+
+def _size_at(name: str, directory_fd: int) -> int | None:
+    """Return the apparent bytes of a regular file, or None if it is none or they cannot be told."""
+    try:
+        status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _status_at(name: str, directory_fd: int) -> os.stat_result | OSError:
+    """Return what a link leads to, or why that cannot be told."""
+    try:
+        return os.stat(name, dir_fd=directory_fd)
+    except OSError as error:
+        return error
+
+
+def _references_at(path: str) -> tuple[bytes, ...] | OSError:
+    """Return the texts in the header of a file or a block device that may name another file, or why it is not
+    read."""
+    try:
+        fd = os.open(path, _OPEN)
+        try:
+            mode = os.fstat(fd).st_mode
+            head = headers.read_head(fd) if stat.S_ISBLK(mode) or stat.S_ISREG(mode) else b""
+            return headers.references(fd, head) if head else ()
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return error
