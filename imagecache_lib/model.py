@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -18,13 +19,27 @@ from imagecache_lib import errors
 #: How an image's data may be compressed as a whole.
 COMPRESSIONS = ("gzip", "xz", "zstd", "bzip2")
 
+#: Names of :mod:`hashlib`, by what others call them without what separates letters and digits.
+_ALGORITHMS = {
+    "md5": "md5",
+    "sha1": "sha1",
+    "blake2b": "blake2b",
+    "blake2b512": "blake2b",
+    "blake2s": "blake2s",
+    "blake2s256": "blake2s",
+    **{f"{family}{bits}": f"sha{bits}" for family in ("sha", "sha2") for bits in (224, 256, 384, 512)},
+    **{f"sha3{bits}": f"sha3_{bits}" for bits in (224, 256, 384, 512)},
+}
+_SEPARATORS = re.compile(r"[-_ ]")
+
 
 @dataclasses.dataclass(frozen=True)
 class Digest:
     """A content digest.
 
     :param algorithm: a :mod:`hashlib` name, such as ``sha512`` (Glance's ``os_hash_algo``). Upper case, and
-        the spelling with a hyphen that RFC 9530 and others use (``SHA-512``), are turned into that.
+        the spellings of RFC 9530 (``sha-512``), OpenSSL (``SHA2-512``, ``BLAKE2b512``) and others are turned
+        into that.
     :param value: hex, which is turned into lower case.
     """
 
@@ -35,10 +50,21 @@ class Digest:
         # What a source that is not typed states is checked where its description is.
         if isinstance(self.algorithm, str):
             name = self.algorithm.strip().lower()
-            name = name.replace("sha-", "sha", 1) if name.startswith("sha-") else name.replace("-", "_")
-            object.__setattr__(self, "algorithm", name)
+            object.__setattr__(self, "algorithm", _ALGORITHMS.get(_SEPARATORS.sub("", name), name))
         if isinstance(self.value, str):
             object.__setattr__(self, "value", self.value.strip().lower())
+
+    @property
+    def hex_length(self) -> int:
+        """How many hexadecimal digits the value must have; 0 for an algorithm that not all hosts have."""
+        import hashlib  # heavy, and not needed to pass a digest on
+
+        if self.algorithm not in hashlib.algorithms_guaranteed:
+            return 0
+        try:
+            return hashlib.new(self.algorithm, usedforsecurity=False).digest_size * 2
+        except ValueError:
+            return 0  # this host's OpenSSL forbids it
 
     def __str__(self) -> str:
         return f"{self.algorithm}:{self.value}"

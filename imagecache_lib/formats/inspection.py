@@ -293,10 +293,12 @@ def inspect_file(fd: int, claimed: str | None, rules: Rules) -> Finding:
     """
     image = OpenFile(fd)
     format, ending = rules.accept(claimed, image.read(0, _SHOWN))
+    size = os.fstat(fd).st_size
+    end = image.read(max(size - vhd.FOOTER_BYTES, 0), vhd.FOOTER_BYTES)
+    if rules.strict and format == "raw":
+        foreign.refuse_end(end)
     if ending is Ending.DEMANDED:
-        size = os.fstat(fd).st_size
-        footer = image.read(max(size - vhd.FOOTER_BYTES, 0), vhd.FOOTER_BYTES)
-        if vhd.is_fixed(footer, size - vhd.FOOTER_BYTES):
+        if vhd.is_fixed(end, size - vhd.FOOTER_BYTES):
             raise errors.ImageRejected("it is a fixed VHD, whose footer is no part of the disk")
         raise errors.ImageRejected(
             f"its content is raw, claimed to be {claimed}", next_step=_RETRY_IS_USELESS

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 
@@ -11,7 +12,7 @@ from imagecache_lib.config import CacheConfig
 from imagecache_lib.ingest import authorize
 from imagecache_lib.ingest.fit import require_fit
 from imagecache_lib.sources import checked, transfer
-from imagecache_lib.sources.interface import ImageSource
+from imagecache_lib.sources.interface import ImageSource, SourceRefused
 from imagecache_lib.store import evidence, layout
 from imagecache_lib.system.host import System
 from imagecache_lib.system.waiter import Waiter
@@ -38,6 +39,8 @@ class Call:
     :ivar name: the base's name in the cache.
     :ivar stored_format: qemu's name of the format that the base must have, or None if any format will do.
     :ivar size: virtual size in bytes of the disk that is wanted, or None for the image's own size.
+    :ivar imposes_digest: whether the digest of the image's description is what is demanded, and nothing that
+        the source says.
     :ivar waiter: the caller, which may cancel the call or have a deadline.
     :param size: virtual size of the disk that is wanted, in bytes, or None for the image's own size.
     :param made: whether a disk was made from the image before. That disk needs the base that it was made on,
@@ -68,6 +71,7 @@ class Call:
         self._config = config
         self._host = host
         self._described: tuple[ImageSource, model.Image] | None = None
+        self.imposes_digest = False
 
     @property
     def trusted_certs(self) -> tuple[str, ...] | None:
@@ -113,10 +117,13 @@ class Call:
     def describe(self) -> tuple[ImageSource, model.Image]:
         """Return the source that has the image, and what it says of it.
 
+        A digest that is demanded takes the place of one that is not, or of none: a fallback may not know it.
+
+        :raises SourceRefused: the source has other data than is demanded.
         :raises: as :func:`imagecache_lib.sources.transfer.describe`.
         """
         if self._described is None:
-            self._described = transfer.describe(
+            source, image = transfer.describe(
                 self._source,
                 self.image_id,
                 host=self._host,
@@ -125,7 +132,32 @@ class Call:
                 deadline=self.request.deadline,
                 cancel=self.request.cancel,
             )
+            demanded = self.known_digest
+            if demanded is not None:
+                image = self._as_demanded(image, demanded)
+            self._described = source, image
         return self._described
+
+    def _as_demanded(self, image: model.Image, demanded: model.Digest) -> model.Image:
+        if image.converted_from is not None:
+            # Even if the conversion has this digest: a record of it states none.
+            raise errors.ImageNotFound(
+                f"all that is left of it is a conversion, which nothing shows to be of data whose"
+                f" {demanded.algorithm} is {demanded.value}",
+                image=self.image_id,
+                next_step="upload it anew",
+            )
+        if image.digest == demanded:
+            return image
+        if image.digest is not None and image.digest.algorithm == demanded.algorithm:
+            raise SourceRefused(
+                f"its {demanded.algorithm} is {image.digest.value} by its source, and {demanded.value} is"
+                " demanded",
+                image=self.image_id,
+                next_step="correct the digest where it is stated, or choose another image",
+            )
+        self.imposes_digest = True
+        return dataclasses.replace(image, digest=demanded)
 
     def authorize(self) -> None:
         """Ask the caller's source about an image that need not be fetched, if that is configured.

@@ -125,11 +125,8 @@ class PassThrough:
         self._out.write(chunk)
 
     def finish(self) -> int:
-        if self._inspected and foreign.is_apple_image(self._end):
-            raise errors.ImageRejected(
-                "it is an Apple disk image (dmg) and no disk",
-                next_step="convert it to raw or qcow2, and upload that under a new id",
-            )
+        if self._inspected:
+            foreign.refuse_end(self._end)
         if vhd.is_fixed(self._held, self._out.length):
             self.source_format = "vpc"
         elif self._ending is Ending.DEMANDED:

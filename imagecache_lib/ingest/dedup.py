@@ -63,6 +63,8 @@ def find(
         return None
     if call.demands_signature:
         return None  # a signature is of one image, and has to be verified on its way
+    if call.imposes_digest:
+        return None  # the source does not say that it has this content
     names = [name for name in _names_with(digest, cache) if name != call.name]
     if not names or not checked.vouches_for_digest(source, image):
         return None  # an image's owner may have stated this digest, so it gives no access to a twin

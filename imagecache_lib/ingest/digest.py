@@ -13,8 +13,6 @@ from imagecache_lib.ingest.stream import Consumer
 from imagecache_lib.store.pieces import Hasher, Pieces
 from imagecache_lib.system.waiter import Waiter
 
-_STRONG_ENOUGH = frozenset(hashlib.algorithms_guaranteed)
-
 
 def checking(image: model.Image, waiter: Waiter, *, hash_pieces: bool) -> Consumer[Pieces | None]:
     """Return a consumer that compares the digest of an image's data with the one that the source states.
@@ -57,17 +55,17 @@ class StreamDigest:
 
     def __init__(self, expected: model.Digest, waiter: Waiter, *, hash_pieces: bool = False) -> None:
         self._expected = expected
-        if expected.algorithm not in _STRONG_ENOUGH or expected.algorithm.startswith("shake"):
+        if not expected.hex_length:
             raise errors.ImageRejected(
                 f"its digest's algorithm {expected.algorithm!r} is not known here",
                 next_step="have the image service use sha512",
             )
-        self._hashes = _Hashes(expected.algorithm, hash_pieces=hash_pieces)
-        if not re.fullmatch(f"[0-9a-f]{{{2 * self._hashes.whole.digest_size}}}", expected.value):
+        if not re.fullmatch(f"[0-9a-f]{{{expected.hex_length}}}", expected.value):
             raise errors.ImageRejected(
                 f"its digest {expected.value[:140]!r} is no {expected.algorithm} in hex",
                 next_step="correct the digest where it is stated",
             )
+        self._hashes = _Hashes(expected.algorithm, hash_pieces=hash_pieces)
         self._aside = Aside(self._hashes, "imagecache-digest", waiter)
 
     def feed(self, chunk: bytes) -> None:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -112,29 +111,21 @@ class _Fields:
 def _digest(fields: _Fields) -> model.Digest | None:
     algorithm, value = fields.text("os_hash_algo"), fields.text("os_hash_value")
     md5 = fields.text("checksum")
-    if not algorithm or not value or (md5 and not _hex_length(algorithm)):
+    digest = model.Digest(algorithm, value) if algorithm and value else None
+    if md5 and (digest is None or not digest.hex_length):
         # hashing_algorithm is the server's option, and may name what this host's OpenSSL lacks.
-        algorithm, value = "md5", md5
-    if not value:
+        digest = model.Digest("md5", md5)
+    if digest is None:
         return None
-    length = _hex_length(algorithm)
-    if not length:
+    if not digest.hex_length:
         raise SourceRefused(
-            f"its digest is a {algorithm[:40]!r}, which this host cannot compute",
+            f"its digest is a {digest.algorithm[:40]!r}, which this host cannot compute",
             image=fields.image_id,
             next_step="set hashing_algorithm in Glance to one that all hosts have, such as sha512",
         )
-    if len(value) != length or not _HEX.fullmatch(value.lower()):
-        raise _nonsense(fields.image_id, f"the {algorithm} in the metadata is not one")
-    return model.Digest(algorithm, value.lower())
-
-
-def _hex_length(algorithm: str) -> int:
-    """Return how many hex digits a digest has; 0 for an algorithm that this host lacks."""
-    try:
-        return hashlib.new(algorithm, usedforsecurity=False).digest_size * 2
-    except ValueError:
-        return 0
+    if len(digest.value) != digest.hex_length or not _HEX.fullmatch(digest.value):
+        raise _nonsense(fields.image_id, f"the {digest.algorithm} in the metadata is not one")
+    return digest
 
 
 def _nonsense(image_id: str, cause: str) -> errors.SourceError:

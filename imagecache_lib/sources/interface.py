@@ -97,8 +97,9 @@ class ImageSource(abc.ABC):
         The iterator may have two attributes:
 
         ``image``
-            An :class:`Image`, read at offset 0: the description as the answer with the data corrects it, such
-            as by its length or its validator. :meth:`open` is given it when the transfer resumes.
+            An :class:`Image`, read at offset 0: the description as the answer with the data corrects it. Its
+            length and its properties, such as a validator, take the place of those described; another digest
+            than the described one is an error. :meth:`open` is given it when the transfer resumes.
         ``doubt``
             A :class:`SourceError` or None, read when the data turns out not to be the image's: the error to
             raise instead of blaming the image. An iterator without it is doubted if the image has a digest

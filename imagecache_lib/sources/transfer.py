@@ -21,6 +21,7 @@ The loop ends: every pass draws on the one retry budget that the :class:`Transfe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol
@@ -272,22 +273,30 @@ class Transfer:
                 f"the data ended after {self._offset} of {self.image.size} bytes", image=self.image.id
             )
 
-    def _take_correction(self, image: model.Image) -> None:
-        """Go on with the description that came with the data: its validator and its length.
+    def _take_correction(self, told: model.Image) -> None:
+        """Go on with what the answer with the data says of it: its validator and its length.
+
+        What else was described stays: what is done with the data follows from that.
 
         :raises StartAgain: the length is another, so that what the caller prepared is wrong.
-        :raises SourceError: the length changed for the second time.
+        :raises SourceError: the length changed for the second time, or the digest is another.
         """
-        if image.size != self.image.size:
-            cause = f"it has {image.size} bytes by the answer with its data, and had {self.image.size} before"
+        described, digest = self.image, self.image.digest
+        if None not in (told.digest, digest) and told.digest != digest:
+            raise errors.SourceError(
+                f"its digest is {told.digest} by the answer with its data, and was {digest} before",
+                image=described.id,
+                next_step="ask again: the image was replaced meanwhile",
+            )
+        self.image = dataclasses.replace(described, size=told.size, properties=told.properties)
+        if told.size != described.size:
+            cause = f"it has {told.size} bytes by the answer with its data, and had {described.size} before"
             if self._corrected:
-                raise errors.SourceError(cause, image=image.id)
+                raise errors.SourceError(cause, image=described.id)
             self._corrected = True
-            self.image = image
-            self._limit = self._max_size if image.size is None else image.size
-            raise StartAgain(cause, image=image.id)
-        self.image = image
-        self._may_resume = not self._resume_refused and checked.can_resume(self._source, image)
+            self._limit = self._max_size if told.size is None else told.size
+            raise StartAgain(cause, image=described.id)
+        self._may_resume = not self._resume_refused and checked.can_resume(self._source, self.image)
 
     def _stop_resuming(self) -> None:
         self._resume_refused = True

@@ -291,6 +291,13 @@ class TestNoDisks(FormatCase):
             image = start + raw_image()[len(start) :]
             self.assertEqual(image, self.disk_of(image, "raw"))
 
+    def test_what_only_its_end_shows_is_not_adopted_either(self) -> None:
+        image = raw_image() + (b"koly\0\0\0\x04\0\0\x02\0").ljust(512, b"\0")
+        self.base().parent.mkdir(parents=True)
+        self.base().write_bytes(image)
+        with self.assertRaisesRegex(ic.ImageRejected, "dmg"):
+            self.manager(FakeSource({ID: image})).create_disk(ID, self.target())
+
     def test_what_holds_no_byte_is_no_disk(self) -> None:
         path = self.directory / "packed"
         path.write_bytes(gzip.compress(b""))
