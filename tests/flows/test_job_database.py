@@ -86,7 +86,13 @@ class DatabaseCase(TestCase):
         return found
 
     def host(self) -> System:
-        return System(name="conductor", clock=lambda: self.now, sleep=self.sleep, random=lambda: 0.5)
+        return System(
+            name="conductor",
+            clock=lambda: self.now,
+            monotonic=lambda: self.now,
+            sleep=self.sleep,
+            random=lambda: 0.5,
+        )
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -146,7 +152,13 @@ class DatabaseCase(TestCase):
                 over()
 
         agents.begin = befall  # type: ignore[method-assign]
-        host = System(name="conductor", clock=lambda: self.now, sleep=look, random=lambda: 0.5)
+        host = System(
+            name="conductor",
+            clock=lambda: self.now,
+            monotonic=lambda: self.now,
+            sleep=look,
+            random=lambda: 0.5,
+        )
         return AggregatePrecacher(database, agents, host=host).run(work.id)
 
     def check_left(self, trouble: Callable[[], object], mend: Callable[[], object], why: str) -> None:
@@ -185,7 +197,9 @@ class OtherUsersTest(DatabaseCase):
 
         agents.begin = begin  # type: ignore[method-assign]
         conductor = AggregatePrecacher(
-            database, agents, host=System(clock=lambda: self.now, sleep=look, random=lambda: 0.5)
+            database,
+            agents,
+            host=System(clock=lambda: self.now, monotonic=lambda: self.now, sleep=look, random=lambda: 0.5),
         )
         with self.assertLogs("imagecache_lib.precache", "INFO") as logged:
             ended = conductor.run(work.id)
@@ -253,7 +267,7 @@ class OtherUsersTest(DatabaseCase):
                 (small / "fill").unlink(missing_ok=True)
 
         agents.begin = fill  # type: ignore[method-assign]
-        host = System(clock=lambda: self.now, sleep=make_room, random=lambda: 0.5)
+        host = System(clock=lambda: self.now, monotonic=lambda: self.now, sleep=make_room, random=lambda: 0.5)
         with self.assertLogs("imagecache_lib.precache", "INFO") as logged:
             ended = AggregatePrecacher(database, agents, host=host).run(work.id)
         self.assertEqual(200, ended.count()[job.Result.CACHED])
@@ -336,7 +350,7 @@ class OtherUsersTest(DatabaseCase):
         with self.transaction("BEGIN", "SELECT * FROM cells"):
             database = self.database()  # which cannot change the journal while that is read
             self.assertEqual(work, database.get(work.id))
-        host = System(clock=lambda: self.now, sleep=look, random=lambda: 0.5)
+        host = System(clock=lambda: self.now, monotonic=lambda: self.now, sleep=look, random=lambda: 0.5)
         ended = AggregatePrecacher(database, agents, host=host).run(work.id)
         self.assertEqual(2, ended.count()[job.Result.CACHED])
         self.assertEqual(2, len(agents.begun))
