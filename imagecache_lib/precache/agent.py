@@ -19,7 +19,7 @@ from imagecache_lib import dates, errors, manager, model
 from imagecache_lib.backends.interface import Feature
 from imagecache_lib.precache import client, job
 from imagecache_lib.precache.passing_on import PassingOn
-from imagecache_lib.precache.tasks import Attempt, Task
+from imagecache_lib.precache.tasks import Attempt, Moments, Task
 from imagecache_lib.precache.watch import Watch
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
@@ -121,16 +121,17 @@ class HostAgent:
         """
         for image_id in task.image_ids:
             layout.base_name(image_id)
-        task = self._by_own_clock(task)
+        self._compare_clocks(task)
+        moments = Moments.of(task, self._host)
         with self._lock:
             known = self._tasks.get(task.job_id)
             if known is None:
                 self._require_capacity()
-                known = self._tasks[task.job_id] = Task(task)
+                known = self._tasks[task.job_id] = Task(task, moments)
             else:
                 _require_few({*known.cells, *task.image_ids})
-                known.extend(task)
-            known.watched_until = self._host.clock() + client.WATCHED_SECONDS
+                known.extend(task, moments)
+            known.watched_until = self._host.monotonic() + client.WATCHED_SECONDS
             if known.route is not None and self._passing_on is not None:
                 self._passing_on.expect(task.job_id, known.pending(task.image_ids))
             if known.thread is None and not known.is_over:
@@ -149,7 +150,7 @@ class HostAgent:
                 task = self._tasks[job_id]
             except KeyError:
                 raise client.UnknownTask(f"this host knows no task of job {job_id}") from None
-            task.watched_until = self._host.clock() + client.WATCHED_SECONDS
+            task.watched_until = self._host.monotonic() + client.WATCHED_SECONDS
             return self._report(task, self._cells(task))
 
     def changes(self) -> Sequence[tuple[str, client.HostReport]]:
@@ -159,7 +160,7 @@ class HostAgent:
         """
         found = []
         with self._lock:
-            now = self._host.clock()
+            now = self._host.monotonic()
             for job_id, task in self._tasks.items():
                 mailbox = task.report_to(now)
                 if mailbox is not None and (changed := task.changes(self._cells(task))) is not None:
@@ -234,35 +235,31 @@ class HostAgent:
         if self._passing_on is not None:
             self._passing_on.close()
 
-    def _by_own_clock(self, task: client.HostTask) -> client.HostTask:
-        """Return the task with moments by this host's clock, which may differ from the conductor's."""
-        now = self._host.clock()
-        moments = (("deadline", task.deadline, task.deadline_in), ("pin_until", task.pin_until, task.pin_for))
-        own: dict[str, float] = {}
-        for name, absolute, ahead in moments:
-            if ahead is None:
+    def _compare_clocks(self, task: client.HostTask) -> None:
+        """Log that this host's clock differs from the conductor's, as a task's times tell."""
+        for absolute, ahead in ((task.deadline, task.deadline_in), (task.pin_until, task.pin_for)):
+            if absolute is None or ahead is None:
                 continue
-            own[name] = now + ahead
-            if absolute is not None and abs(own[name] - absolute) > _SKEW:
+            skew = self._host.clock() + ahead - absolute
+            if abs(skew) > _SKEW:
                 LOG.warning(
                     "This host's clock is %+.0f s off the conductor's, the times of job %s are taken as "
                     "seconds from now",
-                    own[name] - absolute,
+                    skew,
                     task.job_id,
                 )
-        return dataclasses.replace(task, deadline_in=None, pin_for=None, **own)  # type: ignore[arg-type]
 
     # -- the work ------------------------------------------------------------------------------------
 
     def _work(self, task: Task) -> None:
         while True:
             with self._lock:
-                attempt = task.next(self._host.clock())
+                attempt = task.next(self._host.monotonic())
                 if attempt is None and task.is_over:
                     task.thread = None
                     self._forget_oldest()
                     return
-                pause = task.seconds_to_next(self._host.clock()) if attempt is None else 0.0
+                pause = task.seconds_to_next(self._host.monotonic()) if attempt is None else 0.0
             if attempt is None:
                 self._host.sleep(min(_PIECE, pause))
                 continue
@@ -289,28 +286,28 @@ class HostAgent:
                 return
             task.cells[attempt.image_id] = cell
             if cell.result is None:
-                task.postpone(attempt, self._host.clock() + self._delay(attempt))
+                task.postpone(attempt, self._host.monotonic() + self._delay(attempt))
             else:
                 self.image_ended.set()
 
     def _delay(self, attempt: Attempt) -> float:
         longest = min(_LONGEST_DELAY, _FIRST_DELAY * 2**attempt.failures) * (0.5 + self._host.random() / 2)
-        if attempt.asked.deadline is None:
+        if attempt.moments.deadline is None:
             return float(longest)
-        return float(min(longest, max(0.0, attempt.asked.deadline - self._host.clock())))
+        return float(min(longest, max(0.0, attempt.moments.deadline - self._host.monotonic())))
 
     def _cache_one(self, task: Task, attempt: Attempt) -> job.Cell:
         """Try an image once. Returns a cell without a result if it is to be tried again."""
         if attempt.cancelled.is_set():
             return _CANCELLED
-        if attempt.is_late(self._host.clock()) and not attempt.failures:
+        if attempt.is_late(self._host.monotonic()) and not attempt.failures:
             return job.Cell(job.Result.SKIPPED, "the deadline passed before it was begun")
         try:
             return self._try(task, attempt)
         except errors.CancelledError:
             return _CANCELLED
         except (errors.SourceError, errors.LockTimeoutError) as error:
-            if attempt.failures >= attempt.asked.retries or attempt.is_late(self._host.clock()):
+            if attempt.failures >= attempt.asked.retries or attempt.is_late(self._host.monotonic()):
                 return self._failure(attempt.image_id, error)
             return job.Cell(reason=f"to be tried again: {error}")
         except errors.ImageCacheError as error:
@@ -321,13 +318,14 @@ class HostAgent:
 
     def _try(self, task: Task, attempt: Attempt) -> job.Cell:
         image_id, asked = attempt.image_id, attempt.asked
+        times = attempt.moments.by_the_clock(self._host)
         self._watch.forget(image_id)
         relayed = None
         if task.route is not None and self._passing_on is not None:
-            relayed = self._passing_on.source(task.route, attempt)
+            relayed = self._passing_on.source(task.route, attempt, times.deadline)
         request = model.Request(
             source=relayed,
-            deadline=asked.deadline,
+            deadline=times.deadline,
             cancel=attempt.cancelled,
             # What fills a spool keeps to the rate itself: what is read from it is on this host already.
             rate=asked.rate or None if relayed is None else None,
@@ -337,7 +335,7 @@ class HostAgent:
             resume=self._ending if relayed is None else None,
         )
         self._require_budget(task, image_id, request)
-        report = self._cache.precache_image(image_id, pin_until=asked.pin_until, request=request)
+        report = self._cache.precache_image(image_id, pin_until=times.pin_until, request=request)
         if report.result is model.CacheResult.NOT_NEEDED:
             return job.Cell(job.Result.UNSUPPORTED, "its storage clones images and needs no cache")
         task.spent += report.allocated

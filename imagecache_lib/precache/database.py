@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from imagecache_lib import errors
-from imagecache_lib.precache import job, job_rows, jobs_url, lease, reader
+from imagecache_lib.precache import job, job_file, job_rows, jobs_url, lease
 from imagecache_lib.precache.job_rows import JobDatabaseError
 from imagecache_lib.system import durable
 
@@ -73,27 +73,23 @@ class JobDatabase:
 
     def __init__(self, where: str, *, busy: float = _BUSY, change_schema: bool = True) -> None:
         self._embedded = not jobs_url.is_url(where)
-        with translated(self._name(where)):
-            self._engine = engines.embedded(where, busy) if self._embedded else engines.server(where)
-        self._where = self._name(where)
-        #: Device and inode of an sqlite file, once it was opened.
-        self._file: tuple[int, int] | None = None
+        self._file: job_file.SameFile | None = None
+        if self._embedded:
+            # One that a later "cd" of this process does not move.
+            self._where = os.path.abspath(where)
+            job_file.require_file(self._where)
+            self._file = job_file.SameFile(self._where)
+            self._engine = engines.embedded(self._where, busy)
+        else:
+            self._where = engines.shown(where)
+            self._engine = engines.server(where)
         self._require_schema(change=change_schema)
-
-    @staticmethod
-    def _name(where: str) -> str:
-        """Return the name of the database in messages, without its password."""
-        if not jobs_url.is_url(where):
-            return where
-        try:
-            return sa.engine.make_url(where).render_as_string(hide_password=True)
-        except sa.exc.ArgumentError:
-            return "the URL of the job database"
 
     def close(self) -> None:
         """Close all connections. The last one of an sqlite file merges its log into it."""
         self._engine.dispose()
-        self._file = None
+        if self._file is not None:
+            self._file.forget()
 
     # -- jobs ----------------------------------------------------------------------------------------
 
@@ -327,52 +323,36 @@ class JobDatabase:
             if version == schema.VERSION:
                 return schema.REVISION
             return None if version in (0, 1) else str(version)
-        if not sa.inspect(connection).has_table("alembic_version"):
+        tables = sa.inspect(connection)
+        if not tables.has_table("alembic_version"):
             return None
         found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+        if found not in _KNOWN and not tables.has_table("cells"):
+            raise JobDatabaseError(
+                "the database has the tables of another program",
+                path=self._where,
+                next_step="give the jobs a database of their own",
+            )
         return None if found is None else str(found)
 
     def _require_known(self, revision: str | None) -> None:
         if revision not in _KNOWN:
-            raise reader.too_new(self._where, revision)
+            raise job_file.too_new(self._where, revision)
 
     # -- transactions --------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _of_one_file(self) -> Iterator[None]:
-        """Have an sqlite file be the same one before and after the body.
-
-        A file that was removed or replaced takes what is written all the same, and nobody will ever read it.
-        """
-        if not self._embedded:
-            yield
-            return
-        self._require_file()
-        yield
-        self._require_file()
-
-    def _require_file(self) -> None:
-        try:
-            found = os.stat(self._where)
-        except FileNotFoundError:
-            if self._file is None:
-                return  # it is made by whoever opens it first
-            raise _lost(self._where, "is gone") from None
-        except OSError as error:
-            raise _lost(self._where, f"cannot be reached ({error.strerror})") from error
-        self._file = self._file or (found.st_dev, found.st_ino)
-        if (found.st_dev, found.st_ino) != self._file:
-            raise _lost(self._where, "was replaced by another file")
+    def _same_file(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._file is None else self._file.required()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
-        with self._of_one_file(), translated(self._where), self._engine.begin() as connection:
+        with self._same_file(), translated(self._where), self._engine.begin() as connection:
             yield connection
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[job_rows.Query]:
         reading = self._engine.execution_options(reading=True)
-        with self._of_one_file(), translated(self._where), reading.begin() as connection:
+        with self._same_file(), translated(self._where), reading.begin() as connection:
 
             def query(statement: str, parameters: Mapping[str, Any] | None = None) -> Iterable[Sequence[Any]]:
                 return connection.execute(sa.text(statement), dict(parameters or {}))
@@ -408,9 +388,3 @@ def _parameters(job_id: str, change: Change) -> dict[str, Any]:
         "new_received": cell.received,
         "new_total": cell.total,
     }
-
-
-def _lost(path: str, what: str) -> JobDatabaseError:
-    return JobDatabaseError(
-        f"the job database {what}", path=path, next_step="put the file back that was there"
-    )

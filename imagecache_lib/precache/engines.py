@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import event, pool
 
 from imagecache_lib import errors
+from imagecache_lib.precache import job_file
 from imagecache_lib.precache.job_rows import JobDatabaseError
 from imagecache_lib.system import mounts
 
@@ -41,7 +42,14 @@ def embedded(path: str, busy: float) -> sa.Engine:
     def connect() -> sqlite3.Connection:
         # Autocommit by sqlite3's own idea: SQLAlchemy's transactions are begun below, as what they are.
         connection = sqlite3.connect(path, timeout=busy, isolation_level=None, check_same_thread=False)
-        _set_journal(connection, wal=wal)
+        try:
+            # Before anything is changed in what may be another program's.
+            with contextlib.suppress(job_file.Unmade):
+                job_file.version_of(connection, path)
+            _set_journal(connection, wal=wal)
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     engine = sa.create_engine("sqlite://", creator=connect, poolclass=pool.QueuePool, pool_size=2)
@@ -72,7 +80,13 @@ def server(url: str) -> sa.Engine:
     :param url: as SQLAlchemy has it.
     :raises ConfigError: it is of no server that is supported.
     """
-    parsed = sa.engine.make_url(url)
+    try:
+        parsed = sa.engine.make_url(url)
+    except (sa.exc.ArgumentError, ValueError):
+        raise errors.ConfigError(
+            "the job database has no URL that could be one",
+            next_step="write it as mysql+pymysql://user@host/name",
+        ) from None
     limits: dict[str, Any] = {"connect_timeout": _CONNECT_SECONDS}
     if parsed.get_backend_name() in ("mysql", "mariadb"):
         limits |= {"read_timeout": _STATEMENT_SECONDS, "write_timeout": _STATEMENT_SECONDS}
@@ -84,9 +98,29 @@ def server(url: str) -> sa.Engine:
             next_step="give the path of an sqlite file, or the URL of a MariaDB or PostgreSQL",
         )
     # A connection that a server or a firewall closed meanwhile is found out before it is used.
-    return sa.create_engine(
-        parsed, connect_args=limits, pool_pre_ping=True, pool_size=2, isolation_level="READ COMMITTED"
-    )
+    with translated(shown(url)):
+        engine = sa.create_engine(
+            parsed, connect_args=limits, pool_pre_ping=True, pool_size=2, isolation_level="READ COMMITTED"
+        )
+
+    @event.listens_for(engine, "do_connect")
+    def connect(dialect: sa.Dialect, _record: Any, given: list[Any], options: dict[str, Any]) -> Any:
+        try:
+            return dialect.connect(*given, **options)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise errors.ConfigError(
+                f"the URL of the job database does not work: {error}", path=shown(url), next_step="correct it"
+            ) from error
+
+    return engine
+
+
+def shown(url: str) -> str:
+    """Return a URL as messages show it: without its password, and without options, which may be one."""
+    try:
+        return sa.engine.make_url(url).set(query={}).render_as_string(hide_password=True)
+    except (sa.exc.ArgumentError, ValueError):
+        return "the URL of the job database"
 
 
 @contextlib.contextmanager

@@ -44,10 +44,13 @@ class PassingOn:
             self._needed.setdefault(job_id, set()).update(image_ids)
         self._spools.expect(image_ids)
 
-    def source(self, route: Route, attempt: Attempt) -> RelaySource:
-        """Return where an image comes from along a route."""
+    def source(self, route: Route, attempt: Attempt, deadline: float | None) -> RelaySource:
+        """Return where an image comes from along a route.
+
+        :param deadline: epoch seconds until which it is waited for, or None for no deadline.
+        """
         asked = attempt.asked
-        waiter = Waiter(self._cache.host, attempt.image_id, asked.deadline, attempt.cancelled)
+        waiter = Waiter(self._cache.host, attempt.image_id, deadline, attempt.cancelled)
         return RelaySource(
             self._cache.source, route, self._parents, self._spools, waiter, rate=asked.rate or None
         )

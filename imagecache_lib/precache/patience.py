@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a host is looked at next, and for how long it is waited for. Decides only: no calls, no clock."""
+"""When a host is looked at next, and for how long it is waited for. Decides only: no calls.
+
+Moments are by the conductor's monotonic clock, which nobody sets. Only a job's deadline is a time of day: it
+is converted anew each time, so that it stays where it is when the conductor's clock is set.
+"""
 
 from __future__ import annotations
 
@@ -62,17 +66,18 @@ USUAL = Pauses()
 class Patience:
     """The patience of one run of a job with its hosts.
 
-    :param host: the source of randomness, which keeps hosts from being asked all at the same time.
+    :param host: the source of clocks, and of randomness, which keeps hosts from being asked all at once.
     :param pauses: how long to wait for what.
     """
 
     def __init__(self, terms: job.Terms, host: System, pauses: Pauses = USUAL) -> None:
         self._deadline = terms.deadline
+        self._host = host
         self._random = host.random
         self.pauses = pauses
 
     def next_look(self, state: HostState, now: float) -> float:
-        """Return when to ask a host that was just heard, in epoch seconds."""
+        """Return when to ask a host that was just heard."""
         if not state.begun:
             return now
         if not state.reports:
@@ -85,15 +90,20 @@ class Patience:
         return now + client.ASKED_SECONDS * (0.5 + 0.5 * self._random())
 
     def last_moment(self, state: HostState) -> float:
-        """Return when to give a host up, in epoch seconds."""
+        """Return when to give a host up."""
         if self._deadline is not None:
-            return self._deadline + (self.pauses.grace if state.begun and not state.trouble else 0.0)
+            left = self._deadline - self._host.clock()
+            return (
+                self._host.monotonic()
+                + left
+                + (self.pauses.grace if state.begun and not state.trouble else 0.0)
+            )
         if state.down_since is not None:
             return state.down_since + self.pauses.patience
         return state.busy_since + self.pauses.busy if state.busy_since is not None else float("inf")
 
     def next_try(self, state: HostState, now: float, *, failures: int) -> float:
-        """Return when to ask again a host that does not answer, or has too many tasks, in epoch seconds.
+        """Return when to ask again a host that does not answer, or has too many tasks.
 
         :param failures: how often in a row the host was put off.
         """

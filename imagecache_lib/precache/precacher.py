@@ -226,9 +226,9 @@ class AggregatePrecacher:
                     self._database.release_lease(job_id, runner)
 
     def _take_lease(self, job_id: str, runner: str, leave: model.CancelToken) -> bool:
-        seen, since, watched = self._database.lease_of(job_id), self._host.clock(), False
+        seen, since, watched = self._database.lease_of(job_id), self._host.monotonic(), False
         while True:
-            lapsed = self._host.clock() - since >= lease.SECONDS
+            lapsed = self._host.monotonic() - since >= lease.SECONDS
             if (seen.is_free or lapsed) and not (watched and self._database.is_over(job_id)):
                 if self._database.take_lease(job_id, runner, seen):
                     if seen.runner is not None:
@@ -246,7 +246,7 @@ class AggregatePrecacher:
             self._host.sleep(_WATCH)
             now = self._database.lease_of(job_id)
             if now != seen:
-                seen, since = now, self._host.clock()
+                seen, since = now, self._host.monotonic()
 
     # -- cancelling ----------------------------------------------------------------------------------
 

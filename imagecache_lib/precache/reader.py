@@ -14,11 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from imagecache_lib.precache import job, job_rows
+from imagecache_lib.precache import job, job_file, job_rows
 from imagecache_lib.precache.job_rows import JobDatabaseError
-
-#: The newest version that can be read: ``PRAGMA user_version``. 0 is a database without a table.
-_NEWEST = 2
 
 #: Seconds to wait for a conductor that holds the file: one that uses a rollback journal does now and then.
 _BUSY = 10.0
@@ -38,10 +35,6 @@ CREATE TEMP VIEW cells AS
 """
 
 
-class _Unmade(Exception):
-    """The file is there, and the process that makes the database has made nothing in it yet."""
-
-
 class EmbeddedJobs:
     """Reads jobs from an sqlite file. Safe to share between threads.
 
@@ -57,7 +50,7 @@ class EmbeddedJobs:
         try:
             with self._reading() as query:
                 return job_rows.read_job(query, job_id)
-        except _Unmade:
+        except job_file.Unmade:
             raise job_rows.unknown_job(job_id) from None
 
     def summaries(self) -> list[job.JobSummary]:
@@ -66,7 +59,7 @@ class EmbeddedJobs:
         try:
             with self._reading() as query:
                 return job_rows.read_summaries(query)
-        except _Unmade:
+        except job_file.Unmade:
             return []
 
     @contextlib.contextmanager
@@ -95,6 +88,7 @@ class EmbeddedJobs:
         a log that holds something, the file itself is all there is, and is read as what it then is:
         immutable.
         """
+        job_file.require_file(self._path)
         try:
             return self._opened("mode=ro")
         except sqlite3.OperationalError:
@@ -104,9 +98,8 @@ class EmbeddedJobs:
             return self._opened("immutable=1")
 
     def _opened(self, how: str) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            f"file:{quote(os.path.abspath(self._path))}?{how}", uri=True, timeout=_BUSY, isolation_level=None
-        )
+        path = quote(os.path.abspath(os.fsencode(self._path)))
+        connection = sqlite3.connect(f"file:{path}?{how}", uri=True, timeout=_BUSY, isolation_level=None)
         try:
             connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
         except BaseException:
@@ -115,24 +108,7 @@ class EmbeddedJobs:
         return connection
 
     def _adapt(self, connection: sqlite3.Connection) -> None:
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version > _NEWEST:
-            raise too_new(self._path, version)
+        version = job_file.version_of(connection, self._path)
         connection.execute("PRAGMA temp_store = MEMORY")
         if version == 1:
             connection.executescript(_VERSION_1)
-        elif version == 0:
-            if connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone() == (0,):
-                raise _Unmade
-            raise JobDatabaseError(
-                "the file is not a job database", path=self._path, next_step="choose another --jobs"
-            )
-
-
-def too_new(path: str, version: object) -> JobDatabaseError:
-    """Return the error for a database that a later release has changed."""
-    return JobDatabaseError(
-        f"the job database has version {version}, this release knows {_NEWEST}",
-        path=path,
-        next_step="upgrade imagecache_lib",
-    )

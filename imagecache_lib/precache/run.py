@@ -81,7 +81,7 @@ class JobRun:
         self._patience = Patience(self._work.terms, host, pauses)
         self._stopping = False
         self._relaying = Unicast() if self._work.terms.relay is None else Relaying(self._work)
-        now, terms = host.clock(), self._work.terms
+        now, terms = host.monotonic(), self._work.terms
         pending = [name for name in self._work.hosts if not progress.is_host_over(name)]
         # A chain keeps all its hosts at work: what bounds their downloads is the number of its heads.
         slots = terms.concurrency if terms.relay is None else max(1, len(pending))
@@ -120,7 +120,7 @@ class JobRun:
 
     def _replan(self) -> None:
         """Let hosts whose route has changed be told at once."""
-        now = self._host.clock()
+        now = self._host.monotonic()
         for name in self._relaying.stale(now):
             state = self._slots.find(name)
             if state is not None and state.begun and not self._slots.is_called(name):
@@ -136,7 +136,7 @@ class JobRun:
         self._arrivals.put(None)
 
     def _make_calls(self, pool: concurrent.futures.Executor) -> None:
-        while (state := self._slots.take(self._host.clock())) is not None:
+        while (state := self._slots.take(self._host.monotonic())) is not None:
             stop = self._give_up(state)
             if self._progress.is_host_over(state.name):
                 self._slots.returned(state.name)
@@ -144,7 +144,7 @@ class JobRun:
                 continue
             if stop is None and not self._relaying.admits(state.name):
                 self._slots.returned(state.name)
-                self._slots.give_away(state, self._host.clock() + self._patience.pauses.poll)
+                self._slots.give_away(state, self._host.monotonic() + self._patience.pauses.poll)
                 continue
             pending = self._progress.pending(state.name)
             task = None
@@ -158,7 +158,7 @@ class JobRun:
         """Wait for a call, a write, or the moment at which something is due."""
         if not self._slots.hosts_left:
             return
-        now = self._host.clock()
+        now = self._host.monotonic()
         pause = min(_TICK, max(_SHORTEST, self._slots.next_due(now) - now))
         if not self._slots.calls_under_way and not self._writer.is_busy:
             self._host.sleep(pause)
@@ -194,7 +194,7 @@ class JobRun:
         """End a host that has had its time, or return how to stop it. Returns None to go on with it."""
         if state.stop is not None:
             return state.stop
-        now, deadline = self._host.clock(), self._work.terms.deadline
+        now, deadline = self._host.monotonic(), self._work.terms.deadline
         if self._writer.cancelled:
             if state.begun:
                 return Stop(job.Result.SKIPPED, "the job was cancelled")
@@ -234,7 +234,7 @@ class JobRun:
         if self._progress.is_host_over(state.name):
             self._finished(state)
         elif not state.is_scheduled:
-            now = self._host.clock()
+            now = self._host.monotonic()
             is_stale = state.begun and self._relaying.is_stale(state.name)
             self._slots.keep(state, now if is_stale else self._patience.next_look(state, now))
 
@@ -263,7 +263,7 @@ class JobRun:
         if self._progress.is_host_over(state.name):
             self._finished(state)
             return
-        now = self._host.clock()
+        now = self._host.monotonic()
         has_gap = report.number > number + 1 or len(cells) < len(report.cells)
         self._slots.wake(state, now if has_gap else self._patience.next_look(state, now))
 
@@ -285,7 +285,7 @@ class JobRun:
         if self._progress.record(state.name, cells):
             state.restarts = 0
         known = self._work.cells[state.name]
-        self._relaying.heard(state.name, known, report.relay, now=self._host.clock())
+        self._relaying.heard(state.name, known, report.relay, now=self._host.monotonic())
 
     def _answers(self, state: HostState) -> None:
         if state.down_since is not None:
@@ -294,7 +294,7 @@ class JobRun:
 
     def _compare(self, state: HostState, report: client.TaskReport) -> None:
         """Find out from an answer whether the reports that the agent sends by itself arrive."""
-        state.ask_by = self._patience.ask_by(self._host.clock())
+        state.ask_by = self._patience.ask_by(self._host.monotonic())
         who = report.agent
         if who is None or not who.reports or self._mailbox is None:
             state.reports = False
@@ -357,11 +357,11 @@ class JobRun:
     def _stop_later(self, state: HostState, reason: str) -> None:
         # Several agents under one name take calls by turns: each must be told.
         state.stop = Stop(job.Result.ERROR, reason, calls=max(1, len(set(state.instances))))
-        self._slots.keep(state, self._host.clock())
+        self._slots.keep(state, self._host.monotonic())
 
     def _is_down(self, state: HostState, error: Exception) -> None:
         """Note that a host does not answer. One that was at work keeps its slot for a while."""
-        now = self._host.clock()
+        now = self._host.monotonic()
         self._relaying.down(state.name)
         if state.down_since is None:
             state.down_since = now
@@ -375,7 +375,7 @@ class JobRun:
             state.failures += 1
 
     def _is_busy(self, state: HostState, error: Exception) -> None:
-        now = self._host.clock()
+        now = self._host.monotonic()
         state.down_since = None
         state.busy_since = state.busy_since or now
         state.trouble = f"the host is busy: {error}"

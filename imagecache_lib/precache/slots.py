@@ -32,12 +32,12 @@ _SLOW = (Lane.SILENT, Lane.PUT_OFF)
 
 @dataclasses.dataclass(eq=False)
 class HostState:
-    """A host that is not done.
+    """A host that is not done. All moments are by the conductor's monotonic clock.
 
-    :param not_before: epoch seconds of its first call.
+    :param not_before: when to make its first call.
     :param begun: it has the task, as far as is known.
-    :param down_since: epoch seconds since which it does not answer, or None if it answers.
-    :param busy_since: epoch seconds since which it has too many tasks, or None if it has not.
+    :param down_since: since when it does not answer, or None if it answers.
+    :param busy_since: since when it has too many tasks, or None if it has not.
     :param trouble: what keeps it from working, as a clause; empty if nothing does.
     :param failures: how often in a row it was put off.
     :param restarts: how often its agent forgot the task since it finished an image.
@@ -46,7 +46,7 @@ class HostState:
     :param stop: how to stop it with the next call, or None not to stop it.
     :param skew_told: whether the log already says that its clock is off.
     :param reports: whether its agent reports by itself, and its reports arrive.
-    :param ask_by: epoch seconds by which it is asked in any case.
+    :param ask_by: by when it is asked in any case.
     :param numbers: by instance, the number of the last report that was heard of it.
     """
 

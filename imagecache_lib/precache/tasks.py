@@ -9,13 +9,44 @@ from collections.abc import Iterable, Mapping
 
 from imagecache_lib.precache import client, job
 from imagecache_lib.sources.route import Route, RouteState
+from imagecache_lib.system.host import System
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """When a task ends, by the host's monotonic clock: the time of day may be set while the task is at work.
+
+    :param deadline: after which no image is begun, or None for no deadline.
+    :param pin_until: until which the images stay pinned, or None not to pin them.
+    """
+
+    deadline: float | None = None
+    pin_until: float | None = None
+
+    @classmethod
+    def of(cls, asked: client.HostTask, system: System) -> Moments:
+        """Return the moments of a task: the seconds from now that it names, else its times of day."""
+        now, off = system.monotonic(), system.monotonic() - system.clock()
+
+        def moment(ahead: float | None, absolute: float | None) -> float | None:
+            if ahead is not None:
+                return now + ahead
+            return None if absolute is None else absolute + off
+
+        return cls(moment(asked.deadline_in, asked.deadline), moment(asked.pin_for, asked.pin_until))
+
+    def by_the_clock(self, system: System) -> Moments:
+        """Return them in epoch seconds, as the host's clock is now."""
+        off = system.clock() - system.monotonic()
+        found = (None if each is None else each + off for each in (self.deadline, self.pin_until))
+        return Moments(*found)
 
 
 @dataclasses.dataclass(frozen=True)
 class Retry:
     """An image that failed in a way that may pass.
 
-    :param not_before: when to try it again at the earliest, in epoch seconds.
+    :param not_before: when to try it again at the earliest, by the monotonic clock.
     :param failures: how often it failed so far.
     """
 
@@ -27,27 +58,31 @@ class Retry:
 class Attempt:
     """What is needed to try one image: the task's state when the try began.
 
+    :param moments: when the task ends.
     :param cancelled: set when the task is to stop.
     :param failures: how often the image failed before.
     """
 
     asked: client.HostTask
+    moments: Moments
     cancelled: threading.Event
     image_id: str
     failures: int
 
     def is_late(self, now: float) -> bool:
-        return self.asked.deadline is not None and now >= self.asked.deadline
+        """Whether the deadline has passed at a moment of the monotonic clock."""
+        return self.moments.deadline is not None and now >= self.moments.deadline
 
 
 class Task:
     """A task at work. Guarded by the agent's lock.
 
-    :ivar watched_until: epoch seconds until which the agent reports what changes.
+    :ivar watched_until: until when the agent reports what changes. All moments are by the monotonic clock.
     """
 
-    def __init__(self, asked: client.HostTask) -> None:
+    def __init__(self, asked: client.HostTask, moments: Moments) -> None:
         self.asked = asked
+        self._moments = moments
         self.watched_until = 0.0
         self.number = 0
         self._told: dict[str, job.Cell] = {}
@@ -66,7 +101,7 @@ class Task:
     def is_over(self) -> bool:
         return all(cell.result is not None for cell in self.cells.values())
 
-    def extend(self, asked: client.HostTask) -> None:
+    def extend(self, asked: client.HostTask, moments: Moments) -> None:
         """Go on with what is asked now: more images, or another attempt at those that failed."""
         again = asked.attempt > self.asked.attempt
         if asked.report_to != self._report_to:
@@ -79,7 +114,7 @@ class Task:
             if again and cell.result is not None and cell.result.is_failure:
                 self.cells[image_id] = job.Cell()
         if again:
-            self.asked = asked
+            self.asked, self._moments = asked, moments
             self._retries.clear()
             # One that was not cancelled is what a fetch under way looks at: the next cancellation, or the
             # agent's end, must reach that fetch whichever attempt began it.
@@ -97,7 +132,7 @@ class Task:
             retry = self._retries.get(image_id, Retry(0.0, 0))
             if cell.result is None and (retry.not_before <= now or self.cancelled.is_set()):
                 self.current = image_id
-                return Attempt(self.asked, self.cancelled, image_id, retry.failures)
+                return Attempt(self.asked, self._moments, self.cancelled, image_id, retry.failures)
         return None
 
     def postpone(self, attempt: Attempt, not_before: float) -> None:

@@ -47,7 +47,7 @@ class JobWriter:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "imagecache-jobs")
         self._write: concurrent.futures.Future[bool] | None = None
         self._writing: Mapping[Key, job.Cell] = {}
-        self._last_write = host.clock()
+        self._last_write = host.monotonic()
         self._failing_since: float | None = None
         positions = [
             {name: row for row, name in enumerate(names)}
@@ -75,7 +75,7 @@ class JobWriter:
                 self._require_patience()
                 return
             self._settle(self._write)
-        if self._host.clock() - self._last_write >= _INTERVAL:
+        if self._host.monotonic() - self._last_write >= _INTERVAL:
             self._begin().add_done_callback(lambda _write: done())
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class JobWriter:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self) -> concurrent.futures.Future[bool]:
-        self._last_write = self._host.clock()
+        self._last_write = self._host.monotonic()
         self._writing = self._progress.take_changes()
         changes = [
             Change(self._hosts[host], self._images[image_id], cell)
@@ -117,7 +117,7 @@ class JobWriter:
         except JobDatabaseError as error:
             self._progress.put_back(self._writing)
             if self._failing_since is None:
-                self._failing_since = self._host.clock()
+                self._failing_since = self._host.monotonic()
                 LOG.warning("What the hosts say is kept in memory and tried again: %s", error)
             self._require_patience(error)
         else:
@@ -128,7 +128,7 @@ class JobWriter:
             self._writing = {}
 
     def _require_patience(self, error: JobDatabaseError | None = None) -> None:
-        if self._failing_since is None or self._host.clock() - self._failing_since < PATIENCE:
+        if self._failing_since is None or self._host.monotonic() - self._failing_since < PATIENCE:
             return
         raise JobDatabaseError(
             f"job {self._progress.job.id} is left, the job database has been failing for {PATIENCE:.0f} s"

@@ -86,7 +86,13 @@ class DatabaseCase(TestCase):
         return found
 
     def host(self) -> System:
-        return System(name="conductor", clock=lambda: self.now, sleep=self.sleep, random=lambda: 0.5)
+        return System(
+            name="conductor",
+            clock=lambda: self.now,
+            monotonic=lambda: self.now,
+            sleep=self.sleep,
+            random=lambda: 0.5,
+        )
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -146,7 +152,13 @@ class DatabaseCase(TestCase):
                 over()
 
         agents.begin = befall  # type: ignore[method-assign]
-        host = System(name="conductor", clock=lambda: self.now, sleep=look, random=lambda: 0.5)
+        host = System(
+            name="conductor",
+            clock=lambda: self.now,
+            monotonic=lambda: self.now,
+            sleep=look,
+            random=lambda: 0.5,
+        )
         return AggregatePrecacher(database, agents, host=host).run(work.id)
 
     def check_left(self, trouble: Callable[[], object], mend: Callable[[], object], why: str) -> None:
@@ -185,7 +197,9 @@ class OtherUsersTest(DatabaseCase):
 
         agents.begin = begin  # type: ignore[method-assign]
         conductor = AggregatePrecacher(
-            database, agents, host=System(clock=lambda: self.now, sleep=look, random=lambda: 0.5)
+            database,
+            agents,
+            host=System(clock=lambda: self.now, monotonic=lambda: self.now, sleep=look, random=lambda: 0.5),
         )
         with self.assertLogs("imagecache_lib.precache", "INFO") as logged:
             ended = conductor.run(work.id)
@@ -253,7 +267,7 @@ class OtherUsersTest(DatabaseCase):
                 (small / "fill").unlink(missing_ok=True)
 
         agents.begin = fill  # type: ignore[method-assign]
-        host = System(clock=lambda: self.now, sleep=make_room, random=lambda: 0.5)
+        host = System(clock=lambda: self.now, monotonic=lambda: self.now, sleep=make_room, random=lambda: 0.5)
         with self.assertLogs("imagecache_lib.precache", "INFO") as logged:
             ended = AggregatePrecacher(database, agents, host=host).run(work.id)
         self.assertEqual(200, ended.count()[job.Result.CACHED])
@@ -336,7 +350,7 @@ class OtherUsersTest(DatabaseCase):
         with self.transaction("BEGIN", "SELECT * FROM cells"):
             database = self.database()  # which cannot change the journal while that is read
             self.assertEqual(work, database.get(work.id))
-        host = System(clock=lambda: self.now, sleep=look, random=lambda: 0.5)
+        host = System(clock=lambda: self.now, monotonic=lambda: self.now, sleep=look, random=lambda: 0.5)
         ended = AggregatePrecacher(database, agents, host=host).run(work.id)
         self.assertEqual(2, ended.count()[job.Result.CACHED])
         self.assertEqual(2, len(agents.begun))
@@ -527,11 +541,58 @@ class VersionTest(DatabaseCase):
         with self.assertRaisesRegex(errors.ConfigError, "there is no job"):
             EmbeddedJobs(self.path).get("0" * 32)
 
-    def test_a_file_that_is_something_else_is_refused(self) -> None:
-        with contextlib.closing(sqlite3.connect(self.path)) as connection:
-            connection.execute("CREATE TABLE recipes (name TEXT)")
-        with self.assertRaisesRegex(errors.ConfigError, "not a job database"):
-            EmbeddedJobs(self.path).summaries()
+    def test_another_programs_database_is_refused_and_left_as_it_is(self) -> None:
+        for table in ("recipes (name TEXT)", "jobs (id TEXT)", "cells (host_position TEXT)"):
+            for version in (0, 1, 2, 3, -1):
+                with self.subTest(table=table, version=version):
+                    self.path = str(self.directory / f"{table.split()[0]}{version}.sqlite")
+                    with contextlib.closing(sqlite3.connect(self.path)) as connection:
+                        connection.execute(f"CREATE TABLE {table}")
+                        connection.execute(f"PRAGMA user_version = {version}")
+                    before = pathlib.Path(self.path).read_bytes()
+                    for attempt in (EmbeddedJobs(self.path).summaries, self.database):
+                        with self.assertRaisesRegex(errors.ConfigError, "not a job database"):
+                            attempt()
+                    self.assertEqual(before, pathlib.Path(self.path).read_bytes())
+
+    def test_what_is_no_file_is_refused_at_once(self) -> None:
+        fifo, directory, link = (self.directory / name for name in ("fifo", "directory", "link"))
+        os.mkfifo(fifo)
+        directory.mkdir()
+        link.symlink_to(fifo)
+        for path in (fifo, directory, link, pathlib.Path("/dev/null")):
+            with self.subTest(path=path.name):
+                self.path = str(path)
+                for attempt in (EmbeddedJobs(self.path).summaries, self.database):
+                    with self.assertRaisesRegex(errors.ConfigError, "is no file"):
+                        attempt()
+
+    def test_any_path_will_do(self) -> None:
+        for name in ("a b?c#d%20", "\N{SNOWMAN}", os.fsdecode(b"\xff"), ":memory:", "link"):
+            with self.subTest(name=name):
+                self.path = str(self.directory / name)
+                if name == "link":
+                    os.symlink(self.directory / "elsewhere", self.path)
+                work = self.start(self.database())
+                self.assertEqual(work, EmbeddedJobs(self.path).get(work.id))
+
+    def test_a_url_that_does_not_work_is_refused_without_its_password(self) -> None:
+        for url in (
+            "mysql+pymysql://user:SECRET@host:port/jobs",
+            "mysql+pymysql://user:SECRET@127.0.0.1:1/jobs",
+            "mysql+pymysql://127.0.0.1:1/jobs?password=SECRET",
+            "mysql+pymysql://user:SECRET@127.0.0.1:1/jobs?unheard=of",
+            "mysql+pymysql://user:SECRET@127.0.0.1:1/jobs?charset=unheard",
+            "postgresql+psycopg://user:SECRET@127.0.0.1:1/jobs",
+            "postgresql+psycopg://127.0.0.1:1/jobs?password=SECRET",
+            "postgresql+unheard://user:SECRET@127.0.0.1:1/jobs",
+            "unheard://user:SECRET@host/jobs",
+            "sqlite:////tmp/SECRET",
+            "://user:SECRET@host",
+        ):
+            with self.subTest(url=url), self.assertRaises(errors.ConfigError) as refused:
+                JobDatabase(url)
+            self.assertNotIn("SECRET", str(refused.exception))
 
 
 class PruneTest(DatabaseCase):

@@ -37,7 +37,13 @@ class Time:
     def __init__(self) -> None:
         self.now = 1000.0
         self._lock = threading.Lock()
-        self.host = System(name="conductor", clock=lambda: self.now, sleep=self.sleep, random=lambda: 0.5)
+        self.host = System(
+            name="conductor",
+            clock=lambda: self.now,
+            monotonic=lambda: self.now,
+            sleep=self.sleep,
+            random=lambda: 0.5,
+        )
 
     def sleep(self, seconds: float) -> None:
         with self._lock:
@@ -383,7 +389,7 @@ class DownTest(JobCase):
             seen.append(self.reasons(self.only_job(), "two"))
             sleep(seconds)
 
-        self.time.host = System(clock=lambda: self.time.now, sleep=look)
+        self.time.host = System(clock=lambda: self.time.now, monotonic=lambda: self.time.now, sleep=look)
         self.run_job()
         self.assertIn({"the host is down: no answer"}, seen)
 
@@ -531,7 +537,11 @@ class AgentCase(CacheCase):
         def sleep(seconds: float) -> None:
             slept[0] += seconds
 
-        return super().host(**{"sleep": sleep, "clock": lambda: time.time() + slept[0], **options})
+        clocks = {
+            "clock": lambda: time.time() + slept[0],
+            "monotonic": lambda: time.monotonic() + slept[0],
+        }
+        return super().host(**{"sleep": sleep, **clocks, **options})
 
 
 class AgentTest(AgentCase):

@@ -146,7 +146,13 @@ class TwoConductorsTest(JobCase):
     def other(self) -> tuple[precacher.AggregatePrecacher, Time]:
         """Return a conductor on another machine, with a clock of its own."""
         its = Time()
-        its.host = System(name="other", clock=lambda: its.now, sleep=its.sleep, random=lambda: 0.5)
+        its.host = System(
+            name="other",
+            clock=lambda: its.now,
+            monotonic=lambda: its.now,
+            sleep=its.sleep,
+            random=lambda: 0.5,
+        )
         return precacher.AggregatePrecacher(JobDatabase(self.path), self.hosts, host=its.host), its
 
     def test_one_runs_and_the_other_watches(self) -> None:
@@ -173,7 +179,9 @@ class TwoConductorsTest(JobCase):
             its.sleep(seconds)
 
         conductor = precacher.AggregatePrecacher(
-            JobDatabase(self.path), self.hosts, host=System(clock=lambda: its.now, sleep=sleep)
+            JobDatabase(self.path),
+            self.hosts,
+            host=System(clock=lambda: its.now, monotonic=lambda: its.now, sleep=sleep),
         )
         with self.assertLogs("imagecache_lib.precache", "WARNING") as logged:
             ended = conductor.resume(work.id)
@@ -225,7 +233,9 @@ class TwoConductorsTest(JobCase):
                 leave.set()
 
         conductor = precacher.AggregatePrecacher(
-            self.database, self.hosts, host=System(clock=lambda: self.time.now, sleep=sleep)
+            self.database,
+            self.hosts,
+            host=System(clock=lambda: self.time.now, monotonic=lambda: self.time.now, sleep=sleep),
         )
         with self.assertLogs("imagecache_lib.precache", "WARNING") as logged:
             conductor.run(work.id, leave=leave)
@@ -418,7 +428,11 @@ class AgentFaultsTest(AgentCase):
                 pause()
             slept[0] += seconds
 
-        own = {"sleep": sleep, "clock": lambda: time.time() + self.offset + slept[0]}
+        own = {
+            "sleep": sleep,
+            "clock": lambda: time.time() + self.offset + slept[0],
+            "monotonic": lambda: time.monotonic() + slept[0],
+        }
         return super(AgentCase, self).host(**{**own, **options})
 
     offset = 0.0

@@ -56,7 +56,13 @@ class PhaseCase(JobCase):
                 act()
             self.time.sleep(seconds)
 
-        host = System(name="conductor", clock=lambda: self.time.now, sleep=sleep, random=lambda: 0.5)
+        host = System(
+            name="conductor",
+            clock=lambda: self.time.now,
+            monotonic=lambda: self.time.now,
+            sleep=sleep,
+            random=lambda: 0.5,
+        )
         return AggregatePrecacher(JobDatabase(self.path), self.hosts, host=host)
 
 

@@ -204,7 +204,7 @@ class ReporterTest(AgentCase):
     passed = 0.0
 
     def host(self, **options: object) -> System:
-        return super().host(**{"clock": lambda: time.time() + self.passed, **options})
+        return super().host(**{"monotonic": lambda: time.monotonic() + self.passed, **options})
 
     def test_an_image_that_ends_is_told_at_once(self) -> None:
         agent, sent = self.agent(), Sent()

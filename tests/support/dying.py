@@ -17,7 +17,7 @@ import imagecache_lib as ic
 from imagecache_lib import model
 from imagecache_lib.precache import client
 from imagecache_lib.precache.passing_on import PassingOn
-from imagecache_lib.precache.tasks import Attempt
+from imagecache_lib.precache.tasks import Attempt, Moments
 from imagecache_lib.sources.parents import Parents
 from imagecache_lib.sources.route import Route
 from imagecache_lib.testing.sources import FakeSource
@@ -86,8 +86,10 @@ def main(instances: str, data: str, image_id: str, dies_at: str, *words: str) ->
     request = ic.Request(resume=threading.Event())
     if relays:
         passing_on = PassingOn(manager, manager.spools(), Parents("http://{host}:1", token="x" * 20))
-        attempt = Attempt(client.HostTask("job", (image_id,)), threading.Event(), image_id, 0)
-        request = ic.Request(source=passing_on.source(Route((), origin=True), attempt), hash_pieces=True)
+        attempt = Attempt(client.HostTask("job", (image_id,)), Moments(), threading.Event(), image_id, 0)
+        request = ic.Request(
+            source=passing_on.source(Route((), origin=True), attempt, None), hash_pieces=True
+        )
     manager.precache_image(image_id, request=request)
 
 
