@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds every test to the rule of execve_rule, and notes beside a report what the tests ran on."""
+"""Holds every test to the rule of execve_rule, and notes beside a report what the tests ran on.
+
+The servers of tests are on loopback, which no proxy of the machine stands before.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,11 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support import execve_rule
+
+if any(name.lower().endswith("_proxy") for name in os.environ):
+    for variable in ("no_proxy", "NO_PROXY"):
+        passed_by = [os.environ.get(variable, ""), "127.0.0.1", "localhost", "::1"]
+        os.environ[variable] = ",".join(filter(None, passed_by))
 
 
 @pytest.fixture(autouse=True)

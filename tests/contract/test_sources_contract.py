@@ -75,7 +75,7 @@ class TestHttpSource(HttpSourceContract, unittest.TestCase):
             image_id: HttpImage(server.put(self.data_path(image_id), data, etag='"one"'), "raw")
             for image_id, data in images.items()
         }
-        return HttpSource(table, timeout=(2.0, 2.0))
+        return HttpSource(table, timeout=(60.0, 5.0))
 
     def data_path(self, image_id: str) -> str:
         return f"/{image_id}.img"
@@ -87,7 +87,7 @@ class TestHttpSourceWithDigests(TestHttpSource):
             image_id: HttpImage(server.put(self.data_path(image_id), data), "raw", _digest(data))
             for image_id, data in images.items()
         }
-        return HttpSource(table, timeout=(2.0, 2.0))
+        return HttpSource(table, timeout=(60.0, 5.0))
 
 
 class TestGlanceSource(HttpSourceContract, unittest.TestCase):
@@ -95,7 +95,7 @@ class TestGlanceSource(HttpSourceContract, unittest.TestCase):
         self.server = server = self.enterContext(servers.GlanceServer(token="good"))
         for image_id, data in images.items():
             server.add(image_id, data)
-        return GlanceSource(server.url, token="good", timeout=(2.0, 2.0))
+        return GlanceSource(server.url, token="good", timeout=(60.0, 5.0))
 
     def data_path(self, image_id: str) -> str:
         return f"/v2/images/{image_id}/file"

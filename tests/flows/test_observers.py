@@ -208,7 +208,7 @@ class TestNotifications(unittest.TestCase):
         observer = notifications.NotificationObserver(sender, host="node-1")
         for event in happened:
             observer(event)
-        self.assertTrue(complete.wait(20))
+        self.assertTrue(complete.wait(60))
         listener.stop()
         listener.wait()
         return found

@@ -521,25 +521,28 @@ class TestWaiting(CacheCase):
         fetching = self.points.stop_at("ingest:reserved")
         first = self.running(lambda: self.spawn(self.manager()))
         fetching.wait()
-        request = model.Request(deadline=time.time() + 0.5)
+        now = [time.time()]
+        self.points.at("lock:waiting", lambda: now.append(now[0] + 601))
+        host = self.host(clock=lambda: now[-1])
+        request = model.Request(deadline=now[0] + 600)
         with self.assertRaises(errors.LockTimeoutError) as caught:
-            self.manager().create_disk(ID, self.target(), request=request)
+            self.manager(host=host).create_disk(ID, self.target(), request=request)
         self.assertEqual(ID, caught.exception.image)
         fetching.go_on()
         first.result()
 
     def test_a_download_can_be_cancelled_and_leaves_nothing(self) -> None:
-        manager = self.manager()
+        now = [time.time()]
+        manager = self.manager(host=self.host(clock=lambda: now[-1]))
         self.spawn(manager, OTHER_ID)
         target = self.target()
+        self.points.at("transfer.chunk", (cancel := threading.Event()).set)
+        self.points.at("transfer.chunk", lambda: now.append(now[0] + 601))
         for request, kind in (
-            (model.Request(cancel=(cancel := threading.Event())), errors.CancelledError),
-            (model.Request(deadline=time.time() + 0.3), errors.SourceError),
+            (model.Request(cancel=cancel), errors.CancelledError),
+            (model.Request(deadline=now[0] + 600), errors.SourceError),
         ):
             with self.subTest(kind=kind):
-                self.points.at("transfer.chunk", cancel.set)
-                self.points.at("transfer.chunk", lambda: None)
-                self.points.at("transfer.chunk", lambda: time.sleep(0.3))
                 with self.leaves_nothing(), self.assertRaises(kind) as caught:
                     manager.create_disk(ID, target, request=request)
                 self.assertEqual(ID, caught.exception.image)
@@ -549,7 +552,7 @@ class TestWaiting(CacheCase):
         data = disk_image(self.directory, "vmdk")
         for request, kind in (
             (model.Request(cancel=(cancel := threading.Event())), errors.CancelledError),
-            (model.Request(deadline=time.time() + 5), errors.LockTimeoutError),
+            (model.Request(deadline=time.time() + 600), errors.LockTimeoutError),
         ):
             with self.subTest(kind=kind):
                 ahead = 0.0
@@ -559,8 +562,8 @@ class TestWaiting(CacheCase):
                     if "convert" not in command:
                         return ic.System().execute(*command, **options)
                     cancel.set()
-                    ahead = 60.0
-                    return ic.System().execute("sleep", "60", **options)  # a conversion that takes its time
+                    ahead = 601.0
+                    return ic.System().execute("sleep", "600", **options)  # a conversion that takes its time
 
                 host = self.host(execute=execute, clock=lambda: time.time() + ahead)  # noqa: B023
                 source = FakeSource({ID: data}, disk_format="vmdk")
@@ -570,7 +573,7 @@ class TestWaiting(CacheCase):
                 with self.leaves_nothing(), self.assertRaises(kind) as caught:
                     manager.create_disk(ID, target, request=request)
                 self.assertEqual(ID, caught.exception.image)
-                self.assertLess(time.monotonic() - started, 30)
+                self.assertLess(time.monotonic() - started, 300)
 
     def test_a_holder_that_gets_nowhere_is_not_waited_for_any_longer(self) -> None:
         fetching = self.points.stop_at("ingest:reserved")
@@ -584,16 +587,22 @@ class TestWaiting(CacheCase):
 
     def test_a_holder_that_gets_on_is_waited_for(self) -> None:
         # Each chunk is written before the next is asked for, and the wait sees the stage file grow.
-        go_on = threading.Semaphore(0)
-        source = _SlowSource({ID: os.urandom(4 * MIB)}, go_on)
+        source = _SlowSource({ID: os.urandom(4 * MIB)})
         fetching = self.points.stop_at("transfer.chunk")
         first = self.running(lambda: self.manager(source).cache_image(ID))
         fetching.wait()
-        second = self.running(lambda: self.manager(source, lock_timeout=1.0).cache_image(ID))
+        clock = _LookedAt()
+        waiting = self.points.stop_at("lock:waiting")
+        second = self.running(
+            lambda: self.manager(source, lock_timeout=1.0, host=self.host(monotonic=clock)).cache_image(ID)
+        )
+        waiting.wait()
+        waiting.go_on()
         fetching.go_on()
-        for _ in range(8):
-            time.sleep(0.25)  # the slowness itself: the download takes longer than the patience
-            go_on.release()
+        for _ in range(7):
+            self.assertTrue(source.asked.acquire(timeout=60))
+            clock.go_on(0.25)  # the slowness itself: the download takes longer than the patience
+            source.may.release()
         self.assertIs(ic.CacheResult.CACHED, first.result())
         self.assertIs(ic.CacheResult.EXISTING, second.result())
         self.assertEqual(1, source.opens)
@@ -606,7 +615,7 @@ class TestWaiting(CacheCase):
         other = _TellingSource({OTHER_ID: raw_image(2)})
         second = self.running(lambda: self.spawn(manager, OTHER_ID, request=model.Request(source=other)))
         other.described.wait(60)
-        request = model.Request(deadline=time.time() + 0.6, source=FakeSource({"third": DATA}))
+        request = model.Request(deadline=time.time() + 5, source=FakeSource({"third": DATA}))
         with self.assertRaises(errors.LockTimeoutError):
             manager.fetch_file("third", self.target(), request=request)
         self.assertEqual(1, self.points.seen.count("ingest:reserved"))
@@ -629,11 +638,14 @@ class _TellingSource(FakeSource):
 
 
 class _SlowSource(FakeSource):
-    """Gives out a chunk only when it may."""
+    """Gives out a chunk only when it may.
 
-    def __init__(self, images: dict[str, bytes], may: threading.Semaphore) -> None:
+    :ivar asked: is released as often as it is asked for another chunk.
+    """
+
+    def __init__(self, images: dict[str, bytes]) -> None:
         super().__init__(images, chunk_size=MIB // 2)
-        self._may = may
+        self.asked, self.may = threading.Semaphore(0), threading.Semaphore(0)
 
     @contextlib.contextmanager
     def open(self, image: model.Image, offset: int = 0) -> Iterator[Iterator[bytes]]:
@@ -642,6 +654,27 @@ class _SlowSource(FakeSource):
 
     def _slowly(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         for number, chunk in enumerate(chunks):
-            if number and not self._may.acquire(timeout=60):
-                raise AssertionError("nobody let it go on")
+            if number:
+                self.asked.release()
+                if not self.may.acquire(timeout=60):
+                    raise AssertionError("nobody let it go on")
             yield chunk
+
+
+class _LookedAt:
+    """A clock that goes on as it is told, and then waits until it was looked at."""
+
+    def __init__(self) -> None:
+        self._now, self._looks = 0.0, threading.Semaphore(0)
+
+    def __call__(self) -> float:
+        self._looks.release()
+        return self._now
+
+    def go_on(self, seconds: float) -> None:
+        self._now += seconds
+        while self._looks.acquire(blocking=False):
+            pass
+        for _look in range(2):
+            if not self._looks.acquire(timeout=60):
+                raise AssertionError("nobody looks at the clock")

@@ -146,14 +146,17 @@ class TestHttp(BadInputCase):
     def setUp(self) -> None:
         super().setUp()
         self.server = self.enterContext(BadServer())
-        self.http = HttpSource({BAD: HttpImage(f"{self.server.url}/image")}, timeout=(5.0, 0.5))
+        self.http = self.reading(60.0)
+
+    def reading(self, read: float) -> HttpSource:
+        return HttpSource({BAD: HttpImage(f"{self.server.url}/image")}, timeout=(60.0, read))
 
     def test_a_transfer_that_is_cut_stalls_or_is_reset(self) -> None:
         for after in ("close", "reset", "stall", "drop"):
             with self.subTest(after=after):
                 answer = Answer(body=DATA[:MIB], length=len(DATA), after=after)
                 self.server.script("/image", answer)
-                self.refused(errors.SourceError, self.http)
+                self.refused(errors.SourceError, self.reading(0.5))
 
     def test_a_server_that_never_ends(self) -> None:
         self.server.script("/image", Answer(body=DATA, length=-1, after="endless"))

@@ -39,7 +39,7 @@ class TestServers(CacheCase):
 
     def serve(self, data: bytes, disk_format: str) -> HttpSource:
         url = self.server.put("/image", data)
-        return HttpSource({IMAGE: HttpImage(url, disk_format)}, timeout=(5.0, 5.0))
+        return HttpSource({IMAGE: HttpImage(url, disk_format)}, timeout=(60.0, 60.0))
 
     def test_a_head_that_tells_another_length(self) -> None:
         for format in ("raw", "qcow2", "vmdk"):

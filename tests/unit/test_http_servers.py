@@ -48,7 +48,7 @@ class ServerCase(unittest.TestCase):
         self.url = self.server.put("/x", DATA, etag='"one"')
 
     def source(self, url: str | None = None, *, digest: model.Digest | None = None) -> HttpSource:
-        return HttpSource({"x": HttpImage(url or self.url, "raw", digest)}, timeout=(1.0, 5.0))
+        return HttpSource({"x": HttpImage(url or self.url, "raw", digest)}, timeout=(60.0, 60.0))
 
     def with_and_without_digest(self) -> tuple[HttpSource, HttpSource]:
         return self.source(digest=DIGEST), self.source()

@@ -37,7 +37,7 @@ class HttpCase(unittest.TestCase):
         """Return a source whose one image, x, is at a path that answers so."""
         self.server.script("/x", *answers)
         table = {"x": HttpImage(f"{self.server.url}/x", "raw", digest)}
-        return HttpSource(table, **{"timeout": (1.0, 10.0), **options})  # type: ignore[arg-type]
+        return HttpSource(table, **{"timeout": (60.0, 60.0), **options})  # type: ignore[arg-type]
 
     def fetch(self, source: HttpSource, retries: int = 1) -> bytes:
         found, image = transfer.describe(source, "x", host=QUIET, retries=retries)
@@ -72,7 +72,7 @@ class TestBrokenTransfers(HttpCase):
 
     def test_a_stalled_transfer_is_completed(self) -> None:
         stall = Answer(body=DATA[:HALF], length=len(DATA), after="stall")
-        source = self.source(serve, stall, serve, timeout=(1.0, 0.1))
+        source = self.source(serve, stall, serve, timeout=(60.0, 4.0))  # enough for the good answers
         self.assertEqual(DATA, self.fetch(source))
         self.assertEqual([None, f"bytes={HALF}-"], self.offsets())
 

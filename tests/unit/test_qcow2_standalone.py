@@ -44,7 +44,12 @@ def write(source: pathlib.Path, target: pathlib.Path, virtual_size: int, cluster
         standalone.write_standalone(raw.fileno(), file.fileno(), virtual_size, cluster_bits=cluster_bits)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     size=st.integers(0, 4 * MIB),
     pieces=PIECES,
