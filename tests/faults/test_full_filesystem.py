@@ -108,7 +108,7 @@ def test_as_many_fetches_succeed_as_there_is_room_for_and_the_rest_fail_at_once(
         # Those that have room hold it, with nothing written, until all others were refused: at once.
         if point == "ingest:reserved":
             with turn:
-                assert turn.wait_for(lambda: len(refused) == len(IDS) - room_for, 30)
+                assert turn.wait_for(lambda: len(refused) == len(IDS) - room_for, 60)
         if point == "ingest:sealed":
             lowest.append(free(instances))
 

@@ -71,7 +71,7 @@ def test_a_spawn_notices_that_its_base_was_evicted_though_the_kernel_has_the_nam
 def test_a_spawn_waits_until_its_kernel_forgets_a_base_that_another_host_evicted(
     tmp_path: pathlib.Path,
 ) -> None:
-    with stale_names.mounted(tmp_path, 2, seconds=4) as (one, two):
+    with stale_names.mounted(tmp_path, 2, seconds=12) as (one, two):
         here = _manager(two, "two")
         here.cache_image(ID)
         _manager(one, "one").list_hosts()

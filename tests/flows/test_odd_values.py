@@ -16,6 +16,7 @@ from imagecache_lib.precache.watch import Watch
 from imagecache_lib.store import checksums, layout, membership
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
+from tests.support import leftovers
 from tests.support.cache_case import ID, OTHER_ID, CacheCase
 
 
@@ -95,9 +96,9 @@ class TestLeftovers(CacheCase):
         self.points.at("disk:placed", block)
         manager = self.manager()
         manager.cache_image(ID)
-        before = len(os.listdir("/proc/self/fd"))
+        before = leftovers.open_below(self.directory)
         self.assertEqual(target, manager.create_disk(ID, target).target)
-        self.assertEqual(before, len(os.listdir("/proc/self/fd")))
+        self.assertEqual(before, leftovers.open_below(self.directory))
 
 
 class TestDisksThatAGuestMayHaveWritten(CacheCase):

@@ -15,7 +15,7 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable, locks
 from imagecache_lib.system.trace import TracePoint
 from tests.flows.test_upkeep import NAME, UpkeepCase
-from tests.support import files
+from tests.support import files, leftovers
 from tests.support.cache_case import ID, OTHER_ID
 
 DAY = 86400
@@ -278,18 +278,9 @@ class TestObservers(SmallFilesCase):
                         break
                     self.assertEqual([], self.in_flight())
                     self.assertEqual([], os.listdir(self.private / "trash"))
-                    self.assertEqual([], self.open_files())
+                    self.assertEqual([], leftovers.open_below(self.cache_dir))
             else:
                 self.fail("there are too many events")
-
-    def open_files(self) -> list[str]:
-        found = []
-        for entry in os.listdir("/proc/self/fd"):
-            try:
-                found.append(os.readlink(f"/proc/self/fd/{entry}"))
-            except FileNotFoundError:
-                continue
-        return [path for path in found if path.startswith(str(self.cache_dir))]
 
 
 class Interrupt(BaseException):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 import unittest
 
 from imagecache_lib import config, errors, model
@@ -19,7 +18,7 @@ from imagecache_lib.store.stage import Stage
 from imagecache_lib.system import durable
 from imagecache_lib.system.host import System
 from imagecache_lib.system.waiter import Waiter
-from tests.support import files
+from tests.support import files, leftovers
 from tests.support.cache_case import MIB, CacheCase, disk_image, raw_image
 
 
@@ -165,14 +164,11 @@ class TestDigest(unittest.TestCase):
         self.assertIsNone(self.hashed(None, b"x"))
 
     def test_no_thread_is_left_whatever_happens(self) -> None:
-        before = set(threading.enumerate())
-        hashing = digest.StreamDigest(model.Digest("md5", "0" * 32), Waiter(System(name="here")))
-        hashing.feed(b"x")
-        hashing.close()
-        hashing.close()
-        for thread in set(threading.enumerate()) - before:
-            thread.join(10)
-            self.assertFalse(thread.is_alive())
+        with leftovers.no_thread_left():
+            hashing = digest.StreamDigest(model.Digest("md5", "0" * 32), Waiter(System(name="here")))
+            hashing.feed(b"x")
+            hashing.close()
+            hashing.close()
 
 
 class TestSpace(CacheCase):

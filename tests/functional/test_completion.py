@@ -62,7 +62,7 @@ class Shell:
             capture_output=True,
             text=True,
             env=self._environment,
-            timeout=60,
+            timeout=300,
             check=True,
         )
         return [line.split("\t")[0] for line in done.stdout.splitlines()]

@@ -55,7 +55,7 @@ def await_copy(source: glance.GlanceSource, image_id: str) -> None:
         image = source.describe(image_id)
         return "second" in image.stores and "os_glance_import_task" not in image.properties
 
-    server.wait_until(done, "the copy", seconds=30)
+    server.wait_until(done, "the copy", seconds=240)
 
 
 def fetch(source: glance.GlanceSource, image_id: str) -> bytes:

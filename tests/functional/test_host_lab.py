@@ -46,7 +46,7 @@ def test_libvirt_takes_the_base_of_a_domains_disk_and_keeps_it(libvirt: libvirt_
     before = base.read_bytes()
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base, overlay], check=True)
     with libvirt.domain("lab", overlay, "qcow2") as serial:
-        server.wait_until(lambda: b"HELLO BOOT 0" in serial.read_bytes(), "the guest speaks", seconds=60)
+        server.wait_until(lambda: b"HELLO BOOT 0" in serial.read_bytes(), "the guest speaks", seconds=240)
     assert base.owner() == "libvirt-qemu"
     assert base.read_bytes() == before
 

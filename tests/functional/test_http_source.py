@@ -92,7 +92,8 @@ def test_a_certificate_that_does_not_verify_is_refused_unless_its_ca_is_given(
 
 def test_a_stalled_server_is_given_up(nginx: nginx_lab.Nginx) -> None:
     (nginx.root / "stalled.img").write_bytes(DATA)
-    source = http_source(f"{nginx.url}/slow/stalled.img", timeout=(5.0, 0.2))
-    image = source.describe("an-image")
+    url = f"{nginx.url}/slow/stalled.img"
+    image = http_source(url).describe("an-image")
+    source = http_source(url, timeout=(60.0, 0.2))
     with pytest.raises(errors.SourceError, match="in time"), source.open(image) as chunks:
         b"".join(chunks)

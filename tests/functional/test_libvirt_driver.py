@@ -112,7 +112,7 @@ def says(driver: Any, guest: Any, words: str) -> None:
     server.wait_until(
         lambda: console.exists() and words in console.read_text(errors="replace"),
         f"{guest.uuid} says {words}",
-        seconds=60,
+        seconds=240,
     )
 
 

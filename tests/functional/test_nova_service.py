@@ -68,7 +68,7 @@ class Cloud:
         server.wait_until(
             lambda: self.nova.log("nova-conductor").count(f'"{notification}"') >= times,
             f"the conductor says {notification}",
-            seconds=60,
+            seconds=240,
         )
 
     def services(self, host: str) -> list[str]:
@@ -203,7 +203,7 @@ def test_the_periodic_pass_removes_what_no_guest_uses(cloud: Cloud) -> None:
     with compute_again(cloud, nova_service.OURS):
         client.delete(other)
         server.wait_until(
-            lambda: layout.base_name(unused) not in cloud.bases, "the unused base is removed", seconds=180
+            lambda: layout.base_name(unused) not in cloud.bases, "the unused base is removed", seconds=400
         )
         assert layout.base_name(kept) in cloud.bases
         client.act(guest, "reboot", {"type": "HARD"}, until="ACTIVE")
@@ -225,7 +225,7 @@ def test_guests_go_over_from_novas_driver_and_back(cloud: Cloud) -> None:
     client.delete(client.boot(unused, flavor))
     with compute_again(cloud, nova_service.NOVAS):
         server.wait_until(
-            lambda: layout.base_name(unused) not in cloud.bases, "Nova removes the unused base", seconds=180
+            lambda: layout.base_name(unused) not in cloud.bases, "Nova removes the unused base", seconds=400
         )
         assert {layout.base_name(each) for each in (theirs, ours)} <= cloud.bases
         for guest, said in zip(

@@ -390,7 +390,7 @@ def test_a_plan_ends_although_the_broker_takes_no_messages(
     with rabbit.alarm():
         began = time.monotonic()
         plan = fleet.finish(fleet.conductor("plan", *words), code=10)
-        assert time.monotonic() - began < 40
+        assert time.monotonic() - began < 150  # the command itself takes long where much else runs
     assert plan["alpha", ""]["problem"]
     ended = fleet.finish(fleet.start(["alpha"], images))
     assert ended["alpha", images[0]]["result"] == "cached"
@@ -404,8 +404,12 @@ def test_a_job_is_cancelled_after_its_conductor_was_killed(fleet: Fleet, glance:
     running.kill()
     running.wait()
     began = time.monotonic()
+    fleet.conductor("list").communicate()
+    usual = time.monotonic() - began
+    began = time.monotonic()
     ended = fleet.cancel()
-    assert time.monotonic() - began < 25, "the conductor is seen to be dead on its own machine"
+    took = time.monotonic() - began
+    assert took < 25 + 2 * usual, "the conductor is seen to be dead on its own machine, not after 30 s"
     assert [row["result"] for row in ended.values()] == ["cached", "skipped"]
     fleet.wait_for(lambda: fleet.in_flight("alpha") == [])
 

@@ -256,7 +256,7 @@ def test_a_forked_child_has_a_connection_of_its_own(ceph: ceph_lab.Ceph) -> None
     answers = forking.Queue()
     child = forking.Process(target=_size_through, args=(cluster, name, answers))
     child.start()
-    assert answers.get(timeout=30) == MIB
+    assert answers.get(timeout=240) == MIB
     child.join()
 
 

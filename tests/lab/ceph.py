@@ -23,7 +23,7 @@ from tests.support.ports import free_port
 POOLS = ("images", "vms")
 
 #: Seconds for one command.
-_TIMEOUT = 60
+_TIMEOUT = 240
 
 _CONFIGURATION = """
 [global]

@@ -132,7 +132,7 @@ class Fleet:
                 assert _is_running(pid), log.read_text()
                 return b"is ready" in log.read_bytes()
 
-            server.wait_until(is_ready, f"the agent of {name}", seconds=60)
+            server.wait_until(is_ready, f"the agent of {name}", seconds=240)
 
     def start_agents(self, *names: str) -> None:
         """Start the agents of several hosts at the same time."""
@@ -195,7 +195,7 @@ class Fleet:
 
     def finish(self, process: subprocess.Popen[str], *, code: int = 0) -> dict[tuple[str, str], Any]:
         """Return the rows of a command's table, by host and image."""
-        out, _err = process.communicate(timeout=180)
+        out, _err = process.communicate(timeout=400)
         assert process.returncode == code, (out, self.said())
         return {(row["host"], row.get("image", "")): row for row in json.loads(out)}
 
@@ -224,7 +224,7 @@ class Fleet:
         return EmbeddedJobs(self.jobs).get(self.job_id()).attempt
 
     def wait_for(self, what: Callable[[], bool]) -> None:
-        server.wait_until(what, "the fleet", seconds=120)
+        server.wait_until(what, "the fleet", seconds=240)
 
 
 def _bus(port: int) -> str:

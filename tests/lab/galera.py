@@ -70,7 +70,7 @@ def running_galera(home: pathlib.Path) -> Iterator[tuple[MariaDb, MariaDb]]:
     first.start()
     second.start()
     for node in (first, second):
-        server.wait_until(lambda node=node: _is_ready(node), "the cluster is there", seconds=60)  # type: ignore[misc]
+        server.wait_until(lambda node=node: _is_ready(node), "the cluster is there", seconds=240)  # type: ignore[misc]
     try:
         yield first, second
     finally:

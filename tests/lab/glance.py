@@ -30,7 +30,7 @@ MEMBER = "user:project:member"
 #: A user of another project.
 STRANGER = "stranger:elsewhere:member"
 
-_TIMEOUT = 60
+_TIMEOUT = 240
 
 _CONFIGURATION = """
 [DEFAULT]

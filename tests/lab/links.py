@@ -77,7 +77,7 @@ def host_namespace(number: int, *, receives: str, sends: str | None = None) -> I
     inside = ("nsenter", "--target", str(holder.pid), "--net", "--")
     own = os.readlink("/proc/self/ns/net")
     server.wait_until(
-        lambda: os.readlink(f"/proc/{holder.pid}/ns/net") != own, "the namespace is there", seconds=10
+        lambda: os.readlink(f"/proc/{holder.pid}/ns/net") != own, "the namespace is there", seconds=120
     )
     try:
         port = f"p{number}"

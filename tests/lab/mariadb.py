@@ -76,7 +76,7 @@ class MariaDb:
                 command,
                 ready=lambda: server.listens(self.port),
                 log=self.home / "server.log",
-                seconds=120,
+                seconds=240,
             )
         )
 

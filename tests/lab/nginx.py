@@ -92,7 +92,7 @@ class Nginx:
             entries = [Answered(**json.loads(line)) for line in lines]
             return [entry for entry in entries if entry.path == path]
 
-        server.wait_until(lambda: len(logged()) >= at_least, f"nginx logs {path}", seconds=10)
+        server.wait_until(lambda: len(logged()) >= at_least, f"nginx logs {path}", seconds=120)
         return logged()
 
 

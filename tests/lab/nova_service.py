@@ -39,7 +39,7 @@ ADDRESS = "127.0.0.1"
 REGION = "lab"
 
 #: How long a service may take to start.
-SECONDS = 120.0
+SECONDS = 240.0
 
 _CONFIGURATION = """
 [DEFAULT]

@@ -63,7 +63,7 @@ class PostgreSql:
             f"unix_socket_directories={self.home}",
         )
         self._running.enter_context(
-            server.running(command, ready=self._answers, log=self.home / "server.log", seconds=120)
+            server.running(command, ready=self._answers, log=self.home / "server.log", seconds=240)
         )
 
     def stop(self) -> None:

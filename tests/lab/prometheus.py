@@ -38,14 +38,14 @@ class Prometheus:
 
     def rules(self) -> list[dict[str, Any]]:
         """Return the alert rules that it loaded, with the health of each."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/rules", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/rules", timeout=120) as answer:
             groups = json.load(answer)["data"]["groups"]
         return [rule for group in groups for rule in group["rules"]]
 
     def _result(self, what: str, **fields: object) -> list[dict[str, Any]]:
         url = f"http://127.0.0.1:{self.port}/api/v1/{what}?{urllib.parse.urlencode(fields)}"
         try:
-            with urllib.request.urlopen(url, timeout=30) as answer:
+            with urllib.request.urlopen(url, timeout=120) as answer:
                 told = json.load(answer)
         except urllib.error.HTTPError as error:
             raise ValueError(f"{fields['query']}: {error.read().decode()}") from error

@@ -49,7 +49,7 @@ class Rabbit:
                 [_PROGRAM],
                 ready=lambda: server.listens(self.port) and (self.home / "rabbit.pid").exists(),
                 log=self.home / "server.log",
-                seconds=120,
+                seconds=240,
                 environment=self.environment,
                 directory=self.home,
             )
@@ -95,7 +95,7 @@ class Rabbit:
         # The Erlang machine is a child of the shell script, which does not pass a SIGTERM on.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
             os.kill(int((self.home / "rabbit.pid").read_text()), signal.SIGTERM)
-            server.wait_until(lambda: not server.listens(self.port), "RabbitMQ ends", seconds=60)
+            server.wait_until(lambda: not server.listens(self.port), "RabbitMQ ends", seconds=240)
         self._running.close()
         (self.home / "rabbit.pid").unlink(missing_ok=True)
 

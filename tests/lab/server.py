@@ -47,7 +47,7 @@ def running(
     *,
     ready: Callable[[], bool],
     log: pathlib.Path,
-    seconds: float = 60.0,
+    seconds: float = 240.0,
     environment: Mapping[str, str] | None = None,
     directory: pathlib.Path | None = None,
 ) -> Iterator[int]:

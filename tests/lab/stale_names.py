@@ -51,7 +51,7 @@ def _served(backing: pathlib.Path, mount_point: pathlib.Path, seconds: float) ->
     command = [sys.executable, "-m", __name__, str(backing), str(mount_point), str(seconds)]
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 240
         while not os.path.ismount(mount_point):
             assert server.poll() is None and time.monotonic() < deadline, "nothing was mounted"
             time.sleep(0.02)

@@ -29,7 +29,7 @@ from imagecache_lib.formats.qcow2 import header
 from imagecache_lib.store import layout, pins
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.testing.sources import FakeSource
-from tests.support import files
+from tests.support import files, leftovers
 
 IMAGES = {f"image-{number}": random.Random(number).randbytes(20000) + bytes(480) for number in range(6)}
 CONTENT = {layout.base_name(image_id): data for image_id, data in IMAGES.items()}
@@ -197,18 +197,10 @@ def _work(arena: Arena, locking: bool, seed: int, end: float) -> None:
                 raise
     # A lock that another process holds may keep its file open here until the next lock is asked for.
     deadline = time.monotonic() + 60
-    while (left := _open_below(arena.mount)) and time.monotonic() < deadline:
+    while (left := leftovers.open_below(arena.mount)) and time.monotonic() < deadline:
         with contextlib.suppress(OSError, errors.ImageCacheError), manager.lease_cached(_image(chance)):
             pass
     assert not left, left
-
-
-def _open_below(mount: pathlib.Path) -> list[str]:
-    links = []
-    for entry in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            links.append(os.readlink(f"/proc/self/fd/{entry}"))
-    return [link for link in links if link.startswith(f"{mount}/")]
 
 
 def _is_stale(error: BaseException | None) -> bool:

@@ -13,6 +13,7 @@ import unittest
 from imagecache_lib import errors, model
 from imagecache_lib.sources.file import FileImage, FileSource
 from imagecache_lib.sources.interface import CannotResume
+from tests.support import leftovers
 
 
 class TestFileSource(unittest.TestCase):
@@ -93,10 +94,9 @@ class TestFileSource(unittest.TestCase):
         path = self.directory / "image"
         path.write_bytes(b"12345")
         source = self.source(path)
-        before = len(os.listdir("/proc/self/fd"))
         for _ in range(3):
             with source.open(source.describe("x")) as stream:
                 next(stream)
             with self.assertRaises(errors.ImageRejected):
                 self.source(self.directory).describe("x")
-        self.assertEqual(before, len(os.listdir("/proc/self/fd")))
+        self.assertEqual([], leftovers.open_below(self.directory))

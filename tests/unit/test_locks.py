@@ -19,6 +19,7 @@ from imagecache_lib import errors
 from imagecache_lib.system import locks
 from imagecache_lib.system.host import System
 from imagecache_lib.system.waiter import Waiter
+from tests.support import leftovers
 
 NAME = "a" * 40
 
@@ -49,6 +50,7 @@ class LockCase(unittest.TestCase):
         super().setUp()
         directory = tempfile.TemporaryDirectory(prefix="imagecache-")
         self.addCleanup(directory.cleanup)
+        self.directory = directory.name
         self.path = os.path.join(directory.name, "locks", f"nova-{NAME}")
         self.host = System(name="here")
         # What an earlier test waited for in vain is free by now: files are counted without it.
@@ -258,23 +260,21 @@ class TestNovaInThisProcess(LockCase):
         self.assertEqual([], lost)
 
     def test_no_descriptors_are_left_when_nova_is_done(self) -> None:
-        before = os.listdir("/proc/self/fd")
         with self.novas():
             for _ in range(5):
                 locks.is_taken(self.path, host=self.host)
                 with locks.without_waiting(self.path, host=self.host):
                     pass
         self.assertTrue(self.is_free())
-        self.assertEqual(len(before), len(os.listdir("/proc/self/fd")))
+        self.assertEqual([], leftovers.open_below(self.directory))
 
     def test_a_lock_that_is_asked_for_closes_the_files_of_others_that_are_free(self) -> None:
-        before = len(os.listdir("/proc/self/fd"))
         with self.novas():
             locks.is_taken(self.path, host=self.host)
-            self.assertGreater(len(os.listdir("/proc/self/fd")), before)
+            self.assertEqual([self.path] * 2, leftovers.open_below(self.directory))
         with locks.without_waiting(f"{self.path}-another", host=self.host):
             pass
-        self.assertEqual(before, len(os.listdir("/proc/self/fd")))
+        self.assertEqual([], leftovers.open_below(self.directory))
 
     def test_a_parked_descriptor_of_a_file_that_nova_unlinked_is_not_used(self) -> None:
         with self.novas():
@@ -413,15 +413,14 @@ class TestWaiting(LockCase):
         cancelled = threading.Event()
         cancelled.set()
         waiter = Waiter(self.host, cancel=cancelled)
-        before = os.listdir("/proc/self/fd")
         with self.take():
             for _ in range(5):
                 with self.assertRaises(errors.CancelledError), self.take(stall_timeout=60, waiter=waiter):
                     self.fail("it was not free")
             # One stays as long as the lock is held, for whoever wants the lock next.
-            self.assertEqual(len(before) + 2, len(os.listdir("/proc/self/fd")))
+            self.assertEqual([self.path] * 2, leftovers.open_below(self.directory))
         self.assertTrue(self.is_free())
-        self.assertEqual(len(before), len(os.listdir("/proc/self/fd")))
+        self.assertEqual([], leftovers.open_below(self.directory))
 
     def test_a_lock_is_let_go_when_the_body_raises(self) -> None:
         with self.assertRaises(KeyError), self.take():
