@@ -336,7 +336,7 @@ def failure(error: BaseException, url: str, image_id: str | None) -> errors.Sour
                 image=image_id,
                 next_step="check the credentials of the session",
             )
-    if isinstance(error, ValueError) and not isinstance(error, OSError | urllib3.exceptions.HTTPError):
+    if _is_own_fault(error):
         return SourceRefused(
             f"no request to {where} can be made ({type(error).__name__})",
             image=image_id,
@@ -345,6 +345,13 @@ def failure(error: BaseException, url: str, image_id: str | None) -> errors.Sour
     reason = f"{where}: {_reason(error, causes)}"
     kind = Disconnected if _is_dead_connection(error) else errors.SourceError
     return kind(reason, image=image_id, next_step="try again later")
+
+
+def _is_own_fault(error: BaseException) -> bool:
+    """Return whether no request could be made of what there was to send, such as a token with a line end."""
+    if isinstance(error, requests.RequestException):
+        return isinstance(error, ValueError)
+    return isinstance(error, ValueError) and not isinstance(error, OSError | urllib3.exceptions.HTTPError)
 
 
 def _reason(error: BaseException, causes: list[BaseException]) -> str:
