@@ -46,9 +46,24 @@ _HOST_AT_FAULT = re.compile(
     r"|Operation not permitted|Too many open files|Resource temporarily unavailable|Stale file handle"
     r"|Read-only file system|No such file or directory|Failed to get .*lock|Failed to lock"
     r"|error while loading shared libraries|symbol lookup error|Interrupted system call|^bwrap: "
-    r"|File too large|Transport endpoint|Connection timed out|Bad system call",
+    r"|File too large|Transport endpoint|timed out|Connection refused|Bad system call|Device or resource busy"
+    r"|Text file busy|Host is down|Remote I/O error|Required key not available|Key has expired"
+    r"|version `[^']*' not found|Function not implemented"
+    # A program that is too old, or was built without what is needed.
+    r"|unrecognized option|invalid option|Command not found|[Uu]nknown (?:driver|format|protocol|option)"
+    r"|not whitelisted|Driver '[^']*' is not|[Ii]nvalid parameter '|does ?n[o']t support the option",
     re.MULTILINE,
 )
+
+#: The same for the disk that the data lie on.
+_STORAGE_AT_FAULT = re.compile(r"Input/output error|Structure needs cleaning|Bad message")
+
+#: Most characters that are shown of what a program says. A name in an image may have as many as its owner
+#: wants.
+_SHOWN = 500
+
+#: Most characters at the beginning, and at the end, of what a program says that are looked at.
+_LOOKED_AT = 2**16
 
 
 #: What each layer of a program says, one after the other, of what is one file to the reader.
@@ -230,9 +245,12 @@ def _require_success(err: str, token: str, program: str, subject: str, hidden: t
     if status == 0:
         return
     said = said.strip()
+    if len(said) > 2 * _LOOKED_AT:
+        said = f"{said[:_LOOKED_AT]}\n{said[-_LOOKED_AT:]}"
     if status in _NOT_FOUND:
         raise errors.ConfigError(
-            f"{program} cannot be run: {said}", next_step=f"install {program} with all its libraries"
+            f"{program} cannot be run: {_printable(said)}",
+            next_step=f"install {program} with all its libraries",
         )
     if status > 128:
         raise _by_signal(status - 128, subject)
@@ -241,9 +259,9 @@ def _require_success(err: str, token: str, program: str, subject: str, hidden: t
         raise errors.NoSpaceError(
             "the filesystem is full", path=subject, next_step="make room, then ask again"
         )
-    if "Input/output error" in said:
+    if _STORAGE_AT_FAULT.search(said):
         raise StorageFailed(line, path=subject, next_step="check the disk")
-    if _HOST_AT_FAULT.search(said):
+    if _HOST_AT_FAULT.search(said) or not _marked(said, program):
         raise errors.BackendError(line, path=subject, next_step="mend the host; another one may do it")
     raise DataRefused(line, path=subject)
 
@@ -254,10 +272,22 @@ def told(said: str, program: str, hidden: tuple[str, ...]) -> str:
     :param hidden: texts to leave out, such as the paths of files that are gone when an operator reads this.
     """
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    marked = [line for line in lines if line.startswith(f"{program}: ")]
-    line = (marked or lines or ["failed, and does not say why"])[0]
+    marked = _marked(said, program)
+    grave = [line for line in marked if not line.startswith(f"{program}: warning: ")]
+    line = (grave or marked or lines or ["failed, and does not say why"])[0]
     while line.startswith(f"{program}: "):
         line = line.removeprefix(f"{program}: ")
     for text in sorted(hidden, key=len, reverse=True):
         line = line.replace(f"'{text}'", "the file").replace(text, "the file")
-    return _REPEATED.sub(r"\1", line)
+    return _printable(_REPEATED.sub(r"\1", line))
+
+
+def _marked(said: str, program: str) -> list[str]:
+    """Return the lines that the program itself wrote, which begin with its name."""
+    return [line for line in map(str.strip, said.splitlines()) if line.startswith(f"{program}: ")]
+
+
+def _printable(line: str) -> str:
+    """Return a line as it can be shown anywhere: an image may have chosen its characters, and how many."""
+    shown = "".join(each if each.isprintable() else "?" for each in line[: _SHOWN + 1])
+    return shown if len(line) <= _SHOWN else f"{shown[:_SHOWN]}..."

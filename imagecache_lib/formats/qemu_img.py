@@ -32,7 +32,10 @@ __all__ = ["DataRefused", "DiskFile", "QemuImg", "StorageFailed"]
 #: A program that computes all the time comes to its limit of CPU time long before this many times of it.
 _WALL_PER_CPU = 10
 
-_CONVERT = ("convert", "-n", "--target-is-zero", "-W", "-m", "8")
+_CONVERT = ("convert", "-p", "-n", "--target-is-zero", "-W", "-m", "8")
+
+#: What a conversion that came to its end writes last, since it is asked how far it is.
+_COMPLETE = "(100.00/100%)"
 
 _READING = re.compile(r"\b[Rr]ead|Could not open")
 
@@ -99,7 +102,7 @@ class QemuImg:
         with translated(target):
             size = os.stat(target).st_size
         try:
-            self._run(source, (*_CONVERT, "-O", "raw"), self._working, waiter, out)
+            self._copy(source, "raw", waiter, out)
         except DataRefused as error:
             raise errors.ImageRejected(
                 f"it cannot be converted from {source.format}: {error.cause}",
@@ -118,7 +121,7 @@ class QemuImg:
         :raises BackendError: the host is at fault.
         """
         nowhere = json.dumps({"driver": "null-co", "size": virtual_size})
-        self._run(disk, (*_CONVERT, "-O", "null-co"), self._working, waiter, behind=(f"json:{nowhere}",))
+        self._copy(disk, "null-co", waiter, behind=(f"json:{nowhere}",))
 
     def convert(self, source: DiskFile, target: DiskFile) -> None:
         """Convert into an existing, empty disk that has the virtual size already; zeros stay holes.
@@ -126,7 +129,7 @@ class QemuImg:
         :raises BackendError: qemu-img failed.
         :raises NoSpaceError: the filesystem is full.
         """
-        self._run(source, (*_CONVERT, "-O", target.format), self._working, None, target)
+        self._copy(source, target.format, None, target)
 
     def resize(self, disk: DiskFile, size: int) -> None:
         """Grow a disk to ``size`` bytes.
@@ -153,6 +156,24 @@ class QemuImg:
         with translated(disk.path), contextlib.closing(OpenFile.at(disk.path)) as file:
             contained.require(file, disk.format, path=disk.path)
 
+    def _copy(
+        self,
+        disk: DiskFile,
+        format: str,
+        waiter: Waiter | None,
+        out: DiskFile | None = None,
+        *,
+        behind: tuple[str, ...] = (),
+    ) -> None:
+        """Convert a disk, and see to it that the conversion came to its end."""
+        said = self._run(disk, (*_CONVERT, "-O", format), self._working, waiter, out, behind=behind)
+        if _COMPLETE not in said:
+            raise errors.BackendError(
+                "qemu-img ended without an error, and does not say that it converted all of the image",
+                path=disk.path,
+                next_step="find out what runs in the place of qemu-img; another host may do it",
+            )
+
     def _json(
         self,
         disk: DiskFile,
@@ -163,9 +184,15 @@ class QemuImg:
     ) -> dict[str, Any]:
         out = self._run(disk, words, limits, waiter, overlay=overlay)
         try:
-            found: dict[str, Any] = json.loads(out)
+            found = json.loads(out)
         except (ValueError, RecursionError):
-            raise errors.BackendError(f"qemu-img {words[0]} wrote no JSON", path=disk.path) from None
+            found = None
+        if not isinstance(found, dict):
+            raise errors.BackendError(
+                f"qemu-img {words[0]} wrote no JSON object",
+                path=disk.path,
+                next_step="find out what runs in the place of qemu-img; another host may do it",
+            )
         return found
 
     def _run(
@@ -213,7 +240,8 @@ class QemuImg:
             )
         except StorageFailed as error:
             # QEMU calls it an I/O error too where tables of the image lead nowhere, such as behind its end.
-            if _READING.search(error.cause) and _is_readable(disk, waiter):
+            seen = "Input/output error" in error.cause and _READING.search(error.cause)
+            if seen and _is_readable(disk, waiter):
                 raise DataRefused(error.cause, path=error.path) from error
             raise
 
@@ -242,14 +270,15 @@ def _require_alone(found: dict[str, Any], path: str) -> None:
     data = specific.get("data") if isinstance(specific, dict) else None
     details = data if isinstance(data, dict) else {}
     extents = details.get("extents") or []
-    if any(found.get(name) for name in _NAMES_A_FILE) or details.get("data-file") or len(extents) > 1:
+    alone = isinstance(extents, list) and len(extents) <= 1
+    if any(found.get(name) for name in _NAMES_A_FILE) or details.get("data-file") or not alone:
         raise DataRefused("another file belongs to it", path=path)
     if found.get("encrypted"):
         raise DataRefused("it is encrypted", path=path)
 
 
-def _number(found: object, name: str, path: str) -> int:
-    value = found.get(name) if isinstance(found, dict) else None
+def _number(found: dict[str, Any], name: str, path: str) -> int:
+    value = found.get(name)
     if type(value) is not int or value < 0:
         raise errors.BackendError(f"qemu-img does not say its {name}", path=path)
     return value

@@ -39,6 +39,8 @@ _LAST_DESCRIPTOR = 8 * 2**20
 
 _ALONE = b"ffffffff"
 _ASSIGNMENT = re.compile(rb"([a-z0-9_.]+)[ \t]*=[ \t]*(.*)", re.IGNORECASE | re.DOTALL)
+#: The name of an extent that is more than a name: the address of one, and no letter of a drive.
+_ADDRESS = re.compile(rb'"\s*[a-z][a-z0-9+.-]+:', re.IGNORECASE)
 _EXTENT = re.compile(rb"(?:rw|rdonly|noaccess)\s+\d+\s+(\S+)", re.IGNORECASE)
 
 _CONVERT = "have its owner export it as one streamOptimized or monolithicSparse file, or convert it to qcow2"
@@ -113,7 +115,7 @@ def _descriptor(image: Reader, header: _Header) -> str:
         if not line or line.startswith(b"#"):
             continue
         if extent := _EXTENT.match(line):
-            if b"/" in line:
+            if b"/" in line or _ADDRESS.search(line):
                 raise errors.ImageRejected(_OTHER_FILES, next_step=_CONVERT)
             kinds.append(extent[1].upper())
         elif assignment := _ASSIGNMENT.fullmatch(line):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import email.utils
 import http.client
 import re
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ import urllib3.exceptions
 
 from imagecache_lib import errors, model
 from imagecache_lib.formats import foreign
-from imagecache_lib.sources import exchange
+from imagecache_lib.sources import exchange, retry_after
 from imagecache_lib.sources.interface import (
     CannotResume,
     NotPermitted,
@@ -52,6 +51,8 @@ _CHANGING_CODINGS = frozenset(
         "zstd",
     }
 )
+#: Of Transfer-Encoding.
+_TRANSFER_CODINGS = frozenset({"", "identity", "chunked"})
 #: What one codec is called in Content-Encoding, by its name in :attr:`Image.compression`.
 _CODINGS_OF = {
     "gzip": {"gzip", "x-gzip"},
@@ -104,23 +105,11 @@ def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheErro
             f"the image has no data: {where}", image=image_id, next_step="upload its data"
         )
     if status in (408, 425, 429) or status >= 500:
+        seconds, then = retry_after.read(response.headers)
         return SourceBusy(
-            where, image=image_id, next_step="try again later", retry_after=_retry_after(response.headers)
+            where, image=image_id, next_step="try again later", retry_after=seconds, retry_at=then
         )
     return SourceRefused(f"an unexpected answer: {where}", image=image_id, next_step="check the source's URL")
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return Retry-After in seconds, or None without it. A date is relative to the server's clock (Date)."""
-    value = headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"\d{1,9}", value, re.ASCII):
-        return float(value)
-    try:
-        then = email.utils.parsedate_to_datetime(value)
-        now = email.utils.parsedate_to_datetime(headers.get("Date", ""))
-        return max(0.0, (then - now).total_seconds())
-    except (ValueError, TypeError):
-        return None
 
 
 def strong_etag(headers: Mapping[str, str]) -> str | None:
@@ -130,11 +119,15 @@ def strong_etag(headers: Mapping[str, str]) -> str | None:
 
 
 def content_length(headers: Mapping[str, str]) -> int | None:
-    """Return Content-Length in bytes, or None if it is missing or is the length of encoded data."""
-    value = headers.get("Content-Length", "").strip()
-    if _changing_codings(headers) or not re.fullmatch(r"\d{1,18}", value, re.ASCII):
+    """Return Content-Length in bytes, or None if it is missing or is the length of encoded data.
+
+    With a Transfer-Encoding it counts for nothing: RFC 9112, section 6.3.
+    """
+    told = {value.strip() for value in headers.get("Content-Length", "").split(",")}  # perhaps said twice
+    if _changing_codings(headers) or "Transfer-Encoding" in headers or len(told) != 1:
         return None
-    return int(value)
+    (value,) = told
+    return int(value) if re.fullmatch(r"\d{1,18}", value, re.ASCII) else None
 
 
 def parse_content_range(value: str) -> tuple[int, int, int | None] | None:
@@ -275,6 +268,14 @@ def _contradiction(response: requests.Response, image: model.Image) -> SourceRef
             image=image.id,
             next_step="turn compression off on the server or its proxy",
         )
+    transfer = response.headers.get("Transfer-Encoding", "").strip().lower()
+    if transfer not in _TRANSFER_CODINGS:
+        # http.client undoes no other, nor several.
+        return SourceRefused(
+            f"{where} sends the data in the transfer coding {transfer[:60]!r}, which was not asked for",
+            image=image.id,
+            next_step="correct the server or its proxy",
+        )
     kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
     if _DOCUMENT.fullmatch(kind):
         return SourceRefused(
@@ -298,10 +299,16 @@ def _check_resumed(
     tag = strong_etag(response.headers)
     if None not in (tag, validator) and tag != validator:
         raise CannotResume("the content changed: its entity tag is another", image=image.id)
+    if image.digest is None and tag is None:
+        # RFC 9110, section 15.3.7: the tag that If-Range named must be here. Nothing else tells a change.
+        raise CannotResume("the server does not say that the content is the same", image=image.id)
     # No Content-Range is also what a multipart/byteranges answer has.
     part = parse_content_range(response.headers.get("Content-Range", ""))
     if part is None or part[0] != offset:
         raise CannotResume("the server sends another range than was asked for", image=image.id)
+    length = content_length(response.headers)
+    if length not in (None, part[1] - part[0] + 1):
+        raise CannotResume("the server sends another number of bytes than it says", image=image.id)
     if part[2] is not None and image.size is not None and part[2] != image.size:
         raise CannotResume(f"the content changed: it has {part[2]} bytes, not {image.size}", image=image.id)
 

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import http.client
 import os
+import re
 import socket
 import ssl
 import urllib.parse
@@ -23,6 +24,7 @@ from typing import Protocol
 
 import requests
 import requests.auth
+import urllib3
 import urllib3.exceptions
 
 from imagecache_lib import errors
@@ -39,6 +41,7 @@ _SENDS = 4
 _POOL = 32
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_NO_ASCII = re.compile(r"[^\x21-\x7e]")
 
 
 class Disconnected(errors.SourceError):
@@ -101,11 +104,18 @@ class SessionSender:
             return self._callers
         own = self._own
         if own is None or own[0] != os.getpid():
-            session = requests.Session()
+            session = _Session()
             for scheme in ("http://", "https://"):
                 session.mount(scheme, connection.Adapter(pool_maxsize=_POOL))
             self._own = own = (os.getpid(), session)
         return own[1]
+
+
+class _Session(requests.Session):
+    """A session that follows no redirect, and does not prepare to: for that it would read all of the body."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Return None: the answer points nowhere."""
 
 
 class _Authorization(requests.auth.AuthBase):
@@ -185,7 +195,7 @@ def exchange(
         sent = {**own, **headers} if _origin(url) == home else headers
         response = _send(sender, method, url, sent, body, image_id)
         with contextlib.closing(response):
-            location = response.headers.get("Location")
+            location = _location(response, image_id)
             if method == "HEAD":
                 # There is no body, but the connection is only kept once that was read.
                 response.raw.drain_conn()
@@ -223,6 +233,30 @@ def _send(
                 # "from None": the texts of requests' errors hold whole URLs and header values.
                 raise failure(error, url, image_id) from None
     raise AssertionError("the last attempt returned or raised")
+
+
+def _location(response: requests.Response, image_id: str) -> str | None:
+    """Return where an answer points to, as ASCII, or None if it points nowhere.
+
+    :raises SourceRefused: it points to two places.
+    """
+    told = {value.strip() for value in _values(response, "Location")}
+    if len(told) > 1:
+        raise SourceRefused(
+            f"{shown(response.url)} redirects to two places at once",
+            image=image_id,
+            next_step="correct the server",
+        )
+    # http.client takes the bytes of a header for Latin-1. Whatever they are, in a URL they are quoted.
+    return next((_NO_ASCII.sub(lambda found: f"%{ord(found[0]):02X}", one) for one in told), None)
+
+
+def _values(response: requests.Response, name: str) -> list[str]:
+    """Return all values of a header. What requests has joins them by commas."""
+    headers = getattr(response.raw, "headers", None)
+    if isinstance(headers, urllib3.HTTPHeaderDict):
+        return headers.getlist(name)
+    return [response.headers[name]] if name in response.headers else []
 
 
 def _redirect_target(url: str, location: str, image_id: str) -> str:
@@ -302,7 +336,7 @@ def failure(error: BaseException, url: str, image_id: str | None) -> errors.Sour
                 image=image_id,
                 next_step="check the credentials of the session",
             )
-    if isinstance(error, ValueError) and not isinstance(error, OSError | urllib3.exceptions.HTTPError):
+    if _is_own_fault(error):
         return SourceRefused(
             f"no request to {where} can be made ({type(error).__name__})",
             image=image_id,
@@ -311,6 +345,13 @@ def failure(error: BaseException, url: str, image_id: str | None) -> errors.Sour
     reason = f"{where}: {_reason(error, causes)}"
     kind = Disconnected if _is_dead_connection(error) else errors.SourceError
     return kind(reason, image=image_id, next_step="try again later")
+
+
+def _is_own_fault(error: BaseException) -> bool:
+    """Return whether no request could be made of what there was to send, such as a token with a line end."""
+    if isinstance(error, requests.RequestException):
+        return isinstance(error, ValueError)
+    return isinstance(error, ValueError) and not isinstance(error, OSError | urllib3.exceptions.HTTPError)
 
 
 def _reason(error: BaseException, causes: list[BaseException]) -> str:

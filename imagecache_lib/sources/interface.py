@@ -41,11 +41,21 @@ class SourceBusy(errors.SourceError):
     """The source asks to be left alone for a while.
 
     :param retry_after: seconds that the server's Retry-After states, or None if the server stated none.
+    :param retry_at: epoch seconds that it states instead, where this host's clock has to tell how long that
+        is; or None.
     """
 
-    def __init__(self, cause: str, *, retry_after: float | None = None, **known: str | None) -> None:
+    def __init__(
+        self,
+        cause: str,
+        *,
+        retry_after: float | None = None,
+        retry_at: float | None = None,
+        **known: str | None,
+    ) -> None:
         super().__init__(cause, **known)
         self.retry_after = retry_after
+        self.retry_at = retry_at
 
 
 class CannotCopy(SourceRefused):

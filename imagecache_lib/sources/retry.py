@@ -110,6 +110,8 @@ class SourceBudget(RetryBudget):
         ceiling = min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(self._spent - 1, 16))
         delay = self.system.random() * ceiling
         asked = failure.retry_after if isinstance(failure, SourceBusy) else None
+        if isinstance(failure, SourceBusy) and failure.retry_at is not None:
+            asked = max(0.0, failure.retry_at - self.system.clock())
         if asked is None:
             return delay
         if asked > LONGEST_RETRY_AFTER:

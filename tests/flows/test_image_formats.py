@@ -316,12 +316,12 @@ class TestNoDisks(FormatCase):
 class TestFaults(FormatCase):
     """Whose fault it is when qemu-img fails."""
 
-    def converting(self, script: str) -> System:
-        """Return a host on which a conversion is replaced by a script."""
+    def converting(self, script: str, *, subcommand: str = "convert") -> System:
+        """Return a host on which a conversion, or what qemu-img does else, is replaced by a script."""
 
         def execute(*command: str, **options: Any) -> tuple[str, str]:
             words = list(command)
-            if "convert" in words:
+            if subcommand in words:
                 at = words.index("sh") + 5  # behind the script, its name and the token
                 words[at:] = ["sh", "-c", script]
             return System().execute(*words, **options)
@@ -340,6 +340,35 @@ class TestFaults(FormatCase):
                 self.manager(source, host=self.converting(script)).cache_image(ID)
             self.assertIsInstance(caught.exception, ic.BackendError | ic.ConfigError)
             self.assertEqual([], self.in_flight())
+        self.assertEqual(0, self.happened(events.Rejected))
+
+    def test_a_conversion_that_does_not_tell_of_its_end_is_not_published(self) -> None:
+        source = FakeSource({ID: disk_image(self.directory, "vdi")}, disk_format="vdi")
+        for force_raw in (True, False):
+            for script in ("exit 0", "echo '    (99.00/100%)'; exit 0"):
+                manager = self.manager(source, host=self.converting(script), force_raw_images=force_raw)
+                with self.subTest(script, force_raw=force_raw):
+                    with self.assertRaisesRegex(ic.BackendError, "does not say that it converted all"):
+                        manager.cache_image(ID)
+                    self.assertFalse(self.base().exists())
+                    self.assertEqual([], self.in_flight())
+        self.assertEqual(0, self.happened(events.Rejected))
+
+    def test_what_is_no_description_of_the_disk_is_not_the_images_fault(self) -> None:
+        source = FakeSource({ID: disk_image(self.directory, "vdi")}, disk_format="vdi")
+        for told in (
+            "",
+            "[]",
+            "null",
+            "5",
+            "{}",
+            '{"virtual-size": -1}',
+            '{"virtual-size": "3145728"}',
+            "{}{}",
+        ):
+            host = self.converting(f"echo '{told}'", subcommand="info")
+            with self.subTest(told), self.assertRaises(ic.BackendError):
+                self.manager(source, host=host).cache_image(ID)
         self.assertEqual(0, self.happened(events.Rejected))
 
     def test_what_it_says_of_the_data_is_told_once_and_without_paths(self) -> None:

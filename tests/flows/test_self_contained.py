@@ -81,6 +81,12 @@ class TestSelfContained(CacheCase):
                 line = image[at : image.index(b"\n", at) + 1]
                 self.refused(with_descriptor(image, line, lines), "vmdk")
 
+    def test_a_vmdk_whose_extent_is_named_by_an_address(self) -> None:
+        image = disk_image(self.directory, "vmdk")
+        for name in (b"nbd:there", b"NBD+UNIX:x", b"json:{}", b"http://there/x", b"../x", b" file:x"):
+            with self.subTest(name):
+                self.refused(with_descriptor(image, b"source.vmdk", name), "vmdk")
+
     def test_a_vmdk_descriptor_without_its_extents(self) -> None:
         for subformat in ("monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"):
             path = self.directory / f"{subformat}.vmdk"

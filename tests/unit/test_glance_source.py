@@ -257,6 +257,20 @@ class TestSecrets(GlanceCase):
                     self.assertRaises(SourceRefused, source.describe, ID)
                 self.assertEqual(requests, len(self.server.requests()))
 
+    def test_a_token_that_no_header_can_have_is_the_callers_fault_and_not_tried_again(self) -> None:
+        for token in (f"{TOKEN}\n", f"{TOKEN}\r\nX-Other: 1", "\u0142", 5):
+            asked: list[object] = []
+
+            def give(token: object = token, asked: list[object] = asked) -> object:
+                asked.append(token)
+                return token
+
+            source = self.source(token=give)
+            with self.subTest(token), self.assertRaisesRegex(SourceRefused, "stray characters") as caught:
+                transfer.describe(source, ID, host=System(name="here"), retries=2)
+            self.assertEqual(1, len(asked))
+            self.assertNotIn(TOKEN, str(caught.exception))
+
     def test_a_token_that_expires_during_a_transfer_is_renewed(self) -> None:
         cut = Answer(body=DATA[:70_000], length=len(DATA), after="reset")
         rest = Answer(206, {"Content-Range": f"bytes 70000-199999/{len(DATA)}"}, DATA[70_000:])

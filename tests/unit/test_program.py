@@ -63,9 +63,58 @@ class TestEndings(unittest.TestCase):
             self.assertNotIsInstance(caught.exception, DataRefused)
             self.assertTrue(caught.exception.next_step)
 
+    def test_the_host_is_at_fault_for_a_program_that_cannot_do_what_is_asked(self) -> None:
+        for said in (
+            "qemu-img: unrecognized option '--target-is-zero'",
+            "qemu-img: invalid option -- 'W'",
+            "qemu-img: Command not found: measure",
+            "qemu-img: Unknown driver 'vhdx'",
+            "qemu-img: Driver 'vhdx' is not whitelisted",
+            "qemu-img: Block format 'vdi' does not support the option 'backing'",
+            "qemu-img: /lib/libc.so.6: version `GLIBC_2.38' not found (required by qemu-img)",
+            "qemu-img: error while reading at byte 0: Remote I/O error",
+            "qemu-img: Could not open the file: Required key not available",
+        ):
+            with self.subTest(said), self.assertRaises(errors.BackendError) as caught:
+                _script(f"cat >&2 <<'END'\n{said}\nEND\nexit 1")
+            self.assertNotIsInstance(caught.exception, DataRefused)
+
+    def test_nobody_says_that_the_data_are_bad_where_the_program_does_not(self) -> None:
+        for script in ("exit 1", "exit 3", "echo 'sh: fork: retry' >&2; exit 1", "exit 255"):
+            with self.subTest(script), self.assertRaises(errors.BackendError) as caught:
+                _script(script)
+            self.assertNotIsInstance(caught.exception, DataRefused)
+
+    def test_a_warning_is_not_what_went_wrong(self) -> None:
+        script = (
+            "yes 'qemu-img: warning: it is old' | head -9999 >&2; echo 'qemu-img: it is broken' >&2; exit 1"
+        )
+        with self.assertRaises(DataRefused) as caught:
+            _script(script)
+        self.assertEqual("qemu-img: it is broken", caught.exception.cause)
+
+    def test_what_an_image_chose_is_shown_within_bounds_and_can_be_shown_anywhere(self) -> None:
+        for said in ("\\033[2J\\007", "b\\374ro", "a\\000b", "%9000s' 'x"):
+            with self.subTest(said), self.assertRaises(DataRefused) as caught:
+                _script(f"printf 'qemu-img: {said}\\n' >&2; exit 1")
+            shown = caught.exception.cause
+            self.assertTrue(shown.encode() and shown.isprintable())
+            self.assertLess(len(shown), 600)
+
+    def test_megabytes_are_no_matter(self) -> None:
+        script = (
+            "head -c 20000000 /dev/zero | tr '\\0' x >&2; echo >&2; echo 'qemu-img: it is broken' >&2; exit 1"
+        )
+        began = time.monotonic()
+        with self.assertRaisesRegex(DataRefused, "it is broken"):
+            _script(script)
+        self.assertLess(time.monotonic() - began, 60)
+
     def test_the_disk_is_told_from_the_rest(self) -> None:
         with self.assertRaises(StorageFailed):
             _script("echo 'qemu-img: Input/output error' >&2; exit 1")
+        with self.assertRaises(StorageFailed):
+            _script("echo 'qemu-img: error while reading: Structure needs cleaning' >&2; exit 1")
         with self.assertRaises(errors.NoSpaceError):
             _script("echo 'qemu-img: No space left on device' >&2; exit 1")
 
