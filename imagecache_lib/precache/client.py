@@ -106,6 +106,19 @@ class Survey:
     problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
     agent: AgentInfo | None = dataclasses.field(default=None, compare=False)
 
+    def about(self, image_ids: Sequence[str]) -> Survey:
+        """Return what it says of some images, and that it does not say anything of one where that is so."""
+        present, known = set(self.present), {*self.present, *self.missing, *self.problems}
+        unsaid = dict.fromkeys(
+            (each for each in image_ids if each not in known), "the agent does not mention it"
+        )
+        return dataclasses.replace(
+            self,
+            present=tuple(each for each in image_ids if each in present),
+            missing={each: self.missing[each] for each in image_ids if each in self.missing},
+            problems={each: self.problems[each] for each in image_ids if each in self.problems} | unsaid,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskReport:

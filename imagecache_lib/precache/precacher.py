@@ -99,7 +99,7 @@ class AggregatePrecacher:
         job.check(hosts, image_ids)
         surveys: dict[str, client.Survey] = {}
         unreachable: dict[str, str] = {}
-        for name, answer in _asked(hosts, lambda name: self._hosts.survey(name, image_ids)):
+        for name, answer in _asked(hosts, lambda name: self._hosts.survey(name, image_ids).about(image_ids)):
             if isinstance(answer, errors.ImageCacheError):
                 unreachable[name] = str(answer)
             else:
@@ -181,7 +181,12 @@ class AggregatePrecacher:
 
     def _run(self, job_id: str, runner: str, leave: model.CancelToken, *, retry: bool) -> job.Job:
         job_rows.require_runnable(self._database.get(job_id))
-        if retry:
+        deadline = self._database.get(job_id).terms.deadline
+        if deadline is not None and self._host.clock() >= deadline:
+            LOG.warning(
+                "The deadline of job %s has passed: nothing is tried, results that are there stay", job_id
+            )
+        elif retry:
             self._database.retry(job_id, runner)
         progress = JobProgress(self._database.get(job_id))
         teller = Teller(self._observers)
@@ -195,6 +200,8 @@ class AggregatePrecacher:
             JobWriter(self._database, progress, runner, host=self._host),
             self._hosts,
             host=self._host,
+            # Taking the lease raised the beat of a job that nobody had run from 0 to 1.
+            again=self._database.lease_of(job_id).beat > 1,
             done=done,
             leave=leave,
             pauses=self._pauses,
@@ -279,10 +286,14 @@ def _asked(
     hosts: Sequence[str], ask: Callable[[str], Answer]
 ) -> Iterable[tuple[str, Answer | errors.ImageCacheError]]:
     """Ask many hosts at a time, and yield each answer, or the error that stands for it, once it is known."""
-    with concurrent.futures.ThreadPoolExecutor(max(1, min(_AT_A_TIME, len(hosts)))) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(max(1, min(_AT_A_TIME, len(hosts))))
+    try:
         asked = {pool.submit(ask, name): name for name in hosts}
         for answer in concurrent.futures.as_completed(asked):
             try:
                 yield asked[answer], answer.result()
             except errors.ImageCacheError as error:
                 yield asked[answer], error
+    finally:
+        # Whoever is interrupted waits for no host, and asks no more of them.
+        pool.shutdown(wait=False, cancel_futures=True)

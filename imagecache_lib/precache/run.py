@@ -53,6 +53,7 @@ class JobRun:
     :param progress: how far the job is; this run alone changes it.
     :param writer: stores the progress.
     :param hosts: reaches the agents.
+    :param again: whether hosts may be at work from an earlier run.
     :param done: called with a host whose images all have a result.
     :param leave: once it is set, the run returns, and the hosts go on by themselves.
     :param pauses: how long to wait for what.
@@ -65,6 +66,7 @@ class JobRun:
         hosts: client.HostClient,
         *,
         host: System,
+        again: bool,
         done: Callable[[str], None],
         leave: model.CancelToken,
         pauses: Pauses = USUAL,
@@ -74,6 +76,7 @@ class JobRun:
         self._writer = writer
         self._hosts = hosts
         self._host = host
+        self._again = again
         self._done = done
         self._leave = leave
         self._arrivals: queue.SimpleQueue[Visit | client.HostReport | None] = queue.SimpleQueue()
@@ -85,7 +88,8 @@ class JobRun:
         pending = [name for name in self._work.hosts if not progress.is_host_over(name)]
         # A chain keeps all its hosts at work: what bounds their downloads is the number of its heads.
         slots = terms.concurrency if terms.relay is None else max(1, len(pending))
-        self._calls = max(1, min(slots, _MOST_CALLS, len(pending)))
+        # Those that have to be told to stop hold no slot.
+        self._calls = max(1, min(_MOST_CALLS, len(pending) if again else slots, len(pending)))
         self._slots = Slots(
             [HostState(name, now + host.random() * terms.jitter) for name in pending],
             slots=slots,
@@ -178,17 +182,22 @@ class JobRun:
             return
         self._stopping = self._writer.cancelled
         for state in self._slots.waiting():
-            if not state.begun:
-                if self._writer.cancelled:
-                    self._end(state, job.Result.SKIPPED, "the job was cancelled")
-                else:
-                    self._end(state, job.Result.SKIPPED, self._why_not_begun(state))
+            if state.begun:
+                continue
+            reason = "the job was cancelled" if self._writer.cancelled else self._why_not_begun(state)
+            if self._again:
+                # It may have what an earlier run asked it for: that is worth a question.
+                state.stop = Stop(job.Result.SKIPPED, reason)
+                self._slots.stop(state, self._host.monotonic())
+            else:
+                self._end(state, job.Result.SKIPPED, reason)
                 self._finished(state)
         if self._stopping:
             self._slots.hurry()
 
     def _why_not_begun(self, state: HostState) -> str:
-        return state.trouble or "the deadline passed before the host could begin"
+        what = "it was done" if self._again else "the host could begin"
+        return state.trouble or f"the deadline passed before {what}"
 
     def _give_up(self, state: HostState) -> Stop | None:
         """End a host that has had its time, or return how to stop it. Returns None to go on with it."""
@@ -196,12 +205,14 @@ class JobRun:
             return state.stop
         now, deadline = self._host.monotonic(), self._work.terms.deadline
         if self._writer.cancelled:
-            if state.begun:
+            if state.begun or self._again:
                 return Stop(job.Result.SKIPPED, "the job was cancelled")
             self._end(state, job.Result.SKIPPED, "the job was cancelled")
         elif now >= self._patience.last_moment(state):
             if state.trouble:
                 self._end(state, job.Result.SKIPPED, state.trouble)
+            elif not state.begun and self._again:
+                return Stop(job.Result.SKIPPED, self._why_not_begun(state))
             elif not state.begun:
                 self._end(state, job.Result.SKIPPED, self._why_not_begun(state))
             else:

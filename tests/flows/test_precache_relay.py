@@ -120,6 +120,16 @@ class RoutesTest(JobCase):
         self.assertEqual([HostRoute((), True)], self.routes("five"))
         self.assertLessEqual(most[0], 2)
 
+    def test_a_host_whose_name_can_be_no_part_of_an_address_asks_the_image_service(self) -> None:
+        odd = "rack 7/\N{SNOWMAN}"
+        self.hosts = RelayingHosts(["one", odd, "two", "three"])
+        ended = self.run_job(relay=job.RelayTerms(heads=1))
+        self.assertEqual(8, ended.count()[CACHED])
+        self.assertIsNone(self.hosts.hosts[odd].begun[0].relay)
+        for name in ("one", "two", "three"):
+            for task in self.hosts.hosts[name].begun:
+                self.assertNotIn(odd, () if task.relay is None else task.relay.parents)
+
     def test_a_host_that_comes_late_goes_to_the_end(self) -> None:
         late = self.hosts.hosts["one"]
         began = self.time.now
