@@ -36,6 +36,10 @@ class HostDown(errors.SourceError):
     """The host does not answer now, but may do so later."""
 
 
+class BusDown(HostDown):
+    """The host cannot be asked, since the message bus does not work now. Nothing is known of the host."""
+
+
 class HostBusy(errors.SourceError):
     """The host cannot take a task now, but will be able to later."""
 

@@ -37,6 +37,9 @@ _AT_A_TIME = 128
 #: Seconds between two looks at a job that another conductor runs.
 _WATCH = 1.0
 
+#: Seconds between two tries to tell hosts to stop while the message bus does not work.
+_BUS_PAUSE = 2.0
+
 _CANCELLED = Stop(job.Result.SKIPPED, "the job was cancelled")
 
 
@@ -159,7 +162,7 @@ class AggregatePrecacher:
         work = self._database.get(job_id)
         open_hosts = [name for name in work.hosts if work.pending(name)]
         # The hosts stop at once, even if the conductor that runs the job hangs.
-        told = {name: self._told(name, visit) for name, visit in self._stop_all(job_id, open_hosts)}
+        told = self._tell_to_stop(job_id, open_hosts)
         with self._lease(job_id, threading.Event()) as runner:
             if runner is not None:
                 self._end_open(job_id, runner, told)
@@ -257,6 +260,20 @@ class AggregatePrecacher:
 
     # -- cancelling ----------------------------------------------------------------------------------
 
+    def _tell_to_stop(self, job_id: str, hosts: Sequence[str]) -> Mapping[str, Visit]:
+        """Tell hosts to stop, again while it is the message bus that does not work: it may restart."""
+        began, told, left = self._host.monotonic(), dict[str, Visit](), list(hosts)
+        while left:
+            told.update(self._stop_all(job_id, left))
+            left = [name for name in left if told[name].untold is not None]
+            # What was on its way when the message bus went is lost, too: those hosts seem to be down.
+            failing = next((told[name].untold for name in left if _is_the_bus(told[name])), None)
+            if failing is None or self._host.monotonic() - began >= self._pauses.bus:
+                break
+            LOG.warning("The message bus does not work, to be tried again: %s", failing)
+            self._host.sleep(_BUS_PAUSE)
+        return {name: self._told(name, visit) for name, visit in told.items()}
+
     def _stop_all(self, job_id: str, hosts: Sequence[str]) -> Iterator[tuple[str, Visit]]:
         calls = {name: Call(self._hosts, job_id, name, stop=_CANCELLED) for name in hosts}
         for name, visit in _asked(hosts, lambda name: calls[name].make()):
@@ -280,6 +297,10 @@ class AggregatePrecacher:
             reason = visit.stop.reason if visit is not None and visit.stop is not None else _CANCELLED.reason
             progress.finish(name, _CANCELLED.result, reason)
         JobWriter(self._database, progress, runner, host=self._host).close()
+
+
+def _is_the_bus(visit: Visit) -> bool:
+    return isinstance(visit.untold, client.BusDown)
 
 
 def _asked(

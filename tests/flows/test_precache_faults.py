@@ -343,6 +343,35 @@ class CancelTest(JobCase):
         self.assertEqual([SKIPPED] * 2, self.results(ended, "one"))
         self.assertGreaterEqual(self.time.now - 1000, lease.SECONDS)
 
+    def test_a_message_bus_that_restarts_meanwhile_keeps_no_host_from_being_told(self) -> None:
+        work = self.start("one", "two")
+        calls: list[str] = []
+
+        def before(call: str) -> None:
+            calls.append(call)
+            if call == "cancel" and self.time.now < 1015:
+                raise client.BusDown("the message bus fails")
+
+        self.hosts.hosts["one"].before = before
+        with self.assertLogs("imagecache_lib.precache", "WARNING") as logged:
+            ended = self.precacher().cancel(work.id)
+        self.assertIn("message bus", logged.output[0])
+        self.assertEqual([[work.id]] * 2, [self.hosts.hosts[name].cancelled for name in ("one", "two")])
+        self.assertEqual({"the job was cancelled"}, self.reasons(ended, "one"))
+
+    def test_a_message_bus_that_does_not_come_back_holds_a_cancellation_up_for_half_a_minute(self) -> None:
+        work = self.start("one")
+
+        def before(_call: str) -> None:
+            raise client.BusDown("the message bus fails")
+
+        self.hosts.hosts["one"].before = before
+        with self.assertLogs("imagecache_lib.precache", "WARNING"):
+            ended = self.precacher().cancel(work.id)
+        self.assertEqual([SKIPPED, SKIPPED], self.results(ended, "one"))
+        self.assertIn("could not be told", str(self.reasons(ended, "one")))
+        self.assertLess(self.time.now, 1000 + 40)
+
     def test_a_job_that_is_over_stays_as_it_is(self) -> None:
         ended = self.run_job()
         self.assertEqual(ended.cells, self.precacher().cancel(ended.id).cells)
