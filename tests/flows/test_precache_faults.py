@@ -372,6 +372,17 @@ class CancelTest(JobCase):
         self.assertIn("could not be told", str(self.reasons(ended, "one")))
         self.assertLess(self.time.now, 1000 + 40)
 
+    def test_cancelled_twice_resumed_and_resumed_again_it_does_what_is_left_alone(self) -> None:
+        work = self.start("one", "two")
+        once = self.precacher().cancel(work.id)
+        again = self.precacher().cancel(work.id)
+        self.assertEqual((4, once.cells), (once.count()[SKIPPED], again.cells))
+        resumed = self.precacher().resume(work.id)
+        self.assertEqual((4, False), (resumed.count()[CACHED], resumed.cancelled))
+        over = self.precacher().resume(work.id)
+        self.assertEqual(resumed.cells, over.cells)
+        self.assertEqual([1, 1], [len(self.hosts.hosts[name].begun) for name in ("one", "two")])
+
     def test_a_job_that_is_over_stays_as_it_is(self) -> None:
         ended = self.run_job()
         self.assertEqual(ended.cells, self.precacher().cancel(ended.id).cells)

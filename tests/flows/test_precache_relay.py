@@ -95,6 +95,16 @@ class RoutesTest(JobCase):
             [route is not None and route.origin for name in south for route in self.routes(name)],
         )
 
+    def test_sites_of_one_host_and_more_heads_than_hosts_have_no_chains(self) -> None:
+        for relay in (
+            job.RelayTerms(heads=1, sites=tuple((name, 1) for name in NAMES)),
+            job.RelayTerms(heads=1000),
+        ):
+            with self.subTest(relay=relay):
+                self.setUp()
+                self.assertEqual(10, self.run_relay(relay).count()[CACHED])
+                self.assertEqual({HostRoute((), True)}, {self.routes(name)[0] for name in NAMES})
+
     def test_what_is_kept_is_released_at_the_end(self) -> None:
         self.run_relay()
         self.assertEqual(sorted(NAMES), sorted(self.hosts.released))

@@ -170,6 +170,8 @@ def test_hosts_of_a_site_are_in_a_row(cli: JobsCli, tmp_path: pathlib.Path) -> N
     listed.write_text("node-1 north\nnode-2\tsouth # far away\nnode-3   north\nnode-4\n")
     found = cli.json("precache", "plan", IMAGE, "--file", str(cli.data), "--hosts-file", str(listed), code=10)
     assert [row["host"] for row in found] == ["node-1", "node-3", "node-2", "node-4"]
+    listed.write_text("node-1 north\nnode-1 south\n")
+    assert "host twice: node-1" in cli.run(*cli.start("--hosts-file", str(listed)), code=7).stderr
     listed.write_text("node-1 north pole\n")
     assert "site" in cli.run(*cli.start("--hosts-file", str(listed)), code=7).stderr
     assert "head" in cli.run(*cli.start("--host", "a", "--relay", "--heads", "0"), code=7).stderr
