@@ -20,7 +20,7 @@ import queue
 from collections.abc import Callable, Mapping
 
 from imagecache_lib import errors, model
-from imagecache_lib.precache import client, job
+from imagecache_lib.precache import answering, client, job
 from imagecache_lib.precache.calls import Call, Stop, Visit
 from imagecache_lib.precache.patience import USUAL, Patience, Pauses
 from imagecache_lib.precache.progress import JobProgress
@@ -33,9 +33,6 @@ LOG = logging.getLogger(__name__)
 
 #: How often an agent may forget its task without finishing an image in between.
 MOST_RESTARTS = 5
-
-#: Seconds by which the clocks of an agent and of the conductor may differ without being worth a word.
-_SKEW = 60.0
 
 #: The most calls at a time. Most of a call is waiting.
 _MOST_CALLS = 128
@@ -251,20 +248,12 @@ class JobRun:
 
     def _hear(self, told: client.HostReport) -> None:
         """Take note of what an agent reports by itself, if it is new."""
-        state, report, who = self._slots.find(told.host), told.report, told.report.agent
-        if (
-            state is None
-            or who is None
-            or (told.job_id, report.attempt) != (self._work.id, self._work.attempt)
-        ):
+        state, report = self._slots.find(told.host), told.report
+        if state is None or (told.job_id, report.attempt) != (self._work.id, self._work.attempt):
             return
-        number = state.numbers.get(who.instance, 0)
-        # Another instance is one that has ended since, or a second one under the host's name, which calls
-        # find out.
-        if report.number <= number or state.instances[-1:] not in ([], [who.instance]):
+        has_gap = not answering.is_next(state, report)
+        if not answering.is_news(state, report):
             return
-        state.numbers[who.instance] = report.number
-        state.reports = True
         # Why an image was skipped depends on who told the host to stop: that is asked.
         cells = {name: cell for name, cell in report.cells.items() if cell.result is not job.Result.SKIPPED}
         self._keep(state, cells, report)
@@ -275,7 +264,7 @@ class JobRun:
             self._finished(state)
             return
         now = self._host.monotonic()
-        has_gap = report.number > number + 1 or len(cells) < len(report.cells)
+        has_gap = has_gap or len(cells) < len(report.cells)
         self._slots.wake(state, now if has_gap else self._patience.next_look(state, now))
 
     def _record(self, state: HostState, visit: Visit) -> None:
@@ -287,7 +276,8 @@ class JobRun:
         self._keep(state, cells, visit.report)
         if visit.failure is None:
             self._answers(state)
-        self._compare(state, visit.report)
+        state.ask_by = self._patience.ask_by(self._host.monotonic())
+        answering.compare(state, visit.report, listening=self._mailbox is not None)
         if not set(self._progress.pending(state.name)) <= set(visit.report.cells):
             self._forgotten(state)
 
@@ -302,18 +292,6 @@ class JobRun:
         if state.down_since is not None:
             LOG.info("Host %s answers again", state.name)
         state.down_since, state.busy_since, state.failures, state.trouble = None, None, 0, ""
-
-    def _compare(self, state: HostState, report: client.TaskReport) -> None:
-        """Find out from an answer whether the reports that the agent sends by itself arrive."""
-        state.ask_by = self._patience.ask_by(self._host.monotonic())
-        who = report.agent
-        if who is None or not who.reports or self._mailbox is None:
-            state.reports = False
-            return
-        # At the begin of a task there is nothing to be heard yet. Later, what it said and was not heard is
-        # lost, or on its way: it is asked more often until something is heard.
-        state.reports = report.number <= state.numbers.get(who.instance, 0)
-        state.numbers[who.instance] = report.number
 
     def _fail(self, state: HostState, failure: Exception) -> None:
         match failure:
@@ -346,24 +324,12 @@ class JobRun:
             )
 
     def _note_agents(self, state: HostState, visit: Visit) -> None:
-        """Look at which agents answered. One that is back after another is a second, not a restarted one."""
         answered = visit.report is not None or isinstance(visit.failure, client.UnknownTask)
         if visit.stop is None and (visit.agents or answered):
             self._relaying.met(state.name, visit.agents[-1] if visit.agents else None)
-        for who in visit.agents:
-            skew = who.clock - self._host.clock()
-            if abs(skew) > _SKEW and not state.skew_told:
-                state.skew_told = True
-                LOG.warning("The clock of host %s is %+.0f s off the conductor's", state.name, skew)
-            if state.instances[-1:] == [who.instance]:
-                continue
-            if who.instance in state.instances and state.stop is None:
-                self._stop_later(
-                    state,
-                    "two agents answer by the name of this host, instances "
-                    f"{who.instance} and {state.instances[-1]}: stop one of them",
-                )
-            state.instances.append(who.instance)
+        wrong = answering.note(state, visit, self._host.clock())
+        if wrong is not None and state.stop is None:
+            self._stop_later(state, wrong)
 
     def _stop_later(self, state: HostState, reason: str) -> None:
         # Several agents under one name take calls by turns: each must be told.

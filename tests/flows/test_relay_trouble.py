@@ -27,12 +27,9 @@ def fast() -> float:
 class FullDisk(FakeSource):
     """What a host meets whose disk another program fills while bytes come."""
 
-    def open(self, image: model.Image, offset: int = 0) -> contextlib.AbstractContextManager[Iterator[bytes]]:
-        return self._half(image)
-
     @contextlib.contextmanager
-    def _half(self, image: model.Image) -> Iterator[Iterator[bytes]]:
-        with super().open(image) as chunks:
+    def open(self, image: model.Image, offset: int = 0) -> Iterator[Iterator[bytes]]:
+        with super().open(image, offset) as chunks:
             yield self._until_full(chunks)
 
     def _until_full(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
