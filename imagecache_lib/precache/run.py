@@ -273,6 +273,9 @@ class JobRun:
         if visit.stop is not None:
             # What the host skipped because it was told to stop ends with the reason for that.
             cells = {name: cell for name, cell in cells.items() if cell.result is not job.Result.SKIPPED}
+        elif not state.begun:
+            # It was only asked whether it relays, and says how an earlier attempt ended: that is tried again.
+            cells = {name: cell for name, cell in cells.items() if cell.result not in job.RETRIED}
         self._keep(state, cells, visit.report)
         if visit.failure is None:
             self._answers(state)

@@ -140,6 +140,22 @@ class RoutesTest(JobCase):
             for task in self.hosts.hosts[name].begun:
                 self.assertNotIn(odd, () if task.relay is None else task.relay.parents)
 
+    def test_a_resume_tries_again_what_failed_although_the_agents_still_know_how(self) -> None:
+        fake = self.hosts.hosts["three"]
+        fake.fails = dict.fromkeys(self.IMAGES, job.Cell(ERROR, "no room"))
+        work = self.run_relay()
+        self.assertEqual([ERROR, ERROR], self.results(work, "three"))
+        begin, fake.fails = fake.begin, {}
+
+        def begin_anew(task: client.HostTask) -> None:
+            if task.attempt:
+                fake.cells.clear()
+            begin(task)
+
+        fake.begin = begin_anew  # type: ignore[method-assign]
+        resumed = self.precacher().resume(work.id)
+        self.assertEqual([CACHED, CACHED], self.results(resumed, "three"))
+
     def test_a_host_that_comes_late_goes_to_the_end(self) -> None:
         late = self.hosts.hosts["one"]
         began = self.time.now
