@@ -16,6 +16,7 @@ from imagecache_lib.precache.database import JobDatabase
 from imagecache_lib.precache.in_process import InProcessClient
 from imagecache_lib.precache.passing_on import KEPT_SECONDS, PassingOn
 from imagecache_lib.precache.precacher import AggregatePrecacher
+from imagecache_lib.precache.tasks import Moments, Task
 from imagecache_lib.precache.watch import Watch
 from imagecache_lib.sources.relay import NOT_THE_IMAGE
 from imagecache_lib.sources.route import RouteState
@@ -155,6 +156,17 @@ class RoutesTest(JobCase):
         fake.begin = begin_anew  # type: ignore[method-assign]
         resumed = self.precacher().resume(work.id)
         self.assertEqual([CACHED, CACHED], self.results(resumed, "three"))
+
+    def test_the_next_attempt_blames_no_host_for_what_it_sent_in_the_one_before(self) -> None:
+        asked = client.HostTask("job", self.IMAGES, relay=HostRoute(("one",)))
+        task = Task(asked, Moments())
+        assert task.route is not None
+        task.route.blame("one")
+        task.route.mismatched()
+        task.extend(dataclasses.replace(asked, relay=HostRoute(("two",))), Moments())
+        self.assertEqual((("one",), True), (task.route.state.wrong, task.route.state.mismatched))
+        task.extend(dataclasses.replace(asked, attempt=1), Moments())
+        self.assertEqual(RouteState(), task.route.state)
 
     def test_a_host_that_comes_late_goes_to_the_end(self) -> None:
         late = self.hosts.hosts["one"]
