@@ -115,6 +115,23 @@ class JobCommand(base.BaseLister):
         what = f"{len(found)} jobs have an id that begins with {said}" if found else f"there is no job {said}"
         raise base.Unknown(what.strip(), next_step="see: imagecache precache list -f value -c id")
 
+    def named_job(self, arguments: argparse.Namespace) -> job.Job:
+        """Return the job that the command line names.
+
+        :raises ConfigError: it names none, several, or one that is not there.
+        """
+        return self.read_job(self.job_of(arguments), arguments)
+
+    def read_job(self, job_id: str, arguments: argparse.Namespace) -> job.Job:
+        """Return a job, which may have been forgotten since it was named.
+
+        :raises Unknown: it is not there.
+        """
+        try:
+            return self.reader(arguments).get(job_id)
+        except job_rows.UnknownJob as error:
+            raise base.Unknown(error.cause, next_step=error.next_step) from error
+
 
 class Status(JobCommand):
     """Show how far a job is, image by image on each host."""
@@ -130,15 +147,14 @@ class Status(JobCommand):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
-        jobs, job_id = self.reader(parsed_args), self.job_of(parsed_args)
-        work = jobs.get(job_id)
+        work = self.named_job(parsed_args)
         if parsed_args.watch:
             display = JobDisplay(self.app.stderr)
             with display.alone():
                 display.show(work)
                 while not work.is_over and work.problem is None:
                     time.sleep(REFRESH)
-                    work = jobs.get(job_id)
+                    work = self.read_job(work.id, parsed_args)
                     display.show(work)
         return self.table(work)
 

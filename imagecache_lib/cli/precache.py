@@ -4,22 +4,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from imagecache_lib import errors, opts
-from imagecache_lib.cli import base, bus, jobs, openstack, sources, values
-from imagecache_lib.cli.job_display import JobDisplay
+from imagecache_lib.cli import base, job_hosts, values
+from imagecache_lib.cli.conducting import HostsCommand
 from imagecache_lib.precache import chains, client, job
-from imagecache_lib.precache.agent import HostAgent
-from imagecache_lib.precache.in_process import InProcessClient
-from imagecache_lib.precache.watch import Watch
 
 if TYPE_CHECKING:
     from imagecache_lib.precache.precacher import AggregatePrecacher
@@ -31,149 +24,7 @@ _MANY_HOSTS = 10
 _SKEW = 60.0
 
 
-class _HostsCommand(jobs.JobCommand):
-    """A command that asks hosts."""
-
-    def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
-        parser = super().get_parser(prog_name)
-        bus.add_topic(parser)
-        sources.add_options(parser)
-        return parser
-
-    def add_what(self, parser: argparse.ArgumentParser) -> None:
-        """Add the arguments that name hosts and images."""
-        parser.add_argument(
-            "image",
-            nargs="+",
-            help="id of an image, or its name in the image service that OS_ variables name",
-        )
-        parser.add_argument(
-            "--host",
-            action="append",
-            default=[],
-            metavar="NAME",
-            help="a host, as its agent calls itself; may be given several times (default: this one alone, "
-            "without a message bus)",
-        )
-        parser.add_argument(
-            "--hosts-file",
-            metavar="PATH",
-            help="file with the name of a host on each line, and behind it its site, if hosts relay",
-        )
-        parser.add_argument(
-            "--aggregate",
-            default="",
-            metavar="NAME",
-            help="what to call these hosts in lists; without --host and --hosts-file, and where the OS_ "
-            "variables or OS_CLOUD name a cloud, all hosts of the host aggregate of that name",
-        )
-
-    def hosts(self, arguments: argparse.Namespace) -> list[Placed]:
-        """Return the hosts that the command line names, each with its site; those of a site in a row."""
-        found = [Placed(name) for name in arguments.host]
-        if arguments.hosts_file is not None:
-            found += _read_hosts(arguments.hosts_file)
-        if not found and arguments.aggregate and openstack.is_named(os.environ):
-            found += [Placed(name) for name in openstack.hosts_of(arguments.aggregate)]
-        if not found and bus.transport(self.app.options.config_file) is None:
-            found.append(Placed(opts.from_files(self.app.options.config_file)[1].name))
-        sites = {host.site: number for number, host in reversed(list(enumerate(found)))}
-        return sorted(found, key=lambda host: sites[host.site])
-
-    def images(self, arguments: argparse.Namespace) -> list[str]:
-        """Return the ids of the images that the command line names, by id or by name."""
-        if not sources.is_cloud(arguments):
-            return list(arguments.image)
-        return [openstack.image_of(said) for said in arguments.image]
-
-    @contextlib.contextmanager
-    def conductor(
-        self, arguments: argparse.Namespace, images: list[str] | None
-    ) -> Iterator[AggregatePrecacher]:
-        """Yield what reaches the agents: over the message bus, else this very host's own.
-
-        :param images: ids of the images that will be fetched, or None if nothing will be.
-        """
-        from imagecache_lib.precache.precacher import AggregatePrecacher
-
-        database = self.database(arguments)
-        found = bus.transport(self.app.options.config_file)
-        if found is not None:
-            from imagecache_lib.precache import rpc
-
-            files = self.app.options.config_file
-            notify = bus.job_notifier(files, opts.from_files(files)[1].name)
-            waited = getattr(arguments, "timeout", None)
-            hosts = rpc.RpcHostClient(
-                found,
-                topic=arguments.topic,
-                survey_timeout=rpc.SURVEY_TIMEOUT if waited is None else float(waited),
-                mailboxes=bus.mailboxes(files),
-            )
-            yield AggregatePrecacher(database, hosts, observers=[notify])
-            return
-        if images is None:
-            yield AggregatePrecacher(database, InProcessClient({}))
-            return
-        watch = Watch()
-        cache = self.manager(sources.chosen(arguments, images), observers=[watch], progress_shown=False)
-        agent = HostAgent(cache, watch=watch)
-        try:
-            yield AggregatePrecacher(database, InProcessClient({cache.host.name: agent}))
-        finally:
-            agent.stop()
-
-    def follow(
-        self, work: job.Job, conductor: AggregatePrecacher, act: Callable[[threading.Event], job.Job]
-    ) -> tuple[Any, Any]:
-        """Show a job while ``act`` works on it, and return the job as a table."""
-        leave = threading.Event()
-        ended: list[job.Job] = []
-        failed: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                ended.append(act(leave))
-            except BaseException as error:
-                failed.append(error)
-
-        # No KeyboardInterrupt: one that hits Thread.join leaves it believing that the thread has ended.
-        before = {
-            number: signal.signal(number, lambda _number, _frame: leave.set())
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        # Who reads this may interrupt: from here on that leaves the job, and nothing else.
-        images, hosts = values.counted(len(work.image_ids), "image"), values.counted(len(work.hosts), "host")
-        self.note(f"job {work.id}: {images} on {hosts}")
-        running = threading.Thread(target=run, name="imagecache-job")
-        running.start()
-        try:
-            self.show(conductor, work.id, running)
-        finally:
-            running.join()
-            for number, what in before.items():
-                signal.signal(number, what)
-        if failed:
-            raise failed[0]
-        if not ended[0].is_over:
-            self.note(f"left; to go on: imagecache precache resume {work.id}")
-            self.exit_code = base.ATTENTION
-        return self.table(ended[0])
-
-    def show(self, conductor: AggregatePrecacher, job_id: str, running: threading.Thread) -> None:
-        """Show a job as long as a thread runs."""
-        if self.app.options.verbose_level == 0:
-            running.join()
-            return
-        display = JobDisplay(self.app.stderr)
-        with display.alone():
-            while running.is_alive():
-                display.show(conductor.status(job_id))
-                running.join(jobs.REFRESH)
-            display.show(conductor.status(job_id))
-
-
-class Plan(_HostsCommand):
+class Plan(HostsCommand):
     """Ask all hosts what they have, and say what would be fetched. Changes nothing."""
 
     examples = (
@@ -236,7 +87,7 @@ class Plan(_HostsCommand):
         )
 
 
-class Start(_HostsCommand):
+class Start(HostsCommand):
     """Have images on hosts, and watch until they are there. What is left can be resumed."""
 
     examples = (
@@ -325,7 +176,7 @@ class Start(_HostsCommand):
         if age and (pruned := conductor.prune(age)):
             self.note(f"{pruned} old jobs are forgotten: precache_job_age_seconds is {age}")
 
-    def _terms(self, arguments: argparse.Namespace, hosts: Sequence[Placed]) -> job.Terms:
+    def _terms(self, arguments: argparse.Namespace, hosts: Sequence[job_hosts.Placed]) -> job.Terms:
         concurrency = arguments.concurrency
         if concurrency is None:
             concurrency = opts.from_files(self.app.options.config_file)[0].precache_concurrency
@@ -337,11 +188,13 @@ class Start(_HostsCommand):
             pin_until=arguments.pin_until,
             retries=arguments.retries,
             jitter=arguments.jitter,
-            relay=None if not arguments.relay else job.RelayTerms(heads=arguments.heads, sites=_sites(hosts)),
+            relay=None
+            if not arguments.relay
+            else job.RelayTerms(heads=arguments.heads, sites=job_hosts.sites_of(hosts)),
         )
 
 
-class Resume(_HostsCommand):
+class Resume(HostsCommand):
     """Go on with a job that was left, and try again what failed."""
 
     examples = ("precache resume --last",)
@@ -352,12 +205,12 @@ class Resume(_HostsCommand):
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
-        work = self.reader(parsed_args).get(self.job_of(parsed_args))
+        work = self.named_job(parsed_args)
         with self.conductor(parsed_args, list(work.image_ids)) as conductor:
             return self.follow(work, conductor, lambda leave: conductor.resume(work.id, leave=leave))
 
 
-class Cancel(_HostsCommand):
+class Cancel(HostsCommand):
     """Stop a job. Its hosts stop too, and what is not done ends as skipped."""
 
     examples = ("precache cancel --last",)
@@ -371,37 +224,3 @@ class Cancel(_HostsCommand):
         job_id = self.job_of(parsed_args)
         with self.conductor(parsed_args, None) as conductor:
             return self.table(conductor.cancel(job_id))
-
-
-class Placed(NamedTuple):
-    """A host, and the site that it is at; all hosts without one are at one site."""
-
-    name: str
-    site: str = ""
-
-
-def _sites(hosts: Sequence[Placed]) -> tuple[tuple[str, int], ...]:
-    """Return the sites of hosts as :class:`~imagecache_lib.precache.job.RelayTerms` has them."""
-    runs = itertools.groupby(hosts, key=lambda host: host.site)
-    return tuple((site, len(list(run))) for site, run in runs)
-
-
-def _read_hosts(path: str) -> list[Placed]:
-    try:
-        with open(path, encoding="utf-8") as stream:
-            lines = [line.partition("#")[0].strip() for line in stream]
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise errors.ConfigError(
-            f"the list of hosts cannot be read: {why}", path=path, next_step="correct --hosts-file"
-        ) from error
-    return [_placed(line, path) for line in lines if line]
-
-
-def _placed(line: str, path: str) -> Placed:
-    words = line.split()
-    if len(words) > 2:
-        raise errors.ConfigError(
-            f"{line!r} is more than a host and its site", path=path, next_step="correct the file"
-        )
-    return Placed(*words)

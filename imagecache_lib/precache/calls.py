@@ -34,6 +34,7 @@ class Visit:
     :param report: what the host says of the task, or None if it said nothing.
     :param failure: the exception that the call raised, or None if it raised none.
     :param stop: the stop that was asked for, with its reason completed, or None if the host was not to stop.
+    :param untold: why the host could not be told to stop, or None if it could, or was not to be.
     :param agents: which agents answered, in order.
     """
 
@@ -42,6 +43,7 @@ class Visit:
     report: client.TaskReport | None = None
     failure: BaseException | None = None
     stop: Stop | None = None
+    untold: errors.ImageCacheError | None = None
     agents: tuple[client.AgentInfo, ...] = ()
     route: HostRoute | None = None
 
@@ -98,7 +100,7 @@ class Call:
                 self.hosts.cancel(self.host, self.job_id)
         except errors.ImageCacheError as error:
             told = dataclasses.replace(stop, reason=f"{stop.reason}, and the host could not be told: {error}")
-            return Visit(self.host, stop=told)
+            return Visit(self.host, stop=told, untold=error)
         report = None
         # What it did until then is worth knowing; that it does not say so changes nothing.
         with contextlib.suppress(errors.ImageCacheError):

@@ -36,6 +36,10 @@ class HostDown(errors.SourceError):
     """The host does not answer now, but may do so later."""
 
 
+class BusDown(HostDown):
+    """The host cannot be asked, since the message bus does not work now. Nothing is known of the host."""
+
+
 class HostBusy(errors.SourceError):
     """The host cannot take a task now, but will be able to later."""
 
@@ -105,6 +109,19 @@ class Survey:
     free: int
     problems: Mapping[str, str] = dataclasses.field(default_factory=dict)
     agent: AgentInfo | None = dataclasses.field(default=None, compare=False)
+
+    def about(self, image_ids: Sequence[str]) -> Survey:
+        """Return what it says of some images, and that it does not say anything of one where that is so."""
+        present, known = set(self.present), {*self.present, *self.missing, *self.problems}
+        unsaid = dict.fromkeys(
+            (each for each in image_ids if each not in known), "the agent does not mention it"
+        )
+        return dataclasses.replace(
+            self,
+            present=tuple(each for each in image_ids if each in present),
+            missing={each: self.missing[each] for each in image_ids if each in self.missing},
+            problems={each: self.problems[each] for each in image_ids if each in self.problems} | unsaid,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,7 +109,7 @@ class JobDatabase:
                 schema.JOBS.insert(),
                 {
                     "id": job_id,
-                    "aggregate": aggregate,
+                    "aggregate": job.storable(aggregate),
                     "terms": terms.to_json(),
                     "cancelled": 0,
                     "created": now,

@@ -21,8 +21,11 @@ _LONGEST_HOST = 253
 #: agent's memory.
 MOST_IMAGES = 1000
 
-#: Characters of a reason that are kept. MariaDB's TEXT holds four times as many bytes.
-_LONGEST_REASON = 4000
+#: How often a host tries an image again at most.
+MOST_RETRIES = 100
+
+#: Characters of a text for people that are kept. MariaDB's TEXT holds four times as many bytes.
+_LONGEST_TEXT = 4000
 
 #: The largest integer of every database that jobs are kept in.
 LARGEST = 2**63 - 1
@@ -69,17 +72,17 @@ class Cell:
     received: int = 0
     total: int | None = None
 
-    @property
-    def is_storable(self) -> bool:
-        """Whether every database can store the reason unchanged."""
-        return len(self.reason) <= _LONGEST_REASON and self.reason.isprintable()
-
     def storable(self) -> Cell:
-        """Return the cell with a reason that every database can store: short, valid Unicode, without NUL."""
-        if self.is_storable:
-            return self
-        text = self.reason[:_LONGEST_REASON].replace("\0", "\N{REPLACEMENT CHARACTER}")
-        return dataclasses.replace(self, reason=text.encode(errors="replace").decode())
+        """Return the cell with a reason that every database can store."""
+        reason = storable(self.reason)
+        return self if reason is self.reason else dataclasses.replace(self, reason=reason)
+
+
+def storable(text: str) -> str:
+    """Return a text for people as every database can store it: short, valid Unicode, without NUL."""
+    if len(text) <= _LONGEST_TEXT and text.isprintable():
+        return text
+    return text[:_LONGEST_TEXT].replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
 
 
 #: The cell of which nothing is known yet. Shared: a job of 10,000 hosts has 100,000 of them.
@@ -165,9 +168,12 @@ class Terms:
             raise errors.ConfigError(
                 "a concurrency below 1 lets no host work", next_step="give a concurrency of 1 or more"
             )
-        for name in ("host_rate", "total_rate", "retries", "jitter"):
-            if getattr(self, name) < 0:
-                raise errors.ConfigError(f"{name} is negative", next_step="give 0 or more")
+        # Whatever an agent would refuse is refused before there is a job.
+        limits = {"host_rate": LARGEST, "total_rate": LARGEST, "retries": MOST_RETRIES, "jitter": LARGEST}
+        for name, most in {**limits, "deadline": LARGEST, "pin_until": LARGEST}.items():
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= most:
+                raise errors.ConfigError(f"{name} is {value}", next_step=f"give 0 to {most}")
 
     def rate(self, hosts: int) -> int:
         """Return how many bytes per second each host of a job of so many may fetch; 0 for no limit.

@@ -56,9 +56,13 @@ class JobsReader(Protocol):
         ...
 
 
-def unknown_job(job_id: str) -> errors.ConfigError:
+class UnknownJob(errors.ConfigError):
+    """There is no such job."""
+
+
+def unknown_job(job_id: str) -> UnknownJob:
     """Return the error for an id that no job has."""
-    return errors.ConfigError(f"there is no job {job_id}", next_step="list the jobs to see their ids")
+    return UnknownJob(f"there is no job {job_id}", next_step="list the jobs to see their ids")
 
 
 def read_job(query: Query, job_id: str) -> job.Job:

@@ -31,6 +31,9 @@ SILENCE = 60.0
 PATIENCE = 600.0
 BUSY_PATIENCE = 3600.0
 
+#: Seconds for which hosts are told again to stop while the message bus does not work.
+BUS = 30.0
+
 #: Seconds after the deadline in which a host may still say itself how its images ended.
 GRACE = 15.0
 
@@ -46,6 +49,7 @@ class Pauses:
     :param silence: for which a host that was at work and does not answer keeps its slot.
     :param patience: for which a host is down until it is given up, where there is no deadline.
     :param busy: the same for a host that has too many tasks.
+    :param bus: for which hosts are told again to stop while the message bus does not work.
     :param grace: after the deadline, in which a host may still say how its images ended.
     """
 
@@ -56,6 +60,7 @@ class Pauses:
     silence: float = SILENCE
     patience: float = PATIENCE
     busy: float = BUSY_PATIENCE
+    bus: float = BUS
     grace: float = GRACE
 
 

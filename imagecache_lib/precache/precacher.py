@@ -37,6 +37,9 @@ _AT_A_TIME = 128
 #: Seconds between two looks at a job that another conductor runs.
 _WATCH = 1.0
 
+#: Seconds between two tries to tell hosts to stop while the message bus does not work.
+_BUS_PAUSE = 2.0
+
 _CANCELLED = Stop(job.Result.SKIPPED, "the job was cancelled")
 
 
@@ -99,7 +102,7 @@ class AggregatePrecacher:
         job.check(hosts, image_ids)
         surveys: dict[str, client.Survey] = {}
         unreachable: dict[str, str] = {}
-        for name, answer in _asked(hosts, lambda name: self._hosts.survey(name, image_ids)):
+        for name, answer in _asked(hosts, lambda name: self._hosts.survey(name, image_ids).about(image_ids)):
             if isinstance(answer, errors.ImageCacheError):
                 unreachable[name] = str(answer)
             else:
@@ -159,7 +162,7 @@ class AggregatePrecacher:
         work = self._database.get(job_id)
         open_hosts = [name for name in work.hosts if work.pending(name)]
         # The hosts stop at once, even if the conductor that runs the job hangs.
-        told = {name: self._told(name, visit) for name, visit in self._stop_all(job_id, open_hosts)}
+        told = self._tell_to_stop(job_id, open_hosts)
         with self._lease(job_id, threading.Event()) as runner:
             if runner is not None:
                 self._end_open(job_id, runner, told)
@@ -181,7 +184,12 @@ class AggregatePrecacher:
 
     def _run(self, job_id: str, runner: str, leave: model.CancelToken, *, retry: bool) -> job.Job:
         job_rows.require_runnable(self._database.get(job_id))
-        if retry:
+        deadline = self._database.get(job_id).terms.deadline
+        if deadline is not None and self._host.clock() >= deadline:
+            LOG.warning(
+                "The deadline of job %s has passed: nothing is tried, results that are there stay", job_id
+            )
+        elif retry:
             self._database.retry(job_id, runner)
         progress = JobProgress(self._database.get(job_id))
         teller = Teller(self._observers)
@@ -195,6 +203,8 @@ class AggregatePrecacher:
             JobWriter(self._database, progress, runner, host=self._host),
             self._hosts,
             host=self._host,
+            # Taking the lease raised the beat of a job that nobody had run from 0 to 1.
+            again=self._database.lease_of(job_id).beat > 1,
             done=done,
             leave=leave,
             pauses=self._pauses,
@@ -250,6 +260,20 @@ class AggregatePrecacher:
 
     # -- cancelling ----------------------------------------------------------------------------------
 
+    def _tell_to_stop(self, job_id: str, hosts: Sequence[str]) -> Mapping[str, Visit]:
+        """Tell hosts to stop, again while it is the message bus that does not work: it may restart."""
+        began, told, left = self._host.monotonic(), dict[str, Visit](), list(hosts)
+        while left:
+            told.update(self._stop_all(job_id, left))
+            left = [name for name in left if told[name].untold is not None]
+            # What was on its way when the message bus went is lost, too: those hosts seem to be down.
+            failing = next((told[name].untold for name in left if _is_the_bus(told[name])), None)
+            if failing is None or self._host.monotonic() - began >= self._pauses.bus:
+                break
+            LOG.warning("The message bus does not work, to be tried again: %s", failing)
+            self._host.sleep(_BUS_PAUSE)
+        return {name: self._told(name, visit) for name, visit in told.items()}
+
     def _stop_all(self, job_id: str, hosts: Sequence[str]) -> Iterator[tuple[str, Visit]]:
         calls = {name: Call(self._hosts, job_id, name, stop=_CANCELLED) for name in hosts}
         for name, visit in _asked(hosts, lambda name: calls[name].make()):
@@ -275,14 +299,22 @@ class AggregatePrecacher:
         JobWriter(self._database, progress, runner, host=self._host).close()
 
 
+def _is_the_bus(visit: Visit) -> bool:
+    return isinstance(visit.untold, client.BusDown)
+
+
 def _asked(
     hosts: Sequence[str], ask: Callable[[str], Answer]
 ) -> Iterable[tuple[str, Answer | errors.ImageCacheError]]:
     """Ask many hosts at a time, and yield each answer, or the error that stands for it, once it is known."""
-    with concurrent.futures.ThreadPoolExecutor(max(1, min(_AT_A_TIME, len(hosts)))) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(max(1, min(_AT_A_TIME, len(hosts))))
+    try:
         asked = {pool.submit(ask, name): name for name in hosts}
         for answer in concurrent.futures.as_completed(asked):
             try:
                 yield asked[answer], answer.result()
             except errors.ImageCacheError as error:
                 yield asked[answer], error
+    finally:
+        # Whoever is interrupted waits for no host, and asks no more of them.
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping
 from imagecache_lib.precache import client, job
 from imagecache_lib.precache.chains import Chains, HostRoute, culprit
 from imagecache_lib.precache.replan import Replanner
+from imagecache_lib.sources.parents import HOST_NAME
 from imagecache_lib.sources.relay import NOT_THE_IMAGE
 from imagecache_lib.sources.route import ORIGIN, RouteState
 
@@ -112,7 +113,8 @@ class Relaying(Unicast):
 
     def met(self, host: str, who: client.AgentInfo | None) -> None:
         """Take note of the agent that answered for a host; None is one of the first release."""
-        self._relays[host] = who is not None and who.relays
+        # Others are told its name, and make an address of it.
+        self._relays[host] = who is not None and who.relays and HOST_NAME.fullmatch(host) is not None
         self._silent.discard(host)
         if self._relays[host]:
             if host not in self._chains:

@@ -162,7 +162,7 @@ class RpcHostClient(client.HostClient):
             if _is_the_agents(error):
                 raise _failure_of(host, type(error).__name__.removesuffix(_REMOTE)) from error
             # Not only its own exceptions escape oslo.messaging: kombu's, amqp's and the socket's do too.
-            raise client.HostDown(
+            raise client.BusDown(
                 f"host {host} cannot be asked, the message bus fails with {type(error).__name__}",
                 next_step="check the message bus and transport_url",
             ) from error
@@ -172,7 +172,7 @@ class RpcHostClient(client.HostClient):
     ) -> Any:
         """Return what a target answers, or give the call up when the bus takes no message for too long.
 
-        :raises HostDown: the message bus takes no messages.
+        :raises BusDown: the message bus takes no messages.
         """
         answers: list[Any] = []
         failures: list[Exception] = []
@@ -192,7 +192,7 @@ class RpcHostClient(client.HostClient):
         if failures:
             raise failures[0]
         if not answers:
-            raise client.HostDown(
+            raise client.BusDown(
                 f"host {host} cannot be asked, the message bus has taken no message for "
                 f"{timeout + self._publish_seconds:.0f} s",
                 next_step="check the message bus: it may have run out of memory or disk",

@@ -20,7 +20,7 @@ import queue
 from collections.abc import Callable, Mapping
 
 from imagecache_lib import errors, model
-from imagecache_lib.precache import client, job
+from imagecache_lib.precache import answering, client, job
 from imagecache_lib.precache.calls import Call, Stop, Visit
 from imagecache_lib.precache.patience import USUAL, Patience, Pauses
 from imagecache_lib.precache.progress import JobProgress
@@ -33,9 +33,6 @@ LOG = logging.getLogger(__name__)
 
 #: How often an agent may forget its task without finishing an image in between.
 MOST_RESTARTS = 5
-
-#: Seconds by which the clocks of an agent and of the conductor may differ without being worth a word.
-_SKEW = 60.0
 
 #: The most calls at a time. Most of a call is waiting.
 _MOST_CALLS = 128
@@ -53,6 +50,7 @@ class JobRun:
     :param progress: how far the job is; this run alone changes it.
     :param writer: stores the progress.
     :param hosts: reaches the agents.
+    :param again: whether hosts may be at work from an earlier run.
     :param done: called with a host whose images all have a result.
     :param leave: once it is set, the run returns, and the hosts go on by themselves.
     :param pauses: how long to wait for what.
@@ -65,6 +63,7 @@ class JobRun:
         hosts: client.HostClient,
         *,
         host: System,
+        again: bool,
         done: Callable[[str], None],
         leave: model.CancelToken,
         pauses: Pauses = USUAL,
@@ -74,6 +73,7 @@ class JobRun:
         self._writer = writer
         self._hosts = hosts
         self._host = host
+        self._again = again
         self._done = done
         self._leave = leave
         self._arrivals: queue.SimpleQueue[Visit | client.HostReport | None] = queue.SimpleQueue()
@@ -85,7 +85,8 @@ class JobRun:
         pending = [name for name in self._work.hosts if not progress.is_host_over(name)]
         # A chain keeps all its hosts at work: what bounds their downloads is the number of its heads.
         slots = terms.concurrency if terms.relay is None else max(1, len(pending))
-        self._calls = max(1, min(slots, _MOST_CALLS, len(pending)))
+        # Those that have to be told to stop hold no slot.
+        self._calls = max(1, min(_MOST_CALLS, len(pending) if again else slots, len(pending)))
         self._slots = Slots(
             [HostState(name, now + host.random() * terms.jitter) for name in pending],
             slots=slots,
@@ -178,17 +179,22 @@ class JobRun:
             return
         self._stopping = self._writer.cancelled
         for state in self._slots.waiting():
-            if not state.begun:
-                if self._writer.cancelled:
-                    self._end(state, job.Result.SKIPPED, "the job was cancelled")
-                else:
-                    self._end(state, job.Result.SKIPPED, self._why_not_begun(state))
+            if state.begun:
+                continue
+            reason = "the job was cancelled" if self._writer.cancelled else self._why_not_begun(state)
+            if self._again:
+                # It may have what an earlier run asked it for: that is worth a question.
+                state.stop = Stop(job.Result.SKIPPED, reason)
+                self._slots.stop(state, self._host.monotonic())
+            else:
+                self._end(state, job.Result.SKIPPED, reason)
                 self._finished(state)
         if self._stopping:
             self._slots.hurry()
 
     def _why_not_begun(self, state: HostState) -> str:
-        return state.trouble or "the deadline passed before the host could begin"
+        what = "it was done" if self._again else "the host could begin"
+        return state.trouble or f"the deadline passed before {what}"
 
     def _give_up(self, state: HostState) -> Stop | None:
         """End a host that has had its time, or return how to stop it. Returns None to go on with it."""
@@ -196,12 +202,14 @@ class JobRun:
             return state.stop
         now, deadline = self._host.monotonic(), self._work.terms.deadline
         if self._writer.cancelled:
-            if state.begun:
+            if state.begun or self._again:
                 return Stop(job.Result.SKIPPED, "the job was cancelled")
             self._end(state, job.Result.SKIPPED, "the job was cancelled")
         elif now >= self._patience.last_moment(state):
             if state.trouble:
                 self._end(state, job.Result.SKIPPED, state.trouble)
+            elif not state.begun and self._again:
+                return Stop(job.Result.SKIPPED, self._why_not_begun(state))
             elif not state.begun:
                 self._end(state, job.Result.SKIPPED, self._why_not_begun(state))
             else:
@@ -240,20 +248,12 @@ class JobRun:
 
     def _hear(self, told: client.HostReport) -> None:
         """Take note of what an agent reports by itself, if it is new."""
-        state, report, who = self._slots.find(told.host), told.report, told.report.agent
-        if (
-            state is None
-            or who is None
-            or (told.job_id, report.attempt) != (self._work.id, self._work.attempt)
-        ):
+        state, report = self._slots.find(told.host), told.report
+        if state is None or (told.job_id, report.attempt) != (self._work.id, self._work.attempt):
             return
-        number = state.numbers.get(who.instance, 0)
-        # Another instance is one that has ended since, or a second one under the host's name, which calls
-        # find out.
-        if report.number <= number or state.instances[-1:] not in ([], [who.instance]):
+        has_gap = not answering.is_next(state, report)
+        if not answering.is_news(state, report):
             return
-        state.numbers[who.instance] = report.number
-        state.reports = True
         # Why an image was skipped depends on who told the host to stop: that is asked.
         cells = {name: cell for name, cell in report.cells.items() if cell.result is not job.Result.SKIPPED}
         self._keep(state, cells, report)
@@ -264,7 +264,7 @@ class JobRun:
             self._finished(state)
             return
         now = self._host.monotonic()
-        has_gap = report.number > number + 1 or len(cells) < len(report.cells)
+        has_gap = has_gap or len(cells) < len(report.cells)
         self._slots.wake(state, now if has_gap else self._patience.next_look(state, now))
 
     def _record(self, state: HostState, visit: Visit) -> None:
@@ -273,10 +273,14 @@ class JobRun:
         if visit.stop is not None:
             # What the host skipped because it was told to stop ends with the reason for that.
             cells = {name: cell for name, cell in cells.items() if cell.result is not job.Result.SKIPPED}
+        elif not state.begun:
+            # It was only asked whether it relays, and says how an earlier attempt ended: that is tried again.
+            cells = {name: cell for name, cell in cells.items() if cell.result not in job.RETRIED}
         self._keep(state, cells, visit.report)
         if visit.failure is None:
             self._answers(state)
-        self._compare(state, visit.report)
+        state.ask_by = self._patience.ask_by(self._host.monotonic())
+        answering.compare(state, visit.report, listening=self._mailbox is not None)
         if not set(self._progress.pending(state.name)) <= set(visit.report.cells):
             self._forgotten(state)
 
@@ -291,18 +295,6 @@ class JobRun:
         if state.down_since is not None:
             LOG.info("Host %s answers again", state.name)
         state.down_since, state.busy_since, state.failures, state.trouble = None, None, 0, ""
-
-    def _compare(self, state: HostState, report: client.TaskReport) -> None:
-        """Find out from an answer whether the reports that the agent sends by itself arrive."""
-        state.ask_by = self._patience.ask_by(self._host.monotonic())
-        who = report.agent
-        if who is None or not who.reports or self._mailbox is None:
-            state.reports = False
-            return
-        # At the begin of a task there is nothing to be heard yet. Later, what it said and was not heard is
-        # lost, or on its way: it is asked more often until something is heard.
-        state.reports = report.number <= state.numbers.get(who.instance, 0)
-        state.numbers[who.instance] = report.number
 
     def _fail(self, state: HostState, failure: Exception) -> None:
         match failure:
@@ -335,24 +327,12 @@ class JobRun:
             )
 
     def _note_agents(self, state: HostState, visit: Visit) -> None:
-        """Look at which agents answered. One that is back after another is a second, not a restarted one."""
         answered = visit.report is not None or isinstance(visit.failure, client.UnknownTask)
         if visit.stop is None and (visit.agents or answered):
             self._relaying.met(state.name, visit.agents[-1] if visit.agents else None)
-        for who in visit.agents:
-            skew = who.clock - self._host.clock()
-            if abs(skew) > _SKEW and not state.skew_told:
-                state.skew_told = True
-                LOG.warning("The clock of host %s is %+.0f s off the conductor's", state.name, skew)
-            if state.instances[-1:] == [who.instance]:
-                continue
-            if who.instance in state.instances and state.stop is None:
-                self._stop_later(
-                    state,
-                    "two agents answer by the name of this host, instances "
-                    f"{who.instance} and {state.instances[-1]}: stop one of them",
-                )
-            state.instances.append(who.instance)
+        wrong = answering.note(state, visit, self._host.clock())
+        if wrong is not None and state.stop is None:
+            self._stop_later(state, wrong)
 
     def _stop_later(self, state: HostState, reason: str) -> None:
         # Several agents under one name take calls by turns: each must be told.

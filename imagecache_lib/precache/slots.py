@@ -15,6 +15,8 @@ from imagecache_lib.precache.calls import Stop
 class Lane(enum.Enum):
     """Where a host stands in line, in the order in which the lines are served."""
 
+    #: It holds no slot, and is to be told to stop.
+    STOPPING = 0
     #: It holds a slot, and answers.
     AT_WORK = 1
     #: It holds a slot, and has stopped answering.
@@ -116,6 +118,10 @@ class Slots:
         lines = self._lines[Lane.WAITING] + self._lines[Lane.PUT_OFF]
         return [state for _moment, number, state in lines if state.entry == number]
 
+    def stop(self, state: HostState, moment: float) -> None:
+        """Plan a call on a host that holds no slot, and needs none, since it is only told to stop."""
+        self._push(state, Lane.STOPPING, moment)
+
     def hurry(self) -> None:
         """Let every host be due now, without a slot if need be."""
         self._hurry = True
@@ -158,7 +164,7 @@ class Slots:
         """Plan the next call on a host that turned out to be there, anew, whether it holds a slot or not."""
         if state.lane is Lane.PUT_OFF:
             self._push(state, Lane.WAITING, moment)
-        elif state.lane is not Lane.WAITING:
+        elif state.lane not in (Lane.WAITING, Lane.STOPPING):
             self.keep(state, moment)
 
     def remove(self, state: HostState) -> None:
@@ -181,7 +187,7 @@ class Slots:
     def _is_open(self, lane: Lane) -> bool:
         if lane in _SLOW and self._slow_calls >= max(1, self._most_calls // 2):
             return False
-        return lane in (Lane.AT_WORK, Lane.SILENT) or self._free_slots > 0 or self._hurry
+        return lane in (Lane.STOPPING, Lane.AT_WORK, Lane.SILENT) or self._free_slots > 0 or self._hurry
 
     def _tidy(self, line: list[tuple[float, int, HostState]]) -> bool:
         """Drop what is no longer so from the front of a line. Returns whether anything is left."""

@@ -116,6 +116,8 @@ class Task:
         if again:
             self.asked, self._moments = asked, moments
             self._retries.clear()
+            if self.route is not None:
+                self.route.acquit()
             # One that was not cancelled is what a fetch under way looks at: the next cancellation, or the
             # agent's end, must reach that fetch whichever attempt began it.
             if self.cancelled.is_set():

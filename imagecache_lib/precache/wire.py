@@ -57,7 +57,6 @@ _KINDS: dict[str, type[errors.ImageCacheError]] = {
     )
 }
 
-_MOST_RETRIES = 100
 _LONGEST_ID = 128
 
 #: Raise the minor number for what an older side may ignore, the major for what it must not.
@@ -109,7 +108,7 @@ def to_task(found: Any) -> client.HostTask:
         rate=_integer(fields.get("rate", 0), "rate"),
         deadline=_moment(fields.get("deadline"), "deadline"),
         pin_until=_moment(fields.get("pin_until"), "pin_until"),
-        retries=_integer(fields.get("retries", 0), "retries", most=_MOST_RETRIES),
+        retries=_integer(fields.get("retries", 0), "retries", most=job.MOST_RETRIES),
         deadline_in=_moment(fields.get("deadline_in"), "deadline_in"),
         pin_for=_moment(fields.get("pin_for"), "pin_for"),
         report_to=_mailbox(fields.get("report_to")),

@@ -93,6 +93,11 @@ class Route:
         with self._changed:
             self._state = dataclasses.replace(self._state, mismatched=True)
 
+    def acquit(self) -> None:
+        """Take back all that was told of wrong bytes: the images are fetched anew."""
+        with self._changed:
+            self._state = dataclasses.replace(self._state, wrong=(), mismatched=False)
+
     def forgive(self, hosts: Collection[str]) -> None:
         """Take back that hosts sent wrong bytes."""
         with self._changed:

@@ -354,7 +354,7 @@ class Spools:
 
     def pieces_of_base(self, image_id: str) -> Pieces | None:
         """Return the hashes that are kept beside the base of an image, or None if there are none."""
-        with contextlib.suppress(errors.CacheEntryError):
+        with contextlib.suppress(errors.CacheEntryError, errors.ImageRejected):
             record = self._cache.evidence_of(layout.base_name(image_id))
             return None if record is None else self._cache.pieces_of(record)
         return None

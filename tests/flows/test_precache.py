@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import tempfile
 import threading
@@ -156,7 +157,20 @@ class RequestTest(unittest.TestCase):
         self.assertEqual(1, job.Terms(concurrency=200, total_rate=100).rate(200))
 
     def test_terms_that_make_no_sense_are_refused(self) -> None:
-        for wrong in ({"concurrency": 0}, {"host_rate": -1}, {"retries": -1}, {"jitter": -0.1}):
+        for wrong in (
+            {"concurrency": 0},
+            {"host_rate": -1},
+            {"host_rate": 2**63},
+            {"total_rate": 2**63},
+            {"retries": -1},
+            {"retries": job.MOST_RETRIES + 1},
+            {"jitter": -0.1},
+            {"jitter": math.nan},
+            {"jitter": math.inf},
+            {"deadline": -1.0},
+            {"deadline": math.nan},
+            {"pin_until": math.inf},
+        ):
             with self.subTest(**wrong), self.assertRaises(errors.ConfigError):
                 job.Terms(**wrong)
 
@@ -221,6 +235,17 @@ class DatabaseTest(JobCase):
 
     def keep(self, made: job.Job, runner: str, *cells: job.Cell) -> None:
         self.database.keep(made.id, runner, [Change(0, image, cell) for image, cell in enumerate(cells)])
+
+    def test_what_the_hosts_are_called_may_be_anything(self) -> None:
+        for aggregate in ("", "\N{GRINNING FACE}", "a\0b", os.fsdecode(b"\xff"), "x" * 100_000):
+            with self.subTest(aggregate=aggregate[:20]):
+                work = self.database.add(aggregate, ["one"], ["image"], job.Terms(), now=1.0)
+                self.assertIn((work.id, work.aggregate), self.listed())
+                if aggregate.isprintable() and len(aggregate) < 1000:
+                    self.assertEqual(aggregate, work.aggregate)
+
+    def listed(self) -> set[tuple[str, str]]:
+        return {(each.id, each.aggregate) for each in self.database.summaries()}
 
     def test_a_result_stays(self) -> None:
         made = self.start("one")
@@ -326,6 +351,36 @@ class RunTest(JobCase):
                 self.assertTrue(all(self.reasons(ended, "two")))
                 self.assertIn("two", "".join(logged.output))
                 self.assertIn("two", [each.host for each in self.told if each.kind == "progress"])
+
+    def test_a_plan_says_what_an_agent_does_not_mention_and_nothing_of_other_images(self) -> None:
+        told = client.Survey(("image-b", "other"), {"other-too": 7}, 100, {"foreign": "no"})
+        self.hosts.survey = lambda host, image_ids: told  # type: ignore[method-assign]
+        plan = self.precacher().plan(["one"], self.IMAGES)
+        self.assertEqual(
+            client.Survey(("image-b",), {}, 100, plan.surveys["one"].problems), plan.surveys["one"]
+        )
+        self.assertEqual(["image-a"], list(plan.surveys["one"].problems))
+        self.assertEqual(0, plan.bytes_to_fetch)
+
+    def test_a_plan_that_is_interrupted_waits_for_no_host_and_asks_no_more(self) -> None:
+        self.hosts = FakeHosts([f"host-{number}" for number in range(400)])
+        go_on, asked = threading.Event(), []
+
+        def before(name: str) -> None:
+            asked.append(name)
+            if name != "host-0":
+                go_on.wait()
+
+        for name, fake in self.hosts.hosts.items():
+            fake.before = lambda _call, name=name: before(name)  # type: ignore[misc]
+        self.addCleanup(go_on.set)
+
+        def interrupt(_host: str, _answer: object) -> None:
+            raise Crash
+
+        with self.assertRaises(Crash):
+            self.precacher().plan(list(self.hosts.hosts), self.IMAGES, learned=interrupt)
+        self.assertLess(len(asked), 200)
 
     def test_a_plan_asks_all_and_changes_nothing(self) -> None:
         self.hosts.hosts["one"].here.add("image-a")

@@ -252,6 +252,68 @@ class TwoConductorsTest(JobCase):
         self.assertLess(its.now - 1000, lease.SECONDS)
 
 
+class LateTest(JobCase):
+    """A job of which an earlier conductor began much, and nobody has heard how that went on."""
+
+    def left(self, **terms: float) -> job.Job:
+        """Return a job that was left at work, and whose hosts have gone on since."""
+        work = self.start("one", "two", concurrency=2, **terms)
+        leave = threading.Event()
+        failed = job.Cell(ERROR, "two digests differ")
+        one, two = (self.hosts.hosts[name] for name in ("one", "two"))
+        two.fails = dict.fromkeys(self.IMAGES, failed)
+
+        def before(call: str) -> None:
+            one.idle = bool(one.fetched)
+            if call == "poll" and one.idle and self.results(self.database.get(work.id), "two") == [ERROR] * 2:
+                leave.set()
+
+        one.before = before
+        self.precacher().run(work.id, leave=leave)
+        self.assertEqual([CACHED, None], self.results(self.database.get(work.id), "one"))
+        one.before = lambda _call: None
+        one.cells["image-b"] = job.Cell(CACHED, "", 10, 10)
+        return work
+
+    def test_a_resume_after_the_deadline_learns_what_hosts_did_and_takes_no_result_back(self) -> None:
+        work = self.left(deadline=5000.0)
+        self.time.now = 6000.0
+        with self.assertLogs("imagecache_lib.precache", "WARNING") as logged:
+            ended = self.precacher().resume(work.id)
+        self.assertIn("deadline of job", logged.output[0])
+        self.assertEqual([CACHED, CACHED], self.results(ended, "one"))
+        self.assertEqual({"two digests differ"}, self.reasons(ended, "two"))
+        self.assertEqual([1, 1], [len(self.hosts.hosts[name].begun) for name in ("one", "two")])
+
+    def test_what_a_host_did_not_do_by_then_is_skipped(self) -> None:
+        work = self.left(deadline=5000.0)
+        self.hosts.hosts["one"].cells["image-b"] = job.Cell(None, "", 5, 10)
+        self.time.now = 6000.0
+        ended = self.precacher().resume(work.id)
+        self.assertEqual([CACHED, SKIPPED], self.results(ended, "one"))
+        self.assertIn("the deadline passed before it was done", str(self.reasons(ended, "one")))
+        self.assertEqual([work.id], self.hosts.hosts["one"].cancelled)
+
+    def test_one_that_does_not_answer_by_then_is_skipped(self) -> None:
+        work = self.left(deadline=5000.0)
+
+        def before(_call: str) -> None:
+            raise client.HostDown("no answer")
+
+        self.hosts.hosts["one"].before = before
+        self.time.now = 6000.0
+        ended = self.precacher().resume(work.id)
+        self.assertEqual([CACHED, SKIPPED], self.results(ended, "one"))
+        self.assertIn("no answer", str(self.reasons(ended, "one")))
+
+    def test_a_job_that_was_cancelled_meanwhile_ends_with_what_hosts_did(self) -> None:
+        work = self.left()
+        self.database.cancel(work.id)
+        ended = self.precacher().run(work.id)
+        self.assertEqual([CACHED, CACHED], self.results(ended, "one"))
+        self.assertEqual([ERROR, ERROR], self.results(ended, "two"))
+
+
 class CancelTest(JobCase):
     def test_what_is_open_ends_when_no_conductor_runs_the_job(self) -> None:
         work = self.start("one", "two", "three")
@@ -280,6 +342,46 @@ class CancelTest(JobCase):
         ended = self.precacher().cancel(work.id)
         self.assertEqual([SKIPPED] * 2, self.results(ended, "one"))
         self.assertGreaterEqual(self.time.now - 1000, lease.SECONDS)
+
+    def test_a_message_bus_that_restarts_meanwhile_keeps_no_host_from_being_told(self) -> None:
+        work = self.start("one", "two")
+        calls: list[str] = []
+
+        def before(call: str) -> None:
+            calls.append(call)
+            if call == "cancel" and self.time.now < 1015:
+                raise client.BusDown("the message bus fails")
+
+        self.hosts.hosts["one"].before = before
+        with self.assertLogs("imagecache_lib.precache", "WARNING") as logged:
+            ended = self.precacher().cancel(work.id)
+        self.assertIn("message bus", logged.output[0])
+        self.assertEqual([[work.id]] * 2, [self.hosts.hosts[name].cancelled for name in ("one", "two")])
+        self.assertEqual({"the job was cancelled"}, self.reasons(ended, "one"))
+
+    def test_a_message_bus_that_does_not_come_back_holds_a_cancellation_up_for_half_a_minute(self) -> None:
+        work = self.start("one")
+
+        def before(_call: str) -> None:
+            raise client.BusDown("the message bus fails")
+
+        self.hosts.hosts["one"].before = before
+        with self.assertLogs("imagecache_lib.precache", "WARNING"):
+            ended = self.precacher().cancel(work.id)
+        self.assertEqual([SKIPPED, SKIPPED], self.results(ended, "one"))
+        self.assertIn("could not be told", str(self.reasons(ended, "one")))
+        self.assertLess(self.time.now, 1000 + 40)
+
+    def test_cancelled_twice_resumed_and_resumed_again_it_does_what_is_left_alone(self) -> None:
+        work = self.start("one", "two")
+        once = self.precacher().cancel(work.id)
+        again = self.precacher().cancel(work.id)
+        self.assertEqual((4, once.cells), (once.count()[SKIPPED], again.cells))
+        resumed = self.precacher().resume(work.id)
+        self.assertEqual((4, False), (resumed.count()[CACHED], resumed.cancelled))
+        over = self.precacher().resume(work.id)
+        self.assertEqual(resumed.cells, over.cells)
+        self.assertEqual([1, 1], [len(self.hosts.hosts[name].begun) for name in ("one", "two")])
 
     def test_a_job_that_is_over_stays_as_it_is(self) -> None:
         ended = self.run_job()

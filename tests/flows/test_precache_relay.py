@@ -16,6 +16,7 @@ from imagecache_lib.precache.database import JobDatabase
 from imagecache_lib.precache.in_process import InProcessClient
 from imagecache_lib.precache.passing_on import KEPT_SECONDS, PassingOn
 from imagecache_lib.precache.precacher import AggregatePrecacher
+from imagecache_lib.precache.tasks import Moments, Task
 from imagecache_lib.precache.watch import Watch
 from imagecache_lib.sources.relay import NOT_THE_IMAGE
 from imagecache_lib.sources.route import RouteState
@@ -95,6 +96,16 @@ class RoutesTest(JobCase):
             [route is not None and route.origin for name in south for route in self.routes(name)],
         )
 
+    def test_sites_of_one_host_and_more_heads_than_hosts_have_no_chains(self) -> None:
+        for relay in (
+            job.RelayTerms(heads=1, sites=tuple((name, 1) for name in NAMES)),
+            job.RelayTerms(heads=1000),
+        ):
+            with self.subTest(relay=relay):
+                self.setUp()
+                self.assertEqual(10, self.run_relay(relay).count()[CACHED])
+                self.assertEqual({HostRoute((), True)}, {self.routes(name)[0] for name in NAMES})
+
     def test_what_is_kept_is_released_at_the_end(self) -> None:
         self.run_relay()
         self.assertEqual(sorted(NAMES), sorted(self.hosts.released))
@@ -119,6 +130,43 @@ class RoutesTest(JobCase):
         self.assertEqual({None}, {route for name in NAMES[:4] for route in self.routes(name)})
         self.assertEqual([HostRoute((), True)], self.routes("five"))
         self.assertLessEqual(most[0], 2)
+
+    def test_a_host_whose_name_can_be_no_part_of_an_address_asks_the_image_service(self) -> None:
+        odd = "rack 7/\N{SNOWMAN}"
+        self.hosts = RelayingHosts(["one", odd, "two", "three"])
+        ended = self.run_job(relay=job.RelayTerms(heads=1))
+        self.assertEqual(8, ended.count()[CACHED])
+        self.assertIsNone(self.hosts.hosts[odd].begun[0].relay)
+        for name in ("one", "two", "three"):
+            for task in self.hosts.hosts[name].begun:
+                self.assertNotIn(odd, () if task.relay is None else task.relay.parents)
+
+    def test_a_resume_tries_again_what_failed_although_the_agents_still_know_how(self) -> None:
+        fake = self.hosts.hosts["three"]
+        fake.fails = dict.fromkeys(self.IMAGES, job.Cell(ERROR, "no room"))
+        work = self.run_relay()
+        self.assertEqual([ERROR, ERROR], self.results(work, "three"))
+        begin, fake.fails = fake.begin, {}
+
+        def begin_anew(task: client.HostTask) -> None:
+            if task.attempt:
+                fake.cells.clear()
+            begin(task)
+
+        fake.begin = begin_anew  # type: ignore[method-assign]
+        resumed = self.precacher().resume(work.id)
+        self.assertEqual([CACHED, CACHED], self.results(resumed, "three"))
+
+    def test_the_next_attempt_blames_no_host_for_what_it_sent_in_the_one_before(self) -> None:
+        asked = client.HostTask("job", self.IMAGES, relay=HostRoute(("one",)))
+        task = Task(asked, Moments())
+        assert task.route is not None
+        task.route.blame("one")
+        task.route.mismatched()
+        task.extend(dataclasses.replace(asked, relay=HostRoute(("two",))), Moments())
+        self.assertEqual((("one",), True), (task.route.state.wrong, task.route.state.mismatched))
+        task.extend(dataclasses.replace(asked, attempt=1), Moments())
+        self.assertEqual(RouteState(), task.route.state)
 
     def test_a_host_that_comes_late_goes_to_the_end(self) -> None:
         late = self.hosts.hosts["one"]

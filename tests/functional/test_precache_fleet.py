@@ -152,14 +152,25 @@ def test_a_conductor_that_is_killed_repeats_no_download(
 def test_the_message_bus_restarts_meanwhile(
     fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit, link: relay_lab.Relay
 ) -> None:
-    images = make_images(glance, MIB, 4 * MIB)
+    *images, slow = make_images(glance, MIB, 4 * MIB, 30 * MIB)
+    # So slow that it cannot end before it is cancelled, however busy the machine is.
+    left = fleet.start(["gamma"], [slow], "--rate", "256K")
+    fleet.wait_for(lambda: fleet.in_flight("gamma") != [])
+    left.kill()
+    left.wait()
+    to_cancel = fleet.job_id()
     with half_done(fleet, link, ["alpha", "beta"], images) as (running, hold):
         rabbit.stop()
+        cancelling = fleet.impatient("cancel", to_cancel)
+        fleet.wait_for(lambda: "The message bus does not work" in fleet.said())
         beginning = fleet.impatient("start", "120", images[0], "gamma")
         hold.let_go()
         fleet.wait_for(lambda: fleet.has("alpha", images[1]) and fleet.has("beta", images[1]))
         fleet.wait_for(lambda: "Host gamma does not answer" in fleet.said())
         rabbit.start()
+        cancelled = fleet.finish(cancelling, code=10)
+        assert cancelled["gamma", slow]["reason"] == "the job was cancelled"
+        fleet.wait_for(lambda: not fleet.has("gamma", slow) and fleet.has("gamma", images[0]))
         rows = [row for each in (running, beginning) for row in fleet.finish(each).values()]
     assert [row["result"] for row in rows] == ["cached"] * 5
     assert [len(glance.downloads(image)) for image in images] == [3, 2]

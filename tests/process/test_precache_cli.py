@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -12,15 +13,23 @@ import signal
 import subprocess
 import threading
 import time
+import types
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 
 import imagecache_lib as ic
 from imagecache_lib import model
 from imagecache_lib.cli import agent
+from imagecache_lib.cli.base import Unknown
 from imagecache_lib.cli.job_display import JobDisplay
+from imagecache_lib.cli.jobs import Status
+from imagecache_lib.cli.precache import Start
 from imagecache_lib.precache import job
+from imagecache_lib.precache.database import Change, JobDatabase
+from imagecache_lib.precache.job_rows import JobDatabaseError
+from imagecache_lib.precache.precacher import AggregatePrecacher
 from imagecache_lib.testing.sources import FakeSource
 from tests.process.test_cli import IMAGE, Cli
 
@@ -78,13 +87,17 @@ def test_a_host_that_nobody_reaches_is_skipped(cli: JobsCli) -> None:
 def test_requests_that_make_no_sense(cli: JobsCli, tmp_path: pathlib.Path) -> None:
     assert "twice" in cli.run(*cli.start("--host", "a", "--host", "a"), code=7).stderr
     assert "list of hosts" in cli.run(*cli.start("--hosts-file", str(tmp_path / "none")), code=7).stderr
+    (tmp_path / "empty").write_text("# nobody\n\n")
+    assert "names none" in cli.run(*cli.start("--hosts-file", str(tmp_path / "empty")), code=7).stderr
+    assert "retries is 101" in cli.run(*cli.start("--retries", "101"), code=7).stderr
     assert "no job" in cli.run("precache", "status", "nonsense", code=3).stderr
     assert "message bus" in cli.run("agent", code=7).stderr
 
 
 def test_hosts_come_from_a_file_too(cli: JobsCli, tmp_path: pathlib.Path) -> None:
     listed = tmp_path / "hosts"
-    listed.write_text("# the racks\nnode-1\n\nnode-2  # the odd one\n")
+    # Written by an editor that begins every file with a mark.
+    listed.write_text("node-1\n\nnode-2  # the odd one\n", encoding="utf-8-sig")
     found = cli.json("precache", "plan", IMAGE, "--file", str(cli.data), "--hosts-file", str(listed), code=10)
     assert [row["host"] for row in found] == ["node-1", "node-2"]
 
@@ -112,6 +125,35 @@ def test_a_job_is_watched_until_it_is_over(cli: JobsCli) -> None:
     assert running.wait(300) == 0
 
 
+def _app() -> Any:
+    return types.SimpleNamespace(stderr=io.StringIO(), options=types.SimpleNamespace(verbose_level=1))
+
+
+def test_a_job_that_is_forgotten_while_it_is_watched_is_unknown(tmp_path: pathlib.Path) -> None:
+    options = argparse.Namespace(jobs=str(tmp_path / "jobs.sqlite"))
+    database = JobDatabase(options.jobs)
+    work = database.add("racks", ["one"], [IMAGE], job.Terms(), now=1.0)
+    command = Status(_app(), None)
+    assert command.read_job(work.id, options) == work
+    assert database.take_lease(work.id, "runner", database.lease_of(work.id))
+    database.keep(work.id, "runner", [Change(0, 0, job.Cell(job.Result.CACHED))])
+    database.release_lease(work.id, "runner")
+    assert database.prune(2.0) == 1
+    with pytest.raises(Unknown, match=work.id):
+        command.read_job(work.id, options)
+
+
+def test_a_job_is_done_although_it_cannot_be_looked_at_meanwhile() -> None:
+    class Conductor(AggregatePrecacher):
+        def status(self, job_id: str) -> job.Job:
+            raise JobDatabaseError("the job database failed")
+
+    conductor = Conductor.__new__(Conductor)
+    running = threading.Thread(target=lambda: None)
+    running.start()
+    Start(_app(), None).show(conductor, "job", running)
+
+
 def test_a_deadline_that_is_past_makes_no_job(cli: JobsCli) -> None:
     for option in ("--deadline", "--pin-until"):
         assert "is past" in cli.run(*cli.start(option, "2020-01-01T00:00"), code=2).stderr
@@ -128,6 +170,8 @@ def test_hosts_of_a_site_are_in_a_row(cli: JobsCli, tmp_path: pathlib.Path) -> N
     listed.write_text("node-1 north\nnode-2\tsouth # far away\nnode-3   north\nnode-4\n")
     found = cli.json("precache", "plan", IMAGE, "--file", str(cli.data), "--hosts-file", str(listed), code=10)
     assert [row["host"] for row in found] == ["node-1", "node-3", "node-2", "node-4"]
+    listed.write_text("node-1 north\nnode-1 south\n")
+    assert "host twice: node-1" in cli.run(*cli.start("--hosts-file", str(listed)), code=7).stderr
     listed.write_text("node-1 north pole\n")
     assert "site" in cli.run(*cli.start("--hosts-file", str(listed)), code=7).stderr
     assert "head" in cli.run(*cli.start("--host", "a", "--relay", "--heads", "0"), code=7).stderr
