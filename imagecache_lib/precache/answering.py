@@ -55,14 +55,14 @@ def compare(state: HostState, report: client.TaskReport, *, listening: bool) -> 
     state.numbers[who.instance] = report.number
 
 
-def note(state: HostState, visit: Visit, clock: float) -> str | None:
+def note(state: HostState, visit: Visit, clock: float) -> tuple[str, str] | None:
     """Take note of which agents answered. One that is back after another is a second, not a restarted one.
 
-    Returns what is wrong with that, or None if nothing is.
+    Returns the instances of two agents that answer for the host at the same time, or None if there is one.
 
     :param clock: the conductor's, in epoch seconds.
     """
-    wrong = None
+    both = None
     for who in visit.agents:
         skew = who.clock - clock
         if abs(skew) > _SKEW and not state.skew_told:
@@ -70,10 +70,7 @@ def note(state: HostState, visit: Visit, clock: float) -> str | None:
             LOG.warning("The clock of host %s is %+.0f s off the conductor's", state.name, skew)
         if state.instances[-1:] == [who.instance]:
             continue
-        if wrong is None and who.instance in state.instances:
-            wrong = (
-                "two agents answer by the name of this host, instances "
-                f"{who.instance} and {state.instances[-1]}: stop one of them"
-            )
+        if both is None and who.instance in state.instances:
+            both = (who.instance, state.instances[-1])
         state.instances.append(who.instance)
-    return wrong
+    return both
