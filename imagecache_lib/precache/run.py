@@ -330,9 +330,9 @@ class JobRun:
         answered = visit.report is not None or isinstance(visit.failure, client.UnknownTask)
         if visit.stop is None and (visit.agents or answered):
             self._relaying.met(state.name, visit.agents[-1] if visit.agents else None)
-        wrong = answering.note(state, visit, self._host.clock())
-        if wrong is not None and state.stop is None:
-            self._stop_later(state, wrong)
+        stop = answering.note(state, visit, self._host.clock())
+        if stop is not None and state.stop is None:
+            self._stop_later(state, stop.reason)
 
     def _stop_later(self, state: HostState, reason: str) -> None:
         # Several agents under one name take calls by turns: each must be told.
