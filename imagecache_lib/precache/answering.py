@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 
-from imagecache_lib.precache import client
-from imagecache_lib.precache.calls import Visit
+from imagecache_lib.precache import client, job
+from imagecache_lib.precache.calls import Stop, Visit
 from imagecache_lib.precache.slots import HostState
 
 LOG = logging.getLogger(__name__)
@@ -55,14 +55,14 @@ def compare(state: HostState, report: client.TaskReport, *, listening: bool) -> 
     state.numbers[who.instance] = report.number
 
 
-def note(state: HostState, visit: Visit, clock: float) -> tuple[str, str] | None:
+def note(state: HostState, visit: Visit, clock: float) -> Stop | None:
     """Take note of which agents answered. One that is back after another is a second, not a restarted one.
 
-    Returns the instances of two agents that answer for the host at the same time, or None if there is one.
+    Returns how the host ends if several agents have its name, or None to go on with it.
 
     :param clock: the conductor's, in epoch seconds.
     """
-    both = None
+    found = None
     for who in visit.agents:
         skew = who.clock - clock
         if abs(skew) > _SKEW and not state.skew_told:
@@ -70,7 +70,11 @@ def note(state: HostState, visit: Visit, clock: float) -> tuple[str, str] | None
             LOG.warning("The clock of host %s is %+.0f s off the conductor's", state.name, skew)
         if state.instances[-1:] == [who.instance]:
             continue
-        if both is None and who.instance in state.instances:
-            both = (who.instance, state.instances[-1])
+        if found is None and who.instance in state.instances:
+            reason = (
+                "two agents answer by the name of this host, instances "
+                f"{who.instance} and {state.instances[-1]}: stop one of them"
+            )
+            found = Stop(job.Result.ERROR, reason)
         state.instances.append(who.instance)
-    return both
+    return found

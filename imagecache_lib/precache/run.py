@@ -330,13 +330,9 @@ class JobRun:
         answered = visit.report is not None or isinstance(visit.failure, client.UnknownTask)
         if visit.stop is None and (visit.agents or answered):
             self._relaying.met(state.name, visit.agents[-1] if visit.agents else None)
-        both = answering.note(state, visit, self._host.clock())
-        if both is not None and state.stop is None:
-            one, other = both
-            self._stop_later(
-                state,
-                f"two agents answer by the name of this host, instances {one} and {other}: stop one of them",
-            )
+        stop = answering.note(state, visit, self._host.clock())
+        if stop is not None and state.stop is None:
+            self._stop_later(state, stop.reason)
 
     def _stop_later(self, state: HostState, reason: str) -> None:
         # Several agents under one name take calls by turns: each must be told.

@@ -227,8 +227,8 @@ class RpcTest(unittest.TestCase):
             (TypeError("no such argument"), errors.BackendError),
             (type("KeyError_Remote", (KeyError,), {})("x"), errors.BackendError),
             (remote("of the agent"), errors.BackendError),
-            (ConnectionResetError("gone"), client.HostDown),
-            (oslo_messaging.MessageDeliveryFailure("gone"), client.HostDown),
+            (ConnectionResetError("gone"), client.BusDown),
+            (oslo_messaging.MessageDeliveryFailure("gone"), client.BusDown),
             (oslo_messaging.MessagingTimeout("late"), client.HostDown),
         ):
             ours = rpc.RpcHostClient(self.transport)
@@ -242,7 +242,7 @@ class RpcTest(unittest.TestCase):
         self.addCleanup(stuck.set)
         ours = rpc.RpcHostClient(self.transport, timeout=0.1, publish_seconds=0.1)
         ours._client = StuckClient(stuck)
-        with self.assertRaisesRegex(client.HostDown, "taken no message"):
+        with self.assertRaisesRegex(client.BusDown, "taken no message"):
             ours.poll("one", "a1")
 
     def test_an_agent_of_the_first_release_gets_what_it_understands(self) -> None:
