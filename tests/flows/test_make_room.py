@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pathlib
 import unittest
 
 import imagecache_lib as ic
@@ -19,7 +21,7 @@ from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep import policy
 from imagecache_lib.upkeep.inventory import Entry
 from imagecache_lib.upkeep.references import References
-from tests.support.cache_case import ID, CacheCase, raw_image
+from tests.support.cache_case import ID, MIB, CacheCase, raw_image
 
 NOW = 1_000_000.0
 HUGE = 2**60
@@ -75,7 +77,12 @@ class TestReserving(CacheCase):
         Reservation(self.stage, self.cache, evictor, Waiter(self.cache.host)).raise_to(needed)
 
     def test_what_is_short_is_asked_for_until_nothing_more_is_freed(self) -> None:
-        evictor = Freeing([1, 1, 0, 1])
+        # So much that what else is written on the filesystem meanwhile is little beside it.
+        ballast = [self.directory / "one", self.directory / "another"]
+        for path in ballast:
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, 128 * MIB)
+        evictor = Freeing(ballast)
         with self.assertRaises(errors.NoSpaceError):
             self.reserve(HUGE, evictor)
         self.assertEqual(3, len(evictor.asked))
@@ -99,15 +106,20 @@ class TestReserving(CacheCase):
 
 
 class Freeing(NoEvictor):
-    """An evictor that frees what it is told, and notes what it was asked for."""
+    """An evictor that removes one file each time, and notes what it was asked for."""
 
-    def __init__(self, frees: list[int]) -> None:
+    def __init__(self, files: list[pathlib.Path]) -> None:
         self.asked: list[int] = []
-        self._frees = frees
+        self._files = files
 
     def make_room(self, wanted: int) -> int:
         self.asked.append(wanted)
-        return self._frees.pop(0)
+        if not self._files:
+            return 0
+        path = self._files.pop()
+        freed = path.stat().st_blocks * 512
+        path.unlink()
+        return freed
 
 
 class TestReport(CacheCase):

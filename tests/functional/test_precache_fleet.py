@@ -113,7 +113,7 @@ def test_every_host_gets_every_image(fleet: Fleet, glance: glance_lab.Glance) ->
 
 def test_a_host_that_was_down_is_served_when_it_is_back(fleet: Fleet, glance: glance_lab.Glance) -> None:
     (image,) = make_images(glance, 2 * MIB)
-    running = fleet.impatient("start", "120", image, "alpha", "late")
+    running = fleet.impatient("start", "600", image, "alpha", "late")
     fleet.wait_for(lambda: fleet.has("alpha", image) and "Host late does not answer" in fleet.said())
     fleet.start_agent("late")
     ended = fleet.finish(running)
@@ -163,7 +163,7 @@ def test_the_message_bus_restarts_meanwhile(
         rabbit.stop()
         cancelling = fleet.impatient("cancel", to_cancel)
         fleet.wait_for(lambda: "The message bus does not work" in fleet.said())
-        beginning = fleet.impatient("start", "120", images[0], "gamma")
+        beginning = fleet.impatient("start", "600", images[0], "gamma")
         hold.let_go()
         fleet.wait_for(lambda: fleet.has("alpha", images[1]) and fleet.has("beta", images[1]))
         fleet.wait_for(lambda: "Host gamma does not answer" in fleet.said())
@@ -189,7 +189,7 @@ def test_an_agent_that_the_message_bus_alone_does_not_reach_goes_on_fetching(
         fleet.launch_agent(name, bus=bus.port)
     fleet.wait_until_ready("island", "sunk")
     with link.held_after(MIB) as hold:
-        running = fleet.impatient("start", "120", image, "island", "sunk")
+        running = fleet.impatient("start", "600", image, "island", "sunk")
         fleet.wait_for(lambda: hold.count == 2)
         bus.sever()
         fleet.wait_for(lambda: "Host island does not answer" in fleet.said())
@@ -286,7 +286,7 @@ def test_a_job_that_was_cancelled_while_its_host_was_down_fetches_nothing_later(
     image, other = make_images(glance, 4 * MIB, MIB)
     fleet.start_agent("asleep")
     fleet.kill_agent("asleep")  # its queue stays, and takes calls
-    running = fleet.impatient("start", "120", image, "asleep")
+    running = fleet.impatient("start", "600", image, "asleep")
     fleet.wait_for(lambda: "Host asleep does not answer" in fleet.said())
     fleet.finish(fleet.impatient("cancel", fleet.job_id()), code=10)
     assert fleet.finish(running, code=10)["asleep", image]["result"] == "skipped"
