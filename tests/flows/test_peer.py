@@ -163,7 +163,7 @@ class ServerTest(PeerCase):
         headers = {"Authorization": f"Bearer {TOKEN}"}
         with requests.Session() as session:
             for _time in range(2):
-                found = session.head(f"{self.url}{path_of(ID)}/data", headers=headers, timeout=10)
+                found = session.head(f"{self.url}{path_of(ID)}/data", headers=headers, timeout=60)
                 self.assertEqual(
                     (200, str(len(raw_image()))), (found.status_code, found.headers["Content-Length"])
                 )

@@ -341,7 +341,7 @@ class TestServer(RelayCase):
         assert host.server is not None
         given = {"Authorization": f"Bearer {TOKEN}", **headers}
         url = f"http://{host.name}:{host.server.port}{path}"
-        return requests.request(method, url, headers=given, timeout=10)
+        return requests.request(method, url, headers=given, timeout=60)
 
     def test_only_who_has_the_token_is_served(self) -> None:
         (host,) = self.hosts(1, FakeSource({ID: DATA}))

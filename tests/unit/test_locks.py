@@ -399,7 +399,7 @@ class TestWaiting(LockCase):
         begun = time.monotonic()
         with self.take(), self.take(stall_timeout=0.1, host=host) as got:
             self.assertFalse(got)
-        self.assertLess(time.monotonic() - begun, 10)
+        self.assertLess(time.monotonic() - begun, 60)
 
     def test_a_wait_whose_reason_is_gone_ends(self) -> None:
         with self.take():

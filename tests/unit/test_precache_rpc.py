@@ -133,7 +133,7 @@ class RpcTest(unittest.TestCase):
         server.start()
         self.addCleanup(server.stop)
         self.transport = transport
-        self.client = rpc.RpcHostClient(transport, timeout=5.0)
+        self.client = rpc.RpcHostClient(transport, timeout=60.0)
 
     def test_what_is_said_arrives(self) -> None:
         self.assertEqual(SURVEY, self.client.survey("one", ["image-a"]))
@@ -180,7 +180,7 @@ class RpcTest(unittest.TestCase):
         server.start()
         self.addCleanup(server.stop)
         task = dataclasses.replace(TASK, deadline_in=5.0, report_to="0" * 32, relay=HostRoute(("node-1",)))
-        ours = rpc.RpcHostClient(transport, timeout=5.0)
+        ours = rpc.RpcHostClient(transport, timeout=60.0)
         ours.begin("second", task)
         self.assertEqual(5.0, second.tasks[0]["deadline_in"])
         self.assertNotIn("report_to", second.tasks[0])
@@ -216,10 +216,10 @@ class RpcTest(unittest.TestCase):
     def test_a_call_that_the_agent_does_not_understand_is_its_failure_and_not_the_buses(self) -> None:
         class Later(rpc.RpcHostClient):
             def poll(self, host: str, job_id: str) -> client.TaskReport:
-                return self._call(host, "poll", 5.0, job_id=job_id, more=1)  # type: ignore[no-any-return]
+                return self._call(host, "poll", 60.0, job_id=job_id, more=1)  # type: ignore[no-any-return]
 
         with self.assertRaisesRegex(errors.BackendError, "agent of host one failed with TypeError"):
-            Later(self.transport, timeout=5.0).poll("one", "a1")
+            Later(self.transport, timeout=60.0).poll("one", "a1")
 
     def test_exceptions_of_an_agent_and_of_the_bus_are_told_apart(self) -> None:
         remote = type("TimeoutError_Remote", (TimeoutError,), {})
@@ -257,7 +257,7 @@ class RpcTest(unittest.TestCase):
         )
         server.start()
         self.addCleanup(server.stop)
-        ours = rpc.RpcHostClient(transport, timeout=5.0)
+        ours = rpc.RpcHostClient(transport, timeout=60.0)
         task = dataclasses.replace(TASK, deadline_in=5.0, pin_for=9.0)
         self.assertIsNone(ours.begin("old", task))
         self.assertEqual([wire.from_task(TASK, version="1.0")], old.tasks)
@@ -266,7 +266,7 @@ class RpcTest(unittest.TestCase):
 
     def test_a_conductor_of_the_first_release_understands_the_answers(self) -> None:
         plain = oslo_messaging.get_rpc_client(
-            self.transport, oslo_messaging.Target(topic=rpc.TOPIC, version="1.0", server="one"), timeout=5
+            self.transport, oslo_messaging.Target(topic=rpc.TOPIC, version="1.0", server="one"), timeout=60
         )
         answer = plain.call({}, "begin", task=wire.from_task(TASK, version="1.0"))
         self.assertEqual((None, "error" in answer), (answer["result"], False))
@@ -281,7 +281,7 @@ class RpcTest(unittest.TestCase):
 
     def test_nobody_says_where_to_fetch_from_or_what_to_write(self) -> None:
         plain = oslo_messaging.get_rpc_client(
-            self.transport, oslo_messaging.Target(topic=rpc.TOPIC, version="1.0", server="one"), timeout=5
+            self.transport, oslo_messaging.Target(topic=rpc.TOPIC, version="1.0", server="one"), timeout=60
         )
         for extra in ("source", "path", "url", "fallbacks"):
             answer = plain.call({}, "begin", task={**wire.from_task(TASK), extra: "http://evil/"})
