@@ -126,7 +126,7 @@ def test_a_host_that_is_lost_is_skipped_and_the_others_are_served(
     (image,) = make_images(glance, 2 * MIB)
     fleet.start_agent("lost")
     with link.held_after(MIB) as hold:
-        running = fleet.impatient("start", "6", image, "alpha", "lost")
+        running = fleet.impatient("start", "12", image, "alpha", "lost")
         fleet.wait_for(lambda: hold.count == 2)
         fleet.kill_agent("lost")
     ended = fleet.finish(running, code=10)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from tests.support import needs
 
 
-def boot(command: Sequence[str], *, seconds: float = 60.0) -> str:
+def boot(command: Sequence[str], *, seconds: float = 240.0) -> str:
     """Run QEMU until the guest resets or powers off, and return what it printed on the serial console.
 
     :param command: QEMU's command line, with ``-no-reboot`` and ``-serial stdio``.

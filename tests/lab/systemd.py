@@ -48,7 +48,7 @@ exec env -i PATH="$PATH" container=other "$@"
 """
 
 
-def run_unit(name: str, units: Mapping[str, str], *, home: pathlib.Path, seconds: float = 120) -> str:
+def run_unit(name: str, units: Mapping[str, str], *, home: pathlib.Path, seconds: float = 300) -> str:
     """Run a unit of ``Type=oneshot`` to its end, and return what it said.
 
     :param units: their texts by name. The named one is wanted; drop-ins are ``NAME.d/FILE.conf``.
