@@ -97,7 +97,7 @@ class RelayHost:
         )
         self.spools = self.manager.spools()
         url = f"{'https' if cafile else 'http'}://{{host}}:{port}"
-        self.parents = Parents(url, token=TOKEN, verify=cafile or True, timeout=(60.0, 5.0))
+        self.parents = Parents(url, token=TOKEN, verify=cafile or True, timeout=(60.0, 3.0))
         self.server: PeerServer | None = PeerServer(
             self.manager, (self.name, port), token=TOKEN, spools=self.spools, tls=tls
         )
