@@ -127,9 +127,11 @@ class Spool:
         with self._changed:
             self._cuts += 1
             self._lowest_cut = offset if self._cuts == 1 else min(self._lowest_cut, offset)
-            self._have = min(self._have, offset)
-            self._hasher.cut(self._have // PIECE)
-            self._suppliers = [each for each in self._suppliers if each[0] < self._have]
+            # Behind the end there is nothing: the piece that is coming goes on.
+            if offset < self._have:
+                self._have = offset
+                self._hasher.cut(offset // PIECE)
+                self._suppliers = [each for each in self._suppliers if each[0] < offset]
             self._changed.notify_all()
 
     def fail(self, error: errors.ImageCacheError | None) -> None:

@@ -8,7 +8,7 @@ import random
 import tempfile
 import unittest
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from imagecache_lib import model
@@ -53,6 +53,7 @@ class TestSpool(unittest.TestCase):
 
     @settings(max_examples=60)
     @given(STEPS)
+    @example([("append", 1), ("cut", 1), ("append", PIECE)])
     def test_what_is_read_is_what_came_and_a_wrong_piece_is_found(self, steps: list[tuple[str, int]]) -> None:
         spool, sent = self.spool(), bytearray()
         with spool.reading() as reader:
