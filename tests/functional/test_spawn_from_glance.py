@@ -107,7 +107,7 @@ def spawn(instances: pathlib.Path, url: str, image_id: str, number: int, start: 
     backend = ("qcow2", "raw")[number % 2]
     manager = manager_for(instances, url, backend=backend)
     disk = target(instances, f"process-{number}")
-    start.wait(60)
+    start.wait(300)
     manager.create_disk(image_id, disk, size=SIZE)
 
 
@@ -131,13 +131,13 @@ def test_processes_and_threads_that_want_one_cold_image_at_once_download_it_once
         disks[number] = manager.create_disk(image_id, target(instances, f"thread-{number}"), size=SIZE)
 
     threads = [threading.Thread(target=create, args=(number,)) for number in range(MANY)]
-    start.wait(60)
+    start.wait(300)
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(300)
     for child in children:
-        child.join(120)
+        child.join(300)
     assert [child.exitcode for child in children] == [0] * MANY
     assert len(disks) == MANY
     assert len(glance.downloads(image_id)) == 1
