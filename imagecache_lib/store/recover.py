@@ -14,6 +14,7 @@ from imagecache_lib import errors, events
 from imagecache_lib.store import disk_roots, history, layout, pins, publish, stage, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import atomic_file, durable, locks
+from imagecache_lib.system.descriptor import Descriptor
 
 LOG = logging.getLogger(__name__)
 
@@ -259,9 +260,6 @@ def _unlink_silly(path: str, directory: str, cache: CacheStore, now: float) -> N
     dated = path if directory == cache.layout.stages else directory
     if now - os.stat(dated, follow_symlinks=False).st_mtime < cache.config.foreign_stage_idle_seconds:
         return
-    fd = os.open(path, _OPEN | os.O_RDONLY)
-    try:
+    with Descriptor(path, _OPEN | os.O_RDONLY) as fd:
         if not (cache.host.locking and locks.is_locked(fd)):
             os.unlink(path)
-    finally:
-        os.close(fd)

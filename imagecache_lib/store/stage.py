@@ -21,6 +21,7 @@ from imagecache_lib.store import checksums, directory, evidence, layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.pieces import Pieces
 from imagecache_lib.system import durable, locks, sparse
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import Waiter
@@ -374,10 +375,8 @@ def fetcher(cache: CacheStore, name: str) -> Fetcher | None:
 def _may_be_alive(cache: CacheStore, stage_id: str) -> bool:
     """Whether a process owns a stage file, as far as locks tell."""
     try:
-        fd = os.open(cache.layout.stage(stage_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = Descriptor(cache.layout.stage(stage_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
-    try:
+    with file as fd:
         return not cache.host.locking or locks.has_owner(fd) is not False
-    finally:
-        os.close(fd)
