@@ -122,18 +122,18 @@ def sweep_if_dead(
     """
     own = locks.try_own
     try:
-        fd = os.open(path, _OPEN | os.O_RDWR)
+        held = locks.HeldDescriptor(path, _OPEN | os.O_RDWR)
     except PermissionError:
         # It got its final name too before its owner died, and libvirt gave that file to QEMU's user. A lock
         # cannot be taken through a descriptor for reading; but whether a process holds one can be asked.
         own = _is_free
         try:
-            fd = os.open(path, _OPEN | os.O_RDONLY)
+            held = locks.HeldDescriptor(path, _OPEN | os.O_RDONLY)
         except OSError:
             return False
     except OSError:
         return False
-    held = locks.HeldDescriptor(fd)
+    fd = held.fd
     try:
         found = os.fstat(fd)
         if now - found.st_mtime < cache.config.stage_idle_seconds:

@@ -156,13 +156,12 @@ class Stage:
         self.content = sparse.SparseFile(self.fd, self.checksums, self.writeback)
 
     def _make(self) -> locks.OwnerLock:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with translated(self.path):
             try:
-                fd = os.open(self.path, flags, 0o600)
+                held = locks.HeldDescriptor(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             except FileNotFoundError as error:
                 raise StageGone from error
-            return locks.OwnerLock(fd, self._cache.host)
+            return locks.OwnerLock(held, self._cache.host)
 
     @property
     def fd(self) -> int:

@@ -113,9 +113,9 @@ class UnfinishedFile:
                 # Without a note a crash leaves a file that no pass finds: that is no reason to make none.
                 with contextlib.suppress(OSError):
                     durable.write_file(self._note, os.fsencode(self.path))
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             try:
-                self._owner = locks.OwnerLock(os.open(self.path, flags, 0o600), system)
+                self._owner = locks.OwnerLock(locks.HeldDescriptor(self.path, flags), system)
             except BaseException:
                 self._forget_note()
                 raise
