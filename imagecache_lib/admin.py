@@ -287,7 +287,7 @@ class CacheAdmin:
         from imagecache_lib.diagnostics import audit
 
         with translated(self.config.base_path):
-            return audit.examine(self._cache, None if instances is None else tuple(instances))
+            return audit.examine(self._cache, None if instances is None else model.reported(instances))
 
     def get_disk_usage(self) -> int:
         """Return the bytes the cache has allocated on the instances filesystem, stage and trash included.

@@ -24,6 +24,7 @@ from imagecache_lib.spawn.reuse import grown
 from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.system.host import System
+from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import EitherToken, Waiter
 
 #: How often a disk that is used again is tried to be grown on a base that another process evicts meanwhile.
@@ -146,7 +147,8 @@ class DiskAdmin(CacheAdmin):
         opened = self._cache.open_base(base)
         if opened is None:
             return False
-        with contextlib.closing(opened):
+        with contextlib.closing(opened), translated(self._cache.layout.hosts):
+            self._cache.ensure_member()
             self._cache.touch(opened)
         return True
 

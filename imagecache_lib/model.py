@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from imagecache_lib import errors
 
@@ -221,6 +221,25 @@ def _several(uuid: object, field: str, values: Any) -> tuple[Any, ...]:
     raise errors.ConfigError(
         f"{field} of instance {uuid} is {values!r}, and must be a tuple",
         next_step="correct the driver: a tuple of one value ends in a comma",
+    )
+
+
+def reported(instances: Iterable[Instance]) -> tuple[Instance, ...]:
+    """Return a driver's report as a tuple.
+
+    :raises ConfigError: it is no report: text, or anything else than instances.
+    """
+    found: tuple[object, ...]
+    try:
+        found = tuple(instances)
+    except TypeError:
+        found = (instances,)
+    wrong = [each for each in found if not isinstance(each, Instance)]
+    if not wrong:
+        return cast("tuple[Instance, ...]", found)
+    raise errors.ConfigError(
+        f"the report of instances holds {wrong[0]!r:.100}, which is no instance",
+        next_step="correct the driver: report instances, or None if it cannot tell which there are",
     )
 
 

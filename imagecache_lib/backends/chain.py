@@ -26,6 +26,7 @@ from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import attributes
 from imagecache_lib.system.bounded import Bounded
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.translate import translated
 
 #: As much of a disk as a qcow2 header that any tool writes.
@@ -174,16 +175,13 @@ class ChainReader:
                 "rebase it with an explicit backing format",
             )
         try:
-            with translated(below):
-                # Only the directory's own file of that name, whatever a link there may lead to.
-                fd = os.open(below, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-                try:
-                    if not stat.S_ISREG(os.fstat(fd).st_mode):
-                        raise _names_no_base(top, target, self._cache)
-                    data = os.pread(fd, HEADER_BYTES, 0)
-                    marked = attributes.read(fd, disk_info.FORMAT_MARK)
-                finally:
-                    os.close(fd)
+            # Only the directory's own file of that name, whatever a link there may lead to.
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+            with translated(below), Descriptor(below, flags) as fd:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise _names_no_base(top, target, self._cache)
+                data = os.pread(fd, HEADER_BYTES, 0)
+                marked = attributes.read(fd, disk_info.FORMAT_MARK)
             header = qcow2_header.parse(data)
         except (NotQcow2, HeaderError) as error:
             raise _names_no_base(top, target, self._cache) from error

@@ -25,7 +25,8 @@ from imagecache_lib.nova import disk_info
 from imagecache_lib.nova.disk_info import FORMAT_MARK
 from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.directory import CacheStore
-from imagecache_lib.system import atomic_file, attributes
+from imagecache_lib.system import atomic_file, attributes, names
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import Waiter
@@ -166,14 +167,10 @@ class FileBackend(StorageBackend):
 
     def _read(self, target: str) -> tuple[model.Disk, Header | None]:
         """Return what a disk is, and its header if it is qcow2."""
-        with translated(target):
-            fd = _open_disk(target)
-            try:
-                size = os.fstat(fd).st_size
-                data = os.pread(fd, HEADER_BYTES, 0)
-                marked = attributes.read(fd, FORMAT_MARK)
-            finally:
-                os.close(fd)
+        with translated(target), _open_disk(target) as fd:
+            size = os.fstat(fd).st_size
+            data = os.pread(fd, HEADER_BYTES, 0)
+            marked = attributes.read(fd, FORMAT_MARK)
         # The file's own mark cannot be lost apart from it, nor be another disk's.
         format = marked or self._format(target, data)
         if format == "raw":
@@ -223,20 +220,16 @@ class FileBackend(StorageBackend):
     def ensure_durable(self, target: str) -> bool:
         # Its name may be durable where the file that pins its format is not. The disk itself is marked.
         self._formats.complete(target)
-        with translated(target):
-            fd = _open_disk(target)
-            try:
-                mark = attributes.read(fd, UNSYNCED_MARK)
-                if mark is None:
-                    return True
-                boot, _, made = mark.partition(" ")
-                if boot == self._host.boot_id:
-                    os.fsync(fd)
-                    attributes.remove(fd, UNSYNCED_MARK)
-                    return True
-                return made.isdecimal() and os.fstat(fd).st_mtime - int(made) >= _WRITTEN_BACK
-            finally:
-                os.close(fd)
+        with translated(target), _open_disk(target) as fd:
+            mark = attributes.read(fd, UNSYNCED_MARK)
+            if mark is None:
+                return True
+            boot, _, made = mark.partition(" ")
+            if boot == self._host.boot_id:
+                os.fsync(fd)
+                attributes.remove(fd, UNSYNCED_MARK)
+                return True
+            return made.isdecimal() and os.fstat(fd).st_mtime - int(made) >= _WRITTEN_BACK
 
     def resize(self, disk: model.Disk, size: int) -> model.Disk:
         current, header = self._read(disk.target)
@@ -252,18 +245,15 @@ class FileBackend(StorageBackend):
             )
         if size > current.virtual_size:
             if current.format == "raw":
-                with translated(disk.target):
-                    fd = _open_disk(disk.target, os.O_RDWR)
-                    try:
-                        self._grow_raw(fd, size, disk.target)
-                    finally:
-                        os.close(fd)
+                with translated(disk.target), _open_disk(disk.target, os.O_RDWR) as fd:
+                    self._grow_raw(fd, size, disk.target)
                 self._let_filesystem_grow(disk.target)
             else:
                 self._qemu_img.resize(self._chain(disk.target, current.format, header), size)
         return model.Disk(disk.target, current.format, max(size, current.virtual_size), current.base)
 
     def remove(self, disk: model.Disk) -> None:
+        names.require_path(disk.target)
         with translated(disk.target):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(disk.target)
@@ -317,12 +307,10 @@ class _PendingFile(PendingDisk):
         return self._disk
 
 
-def _open_disk(path: str, flags: int = os.O_RDONLY) -> int:
-    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            return fd
-        raise errors.BackendError("the disk is no regular file", path=path)
-    except BaseException:
-        os.close(fd)
-        raise
+def _open_disk(path: str, flags: int = os.O_RDONLY) -> Descriptor:
+    names.require_path(path)
+    disk = Descriptor(path, flags | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(disk.fd).st_mode):
+        return disk
+    disk.close()
+    raise errors.BackendError("the disk is no regular file", path=path)

@@ -159,6 +159,8 @@ def name_of(cache: CacheStore, reference: str) -> str:
 
     :raises ImageRejected: neither is possible.
     """
+    if not isinstance(reference, str):
+        return layout.base_name(reference)  # which refuses it
     # What Nova has in flight is no base, though it has a name of its own.
     known = layout.classify(reference) not in (layout.Kind.UNKNOWN, layout.Kind.FOREIGN_STAGE)
     if known and os.path.lexists(cache.layout.base(reference)):

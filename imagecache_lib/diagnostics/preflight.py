@@ -25,6 +25,7 @@ from imagecache_lib.store import directory as store
 from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable, locks
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.host import System
 from imagecache_lib.upkeep import inventory
 
@@ -353,13 +354,11 @@ def _filesystem(cache: CacheStore) -> Iterator[Finding]:
     """Try what the cache needs of the filesystem, on two descriptors of a file that has no name any more."""
     directory = _there(cache)
     probe = os.path.join(directory, f"clock.{durable.new_id()}")  # a crash's is swept like the cache's own
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_RDWR | os.O_NOFOLLOW
     with contextlib.ExitStack() as stack:
-        first = os.open(probe, flags | os.O_CREAT | os.O_EXCL, 0o600)
-        stack.callback(os.close, first)
+        first = stack.enter_context(Descriptor(probe, flags | os.O_CREAT | os.O_EXCL, 0o600))
         try:
-            second = os.open(probe, flags)
-            stack.callback(os.close, second)
+            second = stack.enter_context(Descriptor(probe, flags))
             skew = os.fstat(first).st_mtime - cache.host.clock()
             attributes = store.write_id(first, "probe")
         finally:

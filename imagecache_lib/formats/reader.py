@@ -8,6 +8,7 @@ import stat
 from typing import Protocol, Self
 
 from imagecache_lib import errors
+from imagecache_lib.system.descriptor import Descriptor
 
 
 class NeedMore(Exception):
@@ -58,11 +59,16 @@ class Prefix:
 class OpenFile:
     """A whole image in a file.
 
-    :param fd: open for reading. :meth:`close` closes it.
+    :param file: a descriptor that is open for reading and that its owner closes, or one that :meth:`close`
+        closes.
     """
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, file: int | Descriptor) -> None:
+        self._file = file
+
+    @property
+    def _fd(self) -> int:
+        return self._file if isinstance(self._file, int) else self._file.fd
 
     @classmethod
     def at(cls, path: str) -> Self:
@@ -72,11 +78,11 @@ class OpenFile:
         :raises OSError: the file cannot be opened.
         """
         # A FIFO in the disk's place must not make this process wait for a writer.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
+        file = Descriptor(path, os.O_RDONLY | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(file.fd).st_mode):
+            file.close()
             raise errors.BackendError("it is no regular file", path=path)
-        return cls(fd)
+        return cls(file)
 
     @property
     def size(self) -> int | None:
@@ -87,4 +93,5 @@ class OpenFile:
         return os.pread(self._fd, length, offset) if offset < 2**62 else b""
 
     def close(self) -> None:
-        os.close(self._fd)
+        if isinstance(self._file, Descriptor):
+            self._file.close()

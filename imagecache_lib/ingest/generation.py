@@ -29,6 +29,9 @@ LABEL = "ephemeral0"
 MIB = 2**20
 GIB = 2**30
 
+#: No file is longer, in bytes.
+_LONGEST = 2**63 - 1
+
 #: Of all shared ones. A guest never sees two: those with another label, and those made in place, get a
 #: random one.
 _UUID = "d3b5a6f4-5f0c-4a53-9a63-1f6b1c1f7a10"
@@ -186,7 +189,7 @@ def swap(size_mb: int, *, share: bool) -> Generation:
     :param share: the backend's disks refer to bases.
     :raises BackendError: a size that cannot be.
     """
-    _require_size(size_mb, "MiB")
+    _require_size(size_mb, "MiB", MIB)
     name = layout.swap_name(size_mb)
     return Generation(name, size_mb * MIB, "swap", shared=share, publishable=share)
 
@@ -205,8 +208,10 @@ def ephemeral(
     :param share: the backend's disks refer to bases.
     :raises BackendError: a size or a filesystem that cannot be.
     """
-    _require_size(size_gb, "GiB")
+    _require_size(size_gb, "GiB", GIB)
     label = label or LABEL
+    if "\0" in label or not _is_encodable(label):
+        raise errors.BackendError(f"{label!r} can label no filesystem", next_step="use plain text")
     name = ephemeral_name(size_gb, os_type, config)
     kind = filesystem(os_type, fs, config)
     if kind is None:
@@ -273,6 +278,17 @@ def _command(os_type: str | None, config: CacheConfig) -> str | None:
     return commands.get(os_type or "default", commands.get("default"))
 
 
-def _require_size(size: int, unit: str) -> None:
-    if size < 1:
-        raise errors.BackendError(f"a disk cannot have {size} {unit}", next_step="ask for 1 or more")
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _require_size(size: int, unit: str, unit_bytes: int) -> None:
+    if type(size) is not int or not 1 <= size <= _LONGEST // unit_bytes:
+        raise errors.BackendError(
+            f"a disk cannot have {size!r} {unit}",
+            next_step=f"ask for a whole number from 1 to {_LONGEST // unit_bytes}",
+        )

@@ -172,6 +172,9 @@ class Leases:
         while True:
             with self._locked(request, shared=True), contextlib.ExitStack() as held:
                 system.trace(TracePoint.LEASE_SHARED)
+                # First: from then on no other host unlinks what is found, if an operator forgot this one.
+                with translated(self._cache.layout.hosts):
+                    self._cache.ensure_member()
                 found = lookup.look(self._cache, request)
                 if not isinstance(found, Fit):
                     return found

@@ -20,6 +20,7 @@ from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import evidence, layout, membership, pieces
 from imagecache_lib.system import attributes, durable, names
 from imagecache_lib.system.bounded import Bounded
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.host import System
 
 LOG = logging.getLogger(__name__)
@@ -59,16 +60,21 @@ class OpenBase:
 
     :param name: its name in the cache.
     :param path: its absolute path.
-    :param fd: open for reading.
+    :param file: open for reading. It is closed, and a lease on it ends, with the last reference to this.
     :param stat: of the descriptor.
     :param cache: the cache in which it has its name, or None for a file in the trash.
     """
 
     name: str
     path: str
-    fd: int
+    file: Descriptor
     stat: os.stat_result
     cache: CacheStore | None = None
+
+    @property
+    def fd(self) -> int:
+        """The descriptor's number, or -1 once it is closed."""
+        return self.file.fd
 
     def is_current(self) -> bool:
         """Return whether the name still means this very file, also where another host may have taken it.
@@ -104,7 +110,7 @@ class OpenBase:
         return not names.is_listed(directory, name, self.stat.st_ino, known=known)
 
     def close(self) -> None:
-        os.close(self.fd)
+        self.file.close()
 
 
 class CacheStore:
@@ -283,7 +289,7 @@ class CacheStore:
         """
         path = self.layout.base(name)
         try:
-            fd = os.open(path, _READ)
+            file = Descriptor(path, _READ)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -295,14 +301,14 @@ class CacheStore:
                 next_step="check its owner and mode",
             ) from error
         try:
-            found = os.fstat(fd)
+            found = os.fstat(file.fd)
         except BaseException:
-            os.close(fd)
+            file.close()
             raise
         if not stat.S_ISREG(found.st_mode):
-            os.close(fd)
+            file.close()
             raise _odd_entry(path, "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file")
-        return OpenBase(name, path, fd, found, self)
+        return OpenBase(name, path, file, found, self)
 
     def record_of(self, base: OpenBase) -> evidence.Record | None:
         """Return the evidence that was written for this very file, or None if there is none.

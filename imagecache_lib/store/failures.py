@@ -17,6 +17,7 @@ import os
 from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable
+from imagecache_lib.system.descriptor import Descriptor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Awaited:
         elif failure is not None and failure.id != self._known:
             self._ended.add(failure.id)
         with contextlib.suppress(OSError):  # a sweep may have taken it for a crash's
-            os.close(os.open(self._mark, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            Descriptor(self._mark, os.O_WRONLY | os.O_CREAT, 0o600).close()
 
     def end(self, cache: CacheStore, name: str) -> None:
         """Note that the request waits no longer."""

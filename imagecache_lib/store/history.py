@@ -25,6 +25,7 @@ from imagecache_lib import dates, events
 from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable
+from imagecache_lib.system.descriptor import Descriptor
 
 LOG = logging.getLogger(__name__)
 
@@ -126,17 +127,15 @@ def _why(event: events.Event) -> str:
 
 def _append(cache: CacheStore, line: bytes) -> None:
     path = cache.layout.history(cache.host_id)
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        fd = os.open(path, flags, 0o600)
+        file = Descriptor(path, flags, 0o600)
     except FileNotFoundError:
         os.mkdir(cache.layout.histories, layout.PRIVATE_DIR_MODE)
-        fd = os.open(path, flags, 0o600)
-    try:
+        file = Descriptor(path, flags, 0o600)
+    with file as fd:
         os.write(fd, b"\n" + line + b"\n")
         size = os.fstat(fd).st_size
-    finally:
-        os.close(fd)
     if size >= _FILE_BYTES:
         # Of two processes that find it grown, the second may rename a file that was begun a moment ago.
         os.rename(path, f"{path}.{durable.new_id()}{_OLD}")

@@ -83,7 +83,7 @@ class Hosts:
             f"no host with the id {host_id!r} is registered", next_step="list the hosts to see the ids"
         )
         # An id is a name in one directory, and nothing that leads elsewhere.
-        if host_id not in self.all():
+        if not isinstance(host_id, str) or host_id not in self.all():
             raise unknown
         if host_id == self.id:
             self.register()

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from imagecache_lib import errors
 from imagecache_lib.store import layout
 from imagecache_lib.system import durable
+from imagecache_lib.system.descriptor import Descriptor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def ensure(where: layout.Layout, own_id: str, name: str) -> None:
     path = where.host(own_id)
     try:
         # A network filesystem's client may answer a stat(2) from what it knew; an open(2) asks the server.
-        os.close(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+        Descriptor(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK).close()
     except FileNotFoundError:
         durable.write_file(path, HostFile(own_id, name).to_json())
     except OSError:

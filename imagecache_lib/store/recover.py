@@ -14,6 +14,7 @@ from imagecache_lib import errors, events
 from imagecache_lib.store import disk_roots, history, layout, pins, publish, stage, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import atomic_file, durable, locks
+from imagecache_lib.system.descriptor import Descriptor
 
 LOG = logging.getLogger(__name__)
 
@@ -121,18 +122,18 @@ def sweep_if_dead(
     """
     own = locks.try_own
     try:
-        fd = os.open(path, _OPEN | os.O_RDWR)
+        held = locks.HeldDescriptor(path, _OPEN | os.O_RDWR)
     except PermissionError:
         # It got its final name too before its owner died, and libvirt gave that file to QEMU's user. A lock
         # cannot be taken through a descriptor for reading; but whether a process holds one can be asked.
         own = _is_free
         try:
-            fd = os.open(path, _OPEN | os.O_RDONLY)
+            held = locks.HeldDescriptor(path, _OPEN | os.O_RDONLY)
         except OSError:
             return False
     except OSError:
         return False
-    held = locks.HeldDescriptor(fd)
+    fd = held.fd
     try:
         found = os.fstat(fd)
         if now - found.st_mtime < cache.config.stage_idle_seconds:
@@ -259,9 +260,6 @@ def _unlink_silly(path: str, directory: str, cache: CacheStore, now: float) -> N
     dated = path if directory == cache.layout.stages else directory
     if now - os.stat(dated, follow_symlinks=False).st_mtime < cache.config.foreign_stage_idle_seconds:
         return
-    fd = os.open(path, _OPEN | os.O_RDONLY)
-    try:
+    with Descriptor(path, _OPEN | os.O_RDONLY) as fd:
         if not (cache.host.locking and locks.is_locked(fd)):
             os.unlink(path)
-    finally:
-        os.close(fd)

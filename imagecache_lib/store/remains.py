@@ -88,24 +88,24 @@ def _take_over(cache: CacheStore, stage_id: str, note: StageInfo) -> Remains | N
     """Own a stage file whose owner is dead. Returns None if its owner lives, or it is gone or empty."""
     path = cache.layout.stage(stage_id)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        held = locks.HeldDescriptor(path, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
         return None
     owner = None
     try:
         # On a filesystem without locks the answer is neither yes nor no.
-        if locks.has_owner(fd) is False and locks.try_own(fd):
-            seen = os.fstat(fd)
+        if locks.has_owner(held.fd) is False and locks.try_own(held.fd):
+            seen = os.fstat(held.fd)
             # It may have been swept meanwhile, or be a base already whose record is still to be written.
             if seen.st_size and seen.st_nlink == 1 and os.path.samestat(os.stat(path), seen):
                 # What it lacked is no longer coming: who takes it over reserves for that.
                 freed = StageInfo(note.name, origin=note.origin, source=note.source)
                 durable.write_file(cache.layout.stage_record(stage_id), freed.to_json(), sync=False)
-                owner = locks.OwnerLock(fd, cache.host)
+                owner = locks.OwnerLock(held, cache.host)
                 return Remains(cache, stage_id, owner)
     except OSError:
         return None
     finally:
         if owner is None:
-            os.close(fd)
+            held.close()
     return None

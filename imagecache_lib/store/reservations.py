@@ -16,6 +16,7 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.evictor import Evictor
 from imagecache_lib.store.stage import Stage
 from imagecache_lib.system import locks
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import Waiter
@@ -56,17 +57,15 @@ def _living(cache: CacheStore) -> list[int]:
 def _owed(cache: CacheStore, stage_id: str, reserved: int) -> int | None:
     """Return the bytes that a stage has reserved and not yet allocated, or None if its owner is dead."""
     try:
-        fd = os.open(cache.layout.stage(stage_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        stage = Descriptor(cache.layout.stage(stage_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
-    try:
+    with stage as fd:
         found = os.fstat(fd)
         alive = locks.has_owner(fd) if cache.host.locking else None
         if alive is None:
             # Its owner has no working locks either, and only time tells that it is dead.
             alive = cache.host.clock() - found.st_mtime < cache.config.stage_idle_seconds
-    finally:
-        os.close(fd)
     return max(0, reserved - found.st_blocks * 512) if alive else None
 
 

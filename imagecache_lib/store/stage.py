@@ -21,6 +21,7 @@ from imagecache_lib.store import checksums, directory, evidence, layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.pieces import Pieces
 from imagecache_lib.system import durable, locks, sparse
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import Waiter
@@ -155,13 +156,12 @@ class Stage:
         self.content = sparse.SparseFile(self.fd, self.checksums, self.writeback)
 
     def _make(self) -> locks.OwnerLock:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with translated(self.path):
             try:
-                fd = os.open(self.path, flags, 0o600)
+                held = locks.HeldDescriptor(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             except FileNotFoundError as error:
                 raise StageGone from error
-            return locks.OwnerLock(fd, self._cache.host)
+            return locks.OwnerLock(held, self._cache.host)
 
     @property
     def fd(self) -> int:
@@ -374,10 +374,8 @@ def fetcher(cache: CacheStore, name: str) -> Fetcher | None:
 def _may_be_alive(cache: CacheStore, stage_id: str) -> bool:
     """Whether a process owns a stage file, as far as locks tell."""
     try:
-        fd = os.open(cache.layout.stage(stage_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = Descriptor(cache.layout.stage(stage_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
-    try:
+    with file as fd:
         return not cache.host.locking or locks.has_owner(fd) is not False
-    finally:
-        os.close(fd)

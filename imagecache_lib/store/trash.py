@@ -27,6 +27,7 @@ from imagecache_lib import events
 from imagecache_lib.store import evidence, layout, stage
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.trace import TracePoint
 
 LOG = logging.getLogger(__name__)
@@ -171,15 +172,14 @@ def open_entry(entry: TrashEntry) -> OpenBase | None:
 
     :raises OSError: as open(2).
     """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        fd = os.open(entry.path, flags)
+        file = Descriptor(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     try:
-        return OpenBase(entry.name, entry.path, fd, os.fstat(fd))
+        return OpenBase(entry.name, entry.path, file, os.fstat(file.fd))
     except BaseException:
-        os.close(fd)
+        file.close()
         raise
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 
 from imagecache_lib import errors
-from imagecache_lib.system import attributes, durable, locks, sparse
+from imagecache_lib.system import attributes, durable, locks, names, sparse
 from imagecache_lib.system.host import System
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
@@ -48,7 +48,8 @@ def check_target(target: str) -> None:
 
     :raises BackendError: it is no absolute path of a file, or its directory is missing or read-only.
     """
-    if not os.path.isabs(target) or "\0" in target or target.endswith("/"):
+    names.require_path(target)
+    if not os.path.isabs(target) or target.endswith("/"):
         raise errors.BackendError(
             "a target must be an absolute path of a file", path=target, next_step="correct the request"
         )
@@ -112,9 +113,9 @@ class UnfinishedFile:
                 # Without a note a crash leaves a file that no pass finds: that is no reason to make none.
                 with contextlib.suppress(OSError):
                     durable.write_file(self._note, os.fsencode(self.path))
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             try:
-                self._owner = locks.OwnerLock(os.open(self.path, flags, 0o600), system)
+                self._owner = locks.OwnerLock(locks.HeldDescriptor(self.path, flags), system)
             except BaseException:
                 self._forget_note()
                 raise

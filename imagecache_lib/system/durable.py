@@ -10,6 +10,7 @@ import os
 import stat
 
 from imagecache_lib.system import sparse
+from imagecache_lib.system.descriptor import Descriptor
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -49,11 +50,8 @@ def sync_directory(path: str) -> None:
 
     :raises OSError: the directory cannot be synced.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with Descriptor(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class Draft:
@@ -73,8 +71,8 @@ class Draft:
         self._path = path
         self.id = new_id()
         self._temporary = os.path.join(directory, f".{name}.{self.id}.new")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self.fd = os.open(self._temporary, flags, mode)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        self._descriptor = Descriptor(self._temporary, flags, mode)
         try:
             os.fchmod(self.fd, mode)  # open() let the umask take bits away
             view = memoryview(data)
@@ -83,6 +81,10 @@ class Draft:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def fd(self) -> int:
+        return self._descriptor.fd
 
     def begin_writeback(self) -> None:
         """Let the kernel begin to write it, and give it its blocks."""
@@ -94,20 +96,17 @@ class Draft:
         :param sync: whether to make the content durable first.
         :raises OSError: it cannot be written; the old one stays.
         """
-        fd, self.fd = self.fd, -1
         try:
             if sync:
-                os.fsync(fd)
+                os.fsync(self.fd)
         finally:
-            os.close(fd)
+            self._descriptor.close()
         _rename(self._temporary, self._path)
         self._temporary = ""
 
     def close(self) -> None:
         """Remove it, unless it was placed."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._descriptor.close()
         if self._temporary:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)
@@ -200,10 +199,10 @@ def read_file(path: str, *, limit: int = 2**24) -> bytes | None:
 
 def _read(path: str, limit: int) -> bytes | None:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = Descriptor(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    try:
+    with descriptor as fd:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             return None
@@ -214,5 +213,3 @@ def _read(path: str, limit: int) -> bytes | None:
             parts.append(part)
             limit -= len(part)
         return b"".join(parts)
-    finally:
-        os.close(fd)

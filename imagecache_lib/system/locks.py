@@ -88,14 +88,16 @@ class HeldDescriptor:
     """A descriptor that a forked child must not keep, and that goes with the last reference to it.
 
     An interrupt may come while a lock is being released: it must not stay held for as long as the process
-    lives. No interrupt comes between what :class:`io.FileIO` does in C.
+    lives. No interrupt comes between what :class:`io.FileIO` does in C. So only regular files will do.
 
     :ivar fd: the descriptor, or -1 once it is closed.
+    :raises OSError: as open(2).
     """
 
-    def __init__(self, fd: int) -> None:
-        self._file = io.FileIO(fd)
-        self.fd = fd
+    def __init__(self, path: str, flags: int, mode: int = 0o600) -> None:
+        flags |= os.O_CLOEXEC
+        self._file = io.FileIO(path, opener=lambda _path, _flags: os.open(path, flags, mode))
+        self.fd = self._file.fileno()
         _held.add(self)
 
     def close(self) -> None:
@@ -192,14 +194,13 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
             self._descriptor = _parked.take(self.file)
         if self._descriptor is not None:
             return
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
             try:
-                fd = os.open(self.file, flags, 0o644)
+                self._descriptor = HeldDescriptor(self.file, flags, 0o644)
             except FileNotFoundError:
                 durable.make_directories(os.path.dirname(self.file), _DIRECTORY_MODE)
-                fd = os.open(self.file, flags, 0o644)
-            self._descriptor = HeldDescriptor(fd)
+                self._descriptor = HeldDescriptor(self.file, flags, 0o644)
         except OSError as error:
             if error.errno in _FULL:
                 # The file does not exist, so no process holds the lock; and eviction must work on a full
@@ -361,7 +362,7 @@ def is_taken(path: str, *, host: System) -> bool:
 
 def _opened(path: str, mode: int) -> HeldDescriptor | None:
     try:
-        return HeldDescriptor(os.open(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+        return HeldDescriptor(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
 
@@ -404,13 +405,13 @@ def is_open_in_qemu(fd: int) -> bool:
 class OwnerLock:
     """The lock that marks a file in flight as owned, held on the file itself for the owner's life."""
 
-    def __init__(self, fd: int, host: System) -> None:
-        """Take over ``fd``, a new file of our own, and lock it. A filesystem without locks is fine."""
-        self._held = HeldDescriptor(fd)
+    def __init__(self, held: HeldDescriptor, host: System) -> None:
+        """Take over a file of our own, and lock it. A filesystem without locks is fine."""
+        self._held = held
         self._locking = host.locking
         if self._locking:
             with contextlib.suppress(OSError):
-                set_lock(fd, fcntl.F_WRLCK, *_OWNER_BYTE)
+                set_lock(held.fd, fcntl.F_WRLCK, *_OWNER_BYTE)
 
     @property
     def fd(self) -> int:

@@ -11,6 +11,9 @@ from __future__ import annotations
 import ctypes
 import os
 
+from imagecache_lib import errors
+from imagecache_lib.system.descriptor import Descriptor
+
 #: ``f_type`` of statfs(2) of filesystems that no other host changes, from linux/magic.h.
 _LOCAL = frozenset(
     {
@@ -37,6 +40,21 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _Statfs = ctypes.c_char * 256
 
 
+def require_path(path: object) -> None:
+    """Refuse what can be no path of a file.
+
+    :raises BackendError: it is no text, or empty, or holds what the kernel takes in no path.
+    """
+    try:
+        possible = isinstance(path, str) and path != "" and "\0" not in path and os.fsencode(path) != b""
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise errors.BackendError(
+            f"{path!r:.100} can be no path of a file", next_step="give the absolute path, as text"
+        )
+
+
 def real_directory(path: str) -> str:
     """Return a directory's path without symbolic links, as :func:`os.path.realpath` does.
 
@@ -44,17 +62,12 @@ def real_directory(path: str) -> str:
     path. Where it cannot tell, each part is looked at.
     """
     try:
-        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        with Descriptor(path, os.O_PATH | os.O_DIRECTORY) as fd:
+            real = os.readlink(f"/proc/self/fd/{fd}")
+            if os.path.samestat(os.stat(real), os.fstat(fd)):
+                return real
     except OSError:
-        return os.path.realpath(path)
-    try:
-        real = os.readlink(f"/proc/self/fd/{fd}")
-        if os.path.samestat(os.stat(real), os.fstat(fd)):
-            return real
-    except OSError:
-        pass  # there is no /proc, or it says that the directory was removed
-    finally:
-        os.close(fd)
+        pass  # it cannot be opened, there is no /proc, or it says that the directory was removed
     return os.path.realpath(path)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from imagecache_lib.system import bounded
 from imagecache_lib.system.bounded import Bounded
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.upkeep import headers
 
 #: How long a look at a disk root may take, in seconds: a file server that is busy is not one that is gone.
@@ -116,13 +117,10 @@ def _look(path: str) -> Answer:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             return Nothing()
-        fd = os.open(path, _OPEN)
-        try:
+        with Descriptor(path, _OPEN) as fd:
             found = os.fstat(fd)
             head = headers.read_head(fd)
             references = headers.references(fd, head) if head else ()
-        finally:
-            os.close(fd)
     except (OSError, ValueError) as error:
         return CannotTell(getattr(error, "strerror", None) or str(error))
     return Looked((found.st_dev, found.st_ino), references)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from imagecache_lib.store import layout
 from imagecache_lib.store.seen import Boundary, Identity, SeenDirectory
 from imagecache_lib.system import atomic_file
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.filesystem_id import FilesystemIds
 from imagecache_lib.system.host import System
 from imagecache_lib.system.statx import Statx
@@ -162,7 +163,7 @@ class Look:
     def make(self) -> None:
         """Make the look. Raises nothing: what cannot be read is a fact."""
         try:
-            fd = os.open(self.path, _OPEN | os.O_DIRECTORY | (0 if self._follow else os.O_NOFOLLOW))
+            directory = Descriptor(self.path, _OPEN | os.O_DIRECTORY | (0 if self._follow else os.O_NOFOLLOW))
         except FileNotFoundError:
             self.is_absent = self.again = True  # it may have another name now, which the listing missed
             return
@@ -177,12 +178,11 @@ class Look:
                 self._unreadable_directory(error)
             return
         try:
-            self._read(fd)
+            with directory as fd:
+                self._read(fd)
         except OSError as error:
             self.inner = []
             self._unreadable_directory(error)
-        finally:
-            os.close(fd)
 
     def _read(self, fd: int) -> None:
         status = os.fstat(fd)
@@ -272,15 +272,12 @@ class Look:
             self.facts.append(Unfinished(directory.prefix + name))
             self._around.host.trace(TracePoint.REFERENCES_UNFINISHED)
         try:
-            fd = os.open(name, _OPEN, dir_fd=directory_fd)
-            try:
+            with Descriptor(name, _OPEN, dir_fd=directory_fd) as fd:
                 head = headers.read_head(fd)
                 if not head:
                     return
                 references = self._around.condense(headers.references(fd, head))
                 born = self._statx.born(fd) if references else 0
-            finally:
-                os.close(fd)
         except FileNotFoundError:
             self.again = True  # it may have another name now, which the listing missed
             return
@@ -399,12 +396,9 @@ def _references_at(path: str) -> tuple[bytes, ...] | OSError:
     """Return the texts in the header of a file or a block device that may name another file, or why it is not
     read."""
     try:
-        fd = os.open(path, _OPEN)
-        try:
+        with Descriptor(path, _OPEN) as fd:
             mode = os.fstat(fd).st_mode
             head = headers.read_head(fd) if stat.S_ISBLK(mode) or stat.S_ISREG(mode) else b""
             return headers.references(fd, head) if head else ()
-        finally:
-            os.close(fd)
     except OSError as error:
         return error

@@ -17,6 +17,7 @@ from imagecache_lib.store import last_scan, layout, pins, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.seen import LastScan
 from imagecache_lib.system import locks
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.upkeep.disks import Disks
 from imagecache_lib.upkeep.follow import Follower
 from imagecache_lib.upkeep.names import Names
@@ -172,17 +173,15 @@ def _in_use_now(cache: CacheStore, names: Collection[str]) -> Iterator[tuple[str
 
 def _user_now(path: str) -> str | None:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = Descriptor(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         # If it is gone or no file, no QEMU has it open as an image. If it cannot be read, one may have.
         gone = error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO)
         return None if gone else OPEN_IN_QEMU
-    try:
+    with file as fd:
         if locks.is_leased(fd):
             return LEASED
         return OPEN_IN_QEMU if locks.is_open_in_qemu(fd) else None
-    finally:
-        os.close(fd)
 
 
 def is_leased(path: str) -> bool:

@@ -20,6 +20,7 @@ from imagecache_lib.store import disk_roots
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.seen import Boundary, Identity, SeenDirectory
 from imagecache_lib.system import mounts
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.filesystem_id import FilesystemIds
 from imagecache_lib.system.statx import Statx
 from imagecache_lib.system.trace import TracePoint
@@ -285,12 +286,9 @@ def _opened(
     """Return which directory a disk root is, and when fsck last put something aside on its filesystem, if
     that is not below the root; or why it cannot be opened."""
     try:
-        fd = os.open(root, _OPEN | os.O_DIRECTORY)
-        try:
+        with Descriptor(root, _OPEN | os.O_DIRECTORY) as fd:
             status = os.fstat(fd)
             identity = identity_of(fd, status, filesystems, Statx(), Boundary.NONE, None)
-        finally:
-            os.close(fd)
     except OSError as error:
         return error
     lost: dict[str, int] = {}

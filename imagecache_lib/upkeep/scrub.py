@@ -22,6 +22,7 @@ import os
 import platform
 import threading
 from collections.abc import Collection, Iterator
+from typing import Self
 
 from imagecache_lib import dates, errors, events, model
 from imagecache_lib.store import checksums, evidence
@@ -29,7 +30,7 @@ from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable, locks, sparse
 from imagecache_lib.system.rate import Pace
 from imagecache_lib.system.translate import translated
-from imagecache_lib.system.waiter import Waiter
+from imagecache_lib.system.waiter import EitherToken, Waiter
 from imagecache_lib.upkeep import inventory
 from imagecache_lib.upkeep.outcomes import BaseEvictor, Kept
 from imagecache_lib.upkeep.references import LEASED
@@ -115,18 +116,50 @@ def scrub(
     :param names: bases to check, or None for all.
     :param cancel: once set, what was found so far is returned; the next scrub goes on where this one ended.
     """
-    waiter = Waiter(cache.host, cancel=cancel)
-    limit = Pace(rate, waiter)
+    leaving = threading.Event()
+    waiter = Waiter(cache.host, cancel=EitherToken(leaving, cancel))
     found = []
-    # A thread of its own: its priority is lowered, and no other thread's.
-    reading = concurrent.futures.ThreadPoolExecutor(1, "imagecache-scrub", _be_modest)
-    with reading as reader, contextlib.suppress(errors.CancelledError):
+    with _Reader(cache, Pace(rate, waiter), leaving) as reader, contextlib.suppress(errors.CancelledError):
         for name in _in_order(cache, names):
             waiter.check()
-            found.append(_scrub_one(name, cache, observers, evictor, reader, limit))
+            found.append(_scrub_one(name, cache, observers, evictor, reader))
         if names is None:
             _note_end(cache)
     return ScrubReport(tuple(found))
+
+
+class _Reader:
+    """Reads bases in a thread of its own, whose priority is lowered, and no other's.
+
+    At a low rate one base takes hours. So a caller that is interrupted lets the thread end first.
+    """
+
+    def __init__(self, cache: CacheStore, limit: Pace, leaving: threading.Event) -> None:
+        self._cache = cache
+        self._limit = limit
+        self._leaving = leaving
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "imagecache-scrub", _be_modest)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def check(self, opened: OpenBase, record: evidence.Record) -> ScrubbedBase:
+        """Compare a base with what was written, and return what was found.
+
+        :raises CancelledError: the scrub ends.
+        """
+        checking = self._thread.submit(_check, opened, record, self._cache, self._limit)
+        try:
+            return checking.result()
+        except BaseException:
+            # It reads from the base, which is closed next.
+            self._leaving.set()
+            concurrent.futures.wait([checking])
+            raise
+
+    def __exit__(self, *_error: object) -> None:
+        self._leaving.set()
+        self._thread.shutdown()
 
 
 def _note_end(cache: CacheStore) -> None:
@@ -162,8 +195,7 @@ def _scrub_one(
     cache: CacheStore,
     observers: events.Observers,
     evictor: BaseEvictor,
-    reader: concurrent.futures.Executor,
-    limit: Pace,
+    reader: _Reader,
 ) -> ScrubbedBase:
     try:
         opened = cache.open_base(name)
@@ -175,7 +207,7 @@ def _scrub_one(
         record = cache.record_of(opened)
         if record is None:
             return ScrubbedBase(name, Verdict.UNVERIFIABLE, "it carries no record of how it was made")
-        found = reader.submit(_check, opened, record, cache, limit).result()
+        found = reader.check(opened, record)
         if found.verdict is Verdict.DAMAGED:
             return _quarantine(found, opened, cache, observers, evictor)
         if found.verdict is Verdict.SOUND and record.damaged:

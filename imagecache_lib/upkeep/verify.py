@@ -152,7 +152,7 @@ class Upkeep:
         :param dry_run: change nothing, and return what would be done.
         :raises NoSpaceError, BackendError: the filesystem failed.
         """
-        reported = None if instances is None else tuple(instances)
+        reported = None if instances is None else model.reported(instances)
         with translated(self._cache.layout.base_path):
             if dry_run:
                 look = self._look(reported, self._cache.filesystem_now())
@@ -234,7 +234,7 @@ class Upkeep:
         """
         now = self._cache.host.clock()
         if instances is not None:
-            reported = tuple(instances)
+            reported = model.reported(instances)
             return self._reader(reported, self._load_last_scan(), now), reported
         return self._reader_between_passes(now), tuple(self._load_last_scan().report or ())
 
@@ -269,7 +269,9 @@ class Upkeep:
 
     def explain(self, name: str, instances: Iterable[model.Instance] | None) -> Explanation | None:
         """Say what a pass would do with a base now, and why. Returns None if it is not there."""
-        look = self._look(None if instances is None else tuple(instances), self._cache.filesystem_now())
+        look = self._look(
+            None if instances is None else model.reported(instances), self._cache.filesystem_now()
+        )
         decided = look.decide()
         outcomes = evict.foresee(decided, look.situation.others)
         report = self._report(look, decided, outcomes, dry_run=True)
@@ -324,7 +326,7 @@ class Upkeep:
     def _look_anytime(self, instances: Iterable[model.Instance] | None, now: float) -> _Look:
         """Read everything that a pass decides by, with the driver's last report if there is no other."""
         if instances is not None:
-            return self._look(tuple(instances), now)
+            return self._look(model.reported(instances), now)
         return self._look(None, now, reader=self._reader_between_passes(now))
 
     def _look(

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import pathlib
 import struct
 import subprocess
 import threading
@@ -47,6 +49,60 @@ class TestPins(CacheCase):
         with self.assertRaises(ic.ImageNotFound):
             manager.cache_image("gone", pin_until=time.time() + 1000)
         self.assertEqual([], os.listdir(self.instances / "_base" / ".imagecache" / "pins"))
+
+
+class TestArguments(CacheCase):
+    """What no path, size, label or report can be is refused as what it is."""
+
+    def test_what_can_be_no_path_is_refused(self) -> None:
+        manager: Any = self.manager()
+        good = manager.create_disk(ID, self.target())
+        for path in ("a\0b", "/a\0b", "\ud800", "", None, pathlib.Path(good.target), b"/disk", 5):
+            disk = dataclasses.replace(good, target=path)
+            for call, arguments, options in (
+                (manager.create_disk, (ID, path), {}),
+                (manager.create_swap, (path,), {"size_mb": 1}),
+                (manager.fetch_file, (ID, path), {}),
+                (manager.inspect_disk, (path,), {}),
+                (manager.ensure_backing, (path,), {"image_id": ID}),
+                (manager.resize_disk, (disk, 2**30), {}),
+                (manager.flatten_disk, (disk,), {}),
+                (manager.remove_disk, (disk,), {}),
+            ):
+                with self.subTest(path=path, call=call), self.assertRaises(ic.BackendError):
+                    call(*arguments, **options)
+        self.assertTrue(os.path.exists(good.target))
+
+    def test_a_size_that_no_disk_has_is_refused(self) -> None:
+        manager: Any = self.manager()
+        for size in (0, -1, 2**70, 1.5, True, None, "1"):
+            with self.subTest(size=size), self.assertRaises(ic.BackendError):
+                manager.create_swap(self.target(), size_mb=size)
+            with self.subTest(size=size), self.assertRaises(ic.BackendError):
+                manager.create_ephemeral(self.target(), size_gb=size)
+
+    def test_a_label_that_no_filesystem_has_is_refused(self) -> None:
+        for label in ("a\0b", "\ud800"):
+            with self.subTest(label=label), self.assertRaisesRegex(ic.BackendError, "label"):
+                self.manager().create_ephemeral(self.target(), size_gb=1, label=label)
+
+    def test_what_is_no_report_evicts_nothing(self) -> None:
+        manager: Any = self.manager(remove_unused_original_minimum_age_seconds=0)
+        manager.cache_image(ID)
+        for report in ("uuid", b"uuid", ["uuid"], [None], 5, {"uuid": 1}):
+            for call in (manager.verify_base_images, manager.prune, manager.audit, manager.survey):
+                with self.subTest(report=report, call=call), self.assertRaisesRegex(ic.ConfigError, "report"):
+                    call(report)
+            with self.subTest(report=report), self.assertRaisesRegex(ic.ConfigError, "report"):
+                manager.explain(ID, report)
+        self.assertTrue(self.base().exists())
+
+    def test_what_is_no_host_is_not_forgotten(self) -> None:
+        manager: Any = self.manager()
+        wrong: tuple[object, ...] = ([], None, b"0" * 32, "\0", "0" * 32 + "\n")
+        for host in wrong:
+            with self.subTest(host=host), self.assertRaises(ic.ConfigError):
+                manager.forget_host(host)
 
 
 class TestHandsOff(CacheCase):

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +37,31 @@ class ScrubCase(CacheCase):
 
     def damages(self) -> list[events.Damaged]:
         return [event for event in self.events if isinstance(event, events.Damaged)]
+
+
+class TestInterrupts(ScrubCase):
+    def test_a_slow_scrub_ends_soon_when_it_is_interrupted(self) -> None:
+        """Its thread rests for hours at such a rate, and whoever ends the command waits for it."""
+        rests = 0
+
+        def rest(_seconds: float) -> None:
+            nonlocal rests
+            rests += 1
+            if rests == 1:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            time.sleep(0.05)
+            assert rests < 1000, "it goes on and on"
+
+        manager = self.manager(host=self.host(sleep=rest))
+        manager.cache_image(ID)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with self.assertRaises(KeyboardInterrupt):
+                manager.scrub(rate=1)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self.assertLess(rests, 1000)
+        self.assertIs(ic.Verdict.SOUND, self.found(self.manager()).verdict)
 
 
 class TestFinding(ScrubCase):

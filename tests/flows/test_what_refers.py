@@ -321,6 +321,35 @@ class TestForgetting(UpkeepCase):
         there.verify_base_images([])
         self.assertTrue(self.base().exists())
 
+    def test_a_host_that_was_forgotten_while_it_lives_registers_whatever_it_needs_a_base_for(self) -> None:
+        theirs = self.directory / "theirs"
+        theirs.mkdir()
+        there = self.on("there", disk_roots=(str(theirs),))
+        disk = there.create_disk(ID, str(theirs / "disk"))
+
+        def lease() -> None:
+            with there.fetch_or_reuse(ID):
+                self.assertIn("there", self.host_ids())
+
+        def lease_cached() -> None:
+            with there.lease_cached(ID):
+                self.assertIn("there", self.host_ids())
+
+        for number, use in enumerate(
+            (
+                lambda: there.ensure_backing(disk.target, image_id=ID),
+                lambda: there.create_disk(ID, disk.target, if_exists="reuse"),
+                lambda: there.note_use(disk),
+                lambda: there.cache_image(ID),
+                lease,
+                lease_cached,
+            )
+        ):
+            with self.subTest(number):
+                self.on("here").forget_host(self.host_ids()["there"])
+                use()
+                self.assertIn("there", self.host_ids())
+
     def test_a_host_that_only_novas_registry_names_has_to_look_too(self) -> None:
         base = self.cached()
         registry = self.instances / "compute_nodes"

@@ -447,7 +447,10 @@ class TestOwners(LockCase):
         self.file = os.path.join(os.path.dirname(os.path.dirname(self.path)), "stage")
 
     def owned(self) -> locks.OwnerLock:
-        return locks.OwnerLock(os.open(self.file, os.O_RDWR | os.O_CREAT), self.host)
+        return locks.OwnerLock(self.held(), self.host)
+
+    def held(self) -> locks.HeldDescriptor:
+        return locks.HeldDescriptor(self.file, os.O_RDWR | os.O_CREAT)
 
     def test_an_owner_is_seen_by_others_for_as_long_as_it_lives(self) -> None:
         owner = self.owned()
@@ -460,7 +463,8 @@ class TestOwners(LockCase):
         self.assertTrue(locks.try_own(looker))
 
     def test_a_child_that_was_forked_as_the_file_was_opened_keeps_no_lock_on_it(self) -> None:
-        fd = os.open(self.file, os.O_RDWR | os.O_CREAT)
+        held = self.held()
+        shared = os.dup(held.fd)  # which is not known as one that a child closes
         ready, end = os.pipe()
         child = os.fork()
         if child == 0:
@@ -468,8 +472,9 @@ class TestOwners(LockCase):
             os.read(ready, 1)
             os._exit(0)
         os.close(ready)
+        os.close(shared)
         try:
-            locks.OwnerLock(fd, self.host).close()
+            locks.OwnerLock(held, self.host).close()
             other = os.open(self.file, os.O_RDWR)
             try:
                 self.assertIs(False, locks.has_owner(other))
