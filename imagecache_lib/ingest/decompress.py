@@ -268,13 +268,16 @@ class Unpacking:
         return rest
 
     def _next_member(self, head: bytes) -> _Member:
+        skippable = head[1:4] == _SKIPPABLE and head[0] >> 4 == 5
         if self._compression == ANY:
             found = [name for name, magic in MAGIC.items() if head.startswith(magic)]
+            if skippable:
+                found = ["zstd"]  # the same begins an lz4 file, which its next frame shows
             if not found:
                 raise self._bad(_NOT_COMPRESSED)
             self._compression = found[0]
         name = self._compression
-        skippable = name == "zstd" and head[1:4] == _SKIPPABLE and head[0] >> 4 == 5
+        skippable = skippable and name == "zstd"
         if self._padding % 4 or not (head.startswith(MAGIC[name]) or skippable):
             raise self._bad("something else follows it" if self._members else _NOT_COMPRESSED)
         if name == "gzip":

@@ -121,6 +121,13 @@ class TestGoodData(UnpackingCase):
         for step in (MIB, 3):
             self.assertEqual(DATA, self.unpack(packed, "zstd", step=step))
 
+    def test_a_frame_without_content_tells_that_it_is_zstandard(self) -> None:
+        for step in (MIB, 1):
+            packed = skippable_frame(b"how long the frames are") + PACK["zstd"](DATA[:999])
+            self.assertEqual(DATA[:999], self.unpack(packed, decompress.ANY, step=step))
+        with self.assertRaisesRegex(errors.ImageRejected, "something else follows"):
+            self.unpack(skippable_frame(b"x") + b"\x04\x22\x4d\x18" + DATA)  # of lz4
+
     def test_of_the_strongest_settings_of_the_programs_is_unpacked(self) -> None:
         for command, name in (
             (["gzip", "-9"], "gzip"),

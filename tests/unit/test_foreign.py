@@ -10,9 +10,6 @@ import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from imagecache_lib.formats import foreign
 
 NOISE = random.Random(3).randbytes(1024)
@@ -185,13 +182,3 @@ class TestDisks(unittest.TestCase):
         ):
             with self.subTest(start[:16]):
                 self.assertEqual("a disk", told(start))
-
-    @given(st.integers(0, 2**64))
-    def test_noise_as_of_an_encrypted_disk(self, seed: int) -> None:
-        self.assertEqual("a disk", told(random.Random(seed).randbytes(1024)))
-
-    @given(st.binary(max_size=1024), st.sampled_from(("", "utf-8-sig", "utf-16", "utf-32")))
-    def test_no_content_makes_it_stumble(self, data: bytes, mark: str) -> None:
-        start = "".encode(mark or "ascii") + data
-        foreign.recognise(start, vouched=False)
-        foreign.document(start)
