@@ -14,6 +14,7 @@ from nova.compute import vm_states
 from nova.virt.libvirt import driver
 from nova.virt.libvirt import utils as libvirt_utils
 
+import imagecache_lib as ic
 from imagecache_lib.testing.bad_server import Answer
 from tests.lab.nova_files import GIB, KERNEL, MIB, OTHER, ROOT, FilesCase, content, image_info, raw_disk
 
@@ -265,6 +266,7 @@ class Operators(FilesCase):
                 disk.write(hostile.read_bytes()[:65536])
         os.removexattr(made / "disk", "user.imagecache.format")  # as Nova makes them
         self.assertEqual(["raw"] * 3, [self.opened_as(instance, name) for name in names])
+        self.assertEqual("raw", self.driver.image_backend.by_name(instance, "disk").get_model(None).format)
         pinned = (made / "disk.info").read_bytes()
         (made / "disk.info").unlink()
         self.assertEqual("raw", self.opened_as(instance, "disk.swap"))
@@ -377,6 +379,8 @@ class Operators(FilesCase):
         self.update()
         self.assertEqual((before, 1), ((made / "disk").read_bytes(), self.downloads()))
         self.assertTrue(self.base().exists())
+        self.flags(disk_roots=[str(self.instances)], group="image_cache")
+        self.update()
 
     def test_a_filesystem_of_another_kind_is_configured_under_ephemeral_disks(self):
         instance = self.instance(ephemeral_gb=1)
@@ -408,6 +412,9 @@ class Operators(FilesCase):
         self.flags(remove_unused_original_minimum_age_seconds=0, group="image_cache")
         self.update()
         self.assertFalse(self.base().exists())
+        name = "remove_unused_original_minimum_age_seconds"
+        error = self.assertRaises(ic.ConfigError, self.flags, **{name: -1}, group="image_cache")
+        self.assertIn(name, str(error))
 
     def test_a_pass_that_is_turned_off_or_as_frequent_as_can_be_is_no_error(self):
         for interval in (-1, 0, 1):

@@ -211,6 +211,12 @@ class Qcow2(Cached, imagebackend.Qcow2):
         """Return the format of a disk whose format is not pinned, which is then pinned."""
         return "raw" if _has_no_header(self.path) else super()._get_driver_format()
 
+    def get_model(self, connection) -> image_model.Image:
+        """Return the disk as Nova opens it itself, to put files into it."""
+        if self.driver_format == "raw":
+            return image_model.LocalFileImage(self.path, image_model.FORMAT_RAW)
+        return super().get_model(connection)
+
     def cache(self, fetch_func, filename, *args, **kwargs) -> None:
         with caches.translated(filename):
             self._pin_format()
