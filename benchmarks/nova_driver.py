@@ -86,14 +86,27 @@ class Driver:
             "user", "project", is_admin=True, auth_token=options.token, service_catalog=catalog
         )
         self._adapter = options.adapter
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make what makes disks, and what tends the cache."""
+        if self._adapter:
+            from nova.virt.imagecachelib import caches, images, sources, upkeep
+
+            from imagecache_lib import opts
+
+            opts.register_opts(nova.conf.CONF)
+            owned = caches.Caches(sources.Glance())
+            self._backend = images.Backend(True, owned)
+            self._upkeep = upkeep.ImageCacheManager(owned)
+        else:
+            self._backend = imagebackend.Backend(True)
+            self._upkeep = imagecache.ImageCacheManager()
 
     def forget(self) -> dict[str, Any]:
         for name in os.listdir(self._instances):
             shutil.rmtree(os.path.join(self._instances, name))
-        if self._adapter:
-            from nova.virt.imagecachelib import caches
-
-            caches.CACHES = caches.Caches()
+        self._begin()
         return {}
 
     def spawn(self, image_id: str, size: int, keep: bool = True) -> dict[str, Any]:
@@ -101,7 +114,7 @@ class Driver:
         instance = self._instance(image_id)
         directory = os.path.join(self._instances, instance.uuid)
         os.makedirs(directory)
-        disk = self._classes()[0](True).by_name(instance, "disk", "qcow2")
+        disk = self._backend.by_name(instance, "disk", "qcow2")
         measured = meter.Meter()
         disk.cache(
             fetch_func=libvirt_utils.fetch_image,
@@ -129,18 +142,9 @@ class Driver:
                 for image_id, directory in zip(image_ids, directories, strict=True)
             ]
         )
-        manager = self._classes()[1]()
         began = time.monotonic()
-        manager.update(self._context, instances)
+        self._upkeep.update(self._context, instances)
         return {"seconds": time.monotonic() - began}
-
-    def _classes(self) -> tuple[Any, Any]:
-        """Return what makes disks, and what tends the cache."""
-        if not self._adapter:
-            return imagebackend.Backend, imagecache.ImageCacheManager
-        from nova.virt.imagecachelib import images, upkeep
-
-        return images.Backend, upkeep.ImageCacheManager
 
     def _instance(self, image_id: str, name: str | None = None) -> Any:
         return objects.Instance(

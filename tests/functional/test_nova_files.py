@@ -34,6 +34,7 @@ SUITES = (
     "nova_files.Concurrency",
     "nova_certificates.Certificates",
     "nova_situations.Situations",
+    "nova_operators.Operators",
 )
 
 

@@ -71,6 +71,11 @@ class Cloud:
             seconds=240,
         )
 
+    def wait_for_eviction(self, image: str) -> None:
+        """Wait until an eager pass has removed the base of an image that nothing uses any more."""
+        name = layout.base_name(image)
+        server.wait_until(lambda: name not in self.bases, "the unused base is removed", seconds=400)
+
     def services(self, host: str) -> list[str]:
         """Return the ids of a host's services."""
         found = self.client.call("GET", f"/os-services?host={host}")["services"]
@@ -83,8 +88,15 @@ class Cloud:
 
 
 @pytest.fixture
-def cloud(running: Cloud) -> Iterator[Cloud]:
-    """Tests share it: they look at their own images. Their guests end with them."""
+def cloud(stage: Cloud) -> Cloud:
+    """Tests share it: they look at their own images."""
+    stage.nova.have_compute()
+    return stage
+
+
+@pytest.fixture
+def stage(running: Cloud) -> Iterator[Cloud]:
+    """The same with any nova-compute, or none yet. The guests of a test end with it."""
     yield running
     running.client.delete(*(each["id"] for each in running.client.call("GET", "/servers")["servers"]))
 
@@ -112,9 +124,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
                 mariadb=stack.enter_context(mariadb.running_mariadb(homes["mariadb"])),
             )
         )
-        client = NovaClient(nova.url)
-        nova.start_compute()
-        yield Cloud(nova, hypervisor, client, images, tmp_path_factory.mktemp("images"))
+        yield Cloud(nova, hypervisor, NovaClient(nova.url), images, tmp_path_factory.mktemp("images"))
 
 
 def test_a_guest_boots_from_the_api_and_the_next_one_from_the_cache(cloud: Cloud) -> None:
@@ -196,46 +206,6 @@ def test_an_image_that_is_not_there_fails_its_guest_and_nothing_else(cloud: Clou
     client.says(client.boot(cloud.image("THERE"), client.flavor()), "THERE BOOT 0")
 
 
-def test_the_periodic_pass_removes_what_no_guest_uses(cloud: Cloud) -> None:
-    client, flavor = cloud.client, cloud.client.flavor()
-    kept, unused = cloud.image("USED"), cloud.image("UNUSED")
-    guest, other = client.boot(kept, flavor), client.boot(unused, flavor)
-    with compute_again(cloud, nova_service.OURS):
-        client.delete(other)
-        server.wait_until(
-            lambda: layout.base_name(unused) not in cloud.bases, "the unused base is removed", seconds=400
-        )
-        assert layout.base_name(kept) in cloud.bases
-        client.act(guest, "reboot", {"type": "HARD"}, until="ACTIVE")
-        client.says(guest, "USED BOOT 1")
-        assert cloud.downloads(kept) == 1
-
-
-@pytest.mark.campaign
-@long
-def test_guests_go_over_from_novas_driver_and_back(cloud: Cloud) -> None:
-    client, flavor = cloud.client, cloud.client.flavor(swap=8, ephemeral=1)
-    theirs, ours, unused = cloud.image("THEIRS"), cloud.image("OURS"), cloud.image("LEFT")
-    with compute_again(cloud, nova_service.NOVAS):
-        first = client.boot(theirs, flavor)
-        client.says(first, "THEIRS BOOT 0")
-    client.act(first, "reboot", {"type": "HARD"}, until="ACTIVE")
-    client.says(first, "THEIRS BOOT 1")
-    second = [client.boot(theirs, flavor), client.boot(ours, flavor)]
-    client.delete(client.boot(unused, flavor))
-    with compute_again(cloud, nova_service.NOVAS):
-        server.wait_until(
-            lambda: layout.base_name(unused) not in cloud.bases, "Nova removes the unused base", seconds=400
-        )
-        assert {layout.base_name(each) for each in (theirs, ours)} <= cloud.bases
-        for guest, said in zip(
-            (first, *second), ("THEIRS BOOT 2", "THEIRS BOOT 1", "OURS BOOT 1"), strict=True
-        ):
-            client.act(guest, "reboot", {"type": "HARD"}, until="ACTIVE")
-            client.says(guest, said)
-    assert (cloud.downloads(theirs), cloud.downloads(ours)) == (1, 1)
-
-
 @pytest.fixture
 def second(cloud: Cloud) -> Iterator[nova_hosts.SecondHost]:
     """A second compute host, which no guest is put on once the test is over."""
@@ -282,13 +252,30 @@ def test_guests_move_between_hosts(cloud: Cloud, second: nova_hosts.SecondHost) 
     assert cloud.downloads(image) == 2
 
 
-@contextlib.contextmanager
-def compute_again(cloud: Cloud, driver: str) -> Iterator[None]:
-    """Have another nova-compute for the length of the context, whose pass is eager."""
-    cloud.nova.stop_compute()
-    cloud.nova.start_compute(driver, image_cache=EAGER)
-    try:
-        yield
-    finally:
-        cloud.nova.stop_compute()
-        cloud.nova.start_compute()
+def test_guests_go_over_from_novas_driver_and_back(stage: Cloud) -> None:
+    """With each driver, the periodic pass removes what no guest uses."""
+    nova, client = stage.nova, stage.client
+    flavor = client.flavor(swap=8, ephemeral=1)
+    theirs, ours, unused = stage.image("THEIRS"), stage.image("OURS"), stage.image("UNUSED")
+    nova.have_compute(nova_service.NOVAS)
+    first = client.boot(theirs, flavor)
+    client.says(first, "THEIRS BOOT 0")
+
+    nova.have_compute(nova_service.OURS, image_cache=EAGER)
+    client.act(first, "reboot", {"type": "HARD"}, until="ACTIVE")
+    client.says(first, "THEIRS BOOT 1")
+    second, third = client.boot(theirs, flavor), client.boot(ours, flavor)
+    client.delete(client.boot(unused, flavor))
+    stage.wait_for_eviction(unused)
+    assert {layout.base_name(each) for each in (theirs, ours)} <= stage.bases
+
+    nova.have_compute(nova_service.NOVAS, image_cache=EAGER)
+    client.act(third, "reboot", {"type": "HARD"}, until="ACTIVE")
+    client.says(third, "OURS BOOT 1")
+    client.delete(third)
+    stage.wait_for_eviction(ours)
+    assert {layout.base_name(theirs), "swap_8", "ephemeral_1_0706d66"} <= stage.bases
+    for guest, said in ((first, "THEIRS BOOT 2"), (second, "THEIRS BOOT 1")):
+        client.act(guest, "reboot", {"type": "HARD"}, until="ACTIVE")
+        client.says(guest, said)
+    assert (stage.downloads(theirs), stage.downloads(ours)) == (1, 1)

@@ -10,13 +10,10 @@ import json
 import os
 import pathlib
 
-import nova.conf
 import rados
 import rbd
 from nova import context, exception
 from nova.compute import vm_states
-from nova.virt import driver as virt_driver
-from nova.virt import fake
 from nova.virt.libvirt import utils as libvirt_utils
 
 from imagecache_lib.testing import bootdisk
@@ -24,8 +21,6 @@ from tests.lab import guest
 from tests.lab.ceph import Ceph
 from tests.lab.glance import MEMBER, Glance
 from tests.lab.nova_files import GIB, KERNEL, MIB, ROOT, FilesCase, raw_disk
-
-CONF = nova.conf.CONF
 
 
 class CephCase(FilesCase):
@@ -38,10 +33,9 @@ class CephCase(FilesCase):
         self.data = raw_disk()
         super().setUp()
 
-    def load(self):
+    def configure(self):
         self.flags(images_rbd_pool="vms", images_rbd_ceph_conf=str(self.ceph.conf), group="libvirt")
         self.flags(rbd_user=self.user, group="libvirt")
-        return super().load()
 
     def new_instance(self, image=ROOT, **more):
         number = os.urandom(6).hex()
@@ -49,7 +43,7 @@ class CephCase(FilesCase):
 
     def make(self, instance):
         """Make the root disk alone, by what a spawn and a hard reboot call."""
-        image = self.driver.image_backend.backend("rbd")(instance=instance, disk_name="disk")
+        image = self.driver.image_backend.by_name(instance, "disk", "rbd")
         image.cache(
             fetch_func=libvirt_utils.fetch_image,
             context=self.context,
@@ -169,8 +163,7 @@ class RbdDisks(CephCase):
         self.flags(
             enable_rbd_download=True, rbd_ceph_conf=str(self.ceph.conf), rbd_user="admin", group="glance"
         )
-        driver = virt_driver.load_compute_driver(fake.FakeVirtAPI())
-        self.assertTrue(driver.cache_image(self.context, ROOT))
+        self.assertTrue(self.driver.cache_image(self.context, ROOT))
         self.assertEqual((self.data, 0), (self.base().read_bytes(), self.downloads()))
 
 
@@ -223,13 +216,12 @@ class GlanceOnCeph(CephCase):
         self.flags(images_type="qcow2", group="libvirt")
         options = {"rbd_ceph_conf": str(self.ceph.conf), "rbd_user": self.user}
         self.flags(enable_rbd_download=True, group="glance", **options)
-        driver = virt_driver.load_compute_driver(fake.FakeVirtAPI())
         image = self.uploaded(self.data)
-        self.assertTrue(driver.cache_image(self.context, image))
+        self.assertTrue(self.driver.cache_image(self.context, image))
         self.assertEqual((self.data, []), (self.base(image).read_bytes(), self.ceph_glance.downloads(image)))
         damaged = self.uploaded(raw_disk(3))
         self.damage(damaged)
-        error = self.assertRaises(exception.ImageUnacceptable, driver.cache_image, self.context, damaged)
+        error = self.assertRaises(exception.ImageUnacceptable, self.driver.cache_image, self.context, damaged)
         self.assertIn("sha512", str(error))
         self.assertEqual([self.base(image)], self.cached())
 
@@ -275,16 +267,15 @@ class GlanceOnCeph(CephCase):
         self.create(instance)
         self.assertEqual(409, self.ceph_glance.call("DELETE", f"/images/{image}").status_code)
         self.assertEqual(self.data, self.content(instance))
-        self.driver.image_backend.backend("rbd")(instance=instance, disk_name="disk").flatten()
+        self.driver.image_backend.by_name(instance, "disk", "rbd").flatten()
         self.ceph_glance.delete(image)
         self.assertEqual(self.data, self.content(instance))
 
     def test_a_cluster_that_stops_is_told_in_time_and_works_again_later(self):
-        CONF.set_override("rbd_op_timeout", 2, "image_cache")
-        self.addCleanup(CONF.clear_override, "rbd_op_timeout", "image_cache")
+        self.flags(rbd_op_timeout=2, group="image_cache")
         image = self.uploaded(self.data)
         instance = self.new_instance(image)
-        disk = self.driver.image_backend.backend("rbd")(instance=instance, disk_name="disk")
+        disk = self.driver.image_backend.by_name(instance, "disk", "rbd")
         options = {"fetch_func": libvirt_utils.fetch_image, "context": self.context, "filename": "base"}
         options |= {"image_id": image, "size": GIB, "trusted_certs": None}
         with self.ceph.stopped("osd"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 
-import nova.conf
 from castellan.common.objects import x_509
 from castellan.tests.unit.key_manager.mock_key_manager import MockKeyManager
 from cryptography import x509
@@ -16,9 +15,6 @@ from nova import exception, objects
 
 from tests.lab.nova_files import ROOT, FilesCase, image_info, raw_disk
 from tests.support.certificates import certificate
-
-CONF = nova.conf.CONF
-
 
 _KEPT = {}
 
@@ -48,8 +44,7 @@ class Certificates(FilesCase):
             "img_signature_key_type": "RSA-PSS",
             "img_signature_certificate_uuid": "leaf",
         }
-        CONF.set_override("certificates_path", str(self.pems), "image_cache")
-        self.addCleanup(CONF.clear_override, "certificates_path", "image_cache")
+        self.flags(certificates_path=str(self.pems), group="image_cache")
 
     def trusting(self, *ids, **more):
         instance = self.instance(**more)
@@ -79,9 +74,8 @@ class Certificates(FilesCase):
         self.assertEqual(2, self.downloads())
 
     def test_certificates_come_from_the_key_manager_with_the_requests_context(self):
-        CONF.clear_override("certificates_path", "image_cache")
-        CONF.set_override("backend", f"{__name__}.Keys", "key_manager")
-        self.addCleanup(CONF.clear_override, "backend", "key_manager")
+        self.flags(certificates_path=None, group="image_cache")
+        self.flags(backend=f"{__name__}.Keys", group="key_manager")
         ids = {}
         for name in ("root", "leaf"):
             found = x509.load_pem_x509_certificate((self.pems / f"{name}.pem").read_bytes())

@@ -13,6 +13,9 @@ from tests.lab import glance, server
 #: The newest that the tests want: servers without a network, hosts' requests, images cached for an aggregate.
 _VERSION = "2.90"
 _SECONDS = 240.0
+#: Between two questions. The service answers each with some tens of milliseconds of the processors that its
+#: work needs too.
+_EVERY = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,7 @@ class NovaClient:
                 raise AssertionError(f"{guest}: {found.get('fault')}")
             return bool(found["status"] == status and found["OS-EXT-STS:task_state"] is None)
 
-        server.wait_until(done, f"{guest} is {status}", seconds=_SECONDS)
+        server.wait_until(done, f"{guest} is {status}", seconds=_SECONDS, every=_EVERY)
 
     def console(self, guest: str) -> str:
         """Return what the guest has said on its serial console."""
@@ -95,7 +98,9 @@ class NovaClient:
 
     def says(self, guest: str, words: str) -> None:
         """Wait until the guest has said this."""
-        server.wait_until(lambda: words in self.console(guest), f"{guest} says {words}", seconds=_SECONDS)
+        server.wait_until(
+            lambda: words in self.console(guest), f"{guest} says {words}", seconds=_SECONDS, every=_EVERY
+        )
 
     def delete(self, *guests: str) -> None:
         """Delete guests, and wait until Nova has forgotten them."""
@@ -105,4 +110,4 @@ class NovaClient:
         def gone() -> bool:
             return not {each["id"] for each in self.call("GET", "/servers")["servers"]}.intersection(guests)
 
-        server.wait_until(gone, f"{guests} are gone", seconds=_SECONDS)
+        server.wait_until(gone, f"{guests} are gone", seconds=_SECONDS, every=_EVERY)

@@ -80,12 +80,22 @@ class FilesCase(test.NoDBTestCase):
         self.flags(compute_driver="imagecachelib.LibvirtDriver")
         self.flags(images_type=self.images_type, virt_type="qemu", group="libvirt")
         self.flags(api_servers=[self.glance.url], num_retries=0, group="glance")
+        self.configure()
         self.glance.add(ROOT, raw_disk())
         self.glance.add(KERNEL, b"kernel" * 1000, disk_format="aki", container_format="aki")
         self.glance.add(RAMDISK, b"ramdisk" * 1000, disk_format="ari", container_format="ari")
         self.glance.add(OTHER, raw_disk(2))
         self.driver = self.load()
         self.context = context.RequestContext("user", "project", auth_token="user-token")
+
+    def configure(self):
+        """Set what a test case wants beside the options above."""
+
+    def flags(self, **options):
+        """Set options, which the service reads when it starts."""
+        super().flags(**options)
+        if hasattr(self, "driver"):
+            self.driver = self.load()
 
     def load(self):
         return virt_driver.load_compute_driver(fake.FakeVirtAPI())

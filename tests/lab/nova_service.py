@@ -67,6 +67,8 @@ shutdown_timeout = 1
 manager_shutdown_timeout = 1
 graceful_shutdown_timeout = 2
 service_down_time = 300
+# The periodic tasks begin with the service, and not at any time within its first minute.
+periodic_fuzzy_delay = 0
 concurrency_backend = threading
 [placement]
 auth_type = admin_token
@@ -185,16 +187,23 @@ class NovaService:
     variables: Mapping[str, str]
     programs: pathlib.Path
     _compute: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+    _options: Mapping[str, Mapping[str, object]] = dataclasses.field(default_factory=dict)
     _starts: int = 0
 
-    def start_compute(self, driver: str = OURS, **sections: Mapping[str, object]) -> None:
-        """Start nova-compute, and wait until it has reported itself.
+    def have_compute(self, driver: str = OURS, **sections: Mapping[str, object]) -> None:
+        """Have a nova-compute, and wait until it has reported itself. One with other options is ended.
 
         :param driver: ``compute_driver``.
-        :param sections: of nova.conf, by name, with options that this start is to have.
+        :param sections: of nova.conf, by name, with options that it is to have.
         """
-        self._starts += 1
         options = {"DEFAULT": {"compute_driver": driver}, **sections}
+        if options != self._options:
+            self.stop_compute()
+            self._start_compute(options)
+            self._options = options
+
+    def _start_compute(self, options: Mapping[str, Mapping[str, object]]) -> None:
+        self._starts += 1
         own = self.home / f"compute-{self._starts}.conf"
         own.write_text(
             "".join(

@@ -20,7 +20,7 @@ import nova.privsep.fs  # noqa: E402
 from nova import block_device, context, objects  # noqa: E402
 from nova.objects import base as nova_base  # noqa: E402
 from nova.objects import block_device as block_device_objects  # noqa: E402
-from nova.virt.libvirt import driver, imagebackend, imagecache  # noqa: E402
+from nova.virt.libvirt import driver, imagebackend  # noqa: E402
 from nova.virt.libvirt import utils as libvirt_utils  # noqa: E402
 
 CONF = nova.conf.CONF
@@ -108,12 +108,7 @@ def run_pass(instances, side="nova"):
     found = mappings_of(instances, ctxt)
     objects.BlockDeviceMappingList.bdms_by_instance_uuid = classmethod(lambda *_arguments: found)
     listed = objects.InstanceList(objects=[instance(**each) for each in instances])
-    manager = imagecache.ImageCacheManager()
-    if side == "adapter":
-        from nova.virt.imagecachelib import upkeep
-
-        manager = upkeep.ImageCacheManager()
-    manager.update(ctxt, listed)
+    lab_disks.image_cache_manager(side).update(ctxt, listed)
     return sorted(os.listdir(os.path.join(CONF.instances_path, CONF.image_cache.subdirectory_name)))
 
 
@@ -154,7 +149,7 @@ def use_disks(side, glance_url, token, disks):
 
 def resize_disk(uuid, name, kind, size_gb):
     """Grow a disk with Nova's own image type, as a resize does."""
-    lab_disks.backend("nova", kind)(instance=instance(uuid), disk_name=name).resize_image(size_gb * GIB)
+    lab_disks.backend("nova").by_name(instance(uuid), name, kind).resize_image(size_gb * GIB)
 
 
 class Conductor:

@@ -8,7 +8,6 @@ import pathlib
 import subprocess
 import threading
 
-import nova.conf
 import nova.privsep.fs
 from nova import context, exception, objects
 from nova.compute import vm_states
@@ -28,16 +27,11 @@ from tests.lab.nova_files import (
     raw_disk,
 )
 
-CONF = nova.conf.CONF
-
 
 class Situations(FilesCase):
     def setUp(self):
         super().setUp()
         self.stub_out("nova.objects.BlockDeviceMappingList.bdms_by_instance_uuid", lambda *_arguments: {})
-
-    def reload(self):
-        self.driver = self.load()
 
     def qcow2(self, *options):
         """Return a qcow2 image with the data of raw_disk(2)."""
@@ -50,7 +44,6 @@ class Situations(FilesCase):
         self.flags(preallocate_images="space")
         for number, kind in enumerate(("qcow2", "raw")):
             self.flags(images_type=kind, group="libvirt")
-            self.reload()
             made = self.create(self.instance(uuid=f"6d1a3a0e-1111-4000-8000-00000000000{number}", swap=8))
             self.assertGreaterEqual((made / "disk").stat().st_blocks * 512, GIB, kind)
             self.assertGreaterEqual((made / "disk.swap").stat().st_blocks * 512, 8 * MIB, kind)
@@ -58,7 +51,6 @@ class Situations(FilesCase):
     def test_a_flat_disk_of_an_image_that_is_kept_as_it_came_is_what_disk_info_says(self):
         self.flags(force_raw_images=False)
         self.flags(images_type="raw", group="libvirt")
-        self.reload()
         self.glance.add(OTHER, self.qcow2(), disk_format="qcow2")
         instance = self.instance(OTHER)
         for _ in range(2):
@@ -82,7 +74,6 @@ class Situations(FilesCase):
     def test_disks_stand_alone_where_copy_on_write_is_off(self):
         self.flags(use_cow_images=False)
         self.flags(images_type="default", group="libvirt")
-        self.reload()
         made = self.create(self.instance(ephemeral_gb=1, swap=8))
         for name in ("disk", "disk.local", "disk.swap"):
             self.assertEqual("raw", image_info(made / name)["format"])
@@ -97,7 +88,6 @@ class Situations(FilesCase):
         made = self.create(instance)
         before = {path.name: content(path) for path in made.glob("disk*") if path.suffix != ".info"}
         self.flags(subdirectory_name="_elsewhere", group="image_cache")
-        self.reload()
         self.create(instance)
         self.driver.image_cache_manager.update(self.context, objects.InstanceList(objects=[instance]))
         self.assertEqual(
@@ -110,7 +100,6 @@ class Situations(FilesCase):
     def test_what_glance_lost_comes_from_the_directory_that_the_other_host_has_it_in(self):
         """Where the directory's name has the host's address in it, as in ``_base_$my_ip``."""
         self.flags(subdirectory_name="_base_theirs", group="image_cache")
-        self.reload()
         instance = self.instance()
         made = self.create(instance)
         theirs = self.directory / "theirs"
@@ -119,7 +108,6 @@ class Situations(FilesCase):
         self.glance.answer = lambda seen: Answer(status=404) if ROOT in seen.path else right(seen)
         self.stand_in_for_ssh(theirs, "*/_base_theirs/*")
         self.flags(subdirectory_name="_base_ours", group="image_cache")
-        self.reload()
         self.create(instance, fallback_from_host="elsewhere")
         self.assertEqual(raw_disk(), content(made / "disk"))
 
@@ -201,7 +189,6 @@ class Situations(FilesCase):
         made = self.create(instance)
         before = {path.name: path.read_bytes() for path in made.iterdir()}
         self.flags(host="there")
-        self.reload()
         instance.host = "there"
         self.create(instance)
         self.assertEqual(before, {path.name: path.read_bytes() for path in made.iterdir()})
@@ -248,8 +235,7 @@ class Situations(FilesCase):
         self.context = context.RequestContext("other", "elsewhere", auth_token="another")
         stranger = self.instance(uuid="6d1a3a0e-1111-4000-8000-000000000001")
         self.create(stranger)  # as Nova has it
-        CONF.set_override("authorize_hits", "closed", "image_cache")
-        self.addCleanup(CONF.clear_override, "authorize_hits", "image_cache")
+        self.flags(authorize_hits="closed", group="image_cache")
         again = self.instance(uuid="6d1a3a0e-1111-4000-8000-000000000002")
         self.assertRaises(exception.ImageNotAuthorized, self.create, again)
         self.assertEqual([], list(pathlib.Path(libvirt_utils.get_instance_path(again)).glob("disk")))

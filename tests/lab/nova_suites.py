@@ -18,6 +18,7 @@ import warnings
 warnings.simplefilter("ignore")
 os.environ["OS_NOVA_DISABLE_EVENTLET_PATCHING"] = "true"
 
+import nova.conf  # noqa: E402
 import nova.tests.unit  # noqa: E402  forbids eventlet, before anything loads it
 import nova.virt  # noqa: E402
 import testtools  # noqa: E402
@@ -25,13 +26,31 @@ from nova import exception  # noqa: E402
 from nova.virt.libvirt import driver, imagebackend, imagecache  # noqa: E402
 
 import imagecache_lib as ic  # noqa: E402
+from imagecache_lib import opts  # noqa: E402
 from imagecache_lib.sources.interface import CannotResume, NotPermitted  # noqa: E402
 
 # Where pip would have put it, unless it did.
 nova.virt.__path__.extend(filter(None, [os.environ.get("IMAGECACHE_ADAPTER")]))
 
+from nova.virt.imagecachelib import caches, images, upkeep  # noqa: E402
 from nova.virt.imagecachelib import driver as adapted  # noqa: E402
-from nova.virt.imagecachelib import images, sources, upkeep  # noqa: E402
+
+
+class ImageApi:
+    """In the place of the adapter's Glance."""
+
+    def source(self, context):
+        return ImageApiSource(context)
+
+
+class CachesOfTheMoment(caches.Caches):
+    """What a driver has that was started with the configuration as it is now: each test changes it."""
+
+    def manager(self, subdirectory=None):
+        if self.config != caches.configuration():
+            self.config = caches.configuration()
+            self.start()
+        return super().manager(subdirectory)
 
 
 class ImageApiSource(ic.ImageSource):
@@ -66,9 +85,13 @@ def install():
     """Put the adapter's classes where the tests look for Nova's.
 
     Two classes keep their names and get methods: one says ``super(ImageCacheManager, self)``, which would
-    recurse for ever, and tests patch static methods of the other, which a subclass would not show.
+    recurse for ever, and tests patch static methods of the other, which a subclass would not show. Tests make
+    objects of these classes without a driver of the adapter's, from which they would have their caches.
     """
-    sources.glance = ImageApiSource
+    opts.register_opts(nova.conf.CONF)
+    shared = CachesOfTheMoment(ImageApi())
+    for each in (images.Cached, imagecache.ImageCacheManager, driver.LibvirtDriver):
+        each.caches = shared
     backend = imagebackend.Backend
     own = {"Flat": images.Flat, "Qcow2": images.Qcow2, "Rbd": images.Rbd}
 

@@ -29,16 +29,19 @@ def listens(port: int) -> bool:
     return False
 
 
-def wait_until(condition: Callable[[], bool], what: str, *, seconds: float) -> None:
+def wait_until(
+    condition: Callable[[], bool], what: str, *, seconds: float, every: float = _POLL_SECONDS
+) -> None:
     """Ask until it holds.
 
+    :param every: seconds between two times, since an answer may cost as much as what is waited for.
     :raises TimeoutError: it did not within ``seconds``.
     """
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {seconds:.0f} s")
-        time.sleep(_POLL_SECONDS)
+        time.sleep(every)
 
 
 @contextlib.contextmanager

@@ -22,17 +22,33 @@ def request_context(glance_url, token):
     return context.RequestContext(user, project, auth_token=token, service_catalog=catalog)
 
 
-def backend(side, kind):
-    """Return the class of an image type.
+@functools.cache
+def _caches():
+    """Return the adapter's, as its driver has them."""
+    from nova.virt.imagecachelib import caches, sources
 
-    :param side: ``nova`` or ``adapter``.
-    """
-    name = {"raw": "Flat", "qcow2": "Qcow2"}[kind]
+    from imagecache_lib import opts
+
+    opts.register_opts(CONF)
+    return caches.Caches(sources.Glance())
+
+
+def backend(side):
+    """Return the choice of image types of a side: ``nova`` or ``adapter``."""
     if side == "nova":
-        return getattr(imagebackend, name)
+        return imagebackend.Backend(CONF.use_cow_images)
     from nova.virt.imagecachelib import images
 
-    return getattr(images, name)
+    return images.Backend(CONF.use_cow_images, _caches())
+
+
+def image_cache_manager(side):
+    """Return what runs the periodic pass of a side."""
+    if side == "nova":
+        return imagecache.ImageCacheManager()
+    from nova.virt.imagecachelib import upkeep
+
+    return upkeep.ImageCacheManager(_caches())
 
 
 def use(side, ctxt, owner, disk):
@@ -43,7 +59,7 @@ def use(side, ctxt, owner, disk):
     """
     os.makedirs(libvirt_utils.get_instance_path(owner), exist_ok=True)
     file = disk["name"].split(".")[0] in ("kernel", "ramdisk")
-    made = backend(side, "raw" if file else disk["kind"])(instance=owner, disk_name=disk["name"])
+    made = backend(side).by_name(owner, disk["name"], "raw" if file else disk["kind"])
     if "image" in disk:
         made.cache(
             fetch_func=libvirt_utils.fetch_raw_image if file else libvirt_utils.fetch_image,

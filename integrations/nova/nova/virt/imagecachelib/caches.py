@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process's image cache, what is particular to each call of it, and its errors as Nova's."""
+"""The driver's image cache, what is particular to each call of it, and its errors as Nova's."""
 
 from __future__ import annotations
 
@@ -56,39 +56,41 @@ def configuration() -> ic.CacheConfig:
 
 
 class Caches:
-    """The manager of each configuration. A service has one, from its start; tests change theirs."""
+    """The manager of the configured cache, and of others that existing disks name.
 
-    def __init__(self) -> None:
-        self._managers: dict[ic.CacheConfig, ic.ImageCacheManager] = {}
+    A driver has one of these, and gives it to the objects that it makes of its disks and of its pass.
+
+    :param glance: where the images come from.
+    :raises ConfigError: the configuration cannot work. It is read once.
+    """
+
+    def __init__(self, glance: sources.Glance) -> None:
+        self.config = configuration()
+        self._glance = glance
+        self._managers: dict[str, ic.ImageCacheManager] = {}
         self._making = threading.Lock()
 
     def manager(self, subdirectory: str | None = None) -> ic.ImageCacheManager:
-        """Return the manager of Nova's configuration as it is now.
+        """Return the manager of a cache.
 
         :param subdirectory: the name of the cache's directory, or None for the one that is configured.
-        :raises ConfigError: it cannot work.
+        :raises ConfigError: it cannot be one.
         """
-        config = configuration()
-        if subdirectory is not None:
-            config = dataclasses.replace(config, subdirectory_name=subdirectory)
+        name = subdirectory or self.config.subdirectory_name
         with self._making:
-            if config not in self._managers:
-                self._managers[config] = ic.ImageCacheManager(
-                    config,
+            if name not in self._managers:
+                self._managers[name] = ic.ImageCacheManager(
+                    dataclasses.replace(self.config, subdirectory_name=name),
                     ic.FileSource({}),  # each request brings its own
                     host=opts.host_from(CONF),
                     disk_ops=DiskOps(),
                 )
-            return self._managers[config]
+            return self._managers[name]
 
     def start(self) -> None:
-        """Begin anew, with a manager that is not shut down.
-
-        :raises ConfigError: the configuration cannot work.
-        """
+        """Begin anew, with managers that are not shut down."""
         with self._making:
             self._managers.clear()
-        self.manager()
 
     def shutdown(self) -> None:
         """Cancel what is in flight, and what is asked until the next start."""
@@ -97,29 +99,29 @@ class Caches:
             for manager in self._managers.values():
                 manager.shutdown()
 
+    def request(
+        self,
+        context,
+        trusted_certs=None,
+        fallback_host: str | None = None,
+        config: ic.CacheConfig | None = None,
+    ) -> ic.Request:
+        """Return what is particular to one call.
 
-#: One for the process, since Nova makes the objects of its disks anew for each call.
-CACHES = Caches()
-
-
-def request(
-    context, trusted_certs=None, fallback_host: str | None = None, config: ic.CacheConfig | None = None
-) -> ic.Request:
-    """Return what is particular to one call.
-
-    :param context: the request's ``nova.context.RequestContext``: its token fetches image and certificates.
-    :param trusted_certs: the instance's ``nova.objects.TrustedCerts``. None: it demands none.
-    :param fallback_host: a compute host whose cache may have what Glance has no more.
-    :param config: of the cache that is asked, which lies at the same path there; or None for Nova's.
-    """
-    config = config or configuration()
-    fallbacks = (sources.HostSource(fallback_host, config.base_path),) if fallback_host else ()
-    return ic.Request(
-        source=sources.glance(context),
-        trusted_certs=tuple(trusted_certs.ids) if trusted_certs else None,
-        certificates=None if config.certificates_path else ic.CastellanCertificates(context),
-        fallbacks=fallbacks,
-    )
+        :param context: the request's ``nova.context.RequestContext``: its token fetches image and
+            certificates.
+        :param trusted_certs: the instance's ``nova.objects.TrustedCerts``. None: it demands none.
+        :param fallback_host: a compute host whose cache may have what Glance has no more.
+        :param config: of the cache that is asked, which lies at the same path there; or None for Nova's.
+        """
+        config = config or self.config
+        fallbacks = (sources.HostSource(fallback_host, config.base_path),) if fallback_host else ()
+        return ic.Request(
+            source=self._glance.source(context),
+            trusted_certs=tuple(trusted_certs.ids) if trusted_certs else None,
+            certificates=None if config.certificates_path else ic.CastellanCertificates(context),
+            fallbacks=fallbacks,
+        )
 
 
 @contextlib.contextmanager

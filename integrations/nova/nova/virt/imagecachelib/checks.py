@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+
 from nova import monkey_patch, version
 from nova.virt.imagecachelib import options
 
@@ -64,8 +66,8 @@ def require_no_contradiction(conf) -> None:
         raise _contradiction(
             "[libvirt] images_type = rbd", "[DEFAULT] force_raw_images = false", "disks in Ceph are raw"
         )
-    roots = conf.image_cache.disk_roots
-    if roots and conf.instances_path not in roots:
+    roots = [os.path.normpath(root) for root in conf.image_cache.disk_roots]
+    if roots and os.path.normpath(conf.instances_path) not in roots:
         raise _contradiction(
             "[image_cache] disk_roots",
             "[DEFAULT] instances_path",

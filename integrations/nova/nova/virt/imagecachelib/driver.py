@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import os
+
 import nova.conf
 from nova import exception
-from nova.virt.imagecachelib import caches, checks, images, upkeep
+from nova.virt import images as nova_images
+from nova.virt.imagecachelib import caches, checks, images, sources, upkeep
 from nova.virt.libvirt import driver
 from nova.virt.libvirt import utils as libvirt_utils
 
 import imagecache_lib as ic
 from imagecache_lib import opts
+from imagecache_lib.nova import disk_info
 
 CONF = nova.conf.CONF
 
@@ -30,18 +34,18 @@ class LibvirtDriver(driver.LibvirtDriver):
         checks.require_tested_release(CONF)
         opts.register_opts(CONF)
         checks.require_no_contradiction(CONF)
-        caches.configuration()
+        self.caches = caches.Caches(sources.Glance())
         super().__init__(virtapi, read_only)
-        self.image_backend = images.Backend(CONF.use_cow_images)
-        self.image_cache_manager = upkeep.ImageCacheManager()
+        self.image_backend = images.Backend(CONF.use_cow_images, self.caches)
+        self.image_cache_manager = upkeep.ImageCacheManager(self.caches)
 
     def init_host(self, host):
         # Not with the driver: by now the service has limited its disk operations.
-        caches.CACHES.start()
+        self.caches.start()
         super().init_host(host)
 
     def cleanup_host(self, host):
-        caches.CACHES.shutdown()
+        self.caches.shutdown()
         super().cleanup_host(host)
 
     def cache_image(self, context, image_id):
@@ -51,7 +55,7 @@ class LibvirtDriver(driver.LibvirtDriver):
             the caller is "unsupported", the nearest that it has.
         """
         with caches.translated(image_id):
-            result = caches.CACHES.manager().cache_image(image_id, request=caches.request(context))
+            result = self.caches.manager().cache_image(image_id, request=self.caches.request(context))
         if result is ic.CacheResult.NOT_NEEDED:
             raise NotImplementedError
         return result is ic.CacheResult.CACHED
@@ -71,14 +75,21 @@ class LibvirtDriver(driver.LibvirtDriver):
         """Fetch a kernel or a ramdisk before a guest arrives by live migration."""
         try:
             with caches.translated(image_id):
-                caches.CACHES.manager().fetch_file(
-                    image_id, path, request=caches.request(context, instance.trusted_certs)
+                self.caches.manager().fetch_file(
+                    image_id, path, request=self.caches.request(context, instance.trusted_certs)
                 )
         except exception.ImageNotFound:
             if not fallback_from_host:
                 raise
             # The other host's cache may have it converted; its instance directory has the very bytes.
             libvirt_utils.copy_image(src=path, dest=path, host=fallback_from_host, receive=True)
+
+    def _disk_raw_to_qcow2(self, path):
+        """Convert a disk that came from a host with raw disks, and pin that: its ``disk.info`` came along."""
+        manager, converted = self.caches.manager(), f"{path}_qcow"
+        nova_images.convert_image(path, converted, "raw", "qcow2")
+        with disk_info.DiskInfo(manager.config, manager.host).pinned(path, "qcow2"):
+            os.rename(converted, path)
 
     def _rebase_original_qcow2_image(self, context, instance, backend):
         """Put an unshelved disk back onto the image that its instance was made from.
@@ -87,7 +98,7 @@ class LibvirtDriver(driver.LibvirtDriver):
         """
         if not self._needs_rebase_original_qcow2_image(instance, backend):
             return
-        manager = caches.CACHES.manager()
+        manager = self.caches.manager()
         image_id, owner = instance.system_metadata.get("image_base_image_ref"), f"rebase-{instance.uuid}"
         with caches.translated(image_id):
             manager.pin(image_id, owner=owner, expires=manager.host.clock() + _REBASE)

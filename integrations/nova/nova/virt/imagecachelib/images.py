@@ -23,7 +23,9 @@ from imagecache_lib.backends.chain import HEADER_BYTES
 from imagecache_lib.backends.interface import StorageBackend
 from imagecache_lib.backends.raw import RawBackend
 from imagecache_lib.formats.qcow2 import header
+from imagecache_lib.nova import disk_info
 from imagecache_lib.store import layout
+from imagecache_lib.system import attributes
 
 LOG = logging.getLogger(__name__)
 
@@ -48,12 +50,14 @@ def grow_filesystem(path: str) -> None:
 class Cached:
     """Mixed into an image type of Nova's.
 
+    :ivar caches: the driver's, by way of :class:`Backend`.
     :ivar fallback_host: a host whose cache may have what Glance has no more; set by the driver for one call.
     :ivar only_base: the image's base is all that is wanted, since the driver rebases the disk onto it.
     :ivar original: the image onto which the driver rebases the disk, so that an existing disk may be of this
         one already: an unshelve was interrupted.
     """
 
+    caches: caches.Caches
     fallback_host: str | None = None
     only_base = False
     original: str | None = None
@@ -70,7 +74,7 @@ class Cached:
 
     def manager(self) -> ic.ImageCacheManager:
         """Return the manager of the cache that the disk's base is in."""
-        return caches.CACHES.manager()
+        return self.caches.manager()
 
     def cache(self, fetch_func, filename, size=None, safe=False, *args, **kwargs) -> None:
         """Make the disk, or make sure of its base and grow it, as Nova's method of that name.
@@ -94,7 +98,7 @@ class Cached:
 
     def _from_image(self, wanted: dict[str, Any], size: int | None) -> None:
         manager, image_id = self.manager(), wanted["image_id"]
-        request = caches.request(
+        request = self.caches.request(
             wanted.get("context"), wanted.get("trusted_certs"), self.fallback_host, manager.config
         )
         name = getattr(self, "disk_name", None) or ""
@@ -150,15 +154,81 @@ class Flat(Cached, imagebackend.Flat):
     backend_name = "raw"
 
     def storage(self) -> StorageBackend:
-        manager = caches.CACHES.manager()
+        manager = self.caches.manager()
         return RawBackend(manager.config, manager.host, grow_filesystem=grow_filesystem)
 
     def _made(self) -> None:
         self.correct_format()
 
 
+def format_of(path: str, pinned: str) -> str:
+    """Return the format in which QEMU is to open a disk on a host whose disks are qcow2.
+
+    Raw disks are there if ``images_type`` was another one when they were made. Their guests may have written
+    what looks like a header, and QEMU would hand whatever file that names to the guest. On the other hand,
+    Nova's own driver makes a raw disk that moves to such a host qcow2, and leaves the entry of before.
+
+    :param pinned: what ``disk.info`` says.
+    """
+    try:
+        with open(path, "rb") as disk:
+            if marked := attributes.read(disk.fileno(), disk_info.FORMAT_MARK):
+                return marked
+            if pinned != "raw":
+                return pinned
+            found = header.parse(disk.read(HEADER_BYTES))
+    except FileNotFoundError:
+        return "qcow2"  # as it will be
+    except OSError:
+        return pinned
+    except (header.NotQcow2, header.HeaderError):
+        return "raw"
+    names_a_file = found.backing_file or found.incompatible_features & header.Incompatible.DATA_FILE
+    return "raw" if names_a_file else "qcow2"
+
+
+def _has_no_header(path: str) -> bool:
+    """Whether a disk is there, has content, and does not begin as qcow2.
+
+    :raises OSError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as disk:
+            return disk.read(len(header.MAGIC)) not in (header.MAGIC, b"")
+    except FileNotFoundError:
+        return False
+
+
 class Qcow2(Cached, imagebackend.Qcow2):
     backend_name = "qcow2"
+
+    def resolve_driver_format(self) -> str:
+        """Have QEMU open the disk as what it is. Nova's image type takes every disk for qcow2."""
+        self.driver_format = format_of(self.path, super().resolve_driver_format())
+        return self.driver_format
+
+    def _get_driver_format(self) -> str:
+        """Return the format of a disk whose format is not pinned, which is then pinned."""
+        return "raw" if _has_no_header(self.path) else super()._get_driver_format()
+
+    def get_model(self, connection) -> image_model.Image:
+        """Return the disk as Nova opens it itself, to put files into it."""
+        if self.driver_format == "raw":
+            return image_model.LocalFileImage(self.path, image_model.FORMAT_RAW)
+        return super().get_model(connection)
+
+    def cache(self, fetch_func, filename, *args, **kwargs) -> None:
+        with caches.translated(filename):
+            self._pin_format()
+        super().cache(fetch_func, filename, *args, **kwargs)
+
+    def _pin_format(self) -> None:
+        """Have ``disk.info`` say what the disk is taken for, since the library goes by that."""
+        manager = self.caches.manager()
+        formats = disk_info.DiskInfo(manager.config, manager.host)
+        if self.driver_format == "qcow2" and formats.format_of(self.path) == "raw":
+            with formats.pinned(self.path, "qcow2"):
+                pass
 
     def manager(self) -> ic.ImageCacheManager:
         """Return the manager of the directory that an existing overlay names, or else of the configured one.
@@ -166,7 +236,7 @@ class Qcow2(Cached, imagebackend.Qcow2):
         The directory's name may have been changed since the disk was made, or hold the address of the host
         that the disk came from. As with Nova, guests go on with the base that they have.
         """
-        manager = caches.CACHES.manager()
+        manager = self.caches.manager()
         directory, name = os.path.split(self._named())
         parent, subdirectory = os.path.split(directory)
         if parent != manager.config.instances_path or directory in (
@@ -177,12 +247,12 @@ class Qcow2(Cached, imagebackend.Qcow2):
         # A directory of an instance, such as <uuid>_resize, holds no cache.
         if uuidutils.is_uuid_like(subdirectory[:36]) or layout.classify(name) not in _BASES:
             return manager
-        return caches.CACHES.manager(subdirectory)
+        return self.caches.manager(subdirectory)
 
     def _named(self) -> str:
         """Return what the header of an existing overlay names, which the library judges; or an empty text."""
         try:
-            if caches.CACHES.manager().inspect_disk(self.path, backend=self.backend_name).format != "qcow2":
+            if self.caches.manager().inspect_disk(self.path, backend=self.backend_name).format != "qcow2":
                 return ""  # its guest wrote the header
             with open(self.path, "rb") as disk:
                 return os.fsdecode(header.parse(disk.read(HEADER_BYTES)).backing_file or b"")
@@ -199,9 +269,25 @@ class Rbd(Cached, imagebackend.Rbd):
 
 
 class Backend(imagebackend.Backend):
-    """Nova's choice of image types, with three of them exchanged."""
+    """Nova's choice of image types, with three of them exchanged.
 
-    def __init__(self, use_cow: bool) -> None:
+    :param use_cow: ``use_cow_images``.
+    :param caches: what the disks' bases are in.
+    """
+
+    def __init__(self, use_cow: bool, caches: caches.Caches) -> None:
         super().__init__(use_cow)
         ours = {imagebackend.Flat: Flat, imagebackend.Qcow2: Qcow2, imagebackend.Rbd: Rbd}
         self.BACKEND = {name: ours.get(kind, kind) for name, kind in self.BACKEND.items()}
+        self._caches = caches
+
+    def by_name(self, *args, **kwargs) -> imagebackend.Image:
+        return self._with_caches(super().by_name(*args, **kwargs))
+
+    def by_libvirt_path(self, *args, **kwargs) -> imagebackend.Image:
+        return self._with_caches(super().by_libvirt_path(*args, **kwargs))
+
+    def _with_caches(self, image: imagebackend.Image) -> imagebackend.Image:
+        if isinstance(image, Cached):
+            image.caches = self._caches
+        return image

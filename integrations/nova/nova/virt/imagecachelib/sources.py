@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import subprocess
 from collections.abc import Iterator
@@ -23,38 +22,36 @@ CONF = nova.conf.CONF
 _CHUNK = 2**20
 
 
-def glance(context) -> ic.ImageSource:
-    """Return Glance as this request may use it, with ``enable_rbd_download`` past its API where that can be.
+class Glance:
+    """Glance, and one connection to the cluster in which it keeps its images."""
 
-    The adapter that Nova makes of ``[glance]`` brings its interface, region and endpoint; the authentication
-    sends the service's token beside the user's where ``[service_user]`` says so; and the request's global id
-    goes along, so that Glance's log can be read beside Nova's.
+    def __init__(self) -> None:
+        options = CONF.glance
+        # Connects when it is first asked.
+        self._cluster = LibrbdCluster(
+            options.rbd_ceph_conf,
+            options.rbd_user or None,
+            connect_timeout=options.rbd_connect_timeout,
+            op_timeout=CONF.image_cache.rbd_op_timeout,
+        )
 
-    :param context: the request's ``nova.context.RequestContext``.
-    """
-    adapter = utils.get_ksa_adapter(
-        "image",
-        ksa_auth=service_auth.get_service_user_token_auth_plugin(context),
-        ksa_session=service_auth.get_service_auth_session(nova.conf.glance.glance_group.name),
-    )
-    adapter.global_request_id = context.global_id
-    source = ic.GlanceSource(CONF.glance.api_servers or (), adapter=adapter)
-    if not CONF.glance.enable_rbd_download:
-        return source
-    options = CONF.glance
-    cluster = _cluster(
-        options.rbd_ceph_conf,
-        options.rbd_user or None,
-        options.rbd_connect_timeout,
-        CONF.image_cache.rbd_op_timeout,
-    )
-    return RbdSource(source, cluster)
+    def source(self, context) -> ic.ImageSource:
+        """Return Glance as a request may use it, with ``enable_rbd_download`` past its API where that can be.
 
+        The adapter that Nova makes of ``[glance]`` brings its interface, region and endpoint; the
+        authentication sends the service's token beside the user's where ``[service_user]`` says so; and the
+        request's global id goes along, so that Glance's log can be read beside Nova's.
 
-@functools.lru_cache(maxsize=1)
-def _cluster(conf: str, user: str | None, connect_timeout: int, op_timeout: int) -> LibrbdCluster:
-    """Return the cluster in which Glance keeps its images: one connection for the process."""
-    return LibrbdCluster(conf, user, connect_timeout=connect_timeout, op_timeout=op_timeout)
+        :param context: the request's ``nova.context.RequestContext``.
+        """
+        adapter = utils.get_ksa_adapter(
+            "image",
+            ksa_auth=service_auth.get_service_user_token_auth_plugin(context),
+            ksa_session=service_auth.get_service_auth_session(nova.conf.glance.glance_group.name),
+        )
+        adapter.global_request_id = context.global_id
+        source = ic.GlanceSource(CONF.glance.api_servers or (), adapter=adapter)
+        return RbdSource(source, self._cluster) if CONF.glance.enable_rbd_download else source
 
 
 class HostSource(ic.ImageSource):
