@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import imagecache_lib as ic
 from imagecache_lib import events
-from imagecache_lib.cli import base, values
+from imagecache_lib.cli import base, parsing, values
 
 if TYPE_CHECKING:
     from imagecache_lib.observers.metrics import MetricsObserver
@@ -34,7 +34,7 @@ class Verify(base.BaseLister):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         if parsed_args.textfile is not None and not parsed_args.evict:
-            raise ic.ConfigError(
+            raise parsing.Misused(
                 "--textfile has the figures of a pass", next_step="add --evict, or leave it out"
             )
         instances = base.read_instances(parsed_args.instances)

@@ -24,6 +24,7 @@ from imagecache_lib.sources.interface import (
     CannotCopy,
     CannotResume,
     ImageSource,
+    SourceMisconfigured,
     SourceRefused,
     Unauthorized,
     require_options,
@@ -229,7 +230,7 @@ class GlanceSource(ImageSource):
         except Exception as error:  # the caller's session
             raise exchange.failure(error, "the identity service", image_id) from None
         if not endpoint:
-            raise SourceRefused(
+            raise SourceMisconfigured(
                 "the catalog has no such image service",
                 image=image_id,
                 next_step="check service type, interface and region",

@@ -108,8 +108,8 @@ def test_a_job_is_meant_by_its_first_letters_and_by_being_the_last(cli: JobsCli)
     first, last = (each["id"] for each in cli.json("precache", "list"))
     assert cli.json("precache", "status", first[:20])[0]["state"] == "cached"
     assert cli.json("precache", "status", "--last")[0]["state"] == "existing"
-    assert "name one job" in cli.run("precache", "status", code=7).stderr
-    assert "name one job" in cli.run("precache", "status", last, "--last", code=7).stderr
+    assert "name one job" in cli.run("precache", "status", code=2).stderr
+    assert "name one job" in cli.run("precache", "status", last, "--last", code=2).stderr
     assert "there is no job fff" in cli.run("precache", "resume", "fffffffff", code=3).stderr
 
 
