@@ -110,6 +110,14 @@ class Base(command.Command):
                 LOG.exception("It failed")
             self.complain(error)
             return code_of(error)
+        except BrokenPipeError:
+            raise  # whoever reads has enough; cliff ends the program as SIGPIPE would
+        except OSError as error:
+            if self.app.options.debug:
+                LOG.exception("It failed")
+            where = "the output cannot be written: " if error.filename is None else ""
+            self.note(f"error: {where}{plain(str(error))}")
+            return 1
 
     def complain(self, error: errors.ImageCacheError) -> None:
         """Write an error to stderr, in one line."""

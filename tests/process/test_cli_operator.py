@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import pty
+import shlex
 import socket
 import subprocess
 import termios
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 
 from imagecache_lib import events
-from imagecache_lib.cli import parsing
+from imagecache_lib.cli import parsing, table
 from imagecache_lib.cli.progress import ProgressObserver
 from imagecache_lib.testing import http_faults
 from imagecache_lib.testing.bad_server import BadServer
@@ -316,6 +317,12 @@ def test_a_second_command_says_who_fetches_the_image_and_how_far_that_is(cli: Cl
     assert f"waiting: {socket.gethostname()}, pid {first.pid} fetches it, 8" in line
 
 
+def test_letters_take_as_many_columns_as_a_terminal_gives_them() -> None:
+    for text, wide in (("\u65e5\u672c", 4), ("e\u0301", 1), ("\u0e01\u0e31\u0e19", 2), ("\u2602\ufe0f", 2)):
+        assert table.columns_of(text) == wide, text
+    assert table.padded("\u0e01\u0e31", 3) == "\u0e01\u0e31  "
+
+
 def test_what_waits_is_told_in_whole_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
     observer = ProgressObserver(stream, clock=lambda: 0.0)
@@ -390,6 +397,17 @@ def test_an_operator_is_asked_for_a_report_and_told_of_the_image_by_its_id(cli: 
         (("image", "cache", "i", "--file", "f", "--digest", "sha512:00"), 2, "128 hexadecimal digits"),
         (("image", "cache", "i", "--file", "f", "--digest", "crc:00"), 2, "crc is no digest's algorithm"),
         (("image", "cache", "i", "--file", "f", "--disk-format", "qcow"), 2, "qcow2"),
+        (("image", "pin", "i", "--for", "0s"), 2, "is over at once"),
+        (("image", "pin", "i", "--for", "99999d"), 2, "longer than a century"),
+        (("cache", "scrub", "--textfile", "x.txt"), 2, "must end in .prom"),
+        (("cache", "scrub", "--textfile", "/nonexistent/x.prom"), 7, "/nonexistent/x.prom"),
+        (("--log-file", "/nonexistent/log", "image", "list"), 2, "/nonexistent/log cannot be written"),
+        (("agent", "--peer-key", "k"), 2, "--peer-key has no effect without --peer-cert"),
+        (("agent", "--peer-cert", "c"), 2, "--peer-cert has no effect without --serve-peers"),
+        (("agent", "--peer-token-file", "t"), 2, "has no effect without --peer or --serve-peers"),
+        (("agent", "--trust-peers"), 2, "--trust-peers has no effect without --peer"),
+        (("agent", "--file", "f"), 2, "--file"),
+        (("precache", "start", ""), 2, "no image's id"),
         (
             ("precache", "plan", "i", "--hosts-file", "/nonexistent"),
             7,
@@ -440,6 +458,27 @@ def test_a_failure_is_told_once(cli: Cli, tmp_path: pathlib.Path) -> None:
     found = cli.run("cache", "scrub", code=10)
     assert "granules of 64.0 KiB" in found.stdout
     assert len(found.stderr.splitlines()) == 1
+
+
+def test_output_that_cannot_be_written_is_an_error_in_one_line(cli: Cli) -> None:
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            cli.command("df"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=cli.environment,
+            check=False,
+        )
+    assert found.returncode == 1
+    assert found.stderr == "imagecache: error: the output cannot be written: No space left on device\n"
+
+
+def test_streams_that_are_closed_harm_nothing(cli: Cli) -> None:
+    words = shlex.join(cli.command("image", "cache", IMAGE, "--file", str(cli.data)))
+    shell = subprocess.run(["sh", "-c", f"{words} <&- >&- 2>&-"], env=cli.environment, check=False)
+    assert shell.returncode == 0
+    assert base_of(cli, IMAGE).read_bytes() == cli.data.read_bytes()
 
 
 def test_the_numbers_of_errors_are_left_to_programmers() -> None:

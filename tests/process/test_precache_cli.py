@@ -32,6 +32,7 @@ from imagecache_lib.precache.job_rows import JobDatabaseError
 from imagecache_lib.precache.precacher import AggregatePrecacher
 from imagecache_lib.testing.sources import FakeSource
 from tests.process.test_cli import IMAGE, Cli
+from tests.support.ports import free_port
 
 
 class JobsCli(Cli):
@@ -92,6 +93,16 @@ def test_requests_that_make_no_sense(cli: JobsCli, tmp_path: pathlib.Path) -> No
     assert "retries is 101" in cli.run(*cli.start("--retries", "101"), code=7).stderr
     assert "no job" in cli.run("precache", "status", "nonsense", code=3).stderr
     assert "message bus" in cli.run("agent", code=7).stderr
+
+
+def test_a_message_bus_that_is_away_is_told_from_hosts_that_are(cli: JobsCli) -> None:
+    cli.environment["OS_DEFAULT__TRANSPORT_URL"] = f"rabbit://guest:guest@127.0.0.1:{free_port()}/"
+    found = cli.run("precache", "plan", IMAGE, "--host", "a", "--timeout", "1s", code=5)
+    assert "the message bus has taken no message" in found.stderr
+    assert "guest" not in found.stderr
+    cli.environment["OS_DEFAULT__TRANSPORT_URL"] = "rabbit://guest:secret@[::1:5672/"
+    stderr = cli.run("precache", "plan", IMAGE, "--host", "a", code=7).stderr
+    assert (len(stderr.splitlines()), "no URL" in stderr, "secret" in stderr) == (1, True, False)
 
 
 def test_hosts_come_from_a_file_too(cli: JobsCli, tmp_path: pathlib.Path) -> None:
