@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from cliff import app, commandmanager
 
 from imagecache_lib import dates
-from imagecache_lib.cli import parsing
+from imagecache_lib.cli import parsing, values
 
 _PACKAGE = "imagecache_lib.cli"
 
@@ -126,7 +126,10 @@ class ImageCacheApp(app.App):
             "Default: imagecache.conf in ~/.imagecache, ~, /etc/imagecache or /etc, if there is one.",
         )
         parser.add_argument(
-            "--instances-path", metavar="PATH", help="instances directory, instead of the configuration's"
+            "--instances-path",
+            type=values.path,
+            metavar="PATH",
+            help="instances directory, instead of the configuration's",
         )
         return parser
 

@@ -255,6 +255,24 @@ def test_a_report_keeps_the_history_that_it_is_given(cli: Cli, tmp_path: pathlib
     assert oct(page.stat().st_mode & 0o777) == "0o644"
 
 
+def test_a_report_into_a_pipe_or_behind_a_link_leaves_that_what_it_is(
+    cli: Cli, tmp_path: pathlib.Path
+) -> None:
+    cli.cache()
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to("page.html")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    cli.run("cache", "report", "--html", str(pipe))
+    assert pipe.is_fifo()
+    reader.join()
+    assert read[0].startswith("<!DOCTYPE html>")
+    cli.run("cache", "report", "--html", str(link))
+    assert (link.is_symlink(), (tmp_path / "page.html").is_file()) == (True, True)
+
+
 def test_a_report_that_cannot_be_written_says_which_file(cli: Cli, tmp_path: pathlib.Path) -> None:
     assert "/nonexistent/x.html" in cli.run("cache", "report", "--html", "/nonexistent/x.html", code=7).stderr
     other = tmp_path / "no.sqlite"
@@ -408,6 +426,7 @@ def test_an_operator_is_asked_for_a_report_and_told_of_the_image_by_its_id(cli: 
         (("agent", "--trust-peers"), 2, "--trust-peers has no effect without --peer"),
         (("agent", "--file", "f"), 2, "--file"),
         (("precache", "start", ""), 2, "no image's id"),
+        (("--instances-path", "", "df"), 2, "the path is empty"),
         (
             ("precache", "plan", "i", "--hosts-file", "/nonexistent"),
             7,

@@ -95,6 +95,19 @@ def test_requests_that_make_no_sense(cli: JobsCli, tmp_path: pathlib.Path) -> No
     assert "message bus" in cli.run("agent", code=7).stderr
 
 
+def test_a_list_of_hosts_may_have_a_byte_order_mark_and_must_name_one(
+    cli: JobsCli, tmp_path: pathlib.Path
+) -> None:
+    listed = tmp_path / "hosts"
+    listed.write_text("\ufeffhost-a\r\n")
+    (row,) = cli.json(
+        "precache", "plan", IMAGE, "--file", str(cli.data), "--hosts-file", str(listed), code=10
+    )
+    assert row["host"] == "host-a"
+    listed.write_text("# none yet\n\n")
+    assert "names none" in cli.run(*cli.start("--hosts-file", str(listed)), code=7).stderr
+
+
 def test_a_message_bus_that_is_away_is_told_from_hosts_that_are(cli: JobsCli) -> None:
     cli.environment["OS_DEFAULT__TRANSPORT_URL"] = f"rabbit://guest:guest@127.0.0.1:{free_port()}/"
     found = cli.run("precache", "plan", IMAGE, "--host", "a", "--timeout", "1s", code=5)
