@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from imagecache_lib.diagnostics.survey import Reason, State, Survey, SurveyedBase
     from imagecache_lib.errors import (
         BackendError,
+        BaseInUseError,
         CacheEntryError,
         CancelledError,
         ConfigError,
@@ -76,6 +77,7 @@ _HOMES = {
     "AuditFinding": "diagnostics.audit",
     "AuditReport": "diagnostics.audit",
     "BackendError": "errors",
+    "BaseInUseError": "errors",
     "BaseImage": "model",
     "BaseReport": "upkeep.verify",
     "CacheAdmin": "admin",
@@ -139,6 +141,7 @@ __all__ = [
     "AuditReport",
     "BackendError",
     "BaseImage",
+    "BaseInUseError",
     "BaseReport",
     "CacheAdmin",
     "CacheConfig",

@@ -228,7 +228,7 @@ class CacheAdmin:
         Does nothing if the base is not in the cache.
 
         :param image_id: an image's, or the name of a base, for those that have no image.
-        :raises BackendError: something needs the base, or that cannot be told; the cause says what or why.
+        :raises BaseInUseError: something needs the base, or that cannot be told; the cause says what or why.
         """
         from imagecache_lib.upkeep.outcomes import Kept
 
@@ -236,7 +236,7 @@ class CacheAdmin:
         self._start()
         stays = self._upkeep.evict_one(name, "asked for")
         if isinstance(stays, Kept):
-            raise errors.BackendError(
+            raise errors.BaseInUseError(
                 f"its base image stays: {stays.reason}",
                 image=image_id,
                 path=self._cache.layout.base(name),

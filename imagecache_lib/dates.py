@@ -10,6 +10,8 @@ import re
 
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
+_SIZES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
 #: What the letters after a size stand for.
 _MULTIPLES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 
@@ -36,11 +38,17 @@ def span(seconds: float) -> str:
 
 def size(amount: float) -> str:
     """Return an amount of bytes in the binary unit that suits it: ``1.5 GiB``, ``918 KiB``, ``12 B``."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(amount) < 1023.95 or unit == "TiB":
+    for unit in _SIZES:
+        if abs(amount) < 1023.95 or unit == _SIZES[-1]:
             break
         amount /= 1024
     return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def sizes(*amounts: int) -> tuple[str, ...]:
+    """Return amounts of bytes as :func:`size` does, or in bytes if two different ones would look the same."""
+    found = tuple(map(size, amounts))
+    return found if len(set(found)) == len(set(amounts)) else tuple(f"{amount} B" for amount in amounts)
 
 
 def parse_size(text: str) -> int:

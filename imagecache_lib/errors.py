@@ -15,6 +15,7 @@ error                     who acts
 ``LeaseLostError``        the driver: remove what it made, then call again
 ``CacheEntryError``       the operator: move away what is no base image
 ``BackendError``          the operator: the storage failed
+``BaseInUseError``        none needed: ask again when nothing needs the base
 ``ConfigError``           the operator: the set-up is wrong
 ========================  =================================================
 """
@@ -132,6 +133,10 @@ class CacheEntryError(ImageCacheError):
 
 class BackendError(ImageCacheError):
     """The storage behind a disk failed or cannot do what was asked."""
+
+
+class BaseInUseError(BackendError):
+    """Something needs the base image, or that cannot be ruled out: it stays as it is. Nothing failed."""
 
 
 class ConfigError(ImageCacheError):

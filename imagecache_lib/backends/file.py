@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Self
 
-from imagecache_lib import errors, model
+from imagecache_lib import dates, errors, model
 from imagecache_lib.backends import interface
 from imagecache_lib.backends.chain import HEADER_BYTES, ChainReader
 from imagecache_lib.backends.interface import Feature, PendingDisk, StorageBackend
@@ -236,8 +236,9 @@ class FileBackend(StorageBackend):
         if current.format != "raw":
             size = interface.whole_sectors(size)
         if size < current.virtual_size:
+            now, wanted = dates.sizes(current.virtual_size, size)
             raise errors.DiskTooSmallError(
-                f"the disk has {current.virtual_size} bytes and is never shrunk to {size}",
+                f"the disk has {now} and is never shrunk to {wanted}",
                 path=disk.target,
                 next_step="ask for at least its size",
                 size=size,

@@ -16,7 +16,7 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Self
 
-from imagecache_lib import errors, model
+from imagecache_lib import dates, errors, model
 from imagecache_lib.backends import ceph, interface
 from imagecache_lib.backends.interface import CannotClone, Feature, PendingDisk, StorageBackend
 from imagecache_lib.backends.librbd import LibrbdCluster
@@ -106,8 +106,9 @@ class RbdBackend(StorageBackend):
         except (ceph.Missing, ceph.Denied) as error:
             raise self._cannot(image, f"its snapshot {snapshot} cannot be opened: {error.cause}") from error
         if size is not None and size < parent.size:
+            least, asked = dates.sizes(parent.size, size)
             raise errors.DiskTooSmallError(
-                f"its virtual size is {parent.size} bytes and the disk shall have {size}",
+                f"its virtual size is {least} and the disk shall have {asked}",
                 image=image.id,
                 next_step="choose a larger disk (flavor)",
                 size=size,
@@ -199,8 +200,9 @@ class RbdBackend(StorageBackend):
     def resize(self, disk: model.Disk, size: int) -> model.Disk:
         current, size = self.inspect(disk.target), interface.whole_sectors(size)
         if size < current.virtual_size:
+            now, wanted = dates.sizes(current.virtual_size, size)
             raise errors.DiskTooSmallError(
-                f"the disk has {current.virtual_size} bytes and is never shrunk to {size}",
+                f"the disk has {now} and is never shrunk to {wanted}",
                 path=disk.target,
                 next_step="ask for at least its size",
                 size=size,

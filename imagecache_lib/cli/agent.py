@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import importlib.metadata
 import logging
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from imagecache_lib import errors, manager, model
+from imagecache_lib import errors, events, manager, model
 from imagecache_lib.cli import base, bus, exposition, peers, sources, values
 from imagecache_lib.precache.agent import HostAgent
 from imagecache_lib.precache.watch import Watch
@@ -49,6 +50,9 @@ class Agent(base.Base):
 
     unlogged = ()
 
+    #: Whether something tells the agent which instances there are.
+    _is_told = True
+
     examples = (
         "agent --instances /run/imagecache/instances.json --metrics 127.0.0.1:9471",
         "agent --instances-provider my_driver --max-bytes 200G",
@@ -72,17 +76,19 @@ class Agent(base.Base):
             help="the most that one job may bring onto this host, such as 200G (default: no limit)",
         )
         bus.add_topic(parser)
-        sources.add_options(parser)
+        sources.add_options(parser, one_image=False)
         peers.add_options(parser)
         exposition.add_options(parser)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         # Loaded here: the other commands do without the extra.
+        peers.check(parsed_args)
         transport = bus.require_transport(self.app.options.config_file)
         from imagecache_lib.precache import rpc
 
         provider = _provider(parsed_args)
+        self._is_told = parsed_args.instances is not None or parsed_args.instances_provider is not None
         watch = Watch()
         config = self.config()
         health = exposition.Health(config.manager_interval or _EVERY_MINUTE)
@@ -130,6 +136,17 @@ class Agent(base.Base):
             passes.join(_STOP_SECONDS)
         if not listener.has_stopped or passes.is_alive():
             self._leave()
+
+    def _log(self) -> events.Observer:
+        log, reported = super()._log(), () if self._is_told else None
+
+        def tell(event: events.Event) -> None:
+            if isinstance(event, events.PassFinished):
+                problems = tuple(base.to_operator(each, reported) for each in event.problems)
+                event = dataclasses.replace(event, problems=problems)
+            log(event)
+
+        return tell
 
     def _leave(self) -> None:
         """End the process although threads hang: in a message bus that is gone, or in a filesystem.
@@ -262,8 +279,8 @@ def run_passes(
         else:
             health.passed(len(report.problems))
             LOG.info(
-                "Of %d base images %d were evicted, %s",
-                len(report.bases),
+                "%s, %d evicted, %s",
+                values.counted(len(report.bases), "base image"),
                 len(report.evicted),
                 values.shown(report.reclaimed),
             )
@@ -292,7 +309,13 @@ def _provider(arguments: argparse.Namespace) -> Provider:
             f"there is no entry point {arguments.instances_provider!r} in {PROVIDERS}",
             next_step="install the package that provides it",
         )
-    provider: Any = next(iter(found)).load()
+    try:
+        provider: Any = next(iter(found)).load()
+    except Exception as error:  # another package's code
+        raise errors.ConfigError(
+            f"the entry point {arguments.instances_provider!r} in {PROVIDERS} cannot be loaded: {error}",
+            next_step="report it to its author",
+        ) from error
     return provider  # type: ignore[no-any-return]
 
 

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 from cliff import command, lister, show
 
 from imagecache_lib import admin, dates, errors, events, model, opts
-from imagecache_lib.cli import formats, values
+from imagecache_lib.cli import formats, parsing, values
 from imagecache_lib.cli.parsing import complain_in_one_line, plain
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.observers.log import LogObserver
+from imagecache_lib.sources.interface import SourceMisconfigured
 from imagecache_lib.store import layout
 from imagecache_lib.store import pins as model_pins
+from imagecache_lib.system.atomic_file import BadTarget
 from imagecache_lib.system.host import System
 
 if TYPE_CHECKING:
@@ -44,12 +46,13 @@ class Unknown(errors.ConfigError):
 
 _SET_UP = 7
 
-#: Exit codes by error; the first that fits. 1 is for an error that is none of the library's, 2 for a wrong
-#: command line.
+#: Exit codes by error; the first that fits. 1 is for an error that is none of the library's.
 _CODES: tuple[tuple[type[errors.ImageCacheError], int], ...] = (
+    (parsing.Misused, 2),
     (errors.ImageNotFound, 3),
     (Unknown, 3),
     (errors.ImageRejected, 4),
+    (SourceMisconfigured, _SET_UP),
     (errors.SourceError, 5),
     (errors.NoSpaceError, 6),
     (errors.ConfigError, _SET_UP),
@@ -57,8 +60,13 @@ _CODES: tuple[tuple[type[errors.ImageCacheError], int], ...] = (
     (errors.DiskTooSmallError, 8),
     (errors.LockTimeoutError, 9),
     (errors.CancelledError, 9),
+    (BadTarget, _SET_UP),
+    (errors.BaseInUseError, 12),
 )
 _BACKEND = 11
+
+#: The message bus took no message: nobody could be asked. Like a source that is away, it may be back later.
+BUS = 5
 
 #: Errors of the kernel that only the set-up can mend, whatever call of the library met them.
 _OF_SET_UP = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -102,6 +110,14 @@ class Base(command.Command):
                 LOG.exception("It failed")
             self.complain(error)
             return code_of(error)
+        except BrokenPipeError:
+            raise  # whoever reads has enough; cliff ends the program as SIGPIPE would
+        except OSError as error:
+            if self.app.options.debug:
+                LOG.exception("It failed")
+            where = "the output cannot be written: " if error.filename is None else ""
+            self.note(f"error: {where}{plain(str(error))}")
+            return 1
 
     def complain(self, error: errors.ImageCacheError) -> None:
         """Write an error to stderr, in one line."""
@@ -212,7 +228,7 @@ class BaseLister(Base, lister.Lister):
         except UnicodeError:
             raise
         except ValueError as error:
-            raise errors.ConfigError(
+            raise parsing.Misused(
                 f"there is no column {', '.join(unsortable or parsed_args.columns)}",
                 next_step=f"name some of: {', '.join(column_names)}",
             ) from error

@@ -40,7 +40,12 @@ def transport(config_files: Sequence[str]) -> Any | None:
             "transport_url is set, and oslo.messaging is not installed",
             next_step="install imagecache-lib[messaging]",
         ) from None
-    found = rpc.transport(opts.global_conf(config_files))
+    try:
+        found = rpc.transport(opts.global_conf(config_files))
+    except ValueError:  # of the parser of URLs; its text may quote a password
+        raise errors.ConfigError(
+            "transport_url does not work: it is no URL", next_step="correct it"
+        ) from None
     bus_log.say_plainly(rpc.servers(found))
     return found
 

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import imagecache_lib as ic
 from imagecache_lib import events
-from imagecache_lib.cli import base, values
+from imagecache_lib.cli import base, parsing, values
 
 if TYPE_CHECKING:
     from imagecache_lib.observers.metrics import MetricsObserver
@@ -34,7 +35,7 @@ class Verify(base.BaseLister):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         if parsed_args.textfile is not None and not parsed_args.evict:
-            raise ic.ConfigError(
+            raise parsing.Misused(
                 "--textfile has the figures of a pass", next_step="add --evict, or leave it out"
             )
         instances = base.read_instances(parsed_args.instances)
@@ -88,7 +89,7 @@ class Verify(base.BaseLister):
     ) -> ic.VerifyReport:
         if parsed_args.textfile is None:
             return self.manager().verify_base_images(instances, dry_run=not parsed_args.evict)
-        observer = textfile_observer()
+        observer = textfile_observer(parsed_args.textfile)
         manager = self.manager(observers=[observer])
         report = manager.verify_base_images(instances)
         observer(manager.survey(instances).as_event())
@@ -126,7 +127,7 @@ class Scrub(base.BaseLister):
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         admin = self.admin()
         names = [base.base_of(admin, image) for image in parsed_args.image_ids] or None
-        observer = textfile_observer() if parsed_args.textfile is not None else None
+        observer = None if parsed_args.textfile is None else textfile_observer(parsed_args.textfile)
         report = admin.scrub(names, rate=parsed_args.rate)
         if observer is not None:
             observer(admin.survey().as_event())
@@ -197,15 +198,23 @@ class Audit(base.BaseLister):
 def add_textfile(parser: argparse.ArgumentParser, what: str) -> None:
     """Let a command leave figures for Prometheus."""
     parser.add_argument(
-        "--textfile", metavar="FILE", help=f"{what} for node_exporter's textfile collector into FILE"
+        "--textfile",
+        type=values.textfile,
+        metavar="FILE",
+        help=f"{what} for node_exporter's textfile collector into FILE, whose name ends in .prom",
     )
 
 
-def textfile_observer() -> MetricsObserver:
-    """Return what counts for a file that one command writes.
+def textfile_observer(path: str) -> MetricsObserver:
+    """Return what counts for a file that one command writes at its end, which may be hours away.
 
-    :raises ConfigError: prometheus-client is not installed.
+    :raises ConfigError: prometheus-client is not installed, or the file could not be written.
     """
+    directory = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.access(directory, os.W_OK | os.X_OK):
+        raise ic.ConfigError(
+            "the metrics cannot be written there", path=path, next_step="check the directory and its owner"
+        )
     try:
         import prometheus_client
 

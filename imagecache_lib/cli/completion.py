@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``imagecache complete``: completion for bash, zsh and fish, of commands, options, and what is in the "
-"cache."""
+"""``imagecache complete``: completion for bash, zsh and fish: commands, options, what is in the cache."""
 
 from __future__ import annotations
 
@@ -25,11 +24,17 @@ _OF_CACHED = (
 _OF_HOSTS = ("host forget",)
 _OF_JOBS = ("precache cancel", "precache resume", "precache status")
 
+# Words come as they were typed, with backslashes and quotes, and go back so: an id may have spaces in it.
 _BASH = """\
 _imagecache() {
-    local IFS=$'\\n'
-    COMPREPLY=($(imagecache complete --words -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
-    [ ${#COMPREPLY[@]} -gt 0 ] || COMPREPLY=($(compgen -f -- "${COMP_WORDS[COMP_CWORD]}"))
+    local last=${COMP_WORDS[COMP_CWORD]} found
+    local -a said=("${COMP_WORDS[@]:1:COMP_CWORD}")
+    COMPREPLY=()
+    while IFS= read -r found; do
+        [[ $last == [\\"\\']* ]] || printf -v found %q "$found"
+        COMPREPLY+=("$found")
+    done < <(imagecache complete --words -- "${said[@]//[\\\\\\"\\']/}" 2>/dev/null)
+    [ ${#COMPREPLY[@]} -gt 0 ] || mapfile -t COMPREPLY < <(compgen -f -- "$last")
 }
 complete -F _imagecache imagecache
 """
@@ -38,7 +43,7 @@ _ZSH = """\
 #compdef imagecache
 _imagecache() {
     local -a found
-    found=("${(@f)$(imagecache complete --words -- "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+    found=("${(@f)$(imagecache complete --words -- "${(@Q)words[2,CURRENT]}" 2>/dev/null)}")
     [[ -n "$found" ]] && compadd -a found || _files
 }
 compdef _imagecache imagecache
@@ -47,7 +52,7 @@ compdef _imagecache imagecache
 _FISH = """\
 function __imagecache_words
     set -l said (commandline -opc)
-    imagecache complete --words -- $said[2..-1] (commandline -ct) 2>/dev/null
+    imagecache complete --words -- $said[2..-1] (commandline -ct | string unescape) 2>/dev/null
 end
 complete -c imagecache -f -n 'count (__imagecache_words) > /dev/null' -a '(__imagecache_words)'
 """

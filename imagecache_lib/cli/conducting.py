@@ -37,6 +37,7 @@ class HostsCommand(jobs.JobCommand):
         parser.add_argument(
             "image",
             nargs="+",
+            type=values.image_id,
             help="id of an image, or its name in the image service that OS_ variables name",
         )
         parser.add_argument(

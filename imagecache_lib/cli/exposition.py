@@ -50,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--textfile",
+        type=values.textfile,
         metavar="FILE",
         help="write the figures for node_exporter's textfile collector into FILE, every minute",
     )

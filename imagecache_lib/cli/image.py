@@ -192,7 +192,7 @@ class Cache(base.BaseLister):
         parser.add_argument("image", nargs="+", type=values.image_id, help="id of an image")
         parser.add_argument(
             "--pin-for",
-            type=values.duration,
+            type=values.lifetime,
             metavar="DURATION",
             help="keep it for 90s, 30m, 12h or 7d, used or not",
         )
@@ -259,7 +259,7 @@ class Pin(base.Base):
         parser.add_argument(
             "--for",
             dest="duration",
-            type=values.duration,
+            type=values.lifetime,
             metavar="DURATION",
             help="90s, 30m, 12h or 7d (default: until it is unpinned)",
         )

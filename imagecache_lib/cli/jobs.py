@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from imagecache_lib import errors
-from imagecache_lib.cli import base, values
+from imagecache_lib.cli import base, parsing, values
 from imagecache_lib.cli.job_display import JobDisplay
 from imagecache_lib.precache import job, job_rows, jobs_url, reader
 
@@ -105,7 +105,7 @@ class JobCommand(base.BaseLister):
         :raises ConfigError: it names none, several, or one that is not there.
         """
         if arguments.last == (arguments.job is not None):
-            raise errors.ConfigError("name one job", next_step="give its id, or --last")
+            raise parsing.Misused("name one job", next_step="give its id, or --last")
         known = [work.id for work in self.reader(arguments).summaries()]
         found = known[-1:] if arguments.last else [each for each in known if each == arguments.job]
         found = found or [each for each in known if arguments.job and each.startswith(arguments.job)]

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from cliff import app, commandmanager
 
-from imagecache_lib.cli import parsing
+from imagecache_lib import dates
+from imagecache_lib.cli import parsing, values
 
 _PACKAGE = "imagecache_lib.cli"
 
@@ -92,7 +93,11 @@ class ImageCacheApp(app.App):
         return f"there is no command {' '.join(words[:2])!r}{_near(' '.join(words[:2]), list(COMMANDS))}"
 
     def configure_logging(self) -> None:
-        super().configure_logging()
+        try:
+            super().configure_logging()
+        except OSError as error:
+            path = dates.plain(str(self.options.log_file))
+            self.parser.error(f"argument --log-file: {path} cannot be written: {error.strerror}")
         # What they have to say of each other is nothing to an operator.
         for handler in logging.getLogger().handlers:
             handler.addFilter(parsing.without_numbers)
@@ -121,7 +126,10 @@ class ImageCacheApp(app.App):
             "Default: imagecache.conf in ~/.imagecache, ~, /etc/imagecache or /etc, if there is one.",
         )
         parser.add_argument(
-            "--instances-path", metavar="PATH", help="instances directory, instead of the configuration's"
+            "--instances-path",
+            type=values.path,
+            metavar="PATH",
+            help="instances directory, instead of the configuration's",
         )
         return parser
 
@@ -132,9 +140,29 @@ def _near(said: str, known: Sequence[str]) -> str:
     return f"; {found[0]} is one" if found else "; see: imagecache help"
 
 
+def _open_closed_streams() -> None:
+    """Open those of the three standard streams that are closed.
+
+    Else the next file that is opened has the number of one: a base image, into which a program that this one
+    runs would write its complaints.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+    sys.stdin = sys.stdin or os.fdopen(0)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w", buffering=1)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files may be no text, and a list of them is worth more than the error.
         sys.stdout.reconfigure(errors="backslashreplace")

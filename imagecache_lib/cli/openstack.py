@@ -112,8 +112,11 @@ def image_of(said: str) -> str:
         return str(uuid.UUID(said))
     except ValueError:
         pass
-    query = {"name": f"in:{_quoted(said)}", "status": "active"}
-    found = _get("image", "/v2/images", "the image service", query).get("images", [])
+    query = {"name": f"eq:{said}", "status": "active"}
+    # Without an operator, what stands before a colon in the name would be taken for one.
+    told = _get("image", "/v2/images", "the image service", query).get("images", [])
+    # Its database may find names that differ in upper and lower case.
+    found = [each for each in told if each.get("name") == said]
     if len(found) == 1:
         return str(found[0]["id"])
     raise errors.ImageNotFound(
@@ -121,12 +124,6 @@ def image_of(said: str) -> str:
         image=values.printable(said),
         next_step="give its id; see: openstack image list",
     )
-
-
-def _quoted(name: str) -> str:
-    """Return a name as Glance's filter operator ``in:`` takes it."""
-    escaped = name.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
 
 
 def _get(service: str, path: str, called: str, query: Mapping[str, str] | None = None) -> dict[str, Any]:

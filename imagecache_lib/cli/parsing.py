@@ -9,8 +9,14 @@ import os
 import re
 from typing import NoReturn, TextIO
 
+from imagecache_lib import errors
+
 #: Python's number of an error of the kernel, before the kernel's own words.
 _NUMBER = re.compile(r"\[Errno -?\d+\] ")
+
+
+class Misused(errors.ConfigError):
+    """The command line is wrong: options contradict each other, or one lacks what it belongs to."""
 
 
 def complain_in_one_line(parser: argparse.ArgumentParser) -> None:

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import re
+import os
 import ssl
 
 from imagecache_lib import errors, manager
+from imagecache_lib.cli import parsing, values
 from imagecache_lib.precache.passing_on import PassingOn
 from imagecache_lib.precache.peer import PeerServer
 from imagecache_lib.sources.parents import Parents
@@ -32,7 +33,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="believe the peers' digests (default: what they send is an image like any other)",
     )
-    group.add_argument("--serve-peers", metavar="HOST:PORT", help="serve this host's images there")
+    group.add_argument(
+        "--serve-peers",
+        type=values.address,
+        metavar="HOST:PORT",
+        help="serve this host's images there, such as 192.0.2.7:9293",
+    )
     group.add_argument(
         "--relay",
         metavar="URL",
@@ -43,6 +49,36 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--peer-cafile", metavar="PATH", help="CA certificates that vouch for peers")
     group.add_argument("--peer-cert", metavar="PATH", help="certificate to serve with, and its chain")
     group.add_argument("--peer-key", metavar="PATH", help="the certificate's key")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse options about peers that would have no effect, since whoever gave them relies on it.
+
+    :raises Misused: an option lacks the one that it belongs to.
+    :raises ConfigError: the peers' CA certificates are not there.
+    """
+    lacking = (
+        ("--peer-key", arguments.peer_key, "--peer-cert", arguments.peer_cert),
+        ("--peer-cert", arguments.peer_cert, "--serve-peers", arguments.serve_peers),
+        ("--relay", arguments.relay, "--serve-peers", arguments.serve_peers),
+        ("--trust-peers", arguments.trust_peers, "--peer", arguments.peer),
+        *(
+            (name, value, "--peer or --serve-peers", arguments.peer or arguments.serve_peers)
+            for name, value in (
+                ("--peer-token-file", arguments.peer_token_file),
+                ("--peer-cafile", arguments.peer_cafile),
+            )
+        ),
+    )
+    for name, value, other, theirs in lacking:
+        if value and not theirs:
+            raise parsing.Misused(
+                f"{name} has no effect without {other}", next_step="give both, or leave it out"
+            )
+    if arguments.peer_cafile and not os.path.exists(arguments.peer_cafile):
+        raise errors.ConfigError(
+            "--peer-cafile names no file", path=arguments.peer_cafile, next_step="correct it"
+        )
 
 
 def chosen(arguments: argparse.Namespace) -> tuple[PeerSource, ...]:
@@ -60,17 +96,8 @@ def chosen(arguments: argparse.Namespace) -> tuple[PeerSource, ...]:
 
 
 def spools(arguments: argparse.Namespace, cache: manager.ImageCacheManager) -> Spools | None:
-    """Return what keeps images for other hosts while they arrive, or None if the command line asks for none.
-
-    :raises ConfigError: nothing would serve them.
-    """
-    if arguments.relay is None:
-        return None
-    if arguments.serve_peers is None:
-        raise errors.ConfigError(
-            "--relay passes images on, and nothing serves them", next_step="give --serve-peers, too"
-        )
-    return cache.spools()
+    """Return what keeps images for other hosts while they arrive, or None without ``--relay``."""
+    return None if arguments.relay is None else cache.spools()
 
 
 def passing_on(
@@ -97,25 +124,21 @@ def server(
     """
     if arguments.serve_peers is None:
         return None
-    found = re.fullmatch(r"\[?([^\]]+?)\]?:(\d{1,5})", arguments.serve_peers)
-    if found is None or int(found[2]) > 65535:
-        raise errors.ConfigError(
-            f"{arguments.serve_peers!r} is no HOST:PORT", next_step="write 192.0.2.7:9293"
-        )
-    address = found[1], int(found[2])
+    address: tuple[str, int] = arguments.serve_peers
     return PeerServer(cache, address, token=_token(arguments), spools=kept, tls=_tls(arguments))
 
 
 def _token(arguments: argparse.Namespace) -> str:
     path = arguments.peer_token_file
     if path is None:
-        raise errors.ConfigError("peers need a secret", next_step="give --peer-token-file")
+        raise parsing.Misused("peers need a secret", next_step="give --peer-token-file")
     try:
         with open(path, encoding="ascii") as stream:
             return stream.read().strip()
     except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it has letters that are not ASCII"
         raise errors.ConfigError(
-            f"the peers' secret cannot be read: {error}", path=path, next_step="correct the file"
+            f"the peers' secret cannot be read: {why}", path=path, next_step="correct the file"
         ) from error
 
 
@@ -125,8 +148,17 @@ def _tls(arguments: argparse.Namespace) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(arguments.peer_cert, arguments.peer_key)
-    except (OSError, ssl.SSLError) as error:
+    except ssl.SSLError as error:
         raise errors.ConfigError(
-            f"the certificate cannot be used: {error}", path=arguments.peer_cert, next_step="correct it"
+            "the certificate cannot be used: it is no PEM file with a certificate, or the key is not its own",
+            path=arguments.peer_cert,
+            next_step="correct --peer-cert and --peer-key",
+        ) from error
+    except OSError as error:  # it does not say which of the two
+        paths = (path for path in (arguments.peer_cert, arguments.peer_key) if path)
+        raise errors.ConfigError(
+            f"the certificate or its key cannot be read: {error.strerror}",
+            path=next((path for path in paths if not os.access(path, os.R_OK)), arguments.peer_cert),
+            next_step="correct --peer-cert and --peer-key",
         ) from error
     return context

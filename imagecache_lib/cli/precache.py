@@ -27,6 +27,9 @@ _SKEW = 60.0
 class Plan(HostsCommand):
     """Ask all hosts what they have, and say what would be fetched. Changes nothing."""
 
+    #: How many hosts could not be asked, since the message bus took no message.
+    _without_bus = 0
+
     examples = (
         "precache plan 318ac4fb-a140-4405-8167-ad782f983e48 --hosts-file racks.txt",
         "precache plan ubuntu-24.04 --aggregate rack-7 --timeout 5s",
@@ -50,7 +53,8 @@ class Plan(HostsCommand):
         rows = [self._row(name, plan.surveys.get(name), plan.unreachable.get(name, "")) for name in hosts]
         self.note(f"{values.shown(plan.bytes_to_fetch)} would be fetched in all")
         if any(row[-1] for row in rows):
-            self.exit_code = base.ATTENTION
+            # Of one host or more something is known, or nothing of any of them.
+            self.exit_code = base.BUS if self._without_bus == len(hosts) else base.ATTENTION
         return ["host", "present", "missing", "to_fetch", "free", "problem"], rows
 
     def _learned(self, total: int) -> Callable[[str, client.Survey | errors.ImageCacheError], None]:
@@ -59,6 +63,7 @@ class Plan(HostsCommand):
 
         def learned(name: str, answer: client.Survey | errors.ImageCacheError) -> None:
             number = next(answered)
+            self._without_bus += isinstance(answer, client.BusDown)
             if isinstance(answer, errors.ImageCacheError):
                 self.note(f"{number} of {total} hosts: {name}: {' '.join(str(answer).split())}")
             elif self.app.options.verbose_level > 0 and total > 1:

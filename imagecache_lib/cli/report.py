@@ -53,8 +53,13 @@ class Report(base.Base):
 
 
 def _replace(path: str, text: str) -> None:
-    """Give a file that content in one step, readable by all."""
+    """Give a file that content in one step, readable by all. A device or a pipe is written to, as it is."""
+    path = os.path.realpath(path)  # a link stays one
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            return
         descriptor, name = tempfile.mkstemp(prefix=".report-", dir=os.path.dirname(path) or ".")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as stream:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from imagecache_lib import errors, model
-from imagecache_lib.cli import openstack, values
+from imagecache_lib.cli import openstack, parsing, values
 from imagecache_lib.sources import file, glance, http, tables
 from imagecache_lib.sources.interface import ImageSource
 
@@ -24,8 +24,11 @@ SOURCES = "imagecache_lib.sources"
 _DISK_FORMATS = ("aki", "ami", "ari", "iso", "qcow2", "raw", "vdi", "vhd", "vhdx", "vmdk", "vpc")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose the source to a command."""
+def add_options(parser: argparse.ArgumentParser, *, one_image: bool = True) -> None:
+    """Add the options that choose the source to a command.
+
+    :param one_image: whether the command can be about one image, whose data an option may name.
+    """
     group = parser.add_argument_group(
         "source",
         "Without any of these, the image service is found through OS_CLOUD, or OS_AUTH_URL and the other OS_ "
@@ -33,8 +36,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     where = group.add_mutually_exclusive_group()
     where.add_argument("--glance-endpoint", metavar="URL", action="append", help="URL of Glance")
-    where.add_argument("--http", metavar="URL", help="URL of the image's data")
-    where.add_argument("--file", type=values.path, metavar="PATH", help="file with the image's data")
+    if one_image:
+        where.add_argument("--http", metavar="URL", help="URL of the image's data")
+        where.add_argument("--file", type=values.path, metavar="PATH", help="file with the image's data")
     where.add_argument(
         "--source", metavar="NAME", help=f"a source by its entry point in {SOURCES}, such as http or glance"
     )
@@ -45,6 +49,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="an option of --source; the value env:NAME is that of an environment variable",
     )
+    if not one_image:
+        parser.set_defaults(http=None, file=None, digest=None, disk_format=None)
+        return
     group.add_argument(
         "--digest", type=_digest, metavar="ALGORITHM:HEX", help="what --http and --file must have"
     )
@@ -70,12 +77,12 @@ def chosen(arguments: argparse.Namespace, images: list[str], *, needed: bool = T
     :raises ConfigError: it names none, or one that cannot work.
     """
     if arguments.source_option and not arguments.source:
-        raise errors.ConfigError(
+        raise parsing.Misused(
             "--source-option is for --source", next_step="name the source, or leave the option out"
         )
     if arguments.http or arguments.file:
         if len(images) != 1:
-            raise errors.ConfigError(
+            raise parsing.Misused(
                 "--http and --file are the data of one image", next_step="name one image at a time"
             )
         if arguments.http:
@@ -84,7 +91,7 @@ def chosen(arguments: argparse.Namespace, images: list[str], *, needed: bool = T
         path = os.path.abspath(arguments.file)
         return file.FileSource({images[0]: file.FileImage(path, arguments.disk_format, arguments.digest)})
     if arguments.digest or arguments.disk_format:
-        raise errors.ConfigError(
+        raise parsing.Misused(
             "--digest and --disk-format are for --http and --file",
             next_step="leave them out: Glance says both",
         )
@@ -96,7 +103,7 @@ def chosen(arguments: argparse.Namespace, images: list[str], *, needed: bool = T
         )
     if not needed and not openstack.is_named(os.environ):
         return _NoSource()
-    return _from_environment(os.environ)
+    return _from_environment(os.environ, one_image=bool(images))
 
 
 class _NoSource(ImageSource):
@@ -109,12 +116,12 @@ class _NoSource(ImageSource):
         raise _no_source(image.id)
 
 
-def _no_source(image_id: str | None = None) -> errors.ConfigError:
+def _no_source(image_id: str | None = None, *, one_image: bool = True) -> errors.ConfigError:
+    others = "--glance-endpoint, --http, --file or --source" if one_image else "--glance-endpoint or --source"
     return errors.ConfigError(
         "there is no source for images",
         image=image_id,
-        next_step="set OS_CLOUD, or OS_AUTH_URL and the other OS_ variables, or give --glance-endpoint, "
-        "--http, --file or --source",
+        next_step=f"set OS_CLOUD, or OS_AUTH_URL and the other OS_ variables, or give {others}",
     )
 
 
@@ -152,7 +159,7 @@ def load(name: str, options: Sequence[str], environment: Mapping[str, str]) -> I
 def _option(text: str, environment: Mapping[str, str]) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not key or not equals:
-        raise errors.ConfigError(f"--source-option {text!r} has no value", next_step="write it as KEY=VALUE")
+        raise parsing.Misused(f"--source-option {text!r} has no value", next_step="write it as KEY=VALUE")
     if not value.startswith("env:"):
         return key, value
     variable = value.removeprefix("env:")
@@ -164,9 +171,9 @@ def _option(text: str, environment: Mapping[str, str]) -> tuple[str, str]:
     return key, environment[variable]
 
 
-def _from_environment(environment: Mapping[str, str]) -> ImageSource:
+def _from_environment(environment: Mapping[str, str], *, one_image: bool) -> ImageSource:
     if not openstack.is_named(environment):
-        raise _no_source()
+        raise _no_source(one_image=one_image)
     return glance.GlanceSource(adapter=openstack.adapter(environment, "image"))
 
 

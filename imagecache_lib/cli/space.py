@@ -9,7 +9,7 @@ from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import dates
-from imagecache_lib.cli import base, values
+from imagecache_lib.cli import base, parsing, values
 from imagecache_lib.diagnostics.survey import State, Survey
 
 #: What an interval of 0 means, in seconds.
@@ -142,7 +142,7 @@ class Prune(base.BaseLister):
         if yes:
             return True
         if not sys.stdin.isatty():
-            raise ic.ConfigError(
+            raise parsing.Misused(
                 "there is no terminal on which the removal of base images could be confirmed",
                 next_step="give --yes, or --dry-run to see what would be removed",
             )

@@ -28,6 +28,9 @@ _SHORT_IDS = (13, 8)
 #: Columns that a name is cut to at most.
 _SHORT_NAME = 10
 
+#: Asks for the letter before it as a picture.
+_EMOJI = "\N{VARIATION SELECTOR-16}"
+
 #: A column of text is not folded to less than this.
 _NARROWEST_TEXT = 16
 
@@ -221,10 +224,15 @@ def _cut(text: str, width: int) -> str:
 
 def columns_of(text: str) -> int:
     """Return how many columns of a terminal a text takes."""
-    return sum(
-        0 if unicodedata.combining(each) else 2 if unicodedata.east_asian_width(each) in "WF" else 1
-        for each in text
-    )
+    return sum(map(_columns, text))
+
+
+def _columns(letter: str) -> int:
+    if letter == _EMOJI:
+        return 1  # with the narrow letter before it, which it makes a picture
+    if unicodedata.category(letter) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
 
 
 def padded(text: str, width: int, *, right: bool = False) -> str:

@@ -14,6 +14,9 @@ from cliff import columns
 
 from imagecache_lib import dates
 
+#: A hundred years, in seconds.
+_LONGEST = 36525 * 86400
+
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 #: Returns an amount of bytes in a binary unit that suits it: ``1.5 GiB``.
@@ -29,11 +32,29 @@ def size(text: str) -> int:
 
 
 def duration(text: str) -> int:
-    """Return seconds from ``7d``: units s, m, h, d."""
-    found = re.fullmatch(r"(\d+)([smhd])", text.strip().lower())
+    """Return seconds from ``7d``: units s, m, h, d. Longer ones than a century mean nothing to a calendar."""
+    found = re.fullmatch(r"(\d{1,12})([smhd])", text.strip().lower(), re.ASCII)
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration: write 90s, 30m, 12h or 7d")
-    return int(found[1]) * _SECONDS[found[2]]
+    seconds = int(found[1]) * _SECONDS[found[2]]
+    if seconds > _LONGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is longer than a century: write 36525d at most")
+    return seconds
+
+
+def lifetime(text: str) -> int:
+    """Return seconds as :func:`duration` does, of something that is to last."""
+    seconds = duration(text)
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"{text!r} is over at once: write 90s, 30m, 12h or 7d")
+    return seconds
+
+
+def textfile(text: str) -> str:
+    """Return the path of a file for node_exporter, which reads those alone whose name ends in ``.prom``."""
+    if not path(text).endswith(".prom"):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .prom: node_exporter reads no other file")
+    return text
 
 
 def path(text: str) -> str:

@@ -153,10 +153,18 @@ def _layout(cache: CacheStore) -> Iterator[Finding]:
         found = durable.read_file(cache.layout.version)
     except PermissionError:
         return  # _directories() has reported that this process may not use the directory
-    if found is not None and not layout.is_known_version(found):
+    if found is None or layout.is_known_version(found):
+        return
+    version = layout.stated_version(found)
+    if version is None:
         yield _error(
-            "The cache was written by a newer release: its layout is "
-            f"{found[:20].decode('ascii', 'replace').strip()}, and this one knows {layout.VERSION}.",
+            f"{cache.layout.version}, the version of the cache's layout, is damaged: it states no version.",
+            f"If no newer release uses the cache, write {layout.VERSION} into it.",
+        )
+    else:
+        yield _error(
+            f"The cache was written by a newer release: its layout is {version}, and this one knows "
+            f"{layout.VERSION}.",
             "Upgrade imagecache_lib on this host.",
         )
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from oslo_utils.imageutils import format_inspector
 
-from imagecache_lib import errors
+from imagecache_lib import dates, errors
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.formats import contained, foreign, vhd, vmdk
 from imagecache_lib.formats.reader import NeedMore, OpenFile, Prefix, Reader
@@ -142,9 +142,9 @@ class Rules:
                 next_step="have its owner export it as streamOptimized, or extend vmdk_allowed_types",
             )
         if facts.virtual_size is not None and not 0 < facts.virtual_size <= self.max_virtual_size:
+            has, most = dates.sizes(facts.virtual_size, self.max_virtual_size)
             raise errors.ImageRejected(
-                f"its virtual size of {facts.virtual_size} bytes is absurd, the most is "
-                f"{self.max_virtual_size}",
+                f"its virtual size of {has} is absurd, the most is {most}",
                 next_step=_RETRY_IS_USELESS,
             )
         return Finding(format, facts.virtual_size, facts.one_size)

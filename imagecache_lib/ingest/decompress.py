@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from imagecache_lib import errors, model
+from imagecache_lib import dates, errors, model
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.ingest.stream import Consumer, Content
 from imagecache_lib.store import evidence
@@ -315,9 +315,10 @@ class Unpacking:
         self._waiter.check()
         self._produced += len(piece)
         if self._produced > self._most:
-            raise self._bad(f"it unpacks to more than {self._most} bytes")
+            raise self._bad(f"it unpacks to more than {dates.size(self._most)}")
         if self._produced > max(GRACE, MOST_RATIO * self._received):
-            raise self._bad(f"{self._received} bytes of it unpack to more than {self._produced - 1}")
+            came, unpacked = dates.sizes(self._received, self._produced - 1)
+            raise self._bad(f"{came} of it unpack to more than {unpacked}")
         self._data += sum(last - first for first, last in sparse.data_runs(piece, 0))
         if self._data > self._reserved:
             self._reserved = self._data + _ROOM_STEP

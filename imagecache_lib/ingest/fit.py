@@ -15,8 +15,9 @@ def require_fit(label: str, virtual_size: int, size: int | None) -> None:
     :raises DiskTooSmallError: the image is larger than the disk.
     """
     if size is not None and size < virtual_size:
+        least, asked = dates.sizes(virtual_size, size)
         raise errors.DiskTooSmallError(
-            f"its virtual size is {dates.size(virtual_size)} and the disk shall have {dates.size(size)}",
+            f"its virtual size is {least} and the disk shall have {asked}",
             image=label,
             next_step="choose a larger disk (flavor)",
             size=size,

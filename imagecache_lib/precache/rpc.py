@@ -195,7 +195,7 @@ class RpcHostClient(client.HostClient):
             raise client.BusDown(
                 f"host {host} cannot be asked, the message bus has taken no message for "
                 f"{timeout + self._publish_seconds:.0f} s",
-                next_step="check the message bus: it may have run out of memory or disk",
+                next_step="check the message bus: it is away, or has run out of memory or disk",
             )
         return answers[0]
 

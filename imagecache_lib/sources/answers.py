@@ -23,6 +23,7 @@ from imagecache_lib.sources.interface import (
     CannotResume,
     NotPermitted,
     SourceBusy,
+    SourceMisconfigured,
     SourceRefused,
     Unauthorized,
 )
@@ -109,7 +110,9 @@ def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheErro
         return SourceBusy(
             where, image=image_id, next_step="try again later", retry_after=seconds, retry_at=then
         )
-    return SourceRefused(f"an unexpected answer: {where}", image=image_id, next_step="check the source's URL")
+    return SourceMisconfigured(
+        f"an unexpected answer: {where}", image=image_id, next_step="check the source's URL"
+    )
 
 
 def strong_etag(headers: Mapping[str, str]) -> str | None:

@@ -29,7 +29,7 @@ import urllib3.exceptions
 
 from imagecache_lib import errors
 from imagecache_lib.sources import connection
-from imagecache_lib.sources.interface import SourceRefused
+from imagecache_lib.sources.interface import SourceMisconfigured
 
 #: Seconds to wait for the connection, and for each read.
 Timeout = tuple[float, float]
@@ -185,7 +185,7 @@ def exchange(
 
     :param url: user and password in it are sent to its origin, by which way ever redirects lead there, and to
         no other.
-    :raises SourceRefused: a redirect must not be followed, or the server's certificate does not verify.
+    :raises SourceMisconfigured: a redirect must not be followed, or the server's certificate does not verify.
     :raises SourceError: the server does not answer.
     """
     sender = web.sender
@@ -205,7 +205,7 @@ def exchange(
         target = _redirect_target(url, location, image_id)
         if _origin(target) != _origin(url):
             if web.elsewhere is None:
-                raise SourceRefused(
+                raise SourceMisconfigured(
                     f"{shown(url)} redirects to another origin, {shown(target)}, that must not see the token",
                     image=image_id,
                     next_step="configure the address it redirects to",
@@ -213,7 +213,7 @@ def exchange(
             # For good: a stranger that redirects back must not make us show our credentials again.
             sender = web.elsewhere
         url = target
-    raise SourceRefused(
+    raise SourceMisconfigured(
         f"more than {MOST_REDIRECTS} redirects, the last from {shown(url)}",
         image=image_id,
         next_step="correct the URL or the server",
@@ -238,11 +238,11 @@ def _send(
 def _location(response: requests.Response, image_id: str) -> str | None:
     """Return where an answer points to, as ASCII, or None if it points nowhere.
 
-    :raises SourceRefused: it points to two places.
+    :raises SourceMisconfigured: it points to two places.
     """
     told = {value.strip() for value in _values(response, "Location")}
     if len(told) > 1:
-        raise SourceRefused(
+        raise SourceMisconfigured(
             f"{shown(response.url)} redirects to two places at once",
             image=image_id,
             next_step="correct the server",
@@ -264,13 +264,13 @@ def _redirect_target(url: str, location: str, image_id: str) -> str:
         target = urllib.parse.urljoin(url, location)
         check_url(target)
     except (ValueError, errors.ConfigError):
-        raise SourceRefused(
+        raise SourceMisconfigured(
             f"{shown(url)} redirects to something that is not a web address",
             image=image_id,
             next_step="correct the URL or the server",
         ) from None
     if url.lower().startswith("https:") and not target.lower().startswith("https:"):
-        raise SourceRefused(
+        raise SourceMisconfigured(
             f"{shown(url)} redirects from https to http ({shown(target)})",
             image=image_id,
             next_step="configure an address that stays on https",
@@ -325,19 +325,19 @@ def failure(error: BaseException, url: str, image_id: str | None) -> errors.Sour
     where = shown(url)
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return SourceRefused(
+            return SourceMisconfigured(
                 f"the certificate of {where} does not verify: {cause.verify_message}",
                 image=image_id,
                 next_step="give the source the file of the CA that signed it (for imagecache: OS_CACERT)",
             )
         if getattr(cause, "http_status", None) in (401, 403):
-            return SourceRefused(
+            return SourceMisconfigured(
                 f"the session could not get a token to ask {where} with",
                 image=image_id,
                 next_step="check the credentials of the session",
             )
     if _is_own_fault(error):
-        return SourceRefused(
+        return SourceMisconfigured(
             f"no request to {where} can be made ({type(error).__name__})",
             image=image_id,
             next_step="check the token and the URL for stray characters",

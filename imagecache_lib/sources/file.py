@@ -112,7 +112,7 @@ def _regular_file(image_id: str, entry: FileImage) -> Iterator[int]:
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise errors.ImageRejected(
-                "it is not a regular file", image=image_id, path=path, next_step="correct the source's table"
+                "it is not a regular file", image=image_id, path=path, next_step="name a file with the image"
             )
         yield fd
     finally:

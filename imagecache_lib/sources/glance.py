@@ -24,6 +24,7 @@ from imagecache_lib.sources.interface import (
     CannotCopy,
     CannotResume,
     ImageSource,
+    SourceMisconfigured,
     SourceRefused,
     Unauthorized,
     require_options,
@@ -227,14 +228,21 @@ class GlanceSource(ImageSource):
         try:
             endpoint = self._session.get_endpoint(**self._catalog_entry)
         except Exception as error:  # the caller's session
-            raise exchange.failure(error, "the identity service", image_id) from None
+            if not _is_of_the_catalog(error):
+                raise exchange.failure(error, "the identity service", image_id) from None
+            endpoint = None
         if not endpoint:
-            raise SourceRefused(
+            raise SourceMisconfigured(
                 "the catalog has no such image service",
                 image=image_id,
                 next_step="check service type, interface and region",
             )
         return _root(str(endpoint))
+
+
+def _is_of_the_catalog(error: Exception) -> bool:
+    """Whether a session says that its catalog has no such entry. keystoneauth1 is an extra: not imported."""
+    return any(kind.__name__ == "CatalogException" for kind in type(error).__mro__)
 
 
 class _KeystoneSender:

@@ -28,12 +28,18 @@ class CannotResume(errors.SourceError):
 class SourceRefused(errors.SourceError):
     """The source answered, and would answer the same if it were asked again at once.
 
-    Its certificate does not verify, the token is not accepted, the image is not active yet. It is not
-    retried within a call.
+    The image is not active yet, or what is sent is no image. It is not retried within a call.
     """
 
 
-class Unauthorized(SourceRefused):
+class SourceMisconfigured(SourceRefused):
+    """What was configured of the source cannot work: its address, the credentials, or whom to trust.
+
+    Whoever configured it must act. Asking again, or later, gives the same answer.
+    """
+
+
+class Unauthorized(SourceMisconfigured):
     """The source does not accept the token or the credentials: it answers 401 or 407."""
 
 

@@ -88,8 +88,8 @@ class Filler:
         self._cache.observers(events.Bypassed(request.name, request.label, reason=reason))
         return self.produce(request)
 
-    def _in_the_way(self, request: BaseRequest, reason: str) -> errors.BackendError:
-        return errors.BackendError(
+    def _in_the_way(self, request: BaseRequest, reason: str) -> errors.BaseInUseError:
+        return errors.BaseInUseError(
             f"its base image does not serve and cannot be replaced while it is in use: {reason}",
             image=request.label,
             path=self._cache.layout.base(request.name),

@@ -273,9 +273,15 @@ class CacheStore:
             durable.write_file(self.layout.version, b"%d\n" % layout.VERSION)
             return
         if not layout.is_known_version(found):
+            version = layout.stated_version(found)
+            if version is None:
+                raise errors.ConfigError(
+                    "the file with the version of the cache's layout is damaged: it states no version",
+                    path=self.layout.version,
+                    next_step=f"if no newer release uses the cache, write {layout.VERSION} into it",
+                )
             raise errors.ConfigError(
-                f"the cache has layout version {found[:20].decode('ascii', 'replace').strip()}, "
-                f"this release knows {layout.VERSION}",
+                f"the cache has layout version {version}, this release knows {layout.VERSION}",
                 path=self.layout.version,
                 next_step="upgrade imagecache_lib on this host",
             )

@@ -14,6 +14,7 @@ from imagecache_lib import errors
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import layout
 from imagecache_lib.system import names
+from imagecache_lib.system.atomic_file import BadTarget
 
 _Identity = tuple[int, int]
 
@@ -32,7 +33,7 @@ def check_seen(target: str, config: CacheConfig) -> None:
     """Refuse a place where the pass would never see a disk, since its base would go while the disk needs it.
 
     :param target: absolute path of a disk in an existing directory.
-    :raises BackendError: it is outside every disk root, or in a directory that is the cache's own, or in one
+    :raises BadTarget: it is outside every disk root, or in a directory that is the cache's own, or in one
         that the pass passes over.
     """
     directory = os.path.dirname(target)
@@ -50,7 +51,7 @@ def check_seen(target: str, config: CacheConfig) -> None:
     # The pass follows links, so that what the target's path says counts too, where it means what it says.
     if os.pardir not in directory.split("/") and any(each in roots for each in looks.upwards(directory)):
         return
-    raise errors.BackendError(
+    raise BadTarget(
         f"the target {target} is outside every disk root ({', '.join(config.roots)}): the periodic pass would"
         " not see the disk, and would remove its base image",
         path=target,
@@ -66,13 +67,13 @@ def _is_in(upwards: Iterable[_Identity], roots: set[_Identity], own: set[_Identi
 
     :param upwards: the directory, and every one above it.
     :param own: the directories that hold no disks.
-    :raises BackendError: it is below one of these.
+    :raises BadTarget: it is below one of these.
     """
     for each in upwards:
         if each in roots:
             return True
         if each in own:
-            raise errors.BackendError(
+            raise BadTarget(
                 "the target is in a directory that is the cache's own, where no disk is ever looked for",
                 path=target,
                 next_step="choose an instance directory",
@@ -113,7 +114,7 @@ def _refuse_passed_over(target: str, directories: set[str], config: CacheConfig)
         for root in {*config.roots, *map(os.path.realpath, config.roots)}:
             below = os.path.relpath(directory, root).split("/")
             if below[0] != os.pardir and (over := sorted(passed_over.intersection(below))):
-                raise errors.BackendError(
+                raise BadTarget(
                     f"the target is below a directory {over[0]}, which is passed over where disks are looked"
                     " for",
                     path=target,

@@ -210,9 +210,15 @@ class Kind(enum.Enum):
     UNKNOWN = "unknown"
 
 
+def stated_version(data: bytes) -> int | None:
+    """Return the version that the file ``version`` states, or None if the file is damaged."""
+    return int(data) if re.fullmatch(rb"[0-9]{1,9}", data.strip()) else None
+
+
 def is_known_version(data: bytes) -> bool:
     """Whether the file ``version`` states a layout that this release knows."""
-    return re.fullmatch(rb"[0-9]{1,9}", data.strip()) is not None and int(data) <= VERSION
+    stated = stated_version(data)
+    return stated is not None and stated <= VERSION
 
 
 def classify(name: str) -> Kind:

@@ -43,23 +43,25 @@ _MADE_DIGITS = 8
 NOTE_SUFFIX = ".outside"
 
 
+class BadTarget(errors.BackendError):
+    """The path that was asked for cannot hold a disk, or no pass would see one there."""
+
+
 def check_target(target: str) -> None:
     """Refuse a target that cannot work, before anything is fetched for it.
 
-    :raises BackendError: it is no absolute path of a file, or its directory is missing or read-only.
+    :raises BadTarget: it is no absolute path of a file, or its directory is missing or read-only.
     """
     names.require_path(target)
     if not os.path.isabs(target) or target.endswith("/"):
-        raise errors.BackendError(
+        raise BadTarget(
             "a target must be an absolute path of a file", path=target, next_step="correct the request"
         )
     directory = os.path.dirname(target)
     if not os.path.isdir(directory):
-        raise errors.BackendError(
-            "the target's directory does not exist", path=directory, next_step="create it first"
-        )
+        raise BadTarget("the target's directory does not exist", path=directory, next_step="create it first")
     if not os.access(directory, os.W_OK | os.X_OK):
-        raise errors.BackendError(
+        raise BadTarget(
             "the target's directory is not writable", path=directory, next_step="check its owner and mode"
         )
 

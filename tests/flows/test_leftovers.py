@@ -262,4 +262,4 @@ class TestOddEntries(LeftoverCase):
             with self.assertRaises(ic.ConfigError):
                 self.manager().cache_image(ID)
             found = [each.text for each in self.manager().preflight()]
-            self.assertTrue([text for text in found if "newer release" in text], data)
+            self.assertTrue([text for text in found if "states no version" in text], data)

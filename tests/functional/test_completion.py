@@ -77,3 +77,8 @@ def test_commands_options_and_ids_are_completed(name: str, tmp_path: pathlib.Pat
     assert {"list", "show", "pin"} <= set(shell.completes("image", ""))
     assert shell.completes("image", "list", "--fi") == ["--filter"]
     assert shell.completes("image", "show", "111") == [IMAGE]
+    cli.cache("my image (2)")
+    # fish and zsh put in what a shell needs by themselves.
+    wanted = r"my\ image\ \(2\)" if name == "bash" else "my image (2)"
+    for typed in ("my", r"my\ im"):
+        assert shell.completes("image", "show", typed) == [wanted], typed

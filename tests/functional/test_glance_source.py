@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import pathlib
 import random
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from imagecache_lib.system import host
 from tests.lab import glance as glance_lab
 from tests.lab import relay as relay_lab
 from tests.lab import server
+from tests.process.test_precache_cli import JobsCli
 from tests.support.ports import free_port
 
 DATA = random.Random(2).randbytes(3 * 2**20)
@@ -75,6 +77,22 @@ def test_data_come_whole_and_from_any_offset(source: glance.GlanceSource, image_
     assert read(source, image) == DATA
     for offset in (1, 2**20, len(DATA) - 1):
         assert read(source, image, offset) == DATA[offset:]
+
+
+def test_the_command_finds_an_image_by_its_name_whatever_that_is(
+    glance: glance_lab.Glance, tmp_path: pathlib.Path
+) -> None:
+    name = 'in:ubuntu:lts, "24.04"'
+    image_id = glance.upload(DATA, name=name)
+    glance.upload(DATA, name=name.upper())
+    cli = JobsCli(tmp_path)
+    cli.environment |= {
+        "OS_AUTH_TYPE": "admin_token",
+        "OS_ENDPOINT": glance.url,
+        "OS_TOKEN": glance_lab.MEMBER,
+    }
+    (found,) = cli.json("precache", "start", name)
+    assert (found["image"], found["state"]) == (image_id, "cached")
 
 
 def test_any_keystoneauth_session_will_do(glance: glance_lab.Glance, image_id: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real Glance behind uWSGI: sqlite, images in files, tenants by token, no Keystone.
+"""A real Glance behind uWSGI: sqlite, images in files; tenants by token, or by a real Keystone.
 
 uWSGI's ``--http-socket`` closes a connection after its answer without saying so; a client that keeps it alive
 finds it reset. That is how Glance runs in production too, so the tests meet it.
@@ -20,7 +20,9 @@ from typing import IO, Any
 import requests
 
 from tests.lab import bindings, environment, server
+from tests.lab import keystone as keystone_lab
 from tests.lab.ceph import Ceph
+from tests.lab.keystone import Keystone
 from tests.support.ports import free_port
 
 HERE = pathlib.Path(__file__).parent
@@ -77,7 +79,7 @@ paste.composite_factory = glance.api:root_app_factory
 /: api
 /healthcheck: healthcheck
 [pipeline:api]
-pipeline = versionnegotiation lab-auth rootapp
+pipeline = versionnegotiation {login} rootapp
 [composite:rootapp]
 paste.composite_factory = glance.api:root_app_factory
 /: apiversions
@@ -92,6 +94,24 @@ paste.app_factory = oslo_middleware:Healthcheck.app_factory
 paste.filter_factory = glance.api.middleware.version_negotiation:VersionNegotiationFilter.factory
 [filter:lab-auth]
 paste.filter_factory = lab_auth:LabAuth.factory
+[filter:authtoken]
+paste.filter_factory = keystonemiddleware.auth_token:filter_factory
+delay_auth_decision = true
+[filter:context]
+paste.filter_factory = glance.api.middleware.context:ContextMiddleware.factory
+"""
+
+_KEYSTONE = """
+[keystone_authtoken]
+www_authenticate_uri = {url}
+auth_url = {url}
+auth_type = password
+username = admin
+password = {password}
+project_name = admin
+user_domain_id = default
+project_domain_id = default
+interface = public
 """
 
 
@@ -218,13 +238,17 @@ class Glance:
 
 
 @contextlib.contextmanager
-def running_glance(home: pathlib.Path, *, tells: bool = False, ceph: Ceph | None = None) -> Iterator[Glance]:
+def running_glance(
+    home: pathlib.Path, *, tells: bool = False, ceph: Ceph | None = None, keystone: Keystone | None = None
+) -> Iterator[Glance]:
     """Run a Glance for the length of the context.
 
     :param home: an existing, empty directory for all it writes.
     :param tells: it says that it closes a connection: for clients of others, whose retries are not ours to
         test.
     :param ceph: a cluster for one more store, ``ceph``. What lies there is told with its location.
+    :param keystone: who is asked what a token means. Without it the token says that itself, and requests are
+        logged.
     """
     programs = environment.environment("glance", HERE / "glance-requirements.txt") / "bin"
     port = free_port()
@@ -235,8 +259,10 @@ def running_glance(home: pathlib.Path, *, tells: bool = False, ceph: Ceph | None
     configuration = home / "glance-api.conf"
     store = _store_in(ceph, home / "bindings") if ceph else ""
     more = ",ceph:rbd" if ceph else ""
-    configuration.write_text(_CONFIGURATION.format(home=home, url=url, more=more) + store)
-    (home / "paste.ini").write_text(_PIPELINE)
+    identity = "" if keystone is None else _KEYSTONE.format(url=keystone.url, password=keystone_lab.PASSWORD)
+    configuration.write_text(_CONFIGURATION.format(home=home, url=url, more=more) + store + identity)
+    login = "lab-auth" if keystone is None else "authtoken context"
+    (home / "paste.ini").write_text(_PIPELINE.format(login=login))
     with (home / "db_sync.log").open("wb") as log:
         subprocess.run(
             [programs / "glance-manage", "--config-file", configuration, "db_sync"],

@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import pty
+import shlex
 import socket
 import subprocess
 import termios
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 
 from imagecache_lib import events
-from imagecache_lib.cli import parsing
+from imagecache_lib.cli import parsing, table
 from imagecache_lib.cli.progress import ProgressObserver
 from imagecache_lib.testing import http_faults
 from imagecache_lib.testing.bad_server import BadServer
@@ -153,7 +154,7 @@ def test_prune_names_what_goes_and_why_the_rest_stays(cli: Cli) -> None:
     for image in (UUID, OTHER):
         cli.cache(image)
     age(cli, OTHER)
-    assert "--yes" in cli.run("prune", code=7).stderr
+    assert "--yes" in cli.run("prune", code=2).stderr
     planned = {each["image"]: each for each in cli.json("prune", "--dry-run")}
     assert planned[OTHER]["fate"] == "would be removed"
     assert planned[UUID]["fate"] == "stays"
@@ -254,6 +255,24 @@ def test_a_report_keeps_the_history_that_it_is_given(cli: Cli, tmp_path: pathlib
     assert oct(page.stat().st_mode & 0o777) == "0o644"
 
 
+def test_a_report_into_a_pipe_or_behind_a_link_leaves_that_what_it_is(
+    cli: Cli, tmp_path: pathlib.Path
+) -> None:
+    cli.cache()
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to("page.html")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    cli.run("cache", "report", "--html", str(pipe))
+    assert pipe.is_fifo()
+    reader.join()
+    assert read[0].startswith("<!DOCTYPE html>")
+    cli.run("cache", "report", "--html", str(link))
+    assert (link.is_symlink(), (tmp_path / "page.html").is_file()) == (True, True)
+
+
 def test_a_report_that_cannot_be_written_says_which_file(cli: Cli, tmp_path: pathlib.Path) -> None:
     assert "/nonexistent/x.html" in cli.run("cache", "report", "--html", "/nonexistent/x.html", code=7).stderr
     other = tmp_path / "no.sqlite"
@@ -316,6 +335,12 @@ def test_a_second_command_says_who_fetches_the_image_and_how_far_that_is(cli: Cl
     assert f"waiting: {socket.gethostname()}, pid {first.pid} fetches it, 8" in line
 
 
+def test_letters_take_as_many_columns_as_a_terminal_gives_them() -> None:
+    for text, wide in (("\u65e5\u672c", 4), ("e\u0301", 1), ("\u0e01\u0e31\u0e19", 2), ("\u2602\ufe0f", 2)):
+        assert table.columns_of(text) == wide, text
+    assert table.padded("\u0e01\u0e31", 3) == "\u0e01\u0e31  "
+
+
 def test_what_waits_is_told_in_whole_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
     observer = ProgressObserver(stream, clock=lambda: 0.0)
@@ -365,7 +390,7 @@ def test_an_operator_is_asked_for_a_report_and_told_of_the_image_by_its_id(cli: 
     assert "the driver" not in explained
     assert "give --instances FILE" in explained
     cli.run("image", "pin", IMAGE)
-    assert f"image {IMAGE}: " in cli.run("image", "evict", IMAGE, code=11).stderr
+    assert f"image {IMAGE}: " in cli.run("image", "evict", IMAGE, code=12).stderr
 
 
 @pytest.mark.parametrize(
@@ -376,7 +401,7 @@ def test_an_operator_is_asked_for_a_report_and_told_of_the_image_by_its_id(cli: 
         (("disk", "forget", ""), 2, "the path is empty"),
         (("host", "forget", "nope"), 3, "imagecache host list"),
         (("image", "pin", ""), 2, "no image's id"),
-        (("image", "list", "--sort-column", "nope"), 7, "there is no column nope"),
+        (("image", "list", "--sort-column", "nope"), 2, "there is no column nope"),
         (("image", "lst"), 2, "image list is one"),
         (("image",), 2, "followed by one of: cache, evict"),
         (("--instances-pth", "x", "image", "list"), 2, "--instances-path is one"),
@@ -390,6 +415,18 @@ def test_an_operator_is_asked_for_a_report_and_told_of_the_image_by_its_id(cli: 
         (("image", "cache", "i", "--file", "f", "--digest", "sha512:00"), 2, "128 hexadecimal digits"),
         (("image", "cache", "i", "--file", "f", "--digest", "crc:00"), 2, "crc is no digest's algorithm"),
         (("image", "cache", "i", "--file", "f", "--disk-format", "qcow"), 2, "qcow2"),
+        (("image", "pin", "i", "--for", "0s"), 2, "is over at once"),
+        (("image", "pin", "i", "--for", "99999d"), 2, "longer than a century"),
+        (("cache", "scrub", "--textfile", "x.txt"), 2, "must end in .prom"),
+        (("cache", "scrub", "--textfile", "/nonexistent/x.prom"), 7, "/nonexistent/x.prom"),
+        (("--log-file", "/nonexistent/log", "image", "list"), 2, "/nonexistent/log cannot be written"),
+        (("agent", "--peer-key", "k"), 2, "--peer-key has no effect without --peer-cert"),
+        (("agent", "--peer-cert", "c"), 2, "--peer-cert has no effect without --serve-peers"),
+        (("agent", "--peer-token-file", "t"), 2, "has no effect without --peer or --serve-peers"),
+        (("agent", "--trust-peers"), 2, "--trust-peers has no effect without --peer"),
+        (("agent", "--file", "f"), 2, "--file"),
+        (("precache", "start", ""), 2, "no image's id"),
+        (("--instances-path", "", "df"), 2, "the path is empty"),
         (
             ("precache", "plan", "i", "--hosts-file", "/nonexistent"),
             7,
@@ -440,6 +477,27 @@ def test_a_failure_is_told_once(cli: Cli, tmp_path: pathlib.Path) -> None:
     found = cli.run("cache", "scrub", code=10)
     assert "granules of 64.0 KiB" in found.stdout
     assert len(found.stderr.splitlines()) == 1
+
+
+def test_output_that_cannot_be_written_is_an_error_in_one_line(cli: Cli) -> None:
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            cli.command("df"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=cli.environment,
+            check=False,
+        )
+    assert found.returncode == 1
+    assert found.stderr == "imagecache: error: the output cannot be written: No space left on device\n"
+
+
+def test_streams_that_are_closed_harm_nothing(cli: Cli) -> None:
+    words = shlex.join(cli.command("image", "cache", IMAGE, "--file", str(cli.data)))
+    shell = subprocess.run(["sh", "-c", f"{words} <&- >&- 2>&-"], env=cli.environment, check=False)
+    assert shell.returncode == 0
+    assert base_of(cli, IMAGE).read_bytes() == cli.data.read_bytes()
 
 
 def test_the_numbers_of_errors_are_left_to_programmers() -> None:

@@ -32,6 +32,7 @@ from imagecache_lib.precache.job_rows import JobDatabaseError
 from imagecache_lib.precache.precacher import AggregatePrecacher
 from imagecache_lib.testing.sources import FakeSource
 from tests.process.test_cli import IMAGE, Cli
+from tests.support.ports import free_port
 
 
 class JobsCli(Cli):
@@ -94,6 +95,24 @@ def test_requests_that_make_no_sense(cli: JobsCli, tmp_path: pathlib.Path) -> No
     assert "message bus" in cli.run("agent", code=7).stderr
 
 
+def test_a_list_of_hosts_may_have_a_byte_order_mark(cli: JobsCli, tmp_path: pathlib.Path) -> None:
+    listed = tmp_path / "hosts"
+    listed.write_text("\ufeffhost-a\r\n")
+    words = ("precache", "plan", IMAGE, "--file", str(cli.data), "--hosts-file", str(listed))
+    (row,) = cli.json(*words, code=10)
+    assert row["host"] == "host-a"
+
+
+def test_a_message_bus_that_is_away_is_told_from_hosts_that_are(cli: JobsCli) -> None:
+    cli.environment["OS_DEFAULT__TRANSPORT_URL"] = f"rabbit://guest:guest@127.0.0.1:{free_port()}/"
+    found = cli.run("precache", "plan", IMAGE, "--host", "a", "--timeout", "1s", code=5)
+    assert "the message bus has taken no message" in found.stderr
+    assert "guest" not in found.stderr
+    cli.environment["OS_DEFAULT__TRANSPORT_URL"] = "rabbit://guest:secret@[::1:5672/"
+    stderr = cli.run("precache", "plan", IMAGE, "--host", "a", code=7).stderr
+    assert (len(stderr.splitlines()), "no URL" in stderr, "secret" in stderr) == (1, True, False)
+
+
 def test_hosts_come_from_a_file_too(cli: JobsCli, tmp_path: pathlib.Path) -> None:
     listed = tmp_path / "hosts"
     # Written by an editor that begins every file with a mark.
@@ -108,8 +127,8 @@ def test_a_job_is_meant_by_its_first_letters_and_by_being_the_last(cli: JobsCli)
     first, last = (each["id"] for each in cli.json("precache", "list"))
     assert cli.json("precache", "status", first[:20])[0]["state"] == "cached"
     assert cli.json("precache", "status", "--last")[0]["state"] == "existing"
-    assert "name one job" in cli.run("precache", "status", code=7).stderr
-    assert "name one job" in cli.run("precache", "status", last, "--last", code=7).stderr
+    assert "name one job" in cli.run("precache", "status", code=2).stderr
+    assert "name one job" in cli.run("precache", "status", last, "--last", code=2).stderr
     assert "there is no job fff" in cli.run("precache", "resume", "fffffffff", code=3).stderr
 
 

@@ -11,6 +11,7 @@ import json
 import pathlib
 import threading
 import urllib.parse
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,8 +68,9 @@ class Cloud(http.server.ThreadingHTTPServer):
         if path == f"/image/v2/images/{IMAGE_ID}/file":
             return 200, DATA
         if path == "/image/v2/images":
-            wanted = query.get("name") == ['in:"' + NAME.replace('"', '\\"') + '"']
-            return 200, {"images": [{"id": IMAGE_ID}] if wanted else []}
+            wanted = query.get("name") == [f"eq:{NAME}"]
+            others = [{"id": str(uuid.uuid4()), "name": NAME.upper()}]
+            return 200, {"images": [{"id": IMAGE_ID, "name": NAME}, *others] if wanted else []}
         return 404, {"error": {"code": 404, "message": path}}
 
     def _endpoints(self, kind: str) -> list[dict[str, str]]:

@@ -31,7 +31,7 @@ PAGE = ROOT / "doc/source/admin/output.rst"
 _SHOWN = "/var/lib/nova/instances"
 
 #: An agent is told to stop once it has said this.
-_STOP = {"agent": "base images 0 were evicted"}
+_STOP = {"agent": "0 evicted, 0 B"}
 
 #: What differs from run to run, and what stands for it when two are compared.
 _VARYING = (
@@ -135,16 +135,24 @@ class Host:
         """Return the lines that a command says."""
         words = shlex.split(command.replace(_SHOWN, str(self._instances)))
         if words[0] == "imagecache":
-            return self._imagecache(words[1:])
+            return self._imagecache(words[1:])[1]
         said = subprocess.run(
             words, cwd=self._home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
         )
         return self._shown(said.stdout)
 
+    def write(self, name: str, text: str) -> None:
+        """Write a file into the operator's directory."""
+        (self._home / name).write_text(text)
+
+    def ask(self, words: list[str]) -> tuple[int, list[str]]:
+        """Return the exit code of ``imagecache`` with these words, and the lines that it says."""
+        return self._imagecache([word.replace(_SHOWN, str(self._instances)) for word in words])
+
     def close(self) -> None:
         self._server.communicate()
 
-    def _imagecache(self, words: list[str]) -> list[str]:
+    def _imagecache(self, words: list[str]) -> tuple[int, list[str]]:
         alone = words[0] == "precache"
         configuration = [] if alone else ["--config-file", str(self._home / "imagecache.conf")]
         if alone:  # a job of the machine's own needs no message bus
@@ -156,7 +164,8 @@ class Host:
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(f"{json.dumps(asked)}\n")
         self._server.stdin.flush()
-        return self._shown(json.loads(self._server.stdout.readline()))
+        code, said = json.loads(self._server.stdout.readline())
+        return code, self._shown(said)
 
     def _shown(self, said: str) -> list[str]:
         text = said.replace(str(self._instances), _SHOWN).replace(str(self._home), "/home/operator")
@@ -198,7 +207,7 @@ def _serve() -> None:
         sys.stdout.flush()
 
 
-def _answer(asked: dict[str, str]) -> str:
+def _answer(asked: dict[str, str]) -> tuple[int, str]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -212,8 +221,8 @@ def _answer(asked: dict[str, str]) -> str:
             if until and until.encode() in said:
                 os.kill(child, signal.SIGTERM)
                 until = ""
-    os.waitpid(child, 0)
-    return said.decode()
+    _pid, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), said.decode()
 
 
 def _run(words: list[str], home: str, writing: int) -> None:

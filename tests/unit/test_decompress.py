@@ -197,7 +197,7 @@ class TestHostileData(UnpackingCase):
         zeros = bytes(16 * MIB)
         for name, pack in PACK.items():
             with self.subTest(name=name):
-                self.refused(pack(zeros), name, "more than 1048576 bytes", most=MIB)
+                self.refused(pack(zeros), name, "more than 1.0 MiB", most=MIB)
 
     def test_bombs_are_cut_at_the_ratio(self) -> None:
         frames = PACK["zstd"](bytes(256 * MIB)) * 8

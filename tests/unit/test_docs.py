@@ -3,10 +3,16 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib
+import inspect
 import pathlib
 import re
+import textwrap
 import unittest
+
+import imagecache_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOC = ROOT / "doc" / "source"
@@ -16,6 +22,12 @@ _MESSAGE = re.compile(r"(?:^|, )\*([^*]+)\*")
 #: Where Python's source breaks a text into literals, or fills in a value.
 _BROKEN = re.compile(r"\"\s*\n\s*f?\"")
 _FILLED = re.compile(r"\{[^{}]*\}|%s|%d")
+
+_CODE = re.compile(r"\.\. code-block:: python\n\n((?:(?: +[^\n]*)?\n)+)")
+#: What `make` builds below doc/build is not there before.
+_PATH = re.compile(
+    r"``((?:examples|tools|tests|doc/source|benchmarks|integrations|imagecache_lib)/[\w./-]+)``", re.ASCII
+)
 
 _TEST = re.compile(r"``(?:(?P<file>[a-z]+/test_\w+\.py)(?:::)?)?(?P<test>test_\w+)?``")
 
@@ -45,6 +57,43 @@ class TestReferences(unittest.TestCase):
                     self.assertIn(f"def {found['test']}(" if found["test"] else "def test_", code)
                 named += 1
             self.assertGreater(named, most_likely)
+
+
+class TestCode(unittest.TestCase):
+    """Code of pages is Python, and what it takes from the library is there, with its parameters."""
+
+    def test_names_of_the_library_are_there(self) -> None:
+        looked_at = 0
+        for page in (ROOT / "README.rst", *sorted(DOC.rglob("*.rst"))):
+            for match in _CODE.finditer(page.read_text()):
+                looked_at += 1
+                tree = ast.parse(textwrap.dedent(match[1]))
+                names: dict[str, object] = {"ic": imagecache_lib}
+                for node in ast.walk(tree):
+                    with self.subTest(page=page.name, code=ast.unparse(node)[:60]):
+                        self.look(node, names)
+        self.assertGreater(looked_at, 12)
+
+    def look(self, node: ast.AST, names: dict[str, object]) -> None:
+        match node:
+            case ast.ImportFrom(module=str(module)) if module.startswith("imagecache_lib"):
+                for each in node.names:
+                    try:
+                        found: object = importlib.import_module(f"{module}.{each.name}")
+                    except ModuleNotFoundError:
+                        found = getattr(importlib.import_module(module), each.name)
+                    names[each.asname or each.name] = found
+            case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name in names:
+                getattr(names[name], attribute)
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="cache"), attr=method)):
+                taken = inspect.signature(getattr(imagecache_lib.ImageCacheManager, method)).parameters
+                self.assertLessEqual({each.arg for each in node.keywords if each.arg}, set(taken))
+
+    def test_paths_of_the_checkout_are_there(self) -> None:
+        for page in (*ROOT.glob("*.rst"), *sorted(DOC.rglob("*.rst"))):
+            for path in _PATH.findall(page.read_text()):
+                with self.subTest(page=page.name):
+                    self.assertTrue((ROOT / path).exists(), path)
 
 
 class TestBenchmarks(unittest.TestCase):

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import struct
 
-from imagecache_lib import errors
+from imagecache_lib import dates, errors
 from imagecache_lib.formats.qcow2 import header
 
 #: QEMU's default cluster size.
@@ -102,8 +102,9 @@ def l1_entries(virtual_size: int, cluster_bits: int) -> int:
     entries = max(1, -(-virtual_size // mapped_per_entry))
     if entries * 8 > header.MAX_L1_BYTES:
         raise OverlayError(
-            f"clusters of {cluster_size} bytes are too small for a qcow2 disk of {virtual_size} bytes",
-            next_step="choose larger clusters",
+            f"a disk of {dates.size(virtual_size)} is larger than a qcow2 file with clusters of "
+            f"{dates.size(cluster_size)} can be",
+            next_step="choose a smaller disk",
         )
     return entries
 
