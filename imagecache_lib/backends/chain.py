@@ -243,7 +243,8 @@ def _in_json(text: str) -> _Named | None:
     if len(options) != len(pairs):
         return None
     format, path = options.pop("driver", None), options.pop("file.filename", None)
-    if options != {"file.driver": "file"} or not isinstance(path, str) or not os.path.isabs(path):
+    # Without a driver QEMU takes that from the name: what begins with a slash is a file.
+    if options not in ({"file.driver": "file"}, {}) or not isinstance(path, str) or not os.path.isabs(path):
         return None
     return _Named(path, format) if format in ("raw", "qcow2") and isinstance(format, str) else None
 

@@ -22,6 +22,7 @@ from imagecache_lib.system import attributes, durable, names
 from imagecache_lib.system.bounded import Bounded
 from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.host import System
+from imagecache_lib.system.translate import translated
 
 LOG = logging.getLogger(__name__)
 
@@ -335,11 +336,12 @@ class CacheStore:
         """Return the evidence of the base of that name, as :meth:`record_of`, or None if there is none.
 
         :raises CacheEntryError: something that is no regular file has its name.
+        :raises BackendError: it cannot be read.
         """
         opened = self.open_base(name)
         if opened is None:
             return None
-        with contextlib.closing(opened):
+        with contextlib.closing(opened), translated(opened.path):
             return self.record_of(opened)
 
     def read_record(self, name: str) -> evidence.Record | None:

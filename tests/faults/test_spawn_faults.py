@@ -21,7 +21,7 @@ from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from tests.lab import filesystems
-from tests.support import files, needs
+from tests.support import files, needs, recorded_calls
 from tests.support.cache_case import ID, raw_image
 
 NAME = layout.base_name(ID)
@@ -340,3 +340,17 @@ def test_a_source_on_a_failing_disk_is_a_source_that_fails(
     image.unlink()
     with pytest.raises(errors.ImageNotFound):
         manager.create_disk(ID, str(instances / "instance" / "disk"))
+
+
+def test_a_base_whose_attributes_cannot_be_read_is_told(instances: pathlib.Path) -> None:
+    config = ic.CacheConfig(instances_path=str(instances))
+    manager = ic.ImageCacheManager(config, FakeSource({ID: DATA}), observers=())
+    disk = manager.create_disk(ID, str(instances / "instance" / "disk"))
+
+    def flatten() -> None:
+        with pytest.raises(ic.BackendError):
+            manager.flatten_disk(disk)
+
+    failing = ["-o", os.devnull, "-P", str(instances / "_base" / NAME), "-e", "trace=fgetxattr"]
+    assert recorded_calls.attached(flatten, [*failing, "-e", "inject=fgetxattr:error=EIO"]) == 0
+    assert manager.flatten_disk(disk).base is None

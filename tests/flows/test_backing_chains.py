@@ -45,8 +45,10 @@ class TestSpellings(ChainCase):
     def test_a_base_that_is_named_in_any_way_of_qemu_is_made_and_the_disk_used_again(self) -> None:
         base = self.base()
         dotted = {"driver": "raw", "file.driver": "file", "file.filename": str(base)}
+        undriven = {"driver": "raw", "file": {"filename": str(base)}}
+        as_json = [f"json:{json.dumps(each)}" for each in (dotted, undriven)]
         for number, backing in enumerate(
-            (str(base), f"file:{base}", f"../_base/{base.name}", on_file(base), "json:" + json.dumps(dotted))
+            (str(base), f"file:{base}", f"../_base/{base.name}", on_file(base), *as_json)
         ):
             with self.subTest(backing):
                 path = self.overlay(backing, name=f"uuid{number}/disk")
