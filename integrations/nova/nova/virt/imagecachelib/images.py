@@ -164,9 +164,9 @@ class Flat(Cached, imagebackend.Flat):
 def format_of(path: str, pinned: str) -> str:
     """Return the format in which QEMU is to open a disk on a host whose disks are qcow2.
 
-    Raw disks are there if ``images_type`` was another one when they were made. Their guests may have written
-    what looks like a header, and QEMU would hand whatever file that names to the guest. On the other hand,
-    Nova's own driver makes a raw disk that moves to such a host qcow2, and leaves the entry of before.
+    Raw disks are there if ``images_type`` was another one when they were made. What their guests wrote into
+    them does not say which format they have. A migration may have made one qcow2 and left the entry of
+    before: that is believed of a disk that begins as qcow2 and is known to be self-contained.
 
     :param pinned: what ``disk.info`` says.
     """
