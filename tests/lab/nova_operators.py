@@ -254,7 +254,7 @@ class Operators(FilesCase):
         self.assertEqual(before, {name: content(made / name) for name in before})
 
     def test_raw_disks_go_on_where_new_disks_are_overlays(self):
-        """Nova opens every disk of that image type as qcow2, whatever its guest wrote into it."""
+        """A disk is opened in the format that it was made in, whatever its guest wrote into it."""
         self.flags(images_type="raw", group="libvirt")
         instance = self.instance(ephemeral_gb=1, swap=8)
         made = self.create(instance)
