@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,12 @@ def code_of(error: errors.ImageCacheError) -> int:
     return next((code for kind, code in _CODES if isinstance(error, kind)), _BACKEND)
 
 
+def _drop_output() -> None:
+    """Have what could not be written go nowhere: the interpreter would try again at its end, and complain."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
 class Base(command.Command):
     """A command on this host's cache."""
 
@@ -104,7 +111,9 @@ class Base(command.Command):
 
     def run(self, parsed_args: argparse.Namespace) -> int:
         try:
-            return super().run(parsed_args) or self.exit_code
+            code = super().run(parsed_args) or self.exit_code
+            self.app.stdout.flush()  # what is still to be written may fail as well
+            return code
         except errors.ImageCacheError as error:
             if self.app.options.debug:
                 LOG.exception("It failed")
@@ -115,7 +124,10 @@ class Base(command.Command):
         except OSError as error:
             if self.app.options.debug:
                 LOG.exception("It failed")
-            where = "the output cannot be written: " if error.filename is None else ""
+            where = ""
+            if error.filename is None:
+                _drop_output()
+                where = "the output cannot be written: "
             self.note(f"error: {where}{plain(str(error))}")
             return 1
 
