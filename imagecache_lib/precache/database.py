@@ -296,8 +296,7 @@ class JobDatabase:
 
     def _require_schema(self, *, change: bool) -> None:
         """Bring the tables to this release's version, if they are of an earlier one."""
-        with translated(self._where), self._engine.execution_options(reading=True).begin() as connection:
-            revision = self._revision(connection)
+        revision = self._revision_now()
         self._require_known(revision)
         if revision == schema.REVISION:
             return
@@ -307,6 +306,14 @@ class JobDatabase:
                 path=self._where,
                 next_step="start a job, which makes them",
             )
+        try:
+            self._make_tables()
+        except JobDatabaseError:
+            # A lock at one node of a cluster holds up nobody at another, who may have been first.
+            if self._revision_now() != schema.REVISION:
+                raise
+
+    def _make_tables(self) -> None:
         from imagecache_lib.precache import migrate
 
         with self._writing() as connection, migrate.alone(connection, _LOCK):
@@ -315,6 +322,10 @@ class JobDatabase:
                 migrate.upgrade(connection, schema.REVISION)
                 if self._embedded:
                     connection.exec_driver_sql(f"PRAGMA user_version = {schema.VERSION}")
+
+    def _revision_now(self) -> str | None:
+        with translated(self._where), self._engine.execution_options(reading=True).begin() as connection:
+            return self._revision(connection)
 
     def _revision(self, connection: sa.Connection) -> str | None:
         """Return the revision of the tables. Returns None if there are none, or those of version 1."""

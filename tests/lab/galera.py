@@ -59,18 +59,22 @@ def running_galera(home: pathlib.Path) -> Iterator[tuple[MariaDb, MariaDb]]:
     first, second = _node(homes[0], groups[0], None), _node(homes[1], groups[1], groups[0])
     first.install()
     first.start()  # which makes the database and user of the tests
+    # A node that is ended before it has joined writes down no state, so that all would be copied by rsync.
+    _wait_for(first, nodes=1)
     first.stop()
     for name in ("data", "start.sql"):
         source = homes[0] / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, homes[1] / name)
-    (homes[1] / "data" / "galera.cache").unlink(missing_ok=True)
+    # The first node's place in the cluster, and what it keeps for others.
+    for own in ("galera.cache", "gvwstate.dat"):
+        (homes[1] / "data" / own).unlink(missing_ok=True)
     # rsync's server gives up the rights of root.
     for each in (home, homes[1], homes[1] / "data"):
         each.chmod(0o777)
     first.start()
     second.start()
     for node in (first, second):
-        server.wait_until(lambda node=node: _is_ready(node), "the cluster is there", seconds=240)  # type: ignore[misc]
+        _wait_for(node, nodes=2)
     try:
         yield first, second
     finally:
@@ -78,11 +82,15 @@ def running_galera(home: pathlib.Path) -> Iterator[tuple[MariaDb, MariaDb]]:
         first.stop()
 
 
-def _is_ready(node: MariaDb) -> bool:
-    """Whether a node takes statements: it accepts connections before it has joined."""
+def _wait_for(node: MariaDb, *, nodes: int) -> None:
+    server.wait_until(lambda: _is_ready(node, nodes), f"the cluster has {nodes} nodes", seconds=240)
+
+
+def _is_ready(node: MariaDb, nodes: int) -> bool:
+    """Whether a node is one of so many and takes statements: it accepts connections before it has joined."""
     engine = sa.create_engine(node.url, poolclass=sa.NullPool)
     with contextlib.suppress(sa.exc.DBAPIError), engine.connect() as connection:
         connection.exec_driver_sql("SELECT 1")
         status = connection.exec_driver_sql("SHOW STATUS LIKE 'wsrep_cluster_size'").one()
-        return bool(status[1] == "2")
+        return bool(status[1] == str(nodes))
     return False
