@@ -196,11 +196,12 @@ def test_conductors_at_two_nodes_of_a_cluster_share_jobs() -> None:
         for database in databases:
             closing.callback(database.close)
         work = start(databases[0])
+        # What one node wrote, the other may read a moment later.
+        until(lambda: any(each.id == work.id for each in databases[1].summaries()))
         for turn in range(5):
             assert take_at_once(databases, work.id, f"turn-{turn}") == [False, True]
         runner = str(databases[0].lease_of(work.id).runner)
         databases[0].release_lease(work.id, runner)
-        # What one node wrote, the other may read a moment later.
         until(lambda: databases[1].lease_of(work.id).runner is None)
         agents = Agents()
         agents.before = at_work = Stop()
