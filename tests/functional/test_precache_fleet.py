@@ -169,7 +169,8 @@ def test_the_message_bus_restarts_meanwhile(
         fleet.wait_for(lambda: "Host gamma does not answer" in fleet.said())
         rabbit.start()
         cancelled = fleet.finish(cancelling, code=10)
-        assert cancelled["gamma", slow]["reason"] == "the job was cancelled"
+        # In the host's own words, or in the conductor's: whichever is known first.
+        assert cancelled["gamma", slow]["reason"].endswith("was cancelled")
         fleet.wait_for(lambda: not fleet.has("gamma", slow) and fleet.has("gamma", images[0]))
         rows = [row for each in (running, beginning) for row in fleet.finish(each).values()]
     assert [row["result"] for row in rows] == ["cached"] * 5
@@ -400,7 +401,7 @@ def test_a_plan_ends_although_the_broker_takes_no_messages(
     words = (*images, "--host", "alpha", "--topic", fleet.topic, "--timeout", "2s", "-f", "json")
     with rabbit.alarm():
         began = time.monotonic()
-        plan = fleet.finish(fleet.conductor("plan", *words), code=10)
+        plan = fleet.finish(fleet.conductor("plan", *words), code=5)
         assert time.monotonic() - began < 150  # the command itself takes long where much else runs
     assert plan["alpha", ""]["problem"]
     ended = fleet.finish(fleet.start(["alpha"], images))
