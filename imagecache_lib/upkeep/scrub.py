@@ -43,6 +43,9 @@ _PIECE = 2**20
 #: What O_DIRECT wants lengths to be a multiple of, on any device that ext4 and xfs run on.
 _ALIGNMENT = 4096
 
+#: Seconds after which a caller looks at least whether it was interrupted.
+_LOOK_SECONDS = 1.0
+
 #: ioprio_set(2): its number by machine, "this thread", and the class that only gets an idle disk.
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
 _THIS_THREAD = 1
@@ -150,6 +153,9 @@ class _Reader:
         """
         checking = self._thread.submit(_check, opened, record, self._cache, self._limit)
         try:
+            # A signal that comes as a wait begins is handled when that ends: so none is without end.
+            while not concurrent.futures.wait([checking], timeout=_LOOK_SECONDS).done:
+                pass
             return checking.result()
         except BaseException:
             # It reads from the base, which is closed next.

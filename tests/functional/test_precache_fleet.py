@@ -153,8 +153,8 @@ def test_the_message_bus_restarts_meanwhile(
     fleet: Fleet, glance: glance_lab.Glance, rabbit: rabbit_lab.Rabbit, link: relay_lab.Relay
 ) -> None:
     *images, slow = make_images(glance, MIB, 4 * MIB, 30 * MIB)
-    # So slow that it cannot end before it is cancelled, however busy the machine is.
-    left = fleet.start(["gamma"], [slow], "--rate", "256K")
+    # So slow that it cannot end before it is cancelled, or be held beside the others.
+    left = fleet.start(["gamma"], [slow], "--rate", "8K")
     fleet.wait_for(lambda: fleet.in_flight("gamma") != [])
     left.kill()
     left.wait()
