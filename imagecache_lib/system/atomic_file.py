@@ -51,6 +51,7 @@ def check_target(target: str) -> None:
     """Refuse a target that cannot work, before anything is fetched for it.
 
     :raises BadTarget: it is no absolute path of a file, or its directory is missing or read-only.
+    :raises BackendError: it can be no path at all.
     """
     names.require_path(target)
     if not os.path.isabs(target) or target.endswith("/"):

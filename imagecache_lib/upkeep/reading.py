@@ -218,10 +218,17 @@ class Look:
                     self._note_directory(directory, name, fd, inode)
                 elif entry.is_symlink():
                     self._read_link(directory, name, fd, inode)
-                elif stat.S_ISBLK(entry.stat(follow_symlinks=False).st_mode):
+                elif self._is_block_device(name, fd):
                     self._read_device(directory, name, fd, inode)
         if entries != before and directory.listed:
             self.again = True
+
+    def _is_block_device(self, name: str, directory_fd: int) -> bool:
+        try:
+            return stat.S_ISBLK(os.stat(name, dir_fd=directory_fd, follow_symlinks=False).st_mode)
+        except FileNotFoundError:
+            self.again = True  # a QEMU's socket, most likely, that went with it
+            return False
 
     def _note_directory(self, directory: Directory, name: str, fd: int, inode: int) -> None:
         if name in self._around.passed_over:

@@ -183,6 +183,26 @@ class TestMeaning(UpkeepCase):
         self.assertEqual(["dead"], asked, "while one look has not come back no other is begun")
         answers.set()
 
+    def test_sockets_that_go_while_their_directory_is_read_keep_nothing(self) -> None:
+        """A guest that ends takes QEMU's sockets with it. The filesystem chooses which entry comes first."""
+        base = self.cached()
+        directory = self.instances / "uuid"
+        directory.mkdir()
+        sockets = [directory / f"monitor-{number}" for number in range(20)]
+        for path in sockets:
+            os.mkfifo(path)
+        for number in range(10):
+            (directory / f".disk.{number:032x}.new").touch()
+
+        def end() -> None:
+            for path in sockets:
+                path.unlink(missing_ok=True)
+
+        self.points.at("references:unfinished", end)
+        report = self.verify()
+        self.assertFalse(any(path.exists() for path in sockets))
+        self.assertFalse(base.exists(), report)
+
     def test_nothing_but_a_regular_file_is_opened(self) -> None:
         pipe = self.directory / "pipe"
         os.mkfifo(pipe)
