@@ -6,7 +6,9 @@ reports, stestr's streams, and a line about the machine beside each. EXPECTED is
 where ``testpaths`` stands for the suites of pyproject.toml.
 
 What fails it: an expected suite that ran nothing; a test that was to run and left no trace; in CI, a skip
-that is not in :data:`SKIPS`; a Python that setup.cfg claims and nothing ran with; a failed step.
+that is not in :data:`SKIPS`; a Python that setup.cfg claims and nothing ran with; a failed step. A test that
+failed and passed when again.py ran it once more has passed, and is named. The last lines are those to look
+at: each test that failed, and what it said.
 """
 
 from __future__ import annotations
@@ -41,27 +43,38 @@ SKIPS = {
 }
 
 
+#: How much of what a failed test said is shown, in lines and in characters, and of how many tests.
+SHOWN_LINES, SHOWN_CHARACTERS, SHOWN_TESTS = 25, 2500, 20
+
+
 @dataclasses.dataclass
 class Count:
     """The tests of one suite on one machine, and why some were skipped.
 
+    :param failures: by their names, what those said that failed.
+    :param doubtful: by their names, what those said at first that passed when they ran once more.
     :param missing: tests that were to run and left no trace: their process died. They count as failed.
     """
 
     passed: int = 0
-    failed: int = 0
     missing: int = 0
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
+    doubtful: dict[str, str] = dataclasses.field(default_factory=dict)
     reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    @property
+    def failed(self) -> int:
+        return len(self.failures) + self.missing
 
     @property
     def skipped(self) -> int:
         return self.reasons.total()
 
-    def add(self, other: Count) -> None:
-        self.passed += other.passed
-        self.failed += other.failed
-        self.missing += other.missing
-        self.reasons += other.reasons
+    def run_again(self, second: Count) -> None:
+        """Take in what became of failed tests that ran once more."""
+        if second.passed and not second.failures and not second.reasons:
+            self.passed += second.passed
+            self.doubtful, self.failures = self.failures, {}
 
 
 #: By machine and suite.
@@ -80,8 +93,8 @@ def count_junit(path: pathlib.Path, machine: str, counts: Counts) -> None:
         name = f"{case.get('classname') or ''}.{case.get('name')}".removeprefix(".")
         count = counts[machine, suite_of(name, path)]
         skip = case.find("skipped")
-        if case.find("failure") is not None or case.find("error") is not None:
-            count.failed += 1
+        if said := [each.text or "" for tag in ("failure", "error") for each in case.iter(tag)]:
+            count.failures[name] = "\n".join([*filter(None, [count.failures.get(name)]), *said])
         elif skip is not None:
             count.reasons[skip.get("message") or "no reason given"] += 1
         else:
@@ -101,7 +114,7 @@ def count_subunit(path: pathlib.Path, machine: str, counts: Counts) -> None:
             reason = test["details"].get("reason")
             count.reasons[reason.as_text().strip() if reason else "no reason given"] += 1
         elif status != "exists":
-            count.failed += 1
+            count.failures[test["id"]] = "\n".join(each.as_text() for each in test["details"].values())
 
     with path.open("rb") as stream:
         sink = testtools.StreamToDict(add)
@@ -114,7 +127,6 @@ def count_subunit(path: pathlib.Path, machine: str, counts: Counts) -> None:
         if not test.startswith(skipped_classes):
             count = counts[machine, suite_of(test, path)]
             count.missing += 1
-            count.failed += 1
 
 
 def _class_of(set_up: str) -> str:
@@ -125,10 +137,13 @@ def _class_of(set_up: str) -> str:
 def read(results: pathlib.Path) -> Counts:
     """Count all reports."""
     counts: Counts = collections.defaultdict(Count)
+    again: Counts = collections.defaultdict(Count)
     for suffix, reader in (("xml", count_junit), ("subunit", count_subunit)):
         for path in sorted(results.glob(f"*/*.{suffix}")):
             if path.stat().st_size:
-                reader(path, path.parent.name, counts)
+                reader(path, path.parent.name, again if path.name.endswith(".again.xml") else counts)
+    for where, second in again.items():
+        counts[where].run_again(second)
     return counts
 
 
@@ -185,6 +200,15 @@ def problems(
         yield f"step failed: {step}"
 
 
+def show_tests(tests: list[tuple[str, str, str]]) -> None:
+    """Show the ends of what tests said, which name the line and the values that differ."""
+    for machine, name, said in tests[:SHOWN_TESTS]:
+        print(f"\n-- {machine}: {name}")
+        print("\n".join(said.strip().splitlines()[-SHOWN_LINES:])[-SHOWN_CHARACTERS:])
+    if len(tests) > SHOWN_TESTS:
+        print(f"\nand {len(tests) - SHOWN_TESTS} more")
+
+
 def main(arguments: list[str]) -> int:
     separator = arguments.index("--")
     results, expected = pathlib.Path(arguments[0]), arguments[1:separator]
@@ -192,13 +216,22 @@ def main(arguments: list[str]) -> int:
     show(counts, results)
     found = list(problems(counts, results, expected, arguments[separator + 1 :]))
     print(*found, sep="\n")
-    total = Count()
-    for count in counts.values():
-        total.add(count)
-    if found and not total.failed:
-        total.failed = len(found)
-    print(f"{total.passed} passed, {total.failed} failed, {total.skipped} skipped")
-    return 1 if total.failed else 0
+    doubtful, failures = [], []
+    for (machine, _suite), count in counts.items():
+        doubtful += [(machine, *test) for test in count.doubtful.items()]
+        failures += [(machine, *test) for test in count.failures.items()]
+    if doubtful:
+        print(f"WARNING: {len(doubtful)} passed only when they ran once more, and are to be mended:")
+        show_tests(doubtful)
+    if failures:
+        print("failed:")
+        show_tests(failures)
+    passed, failed, skipped = (
+        sum(getattr(count, what) for count in counts.values()) for what in ("passed", "failed", "skipped")
+    )
+    failed = failed or len(found)
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
