@@ -18,6 +18,7 @@ import threading
 from imagecache_lib import errors, events
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import evidence, layout, membership, pieces
+from imagecache_lib.store.named_roots import NamedRoots
 from imagecache_lib.system import attributes, durable, names
 from imagecache_lib.system.bounded import Bounded
 from imagecache_lib.system.descriptor import Descriptor
@@ -134,6 +135,7 @@ class CacheStore:
         self.elsewhere = Bounded()
         self._prepared: _Prepared | None = None
         self._starting = threading.Lock()
+        self._named_roots = NamedRoots(config.roots, host)
         # Records are read for each spawn, and few differ.
         self._parse = functools.lru_cache(_RECORDS)(evidence.parse)
 
@@ -157,6 +159,7 @@ class CacheStore:
             self._make_directories()
             self._check_version()
             self._prepared = self._look_at_private()
+            self._named_roots.forget()
             return True
 
     def is_prepared(self) -> bool:
@@ -191,15 +194,20 @@ class CacheStore:
         return membership.host_id(self.host.name)
 
     def ensure_member(self) -> None:
-        """Be registered, should an operator have forgotten this host while it lives.
+        """Be registered, should an operator have forgotten this host while it lives, and have the disk roots
+        written down that this process names.
 
         :raises OSError: this host cannot be registered.
         """
         try:
-            membership.ensure(self.layout, self.host_id, self.host.name)
+            self._write_down()
         except FileNotFoundError:
             self.start()  # the cache was removed meanwhile
-            membership.ensure(self.layout, self.host_id, self.host.name)
+            self._write_down()
+
+    def _write_down(self) -> None:
+        membership.ensure(self.layout, self.host_id, self.host.name)
+        self._named_roots.note(self.layout, self.host_id)
 
     def may_be_stale(self, fd: int) -> bool:
         """Whether this host's kernel may still find a name in the cache that another host has taken away.

@@ -29,6 +29,7 @@ place and stays readable by Nova::
         hosts/<id>.scan         what that host's last pass saw of its disks, and its driver's last report; its
                                 mtime is when that was
         hosts/<id>.readings     the same for the release before, which rewrites it: names by path of disk
+        hosts/<id>.<hex>.roots  disk roots that a process of that host names, before it makes a disk there
         history/<id>            what happened to bases, as that host saw it, a line each
         scrubbed                empty: its mtime is when a scrub of the whole cache last ended
         pins/<name>/<sha1 of the owner>.json    that, and until when, an owner wants a base to stay
@@ -79,6 +80,12 @@ and whether a mount or a link led there. A disk that is not seen any more is for
 :mod:`imagecache_lib.upkeep.absence` calls a proof. The file ends in ``.scan``, since every ``.json`` is a
 member.
 
+*Which disk roots a process names*, ``hosts/<id>.<hex>.roots``, is a JSON array of absolute paths, named
+by the first 16 hex digits of its sha256. It is written before the process makes its first disk, and touched
+within the hour before any later one. A pass of another process of that host reads these disk roots as well,
+unless the note is a week old and a day older than the last pass: disks that were there are then in
+``hosts/<id>.scan``. A root that cannot be read, and in which no disk was ever seen, keeps nothing.
+
 *Two releases on one directory.* The release before this one knows neither ``hosts/<id>.scan`` nor that the
 driver's report is remembered. It reads and replaces ``hosts/<id>.readings``, which is written beside it with
 the same disks, those that are not to be seen included, so that it keeps what it always kept, and no less.
@@ -86,12 +93,12 @@ What it writes there counts for this release too: a disk that only it saw is rem
 of its directory, and stays until it is seen again, its instance leaves the report, or an operator says so.
 An entry with an empty path and no names says that this release wrote the file; the older one drops it.
 
-It passes over ``stage/<name>.<id>.waits``, ``stage/<id>.outside``, ``stage/<name>.failed``, ``history``, and
-the fields ``origin``, ``fetcher`` and ``source`` of a stage's note: its callers neither share a failure nor
-are told of one, and what it does is in no history. An operator's ``passed_over_directories`` is an option of
-this release: the older one reads those directories as all others, and keeps what they refer to. It removes
-any file in the making by its name, and this one behind a link only a file that carries
-``user.imagecache.made``.
+It passes over ``hosts/<id>.<hex>.roots``, ``stage/<name>.<id>.waits``, ``stage/<id>.outside``,
+``stage/<name>.failed``, ``history``, and the fields ``origin``, ``fetcher`` and ``source`` of a stage's note:
+its callers neither share a failure nor are told of one, and what it does is in no history. An operator's
+``passed_over_directories`` is an option of this release: the older one reads those directories as all others,
+and keeps what they refer to. It removes any file in the making by its name, and this one behind a link only a
+file that carries ``user.imagecache.made``.
 
 *The field* ``fetcher`` *of a stage's note* says who fills the file, for people who wait for it: ``host``, its
 name; ``pid``, the process there; ``received``, bytes of the source's data that arrived, written anew every
@@ -391,6 +398,9 @@ class Layout:
 
     def last_scan(self, host_id: str) -> str:
         return f"{self.hosts}/{host_id}.scan"
+
+    def named_roots(self, host_id: str, roots_id: str) -> str:
+        return f"{self.hosts}/{host_id}.{roots_id}.roots"
 
     def pins_of(self, name: str) -> str:
         """The directory of a base's pins."""

@@ -315,6 +315,12 @@ class Disks:
                 self._everything_stays(
                     f"{fact.path} cannot be read ({fact.cause})", "mount it, or take it out of disk_roots"
                 )
+            elif fact.path not in self._last.roots:
+                self.problems.append(
+                    f"The disk root {fact.path}, which another process of this host names, cannot be read"
+                    f" ({fact.cause}): disks that are there keep nothing. Have every process of this host"
+                    f" name the same disk roots, or run once: imagecache disk forget {fact.path}"
+                )
         elif isinstance(fact, MissingInstance):
             self.problems.append(
                 f"Instance {fact.uuid} is on this host and has no directory: its images stay. Mount its disk"

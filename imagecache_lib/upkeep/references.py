@@ -13,7 +13,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from imagecache_lib import errors, model
-from imagecache_lib.store import last_scan, layout, pins, trash
+from imagecache_lib.store import last_scan, layout, named_roots, pins, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.seen import LastScan
 from imagecache_lib.system import locks
@@ -67,8 +67,8 @@ def collect(
     """
     report = instances if instances is not None else last.report or ()
     wanted = Names(names)
-    former = [root for root in last.roots if root not in cache.config.roots]
-    found = Scan(cache, former, condense=wanted.condense, follower=follower).run(report)
+    others = dict.fromkeys([*last.roots, *named_roots.of_host(cache.layout, cache.host_id, now)])
+    found = Scan(cache, others, condense=wanted.condense, follower=follower).run(report)
     disks = Disks(cache, found, last, report, names=wanted, follower=follower)
     targets = dict(_files_of(cache, names))
     users: dict[str, str] = {}

@@ -57,7 +57,8 @@ _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 class Scan:
     """One reading of all disk roots. Not reusable.
 
-    :param former_roots: disk roots that a former pass read, besides those that are configured.
+    :param more_roots: disk roots that a former pass read, or that another process of this host names, besides
+        those that are configured.
     :param condense: makes of long texts what matters of them, so that what guests wrote takes no memory.
     :param follower: gives up what does not answer, or None for one of its own.
     """
@@ -65,7 +66,7 @@ class Scan:
     def __init__(
         self,
         cache: CacheStore,
-        former_roots: Collection[str] = (),
+        more_roots: Collection[str] = (),
         *,
         condense: Callable[[tuple[bytes, ...]], tuple[bytes, ...]] = lambda texts: texts,
         follower: Follower | None = None,
@@ -73,7 +74,7 @@ class Scan:
         self._host = cache.host
         self._follower = follower or Follower()
         self._configured = cache.config.roots
-        self._roots = (*self._configured, *(root for root in former_roots if root not in self._configured))
+        self._roots = (*self._configured, *(root for root in more_roots if root not in self._configured))
         self._mounts = mounts.below(self._roots)
         self._facts: list[Fact] = []
         self._found_roots: dict[str, Identity] = {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from imagecache_lib import dates, errors, events, model
 from imagecache_lib.nova import compute_nodes
-from imagecache_lib.store import last_scan, recover, trash
+from imagecache_lib.store import last_scan, named_roots, recover, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import HostRef, Hosts
 from imagecache_lib.store.seen import LastScan
@@ -318,6 +318,7 @@ class Upkeep:
         for name in sorted({name for disk in gone for name in before.disks[disk].names}):
             self._observers(events.Forgotten(name, reason=f"disks at {path}, as an operator said"))
         self._hosts.forget_roots(after.roots)
+        named_roots.forget(self._cache.layout, self._hosts.id, path)
         last_scan.replace(self._cache.layout, self._hosts.id, after)
         return len(before.disks) - len(after.disks)
 

@@ -104,3 +104,121 @@ class TestReach(CacheCase):
         with self.assertRaises(errors.BackendError) as caught:
             self.manager().ensure_backing(moved, image_id=ID)
         self.assertIn("disk_roots", str(caught.exception))
+
+
+class TestOtherProcesses(CacheCase):
+    """Two processes of one host whose configurations name different disk roots."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.outside = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.time = 0.0
+        self.other = self.manager(
+            disk_roots=(str(self.outside),), host=self.host(monotonic=lambda: self.time)
+        )
+
+    def age(self) -> None:
+        for path in (self.base(), self.record()):
+            os.utime(path, (0, 0))
+
+    def notes(self) -> list[pathlib.Path]:
+        return sorted(self.base().parent.glob(".imagecache/hosts/*.roots"))
+
+    def outside_note(self) -> pathlib.Path:
+        (note,) = [path for path in self.notes() if str(self.outside) in path.read_text()]
+        return note
+
+    def is_kept(self) -> bool:
+        self.age()
+        (base,) = self.manager().verify_base_images([]).bases
+        return not base.evicted
+
+    def test_a_disk_protects_its_base_before_its_own_process_made_a_pass(self) -> None:
+        self.other.create_disk(ID, str(self.outside / "disk"))
+        self.assertTrue(self.is_kept())
+
+    def test_it_protects_its_base_from_every_evictor(self) -> None:
+        self.other.create_disk(ID, str(self.outside / "disk"))
+        self.age()
+        with self.assertRaises(errors.BaseInUseError):
+            self.manager().evict_image(ID)
+        self.assertTrue(self.base().exists())
+
+    def test_what_is_noted_long_before_the_disk_counts(self) -> None:
+        self.other.cache_image(ID)
+        self.manager().verify_base_images([])
+        self.other.create_disk(ID, str(self.outside / "disk"))
+        self.assertTrue(self.is_kept())
+
+    def test_a_process_that_goes_on_says_so_again(self) -> None:
+        self.other.create_disk(ID, str(self.outside / "disk"))
+        self.manager().verify_base_images([])
+        note = self.outside_note()
+        os.utime(note, (0, 0))
+        (self.outside / "disk").unlink()
+        self.manager().verify_base_images([])
+        self.time += 3601
+        self.other.create_disk(ID, str(self.outside / "later"))
+        self.assertGreater(note.stat().st_mtime, 0)
+        self.assertTrue(self.is_kept())
+
+    def test_the_cache_may_be_removed_beneath_a_process(self) -> None:
+        self.other.create_disk(ID, str(self.outside / "disk"))
+        shutil.rmtree(self.base().parent)
+        self.other.create_disk(ID, str(self.outside / "later"))
+        self.assertTrue(self.is_kept())
+
+    def test_an_old_note_is_read_until_there_was_a_pass(self) -> None:
+        self.other.create_disk(ID, str(self.outside / "disk"))
+        for note in self.notes():
+            os.utime(note, (0, 0))
+        self.assertTrue(self.is_kept())
+
+    def test_a_root_that_nobody_used_for_long_is_not_read_any_more(self) -> None:
+        self.other.create_disk(ID, str(self.outside / "disk"))
+        (self.outside / "disk").unlink()
+        self.manager().verify_base_images([])
+        os.utime(self.outside_note(), (0, 0))
+        os.rename(self.outside, f"{self.outside}.away")
+        self.addCleanup(os.rename, f"{self.outside}.away", self.outside)
+        self.assertEqual((), self.manager().verify_base_images([]).problems)
+
+    def test_a_root_that_is_gone_and_had_no_disk_stops_nothing_and_is_told(self) -> None:
+        self.other.cache_image(ID)
+        os.rename(self.outside, f"{self.outside}.away")
+        self.addCleanup(os.rename, f"{self.outside}.away", self.outside)
+        self.age()
+        report = self.manager().verify_base_images([])
+        self.assertEqual([True], [base.evicted for base in report.bases])
+        (told,) = report.problems
+        self.assertIn(f"imagecache disk forget {self.outside}", told)
+
+    def test_an_operator_may_take_a_root_back(self) -> None:
+        self.other.create_disk(ID, str(self.outside / "disk"))
+        self.manager().forget_disks(str(self.outside))
+        self.assertFalse(self.is_kept())
+
+    def test_a_root_beside_one_that_is_taken_back_stays(self) -> None:
+        more = self.outside / "more"
+        more.mkdir()
+        self.manager(disk_roots=(str(self.outside / "gone"), str(more))).create_disk(ID, str(more / "disk"))
+        self.manager().forget_disks(str(self.outside / "gone"))
+        self.assertTrue(self.is_kept())
+
+    def test_a_damaged_note_stops_nothing_and_is_written_anew(self) -> None:
+        self.other.create_disk(ID, str(self.outside / "disk"))
+        note = self.outside_note()
+        for damage in (b"", b"{", b"[" * 100_000, b'"/"', b'[1, null, "relative"]', b"\xff"):
+            with self.subTest(damage):
+                note.write_bytes(damage)
+                self.manager().verify_base_images([])
+                self.time += 3601
+                self.other.cache_image(ID)
+                self.assertTrue(self.is_kept())
+
+    def test_the_roots_of_another_host_are_its_own_to_read(self) -> None:
+        there = self.manager(host=self.host(name="there"), disk_roots=(str(self.outside),))
+        there.create_disk(ID, str(self.outside / "disk"))
+        os.rename(self.outside, f"{self.outside}.away")
+        self.addCleanup(os.rename, f"{self.outside}.away", self.outside)
+        self.assertEqual((), self.manager().verify_base_images([]).problems)
