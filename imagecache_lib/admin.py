@@ -16,6 +16,7 @@ from imagecache_lib.observers.log import LogObserver
 from imagecache_lib.store import history, layout, pins
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.history import Happening, HistoryObserver
+from imagecache_lib.system import arguments
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import inventory
@@ -139,9 +140,8 @@ class CacheAdmin:
         :raises BackendError: the cache cannot be read.
         """
         self._require_instances()
-        is_name = layout.classify(image_id) not in (layout.Kind.UNKNOWN, layout.Kind.FOREIGN_STAGE)
         with translated(self.config.base_path):
-            return tuple(history.read(self._cache, image_id if is_name else layout.base_name(image_id)))
+            return tuple(history.read(self._cache, catalog.named(image_id)))
 
     def list_hosts(self) -> tuple[catalog.RegisteredHost, ...]:
         """Return the hosts that share the cache. Nothing is unlinked before all of them agree."""
@@ -171,9 +171,9 @@ class CacheAdmin:
         :raises ConfigError: the path is not absolute: an empty one would mean all disks.
         :raises NoSpaceError, BackendError: that cannot be written down.
         """
-        if not os.path.isabs(path):
+        if not isinstance(path, str) or not os.path.isabs(path):
             raise errors.ConfigError(
-                f"{path!r} is no absolute path of disks to forget",
+                f"{errors.shown(path)} is no absolute path of disks to forget",
                 next_step="name the disk, the directory or the disk root as the problem names it",
             )
         self._start()
@@ -219,6 +219,8 @@ class CacheAdmin:
         :param dry_run: change nothing, and report what would be done.
         :raises ConfigError, BackendError: the cache itself cannot be read.
         """
+        arguments.require_number("older_than", older_than)
+        arguments.require_number("until_free", until_free, whole=True)
         self._start()
         return self._upkeep.prune(instances, older_than=older_than, until_free=until_free, dry_run=dry_run)
 
@@ -262,7 +264,11 @@ class CacheAdmin:
         :raises ConfigError, BackendError: the cache itself cannot be read.
         """
         names = None
+        arguments.require_token(cancel)
+        if rate is not None:
+            arguments.require_number("rate", rate, whole=True)
         if image_ids is not None:
+            arguments.require_several("image_ids", image_ids)
             names = {catalog.name_of(self._cache, image_id) for image_id in image_ids}
         self._start()
         limit = self.config.scrub_rate if rate is None else rate

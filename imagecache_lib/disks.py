@@ -23,6 +23,7 @@ from imagecache_lib.spawn.lease import Leases
 from imagecache_lib.spawn.reuse import grown
 from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.evidence import Use
+from imagecache_lib.system import arguments
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import EitherToken, Waiter
@@ -103,6 +104,8 @@ class DiskAdmin(CacheAdmin):
         :raises DiskTooSmallError, NoSpaceError, BackendError: the disk is as it was.
         :raises CancelledError, LockTimeoutError: the disk is whole, and has its old size or the new one.
         """
+        arguments.require_disk(disk)
+        arguments.require_size(size)
         return self._backend_of(backend, request).resize(disk, size)
 
     def flatten_disk(
@@ -120,6 +123,7 @@ class DiskAdmin(CacheAdmin):
             refused, since they would lose what they have of it.
         :raises CancelledError, LockTimeoutError: the disk still needs its base, and can be flattened later.
         """
+        arguments.require_disk(disk)
         return self._backend_of(backend, request).flatten(disk)
 
     def remove_disk(self, disk: model.Disk, *, backend: StorageBackend | str | None = None) -> None:
@@ -128,6 +132,7 @@ class DiskAdmin(CacheAdmin):
         :param backend: of this disk, or None for the manager's.
         :raises BackendError: the storage failed.
         """
+        arguments.require_disk(disk)
         self._backend_of(backend).remove(disk)
 
     def note_use(self, disk: model.Disk, *, backend: StorageBackend | str | None = None) -> bool:
@@ -140,6 +145,7 @@ class DiskAdmin(CacheAdmin):
         :returns: whether its base is here, or True for a disk that needs no base.
         :raises BackendError: the disk cannot be read.
         """
+        arguments.require_disk(disk)
         base = self._backend_of(backend).inspect(disk.target).base
         if base is None:
             return True
@@ -186,6 +192,8 @@ class DiskAdmin(CacheAdmin):
             filesystem it had, or no other host can make it; or the disk is outside every disk root, where no
             pass would see that it needs its base.
         """
+        for what, value in (("os_type", os_type), ("fs", fs), ("label", label)):
+            arguments.require_text(what, value)
         if self.inspect_disk(disk_path, backend=backend).format != "qcow2":
             return None  # whatever header its guest wrote into it
         needed = backing.wanted(disk_path, image_id, self._chains, self._cache.layout)
@@ -250,6 +258,7 @@ class DiskAdmin(CacheAdmin):
 
         :raises ConfigError: the backend is unknown or its configuration cannot work.
         """
+        arguments.require_request(request)
         request = request or model.Request()
         waiter = Waiter(self.host, None, request.deadline, EitherToken(self._stopping, request.cancel))
         return self._load(backend).for_caller(waiter)
@@ -259,6 +268,11 @@ class DiskAdmin(CacheAdmin):
             return backend
         if backend is None or backend == self.backend.name:
             return self.backend
+        if not isinstance(backend, str):
+            raise errors.ConfigError(
+                f"the backend is {errors.shown(backend)}, and must be a StorageBackend or the name of one",
+                next_step="correct the caller",
+            )
         with self._loading:
             if backend not in self._backends:
                 self._backends[backend] = load_backend(backend, self.config, self.host)
@@ -266,6 +280,7 @@ class DiskAdmin(CacheAdmin):
 
     def _stoppable(self, request: model.Request | None) -> model.Request:
         """Return a request that is cancelled too once this manager is shut down."""
+        arguments.require_request(request)
         if request is None:
             return model.Request(cancel=EitherToken(self._stopping, None))
         return dataclasses.replace(request, cancel=EitherToken(self._stopping, request.cancel))

@@ -22,6 +22,18 @@ error                     who acts
 
 from __future__ import annotations
 
+#: How many characters of a value stand in a message.
+_SHOWN = 100
+
+
+def shown(value: object) -> str:
+    """Return how a message shows a value that is not what it should be, whatever it is."""
+    try:
+        return repr(value)[:_SHOWN]
+    except Exception:
+        # Its own method failed; and Python writes no integer of more than 4,300 digits.
+        return f"a value of the type {type(value).__name__}"
+
 
 class ImageCacheError(Exception):
     """Base of all errors of this library.

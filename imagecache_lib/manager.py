@@ -27,7 +27,7 @@ from imagecache_lib.spawn.reuse import check_file, is_reused, require_reuse
 from imagecache_lib.store import disk_roots, pins
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.store.spool import Spools
-from imagecache_lib.system import atomic_file
+from imagecache_lib.system import arguments, atomic_file
 from imagecache_lib.upkeep.verify import VerifyReport
 
 LOG = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ class ImageCacheManager(DiskAdmin):
         :raises DiskTooSmallError: the image's virtual size is larger; nothing was written.
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, BackendError: nothing is left behind.
         """
+        if size is not None:
+            arguments.require_size(size)
         storage = self._backend_of(backend, request)
         call = self._call(image_id, request, stored_format=storage.base_format, size=size)
         base = self._ingest.request(call, Use.DISK)

@@ -238,7 +238,7 @@ def reported(instances: Iterable[Instance]) -> tuple[Instance, ...]:
     if not wrong:
         return cast("tuple[Instance, ...]", found)
     raise errors.ConfigError(
-        f"the report of instances holds {wrong[0]!r:.100}, which is no instance",
+        f"the report of instances holds {errors.shown(wrong[0])}, which is no instance",
         next_step="correct the driver: report instances, or None if it cannot tell which there are",
     )
 
@@ -270,6 +270,7 @@ class Request:
         what came to the next one should it break off itself; if it is cancelled, only if this token is set
         then. The data of images that are decoded while they arrive is kept besides, as far as there is room.
         Only images with a digest are resumed.
+    :raises ConfigError: a field has a value of another type, or a rate that is none.
     """
 
     source: Any = None  # ImageSource; typed loosely because sources import this module
@@ -281,3 +282,27 @@ class Request:
     rate: int | None = None
     hash_pieces: bool = False
     resume: CancelToken | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("cancel", "resume"):
+            token = getattr(self, name)
+            if token is not None and not callable(getattr(token, "is_set", None)):
+                raise self._wrong(name, "a threading.Event, or something else with is_set()")
+        if self.deadline is not None and (not _is_number(self.deadline) or self.deadline != self.deadline):
+            raise self._wrong("deadline", "a number of seconds since the epoch")
+        if self.rate is not None and (not _is_number(self.rate) or not self.rate > 0):
+            raise self._wrong("rate", "a number of bytes per second above 0")
+        for name in ("trusted_certs", "fallbacks"):
+            values = getattr(self, name)
+            if values is not None and not isinstance(values, tuple | list):
+                raise self._wrong(name, "a tuple")
+
+    def _wrong(self, name: str, must: str) -> errors.ConfigError:
+        return errors.ConfigError(
+            f"{name} of the request is {errors.shown(getattr(self, name))}, and must be {must}",
+            next_step="correct the caller",
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

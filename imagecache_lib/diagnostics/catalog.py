@@ -159,10 +159,17 @@ def name_of(cache: CacheStore, reference: str) -> str:
 
     :raises ImageRejected: neither is possible.
     """
-    if not isinstance(reference, str):
-        return layout.base_name(reference)  # which refuses it
+    name = named(reference)
+    return name if os.path.lexists(cache.layout.base(name)) else layout.base_name(reference)
+
+
+def named(reference: str) -> str:
+    """Return the name of a base, whether it is there or not: the one that is given, or that of an image's id.
+
+    :raises ImageRejected: neither is possible.
+    """
     # What Nova has in flight is no base, though it has a name of its own.
-    known = layout.classify(reference) not in (layout.Kind.UNKNOWN, layout.Kind.FOREIGN_STAGE)
-    if known and os.path.lexists(cache.layout.base(reference)):
+    no_base = (layout.Kind.UNKNOWN, layout.Kind.FOREIGN_STAGE)
+    if isinstance(reference, str) and layout.classify(reference) not in no_base:
         return reference
-    return layout.base_name(reference)
+    return layout.base_name(reference)  # which refuses what is no text

@@ -22,6 +22,7 @@ from imagecache_lib.formats import superblock
 from imagecache_lib.formats.superblock import Signature
 from imagecache_lib.store import layout
 from imagecache_lib.store.evidence import Unmet
+from imagecache_lib.system import arguments
 
 #: The label of a guest's first ephemeral disk, as Nova calls it; the only one that is shared.
 LABEL = "ephemeral0"
@@ -209,6 +210,8 @@ def ephemeral(
     :raises BackendError: a size or a filesystem that cannot be.
     """
     _require_size(size_gb, "GiB", GIB)
+    for what, value in (("os_type", os_type), ("fs", fs), ("label", label)):
+        arguments.require_text(what, value)
     label = label or LABEL
     if "\0" in label or not _is_encodable(label):
         raise errors.BackendError(f"{label!r} can label no filesystem", next_step="use plain text")
@@ -289,6 +292,6 @@ def _is_encodable(text: str) -> bool:
 def _require_size(size: int, unit: str, unit_bytes: int) -> None:
     if type(size) is not int or not 1 <= size <= _LONGEST // unit_bytes:
         raise errors.BackendError(
-            f"a disk cannot have {size!r} {unit}",
+            f"a disk cannot have {errors.shown(size)} {unit}",
             next_step=f"ask for a whole number from 1 to {_LONGEST // unit_bytes}",
         )

@@ -80,7 +80,8 @@ class Hosts:
         :raises ConfigError: there is no such host.
         """
         unknown = errors.ConfigError(
-            f"no host with the id {host_id!r} is registered", next_step="list the hosts to see the ids"
+            f"no host with the id {errors.shown(host_id)} is registered",
+            next_step="list the hosts to see the ids",
         )
         # An id is a name in one directory, and nothing that leads elsewhere.
         if not isinstance(host_id, str) or host_id not in self.all():

@@ -82,9 +82,9 @@ def add(cache: CacheStore, name: str, image_id: str, pin: Pin) -> Pin | None:
     :raises ConfigError: the owner is no text, or the end no number: a file with that would be torn.
     """
     _require_owner(pin.owner)
-    if pin.expires is not None and type(pin.expires) not in (int, float):
+    if pin.expires is not None and not _is_time(pin.expires):
         raise errors.ConfigError(
-            f"a pin cannot end at {pin.expires!r}", next_step="give epoch seconds, or None"
+            f"a pin cannot end at {errors.shown(pin.expires)}", next_step="give epoch seconds, or None"
         )
     with translated(cache.layout.pins):
         earlier = _pin_of(cache, name, pin.owner)
@@ -96,8 +96,14 @@ def add(cache: CacheStore, name: str, image_id: str, pin: Pin) -> Pin | None:
 def _require_owner(owner: object) -> None:
     if not isinstance(owner, str) or not owner or not _is_unicode(owner):
         raise errors.ConfigError(
-            f"{owner!r} can own no pin", next_step="name the owner by non-empty text in valid Unicode"
+            f"{errors.shown(owner)} can own no pin",
+            next_step="name the owner by non-empty text in valid Unicode",
         )
+
+
+def _is_time(expires: object) -> bool:
+    # A larger integer is no date that anybody has, and Python writes none of more than 4,300 digits.
+    return type(expires) is float or (type(expires) is int and abs(expires) < 2**1024)
 
 
 def _is_unicode(text: str) -> bool:

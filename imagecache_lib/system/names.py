@@ -51,7 +51,7 @@ def require_path(path: object) -> None:
         possible = False
     if not possible:
         raise errors.BackendError(
-            f"{path!r:.100} can be no path of a file", next_step="give the absolute path, as text"
+            f"{errors.shown(path)} can be no path of a file", next_step="give the absolute path, as text"
         )
 
 

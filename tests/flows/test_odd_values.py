@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 import struct
@@ -97,12 +99,87 @@ class TestArguments(CacheCase):
                 manager.explain(ID, report)
         self.assertTrue(self.base().exists())
 
+    def test_whatever_is_passed_raises_an_error_of_the_library_or_none(self) -> None:
+        """Each parameter of each call gets values of every type, while the others have what belongs there."""
+        manager: Any = self.manager()
+        disk = manager.create_disk(ID, self.target(), size=2**24)
+        targets = (self.target(f"odd-{number}") for number in itertools.count())
+        calls: dict[str, dict[str, Any]] = {
+            "create_disk": {"image_id": ID, "target": "", "size": None, "if_exists": "", "backend": None},
+            "create_swap": {"target": "", "size_mb": 1, "if_exists": "error", "backend": None},
+            "create_ephemeral": {"target": "", "size_gb": 1, "os_type": None, "fs": "ext4", "label": None},
+            "fetch_file": {"image_id": ID, "path": "", "if_exists": "error"},
+            "cache_image": {"image_id": ID, "pin_until": None, "request": None},
+            "describe_image": {"image_id": ID, "request": None},
+            "is_cached": {"image_id": ID},
+            "inspect_disk": {"target": disk.target, "backend": None},
+            "resize_disk": {"disk": disk, "size": 2**24, "backend": None, "request": None},
+            "flatten_disk": {"disk": disk, "request": None},
+            "note_use": {"disk": disk, "backend": None},
+            "remove_disk": {"disk": dataclasses.replace(disk, target=f"{disk.target}.gone"), "backend": None},
+            "ensure_backing": {
+                "disk_path": disk.target,
+                "image_id": ID,
+                "backend": None,
+                "request": None,
+                "os_type": None,
+                "fs": None,
+                "label": None,
+            },
+            "verify_base_images": {"instances": ()},
+            "prune": {"instances": (), "older_than": 0, "until_free": 0},
+            "scrub": {"image_ids": None, "rate": None, "cancel": None},
+            "pin": {"image_id": OTHER_ID, "owner": "operator", "expires": None},
+            "unpin": {"image_id": OTHER_ID, "owner": "operator"},
+            "evict_image": {"image_id": OTHER_ID},
+            "show_base": {"image_id": ID},
+            "explain": {"image_id": ID, "instances": ()},
+            "history": {"image_id": ID},
+            "audit": {"instances": ()},
+            "survey": {"instances": ()},
+            "forget_host": {"host_id": "0" * 32},
+            "forget_disks": {"path": "/nowhere"},
+        }
+        for name, arguments in calls.items():
+            for parameter, value in itertools.product(arguments, odd_values()):
+                passed = {key: next(targets) if given == "" else given for key, given in arguments.items()}
+                passed[parameter] = value
+                with self.subTest(name, parameter=parameter, type=type(value)):
+                    with contextlib.suppress(ic.ImageCacheError):
+                        getattr(manager, name)(**passed)
+                    self.assertTrue(os.path.exists(disk.target))
+
+    def test_a_request_with_fields_of_other_types_is_refused(self) -> None:
+        request: Any = ic.Request
+        for field in ("trusted_certs", "fallbacks", "deadline", "cancel", "rate", "resume"):
+            for value in (b"1", "1", object, float("nan"), {}):
+                with self.subTest(field, value=value), self.assertRaisesRegex(ic.ConfigError, field):
+                    request(**{field: value})
+        for rate in (0, -1, True, float("nan")):
+            with self.subTest(rate), self.assertRaisesRegex(ic.ConfigError, "rate"):
+                request(rate=rate)
+
     def test_what_is_no_host_is_not_forgotten(self) -> None:
         manager: Any = self.manager()
         wrong: tuple[object, ...] = ([], None, b"0" * 32, "\0", "0" * 32 + "\n")
         for host in wrong:
             with self.subTest(host=host), self.assertRaises(ic.ConfigError):
                 manager.forget_host(host)
+
+
+class Unprintable:
+    """Neither repr() nor str() work."""
+
+    def __repr__(self) -> str:
+        raise ArithmeticError
+
+
+def odd_values() -> list[Any]:
+    """Return a value of each type, and of numbers and text those that break what is made of them."""
+    texts = ["", "x", "a\0b", "\ud800", b"x"]
+    numbers = [-1, 1.5, float("nan"), float("inf"), True, 10**400, 10**5000, -(10**5000)]
+    others = [None, [], ["x"], [None], {}, {"x": 1}, object(), object, len, iter([1]), Unprintable()]
+    return [*texts, *numbers, *others]
 
 
 class TestHandsOff(CacheCase):

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What callers pass, checked where they pass it: a value of the wrong type is named before any harm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from imagecache_lib import errors, model
+
+#: The most bytes that a file can have: the kernel's loff_t is signed.
+_MOST_BYTES = 2**63 - 1
+
+
+def require_disk(disk: object) -> None:
+    """Refuse what is no disk.
+
+    :raises ConfigError: it is anything else than a :class:`~imagecache_lib.Disk`, such as a path.
+    """
+    if not isinstance(disk, model.Disk):
+        raise _wrong("the disk", disk, "a Disk, as create_disk or inspect_disk returns it")
+
+
+def require_request(request: object) -> None:
+    """Refuse what is neither a request nor None.
+
+    :raises ConfigError: it is.
+    """
+    if request is not None and not isinstance(request, model.Request):
+        raise _wrong("the request", request, "a Request or None")
+
+
+def require_token(cancel: object) -> None:
+    """Refuse what is neither a token nor None.
+
+    :raises ConfigError: it is.
+    """
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise _wrong("cancel", cancel, "a threading.Event, or something else with is_set()")
+
+
+def require_size(size: object) -> None:
+    """Refuse what can be no size of a disk.
+
+    :raises BackendError: it is no whole number, or below zero, or larger than any file.
+    """
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _MOST_BYTES:
+        raise errors.BackendError(
+            f"{errors.shown(size)} can be no size of a disk", next_step="give bytes, as an int"
+        )
+
+
+def require_text(name: str, value: object) -> None:
+    """Refuse what is neither text nor None.
+
+    :raises BackendError: it is.
+    """
+    if value is not None and not isinstance(value, str):
+        raise errors.BackendError(
+            f"{name} is {errors.shown(value)}, and must be text or None", next_step=_CORRECT
+        )
+
+
+def require_number(name: str, value: object, *, whole: bool = False) -> None:
+    """Refuse what is no number of at least zero.
+
+    :param whole: it must be an ``int``.
+    :raises ConfigError: it is no such number.
+    """
+    kinds = (int,) if whole else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not value >= 0:
+        raise _wrong(name, value, f"a{' whole' if whole else ''} number of at least 0")
+
+
+def require_several(name: str, values: object) -> None:
+    """Refuse text, whose letters would be taken for the values, and what is not several.
+
+    :raises ConfigError: it is that.
+    """
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise _wrong(name, values, "a tuple, a list or a set")
+
+
+_CORRECT = "correct the caller"
+
+
+def _wrong(name: str, value: object, must: str) -> errors.ConfigError:
+    return errors.ConfigError(f"{name} is {errors.shown(value)}, and must be {must}", next_step=_CORRECT)
