@@ -152,7 +152,8 @@ class TestArguments(CacheCase):
     def test_a_request_with_fields_of_other_types_is_refused(self) -> None:
         request: Any = ic.Request
         for field in ("trusted_certs", "fallbacks", "deadline", "cancel", "rate", "resume"):
-            for value in (b"1", "1", object, float("nan"), {}):
+            values: tuple[Any, ...] = (b"1", "1", object, float("nan"), {})
+            for value in values:
                 with self.subTest(field, value=value), self.assertRaisesRegex(ic.ConfigError, field):
                     request(**{field: value})
         for rate in (0, -1, True, float("nan")):
