@@ -55,8 +55,8 @@ def running_galera(home: pathlib.Path) -> Iterator[tuple[MariaDb, MariaDb]]:
     homes = [home / name for name in ("first", "second")]
     for each in homes:
         each.mkdir()
-    groups = [free_port() for _ in homes]
-    first, second = _node(homes[0], groups[0], None), _node(homes[1], groups[1], groups[0])
+    group = free_port()
+    first = _node(homes[0], group, None)
     first.install()
     first.start()  # which makes the database and user of the tests
     # A node that is ended before it has joined writes down no state, so that all would be copied by rsync.
@@ -72,7 +72,7 @@ def running_galera(home: pathlib.Path) -> Iterator[tuple[MariaDb, MariaDb]]:
     for each in (home, homes[1], homes[1] / "data"):
         each.chmod(0o777)
     first.start()
-    second.start()
+    second = _joined(homes[1], group)
     for node in (first, second):
         _wait_for(node, nodes=2)
     try:
@@ -80,6 +80,20 @@ def running_galera(home: pathlib.Path) -> Iterator[tuple[MariaDb, MariaDb]]:
     finally:
         second.stop()
         first.stop()
+
+
+def _joined(home: pathlib.Path, peer: int) -> MariaDb:
+    """Start the second node, which takes its ports only when it has read what it has."""
+    for left in reversed(range(3)):
+        node = _node(home, free_port(), peer)
+        try:
+            node.start()
+        except server.StartError:
+            if not left:
+                raise
+        else:
+            return node
+    raise AssertionError("the last try returns or raises")
 
 
 def _wait_for(node: MariaDb, *, nodes: int) -> None:
