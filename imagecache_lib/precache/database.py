@@ -104,35 +104,32 @@ class JobDatabase:
     ) -> job.Job:
         """Store a new job, on which nothing was done yet, and return it."""
         job_id = durable.new_id()
-        with self._writing() as connection:
-            connection.execute(
-                schema.JOBS.insert(),
-                {
-                    "id": job_id,
-                    "aggregate": job.storable(aggregate),
-                    "terms": terms.to_json(),
-                    "cancelled": 0,
-                    "created": now,
-                    "attempt": 0,
-                    "beat": 0,
-                },
-            )
-            connection.execute(
-                schema.JOB_HOSTS.insert(),
-                [{"job": job_id, "position": row, "name": name} for row, name in enumerate(hosts)],
-            )
-            connection.execute(
-                schema.JOB_IMAGES.insert(),
-                [{"job": job_id, "position": row, "image_id": each} for row, each in enumerate(image_ids)],
-            )
-            connection.execute(
-                sa.text(
-                    "INSERT INTO cells (job, host, image, reason, received)"
-                    " SELECT h.job, h.position, i.position, '', 0 FROM job_hosts h, job_images i"
-                    " WHERE h.job = :job AND i.job = :job"
-                ),
-                {"job": job_id},
-            )
+        row = {
+            "id": job_id,
+            "aggregate": job.storable(aggregate),
+            "terms": terms.to_json(),
+            "cancelled": 0,
+            "created": now,
+            "attempt": 0,
+            "beat": 0,
+        }
+        named = [{"job": job_id, "position": place, "name": name} for place, name in enumerate(hosts)]
+        images = [{"job": job_id, "position": place, "image_id": each} for place, each in enumerate(image_ids)]
+        for again in _TRIES:
+            # The tables may be made at another node of a cluster at this moment.
+            with again, self._writing() as connection:
+                connection.execute(schema.JOBS.insert(), row)
+                connection.execute(schema.JOB_HOSTS.insert(), named)
+                connection.execute(schema.JOB_IMAGES.insert(), images)
+                connection.execute(
+                    sa.text(
+                        "INSERT INTO cells (job, host, image, reason, received)"
+                        " SELECT h.job, h.position, i.position, '', 0 FROM job_hosts h, job_images i"
+                        " WHERE h.job = :job AND i.job = :job"
+                    ),
+                    {"job": job_id},
+                )
+                break
         return self.get(job_id)
 
     def get(self, job_id: str) -> job.Job:

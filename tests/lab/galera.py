@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pathlib
 import shutil
@@ -16,7 +17,12 @@ from tests.lab.mariadb import MariaDb
 from tests.support import needs
 from tests.support.ports import free_port
 
+LOG = logging.getLogger(__name__)
+
 _PROVIDER = "/usr/lib/galera/libgalera_smm.so"
+
+#: A node's place in the cluster, what it keeps for others, and what it says.
+_OF_ONE_NODE = ("galera.cache", "gvwstate.dat", "socket", "pid", "server.log")
 
 
 def _node(home: pathlib.Path, group: int, peer: int | None) -> MariaDb:
@@ -26,7 +32,9 @@ def _node(home: pathlib.Path, group: int, peer: int | None) -> MariaDb:
     :param peer: that of the other node, or None for the node that makes the cluster.
     """
     talks = f"gmcast.listen_addr=tcp://127.0.0.1:{group};ist.recv_addr=127.0.0.1:{free_port()}"
-    provider = f"{talks};gcache.size=16M"
+    # On a busy machine the nodes may not hear of each other for longer than the five seconds that are usual.
+    patience = "evs.suspect_timeout=PT60S;evs.inactive_timeout=PT90S;gmcast.peer_timeout=PT60S"
+    provider = f"{talks};gcache.size=16M;pc.wait_prim_timeout=PT120S;{patience}"
     options = [
         "--wsrep-on=ON",
         f"--wsrep-provider={_PROVIDER}",
@@ -52,27 +60,22 @@ def running_galera(home: pathlib.Path) -> Iterator[tuple[MariaDb, MariaDb]]:
     if not os.path.exists(_PROVIDER):
         needs.lack("galera-4 is not installed")
     needs.program("rsync")
-    homes = [home / name for name in ("first", "second")]
-    for each in homes:
-        each.mkdir()
     group = free_port()
-    first = _node(homes[0], group, None)
+    (home / "first").mkdir()
+    first = _node(home / "first", group, None)
     first.install()
     first.start()  # which makes the database and user of the tests
     # A node that is ended before it has joined writes down no state, so that all would be copied by rsync.
     _wait_for(first, nodes=1)
     first.stop()
-    for name in ("data", "start.sql"):
-        source = homes[0] / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, homes[1] / name)
-    # The first node's place in the cluster, and what it keeps for others.
-    for own in ("galera.cache", "gvwstate.dat"):
-        (homes[1] / "data" / own).unlink(missing_ok=True)
+    begun = home / "begun"
+    shutil.copytree(home / "first", begun, ignore=shutil.ignore_patterns(*_OF_ONE_NODE))
     # rsync's server gives up the rights of root.
-    for each in (home, homes[1], homes[1] / "data"):
+    for each in (home, begun, begun / "data"):
         each.chmod(0o777)
     first.start()
-    second = _joined(homes[1], group)
+    _wait_for(first, nodes=1)
+    second = _joined(home / "second", begun, group)
     for node in (first, second):
         _wait_for(node, nodes=2)
     try:
@@ -82,15 +85,21 @@ def running_galera(home: pathlib.Path) -> Iterator[tuple[MariaDb, MariaDb]]:
         first.stop()
 
 
-def _joined(home: pathlib.Path, peer: int) -> MariaDb:
-    """Start the second node, which takes its ports only when it has read what it has."""
+def _joined(home: pathlib.Path, begun: pathlib.Path, peer: int) -> MariaDb:
+    """Start the second node, and start it once more if a port was taken meanwhile or it could not join.
+
+    :param begun: the directory of a node that was part of the cluster.
+    """
     for left in reversed(range(3)):
+        shutil.copytree(begun, home)
         node = _node(home, free_port(), peer)
         try:
             node.start()
-        except server.StartError:
+        except server.StartError as error:
             if not left:
                 raise
+            LOG.warning("The second node did not join: %s", error)
+            shutil.rmtree(home)
         else:
             return node
     raise AssertionError("the last try returns or raises")

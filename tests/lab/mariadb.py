@@ -42,7 +42,7 @@ class MariaDb:
             "CREATE USER IF NOT EXISTS jobs@'127.0.0.1' IDENTIFIED BY 'jobs';\n"
             "GRANT ALL ON jobs.* TO jobs@'127.0.0.1';\n"
         )
-        subprocess.run(
+        made = subprocess.run(
             [
                 needs.program("mariadb-install-db"),
                 "--no-defaults",
@@ -51,9 +51,16 @@ class MariaDb:
                 "--auth-root-authentication-method=normal",
                 "--skip-test-db",
             ],
-            check=True,
+            check=False,
             capture_output=True,
+            text=True,
+            # Its temporary tables have names that another one's have in the same directory.
+            env={**os.environ, "TMPDIR": str(self.home)},
         )
+        if made.returncode:
+            raise server.StartError(
+                f"mariadb-install-db ended with {made.returncode}\n{made.stdout}{made.stderr}"
+            )
 
     def start(self) -> None:
         command = [
@@ -77,6 +84,7 @@ class MariaDb:
                 ready=lambda: server.listens(self.port),
                 log=self.home / "server.log",
                 seconds=240,
+                environment={"TMPDIR": str(self.home)},
             )
         )
 
