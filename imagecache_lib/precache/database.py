@@ -113,8 +113,8 @@ class JobDatabase:
             "attempt": 0,
             "beat": 0,
         }
-        named = [{"job": job_id, "position": place, "name": name} for place, name in enumerate(hosts)]
-        images = [{"job": job_id, "position": place, "image_id": each} for place, each in enumerate(image_ids)]
+        named = [{"job": job_id, "position": at, "name": name} for at, name in enumerate(hosts)]
+        images = [{"job": job_id, "position": at, "image_id": each} for at, each in enumerate(image_ids)]
         for again in _TRIES:
             # The tables may be made at another node of a cluster at this moment.
             with again, self._writing() as connection:
