@@ -88,7 +88,8 @@ bench: $(STAMPS)/bench $(STAMPS)/system-test $(STAMPS)/system-bench
 # -- tests -------------------------------------------------------------------------------------------
 
 # A report's name, and what is run: in CI, what failed is run once more.
-patient_pytest = $(BIN)/pytest -q --junitxml=$(RESULTS)/$(1).xml $(2) || $(BIN)/python .ci/again.py $(RESULTS)/$(1).xml
+patient_pytest = $(BIN)/pytest -q --junitxml=$(RESULTS)/$(1).xml $(2) || \
+	$(BIN)/python .ci/again.py $$? $(RESULTS)/$(1).xml
 
 test: test-parallel test-serial
 

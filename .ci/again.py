@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the tests once more that failed in CI: ``again.py REPORT``, with pytest's junit report.
+"""Run the tests once more that failed in CI: ``again.py STATUS REPORT``, of pytest and its junit report.
 
 For suites with servers and processes that are not ours alone: a machine that is busy may keep one from its
 answer in time. What fails twice fails. What passes now is counted as passed, and .ci/summary.py names it with
 what it said at first: a test that fails sometimes is to be mended, and may tell of a race in the library.
-Outside of CI, and where more than a few failed, nothing is run again.
+Outside of CI, where more than a few failed, and after a run that did not come to its end, none runs again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from xml.etree import ElementTree
+
+#: pytest ran all tests, and some failed.
+FAILED = 1
 
 #: More than these have another reason than a machine that is busy.
 MOST = 4
@@ -34,15 +37,16 @@ def failed_tests(report: pathlib.Path) -> Iterator[str]:
             yield "::".join(filter(None, [file, *in_class.split("."), name]))
 
 
-def main(report: pathlib.Path) -> int:
-    # An interrupted run leaves none.
-    failed = list(dict.fromkeys(failed_tests(report))) if report.exists() else []
-    if not os.environ.get("CI") or not 0 < len(failed) <= MOST:
-        return 1
+def main(status: int, report: pathlib.Path) -> int:
+    if not os.environ.get("CI") or status != FAILED:
+        return status
+    failed = list(dict.fromkeys(failed_tests(report)))
+    if not 0 < len(failed) <= MOST:
+        return status
     print(f"\n{len(failed)} failed, and run once more:", *failed, sep="\n  ", flush=True)
     pytest = (sys.executable, "-m", "pytest", "-q", f"--junitxml={report.with_suffix('.again.xml')}")
     return subprocess.run([*pytest, *failed], check=False).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main(pathlib.Path(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), pathlib.Path(sys.argv[2])))
