@@ -72,7 +72,7 @@ class Count:
 
     def run_again(self, second: Count) -> None:
         """Take in what became of failed tests that ran once more."""
-        if second.passed and not second.failures and not second.reasons:
+        if second.passed == len(self.failures) and not second.failures and not second.reasons:
             self.passed += second.passed
             self.doubtful, self.failures = self.failures, {}
 

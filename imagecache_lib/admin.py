@@ -266,7 +266,7 @@ class CacheAdmin:
         names = None
         arguments.require_token(cancel)
         if rate is not None:
-            arguments.require_number("rate", rate, whole=True)
+            arguments.require_number("rate", rate)
         if image_ids is not None:
             arguments.require_several("image_ids", image_ids)
             names = {catalog.name_of(self._cache, image_id) for image_id in image_ids}

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import numbers
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol, cast
 
@@ -193,7 +194,8 @@ class Instance:
         ``<uuid>_resize``.
     :param swap_mb: size of its swap disk in MiB, 0 for none.
     :param ephemerals: its ephemeral disks.
-    :raises ConfigError: ``images``, ``directories`` or ``ephemerals`` is text or no iterable.
+    :raises ConfigError: ``images``, ``directories`` or ``ephemerals`` is text or no iterable, or an ephemeral
+        disk is no :class:`Ephemeral`.
     """
 
     uuid: str
@@ -206,6 +208,17 @@ class Instance:
     def __post_init__(self) -> None:
         for field in ("images", "directories", "ephemerals"):
             object.__setattr__(self, field, _several(self.uuid, field, getattr(self, field)))
+        for each in self.ephemerals:
+            if not isinstance(each, Ephemeral):
+                raise errors.ConfigError(
+                    f"ephemerals of instance {_plain(self.uuid)} hold {errors.shown(each)}, which is no"
+                    " Ephemeral",
+                    next_step="correct the driver",
+                )
+
+
+def _plain(uuid: object) -> str:
+    return uuid if isinstance(uuid, str) else errors.shown(uuid)
 
 
 def _several(uuid: object, field: str, values: Any) -> tuple[Any, ...]:
@@ -219,7 +232,7 @@ def _several(uuid: object, field: str, values: Any) -> tuple[Any, ...]:
         except TypeError:
             pass
     raise errors.ConfigError(
-        f"{field} of instance {uuid} is {values!r}, and must be a tuple",
+        f"{field} of instance {_plain(uuid)} is {errors.shown(values)}, and must be a tuple",
         next_step="correct the driver: a tuple of one value ends in a comma",
     )
 
@@ -294,7 +307,8 @@ class Request:
             raise self._wrong("rate", "a number of bytes per second above 0")
         for name in ("trusted_certs", "fallbacks"):
             values = getattr(self, name)
-            if values is not None and not isinstance(values, tuple | list):
+            several = isinstance(values, Collection) and not isinstance(values, str | bytes | Mapping)
+            if values is not None and not several:
                 raise self._wrong(name, "a tuple")
 
     def _wrong(self, name: str, must: str) -> errors.ConfigError:
@@ -305,4 +319,4 @@ class Request:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

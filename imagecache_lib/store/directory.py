@@ -159,7 +159,6 @@ class CacheStore:
             self._make_directories()
             self._check_version()
             self._prepared = self._look_at_private()
-            self._named_roots.forget()
             return True
 
     def is_prepared(self) -> bool:

@@ -80,11 +80,12 @@ and whether a mount or a link led there. A disk that is not seen any more is for
 :mod:`imagecache_lib.upkeep.absence` calls a proof. The file ends in ``.scan``, since every ``.json`` is a
 member.
 
-*Which disk roots a process names*, ``hosts/<id>.<hex>.roots``, is a JSON array of absolute paths, named
-by the first 16 hex digits of its sha256. It is written before the process makes its first disk, and touched
-within the hour before any later one. A pass of another process of that host reads these disk roots as well,
-unless the note is a week old and a day older than the last pass: disks that were there are then in
-``hosts/<id>.scan``. A root that cannot be read, and in which no disk was ever seen, keeps nothing.
+*Which disk roots a process names*, ``hosts/<id>.<hex>.roots``, is a JSON array of absolute paths, named by
+the first 16 hex digits of its sha256. It is written before the process makes its first disk, looked at before
+any later one, and written anew within the hour. A pass of another process of that host reads these disk roots
+as well, unless the note is a week old and a day older than the last pass: disks that were there are then in
+``hosts/<id>.scan``. A note that counts and cannot be read, or one of whose roots cannot be read that no pass
+has seen since, keeps everything.
 
 *Two releases on one directory.* The release before this one knows neither ``hosts/<id>.scan`` nor that the
 driver's report is remembered. It reads and replaces ``hosts/<id>.readings``, which is written beside it with

@@ -7,12 +7,14 @@ disks that this process makes until a pass here has seen them: their bases had n
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from imagecache_lib.store import layout
 from imagecache_lib.system import durable
@@ -30,7 +32,24 @@ _MARGIN = 86400.0
 #: A note that is younger than this many seconds is read in any case.
 _YOUNG = 7 * 86400.0
 
+#: How many names a note may have, should something that cannot be replaced have the first.
+_NAMES = 3
+
 _FILE = re.compile(r"[0-9a-f]{16}\.roots")
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """What the processes of a host name, or named since its last pass.
+
+    :param roots: disk roots to read, besides those of this process.
+    :param unseen: those of them in which there may be disks that no pass has seen.
+    :param unknown: why it cannot be told, as a clause that names the file, or None if it can.
+    """
+
+    roots: tuple[str, ...] = ()
+    unseen: frozenset[str] = frozenset()
+    unknown: str | None = None
 
 
 class NamedRoots:
@@ -39,69 +58,125 @@ class NamedRoots:
     :param roots: absolute paths of its disk roots.
     """
 
-    def __init__(self, roots: tuple[str, ...], host: System) -> None:
-        self._data = json.dumps(roots).encode() + b"\n"
+    def __init__(self, roots: Sequence[str], host: System) -> None:
+        self._data = _encoded(roots)
+        self._names = _names(self._data)
         self._host = host
-        self._noted: float | None = None
-
-    def forget(self) -> None:
-        """Take the next cache, which is prepared where this one was, for one that has no note yet."""
-        self._noted = None
+        self._noted: tuple[str, tuple[int, int], float] | None = None
 
     def note(self, where: layout.Layout, own_id: str) -> None:
         """See to it that they are written down, and were so not long ago.
 
-        :raises OSError: they cannot be written.
+        Another process may take the note away, or the whole cache: it is looked at each time.
+
+        :raises OSError: they are not, and cannot be written.
         """
         now = self._host.monotonic()
-        if self._noted is not None and now - self._noted < _AGAIN:
-            return
-        path = where.named_roots(own_id, hashlib.sha256(self._data).hexdigest()[:16])
-        try:
-            if durable.read_file(path) == self._data:
-                os.utime(path)
-                self._noted = now
+        if self._noted is not None:
+            path, identity, since = self._noted
+            if now - since < _AGAIN and _identity(path) == identity:
                 return
-        except OSError as error:
-            LOG.debug("The note %s is written anew: %s", path, error)
-        durable.write_file(path, self._data)
-        self._noted = now
+        path = self._written(where, own_id)
+        found = _identity(path)
+        self._noted = None if found is None else (path, found, now)
+
+    def _written(self, where: layout.Layout, own_id: str) -> str:
+        """Return the path of a note that says what this process names, now."""
+        failed: OSError | None = None
+        for name in self._names:
+            path = where.named_roots(own_id, name)
+            is_said = self._says(path)
+            try:
+                if not is_said or abs(self._host.clock() - os.stat(path).st_mtime) >= _AGAIN:
+                    durable.write_file(path, self._data)
+            except OSError as error:
+                failed = error
+                if error.errno in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST):
+                    continue  # a directory: it is not ours to remove
+                if not is_said:
+                    raise
+                LOG.warning("The note %s cannot be written anew: %s", path, error)
+            return path
+        assert failed is not None
+        raise failed
+
+    def _says(self, path: str) -> bool:
+        try:
+            return durable.read_file(path) == self._data
+        except OSError:
+            return False
 
 
-def of_host(where: layout.Layout, host_id: str, now: float) -> list[str]:
-    """Return the disk roots that processes of a host name, or named since its last pass.
+def of_host(where: layout.Layout, host_id: str, *, own: Sequence[str], now: float) -> Named:
+    """Return the disk roots that the other processes of a host name, or named since its last pass.
 
-    What cannot be read names none: whoever goes on making disks there writes it anew.
-
+    :param own: the disk roots of this process, whose own note says nothing new.
     :param now: epoch seconds of the filesystem's clock.
     """
     try:
         last_pass = os.stat(where.last_scan(host_id)).st_mtime
     except OSError:
         last_pass = 0.0
-    found: dict[str, None] = {}
+    own_notes = {where.named_roots(host_id, name) for name in _names(_encoded(own))}
+    roots: dict[str, None] = {}
+    unseen: set[str] = set()
+    unknown = None
     for path in _notes(where, host_id):
+        if path in own_notes:
+            continue
+        noted = now
         try:
-            if os.stat(path).st_mtime > min(last_pass - _MARGIN, now - _YOUNG):
-                found.update(dict.fromkeys(_read(path)))
+            noted = os.stat(path, follow_symlinks=False).st_mtime
+            if noted <= min(last_pass - _MARGIN, now - _YOUNG):
+                continue
+            found, problem = _read(path), "is damaged"
+        except FileNotFoundError:
+            continue
         except OSError as error:
-            LOG.warning("Which disk roots a process of this host names cannot be read: %s", error)
-    return list(found)
+            found, problem = None, f"cannot be read ({error.strerror})"
+        if found is None:
+            unknown = f"{path}, which says what disk roots a process of this host names, {problem}"
+            continue
+        roots.update(dict.fromkeys(found))
+        if noted > last_pass - 2 * _AGAIN:
+            unseen.update(found)
+    return Named(tuple(roots), frozenset(unseen), unknown)
 
 
 def forget(where: layout.Layout, host_id: str, path: str) -> None:
     """Take a disk root, and those below it, out of what processes of a host named.
 
-    :raises OSError: it cannot be written.
+    A process that goes on making disks there says so again.
     """
     beneath = path.rstrip("/") + "/"
     for note in _notes(where, host_id):
-        roots = _read(note)
-        kept = [root for root in roots if root != path and not root.startswith(beneath)]
-        if not kept:
+        try:
+            roots = _read(note) or []
+            kept = [root for root in roots if root != path and not root.startswith(beneath)]
+            if kept == roots:
+                continue
+            if kept:
+                data = _encoded(kept)
+                durable.write_file(where.named_roots(host_id, _names(data)[0]), data)
             os.unlink(note)
-        elif kept != roots:
-            durable.write_file(note, json.dumps(kept).encode() + b"\n")
+        except OSError as error:
+            LOG.warning("The note %s still names %s: %s", note, path, error)
+
+
+def _encoded(roots: Sequence[str]) -> bytes:
+    return json.dumps(list(roots)).encode() + b"\n"
+
+
+def _names(data: bytes) -> list[str]:
+    return [hashlib.sha256(data + b"\n" * turn).hexdigest()[:16] for turn in range(_NAMES)]
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size
 
 
 def _notes(where: layout.Layout, host_id: str) -> Iterator[str]:
@@ -111,19 +186,24 @@ def _notes(where: layout.Layout, host_id: str) -> Iterator[str]:
         return
     for entry in entries:
         if entry.startswith(f"{host_id}.") and _FILE.fullmatch(entry[len(host_id) + 1 :]):
-            yield os.path.join(where.hosts, entry)
+            yield where.named_roots(host_id, entry[len(host_id) + 1 : -len(".roots")])
 
 
-def _read(path: str) -> list[str]:
-    """Return the disk roots of a note: none, if it is damaged or gone."""
+def _read(path: str) -> list[str] | None:
+    """Return the disk roots of a note, or None if it is damaged.
+
+    :raises FileNotFoundError: it is gone.
+    :raises OSError: it cannot be read.
+    """
     data = durable.read_file(path)
     if data is None:
-        return []
+        os.stat(path, follow_symlinks=False)
+        return None
     try:
         roots = json.loads(data)
-    except (ValueError, RecursionError):
-        roots = None
-    if not isinstance(roots, list):
-        LOG.warning("The note %s is damaged: which disk roots it named is unknown", path)
-        return []
-    return [root for root in roots if isinstance(root, str) and root.startswith("/") and "\0" not in root]
+        if isinstance(roots, list) and all(root.startswith("/") and "\0" not in root for root in roots):
+            os.fsencode("".join(roots))
+            return roots
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        pass
+    return None

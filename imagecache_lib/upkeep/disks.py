@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from imagecache_lib import model
 from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
-from imagecache_lib.store.seen import LastScan, SeenDisk
+from imagecache_lib.store.named_roots import Named
+from imagecache_lib.store.seen import Identity, LastScan, SeenDisk
 from imagecache_lib.upkeep import headers
 from imagecache_lib.upkeep.absence import Absence
 from imagecache_lib.upkeep.facts import (
@@ -64,9 +65,11 @@ class Disks:
         last: LastScan,
         report: Sequence[model.Instance],
         *,
+        named: Named,
         names: Names,
         follower: Follower,
     ) -> None:
+        self._named = named
         self._host_name = cache.host.name
         self._roots = cache.config.roots
         self._base_path = cache.layout.base_path
@@ -90,6 +93,10 @@ class Disks:
         if last.unreadable is not None:
             self._everything_stays(
                 last.unreadable, "make it readable, or remove it once every disk root is mounted"
+            )
+        if named.unknown is not None:
+            self._everything_stays(
+                named.unknown, "make it readable, or remove it if no process with other disk roots is here"
             )
 
     def users(self, targets: Mapping[tuple[int, int], str]) -> Iterator[tuple[str, str]]:
@@ -136,14 +143,24 @@ class Disks:
         for path, identity in last.roots.items():
             if path in self._moved or path not in found.roots:
                 roots[path] = identity
-        for path in [path for path in roots if path not in self._roots]:
-            if not _any_below(self._disks, path):
-                del roots[path]  # neither configured nor of any disk
+        self._forget_roots_without_disks(roots)
         lost = dict(found.lost)
         # What fsck put aside since explains the absence of what was there before, until that is found.
         lost.update({top: then for top, then in last.lost.items() if _any_below(pending, top)})
         lost.update({top: 0 for top in found.lost if top not in last.lost and _any_below(pending, top)})
         return LastScan(self._disks, roots, lost, tuple(instances) if instances is not None else last.report)
+
+    def _forget_roots_without_disks(self, roots: dict[str, Identity]) -> None:
+        """Drop disk roots that are not configured, and have no disk that is below no other one."""
+        more = sorted((path for path in roots if path not in self._roots), key=len, reverse=True)
+        if not more:
+            return
+        left = {path for path in self._disks if not any(_is_at_or_below(path, root) for root in self._roots)}
+        for root in more:
+            below = {path for path in left if _is_at_or_below(path, root)}
+            if not below:
+                del roots[root]
+            left -= below
 
     # -- what refers ---------------------------------------------------------------------------------
 
@@ -315,11 +332,13 @@ class Disks:
                 self._everything_stays(
                     f"{fact.path} cannot be read ({fact.cause})", "mount it, or take it out of disk_roots"
                 )
-            elif fact.path not in self._last.roots:
-                self.problems.append(
-                    f"The disk root {fact.path}, which another process of this host names, cannot be read"
-                    f" ({fact.cause}): disks that are there keep nothing. Have every process of this host"
-                    f" name the same disk roots, or run once: imagecache disk forget {fact.path}"
+            elif fact.path in self._named.unseen or (
+                fact.path in self._named.roots and fact.path not in self._last.roots
+            ):
+                self._everything_stays(
+                    f"the disk root {fact.path}, which another process of this host names, cannot be read"
+                    f" ({fact.cause})",
+                    f"mount it; or if no disk is there, run once: imagecache disk forget {fact.path}",
                 )
         elif isinstance(fact, MissingInstance):
             self.problems.append(

@@ -67,9 +67,10 @@ def collect(
     """
     report = instances if instances is not None else last.report or ()
     wanted = Names(names)
-    others = dict.fromkeys([*last.roots, *named_roots.of_host(cache.layout, cache.host_id, now)])
+    named = named_roots.of_host(cache.layout, cache.host_id, own=cache.config.roots, now=now)
+    others = dict.fromkeys([*last.roots, *named.roots])
     found = Scan(cache, others, condense=wanted.condense, follower=follower).run(report)
-    disks = Disks(cache, found, last, report, names=wanted, follower=follower)
+    disks = Disks(cache, found, last, report, named=named, names=wanted, follower=follower)
     targets = dict(_files_of(cache, names))
     users: dict[str, str] = {}
     for name, user in disks.users(targets):

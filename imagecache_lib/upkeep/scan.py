@@ -115,7 +115,9 @@ class Scan:
 
     def _open_root(self, root: str) -> None:
         # The server of a disk root may be gone, and whoever asks for it waits for ever.
-        answers = self._follower.roots.call(lambda: _opened(root, self._around.filesystems))
+        # One that this process does not name must not hide those that it does.
+        looks = self._follower.roots if root in self._configured else self._follower.at(root)
+        answers = looks.call(lambda: _opened(root, self._around.filesystems))
         opened = answers[0] if answers else OSError(errno.ETIMEDOUT, NO_ANSWER)
         if isinstance(opened, OSError):
             cause = opened.strerror or str(opened)

@@ -183,20 +183,47 @@ class TestOtherProcesses(CacheCase):
         self.addCleanup(os.rename, f"{self.outside}.away", self.outside)
         self.assertEqual((), self.manager().verify_base_images([]).problems)
 
-    def test_a_root_that_is_gone_and_had_no_disk_stops_nothing_and_is_told(self) -> None:
+    def test_a_root_that_cannot_be_read_keeps_everything_until_an_operator_says(self) -> None:
         self.other.cache_image(ID)
+        self.other.create_disk(ID, str(self.outside / "disk"))
         os.rename(self.outside, f"{self.outside}.away")
         self.addCleanup(os.rename, f"{self.outside}.away", self.outside)
         self.age()
         report = self.manager().verify_base_images([])
-        self.assertEqual([True], [base.evicted for base in report.bases])
-        (told,) = report.problems
-        self.assertIn(f"imagecache disk forget {self.outside}", told)
+        self.assertEqual([False], [base.evicted for base in report.bases])
+        self.assertIn(f"imagecache disk forget {self.outside}", report.problems[0])
+        self.manager().forget_disks(str(self.outside))
+        self.assertFalse(self.is_kept())
+
+    def test_a_root_that_does_not_answer_keeps_everything_and_hides_no_other(self) -> None:
+        away = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        for root in (away, self.outside):
+            self.manager(disk_roots=(str(root),)).create_disk(ID, str(root / "disk"))
+        away.rename(f"{away}.away")
+        self.addCleanup(os.rename, f"{away}.away", away)
+        self.assertTrue(self.is_kept())
+        self.manager().forget_disks(str(away))
+        self.age()
+        (base,) = self.manager().verify_base_images([]).bases
+        self.assertIn(str(self.outside / "disk"), base.reason)
 
     def test_an_operator_may_take_a_root_back(self) -> None:
         self.other.create_disk(ID, str(self.outside / "disk"))
         self.manager().forget_disks(str(self.outside))
         self.assertFalse(self.is_kept())
+
+    def test_a_process_that_goes_on_after_that_says_so_again(self) -> None:
+        self.other.create_disk(ID, str(self.outside / "disk"))
+        (self.outside / "disk").unlink()
+        for take_away in (lambda: self.manager().forget_disks(str(self.outside)), self.outside_unlink):
+            with self.subTest(take_away):
+                take_away()
+                self.other.create_disk(ID, str(self.outside / "later"))
+                self.assertTrue(self.is_kept())
+                (self.outside / "later").unlink()
+
+    def outside_unlink(self) -> None:
+        self.outside_note().unlink()
 
     def test_a_root_beside_one_that_is_taken_back_stays(self) -> None:
         more = self.outside / "more"
@@ -205,16 +232,44 @@ class TestOtherProcesses(CacheCase):
         self.manager().forget_disks(str(self.outside / "gone"))
         self.assertTrue(self.is_kept())
 
-    def test_a_damaged_note_stops_nothing_and_is_written_anew(self) -> None:
+    def test_a_wider_root_is_not_read_for_ever(self) -> None:
+        self.manager(disk_roots=(str(self.directory),)).cache_image(ID)
+        self.manager().create_disk(ID, self.target())
+        self.assertTrue(self.is_kept())
+        for note in self.notes():
+            os.utime(note, (0, 0))
+        (self.directory / "secret").mkdir()
+        self.manager().verify_base_images([])
+        (scan,) = self.base().parent.glob(".imagecache/hosts/*.scan")
+        self.assertNotIn(f'"{self.directory}"', scan.read_text())
+
+    def test_a_damaged_note_keeps_everything_until_its_process_goes_on(self) -> None:
         self.other.create_disk(ID, str(self.outside / "disk"))
         note = self.outside_note()
         for damage in (b"", b"{", b"[" * 100_000, b'"/"', b'[1, null, "relative"]', b"\xff"):
             with self.subTest(damage):
                 note.write_bytes(damage)
-                self.manager().verify_base_images([])
-                self.time += 3601
-                self.other.cache_image(ID)
-                self.assertTrue(self.is_kept())
+                self.age()
+                report = self.manager().verify_base_images([])
+                self.assertEqual([False], [base.evicted for base in report.bases])
+                self.assertIn(str(note), report.problems[0])
+                self.manager(disk_roots=(str(self.outside),)).cache_image(ID)
+                self.assertEqual((), self.manager().verify_base_images([]).problems)
+
+    def test_the_own_note_stops_no_pass_of_its_own(self) -> None:
+        self.manager().cache_image(ID)
+        (note,) = self.notes()
+        note.write_bytes(b"{")
+        self.assertFalse(self.is_kept())
+
+    def test_a_directory_in_the_place_of_the_note_stops_no_spawn(self) -> None:
+        self.other.cache_image(ID)
+        note = self.outside_note()
+        note.unlink()
+        note.mkdir()
+        self.other.create_disk(ID, str(self.outside / "disk"))
+        self.assertTrue(self.is_kept())
+        self.manager().forget_disks("/nowhere")
 
     def test_the_roots_of_another_host_are_its_own_to_read(self) -> None:
         there = self.manager(host=self.host(name="there"), disk_roots=(str(self.outside),))
