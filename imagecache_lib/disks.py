@@ -155,6 +155,7 @@ class DiskAdmin(CacheAdmin):
             return False
         with contextlib.closing(opened), translated(self._cache.layout.hosts):
             self._cache.ensure_member()
+            self._cache.note_roots()
             self._cache.touch(opened)
         return True
 
@@ -213,6 +214,8 @@ class DiskAdmin(CacheAdmin):
             )
         with self._leases.acquire(base, bypass=False) as lease:
             assert lease.base.fd is not None  # a leased base is open
+            with translated(self._cache.layout.hosts):
+                self._cache.note_roots()
             if image_id is None:
                 backing.check_made_on(disk_path, lease.base.fd, self._chains)
             return dataclasses.replace(lease.base, fd=None)

@@ -63,6 +63,10 @@ class Lease:
         """
         if self.opened is None:
             return True
+        if self.opened.cache is not None:
+            # Before the look: whoever takes the name later reads the disks that this process makes.
+            with translated(self.opened.cache.layout.hosts):
+                self.opened.cache.note_roots()
         with translated(self.opened.path):
             return self.opened.is_current()
 

@@ -193,19 +193,21 @@ class CacheStore:
         return membership.host_id(self.host.name)
 
     def ensure_member(self) -> None:
-        """Be registered, should an operator have forgotten this host while it lives, and have the disk roots
-        written down that this process names.
+        """Be registered, should an operator have forgotten this host while it lives.
 
         :raises OSError: this host cannot be registered.
         """
         try:
-            self._write_down()
+            membership.ensure(self.layout, self.host_id, self.host.name)
         except FileNotFoundError:
             self.start()  # the cache was removed meanwhile
-            self._write_down()
+            membership.ensure(self.layout, self.host_id, self.host.name)
 
-    def _write_down(self) -> None:
-        membership.ensure(self.layout, self.host_id, self.host.name)
+    def note_roots(self) -> None:
+        """Have the disk roots written down that this process names, before a disk there needs a base.
+
+        :raises OSError: they cannot be written.
+        """
         self._named_roots.note(self.layout, self.host_id)
 
     def may_be_stale(self, fd: int) -> bool:

@@ -62,7 +62,7 @@ class NamedRoots:
         self._data = _encoded(roots)
         self._names = _names(self._data)
         self._host = host
-        self._noted: tuple[str, tuple[int, int], float] | None = None
+        self._noted: tuple[str, tuple[int, int, int], float] | None = None
 
     def note(self, where: layout.Layout, own_id: str) -> None:
         """See to it that they are written down, and were so not long ago.
@@ -171,12 +171,12 @@ def _names(data: bytes) -> list[str]:
     return [hashlib.sha256(data + b"\n" * turn).hexdigest()[:16] for turn in range(_NAMES)]
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _identity(path: str) -> tuple[int, int, int] | None:
     try:
         found = os.stat(path, follow_symlinks=False)
     except OSError:
         return None
-    return found.st_ino, found.st_size
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _notes(where: layout.Layout, host_id: str) -> Iterator[str]:

@@ -233,7 +233,7 @@ class TestOtherProcesses(CacheCase):
         self.assertTrue(self.is_kept())
 
     def test_a_wider_root_is_not_read_for_ever(self) -> None:
-        self.manager(disk_roots=(str(self.directory),)).cache_image(ID)
+        self.manager(disk_roots=(str(self.directory),)).create_disk(ID, self.target("wide"))
         self.manager().create_disk(ID, self.target())
         self.assertTrue(self.is_kept())
         for note in self.notes():
@@ -246,24 +246,26 @@ class TestOtherProcesses(CacheCase):
     def test_a_damaged_note_keeps_everything_until_its_process_goes_on(self) -> None:
         self.other.create_disk(ID, str(self.outside / "disk"))
         note = self.outside_note()
-        for damage in (b"", b"{", b"[" * 100_000, b'"/"', b'[1, null, "relative"]', b"\xff"):
-            with self.subTest(damage):
+        for number, damage in enumerate(
+            (b"", b"{", b"[" * 100_000, b'"/"', b'[1, null, "relative"]', b"\xff")
+        ):
+            with self.subTest(number):
                 note.write_bytes(damage)
                 self.age()
                 report = self.manager().verify_base_images([])
                 self.assertEqual([False], [base.evicted for base in report.bases])
                 self.assertIn(str(note), report.problems[0])
-                self.manager(disk_roots=(str(self.outside),)).cache_image(ID)
+                self.other.create_disk(ID, str(self.outside / f"disk-{number}"))
                 self.assertEqual((), self.manager().verify_base_images([]).problems)
 
     def test_the_own_note_stops_no_pass_of_its_own(self) -> None:
-        self.manager().cache_image(ID)
+        os.unlink(self.manager().create_disk(ID, self.target()).target)
         (note,) = self.notes()
         note.write_bytes(b"{")
         self.assertFalse(self.is_kept())
 
     def test_a_directory_in_the_place_of_the_note_stops_no_spawn(self) -> None:
-        self.other.cache_image(ID)
+        os.unlink(self.other.create_disk(ID, str(self.outside / "disk")).target)
         note = self.outside_note()
         note.unlink()
         note.mkdir()

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import pathlib
 import pwd
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 
@@ -63,7 +64,14 @@ class PostgreSql:
             f"unix_socket_directories={self.home}",
         )
         self._running.enter_context(
-            server.running(command, ready=self._answers, log=self.home / "server.log", seconds=240)
+            server.running(
+                command,
+                ready=self._answers,
+                log=self.home / "server.log",
+                seconds=240,
+                # It does not wait for clients to go: one that is killed instead keeps its shared memory.
+                stop=signal.SIGINT,
+            )
         )
 
     def stop(self) -> None:

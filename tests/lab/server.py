@@ -53,6 +53,7 @@ def running(
     seconds: float = 240.0,
     environment: Mapping[str, str] | None = None,
     directory: pathlib.Path | None = None,
+    stop: signal.Signals = signal.SIGTERM,
 ) -> Iterator[int]:
     """Run a server for the length of the context; yield its pid.
 
@@ -62,6 +63,7 @@ def running(
     :param ready: asked until it says that the server answers.
     :param log: receives what it prints.
     :param seconds: how long it may take to become ready.
+    :param stop: the signal that ends it.
     :raises StartError: it ended or did not become ready.
     """
     with log.open("ab") as output:
@@ -83,11 +85,11 @@ def running(
             raise StartError(f"{command[0]} ended with {process.returncode}\n{_end_of(log)}")
         yield process.pid
     finally:
-        _stop(process)
+        _stop(process, stop)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
+def _stop(process: subprocess.Popen[bytes], told: signal.Signals) -> None:
+    process.send_signal(told)
     try:
         process.wait(_STOP_SECONDS)
     except subprocess.TimeoutExpired:
