@@ -208,7 +208,11 @@ class CacheStore:
 
         :raises OSError: they cannot be written.
         """
-        self._named_roots.note(self.layout, self.host_id)
+        try:
+            self._named_roots.note(self.layout, self.host_id)
+        except FileNotFoundError:
+            self.start()  # the cache was removed meanwhile
+            self._named_roots.note(self.layout, self.host_id)
 
     def may_be_stale(self, fd: int) -> bool:
         """Whether this host's kernel may still find a name in the cache that another host has taken away.
