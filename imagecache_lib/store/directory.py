@@ -135,7 +135,7 @@ class CacheStore:
         self.elsewhere = Bounded()
         self._prepared: _Prepared | None = None
         self._starting = threading.Lock()
-        self._named_roots = NamedRoots(config.roots, host)
+        self._named_roots = NamedRoots(config.roots, host, usual=not config.disk_roots)
         # Records are read for each spawn, and few differ.
         self._parse = functools.lru_cache(_RECORDS)(evidence.parse)
 

@@ -56,9 +56,11 @@ class NamedRoots:
     """What this process names.
 
     :param roots: absolute paths of its disk roots.
+    :param usual: whether they are those of a process for which none are configured.
     """
 
-    def __init__(self, roots: Sequence[str], host: System) -> None:
+    def __init__(self, roots: Sequence[str], host: System, *, usual: bool) -> None:
+        self._usual = usual
         self._data = _encoded(roots)
         self._names = _names(self._data)
         self._host = host
@@ -69,14 +71,21 @@ class NamedRoots:
 
         Another process may take the note away, or the whole cache: it is looked at each time.
 
-        :raises OSError: they are not, and cannot be written.
+        :raises OSError: they are not, and cannot be written, but for usual ones for which there is no room.
         """
         now = self._host.monotonic()
         if self._noted is not None:
             path, identity, since = self._noted
             if now - since < _AGAIN and _identity(path) == identity:
                 return
-        path = self._written(where, own_id)
+        try:
+            path = self._written(where, own_id)
+        except OSError as error:
+            # On a full filesystem what is cached is served all the same. Others know this root by their own.
+            if not self._usual or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            LOG.warning("Which disk roots this process names cannot be written down: %s", error)
+            return
         found = _identity(path)
         self._noted = None if found is None else (path, found, now)
 
