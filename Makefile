@@ -87,26 +87,24 @@ bench: $(STAMPS)/bench $(STAMPS)/system-test $(STAMPS)/system-bench
 
 # -- tests -------------------------------------------------------------------------------------------
 
-# A report's name, and what is run: in CI, what failed is run once more.
-patient_pytest = $(BIN)/pytest -q --junitxml=$(RESULTS)/$(1).xml $(2) || \
-	$(BIN)/python .ci/again.py $$? $(RESULTS)/$(1).xml
-
 test: test-parallel test-serial
 
 test-parallel: setup
 	$(BIN)/pytest -q -n auto --junitxml=$(RESULTS)/parallel.xml
 
 test-serial: setup
-	$(call patient_pytest,serial,$(SERIAL_SUITES:%=tests/%))
+	$(BIN)/pytest -q --junitxml=$(RESULTS)/serial.xml $(SERIAL_SUITES:%=tests/%)
 
 cover: setup
 	$(BIN)/pytest -q -n auto --cov --cov-report=term:skip-covered
 
+# What failed runs once more in CI, where a server of others may be late.
 functional: setup $(STAMPS)/system-functional
-	$(call patient_pytest,functional,tests/functional)
+	$(BIN)/pytest -q --junitxml=$(RESULTS)/functional.xml tests/functional || \
+		$(BIN)/python .ci/again.py $$? $(RESULTS)/functional.xml
 
 faults: setup $(STAMPS)/system-faults
-	$(call patient_pytest,faults,tests/faults)
+	$(BIN)/pytest -q --junitxml=$(RESULTS)/faults.xml tests/faults
 
 serial-suites:
 	@echo $(SERIAL_SUITES) | tr ' ' ,

@@ -299,11 +299,11 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("cancel", "resume"):
             token = getattr(self, name)
-            if token is not None and not callable(getattr(token, "is_set", None)):
+            if token is not None and not is_token(token):
                 raise self._wrong(name, "a threading.Event, or something else with is_set()")
-        if self.deadline is not None and (not _is_number(self.deadline) or self.deadline != self.deadline):
+        if self.deadline is not None and (not is_number(self.deadline) or self.deadline != self.deadline):
             raise self._wrong("deadline", "a number of seconds since the epoch")
-        if self.rate is not None and (not _is_number(self.rate) or not self.rate > 0):
+        if self.rate is not None and (not is_number(self.rate) or not self.rate > 0):
             raise self._wrong("rate", "a number of bytes per second above 0")
         for name in ("trusted_certs", "fallbacks"):
             values = getattr(self, name)
@@ -318,5 +318,11 @@ class Request:
         )
 
 
-def _is_number(value: object) -> bool:
+def is_token(value: object) -> bool:
+    """Whether it can be asked whether the caller has given up."""
+    return callable(getattr(value, "is_set", None))
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a number, and not a truth value."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

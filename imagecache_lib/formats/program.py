@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import resource
 import secrets
 import signal
 import subprocess
@@ -80,7 +81,7 @@ class DataRefused(errors.BackendError):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """What a program may use. Where the hard limits of this process are lower, those count.
 
     :param cpu: seconds of CPU time.
     :param memory: bytes of address space.
@@ -119,7 +120,10 @@ def run(
     waiter.check()
     token = secrets.token_hex(16)
     command = (
-        *("prlimit", f"--cpu={limits.cpu}", f"--as={limits.memory}", "--"),
+        "prlimit",
+        f"--cpu={_at_most(limits.cpu, resource.RLIMIT_CPU)}",
+        f"--as={_at_most(limits.memory, resource.RLIMIT_AS)}",
+        "--",
         *("timeout", "-k", str(_GRACE), str(limits.wall)),
         *("sh", "-c", _SCRIPT, "sh", token, *words),
     )
@@ -139,6 +143,12 @@ def run(
     except UnicodeDecodeError as error:
         raise DataRefused(f"{program}: it wrote no text", path=subject) from error
     return str(out)
+
+
+def _at_most(wanted: int, kind: int) -> int:
+    """Return a limit that this process may set: one above its own hard limit takes a privilege."""
+    _soft, hard = resource.getrlimit(kind)
+    return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
 
 
 class _Watch:
@@ -209,6 +219,12 @@ def _wrapper_failed(
     if status in _NOT_FOUND:
         return errors.ConfigError(
             f"timeout or sh cannot be run: {str(error.stderr).strip()}", next_step="install coreutils"
+        )
+    if 0 <= status <= 128:
+        return errors.BackendError(
+            f"the program could not be started: {str(error.stderr).strip() or f'exit status {status}'}",
+            path=subject,
+            next_step="look at the service's own limits; another host may do it",
         )
     return _by_signal(-status if status < 0 else status - 128, subject)
 

@@ -81,7 +81,8 @@ class NamedRoots:
         try:
             path = self._written(where, own_id)
         except OSError as error:
-            # On a full filesystem what is cached is served all the same. Others know this root by their own.
+            # On a full filesystem what is cached is served all the same. The usual root is that of every
+            # process that has no other ones configured, so that nearly all of them read it anyway.
             if not self._usual or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             LOG.warning("Which disk roots this process names cannot be written down: %s", error)

@@ -34,7 +34,7 @@ def require_token(cancel: object) -> None:
 
     :raises ConfigError: it is.
     """
-    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+    if cancel is not None and not model.is_token(cancel):
         raise _wrong("cancel", cancel, "a threading.Event, or something else with is_set()")
 
 
@@ -66,8 +66,7 @@ def require_number(name: str, value: object, *, whole: bool = False) -> None:
     :param whole: it must be an ``int``.
     :raises ConfigError: it is no such number.
     """
-    kinds = (int,) if whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not value >= 0:
+    if not model.is_number(value) or (whole and not isinstance(value, int)) or not value >= 0:  # type: ignore[operator]
         raise _wrong(name, value, f"a{' whole' if whole else ''} number of at least 0")
 
 

@@ -79,7 +79,8 @@ class PassedOver:
 class MissingRoot:
     """A disk root that is not there, or cannot be read.
 
-    :param configured: False if the configuration no longer names it, and a former pass read it.
+    :param configured: False if the configuration does not name it, but a former pass read it or another
+        process of this host names it.
     """
 
     path: str

@@ -11,6 +11,7 @@ import os
 import pathlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 import imagecache_lib as ic
 from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.named_roots import NamedRoots
 from imagecache_lib.store.seen import LastScan
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.testing.sources import FakeSource
@@ -111,3 +113,28 @@ def test_a_server_that_stops_while_disks_are_read_holds_up_no_reading_and_hides_
     assert silent > count / 2  # at the last ones all is read
     after, _reached = served.read(None, all_of_it.seen)
     assert (set(after.seen.disks), after.problems) == (set(all_of_it.seen.disks), ())
+
+
+def test_a_silent_root_that_another_process_names_keeps_everything_and_hides_no_other(
+    tmp_path: pathlib.Path,
+) -> None:
+    needs.root()
+    instances = tmp_path / "instances"
+    instances.mkdir()
+    config = ic.CacheConfig(instances_path=str(instances))
+    ic.ImageCacheManager(config, FakeSource({ID: b"x" * 65536}), observers=()).cache_image(ID)
+    cache = CacheStore(config, ic.System(name="here"))
+    live = [tmp_path / f"live-{number}" for number in range(4)]
+    with contextlib.ExitStack() as stack:
+        (mount,) = stack.enter_context(stale_names.mounted(tmp_path, 1, seconds=0))
+        (server,) = stale_names.servers_of(mount)
+        for root in (mount, *live):
+            files.overlay(root / "disk", instances / "_base" / NAME)
+            NamedRoots((str(root),), cache.host, usual=False).note(cache.layout, cache.host_id)
+        stack.callback(os.kill, server, signal.SIGCONT)
+        os.kill(server, signal.SIGSTOP)
+        follower = Follower(0.2, roots_limit=0.5)
+        for _reading in range(2):
+            found = references.collect(cache, [NAME], (), EMPTY, follower=follower, now=time.time())
+            assert found.unknown is not None and str(mount) in found.unknown
+            assert {str(root / "disk") for root in live} <= set(found.seen.disks)

@@ -137,17 +137,19 @@ class TestOtherProcesses(CacheCase):
         self.other.create_disk(ID, str(self.outside / "disk"))
         self.assertTrue(self.is_kept())
 
-    def test_it_protects_its_base_from_every_evictor(self) -> None:
+    def test_it_protects_its_base_from_an_eviction_by_name(self) -> None:
         self.other.create_disk(ID, str(self.outside / "disk"))
         self.age()
         with self.assertRaises(errors.BaseInUseError):
             self.manager().evict_image(ID)
         self.assertTrue(self.base().exists())
 
-    def test_what_is_noted_long_before_the_disk_counts(self) -> None:
-        self.other.cache_image(ID)
+    def test_a_disk_that_is_made_after_a_pass_and_with_the_note_from_before_counts(self) -> None:
+        os.unlink(self.other.create_disk(ID, str(self.outside / "disk")).target)
         self.manager().verify_base_images([])
+        noted = self.outside_note().stat()
         self.other.create_disk(ID, str(self.outside / "disk"))
+        self.assertEqual(noted.st_ino, self.outside_note().stat().st_ino)
         self.assertTrue(self.is_kept())
 
     def test_a_process_that_goes_on_says_so_again(self) -> None:
@@ -195,7 +197,7 @@ class TestOtherProcesses(CacheCase):
         self.manager().forget_disks(str(self.outside))
         self.assertFalse(self.is_kept())
 
-    def test_a_root_that_does_not_answer_keeps_everything_and_hides_no_other(self) -> None:
+    def test_a_root_that_is_gone_hides_no_other(self) -> None:
         away = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         for root in (away, self.outside):
             self.manager(disk_roots=(str(root),)).create_disk(ID, str(root / "disk"))

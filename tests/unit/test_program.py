@@ -11,6 +11,8 @@ import unittest
 from collections.abc import Callable
 from typing import Any
 
+from oslo_concurrency import processutils
+
 from imagecache_lib import System, errors
 from imagecache_lib.formats import program
 from imagecache_lib.formats.program import DataRefused, Limits, StorageFailed
@@ -107,6 +109,26 @@ class TestEndings(unittest.TestCase):
         )
         with self.assertRaisesRegex(DataRefused, "it is broken"):
             _script(script)
+
+    def test_a_hard_limit_of_the_service_that_is_lower_counts(self) -> None:
+        asks = "from tests.unit.test_program import _script; print(_script('ulimit -t; ulimit -v'))"
+        memory = 3 * 2**29
+        limited = ("prlimit", "--cpu=5", f"--as={memory}", "--", sys.executable, "-c", asks)
+        said = subprocess.run(limited, capture_output=True, text=True, check=True).stdout
+        self.assertEqual(["5", str(memory // 1024)], said.split())
+
+    def test_what_runs_the_program_is_quoted_where_it_fails(self) -> None:
+        def execute(prlimit: str, *words: str, **options: Any) -> tuple[str, str]:
+            return processutils.execute(prlimit, "--as=nonsense", *words, **options)
+
+        with self.assertRaisesRegex(errors.BackendError, "prlimit.*AS"):
+            program.run(
+                ("true",),
+                limits=Limits(cpu=10, memory=2**31, wall=60),
+                waiter=Waiter(System(name="here", execute=execute)),
+                program="qemu-img",
+                subject="/disk",
+            )
 
     def test_the_disk_is_told_from_the_rest(self) -> None:
         with self.assertRaises(StorageFailed):
