@@ -27,7 +27,7 @@ from imagecache_lib.upkeep import references
 from imagecache_lib.upkeep.follow import NO_ANSWER, Follower
 from imagecache_lib.upkeep.references import References
 from tests.lab import stale_names
-from tests.support import files, needs
+from tests.support import files, needs, stopping
 
 ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
 NAME = layout.base_name(ID)
@@ -69,7 +69,7 @@ class Served:
         def stop(_at: TracePoint) -> None:
             nonlocal reached
             if reached == instant:
-                os.kill(self._server, signal.SIGSTOP)
+                stopping.stop(self._server)
             reached += 1
 
         cache = CacheStore(self._config, ic.System(name="here", trace=stop))
@@ -132,7 +132,7 @@ def test_a_silent_root_that_another_process_names_keeps_everything_and_hides_no_
             files.overlay(root / "disk", instances / "_base" / NAME)
             NamedRoots((str(root),), cache.host, usual=False).note(cache.layout, cache.host_id)
         stack.callback(os.kill, server, signal.SIGCONT)
-        os.kill(server, signal.SIGSTOP)
+        stopping.stop(server)
         follower = Follower(0.2, roots_limit=0.5)
         for _reading in range(2):
             found = references.collect(cache, [NAME], (), EMPTY, follower=follower, now=time.time())

@@ -27,7 +27,7 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep.verify import VerifyReport
 from tests.lab import stale_names
-from tests.support import files, needs, recorded_calls
+from tests.support import files, needs, recorded_calls, stopping
 from tests.support.cache_case import ID
 
 NAME = layout.base_name(ID)
@@ -386,7 +386,7 @@ def test_a_block_device_that_does_not_answer_holds_up_no_pass(cache: Cache, tmp_
         (server,) = stale_names.servers_of(mount)
         subprocess.run(["blockdev", "--flushbufs", device], check=True)
         os.posix_fadvise(image, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.kill(server, signal.SIGSTOP)
+        stopping.stop(server)
         stack.callback(os.kill, server, signal.SIGCONT)
         begun = time.monotonic()
         cache.grow_old()

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 
 from tests.lab import server
-from tests.support import needs
+from tests.support import needs, stopping
 from tests.support.ports import free_port
 
 POOLS = ("images", "vms")
@@ -96,7 +96,7 @@ class Ceph:
 
         :param daemon: ``mon`` or ``osd``.
         """
-        os.kill(self.daemons[daemon], signal.SIGSTOP)
+        stopping.stop(self.daemons[daemon])
         try:
             yield
         finally:

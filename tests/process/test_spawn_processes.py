@@ -47,8 +47,8 @@ def trace(point):
         os.kill(os.getpid(), signal.SIGKILL)
     if point == options.get("stop_at"):
         del options["stop_at"]
-        print("stopped", flush=True)
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # Sent to the process, it may be another thread that takes it, and this one goes on for a while.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 image = HttpImage(options["url"], "raw", ic.Digest("sha512", options["sha512"]))
 config = ic.CacheConfig(instances_path=options["instances"], num_retries=0)
@@ -108,6 +108,12 @@ def driver(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def await_stop(child: subprocess.Popen[str]) -> None:
+    """Return once a driver is stopped at its point, with all of its threads."""
+    ended = os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert ended is not None and ended.si_code == os.CLD_STOPPED, ended
 
 
 def finish(child: subprocess.Popen[str]) -> str:
@@ -198,8 +204,7 @@ def test_a_stopped_holder_of_the_lock_does_not_stop_the_others(
 ) -> None:
     holder = driver(instances, server, "stopped", stop_at="ingest:reserved")
     try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "stopped\n"
+        await_stop(holder)
         (instances / "other").mkdir()
         disk = manager_for(instances, lock_timeout=0.5).create_disk(
             ID, str(instances / "other" / "disk"), size=16 * 2**20
@@ -222,8 +227,7 @@ def test_a_fetch_that_was_stopped_for_a_day_holds_no_space_and_begins_anew(
     holder = driver(instances, server, "stopped", stop_at=point)
     manager = manager_for(instances, lock_timeout=0.5)
     try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "stopped\n"
+        await_stop(holder)
         (stage,) = [each for each in stages_in(instances) if len(each) == 32]
         path = instances / "_base" / ".imagecache" / "stage" / stage
         files.age(path, seconds=86400 - 600)
