@@ -170,8 +170,9 @@ def sweep(cache: CacheStore, *, now: float) -> None:
     with contextlib.suppress(OSError):
         path = cache.layout.history(cache.host_id)
         first = next(_parsed(path), None)
-        latest = max(now, cache.host.clock()) + _AHEAD
-        if first is not None and not now - age / 2 <= first.at <= latest:
+        # Its lines have the times of this host's clock, which may be another than the filesystem's.
+        here = max(now, cache.host.clock())
+        if first is not None and not here - age / 2 <= first.at <= here + _AHEAD:
             os.rename(path, f"{path}.{durable.new_id()}{_OLD}")
 
 

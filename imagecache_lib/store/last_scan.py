@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -28,6 +29,9 @@ _T = TypeVar("_T")
 
 #: How often what other processes wrote at the same time is merged before it is left to them.
 _MOST_TURNS = 100
+
+#: How often both files are read again where one of them says that the other must be there, and it is not.
+_MORE_TURNS = 2
 
 #: The most bytes that a file of a last scan is read for: two million disks take less.
 _LIMIT = 2**28
@@ -63,13 +67,16 @@ def load_last_scan(
         release saw.
     :param parsed: keeps what is parsed, for the next call.
     """
-    known, problem = _read(where.last_scan(host_id), (parsed or Parsed()).parse)
-    data, old_problem = _data(where.readings(host_id))
-    if known is not None and data is not None and known.fields.get("readings") == _digest(data):
+    parsed = parsed or Parsed()
+    both = _Both(where, host_id, parsed)
+    for _turn in range(_MORE_TURNS):
+        if both.known is not None or OURS not in (both.readings or {}):
+            break
+        # Another process of this release has written the one that comes first too, by now.
+        both = _Both(where, host_id, parsed)
+    known, problem, readings, old_problem = both.known, both.problem, both.readings, both.old_problem
+    if known is not None and both.is_whole:
         return dataclasses.replace(known, is_whole=True)
-    readings = parse_readings(data) if data is not None else None
-    if data is not None and readings is None:
-        old_problem = f"what the last pass saw cannot be read: {where.readings(host_id)} is damaged"
     if known is not None and readings is not None and OURS in readings:
         # Another process of this release wrote it, for which the other file speaks: with identities.
         return known
@@ -90,6 +97,27 @@ def load_last_scan(
         roots={**old_roots, **last.roots},
         report_unknown=problem,
     )
+
+
+class _Both:
+    """One reading of both files of a host.
+
+    :ivar known: what ``hosts/<id>.scan`` says, or None if it is not there or cannot be read.
+    :ivar problem: why it cannot be told, as a clause.
+    :ivar readings: what ``hosts/<id>.readings`` says, or None likewise.
+    :ivar old_problem: why that cannot be told, as a clause.
+    :ivar is_whole: both say the same.
+    """
+
+    def __init__(self, where: layout.Layout, host_id: str, parsed: Parsed) -> None:
+        self.known, self.problem = _read(where.last_scan(host_id), parsed.parse)
+        path = where.readings(host_id)
+        data, self.old_problem = _data(path)
+        mark = self.known.fields.get("readings") if self.known is not None else None
+        self.is_whole = data is not None and mark == _digest(data)
+        self.readings = parse_readings(data) if data is not None and not self.is_whole else None
+        if data is not None and not self.is_whole and self.readings is None:
+            self.old_problem = f"what the last pass saw cannot be read: {path} is damaged"
 
 
 def save_last_scan(where: layout.Layout, host_id: str, before: LastScan, last: LastScan) -> None:
@@ -166,12 +194,14 @@ def _data(path: str) -> tuple[bytes | None, str | None]:
     Returns None for both if there is no such file.
     """
     try:
-        if not os.path.lexists(path):
-            return None, None
         data = durable.read_file(path, limit=_LIMIT)
+        if data is None and not stat.S_ISREG(os.lstat(path).st_mode):
+            return None, f"what the last pass saw cannot be read: {path} is no file"
+    except FileNotFoundError:
+        return None, None
     except OSError as error:
         return None, f"what the last pass saw cannot be read: {path}: {error.strerror}"
-    return data, None if data is not None else f"what the last pass saw cannot be read: {path} is no file"
+    return data, None
 
 
 def _read(path: str, parsed: Callable[[bytes], _T | None]) -> tuple[_T | None, str | None]:

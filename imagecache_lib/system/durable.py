@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 
-from imagecache_lib.system import sparse
+from imagecache_lib.system import names, sparse
 from imagecache_lib.system.descriptor import Descriptor
 
 _AT_FDCWD = -100
@@ -19,8 +19,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 #: As much of a file that is too long is read, in bytes: enough to see that it is damaged.
 _LONG = 2**24
 
-#: How often a file that another host replaces meanwhile is looked up again.
-_STALE_TURNS = 3
+#: How often a file that another process replaces meanwhile is looked up again.
+_STALE_TURNS = 16
 
 
 def new_id() -> str:
@@ -183,26 +183,31 @@ def _exchange(one: str, other: str) -> bool:
 def read_file(path: str, *, limit: int = 2**24) -> bytes | None:
     """Return the content of a small file, or None if the path has no file or no regular one.
 
+    That there is none counts where nothing but this kernel changes the filesystem, and where its directory
+    does not list it: a client of another finds nothing for a moment where a file is being replaced, on FUSE
+    even if this host replaces it.
+
     :param limit: most bytes that are read. A file that has more is none as it was written, and no more than
         16 MiB of it are read.
-    :raises OSError: the file cannot be read.
+    :raises OSError: the file cannot be read; ``ESTALE``: its directory lists it, and it is not found.
     """
     for _turn in range(_STALE_TURNS):
         try:
             return _read(path, limit)
+        except NotADirectoryError:
+            return None
+        except FileNotFoundError:
+            if not names.may_be_there(path):
+                return None
         except OSError as error:
-            # Another host that shares the storage replaced it between our look-up and our reading.
+            # It was replaced between our look-up and our reading.
             if error.errno != errno.ESTALE:
                 raise
-    return _read(path, limit)
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
 
 
 def _read(path: str, limit: int) -> bytes | None:
-    try:
-        descriptor = Descriptor(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    with descriptor as fd:
+    with Descriptor(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             return None

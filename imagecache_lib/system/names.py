@@ -79,6 +79,20 @@ def may_be_stale(fd: int) -> bool:
     return ctypes.c_ulong.from_buffer(answer).value not in _LOCAL
 
 
+def may_be_there(path: str) -> bool:
+    """Whether a file may be at a path though open(2) just found none: its directory lists it, and the
+    kernel's word does not count.
+
+    :raises OSError: the directory cannot be listed.
+    """
+    directory, name = os.path.split(path)
+    try:
+        with Descriptor(directory, os.O_RDONLY | os.O_DIRECTORY) as fd:
+            return may_be_stale(fd) and name in os.listdir(fd)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def is_listed(directory: str, name: str, inode: int, *, known: str) -> bool:
     """Whether the listing of a directory has a name, for a file of that inode number.
 

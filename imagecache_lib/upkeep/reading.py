@@ -11,7 +11,7 @@ import dataclasses
 import errno
 import os
 import stat
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from imagecache_lib.store import layout
@@ -40,6 +40,9 @@ _GRANULARITY = 2 * 10**9
 
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
+#: Stands for the inode of a name that was listed, and was not there when it was to be read.
+MISSED = 0
+
 #: What a node says whose device is not there.
 _NO_DEVICE = (errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM)
 
@@ -48,7 +51,7 @@ class Directory:
     """A directory that is being read.
 
     :ivar prefix: what the paths of its entries begin with.
-    :ivar entries: the inode of each name, by its last listing.
+    :ivar entries: the inode of each name, by its last listing, or :data:`MISSED`.
     :ivar changed: its ``st_mtime_ns`` before that listing.
     :ivar settled: whether its time of change tells if it has changed since. Else only another listing does.
     :ivar listed: it was listed at least once.
@@ -71,6 +74,16 @@ class Directory:
         self.changed = look.changed
         self.entries, self.listed = look.entries, True
         self.settled = look.settled
+
+    def miss(self, name: str) -> None:
+        """Have a name that was listed read at the next listing: it was not there when it was to be read."""
+        if name in self.entries:
+            self.entries[name] = MISSED
+            self.settled = False
+
+    def missed(self) -> Iterator[str]:
+        """Yield the paths of what was listed and never read."""
+        return (self.prefix + name for name, inode in self.entries.items() if inode == MISSED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +134,7 @@ class Look:
     :ivar key: its ``(st_dev, st_ino)`` then.
     :ivar changed: its ``st_mtime_ns`` before the listing.
     :ivar settled: as that of :class:`Directory`.
-    :ivar entries: the inode of each name. It grows as the look gets on.
+    :ivar entries: the inode of each name, or :data:`MISSED`. It grows as the look gets on.
     :ivar facts: of its files.
     :ivar inner: the directories in it that were not read before.
     :ivar lost: what :func:`note_lost_and_found` noted.
@@ -135,7 +148,7 @@ class Look:
     found: Directory | None = None
     key = (0, 0)
     changed = 0
-    settled = is_link = is_absent = is_unreadable = again = False
+    settled = is_link = is_absent = is_unreadable = again = _has_missed = False
 
     def __init__(
         self,
@@ -182,6 +195,9 @@ class Look:
                 self._read(fd)
         except OSError as error:
             self.inner = []
+            if error.errno in (errno.ENOENT, errno.ESTALE):
+                self.is_absent = self.again = True  # another host took it away from under us
+                return
             self._unreadable_directory(error)
 
     def _read(self, fd: int) -> None:
@@ -200,7 +216,8 @@ class Look:
         self._read_entries(directory, fd)
         # Another directory's clock is another server's, and its granularity unknown.
         here = directory.seen.identity is not None and directory.seen.identity.device == self._around.device
-        self.settled = here and self.changed < self._around.now - _GRANULARITY
+        old = here and self.changed < self._around.now - _GRANULARITY
+        self.settled = old and not self._has_missed
         self.found = directory
 
     def _read_entries(self, directory: Directory, fd: int) -> None:
@@ -227,7 +244,7 @@ class Look:
         try:
             return stat.S_ISBLK(os.stat(name, dir_fd=directory_fd, follow_symlinks=False).st_mode)
         except FileNotFoundError:
-            self.again = True  # a QEMU's socket, most likely, that went with it
+            self._missed(name)  # a QEMU's socket, most likely, that went with it
             return False
 
     def _note_directory(self, directory: Directory, name: str, fd: int, inode: int) -> None:
@@ -286,7 +303,7 @@ class Look:
                 references = self._around.condense(headers.references(fd, head))
                 born = self._statx.born(fd) if references else 0
         except FileNotFoundError:
-            self.again = True  # it may have another name now, which the listing missed
+            self._missed(name)
             return
         except OSError as error:
             if size is None:
@@ -305,12 +322,18 @@ class Look:
         answers = self._around.follower.inside.call(lambda: _references_at(path))
         answer = answers[0] if answers else OSError(errno.ETIMEDOUT, NO_ANSWER)
         if isinstance(answer, FileNotFoundError):
-            self.again = True
+            self._missed(name)
         elif isinstance(answer, OSError):
             if answer.errno not in _NO_DEVICE:
                 self._unreadable_file(directory, name, directory_fd, inode, answer, size)
         elif references := self._around.condense(answer):
             self.facts.append(Overlay(path, directory.seen, references, inode, 0))
+
+    def _missed(self, name: str) -> None:
+        """Note that what was listed was not there: it may have another name now, which the listing missed,
+        and have got this one back when the directory is listed again."""
+        self.entries[name] = MISSED
+        self.again = self._has_missed = True
 
     # -- what cannot be read -------------------------------------------------------------------------
 

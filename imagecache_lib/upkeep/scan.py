@@ -179,8 +179,17 @@ class Scan:
         self._host.trace(TracePoint.REFERENCES_DIRECTORY)
         self._take(look)
         if look.is_absent:
+            self._miss(which)
             return None
         return self._read_link(which) if look.is_link else look.inner
+
+    def _miss(self, which: Inner) -> None:
+        """Have what was listed and is not there looked for in the next listing: renamed away, it may have
+        got its name back by then."""
+        identity = which.above.identity
+        assert identity is not None
+        if (above := self._directories.get((identity.device, identity.inode))) is not None:
+            above.miss(os.path.basename(which.path))
 
     def _read_link(self, which: Inner) -> list[Inner] | None:
         """Read the directory to which a link leads."""
@@ -234,7 +243,10 @@ class Scan:
                 self._look_again(directory)
             if not self._again:
                 return
-        self._facts.append(Unsettled(next(iter(self._tops), "")))
+        missed = [path for each in self._directories.values() for path in each.missed()]
+        self._facts += [Unreadable(path, "it is listed, and is not found", False) for path in missed]
+        if not missed:
+            self._facts.append(Unsettled(next(iter(self._tops), "")))
 
     def _look_again(self, directory: Directory) -> None:
         path, identity = directory.seen.path, directory.seen.identity

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import imagecache_lib as ic
 from imagecache_lib import errors, events
 from imagecache_lib.store import layout
+from imagecache_lib.system import durable
 from imagecache_lib.testing.sources import FakeSource
 from tests.lab import stale_names
 from tests.support import campaign, files, stress
@@ -84,6 +86,30 @@ def test_a_spawn_waits_until_its_kernel_forgets_a_base_that_another_host_evicted
         directory.mkdir()
         here.create_disk(ID, str(directory / "disk"))
         assert (served / layout.base_name(ID)).read_bytes() == raw_image()
+
+
+def _replace(path: str, turns: int) -> None:
+    for turn in range(turns):
+        durable.write_file(path, b"x" * (1000 + turn % 500), sync=False)
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_a_small_file_that_is_being_replaced_is_never_missing(tmp_path: pathlib.Path, seconds: float) -> None:
+    with stale_names.mounted(tmp_path, 1, seconds=seconds) as (mount,):
+        path = str(mount / "note")
+        _replace(path, 1)
+        # It leaves nothing open behind, so that the directory can be unmounted.
+        writer = multiprocessing.get_context("forkserver").Process(target=_replace, args=(path, 1000))
+        writer.start()
+        looks = 0
+        while writer.is_alive():
+            data = durable.read_file(path)
+            assert data is not None, "it was not there"
+            assert set(data) == set(b"x"), "it was torn"
+            looks += 1
+        writer.join()
+        assert writer.exitcode == 0
+        assert looks > 100
 
 
 @pytest.mark.campaign

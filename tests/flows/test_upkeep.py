@@ -243,6 +243,72 @@ class TestWhatIsRead(UpkeepCase):
                 for directory in (first, self.instances / listed[1], renamed):
                     directory.rmdir()
 
+    def test_a_directory_that_is_renamed_away_and_back_while_it_is_read_is_not_missed(self) -> None:
+        for name in ("abc", "def"):
+            (self.instances / name).mkdir()
+        base = self.cached()
+        listed = [entry.name for entry in os.scandir(self.instances) if len(entry.name) == 3]
+        first, last = self.instances / listed[0], self.instances / listed[-1]
+        (first / f".x.{'0' * 32}.new").write_bytes(b"")
+        files.overlay(last / "disk", str(base))
+        # It is away as it is to be read, and back when the directory above is listed again.
+        self.away_and_back(last, looks=2)
+        self.assertKept(base, self.verify(), "/disk")
+
+    def test_a_disk_that_is_renamed_away_and_back_while_it_is_read_is_not_missed(self) -> None:
+        base = self.cached()
+        directory = self.instances / "uuid"
+        directory.mkdir()
+        disk = directory / "disk"
+        for turn in range(100):
+            unfinished = directory / f".x.{turn:032x}.new"
+            # Whatever order a filesystem lists names in, there is one that comes first.
+            if turn % 2:
+                unfinished.write_bytes(b"")
+            files.overlay(disk, str(base))
+            unfinished.write_bytes(b"")
+            if [entry.name for entry in os.scandir(directory)] == [unfinished.name, disk.name]:
+                break
+            unfinished.unlink()
+            disk.unlink()
+        self.away_and_back(disk, looks=2)
+        self.assertKept(base, self.verify(), "/disk")
+
+    def test_what_is_listed_and_never_found_is_told_by_its_name_and_keeps_every_base(self) -> None:
+        base = self.cached()
+        root = self.directory / "root"
+        directory, away = root / "abc", self.directory / "away"
+        root.mkdir()
+        away.mkdir()
+
+        def toggle(point: str) -> None:
+            # It is there as the root is listed, and away as it is to be read.
+            if point == "references:directory":
+                old, new = (directory, away) if directory.exists() else (away, directory)
+                old.rename(new)
+
+        keeper = self.manager(host=self.host(trace=toggle), disk_roots=(str(root),))
+        report = keeper.verify_base_images([])
+        self.assertKept(base, report, "is listed, and is not found")
+        self.assertIn(str(directory), report.problems[0])
+
+    def away_and_back(self, path: pathlib.Path, *, looks: int) -> None:
+        """Rename something when an unfinished disk is read, and back at a later look at a directory, in two
+        readings.
+
+        :param looks: the number of that look.
+        """
+        away = path.with_name(f"{path.name}_resize")
+
+        def rename() -> None:
+            path.rename(away)
+            for _look in range(looks - 1):
+                self.points.at("references:directory", lambda: None)
+            self.points.at("references:directory", lambda: away.rename(path))
+
+        for _reading in range(2):
+            self.points.at("references:unfinished", rename)
+
 
 class TestWhatCannotBeTold(UpkeepCase):
     def test_no_report_keeps_everything(self) -> None:

@@ -35,6 +35,9 @@ _DAY = 24 * _HOUR
 #: For so long a guest lives at most, and a job is kept.
 _LIFE = 20 * _HOUR
 
+#: For so long what happened is kept: two of them are over within a sample.
+_HISTORY = 2 * _DAY
+
 #: SQLite's journal is written back once it has a thousand pages.
 _JOURNAL = 1000 * 4200
 
@@ -78,6 +81,7 @@ class Service:
         config = ic.CacheConfig(
             instances_path=str(self.instances),
             remove_unused_original_minimum_age_seconds=_DAY,
+            history_age_seconds=_HISTORY,
             max_cache_size=2**21,
             num_retries=0,
         )

@@ -93,3 +93,35 @@ def test_what_is_other_than_before_is_written(where: Layout, what: str) -> None:
     assert save(where, other)
     assert not save(where, other)
     assert dataclasses.asdict(load(where))["roots"] == dataclasses.asdict(other)["roots"]
+
+
+class TornAtFirst(last_scan.Parsed):
+    """Reads what was only half there at the first look, as where another process is replacing it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._looks = 0
+
+    def parse(self, data: bytes) -> LastScan | None:
+        self._looks += 1
+        return super().parse(data) if self._looks > 1 else None
+
+
+def test_what_is_torn_for_a_moment_costs_no_disk_the_identity_of_its_directory(where: Layout) -> None:
+    last_scan.save_last_scan(where, HOST, LastScan(), scan())
+    found = last_scan.load_last_scan(where, HOST, {}, parsed=TornAtFirst())
+    assert dict(found.disks) != {}
+    assert all(disk.directory.identity is not None for disk in found.disks.values())
+    assert found.report_unknown is None
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "link"])
+def test_what_is_no_file_is_told(where: Layout, kind: str) -> None:
+    path = pathlib.Path(where.last_scan(HOST))
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("x")
+    assert str(path) in str(load(where).unreadable)
