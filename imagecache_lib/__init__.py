@@ -69,8 +69,8 @@ if TYPE_CHECKING:
     from imagecache_lib.store.pins import Pin
     from imagecache_lib.system.host import Host, System
     from imagecache_lib.upkeep.make_room import SpaceReport
+    from imagecache_lib.upkeep.report import BaseReport, Explanation, VerifyReport
     from imagecache_lib.upkeep.scrub import ScrubbedBase, ScrubReport, Verdict
-    from imagecache_lib.upkeep.verify import BaseReport, Explanation, VerifyReport
 
 # Loaded when first used: a driver that imports the package should not pay for HTTP before it fetches.
 _HOMES = {
@@ -79,7 +79,7 @@ _HOMES = {
     "BackendError": "errors",
     "BaseInUseError": "errors",
     "BaseImage": "model",
-    "BaseReport": "upkeep.verify",
+    "BaseReport": "upkeep.report",
     "CacheAdmin": "admin",
     "CacheConfig": "config",
     "CacheEntryError": "errors",
@@ -96,7 +96,7 @@ _HOMES = {
     "DiskExistsError": "errors",
     "DiskTooSmallError": "errors",
     "Ephemeral": "model",
-    "Explanation": "upkeep.verify",
+    "Explanation": "upkeep.report",
     "Feature": "backends.interface",
     "FileImage": "sources.file",
     "FileSource": "sources.file",
@@ -133,7 +133,7 @@ _HOMES = {
     "SurveyedBase": "diagnostics.survey",
     "System": "system.host",
     "Verdict": "upkeep.scrub",
-    "VerifyReport": "upkeep.verify",
+    "VerifyReport": "upkeep.report",
 }
 
 __all__ = [

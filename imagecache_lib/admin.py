@@ -25,8 +25,9 @@ if typing.TYPE_CHECKING:
     from imagecache_lib.backends.interface import StorageBackend
     from imagecache_lib.diagnostics import audit, preflight, survey
     from imagecache_lib.upkeep.make_room import SpaceReport
+    from imagecache_lib.upkeep.report import Explanation, VerifyReport
     from imagecache_lib.upkeep.scrub import ScrubReport
-    from imagecache_lib.upkeep.verify import Explanation, Upkeep, VerifyReport
+    from imagecache_lib.upkeep.verify import Upkeep
 
 
 class CacheAdmin:

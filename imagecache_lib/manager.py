@@ -28,7 +28,7 @@ from imagecache_lib.store import disk_roots, pins
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.store.spool import Spools
 from imagecache_lib.system import arguments, atomic_file
-from imagecache_lib.upkeep.verify import VerifyReport
+from imagecache_lib.upkeep.report import VerifyReport
 
 LOG = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagecache_lib import errors, events, manager, model
 from imagecache_lib.cli import base, bus, exposition, peers, sources, values
+from imagecache_lib.cli.instance_report import add_instances, read_instances, to_operator
 from imagecache_lib.precache.agent import HostAgent
 from imagecache_lib.precache.watch import Watch
 from imagecache_lib.store import layout
@@ -62,7 +63,7 @@ class Agent(base.Base):
         parser = super().get_parser(prog_name)
         group = parser.add_argument_group("periodic pass")
         which = group.add_mutually_exclusive_group()
-        base.add_instances(which)
+        add_instances(which)
         which.add_argument(
             "--instances-provider",
             metavar="NAME",
@@ -142,7 +143,7 @@ class Agent(base.Base):
 
         def tell(event: events.Event) -> None:
             if isinstance(event, events.PassFinished):
-                problems = tuple(base.to_operator(each, reported) for each in event.problems)
+                problems = tuple(to_operator(each, reported) for each in event.problems)
                 event = dataclasses.replace(event, problems=problems)
             log(event)
 
@@ -302,7 +303,7 @@ def _provider(arguments: argparse.Namespace) -> Provider:
     """Return what tells the instances: a file, read each time, an entry point, or one that cannot tell."""
     if arguments.instances_provider is None:
         path = arguments.instances
-        return lambda: base.read_instances(path)
+        return lambda: read_instances(path)
     found = importlib.metadata.entry_points(group=PROVIDERS, name=arguments.instances_provider)
     if not found:
         raise errors.ConfigError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import imagecache_lib as ic
 from imagecache_lib import events
 from imagecache_lib.cli import base, parsing, values
+from imagecache_lib.cli.instance_report import add_instances, read_instances, to_operator
 
 if TYPE_CHECKING:
     from imagecache_lib.observers.metrics import MetricsObserver
@@ -29,7 +30,7 @@ class Verify(base.BaseLister):
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         parser.add_argument("--evict", action="store_true", help="remove what can go (default: only say so)")
-        base.add_instances(parser)
+        add_instances(parser)
         add_textfile(parser, "with --evict: write the figures of this pass")
         return parser
 
@@ -38,7 +39,7 @@ class Verify(base.BaseLister):
             raise parsing.Misused(
                 "--textfile has the figures of a pass", next_step="add --evict, or leave it out"
             )
-        instances = base.read_instances(parsed_args.instances)
+        instances = read_instances(parsed_args.instances)
         before = self.admin().survey(instances)
         report = self._verify(instances, parsed_args)
         if instances is None:
@@ -72,7 +73,7 @@ class Verify(base.BaseLister):
         instances: Sequence[ic.Instance] | None,
     ) -> list[Any]:
         damaged = known is not None and known.base.damaged
-        reason = base.to_operator(each.reason, instances)
+        reason = to_operator(each.reason, instances)
         return [
             values.Id(each.image_id or each.name),
             values.Label(known.base.image_name if known is not None else None),
@@ -179,11 +180,11 @@ class Audit(base.BaseLister):
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        base.add_instances(parser, reads_disks=True)
+        add_instances(parser, reads_disks=True)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
-        report = self.admin().audit(base.read_instances(parsed_args.instances))
+        report = self.admin().audit(read_instances(parsed_args.instances))
         if any(each.severity is not ic.Severity.INFO for each in report.findings):
             self.exit_code = base.ATTENTION
         bases = "1 base image" if report.bases == 1 else f"{report.bases} base images"

@@ -9,6 +9,7 @@ from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib.cli import base, filters, formats, values
+from imagecache_lib.cli.instance_report import add_instances, read_instances, to_operator
 
 _OWNER = "operator"
 _IMAGE = "id or name of an image, name of a base image, or the first letters of one that is in the cache"
@@ -41,12 +42,12 @@ class List(base.BaseLister):
             action="store_true",
             help="only the ids, a line each; of a base without one, its name. The same with -q",
         )
-        base.add_instances(parser, reads_disks=True)
+        add_instances(parser, reads_disks=True)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         admin = self.admin()
-        survey = admin.survey(base.read_instances(parsed_args.instances))
+        survey = admin.survey(read_instances(parsed_args.instances))
         found = [each for each in survey.bases if filters.meets(each, parsed_args.filter, survey.now)]
         # -q is the whole program's: nothing but what was asked for.
         if parsed_args.ids or (self.app.options.verbose_level == 0 and parsed_args.formatter == "table"):
@@ -154,11 +155,11 @@ class Explain(base.BaseShow):
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
         parser.add_argument("image", help=_IMAGE)
-        base.add_instances(parser)
+        add_instances(parser)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
-        instances = base.read_instances(parsed_args.instances)
+        instances = read_instances(parsed_args.instances)
         admin = self.admin()
         found = admin.explain(base.base_of(admin, parsed_args.image), instances)
         if found is None:
@@ -167,12 +168,12 @@ class Explain(base.BaseShow):
             "base": found.base.name,
             "image": found.base.image_id,
             "next_pass": "evicts it" if found.base.evicted else "keeps it",
-            "because": base.to_operator(found.base.reason, instances),
-            "kept_by": values.Lines(base.to_operator(what, instances) for what, _change in found.obstacles),
+            "because": to_operator(found.base.reason, instances),
+            "kept_by": values.Lines(to_operator(what, instances) for what, _change in found.obstacles),
             "to_change_that": values.Lines(
-                base.to_operator(change, instances) for _what, change in found.obstacles
+                to_operator(change, instances) for _what, change in found.obstacles
             ),
-            "problems": values.Lines(base.to_operator(each, instances) for each in found.problems),
+            "problems": values.Lines(to_operator(each, instances) for each in found.problems),
         }
         return list(shown), list(shown.values())
 

@@ -10,6 +10,7 @@ import tempfile
 
 from imagecache_lib import errors
 from imagecache_lib.cli import base, values
+from imagecache_lib.cli.instance_report import add_instances, read_instances
 
 
 class Report(base.Base):
@@ -36,7 +37,7 @@ class Report(base.Base):
             help="SQLite file that keeps what each report saw, for a plot over time; it is made if it is not "
             "there",
         )
-        base.add_instances(parser, reads_disks=True)
+        add_instances(parser, reads_disks=True)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
@@ -44,7 +45,7 @@ class Report(base.Base):
         from imagecache_lib.cli import report_history, report_page
 
         admin = self.admin()
-        survey = admin.survey(base.read_instances(parsed_args.instances))
+        survey = admin.survey(read_instances(parsed_args.instances))
         looks = report_history.add(parsed_args.history, survey) if parsed_args.history else []
         host, path = admin.host.name, admin.config.base_path
         _replace(parsed_args.html, report_page.page(survey, looks, host=host, path=path))

@@ -10,6 +10,7 @@ from typing import Any
 import imagecache_lib as ic
 from imagecache_lib import dates
 from imagecache_lib.cli import base, parsing, values
+from imagecache_lib.cli.instance_report import add_instances, read_instances
 from imagecache_lib.diagnostics.survey import State, Survey
 
 #: What an interval of 0 means, in seconds.
@@ -23,12 +24,12 @@ class Df(base.BaseShow):
 
     def get_parser(self, prog_name: str) -> argparse.ArgumentParser:
         parser = super().get_parser(prog_name)
-        base.add_instances(parser, reads_disks=True)
+        add_instances(parser, reads_disks=True)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         admin = self.admin()
-        survey = admin.survey(base.read_instances(parsed_args.instances))
+        survey = admin.survey(read_instances(parsed_args.instances))
         for problem in survey.problems:
             self.note(problem)
         shown = {
@@ -118,12 +119,12 @@ class Prune(base.BaseLister):
         )
         parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
         parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
-        base.add_instances(parser, reads_disks=True)
+        add_instances(parser, reads_disks=True)
         return parser
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         admin = self.admin()
-        instances = base.read_instances(parsed_args.instances)
+        instances = read_instances(parsed_args.instances)
         limits = {"older_than": float(parsed_args.older_than), "until_free": parsed_args.until_free}
         before = admin.survey(instances)
         report = admin.prune(instances, **limits, dry_run=True)

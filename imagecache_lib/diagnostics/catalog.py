@@ -8,8 +8,8 @@ import dataclasses
 import os
 
 from imagecache_lib import errors, model
-from imagecache_lib.store import layout, pins, trash
-from imagecache_lib.store.directory import CacheStore, read_name
+from imagecache_lib.store import base_attributes, layout, pins, trash
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import Hosts
 from imagecache_lib.upkeep import inventory
 
@@ -100,7 +100,7 @@ def _described(cache: CacheStore, entry: inventory.Entry) -> CachedBase:
         opened = cache.open_base(entry.name)
         if opened is not None:
             with contextlib.closing(opened):
-                record, name = cache.record_of(opened), read_name(opened.fd)
+                record, name = cache.record_of(opened), base_attributes.read_name(opened.fd)
     pinned = pins.read(cache, entry.name)
     base = CachedBase(
         name=entry.name,

@@ -21,8 +21,7 @@ from oslo_concurrency import processutils
 from imagecache_lib import dates, errors
 from imagecache_lib.backends.interface import StorageBackend
 from imagecache_lib.formats.sandbox import Sandbox
-from imagecache_lib.store import directory as store
-from imagecache_lib.store import layout
+from imagecache_lib.store import base_attributes, layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable, locks
 from imagecache_lib.system.descriptor import Descriptor
@@ -368,7 +367,7 @@ def _filesystem(cache: CacheStore) -> Iterator[Finding]:
         try:
             second = stack.enter_context(Descriptor(probe, flags))
             skew = os.fstat(first).st_mtime - cache.host.clock()
-            attributes = store.write_id(first, "probe")
+            attributes = base_attributes.write_id(first, "probe")
         finally:
             os.unlink(probe)
         excluding = _excludes(first, second)

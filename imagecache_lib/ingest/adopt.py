@@ -19,7 +19,7 @@ from imagecache_lib.formats.inspection import Rules
 from imagecache_lib.formats.qemu_img import DiskFile, QemuImg
 from imagecache_lib.ingest import decode, digest
 from imagecache_lib.ingest.call import Call
-from imagecache_lib.store import checksums, directory, evidence
+from imagecache_lib.store import base_attributes, checksums, evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable
 from imagecache_lib.system.translate import translated
@@ -75,9 +75,9 @@ def bind_again(cache: CacheStore, base: OpenBase, call: Call) -> evidence.Record
             LOG.warning("Base image %s is not what its record and its checksums describe", base.path)
             return None
         # The checksums are bound to this id, so that a crash here leaves what can be bound the next time.
-        if directory.read_id(base.fd) == "":
-            directory.write_id(base.fd, record.base_id)
-        carried = directory.read_id(base.fd)
+        if base_attributes.read_id(base.fd) == "":
+            base_attributes.write_id(base.fd, record.base_id)
+        carried = base_attributes.read_id(base.fd)
         _make_durable(base)
         bound = dataclasses.replace(
             record,
@@ -97,7 +97,7 @@ def _may_be_of(record: evidence.Record, base: OpenBase, call: Call) -> bool:
     if (record.name, record.image_id, record.size) != (base.name, call.image_id, base.stat.st_size):
         return False
     # A file with another id was published or adopted here, and that record is lost.
-    return directory.read_id(base.fd) in (None, "", record.base_id)
+    return base_attributes.read_id(base.fd) in (None, "", record.base_id)
 
 
 def inspect_again(
@@ -163,7 +163,7 @@ def _bound(
     record = evidence.Record(
         name=base.name,
         image_id=call.image_id,
-        base_id=directory.mark(base.fd),
+        base_id=base_attributes.mark(base.fd),
         inode=base.stat.st_ino,
         size=base.stat.st_size,
         origin=evidence.Origin.ADOPTED,

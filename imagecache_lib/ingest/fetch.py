@@ -24,8 +24,8 @@ from imagecache_lib.sources import checked
 from imagecache_lib.sources.identity import identity
 from imagecache_lib.sources.interface import ImageSource, SourceRefused
 from imagecache_lib.sources.retry import DeadlinePassed
-from imagecache_lib.store import evidence, failures
-from imagecache_lib.store.directory import CacheStore, OpenBase, write_name
+from imagecache_lib.store import base_attributes, evidence, failures
+from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.store.evictor import Evictor
 from imagecache_lib.store.evidence import Unmet
 from imagecache_lib.store.failures import Failure
@@ -358,7 +358,7 @@ class ImageProducer:
 
     def _seal(self, stage: Stage, image: model.Image, content: Content) -> evidence.Record:
         """Make data and evidence durable, in this order, before anything can refer to them."""
-        write_name(stage.fd, image.properties.get("name"))
+        base_attributes.write_name(stage.fd, image.properties.get("name"))
         base_id = stage.seal()
         with translated(stage.path):
             found = os.fstat(stage.fd)

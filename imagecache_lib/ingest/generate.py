@@ -12,7 +12,7 @@ from oslo_concurrency import processutils
 from imagecache_lib import errors, model
 from imagecache_lib.ingest.generation import GIB, MIB, Generation, look
 from imagecache_lib.ingest.producer import BaseRequest
-from imagecache_lib.store import directory, evidence
+from imagecache_lib.store import base_attributes, evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.store.evictor import Evictor
 from imagecache_lib.store.evidence import Unmet
@@ -135,7 +135,7 @@ class GenerationProducer:
         with translated(opened.path):
             os.fsync(opened.fd)
             durable.sync_directory(os.path.dirname(opened.path))
-            base_id = directory.mark(opened.fd)
+            base_id = base_attributes.mark(opened.fd)
             record = self._record(self._wanted, opened.fd, base_id, evidence.Origin.ADOPTED)
             self._cache.write_record(record)
         return record

@@ -14,7 +14,7 @@ from imagecache_lib import errors
 from imagecache_lib.formats import inspection
 from imagecache_lib.ingest.call import Call
 from imagecache_lib.ingest.producer import BaseRequest
-from imagecache_lib.store import directory, evidence
+from imagecache_lib.store import base_attributes, evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.store.evidence import Unmet
 from imagecache_lib.store.failures import Failure
@@ -141,7 +141,7 @@ class ResizedProducer:
         return evidence.Record(
             name=opened.name,
             image_id=self._call.image_id,
-            base_id=directory.mark(opened.fd),
+            base_id=base_attributes.mark(opened.fd),
             inode=opened.stat.st_ino,
             size=opened.stat.st_size,
             origin=evidence.Origin.ADOPTED,

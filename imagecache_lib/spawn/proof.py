@@ -14,7 +14,7 @@ import dataclasses
 import os
 
 from imagecache_lib.ingest.producer import BaseRequest
-from imagecache_lib.store import directory, evidence
+from imagecache_lib.store import base_attributes, evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.store.stage import SealedStage
 from imagecache_lib.system import durable, sparse
@@ -38,7 +38,7 @@ def is_possible(cache: CacheStore, request: BaseRequest) -> bool:
             record = cache.record_of(opened)
             return (
                 record is not None
-                and bool(directory.read_id(opened.fd))
+                and bool(base_attributes.read_id(opened.fd))
                 and evidence.lacks_signature_only(record, request.requirements)
             )
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache directory as it lies on disk: opening a base, believing its record, noting its use.
 
-:mod:`imagecache_lib.store.layout` says what the names mean. Nothing here fetches, decides or evicts.
+:mod:`imagecache_lib.store.layout` says what the names mean, :mod:`imagecache_lib.store.preparation` makes the
+directories. Nothing here fetches, decides or evicts.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import functools
 import logging
 import os
 import stat
-import threading
 
 from imagecache_lib import errors, events
 from imagecache_lib.config import CacheConfig
-from imagecache_lib.store import evidence, layout, membership, pieces
+from imagecache_lib.store import base_attributes, evidence, layout, membership, pieces
 from imagecache_lib.store.named_roots import NamedRoots
-from imagecache_lib.system import attributes, durable, names
+from imagecache_lib.store.preparation import Preparation
+from imagecache_lib.system import durable, names
 from imagecache_lib.system.bounded import Bounded
 from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.host import System
@@ -27,33 +28,10 @@ from imagecache_lib.system.translate import translated
 
 LOG = logging.getLogger(__name__)
 
-#: Letters of an image's name that are kept: as many as Glance allows.
-_LONGEST_NAME = 255
-
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-
-
-#: A directory's time of change that is younger than this proves nothing: the coarsest filesystems count whole
-#: seconds, FAT two.
-_GRANULARITY = 2.0
 
 #: How many parsed records are kept.
 _RECORDS = 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prepared:
-    """The cache's own directory, when those within it were looked at.
-
-    :param changed: its ``st_ctime_ns``.
-    :param looked: when that time of change was first seen, in seconds of the monotonic clock.
-    :param is_settled: those within were looked at so long after that that a later change has another time.
-    """
-
-    identity: tuple[int, int]
-    changed: int
-    looked: float
-    is_settled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +111,7 @@ class CacheStore:
         self.observers = observers or events.Observers(())
         self.layout = layout.Layout(config.base_path, config.locks_path)
         self.elsewhere = Bounded()
-        self._prepared: _Prepared | None = None
-        self._starting = threading.Lock()
+        self._preparation = Preparation(self.layout, config.instances_path, host)
         self._named_roots = NamedRoots(config.roots, host, usual=not config.disk_roots)
         # Records are read for each spawn, and few differ.
         self._parse = functools.lru_cache(_RECORDS)(evidence.parse)
@@ -142,50 +119,16 @@ class CacheStore:
     def start(self) -> bool:
         """Make the directories that are missing and check those that are there, if need be.
 
-        An operator may remove the cache, or mount a filesystem over it, while this process runs: then it is
-        prepared once more. Returns True if it was prepared, the first time or again.
+        Returns True if the cache was prepared, the first time or again since it was removed meanwhile.
 
         :raises ConfigError: the instances directory is missing or read-only, belongs to another user, or the
             cache was written by a newer release.
         """
-        if self.is_prepared():
-            return False
-        with self._starting:
-            if self.is_prepared():
-                return False
-            if self._prepared is not None:
-                LOG.warning("The cache %s is gone, or another one: preparing it anew", self.layout.private)
-            self._check_owner()
-            self._make_directories()
-            self._check_version()
-            self._prepared = self._look_at_private()
-            return True
+        return self._preparation.ensure()
 
     def is_prepared(self) -> bool:
         """Whether the cache's directories are there, and the cache is the one that :meth:`start` prepared."""
-        before, now = self._prepared, self._look_at_private()
-        if before is None or now is None or now.identity != before.identity:
-            return False
-        if now.changed == before.changed and before.is_settled:
-            return True  # no name in it was made or removed since those were looked at
-        if any(_identity(path) is None for path in self._inner_directories()):
-            return False
-        if now.changed == before.changed:
-            now = dataclasses.replace(before, is_settled=now.looked - before.looked > _GRANULARITY)
-        self._prepared = now
-        return True
-
-    def _look_at_private(self) -> _Prepared | None:
-        looked = self.host.monotonic()
-        try:
-            found = os.stat(self.layout.private)
-        except OSError:
-            return None  # preparing the cache says what is wrong with it
-        return _Prepared((found.st_dev, found.st_ino), found.st_ctime_ns, looked)
-
-    def _inner_directories(self) -> tuple[str, ...]:
-        where = self.layout
-        return (where.records, where.stages, where.trash, where.hosts, where.pins)
+        return self._preparation.holds()
 
     @functools.cached_property
     def host_id(self) -> str:
@@ -229,77 +172,6 @@ class CacheStore:
         """Whether there is a cache yet."""
         return os.path.isdir(self.layout.base_path)
 
-    def _check_owner(self) -> None:
-        instances = self.config.instances_path
-        try:
-            owner = os.stat(instances).st_uid
-        except FileNotFoundError:
-            raise errors.ConfigError(
-                "the instances directory does not exist",
-                path=instances,
-                next_step="create or mount it, owned by the service's user",
-            ) from None
-        except OSError as error:
-            raise errors.ConfigError(
-                f"the instances directory cannot be looked at: {error.strerror}",
-                path=instances,
-                next_step="let the service's user enter every directory above it",
-            ) from error
-        if os.geteuid() == 0 and owner != 0:
-            # Files made by root here would lock the service out of its own cache.
-            raise errors.ConfigError(
-                f"the instances directory belongs to uid {owner}, and this is root",
-                path=instances,
-                next_step=f"run as that user, for example with: runuser -u '#{owner}' --",
-            )
-
-    def _make_directories(self) -> None:
-        where = self.layout
-        try:
-            durable.make_directories(os.path.dirname(where.locks_path), layout.LOCKS_DIR_MODE)
-            _make_directory(where.locks_path, layout.LOCKS_DIR_MODE)
-            _make_directory(where.base_path, layout.BASE_DIR_MODE)
-            for path in (where.private, *self._inner_directories()):
-                _make_directory(path, layout.PRIVATE_DIR_MODE)
-        except OSError as error:
-            raise errors.ConfigError(
-                f"the cache's directories cannot be made: {error.strerror}",
-                path=error.filename or where.base_path,
-                next_step=_step(error.errno),
-            ) from error
-        if not os.access(where.private, os.W_OK | os.X_OK):
-            raise errors.ConfigError(
-                "the cache directory is not writable",
-                path=where.private,
-                next_step=_step(errno.EROFS if _is_mounted_read_only(where.private) else errno.EACCES),
-            )
-
-    def _check_version(self) -> None:
-        try:
-            found = durable.read_file(self.layout.version)
-        except OSError as error:
-            raise errors.ConfigError(
-                f"the cache's layout version cannot be read: {error.strerror}",
-                path=self.layout.version,
-                next_step="make it readable for the service's user",
-            ) from error
-        if found is None:
-            durable.write_file(self.layout.version, b"%d\n" % layout.VERSION)
-            return
-        if not layout.is_known_version(found):
-            version = layout.stated_version(found)
-            if version is None:
-                raise errors.ConfigError(
-                    "the file with the version of the cache's layout is damaged: it states no version",
-                    path=self.layout.version,
-                    next_step=f"if no newer release uses the cache, write {layout.VERSION} into it",
-                )
-            raise errors.ConfigError(
-                f"the cache has layout version {version}, this release knows {layout.VERSION}",
-                path=self.layout.version,
-                next_step="upgrade imagecache_lib on this host",
-            )
-
     # -- bases ---------------------------------------------------------------------------------------
 
     def open_base(self, name: str) -> OpenBase | None:
@@ -339,7 +211,7 @@ class CacheStore:
         record = self.read_record(base.name)
         if record is None or (record.inode, record.size) != (base.stat.st_ino, base.stat.st_size):
             return None
-        carried = read_id(base.fd)
+        carried = base_attributes.read_id(base.fd)
         if carried is None:
             adopted = evidence.Origin.ADOPTED
             return dataclasses.replace(record, origin=adopted, certificates=(), signed_by=None)
@@ -403,101 +275,6 @@ class CacheStore:
         """
         os.utime(self.layout.private)  # the cache's own directory: no other program looks at its time
         return os.stat(self.layout.private).st_mtime
-
-
-def read_id(fd: int) -> str | None:
-    """Return the random id that a base file carries; an empty one if it carries none.
-
-    Returns None if the filesystem has no extended attributes.
-    """
-    try:
-        return os.getxattr(fd, layout.ID_ATTRIBUTE).decode("ascii", "replace")
-    except OSError as error:
-        if error.errno == errno.ENODATA:
-            return ""
-        if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP):
-            return None
-        raise
-
-
-def write_id(fd: int, base_id: str) -> bool:
-    """Give a file its random id.
-
-    Returns False if the filesystem has no extended attributes or is read-only, or if this process may not
-    change the file.
-    """
-    try:
-        os.setxattr(fd, layout.ID_ATTRIBUTE, base_id.encode())
-    except OSError as error:
-        if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EROFS):
-            return False
-        raise
-    return True
-
-
-def read_name(fd: int) -> str | None:
-    """Return the name that the image service had for a base file's image, or None if the file carries
-    none."""
-    with contextlib.suppress(OSError):
-        return attributes.read(fd, layout.NAME_ATTRIBUTE) or None
-    return None
-
-
-def write_name(fd: int, name: object) -> None:
-    """Let a base file carry the image service's name of its image, as far as there is one and that is
-    possible.
-
-    :param name: as the image service says it: nothing about it is trusted.
-    """
-    if not isinstance(name, str):
-        return
-    shown = "".join(each if each.isprintable() else "\ufffd" for each in name[:_LONGEST_NAME]).strip()
-    if shown:
-        with contextlib.suppress(OSError, UnicodeEncodeError):  # it is for people, and fails no fetch
-            attributes.write(fd, layout.NAME_ATTRIBUTE, shown)
-
-
-def mark(fd: int) -> str:
-    """Make a base file carry a random id, if it carries none, and return the id that it carries.
-
-    Returns an empty id if it carries none all the same: this process cannot mark a file that libvirt gave to
-    QEMU's user, nor any file on a filesystem without extended attributes. Inode and size have to bind its
-    record then.
-    """
-    carried = read_id(fd)
-    if carried == "" and write_id(fd, fresh := durable.new_id()):
-        return fresh
-    return carried or ""
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    """Return ``(st_dev, st_ino)`` of a directory, or None if it is not there."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None  # preparing the cache says what is wrong with it
-    return found.st_dev, found.st_ino
-
-
-def _make_directory(path: str, mode: int) -> None:
-    try:
-        os.mkdir(path, mode)
-    except FileExistsError:
-        return
-    os.chmod(path, mode)  # mkdir() let the umask take bits away
-
-
-def _is_mounted_read_only(path: str) -> bool:
-    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
-
-
-def _step(number: int | None) -> str:
-    """Return what to do about an error of the kernel that keeps the cache from being written."""
-    if number == errno.EROFS:
-        return "mount it for writing; dmesg tells whether the kernel made it read-only"
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return "make room"
-    return "run as the service's user, or make it writable for this one"
 
 
 def _odd_entry(path: str, what: str) -> errors.CacheEntryError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from imagecache_lib.store import checksums, directory, evidence, pieces, trash
+from imagecache_lib.store import base_attributes, checksums, evidence, pieces, trash
 from imagecache_lib.store import stage as stages
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.store.stage import SealedStage, Stage, StageGone
@@ -84,7 +84,7 @@ def finish(cache: CacheStore, base: OpenBase) -> evidence.Record | None:
     Safe beside a publisher that lives: both write the same. Returns the record, or None if no stage is that
     of this very file.
     """
-    carried = directory.read_id(base.fd)
+    carried = base_attributes.read_id(base.fd)
     if not carried:
         return None
     for stage_id, note in stages.iter_stages(cache):

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from imagecache_lib.store import checksums, directory, evidence, layout
+from imagecache_lib.store import base_attributes, checksums, evidence, layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.pieces import Pieces
 from imagecache_lib.system import durable, locks, sparse
@@ -234,7 +234,7 @@ class Stage:
         self._fetcher = None
         with translated(self.path):
             os.fchmod(self.fd, layout.BASE_MODE)
-            directory.write_id(self.fd, base_id)
+            base_attributes.write_id(self.fd, base_id)
             self._cache.host.trace(TracePoint.STAGE_SYNC)
             os.fsync(self.fd)
         return base_id

@@ -1,57 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Re-reading what is cached, to find what the disk changed. Slowly, and past the page cache.
+"""Re-reading what is cached, to find what the disk changed: slowly, the longest unchecked first.
 
-A bit that flipped on the disk, or a write that the disk lost, is invisible as long as the page cache holds
-the right bytes, and every reader gets wrong bytes afterwards. What is read is compared with the checksums
-that were taken of the data in flight (:mod:`imagecache_lib.store.checksums`). Nothing is repaired here: a
-base that is damaged is marked, so that no new request is served from it, and its eviction is the pass's.
+:mod:`imagecache_lib.upkeep.stored_content` reads a base and compares it. Nothing is repaired here: a base
+that is damaged is marked, so that no new request is served from it, and its eviction is the pass's.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import ctypes
 import dataclasses
 import enum
 import errno
-import hashlib
 import logging
-import mmap
 import os
-import platform
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Self
 
-from imagecache_lib import dates, errors, events, model
+from imagecache_lib import errors, events, model
 from imagecache_lib.store import checksums, evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
-from imagecache_lib.system import durable, locks, sparse
+from imagecache_lib.system import durable, locks
+from imagecache_lib.system.priority import be_modest
 from imagecache_lib.system.rate import Pace
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import EitherToken, Waiter
 from imagecache_lib.upkeep import inventory
 from imagecache_lib.upkeep.outcomes import BaseEvictor, Kept
 from imagecache_lib.upkeep.references import LEASED
+from imagecache_lib.upkeep.stored_content import Differs, StoredContent
 
 LOG = logging.getLogger(__name__)
 
-#: Read so much at once: a whole number of granules, and of every device's blocks.
-_PIECE = 2**20
-
-#: What O_DIRECT wants lengths to be a multiple of, on any device that ext4 and xfs run on.
-_ALIGNMENT = 4096
-
 #: Seconds after which a caller looks at least whether it was interrupted.
 _LOOK_SECONDS = 1.0
-
-#: ioprio_set(2): its number by machine, "this thread", and the class that only gets an idle disk.
-_IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
-_THIS_THREAD = 1
-_IDLE = 3 << 13
-_NICE = 10
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Verdict(enum.Enum):
@@ -141,7 +124,7 @@ class _Reader:
         self._cache = cache
         self._limit = limit
         self._leaving = leaving
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "imagecache-scrub", _be_modest)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "imagecache-scrub", be_modest)
 
     def __enter__(self) -> Self:
         return self
@@ -226,7 +209,7 @@ def _check(opened: OpenBase, record: evidence.Record, cache: CacheStore, limit: 
     data = durable.read_file(sums_path, limit=checksums.LIMIT)
     sums = checksums.parse(data, record.base_id) if data is not None else None
     digest = None if record.converted else record.digest
-    content = _Content(opened, limit)
+    content = StoredContent(opened, limit)
 
     def scrubbed(verdict: Verdict, detail: str) -> ScrubbedBase:
         return ScrubbedBase(record.name, verdict, detail, content.read, record.image_id)
@@ -244,140 +227,13 @@ def _check(opened: OpenBase, record: evidence.Record, cache: CacheStore, limit: 
         if error.errno != errno.EIO:
             # A server that does not answer says nothing about the data.
             return scrubbed(Verdict.UNVERIFIABLE, f"it cannot be read now: {error.strerror}")
-        compared = _Damaged(f"it cannot be read: {error.strerror}")
-    if isinstance(compared, _Damaged):
+        compared = Differs(f"it cannot be read: {error.strerror}")
+    if isinstance(compared, Differs):
         return scrubbed(Verdict.DAMAGED, compared.how)
     if sums is not None:
         with contextlib.suppress(OSError):
             os.utime(sums_path)
     return scrubbed(Verdict.SOUND, compared.how)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sound:
-    """A base's content is what was written. ``how`` tells by what that is known, as a clause."""
-
-    how: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Damaged:
-    """A base's content is not what was written. ``how`` tells where it differs, as a clause."""
-
-    how: str
-
-
-class _Content:
-    """A base's content as it lies on the disk.
-
-    :ivar read: bytes that were read so far.
-    """
-
-    def __init__(self, opened: OpenBase, limit: Pace) -> None:
-        self._limit = limit
-        self._size = opened.stat.st_size
-        self.read = 0
-        # O_DIRECT wants memory that is aligned to the device's blocks, which whole pages are.
-        self._buffer = mmap.mmap(-1, _PIECE)
-        self._cached = opened.fd
-        try:
-            # The very file that is open, whatever has its name now.
-            self._direct = os.open(f"/proc/self/fd/{opened.fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        except OSError:
-            self._direct = -1  # tmpfs, some network filesystems, no /proc
-
-    def close(self) -> None:
-        if self._direct >= 0:
-            os.close(self._direct)
-
-    def compare_with_sums(self, sums: checksums.Checksums) -> _Sound | _Damaged:
-        """Compare it with checksums of what was written."""
-        now = checksums.Checksums()
-        for offset, data in self._pieces():
-            now.add(data, offset)
-        wrong = now.differing(sums)
-        if not wrong:
-            return _Sound("its checksums match")
-        first = wrong[0] * checksums.GRANULE
-        return _Damaged(
-            f"{len(wrong)} of its granules of {dates.size(checksums.GRANULE)} are wrong, "
-            f"the first at byte {first}"
-        )
-
-    def compare_with_digest(self, digest: model.Digest) -> _Sound | _Damaged:
-        """Compare it with the source's digest."""
-        algorithm = digest.algorithm
-        hashed = hashlib.new(algorithm, usedforsecurity=False)
-        end = 0
-        for offset, data in self._pieces():
-            _hash_zeros(hashed, offset - end)
-            hashed.update(data)
-            end = offset + len(data)
-        _hash_zeros(hashed, self._size - end)
-        if hashed.hexdigest() == digest.value.lower():
-            return _Sound("its digest matches")
-        return _Damaged(f"its {algorithm} is {hashed.hexdigest()}, the source's was {digest.value}")
-
-    def _pieces(self) -> Iterator[tuple[int, memoryview]]:
-        """Yield everything that is no hole, by offset. The data is valid until the next piece."""
-        for start, end in sparse.data_extents(self._cached):
-            offset = start
-            while offset < end:
-                count = self._read(offset, min(_PIECE, end - offset))
-                self.read += count
-                self._limit.took(count)
-                yield offset, memoryview(self._buffer)[:count]
-                offset += count
-
-    def _read(self, offset: int, length: int) -> int:
-        try:
-            return self._read_once(offset, length)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-        # One failed read may be the cable's or the path's; a second one is the disk's.
-        return self._read_once(offset, length)
-
-    def _read_once(self, offset: int, length: int) -> int:
-        if self._direct >= 0:
-            whole = -(-length // _ALIGNMENT) * _ALIGNMENT
-            try:
-                with memoryview(self._buffer)[:whole] as room:
-                    count = os.preadv(self._direct, [room], offset)
-                return _some(min(count, length))
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                os.close(self._direct)
-                self._direct = -1
-        # Clean pages are dropped first, unless a process has them mapped, so that they come from the disk.
-        os.posix_fadvise(self._cached, offset, length, os.POSIX_FADV_DONTNEED)
-        with memoryview(self._buffer)[:length] as room:
-            count = os.preadv(self._cached, [room], offset)
-        os.posix_fadvise(self._cached, offset, length, os.POSIX_FADV_DONTNEED)
-        return _some(count)
-
-
-def _some(count: int) -> int:
-    if count == 0:
-        raise OSError(errno.EIO, "it ends early")
-    return count
-
-
-def _hash_zeros(hashed: hashlib._Hash, count: int) -> None:
-    zeros = bytes(min(count, _PIECE))
-    while count > 0:
-        hashed.update(zeros[:count])
-        count -= len(zeros)
-
-
-def _be_modest() -> None:
-    """Let this thread read only while no other one wants the disk, as far as that is possible."""
-    number = _IOPRIO_SET.get(platform.machine())
-    if number is not None:
-        _libc.syscall(ctypes.c_long(number), _THIS_THREAD, 0, _IDLE)
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _quarantine(

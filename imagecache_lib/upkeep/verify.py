@@ -1,30 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The periodic pass: inventory, references, plan, evict, and a report that says why for each base."""
+"""The periodic pass, and what else is done to the cache as a whole: overview, plan, eviction, report."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import logging
-import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
-from imagecache_lib import dates, errors, events, model
+from imagecache_lib import errors, events, model
 from imagecache_lib.nova import compute_nodes
-from imagecache_lib.store import last_scan, named_roots, recover, trash
+from imagecache_lib.store import recover
 from imagecache_lib.store.directory import CacheStore
-from imagecache_lib.store.hosts import HostRef, Hosts
-from imagecache_lib.store.seen import LastScan
-from imagecache_lib.system import locks
+from imagecache_lib.store.hosts import Hosts
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
-from imagecache_lib.upkeep import evict, inventory, members, policy
+from imagecache_lib.upkeep import evict, inventory, policy
 from imagecache_lib.upkeep import make_room as room
-from imagecache_lib.upkeep.follow import Follower
+from imagecache_lib.upkeep.last_pass import LastPass
 from imagecache_lib.upkeep.make_room import SpaceReport
 from imagecache_lib.upkeep.outcomes import Evicted, Kept
-from imagecache_lib.upkeep.references import LEASED, ReferenceReader, References
+from imagecache_lib.upkeep.overview import Overview
+from imagecache_lib.upkeep.references import ReferenceReader
+from imagecache_lib.upkeep.report import Explanation, VerifyReport, describe_pass
 
 if TYPE_CHECKING:
     from imagecache_lib.upkeep.scrub import ScrubReport
@@ -33,91 +32,6 @@ LOG = logging.getLogger(__name__)
 
 #: A last use that lies ahead by more seconds than this was noted by a wrong clock.
 _AHEAD = 300
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseReport:
-    """What became of one base.
-
-    :param name: its name in the cache.
-    :param evicted: it is gone; in a dry run: it would be.
-    :param reason: why, as a clause: in use by what, too young by how much, over which limit.
-    :param allocated: bytes on disk.
-    :param image_id: the image it was made from, where a record says so.
-    """
-
-    name: str
-    evicted: bool
-    reason: str
-    allocated: int
-    image_id: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class VerifyReport:
-    """What a pass found and did.
-
-    :param bases: every base, sorted by name.
-    :param problems: what needs an operator, a sentence each, the worst first.
-    :param dry_run: nothing was changed.
-    """
-
-    bases: tuple[BaseReport, ...]
-    problems: tuple[str, ...]
-    dry_run: bool
-
-    @property
-    def evicted(self) -> tuple[BaseReport, ...]:
-        """The bases that are gone, or would be."""
-        return tuple(base for base in self.bases if base.evicted)
-
-    @property
-    def reclaimed(self) -> int:
-        """Bytes that eviction gave back, or would."""
-        return sum(base.allocated for base in self.evicted)
-
-    def as_event(self) -> events.PassFinished:
-        """Return this report as an event, in figures."""
-        kept = [base for base in self.bases if not base.evicted]
-        return events.PassFinished(
-            "",
-            kept=len(kept),
-            allocated=sum(base.allocated for base in kept),
-            evicted=len(self.evicted),
-            reclaimed=self.reclaimed,
-            problems=self.problems,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """What the next pass would do with a base, and why.
-
-    :param base: as a dry run reports it.
-    :param obstacles: everything that keeps it: what it is, and what would change it, a clause each.
-    :param problems: what needs an operator before anything can go, a sentence each.
-    """
-
-    base: BaseReport
-    obstacles: tuple[tuple[str, str], ...]
-    problems: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Look:
-    """Everything that a pass decides by, read once."""
-
-    inventory: inventory.Inventory
-    situation: policy.Situation
-    references: References
-    limits: policy.Limits
-    reader: ReferenceReader
-    last: LastScan
-    image_ids: dict[str, str | None]
-    now: float
-
-    def decide(self) -> policy.Decided:
-        return policy.decide(self.situation, self.references, self.limits, now=self.now)
 
 
 class Upkeep:
@@ -130,8 +44,7 @@ class Upkeep:
         self._cache = cache
         self._observers = cache.observers
         self._hosts = Hosts(cache)
-        self._follower = Follower()
-        self._parsed = last_scan.Parsed()
+        self._last_pass = LastPass(cache, self._hosts)
 
     @property
     def hosts(self) -> Hosts:
@@ -155,30 +68,30 @@ class Upkeep:
         reported = None if instances is None else model.reported(instances)
         with translated(self._cache.layout.base_path):
             if dry_run:
-                look = self._look(reported, self._cache.filesystem_now())
-                decided = look.decide()
-                return self._report(
-                    look, decided, evict.foresee(decided, look.situation.others), dry_run=True
+                overview = self._take_overview(reported, self._cache.filesystem_now())
+                decided = overview.decide()
+                return describe_pass(
+                    overview, decided, evict.foresee(decided, overview.situation.others), dry_run=True
                 )
             return self._verify(reported)
 
     def _verify(self, instances: tuple[model.Instance, ...] | None) -> VerifyReport:
         now = self._cache.filesystem_now()
         self._tidy(now)
-        look = self._look(instances, now)
-        decided = look.decide()
-        recover.sweep_unfinished_disks(self._cache, self._observers, look.references.unfinished, now=now)
-        self._save_scan(look)
+        overview = self._take_overview(instances, now)
+        decided = overview.decide()
+        recover.sweep_unfinished_disks(self._cache, self._observers, overview.references.unfinished, now=now)
+        self._last_pass.save(overview.reader.last, overview.references.seen)
         self._refresh(decided.plan, now)
         outcomes = evict.evict(
             decided.plan.victims,
-            look.reader,
+            overview.reader,
             self._cache,
             self._hosts,
             self._observers,
-            remove=look.limits.remove,
+            remove=overview.limits.remove,
         )
-        return self._report(look, decided, outcomes, dry_run=False)
+        return describe_pass(overview, decided, outcomes, dry_run=False)
 
     def _tidy(self, now: float) -> None:
         """Everything that needs no references."""
@@ -210,20 +123,20 @@ class Upkeep:
         limits = limits.for_prune(older_than=older_than, until_free=until_free)
         with translated(self._cache.layout.base_path):
             now = self._cache.filesystem_now()
-            look = dataclasses.replace(self._look_anytime(instances, now), limits=limits)
-            decided = look.decide()
+            overview = dataclasses.replace(self._take_overview_anytime(instances, now), limits=limits)
+            decided = overview.decide()
             if dry_run:
-                outcomes = evict.foresee(decided, look.situation.others)
+                outcomes = evict.foresee(decided, overview.situation.others)
             else:
                 outcomes = evict.evict(
                     decided.plan.victims,
-                    look.reader,
+                    overview.reader,
                     self._cache,
                     self._hosts,
                     self._observers,
                     remove=limits.remove,
                 )
-            return self._report(look, decided, outcomes, dry_run=dry_run)
+            return describe_pass(overview, decided, outcomes, dry_run=dry_run)
 
     def reader_now(
         self, instances: Iterable[model.Instance] | None
@@ -235,8 +148,8 @@ class Upkeep:
         now = self._cache.host.clock()
         if instances is not None:
             reported = model.reported(instances)
-            return self._reader(reported, self._load_last_scan(), now), reported
-        return self._reader_between_passes(now), tuple(self._load_last_scan().report or ())
+            return self._last_pass.reader(reported, now), reported
+        return self._last_pass.reader_between_passes(now), tuple(self._last_pass.load().report or ())
 
     def evict_one(
         self, name: str, reason: str, *, floor_age: float = 0.0, locked: bool = False
@@ -254,7 +167,7 @@ class Upkeep:
             entry = inventory.look(self._cache, name)
             if entry is None:
                 return Evicted()
-            reader = self._reader_between_passes(now)
+            reader = self._last_pass.reader_between_passes(now)
             needed = policy.needed(entry, reader.read([name]))
             if needed is not None:
                 return needed
@@ -269,17 +182,17 @@ class Upkeep:
 
     def explain(self, name: str, instances: Iterable[model.Instance] | None) -> Explanation | None:
         """Say what a pass would do with a base now, and why. Returns None if it is not there."""
-        look = self._look(
+        overview = self._take_overview(
             None if instances is None else model.reported(instances), self._cache.filesystem_now()
         )
-        decided = look.decide()
-        outcomes = evict.foresee(decided, look.situation.others)
-        report = self._report(look, decided, outcomes, dry_run=True)
+        decided = overview.decide()
+        outcomes = evict.foresee(decided, overview.situation.others)
+        report = describe_pass(overview, decided, outcomes, dry_run=True)
         base = next((each for each in report.bases if each.name == name), None)
-        entry = next((each for each in look.situation.bases if each.name == name), None)
+        entry = next((each for each in overview.situation.bases if each.name == name), None)
         if base is None or entry is None:
             return None
-        obstacles = policy.obstacles(entry, look.references, look.limits, now=look.now)
+        obstacles = policy.obstacles(entry, overview.references, overview.limits, now=overview.reader.now)
         return Explanation(base, obstacles, report.problems)
 
     def evict_unfit(self, name: str, reason: str) -> bool:
@@ -299,109 +212,35 @@ class Upkeep:
         """Evict what a fetch needs the room of, as far as policy allows. Returns the bytes freed."""
         with translated(self._cache.layout.base_path):
             now = self._cache.filesystem_now()
-            reader = self._reader_between_passes(now)
+            reader = self._last_pass.reader_between_passes(now)
             return room.make(wanted, reader, self._cache, self._hosts, self._observers, now=now)
 
     def space(self) -> SpaceReport:
         """Return how full the cache's filesystem is, in bytes."""
         now = self._cache.filesystem_now()
-        return room.report(self._reader_between_passes(now), self._cache, now=now)
+        return room.report(self._last_pass.reader_between_passes(now), self._cache, now=now)
 
     def forget_disks(self, path: str) -> int:
         """Forget the disks that were seen at a path and below it, and the disk root if it is one.
 
         Returns how many disks are forgotten. What is there is seen again by the next pass.
         """
-        before = self._load_last_scan()
-        after = before.without(path)
-        gone = before.disks.keys() - after.disks.keys()
-        for name in sorted({name for disk in gone for name in before.disks[disk].names}):
-            self._observers(events.Forgotten(name, reason=f"disks at {path}, as an operator said"))
-        self._hosts.forget_roots(after.roots)
-        named_roots.forget(self._cache.layout, self._hosts.id, path)
-        last_scan.replace(self._cache.layout, self._hosts.id, after)
-        return len(before.disks) - len(after.disks)
+        return self._last_pass.forget(path)
 
     # -- the steps -----------------------------------------------------------------------------------
 
-    def _look_anytime(self, instances: Iterable[model.Instance] | None, now: float) -> _Look:
+    def _take_overview_anytime(self, instances: Iterable[model.Instance] | None, now: float) -> Overview:
         """Read everything that a pass decides by, with the driver's last report if there is no other."""
         if instances is not None:
-            return self._look(model.reported(instances), now)
-        return self._look(None, now, reader=self._reader_between_passes(now))
+            return self._take_overview(model.reported(instances), now)
+        reader = self._last_pass.reader_between_passes(now)
+        return Overview.take(inventory.take(self._cache), reader, self._hosts)
 
-    def _look(
-        self,
-        instances: tuple[model.Instance, ...] | None,
-        now: float,
-        *,
-        reader: ReferenceReader | None = None,
-    ) -> _Look:
-        """Read everything that a pass decides by.
-
-        :param reader: reads all references. None: one that knows these instances.
-        """
+    def _take_overview(self, instances: tuple[model.Instance, ...] | None, now: float) -> Overview:
+        """Read everything that a pass decides by."""
+        # The bases come first: what is remembered of their disks is then no older than they are.
         found = inventory.take(self._cache)
-        last = self._load_last_scan()
-        reader = reader or self._reader(instances, last, now)
-        trashed = trash.find(self._cache)
-        references = reader.read({*(base.name for base in found.bases), *(each.name for each in trashed)})
-        self._cache.host.trace(TracePoint.VERIFY_READ)
-        registered = members.of(self._cache, self._hosts)
-        situation = policy.Situation(
-            bases=found.bases,
-            trash=tuple(
-                described
-                for _entry, described in evict.describe(trashed, self._cache, registered, self._hosts)
-            ),
-            space=self._space(found),
-            held=self._held(base.name for base in found.bases if base.name not in references.users),
-            others=tuple(self._hosts.pending_acks("", registered)),
-        )
-        names = {*(base.name for base in found.bases), *(each.name for each in trashed)}
-        image_ids = {name: self.image_id(name) for name in names}
-        limits = policy.Limits.of(self._cache.config)
-        return _Look(found, situation, references, limits, reader, last, image_ids, now)
-
-    def _held(self, names: Iterable[str]) -> dict[str, str]:
-        """Return why bases are in use this moment, as a clause by name: locked, or about to be published."""
-        locked = {
-            name: LEASED
-            for name in names
-            if locks.is_taken(self._cache.layout.lock(name), host=self._cache.host)
-        }
-        return {**dict.fromkeys(trash.being_published(self._cache), evict.PUBLISHED_NOW), **locked}
-
-    def _reader(
-        self, instances: tuple[model.Instance, ...] | None, last: LastScan, now: float
-    ) -> ReferenceReader:
-        return ReferenceReader(self._cache, instances, last, self._follower, now)
-
-    def _reader_between_passes(self, now: float) -> ReferenceReader:
-        """Return a reader that knows the driver's last report."""
-        last = self._load_last_scan()
-        if last.report_unknown is not None:
-            last = dataclasses.replace(last, unreadable=last.unreadable or last.report_unknown)
-        return self._reader(tuple(last.report or ()), last, now)
-
-    def _load_last_scan(self) -> LastScan:
-        where, host_id = self._cache.layout, self._hosts.id
-        return last_scan.load_last_scan(where, host_id, self._hosts.own().roots, parsed=self._parsed)
-
-    def _save_scan(self, look: _Look) -> None:
-        """Keep what was seen, for the day on which a disk cannot be read or a root is not mounted."""
-        seen = look.references.seen
-        if look.last.unreadable is not None:
-            return  # what cannot be read now may be read again, and must not be replaced by less
-        try:
-            own = self._hosts.own()
-            roots = {path: (root.device, root.fsid) for path, root in seen.roots.items()}
-            if dict(own.roots) != roots:
-                self._hosts.write(dataclasses.replace(own, roots=roots))
-            last_scan.save_last_scan(self._cache.layout, self._hosts.id, look.last, seen)
-        except OSError as error:
-            # Most likely the disk is full, which must not stop what makes room.
-            LOG.warning("What was seen in the instance directories cannot be remembered: %s", error)
+        return Overview.take(found, self._last_pass.reader(instances, now), self._hosts)
 
     def _refresh(self, plan: policy.EvictionPlan, now: float) -> None:
         """Note the use of what is in use, so that its age counts from now, for Nova too.
@@ -416,76 +255,3 @@ class Upkeep:
                 if opened is not None:
                     with contextlib.closing(opened):
                         self._cache.touch(opened)
-
-    def _space(self, found: inventory.Inventory) -> policy.Space:
-        status = os.statvfs(self._cache.layout.base_path)
-        return policy.Space(
-            used=sum(entry.allocated for entry in found.bases), free=status.f_bavail * status.f_frsize
-        )
-
-    def _report(
-        self, look: _Look, decided: policy.Decided, outcomes: Sequence[evict.Outcome], *, dry_run: bool
-    ) -> VerifyReport:
-        became = {outcome.name: outcome for outcome in outcomes}
-        bases = []
-        for decision in decided.plan.decisions:
-            entry = decision.entry
-            outcome = became.pop(entry.name, None)
-            evicted = outcome.gone if outcome is not None else decision.evict and dry_run
-            reason = dates.plain(outcome.reason if outcome is not None else decision.reason)
-            image_id = look.image_ids.get(entry.name)
-            bases.append(BaseReport(entry.name, evicted, reason, entry.allocated, image_id))
-        for outcome in became.values():
-            image_id = look.image_ids.get(outcome.name)
-            reason = dates.plain(outcome.reason)
-            bases.append(BaseReport(outcome.name, outcome.gone, reason, outcome.allocated, image_id))
-        unknown = [
-            f"{self._cache.layout.base(name)} is nothing that belongs into the cache. Move it away."
-            for name in look.inventory.unknown
-        ]
-        unknown += [
-            f"{self._cache.layout.base(name)} cannot be looked at ({cause}), and stays. Check the filesystem."
-            for name, cause in look.inventory.unreadable
-        ]
-        problems = (*look.references.problems, *_silent(outcomes), *unknown)
-        told = tuple(dates.plain(problem) for problem in problems)
-        return VerifyReport(tuple(sorted(bases, key=lambda base: base.name)), told, dry_run)
-
-    def image_id(self, name: str) -> str | None:
-        """Return the id of the image a base was made from, or None if no record says so."""
-        record = self._cache.read_record(name)
-        return record.image_id if record is not None else None
-
-
-def _silent(outcomes: Sequence[evict.Outcome]) -> list[str]:
-    """Return a sentence for each host that keeps bases in the trash by silence."""
-    held: dict[HostRef, list[int]] = {}
-    for outcome in outcomes:
-        for host in outcome.blocked_by:
-            held.setdefault(host, []).append(outcome.allocated)
-    return [
-        _says_nothing(host, f"{len(sizes)} evicted base images, which hold {dates.size(sum(sizes))}")
-        for host, sizes in sorted(held.items())
-    ]
-
-
-def _says_nothing(host: HostRef, what: str) -> str:
-    """Return a sentence on a host that has not looked at bases, and on what an operator can do.
-
-    :param what: the bases, as a phrase.
-    """
-    if host.id == members.UNTOLD:
-        return (
-            f"Hosts may not have looked at {what}: {host.name}. Nova writes its registry anew in its next"
-            " pass; if no Nova runs here, remove it."
-        )
-    return (
-        f"Host {host.name} has not looked at {what}. Let its periodic pass run; if it will not come back, "
-        + _how_to_forget(host)
-    )
-
-
-def _how_to_forget(host: HostRef) -> str:
-    if host.id.startswith(members.BY_NOVA):
-        return f"take it out of {compute_nodes.NAME}, where Nova last named it within a day"
-    return f"run: imagecache host forget {host.id}"

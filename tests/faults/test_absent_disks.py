@@ -23,7 +23,7 @@ import imagecache_lib as ic
 from imagecache_lib import errors
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
-from imagecache_lib.upkeep.verify import VerifyReport
+from imagecache_lib.upkeep.report import VerifyReport
 from tests.support import files, recorded_calls
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

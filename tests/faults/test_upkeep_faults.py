@@ -25,7 +25,7 @@ import imagecache_lib as ic
 from imagecache_lib.store import layout, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.testing.sources import FakeSource
-from imagecache_lib.upkeep.verify import VerifyReport
+from imagecache_lib.upkeep.report import VerifyReport
 from tests.lab import stale_names
 from tests.support import files, needs, recorded_calls, stopping
 from tests.support.cache_case import ID

@@ -13,9 +13,9 @@ from typing import Any
 import imagecache_lib as ic
 from imagecache_lib import events, model
 from imagecache_lib.store import checksums
+from imagecache_lib.system import priority
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
-from imagecache_lib.upkeep import scrub
 from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, content_of, raw_image
 from tests.support.tokens import Looks
 
@@ -252,7 +252,7 @@ class TestPace(ScrubCase):
         seen: list[int] = []
 
         def look() -> None:
-            scrub._be_modest()
+            priority.be_modest()
             seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
 
         before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())

@@ -14,7 +14,7 @@ from typing import Any
 import imagecache_lib as ic
 from imagecache_lib import dates, errors
 from imagecache_lib.store import layout
-from imagecache_lib.upkeep.verify import VerifyReport
+from imagecache_lib.upkeep.report import VerifyReport
 from tests.support import files
 from tests.support.cache_case import ID, OTHER_ID, CacheCase, Points, raw_image
 

@@ -20,7 +20,7 @@ import imagecache_lib as ic
 from imagecache_lib.formats import superblock
 from imagecache_lib.store import layout
 from imagecache_lib.testing import bootdisk
-from imagecache_lib.upkeep.verify import VerifyReport
+from imagecache_lib.upkeep.report import VerifyReport
 from tests.lab import bindings, kernel, server
 from tests.lab import libvirt as libvirt_lab
 from tests.support import needs

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from imagecache_lib import errors, events, model
-from imagecache_lib.cli import base
+from imagecache_lib.cli.instance_report import read_instances
 from imagecache_lib.cli.progress import ProgressObserver
 
 IMAGE = "11111111-aaaa"
@@ -175,14 +175,14 @@ def test_a_report_that_is_none_is_refused(tmp_path: pathlib.Path, text: str) -> 
     report = tmp_path / "instances.json"
     report.write_text(text)
     with pytest.raises(errors.ConfigError, match="report of instances"):
-        base.read_instances(str(report))
+        read_instances(str(report))
 
 
 def test_a_report_names_everything_that_an_instance_has(tmp_path: pathlib.Path) -> None:
     report = tmp_path / "instances.json"
     fields = {"uuid": "u", "host": "h", "images": ["i"], "directories": ["d"], "swap_mb": 512}
     report.write_text(json.dumps([{**fields, "ephemerals": [{"size_gb": 10, "fs": "ext4"}]}]))
-    (found,) = base.read_instances(str(report)) or ()
+    (found,) = read_instances(str(report)) or ()
     assert (found.images, found.directories, found.swap_mb) == (("i",), ("d",), 512)
     assert found.ephemerals == (model.Ephemeral(10, fs="ext4"),)
 

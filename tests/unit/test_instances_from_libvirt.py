@@ -11,7 +11,7 @@ import sys
 import tempfile
 import unittest
 
-from imagecache_lib.cli import base
+from imagecache_lib.cli.instance_report import read_instances
 
 PROGRAM = pathlib.Path(__file__).parents[2] / "examples/instances_from_libvirt.py"
 UUID, IMAGE = "6c0d9a6e-5a10-4ac7-9f3c-7a1f5d1f0c11", "11111111-2222-3333-4444-555555555555"
@@ -55,7 +55,7 @@ class TestReport(unittest.TestCase):
         self.answer("list", f"{UUID}\n\n")
         self.answer("dumpxml", DOMAIN)
         self.assertEqual((0, ""), (self.run_it().returncode, self.run_it().stderr))
-        (found,) = base.read_instances(str(self.output)) or ()
+        (found,) = read_instances(str(self.output)) or ()
         self.assertEqual((UUID, "compute-7"), (found.uuid, found.host))
         self.assertEqual(((IMAGE,), ("old-name",)), (found.images, found.directories))
         self.assertEqual(["instances.json"], os.listdir(self.output.parent))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this host's last pass saw and was told, kept for the next one and for what is read between the two."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+from imagecache_lib import events, model
+from imagecache_lib.store import last_scan, named_roots
+from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.hosts import Hosts
+from imagecache_lib.store.seen import LastScan
+from imagecache_lib.upkeep.follow import Follower
+from imagecache_lib.upkeep.references import ReferenceReader
+
+LOG = logging.getLogger(__name__)
+
+
+class LastPass:
+    """The disks that the last pass saw, and the instances that the driver reported to it.
+
+    All of it is on disk. What an object of this class keeps in memory saves parsing and reading what did not
+    change. Safe to share between threads.
+    """
+
+    def __init__(self, cache: CacheStore, hosts: Hosts) -> None:
+        self._cache = cache
+        self._hosts = hosts
+        self._follower = Follower()
+        self._parsed = last_scan.Parsed()
+
+    def load(self) -> LastScan:
+        """Return what the last pass saw."""
+        where, host_id = self._cache.layout, self._hosts.id
+        return last_scan.load_last_scan(where, host_id, self._hosts.own().roots, parsed=self._parsed)
+
+    def reader(self, instances: Sequence[model.Instance] | None, now: float) -> ReferenceReader:
+        """Return what reads all references for a pass.
+
+        :param instances: all that the driver reports now, or None if it could not tell.
+        :param now: epoch seconds of the filesystem's clock.
+        """
+        return ReferenceReader(self._cache, instances, self.load(), self._follower, now)
+
+    def reader_between_passes(self, now: float) -> ReferenceReader:
+        """Return what reads all references while the driver is not asked: with its last report.
+
+        :param now: epoch seconds of the filesystem's clock.
+        """
+        last = self.load()
+        if last.report_unknown is not None:
+            last = dataclasses.replace(last, unreadable=last.unreadable or last.report_unknown)
+        return ReferenceReader(self._cache, tuple(last.report or ()), last, self._follower, now)
+
+    def save(self, last: LastScan, seen: LastScan) -> None:
+        """Keep what was seen, for the day on which a disk cannot be read or a root is not mounted.
+
+        :param last: what the pass before saw.
+        :param seen: what this one saw.
+        """
+        if last.unreadable is not None:
+            return  # what cannot be read now may be read again, and must not be replaced by less
+        try:
+            own = self._hosts.own()
+            roots = {path: (root.device, root.fsid) for path, root in seen.roots.items()}
+            if dict(own.roots) != roots:
+                self._hosts.write(dataclasses.replace(own, roots=roots))
+            last_scan.save_last_scan(self._cache.layout, self._hosts.id, last, seen)
+        except OSError as error:
+            # Most likely the disk is full, which must not stop what makes room.
+            LOG.warning("What was seen in the instance directories cannot be remembered: %s", error)
+
+    def forget(self, path: str) -> int:
+        """Forget the disks that were seen at a path and below it, and the disk root if it is one.
+
+        Returns how many disks are forgotten. What is there is seen again by the next pass.
+        """
+        before = self.load()
+        after = before.without(path)
+        gone = before.disks.keys() - after.disks.keys()
+        for name in sorted({name for disk in gone for name in before.disks[disk].names}):
+            self._cache.observers(events.Forgotten(name, reason=f"disks at {path}, as an operator said"))
+        self._hosts.forget_roots(after.roots)
+        named_roots.forget(self._cache.layout, self._hosts.id, path)
+        last_scan.replace(self._cache.layout, self._hosts.id, after)
+        return len(before.disks) - len(after.disks)
