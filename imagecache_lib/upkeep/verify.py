@@ -233,8 +233,9 @@ class Upkeep:
         """Read everything that a pass decides by, with the driver's last report if there is no other."""
         if instances is not None:
             return self._take_overview(model.reported(instances), now)
-        reader = self._last_pass.reader_between_passes(now)
-        return Overview.take(inventory.take(self._cache), reader, self._hosts)
+        # The bases come first, as in a pass.
+        found = inventory.take(self._cache)
+        return Overview.take(found, self._last_pass.reader_between_passes(now), self._hosts)
 
     def _take_overview(self, instances: tuple[model.Instance, ...] | None, now: float) -> Overview:
         """Read everything that a pass decides by."""
