@@ -7,6 +7,8 @@ import contextlib
 import os
 import pathlib
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -17,6 +19,13 @@ from imagecache_lib.precache.reader import EmbeddedJobs
 from imagecache_lib.system.host import System
 from imagecache_lib.system.trace import TracePoint
 from tests.flows.test_job_database import DatabaseCase
+
+_LOOK = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+print(*connection.execute("PRAGMA integrity_check").fetchone())
+print(*(job_id for (job_id,) in connection.execute("SELECT id FROM jobs")))
+"""
 
 
 class LogCase(DatabaseCase):
@@ -34,10 +43,13 @@ class LogCase(DatabaseCase):
 
     def check_stored(self, *jobs: job.Job) -> None:
         """Check that another process, which opens the files by their names, sees these jobs."""
-        with contextlib.closing(sqlite3.connect(self.path)) as connection:
-            found = {job_id for (job_id,) in connection.execute("SELECT id FROM jobs")}
-            self.assertEqual([("ok",)], connection.execute("PRAGMA integrity_check").fetchall())
-        self.assertEqual({each.id for each in jobs}, found)
+        # In this process all connections share the index of the log.
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", _LOOK, self.path], check=True, stdout=subprocess.PIPE, text=True
+        )
+        verdict, *found = done.stdout.split()
+        self.assertEqual("ok", verdict)
+        self.assertEqual({each.id for each in jobs}, set(found))
         self.assertEqual(
             {each.id for each in jobs}, {each.id for each in EmbeddedJobs(self.path).summaries()}
         )
@@ -90,25 +102,38 @@ class RemovedTest(LogCase):
             work = self.start(database)
         self.check_stored(work)
 
+    def removing(self, pending: list[TracePoint]) -> JobDatabase:
+        """Return a database whose log is removed when it comes to a point that is pending by then."""
+
+        def remove(reached: TracePoint) -> None:
+            if reached in pending:
+                pending.clear()
+                self.beside("-wal").unlink()
+
+        database = JobDatabase(self.path, host=System(trace=remove))
+        self.addCleanup(database.close)
+        return database
+
     def test_a_log_that_is_removed_while_a_job_is_stored_loses_nothing(self) -> None:
+        pending: list[TracePoint] = []
+        database, jobs = self.removing(pending), list[job.Job]()
         for point in TracePoint.JOBS_COMMIT, TracePoint.JOBS_COMMITTED:
             with self.subTest(point=point):
-                pending = [point]
-
-                def remove(reached: TracePoint, pending: list[TracePoint] = pending) -> None:
-                    if reached in pending:
-                        pending.clear()
-                        self.beside("-wal").unlink()
-
-                self.path = str(self.directory / point.replace(":", "-"))
-                JobDatabase(self.path).close()
-                database = JobDatabase(self.path, host=System(trace=remove))
-                self.addCleanup(database.close)
+                pending.append(point)
                 with self.noticing("-wal was removed"):
-                    work = self.start(database)
-                    self.assertEqual(work, database.get(work.id))
+                    jobs.append(self.start(database))
                 self.assertEqual([], pending)
-                self.check_stored(work)
+                self.check_stored(*jobs)
+
+    def test_what_is_committed_into_a_removed_log_is_seen_by_others_at_once(self) -> None:
+        pending: list[TracePoint] = []
+        database = self.removing(pending)
+        work = self.start(database)
+        pending.append(TracePoint.JOBS_COMMIT)
+        with self.noticing("-wal was removed"):
+            database.cancel(work.id)
+        self.assertTrue(EmbeddedJobs(self.path).get(work.id).cancelled)
+        self.check_stored(work)
 
     def test_a_log_that_a_process_still_reads_is_waited_for(self) -> None:
         database = self.database()
