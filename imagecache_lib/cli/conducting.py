@@ -8,7 +8,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from imagecache_lib import errors, opts
@@ -21,6 +21,9 @@ from imagecache_lib.precache.watch import Watch
 
 if TYPE_CHECKING:
     from imagecache_lib.precache.precacher import AggregatePrecacher
+
+#: How many hosts an error names.
+_NAMED = 3
 
 
 class HostsCommand(jobs.JobCommand):
@@ -80,32 +83,37 @@ class HostsCommand(jobs.JobCommand):
 
     @contextlib.contextmanager
     def conductor(
-        self, arguments: argparse.Namespace, images: list[str] | None
+        self, arguments: argparse.Namespace, images: list[str] | None, hosts: Iterable[str] = ()
     ) -> Iterator[AggregatePrecacher]:
         """Yield what reaches the agents: over the message bus, else this very host's own.
 
         :param images: ids of the images that will be fetched, or None if nothing will be.
+        :param hosts: names of the hosts that will have to answer.
+        :raises ConfigError: one of them cannot, since there is no message bus.
         """
         from imagecache_lib.precache.precacher import AggregatePrecacher
 
-        database = self.database(arguments)
         found = bus.transport(self.app.options.config_file)
+        own = opts.from_files(self.app.options.config_file)[1].name
+        if found is None:
+            _require_own(hosts, own)
+        database = self.database(arguments)
         if found is not None:
             from imagecache_lib.precache import rpc
 
             files = self.app.options.config_file
-            notify = bus.job_notifier(files, opts.from_files(files)[1].name)
+            notify = bus.job_notifier(files, own)
             waited = getattr(arguments, "timeout", None)
-            hosts = rpc.RpcHostClient(
+            over_bus = rpc.RpcHostClient(
                 found,
                 topic=arguments.topic,
                 survey_timeout=rpc.SURVEY_TIMEOUT if waited is None else float(waited),
                 mailboxes=bus.mailboxes(files),
             )
-            yield AggregatePrecacher(database, hosts, observers=[notify])
+            yield AggregatePrecacher(database, over_bus, observers=[notify])
             return
         if images is None:
-            yield AggregatePrecacher(database, InProcessClient({}))
+            yield AggregatePrecacher(database, InProcessClient({}, idle=[own]))
             return
         watch = Watch()
         cache = self.manager(sources.chosen(arguments, images), observers=[watch], progress_shown=False)
@@ -169,3 +177,19 @@ class HostsCommand(jobs.JobCommand):
                 refresh()
                 running.join(jobs.REFRESH)
             refresh()
+
+
+def _require_own(hosts: Iterable[str], own: str) -> None:
+    """Refuse hosts that cannot be asked without a message bus.
+
+    :raises ConfigError: one of them is not this host.
+    """
+    others = [name for name in hosts if name != own]
+    if others:
+        more = f" and {values.counted(len(others) - _NAMED, 'other')}" if len(others) > _NAMED else ""
+        raise errors.ConfigError(
+            f"there is no message bus to ask {', '.join(others[:_NAMED])}{more}: the configuration has no "
+            f"transport_url, and without one {own} is the only host",
+            next_step="set transport_url in the configuration file, or "
+            "OS_DEFAULT__TRANSPORT_URL in the environment",
+        )

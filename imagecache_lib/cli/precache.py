@@ -48,7 +48,7 @@ class Plan(HostsCommand):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         hosts, images = [host.name for host in self.hosts(parsed_args)], self.images(parsed_args)
-        with self.conductor(parsed_args, images) as conductor:
+        with self.conductor(parsed_args, images, hosts) as conductor:
             plan = conductor.plan(hosts, images, learned=self._learned(len(hosts)))
         rows = [self._row(name, plan.surveys.get(name), plan.unreachable.get(name, "")) for name in hosts]
         self.note(f"{values.shown(plan.bytes_to_fetch)} would be fetched in all")
@@ -165,9 +165,10 @@ class Start(HostsCommand):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         hosts, images = self.hosts(parsed_args), self.images(parsed_args)
-        with self.conductor(parsed_args, images) as conductor:
+        names = [host.name for host in hosts]
+        with self.conductor(parsed_args, images, names) as conductor:
             self._prune(conductor)
-            names, terms = [host.name for host in hosts], self._terms(parsed_args, hosts)
+            terms = self._terms(parsed_args, hosts)
             if terms.concurrency == 1 and terms.relay is None and len(hosts) > _MANY_HOSTS:
                 self.note(
                     f"the {len(hosts)} hosts fetch one after the other: --concurrency, or "
@@ -211,7 +212,8 @@ class Resume(HostsCommand):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Any, Any]:
         work = self.named_job(parsed_args)
-        with self.conductor(parsed_args, list(work.image_ids)) as conductor:
+        left = [name for name, cells in work.cells.items() if any(map(_is_tried, cells.values()))]
+        with self.conductor(parsed_args, list(work.image_ids), left) as conductor:
             return self.follow(work, conductor, lambda leave: conductor.resume(work.id, leave=leave))
 
 
@@ -229,3 +231,8 @@ class Cancel(HostsCommand):
         job_id = self.job_of(parsed_args)
         with self.conductor(parsed_args, None) as conductor:
             return self.table(conductor.cancel(job_id))
+
+
+def _is_tried(cell: job.Cell) -> bool:
+    """Return whether a resume tries a cell."""
+    return cell.result is None or cell.result in job.RETRIED

@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from imagecache_lib import errors
-from imagecache_lib.precache import job, job_file, job_rows, jobs_url, lease
-from imagecache_lib.precache.job_rows import JobDatabaseError
+from imagecache_lib.precache import job, job_rows, lease
+from imagecache_lib.precache.retries import Contended, Duplicate, Tries
 from imagecache_lib.system import durable
+from imagecache_lib.system.host import System
 
 try:
     import sqlalchemy as sa
 
-    from imagecache_lib.precache import engines, schema
-    from imagecache_lib.precache.engines import Contended, translated
+    from imagecache_lib.precache import schema
+    from imagecache_lib.precache.transactions import Transactions
 except ImportError as _error:
     raise errors.ConfigError(
         f"a job database is written with SQLAlchemy, which is not installed ({_error.name})",
@@ -35,17 +36,8 @@ except ImportError as _error:
 #: Seconds to wait for another process that writes. A caller that needs longer tries again.
 _BUSY = 5.0
 
-#: The revisions that this release knows how to come from.
-_KNOWN = (None, schema.REVISION)
-
-#: Names the lock under which one conductor at a time changes a server's tables.
-_LOCK = 0x696D6167
-
-#: What surrounds each try of a transaction that must not fail because another one was first.
-_TRIES: tuple[contextlib.AbstractContextManager[Any], ...] = (
-    *(contextlib.suppress(Contended) for _try in range(4)),
-    contextlib.nullcontext(),
-)
+#: Ids of jobs, as :func:`~imagecache_lib.system.durable.new_id` makes them.
+_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,28 +60,24 @@ class JobDatabase:
     :param busy: seconds to wait for another process that holds the file.
     :param change_schema: whether to make tables that are missing or of an earlier version. False lets a user
         who may only read look at jobs.
+    :param host: the source of clocks, of sleep and of randomness for what is tried again.
     :raises ConfigError: the database cannot be opened, or is of a later release.
     """
 
-    def __init__(self, where: str, *, busy: float = _BUSY, change_schema: bool = True) -> None:
-        self._embedded = not jobs_url.is_url(where)
-        self._file: job_file.SameFile | None = None
-        if self._embedded:
-            # One that a later "cd" of this process does not move.
-            self._where = os.path.abspath(where)
-            job_file.require_file(self._where)
-            self._file = job_file.SameFile(self._where)
-            self._engine = engines.embedded(self._where, busy)
-        else:
-            self._where = engines.shown(where)
-            self._engine = engines.server(where)
-        self._require_schema(change=change_schema)
+    def __init__(
+        self, where: str, *, busy: float = _BUSY, change_schema: bool = True, host: System | None = None
+    ) -> None:
+        self._host = host or System()
+        self._transactions = Transactions(where, self._host, busy)
+        self._writing, self._reading = self._transactions.writing, self._transactions.reading
+        self._transactions.require_schema(change=change_schema)
 
     def close(self) -> None:
         """Close all connections. The last one of an sqlite file merges its log into it."""
-        self._engine.dispose()
-        if self._file is not None:
-            self._file.forget()
+        self._transactions.close()
+
+    def _tries(self, doubt: str, *, deadline: float | None = None) -> Tries:
+        return Tries(self._host, doubt, deadline=deadline)
 
     # -- jobs ----------------------------------------------------------------------------------------
 
@@ -101,36 +89,67 @@ class JobDatabase:
         terms: job.Terms,
         *,
         now: float,
+        job_id: str | None = None,
     ) -> job.Job:
-        """Store a new job, on which nothing was done yet, and return it."""
-        job_id = durable.new_id()
+        """Store a new job, on which nothing was done yet, and return it.
+
+        :param job_id: a random id of 32 hex digits, for a caller that asks again after a failure: a job that
+            is stored already is returned as it is. None makes a new id.
+        :raises ConfigError: another job has that id, or the database failed.
+        """
+        job_id = durable.new_id() if job_id is None else job_id
+        if _ID.fullmatch(job_id) is None:
+            raise errors.ConfigError(
+                f"no job can have the id {errors.shown(job_id)}", next_step="choose 32 hex digits at random"
+            )
+        wanted = job.Job(
+            job_id,
+            job.storable(aggregate),
+            tuple(image_ids),
+            terms,
+            {name: {} for name in hosts},
+            created=now,
+        )
+        # The tables may be made at another node of a cluster at this moment.
+        for again in self._tries(f"job {job_id} may be stored", deadline=terms.deadline):
+            with again:
+                try:
+                    self._insert(wanted)
+                except Duplicate:
+                    # An earlier try stored it whose answer was lost; or it is another job.
+                    if not _is_same(self.get(job_id), wanted):
+                        raise errors.ConfigError(
+                            f"another job has the id {job_id}", next_step="choose another one at random"
+                        ) from None
+                break
+        return self.get(job_id)
+
+    def _insert(self, work: job.Job) -> None:
         row = {
-            "id": job_id,
-            "aggregate": job.storable(aggregate),
-            "terms": terms.to_json(),
+            "id": work.id,
+            "aggregate": work.aggregate,
+            "terms": work.terms.to_json(),
             "cancelled": 0,
-            "created": now,
+            "created": work.created,
             "attempt": 0,
             "beat": 0,
         }
-        named = [{"job": job_id, "position": at, "name": name} for at, name in enumerate(hosts)]
-        images = [{"job": job_id, "position": at, "image_id": each} for at, each in enumerate(image_ids)]
-        for again in _TRIES:
-            # The tables may be made at another node of a cluster at this moment.
-            with again, self._writing() as connection:
-                connection.execute(schema.JOBS.insert(), row)
-                connection.execute(schema.JOB_HOSTS.insert(), named)
-                connection.execute(schema.JOB_IMAGES.insert(), images)
-                connection.execute(
-                    sa.text(
-                        "INSERT INTO cells (job, host, image, reason, received)"
-                        " SELECT h.job, h.position, i.position, '', 0 FROM job_hosts h, job_images i"
-                        " WHERE h.job = :job AND i.job = :job"
-                    ),
-                    {"job": job_id},
-                )
-                break
-        return self.get(job_id)
+        named = [{"job": work.id, "position": at, "name": name} for at, name in enumerate(work.hosts)]
+        images = [
+            {"job": work.id, "position": at, "image_id": each} for at, each in enumerate(work.image_ids)
+        ]
+        with self._writing() as connection:
+            connection.execute(schema.JOBS.insert(), row)
+            connection.execute(schema.JOB_HOSTS.insert(), named)
+            connection.execute(schema.JOB_IMAGES.insert(), images)
+            connection.execute(
+                sa.text(
+                    "INSERT INTO cells (job, host, image, reason, received)"
+                    " SELECT h.job, h.position, i.position, '', 0 FROM job_hosts h, job_images i"
+                    " WHERE h.job = :job AND i.job = :job"
+                ),
+                {"job": work.id},
+            )
 
     def get(self, job_id: str) -> job.Job:
         """Return a job with its progress so far.
@@ -163,7 +182,7 @@ class JobDatabase:
 
         :raises ConfigError: no job has that id.
         """
-        for again in _TRIES:
+        for again in self._tries(f"job {job_id} may be cancelled"):
             with again, self._writing() as connection:
                 marked = connection.execute(
                     sa.update(schema.JOBS).where(schema.JOBS.c.id == job_id).values(cancelled=1)
@@ -177,9 +196,8 @@ class JobDatabase:
 
         Returns how many it deleted.
         """
-        ids: list[dict[str, Any]] = []
-        jobs = schema.JOBS.c
-        for again in _TRIES:
+        jobs, pruned = schema.JOBS.c, set[str]()
+        for again in self._tries("the old jobs may be deleted"):
             with again, self._writing() as connection:
                 found = connection.execute(
                     sa.text(
@@ -189,12 +207,14 @@ class JobDatabase:
                     {"before": before},
                 )
                 ids = [{"old": job_id} for (job_id,) in found]
+                # Those of a try whose answer was lost are found by no other.
+                pruned.update(each["old"] for each in ids)
                 if ids:
                     for table in (schema.CELLS, schema.JOB_IMAGES, schema.JOB_HOSTS):
                         connection.execute(table.delete().where(table.c.job == sa.bindparam("old")), ids)
                     connection.execute(schema.JOBS.delete().where(jobs.id == sa.bindparam("old")), ids)
                 break
-        return len(ids)
+        return len(pruned)
 
     # -- the lease -----------------------------------------------------------------------------------
 
@@ -215,25 +235,26 @@ class JobDatabase:
         Returns whether the new runner has the lease now.
         """
         jobs = schema.JOBS.c
+        is_seen = sa.and_(jobs.beat == seen.beat, jobs.runner.is_not_distinct_from(seen.runner))
         # Of two nodes of a cluster that take it at the same moment, one is refused at its commit.
+        found: str | None = None
         with contextlib.suppress(Contended):
-            with self._writing() as connection:
-                taken = connection.execute(
-                    sa.update(schema.JOBS)
-                    .where(
-                        jobs.id == job_id,
-                        jobs.beat == seen.beat,
-                        jobs.runner.is_not_distinct_from(seen.runner),
+            for again in self._tries(f"job {job_id} may be held for {lease.SECONDS:.0f} s"):
+                with again, self._writing() as connection:
+                    connection.execute(
+                        sa.update(schema.JOBS)
+                        .where(jobs.id == job_id, is_seen)
+                        .values(runner=runner, beat=seen.beat + 1)
                     )
-                    .values(runner=runner, beat=seen.beat + 1)
-                ).rowcount
-            return bool(taken)
-        return False
+                    # Also where an earlier try has taken it: no other run has the same name.
+                    found = connection.execute(sa.select(jobs.runner).where(jobs.id == job_id)).scalar()
+                    break
+        return found == runner
 
     def release_lease(self, job_id: str, runner: str) -> None:
         """Give up the lease, so that another conductor can run the job at once."""
         jobs = schema.JOBS.c
-        for again in _TRIES:
+        for again in self._tries(f"job {job_id} may be held for {lease.SECONDS:.0f} s"):
             with again, self._writing() as connection:
                 connection.execute(
                     sa.update(schema.JOBS)
@@ -259,25 +280,29 @@ class JobDatabase:
             ).scalar()
         return bool(found)
 
-    def retry(self, job_id: str, runner: str) -> None:
+    def retry(self, job_id: str, runner: str, *, deadline: float | None = None) -> None:
         """Clear the results that a resume tries again, and the mark of a cancelled job.
 
+        :param deadline: the job's, in epoch seconds, or None for no deadline.
         :raises lease.LeaseLost: another conductor runs the job.
         """
         jobs, cells = schema.JOBS.c, schema.CELLS.c
-        for again in _TRIES:
+        attempt = self.get(job_id).attempt
+        for again in self._tries(f"job {job_id} may be resumed already", deadline=deadline):
             with again, self._writing() as connection:
                 self._require_lease(connection, job_id, runner)
-                connection.execute(
+                begun = connection.execute(
                     sa.update(schema.JOBS)
-                    .where(jobs.id == job_id)
-                    .values(cancelled=0, attempt=jobs.attempt + 1)
+                    .where(jobs.id == job_id, jobs.attempt == attempt)
+                    .values(cancelled=0, attempt=attempt + 1)
                 )
-                connection.execute(
-                    sa.update(schema.CELLS)
-                    .where(cells.job == job_id, cells.result.in_([each.value for each in job.RETRIED]))
-                    .values(result=None, reason="", received=0)
-                )
+                # Else an earlier try was stored, and a cancel that came after it stays.
+                if begun.rowcount:
+                    connection.execute(
+                        sa.update(schema.CELLS)
+                        .where(cells.job == job_id, cells.result.in_([each.value for each in job.RETRIED]))
+                        .values(result=None, reason="", received=0)
+                    )
                 break
 
     def _require_lease(self, connection: sa.Connection, job_id: str, runner: str) -> None:
@@ -287,85 +312,17 @@ class JobDatabase:
         )
         if not kept.rowcount:
             raise lease.LeaseLost(job_id)
-        self._require_known(self._revision(connection))
+        self._transactions.require_known(connection)
 
-    # -- the schema ----------------------------------------------------------------------------------
 
-    def _require_schema(self, *, change: bool) -> None:
-        """Bring the tables to this release's version, if they are of an earlier one."""
-        revision = self._revision_now()
-        self._require_known(revision)
-        if revision == schema.REVISION:
-            return
-        if not change:
-            raise JobDatabaseError(
-                "the job database has no tables of this release's version",
-                path=self._where,
-                next_step="start a job, which makes them",
-            )
-        try:
-            self._make_tables()
-        except JobDatabaseError:
-            # A lock at one node of a cluster holds up nobody at another, who may have been first.
-            if self._revision_now() != schema.REVISION:
-                raise
-
-    def _make_tables(self) -> None:
-        from imagecache_lib.precache import migrate
-
-        with self._writing() as connection, migrate.alone(connection, _LOCK):
-            # Another process may have done it meanwhile.
-            if self._revision(connection) != schema.REVISION:
-                migrate.upgrade(connection, schema.REVISION)
-                if self._embedded:
-                    connection.exec_driver_sql(f"PRAGMA user_version = {schema.VERSION}")
-
-    def _revision_now(self) -> str | None:
-        with translated(self._where), self._engine.execution_options(reading=True).begin() as connection:
-            return self._revision(connection)
-
-    def _revision(self, connection: sa.Connection) -> str | None:
-        """Return the revision of the tables. Returns None if there are none, or those of version 1."""
-        if self._embedded:
-            version = connection.exec_driver_sql("PRAGMA user_version").scalar()
-            if version == schema.VERSION:
-                return schema.REVISION
-            return None if version in (0, 1) else str(version)
-        tables = sa.inspect(connection)
-        if not tables.has_table("alembic_version"):
-            return None
-        found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-        if found not in _KNOWN and not tables.has_table("cells"):
-            raise JobDatabaseError(
-                "the database has the tables of another program",
-                path=self._where,
-                next_step="give the jobs a database of their own",
-            )
-        return None if found is None else str(found)
-
-    def _require_known(self, revision: str | None) -> None:
-        if revision not in _KNOWN:
-            raise job_file.too_new(self._where, revision)
-
-    # -- transactions --------------------------------------------------------------------------------
-
-    def _same_file(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._file is None else self._file.required()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
-        with self._same_file(), translated(self._where), self._engine.begin() as connection:
-            yield connection
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[job_rows.Query]:
-        reading = self._engine.execution_options(reading=True)
-        with self._same_file(), translated(self._where), reading.begin() as connection:
-
-            def query(statement: str, parameters: Mapping[str, Any] | None = None) -> Iterable[Sequence[Any]]:
-                return connection.execute(sa.text(statement), dict(parameters or {}))
-
-            yield query
+def _is_same(found: job.Job, wanted: job.Job) -> bool:
+    """Return whether two jobs ask for the same."""
+    return (found.aggregate, found.hosts, found.image_ids, found.terms) == (
+        wanted.aggregate,
+        wanted.hosts,
+        wanted.image_ids,
+        wanted.terms,
+    )
 
 
 _KEEP = (

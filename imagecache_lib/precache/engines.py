@@ -15,6 +15,7 @@ from sqlalchemy import event, pool
 from imagecache_lib import errors
 from imagecache_lib.precache import job_file
 from imagecache_lib.precache.job_rows import JobDatabaseError
+from imagecache_lib.precache.retries import AnswerLost, Contended, Duplicate
 from imagecache_lib.system import mounts
 
 #: Seconds for a server to accept a connection, and to answer a statement.
@@ -22,35 +23,42 @@ _CONNECT_SECONDS = 10
 _STATEMENT_SECONDS = 20
 
 
-class Contended(JobDatabaseError):
-    """A server rolled a transaction back because another one was first. The same may work now."""
-
-
-#: How servers say that: MariaDB by the number of a deadlock, which is also what Galera answers for a conflict
-#: between two nodes, and PostgreSQL by the SQLSTATE of a serialization failure or a deadlock.
+#: How servers say that another transaction was first: MariaDB by the number of a deadlock, which is also
+#: what Galera answers for a conflict between two nodes, and PostgreSQL by the SQLSTATE of a serialization
+#: failure or a deadlock.
 _DEADLOCK = 1213
 _SQLSTATES = ("40001", "40P01")
+
+
+def connected(path: str, busy: float) -> sqlite3.Connection:
+    """Return a connection to an sqlite file, which is made when it is missing.
+
+    :param busy: seconds to wait for another process that holds it.
+    :raises sqlite3.Error: it cannot be opened.
+    :raises JobDatabaseError: it is another program's database, or a later release has changed it.
+    """
+    # Autocommit by sqlite3's own idea: SQLAlchemy's transactions are begun below, as what they are.
+    connection = sqlite3.connect(path, timeout=busy, isolation_level=None, check_same_thread=False)
+    try:
+        # Before anything is changed in what may be another program's.
+        with contextlib.suppress(job_file.Unmade):
+            job_file.version_of(connection, path)
+        _set_journal(connection, wal=not mounts.is_network(os.path.dirname(path)))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def embedded(path: str, busy: float) -> sa.Engine:
     """Return the engine of an sqlite file.
 
+    :param path: absolute.
     :param busy: seconds to wait for another process that holds it.
     """
-    wal = not mounts.is_network(os.path.dirname(os.path.abspath(path)))
 
     def connect() -> sqlite3.Connection:
-        # Autocommit by sqlite3's own idea: SQLAlchemy's transactions are begun below, as what they are.
-        connection = sqlite3.connect(path, timeout=busy, isolation_level=None, check_same_thread=False)
-        try:
-            # Before anything is changed in what may be another program's.
-            with contextlib.suppress(job_file.Unmade):
-                job_file.version_of(connection, path)
-            _set_journal(connection, wal=wal)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        return connected(path, busy)
 
     engine = sa.create_engine("sqlite://", creator=connect, poolclass=pool.QueuePool, pool_size=2)
 
@@ -123,12 +131,23 @@ def shown(url: str) -> str:
         return "the URL of the job database"
 
 
+def _kind_of(error: Exception) -> type[JobDatabaseError]:
+    cause = getattr(error, "orig", None) or error
+    if getattr(cause, "sqlstate", None) in _SQLSTATES or cause.args[:1] == (_DEADLOCK,):
+        return Contended
+    if isinstance(error, ConnectionError) or getattr(error, "connection_invalidated", False):
+        return AnswerLost
+    return Duplicate if isinstance(error, sa.exc.IntegrityError) else JobDatabaseError
+
+
 @contextlib.contextmanager
 def translated(where: str) -> Iterator[None]:
     """Turn what a database or its driver raises into the library's errors.
 
     :param where: the database, for the message.
     :raises Contended: another transaction was first.
+    :raises AnswerLost: the connection broke.
+    :raises Duplicate: a row is there already.
     :raises JobDatabaseError: it failed.
     :raises ConfigError: its driver is not installed.
     """
@@ -136,10 +155,9 @@ def translated(where: str) -> Iterator[None]:
         yield
     except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as error:
         cause = getattr(error, "orig", None) or error
-        is_contended = getattr(cause, "sqlstate", None) in _SQLSTATES or cause.args[:1] == (_DEADLOCK,)
         # PyMySQL's errors are a number and a text.
         text = str(cause.args[-1] if len(cause.args) == 2 else cause)
-        raise (Contended if is_contended else JobDatabaseError)(
+        raise _kind_of(error)(
             f"the job database failed: {' '.join(text.split())}",
             path=where,
             next_step="check the database and its disk",

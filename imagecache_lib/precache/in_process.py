@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from imagecache_lib.precache import client
 from imagecache_lib.precache.agent import HostAgent
@@ -14,10 +14,12 @@ class InProcessClient(client.HostClient):
     """Reaches agents by calling them.
 
     :param agents: the agents, by the name of their host.
+    :param idle: names of hosts that have no agent here, and are known to do nothing for any job.
     """
 
-    def __init__(self, agents: Mapping[str, HostAgent]) -> None:
+    def __init__(self, agents: Mapping[str, HostAgent], *, idle: Collection[str] = ()) -> None:
         self._agents = agents
+        self._idle = frozenset(idle)
 
     def survey(self, host: str, image_ids: Sequence[str]) -> client.Survey:
         agent = self._agent(host)
@@ -37,8 +39,8 @@ class InProcessClient(client.HostClient):
             raise
 
     def cancel(self, host: str, job_id: str) -> None:
-        if host in self._agents:  # without an agent, nothing is at work
-            self._agents[host].cancel(job_id)
+        if host not in self._idle:
+            self._agent(host).cancel(job_id)
 
     def release(self, host: str, job_id: str) -> None:
         if host in self._agents:

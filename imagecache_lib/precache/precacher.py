@@ -111,14 +111,24 @@ class AggregatePrecacher:
         return Plan(surveys, unreachable)
 
     def start(
-        self, aggregate: str, hosts: Sequence[str], image_ids: Sequence[str], terms: job.Terms | None = None
+        self,
+        aggregate: str,
+        hosts: Sequence[str],
+        image_ids: Sequence[str],
+        terms: job.Terms | None = None,
+        *,
+        job_id: str | None = None,
     ) -> job.Job:
         """Store a new job and return it. :meth:`run` works on it.
 
-        :raises ConfigError, ImageRejected: the request makes no sense.
+        :param job_id: the id of the job, 32 hex digits at random, or None to have one made. A caller that was
+            told that the database failed can ask again with the same id: the job is then stored once.
+        :raises ConfigError, ImageRejected: the request makes no sense, or the job database fails.
         """
         job.check(hosts, image_ids)
-        return self._database.add(aggregate, hosts, image_ids, terms or job.Terms(), now=self._host.clock())
+        return self._database.add(
+            aggregate, hosts, image_ids, terms or job.Terms(), now=self._host.clock(), job_id=job_id
+        )
 
     def run(self, job_id: str, *, leave: model.CancelToken | None = None) -> job.Job:
         """Work on a job until every image on every host has a result, and return the job.
@@ -190,7 +200,7 @@ class AggregatePrecacher:
                 "The deadline of job %s has passed: nothing is tried, results that are there stay", job_id
             )
         elif retry:
-            self._database.retry(job_id, runner)
+            self._database.retry(job_id, runner, deadline=deadline)
         progress = JobProgress(self._database.get(job_id))
         teller = Teller(self._observers)
         teller.tell(JobEvent("start", progress.job))

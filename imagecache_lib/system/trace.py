@@ -81,3 +81,8 @@ class TracePoint(enum.StrEnum):
     RESTORE_LINKED = "restore:linked"
     #: The file is gone; its record may still be there.
     EVICT_UNLINKED = "evict:unlinked"
+
+    #: A transaction of the job database is complete, and about to be committed.
+    JOBS_COMMIT = "jobs:commit"
+    #: A transaction of the job database is committed, and its caller does not know it yet.
+    JOBS_COMMITTED = "jobs:committed"

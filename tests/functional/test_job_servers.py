@@ -18,9 +18,12 @@ from imagecache_lib import errors
 from imagecache_lib.precache import client, job, lease, schema
 from imagecache_lib.precache.database import Change, JobDatabase
 from imagecache_lib.precache.precacher import AggregatePrecacher
+from imagecache_lib.system.host import System
+from imagecache_lib.system.trace import TracePoint
 from tests.lab.galera import running_galera
 from tests.lab.mariadb import MariaDb, running_mariadb
 from tests.lab.postgresql import PostgreSql, running_postgresql
+from tests.lab.relay import Hold, Relay, running_relay
 from tests.support.cache_case import Running, Stop
 from tests.support.relay_hosts import until
 
@@ -172,6 +175,81 @@ def test_a_server_that_is_gone_is_said_with_what_to_do(server: Server) -> None:
     finally:
         server.start()
     assert database.get(work.id) == work
+
+
+class Losses:
+    """Breaks the connection at commits: before the server learns of it, or before its answer arrives."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._pending: list[bool] = []
+        self._closing = contextlib.ExitStack()
+
+    def come(self, *answers: bool) -> None:
+        """Break one connection for each: True for the answer that gets lost, False for the question."""
+        self._pending = list(answers)
+
+    @property
+    def are_over(self) -> bool:
+        """Whether all that were to come have come."""
+        return not self._pending
+
+    def __call__(self, reached: TracePoint) -> None:
+        if reached is not TracePoint.JOBS_COMMIT or not self._pending:
+            return
+        if self._pending.pop(0):
+            hold = self._closing.enter_context(self._relay.held_after(0))
+            threading.Thread(target=self._break, args=(hold,), daemon=True).start()
+        else:
+            self._relay.sever()
+            self._relay.mend()
+
+    def _break(self, hold: Hold) -> None:
+        until(lambda: hold.count == 1)  # the server has committed, and says so
+        self._relay.sever()
+        self._closing.close()
+        self._relay.mend()
+
+
+@pytest.mark.parametrize("losses", [(True,), (False,), (True, True), (False, True)])
+def test_a_server_whose_answer_gets_lost_stores_a_job_once(server: Server, losses: tuple[bool, ...]) -> None:
+    JobDatabase(server.url).close()
+    with running_relay(f"http://127.0.0.1:{server.port}") as relay:
+        lost = Losses(relay)
+        url = sa.make_url(server.url).set(port=relay.port).render_as_string(hide_password=False)
+        database = JobDatabase(url, host=System(trace=lost))
+        lost.come(*losses)
+        work = start(database)
+        assert [work] == [database.get(each.id) for each in database.summaries()]
+        seen = database.lease_of(work.id)
+        lost.come(*losses)
+        assert database.take_lease(work.id, "mine", seen)
+        assert lost.are_over
+        assert not database.take_lease(work.id, "another", seen)
+        failed = job.Cell(job.Result.ERROR, "no room", 7, 7)
+        database.keep(
+            work.id, "mine", [Change(host, image, failed) for host in range(5) for image in range(2)]
+        )
+        lost.come(*losses)
+        database.cancel(work.id)
+        assert (lost.are_over, database.is_cancelled(work.id)) == (True, True)
+        lost.come(*losses)
+        database.retry(work.id, "mine")
+        assert (lost.are_over, database.get(work.id).attempt, database.is_cancelled(work.id)) == (
+            True,
+            1,
+            False,
+        )
+        database.keep(
+            work.id, "mine", [Change(host, image, CACHED) for host in range(5) for image in range(2)]
+        )
+        lost.come(*losses)
+        database.release_lease(work.id, "mine")
+        assert (lost.are_over, database.lease_of(work.id).runner) == (True, None)
+        lost.come(*losses)
+        assert database.prune(2.0) == 1
+        assert (lost.are_over, database.summaries()) == (True, [])
+        database.close()
 
 
 def test_a_later_release_changed_the_tables(server: Server) -> None:

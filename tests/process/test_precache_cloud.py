@@ -134,6 +134,7 @@ def cli(tmp_path: pathlib.Path, cloud: Cloud) -> JobsCli:
 
 
 def test_an_aggregate_and_an_image_are_named_as_the_cloud_names_them(cli: JobsCli) -> None:
+    cli.use_a_bus_that_is_away()
     words = ("precache", "start", NAME, "--aggregate", "rack-7", "--deadline", "1s")
     found = cli.json(*words, code=10)
     assert {(row["host"], row["image"]) for row in found} == {("node-1", IMAGE_ID), ("node-2", IMAGE_ID)}
@@ -166,8 +167,9 @@ def test_a_user_who_may_not_see_aggregates_is_told(cli: JobsCli, cloud: Cloud) -
 
 
 def test_hosts_that_are_named_need_no_compute_service(cli: JobsCli) -> None:
-    words = ("precache", "plan", IMAGE_ID, "--aggregate", "mine", "--host", "node-9")
-    assert [row["host"] for row in cli.json(*words, code=10)] == ["node-9"]
+    cli.use_a_bus_that_is_away()
+    words = ("precache", "plan", IMAGE_ID, "--aggregate", "mine", "--host", "node-9", "--timeout", "1s")
+    assert [row["host"] for row in cli.json(*words, code=5)] == ["node-9"]
 
 
 @pytest.fixture
@@ -206,7 +208,8 @@ def test_an_entry_of_clouds_yaml_says_where_and_how(
         nobody.run("image", "evict", IMAGE_ID)
     assert ("Basic b3BlcmF0b3I6c2VjcmV0", f"/image/v2/images/{IMAGE_ID}/file") in cloud.asked
     nobody.environment["OS_CLOUD"] = "mine"
-    rows = nobody.json("precache", "plan", NAME, "--aggregate", "rack-7", code=10)
+    nobody.use_a_bus_that_is_away()
+    rows = nobody.json("precache", "plan", NAME, "--aggregate", "rack-7", "--timeout", "1s", code=5)
     assert [row["host"] for row in rows] == ["node-1", "node-2"]
     for name, told in (("wrong", "not in the catalog"), ("theirs", "theirs")):
         nobody.environment["OS_CLOUD"] = name
