@@ -61,8 +61,8 @@ class CacheConfig:
     images_cpu_time_limit: int = 30
     #: Address space that a qemu-img which only looks may take, in bytes.
     images_address_space_limit: int = 2 * GIB
-    #: CPU seconds that a qemu-img which converts, or a mkfs, may take. By the clock, a qemu-img may take ten
-    #: times as many.
+    #: CPU seconds that a qemu-img which converts, or a mkfs, may take. By the clock it may take ten times as
+    #: many.
     convert_cpu_time_limit: int = 3600
     #: Address space that a qemu-img which converts, or a mkfs, may take, in bytes.
     convert_address_space_limit: int = 8 * GIB

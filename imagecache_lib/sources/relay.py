@@ -29,6 +29,7 @@ from imagecache_lib.sources.parents import Parents
 from imagecache_lib.sources.route import ORIGIN, Route
 from imagecache_lib.store.pieces import PIECE, Pieces
 from imagecache_lib.store.spool import EARLIER, Spool, SpoolReader, Spools
+from imagecache_lib.system import threads
 from imagecache_lib.system.rate import Pace
 from imagecache_lib.system.waiter import Waiter
 
@@ -170,7 +171,7 @@ class RelaySource(ImageSource):
             spool, self._origin, self._route, self._parents, waiter, rate=self._rate, starved=self._starved
         )
         thread = threading.Thread(target=filler.run, name="imagecache-relay", daemon=True)
-        thread.start()
+        threads.start(thread)
         try:
             yield
         finally:
