@@ -197,6 +197,21 @@ class TestOtherProcesses(CacheCase):
         self.manager().forget_disks(str(self.outside))
         self.assertFalse(self.is_kept())
 
+    def test_an_operators_word_counts_however_the_root_and_its_path_are_spelled(self) -> None:
+        for number, (root, said) in enumerate(
+            (("{0}", "{0}/"), ("{0}", "{0}/."), ("{0}", "/{0}"), ("{0}/", "{0}"), ("{1}/../{2}", "{0}"))
+        ):
+            path = self.outside / str(number)
+            path.mkdir()
+            spelled, named = (each.format(path, path, number) for each in (root, said))
+            with self.subTest(root=spelled, said=named):
+                self.manager(disk_roots=(spelled,)).create_disk(ID, str(path / "disk"))
+                self.assertTrue(self.is_kept())
+                os.rename(path, f"{path}.away")
+                self.assertTrue(self.is_kept())
+                self.assertEqual(1, self.manager().forget_disks(named))
+                self.assertFalse(self.is_kept())
+
     def test_a_root_that_is_gone_hides_no_other(self) -> None:
         away = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         for root in (away, self.outside):
