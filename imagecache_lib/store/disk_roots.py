@@ -78,10 +78,10 @@ def _is_in(upwards: Iterable[_Identity], roots: set[_Identity], own: set[_Identi
 
 
 def check_not_in_cache(path: str, config: CacheConfig) -> None:
-    """Refuse a name in a directory that is the cache's own: only the cache makes and removes what is there.
+    """Refuse a name among the base images: only the cache makes and removes what is there.
 
     :param path: of a file that may be there. Where a link of that name leads to does not matter.
-    :raises BadTarget: it is in a directory of base images or of locks, or below one.
+    :raises BadTarget: it is in the directory of base images, or below it.
     """
     if _is_in_cache(path, config):
         raise _in_the_cache(path)
@@ -93,8 +93,8 @@ def check_no_base(path: str, config: CacheConfig) -> None:
     A driver may give a guest a base image itself, by a symbolic or a hard link, to be read and never written.
 
     :param path: of a file that may be there.
-    :raises BadTarget: it is in a directory of the cache, or a link leads there, or it is another name of a
-        base image.
+    :raises BadTarget: it is in the directory of base images, or a link leads there, or it is another name of
+        a base image.
     :raises OSError: the directory of base images cannot be listed.
     """
     if _is_in_cache(path, config) or (os.path.islink(path) and _is_in_cache(os.path.realpath(path), config)):
@@ -113,10 +113,9 @@ def check_no_base(path: str, config: CacheConfig) -> None:
 
 def _is_in_cache(path: str, config: CacheConfig) -> bool:
     looks = _Looks()
-    own = looks.at(*_own_paths(config))
-    return any(
-        each in own for each in looks.upwards(names.real_directory(os.path.dirname(path) or os.curdir))
-    )
+    own = looks.at(config.base_path)
+    directory = names.real_directory(os.path.dirname(path) or os.curdir)
+    return any(each in own for each in looks.upwards(directory))
 
 
 def _in_the_cache(target: str) -> BadTarget:
