@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 
 from imagecache_lib import errors
@@ -158,7 +159,7 @@ class CacheConfig:
     never_download_image_if_on_rbd: bool = False
 
     def __post_init__(self) -> None:
-        self._require_tuples()
+        self._require_types()
         for name in ("instances_path", "lock_path", "certificates_path"):
             value = getattr(self, name)
             if (value is not None or name == "instances_path") and not _is_absolute(value):
@@ -185,12 +186,20 @@ class CacheConfig:
             if isinstance(value, (int, float)) and value < 0 and field.name != "manager_interval":
                 raise _wrong(field.name, value, "must not be negative")
 
-    def _require_tuples(self) -> None:
-        """Refuse text, whose letters would be taken for the values."""
+    def _require_types(self) -> None:
+        """Refuse text in particular: its letters would be taken for values, and "no" for yes."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(field.default, tuple) and not isinstance(value, tuple | list | set | frozenset):
                 raise _wrong(field.name, value, "must be a tuple")
+            if isinstance(field.default, bool):
+                if not isinstance(value, int) or value not in (False, True):
+                    raise _wrong(field.name, value, "must be True or False")
+            elif isinstance(field.default, int | float) and not _is_number(value):
+                raise _wrong(field.name, value, "must be a number")
+        for command in self.virt_mkfs:
+            if not _is_path(command):
+                raise _wrong("virt_mkfs", command, "must be texts")
 
     def _require_names(self) -> None:
         for name in self.passed_over_directories:
@@ -225,6 +234,10 @@ class CacheConfig:
 
 def _is_absolute(value: object) -> bool:
     return _is_path(value) and os.path.isabs(str(value))
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int or (isinstance(value, float) and not math.isnan(value))
 
 
 def _is_path(value: object) -> bool:

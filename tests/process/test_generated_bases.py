@@ -219,6 +219,12 @@ def failing(program: str, *, silent: bool) -> ic.System:
     return ic.System(execute=execute)
 
 
+def test_a_command_without_words_is_the_operators_to_correct(place: Place) -> None:
+    with pytest.raises(ic.ConfigError, match="virt_mkfs"):
+        place.manager(virt_mkfs=("default=  ",)).create_ephemeral(place.target(), size_gb=1)
+    assert (os.listdir(place.path / "vm"), place.bases(), place.staged()) == ([], [], [])
+
+
 def test_a_shutdown_ends_a_program_that_hangs(place: Place) -> None:
     command = place.path / "mkfs-that-hangs"
     begun = place.path / "begun"

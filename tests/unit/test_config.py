@@ -39,3 +39,16 @@ class TestPaths(unittest.TestCase):
         for name in several:
             for value in ("/", b"/", None, 5):
                 self.assert_refused(name, value)
+        for value in (5, "default=mk\0fs", "default=mk\ud800fs"):
+            self.assert_refused("virt_mkfs", (value,))
+
+    def test_text_is_neither_a_number_nor_a_choice_of_two(self) -> None:
+        for field in dataclasses.fields(CacheConfig):
+            if isinstance(field.default, bool):
+                for value in ("no", "false", "", None, 2):
+                    self.assert_refused(field.name, value)
+            elif isinstance(field.default, int | float):
+                for wrong in ("10", "10G", None, True, float("nan")):
+                    self.assert_refused(field.name, wrong)
+                large: dict[str, Any] = {"instances_path": "/instances", field.name: 2**1100}
+                self.assertEqual(2**1100, getattr(CacheConfig(**large), field.name))
