@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 
 from imagecache_lib import errors
@@ -61,8 +62,8 @@ class CacheConfig:
     images_cpu_time_limit: int = 30
     #: Address space that a qemu-img which only looks may take, in bytes.
     images_address_space_limit: int = 2 * GIB
-    #: CPU seconds that a qemu-img which converts, or a mkfs, may take. By the clock, a qemu-img may take ten
-    #: times as many.
+    #: CPU seconds that a qemu-img which converts, or a mkfs, may take. By the clock it may take ten times as
+    #: many.
     convert_cpu_time_limit: int = 3600
     #: Address space that a qemu-img which converts, or a mkfs, may take, in bytes.
     convert_address_space_limit: int = 8 * GIB
@@ -158,15 +159,16 @@ class CacheConfig:
     never_download_image_if_on_rbd: bool = False
 
     def __post_init__(self) -> None:
+        self._require_types()
         for name in ("instances_path", "lock_path", "certificates_path"):
             value = getattr(self, name)
-            if value is not None and not os.path.isabs(value):
+            if (value is not None or name == "instances_path") and not _is_absolute(value):
                 raise _wrong(name, value, "must be an absolute path")
         for root in self.disk_roots:
-            if not os.path.isabs(root):
+            if not _is_absolute(root):
                 raise _wrong("disk_roots", root, "must be absolute paths")
         if (
-            not self.subdirectory_name
+            not _is_path(self.subdirectory_name)
             or "/" in self.subdirectory_name
             or self.subdirectory_name in (".", "..")
         ):
@@ -184,11 +186,24 @@ class CacheConfig:
             if isinstance(value, (int, float)) and value < 0 and field.name != "manager_interval":
                 raise _wrong(field.name, value, "must not be negative")
 
+    def _require_types(self) -> None:
+        """Refuse text in particular: its letters would be taken for values, and "no" for yes."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, tuple) and not isinstance(value, tuple | list | set | frozenset):
+                raise _wrong(field.name, value, "must be a tuple")
+            if isinstance(field.default, bool):
+                if not isinstance(value, int) or value not in (False, True):
+                    raise _wrong(field.name, value, "must be True or False")
+            elif isinstance(field.default, int | float) and not _is_number(value):
+                raise _wrong(field.name, value, "must be a number")
+        for command in self.virt_mkfs:
+            if not _is_path(command):
+                raise _wrong("virt_mkfs", command, "must be texts")
+
     def _require_names(self) -> None:
-        if isinstance(self.passed_over_directories, str):
-            raise _wrong("passed_over_directories", self.passed_over_directories, "must be a tuple of names")
         for name in self.passed_over_directories:
-            if not name or "/" in name or name in (".", ".."):
+            if not _is_path(name) or "/" in name or name in (".", ".."):
                 raise _wrong("passed_over_directories", name, "must be names of directories, without a path")
 
     def _require_choices(self) -> None:
@@ -215,6 +230,22 @@ class CacheConfig:
     def roots(self) -> tuple[str, ...]:
         """Absolute paths of every disk root."""
         return self.disk_roots or (self.instances_path,)
+
+
+def _is_absolute(value: object) -> bool:
+    return _is_path(value) and os.path.isabs(str(value))
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int or (isinstance(value, float) and not math.isnan(value))
+
+
+def _is_path(value: object) -> bool:
+    """Whether a value is text that can be a path, in the encoding that this process gives to paths."""
+    try:
+        return isinstance(value, str) and "\0" not in value and os.fsencode(value) != b""
+    except UnicodeEncodeError:
+        return False
 
 
 def _wrong(field: str, value: object, why: str) -> errors.ConfigError:

@@ -165,6 +165,7 @@ class ImageCacheManager(DiskAdmin):
         base = self._ingest.request(self._call(image_id, request), Use.FILE)
         with base.named():
             atomic_file.check_target(path)
+            disk_roots.check_not_in_cache(path, self.config)
             if os.path.lexists(path):
                 require_reuse(path, if_exists)
                 return check_file(path)

@@ -77,6 +77,17 @@ class FileBackend(StorageBackend):
         atomic_file.check_target(target)
         if Feature.OVERLAY in self.features:
             disk_roots.check_seen(target, self._config)
+        if Feature.OVERLAY not in self.features or os.path.lexists(target):
+            self._check_no_base(target)
+
+    def _check_no_base(self, target: str) -> None:
+        """Refuse to change a file of the cache, which disks were made from or are yet to be.
+
+        :raises BackendError: it is one.
+        """
+        names.require_path(target)
+        with translated(self._config.base_path):
+            disk_roots.check_no_base(target, self._config)
 
     def exists(self, target: str) -> bool:
         return os.path.lexists(target)
@@ -232,6 +243,7 @@ class FileBackend(StorageBackend):
             return made.isdecimal() and os.fstat(fd).st_mtime - int(made) >= _WRITTEN_BACK
 
     def resize(self, disk: model.Disk, size: int) -> model.Disk:
+        self._check_no_base(disk.target)
         current, header = self._read(disk.target)
         if current.format != "raw":
             size = interface.whole_sectors(size)
@@ -255,6 +267,7 @@ class FileBackend(StorageBackend):
 
     def remove(self, disk: model.Disk) -> None:
         names.require_path(disk.target)
+        disk_roots.check_not_in_cache(disk.target, self._config)
         with translated(disk.target):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(disk.target)

@@ -78,6 +78,7 @@ class Qcow2Backend(file.FileBackend):
         self._qemu_img.convert(DiskFile(base.path, base.format), DiskFile(file.path, "qcow2"))
 
     def flatten(self, disk: model.Disk) -> model.Disk:
+        self._check_no_base(disk.target)
         current, header = self._read(disk.target)
         if header is not None and header.backing_file is not None:
             if header.snapshot_count:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import re
 import resource
@@ -22,14 +23,19 @@ import secrets
 import signal
 import subprocess
 import threading
+from collections.abc import Mapping
 
 from oslo_concurrency import processutils
 
 from imagecache_lib import errors
+from imagecache_lib.system import threads
 from imagecache_lib.system.waiter import Waiter
 
 #: Seconds between two looks whether the caller still waits for the program.
 _LOOK_EVERY = 0.25
+
+#: A program that computes all the time comes to its limit of CPU time long before this many times of it.
+_WALL_PER_CPU = 10
 
 #: Seconds between asking a program to end and killing it.
 _GRACE = 5
@@ -40,6 +46,9 @@ _SCRIPT = 'token=$1; shift; "$@"; printf "\\n%s %d\\n" "$token" "$?" >&2'
 _TIMED_OUT = (124, 128 + signal.SIGKILL)
 
 _NOT_FOUND = (126, 127)
+
+#: How execve(2) says that there is no such program, or none that this user may run.
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.ENOEXEC, errno.ELOOP)
 
 #: What a program says when the host failed it, and not the data: the messages of strerror(3) and ld.so(8).
 _HOST_AT_FAULT = re.compile(
@@ -92,6 +101,11 @@ class Limits:
     memory: int
     wall: int
 
+    @classmethod
+    def of(cls, cpu: int, memory: int) -> Limits:
+        """Return limits whose time by the clock follows from the CPU time."""
+        return cls(cpu, memory, cpu * _WALL_PER_CPU)
+
 
 def run(
     words: tuple[str, ...],
@@ -101,6 +115,7 @@ def run(
     program: str,
     subject: str,
     hidden: tuple[str, ...] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> str:
     """Run a program and return what it writes to its standard output.
 
@@ -109,6 +124,7 @@ def run(
     :param waiter: the caller. Once it no longer waits, the program is ended, and the error says so.
     :param subject: path of the file that errors are about.
     :param hidden: texts that are cut from what the program says, such as paths.
+    :param environment: variables besides those of this process.
     :raises DataRefused: the program failed, and its message is about the data.
     :raises NoSpaceError: the filesystem is full.
     :raises StorageFailed: the disk failed.
@@ -128,17 +144,16 @@ def run(
         *("sh", "-c", _SCRIPT, "sh", token, *words),
     )
     # Messages are matched, so they must not be translated.
-    environment = {**os.environ, "LC_ALL": "C"}
+    variables = {**os.environ, **(environment or {}), "LC_ALL": "C"}
     try:
         with _Watch(waiter, limits, subject) as watch:
+            watch.begin()
             try:
-                out, err = waiter.system.execute(*command, env_variables=environment, on_execute=watch.start)
+                out, err = waiter.system.execute(*command, env_variables=variables, on_execute=watch.take)
             except processutils.ProcessExecutionError as error:
                 raise _wrapper_failed(error, limits, subject) from error
             except OSError as error:
-                raise errors.ConfigError(
-                    f"prlimit cannot be run: {error}", next_step="install util-linux and coreutils"
-                ) from error
+                raise _not_started(error, subject) from error
             _require_success(str(err), token, program, subject, hidden)
     except UnicodeDecodeError as error:
         raise DataRefused(f"{program}: it wrote no text", path=subject) from error
@@ -170,11 +185,19 @@ class _Watch:
     def __enter__(self) -> _Watch:
         return self
 
-    def start(self, process: subprocess.Popen[bytes]) -> None:
+    def begin(self) -> None:
+        """Begin to watch, before there is a process: one that could not be watched is not to be started.
+
+        :raises BackendError: no thread can be started.
+        """
+        self._thread = threading.Thread(target=self._watch, name="imagecache-watch", daemon=True)
+        threads.start(self._thread)
+
+    def take(self, process: subprocess.Popen[bytes]) -> None:
         """Watch a process that has been started."""
         self._processes.append(process)
-        self._thread = threading.Thread(target=self._watch, name="imagecache-watch", daemon=True)
-        self._thread.start()
+        if self._reason is not None:
+            self._kill()  # the caller stopped waiting before there was a process
 
     def _watch(self) -> None:
         until = self._waiter.system.monotonic() + self._limits.wall + _GRACE + 1
@@ -208,6 +231,18 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
+
+
+def _not_started(error: OSError, subject: str) -> errors.ImageCacheError:
+    if error.errno in _NOT_THERE:
+        return errors.ConfigError(
+            f"prlimit cannot be run: {error}", next_step="install util-linux and coreutils"
+        )
+    return errors.BackendError(  # too many open files, too many tasks, no memory
+        f"no program can be started: {error.strerror or error}",
+        path=subject,
+        next_step="look at the service's own limits; another host may do it",
+    )
 
 
 def _wrapper_failed(

@@ -29,9 +29,6 @@ from imagecache_lib.system.waiter import Waiter
 
 __all__ = ["DataRefused", "DiskFile", "QemuImg", "StorageFailed"]
 
-#: A program that computes all the time comes to its limit of CPU time long before this many times of it.
-_WALL_PER_CPU = 10
-
 _CONVERT = ("convert", "-p", "-n", "--target-is-zero", "-W", "-m", "8")
 
 #: What a conversion that came to its end writes last, since it is asked how far it is.
@@ -52,8 +49,8 @@ class QemuImg:
     def __init__(self, config: CacheConfig, host: System) -> None:
         self._waiter = Waiter(host)  # a caller that waits as long as it takes
         self._sandbox = Sandbox("qemu-img", host)
-        self._looking = _limits(config.images_cpu_time_limit, config.images_address_space_limit)
-        self._working = _limits(config.convert_cpu_time_limit, config.convert_address_space_limit)
+        self._looking = Limits.of(config.images_cpu_time_limit, config.images_address_space_limit)
+        self._working = Limits.of(config.convert_cpu_time_limit, config.convert_address_space_limit)
 
     def for_caller(self, waiter: Waiter) -> Self:
         """Return what runs qemu-img for one caller."""
@@ -258,10 +255,6 @@ def _is_readable(disk: DiskFile, waiter: Waiter) -> bool:
     except OSError:
         return False
     return True
-
-
-def _limits(cpu: int, memory: int) -> Limits:
-    return Limits(cpu, memory, cpu * _WALL_PER_CPU)
 
 
 def _require_alone(found: dict[str, Any], path: str) -> None:

@@ -8,6 +8,7 @@ import threading
 from typing import Generic, Protocol, TypeVar
 
 from imagecache_lib import errors
+from imagecache_lib.system import threads
 from imagecache_lib.system.waiter import Waiter
 
 #: How many chunks may wait. The transfer waits for the consumer beyond that.
@@ -51,7 +52,7 @@ class Aside:
         self._error: BaseException | None = None
         self._abandoned = False
         self._over = False
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        threads.start(threading.Thread(target=self._run, name=name, daemon=True))
 
     def feed(self, chunk: bytes) -> None:
         """Take the next chunk, which must not change afterwards.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from imagecache_lib import errors
 from imagecache_lib.sources import transfer
 from imagecache_lib.sources.interface import ImageSource
+from imagecache_lib.system import threads
 from imagecache_lib.system.host import System
 
 #: How long one wait for the answer lasts before the caller is looked at again, in seconds.
@@ -27,7 +28,7 @@ class Question:
         self._host = host
         self._answered = threading.Event()
         self._error: Exception | None = None
-        threading.Thread(target=self._ask, name="imagecache-authorize", daemon=True).start()
+        threads.start(threading.Thread(target=self._ask, name="imagecache-authorize", daemon=True))
 
     def wait(self, timeout: float, check: Callable[[], None]) -> None:
         """Return once the source says that it has the image.

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-
-from oslo_concurrency import processutils
 
 from imagecache_lib import errors, model
+from imagecache_lib.formats import program
+from imagecache_lib.formats.program import DataRefused, Limits
 from imagecache_lib.ingest.generation import GIB, MIB, Generation, look
 from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.store import base_attributes, evidence
@@ -167,42 +166,30 @@ class GenerationProducer:
 
     def _make(self, wanted: Generation, path: str) -> None:
         config = self._cache.config
-        environment = {**os.environ, "LC_ALL": "C"}
         # Administrators' programs, which a service's PATH may lack.
-        environment["PATH"] = f"{environment.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+        environment = {"PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
         if wanted.publishable:
             environment |= {"SOURCE_DATE_EPOCH": _TIME, "E2FSPROGS_FAKE_TIME": _TIME}
-        limits = (f"--cpu={config.convert_cpu_time_limit}", f"--as={config.convert_address_space_limit}")
         words = wanted.words(path)
-        with _translated(words[0], wanted.name):
-            self._cache.host.execute("prlimit", *limits, "--", *words, env_variables=environment)
+        try:
+            program.run(
+                tuple(words),
+                limits=Limits.of(config.convert_cpu_time_limit, config.convert_address_space_limit),
+                waiter=self._waiter,
+                program=os.path.basename(words[0]),
+                subject=self._cache.layout.base(wanted.name),
+                hidden=(path,),
+                environment=environment,
+            )
+        except DataRefused as error:
+            raise errors.BackendError(
+                error.cause, image=wanted.name, next_step=f"run {words[0]} by hand to see why"
+            ) from error
+        except errors.ImageCacheError as error:
+            error.image = wanted.name
+            raise
 
 
 def _room(size: int) -> int:
     """Return at most how many bytes an empty filesystem takes: a few per cent, and ext4's largest journal."""
     return min(size, size // 32 + 16 * MIB, GIB + GIB // 4)
-
-
-@contextlib.contextmanager
-def _translated(program: str, name: str) -> Iterator[None]:
-    """Turn what a program says into the library's errors."""
-    try:
-        yield
-    except processutils.ProcessExecutionError as error:
-        said = str(error.stderr or error.stdout or "").strip()
-        if "No space left on device" in said or "Disk quota exceeded" in said:
-            raise errors.NoSpaceError(
-                "the filesystem is full", image=name, next_step="make room, then ask again"
-            ) from error
-        if error.exit_code == 127:
-            raise errors.ConfigError(
-                f"{program} cannot be run", image=name, next_step=f"install the package that has {program}"
-            ) from error
-        why = said.splitlines()[-1] if said else f"it ended with {error.exit_code}"
-        raise errors.BackendError(
-            f"{program} failed: {why}", image=name, next_step=f"run {program} by hand to see why"
-        ) from error
-    except OSError as error:
-        raise errors.ConfigError(
-            f"{program} cannot be run: {error.strerror}", image=name, next_step="install util-linux (prlimit)"
-        ) from error

@@ -107,6 +107,10 @@ class Generation:
         :raises ConfigError: the operator's command line cannot be filled in.
         """
         if self.command is not None:
+            if not self.command.strip():
+                raise errors.ConfigError(
+                    "virt_mkfs has a command without any word", next_step="name a program, or leave it out"
+                )
             try:
                 return [word % {"fs_label": self.label, "target": target} for word in self.command.split()]
             except (KeyError, ValueError, TypeError) as error:

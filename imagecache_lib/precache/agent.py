@@ -23,7 +23,7 @@ from imagecache_lib.precache.tasks import Attempt, Moments, Task
 from imagecache_lib.precache.watch import Watch
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
-from imagecache_lib.system import durable
+from imagecache_lib.system import durable, threads
 
 LOG = logging.getLogger(__name__)
 
@@ -135,10 +135,12 @@ class HostAgent:
             if known.route is not None and self._passing_on is not None:
                 self._passing_on.expect(task.job_id, known.pending(task.image_ids))
             if known.thread is None and not known.is_over:
-                known.thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._work, args=(known,), name=f"imagecache-task-{task.job_id}", daemon=True
                 )
-                known.thread.start()
+                # Not the task's before it runs: asked again, this agent would take it for one that does.
+                threads.start(thread)
+                known.thread = thread
 
     def poll(self, job_id: str) -> client.TaskReport:
         """Return how far a task is.
@@ -226,11 +228,11 @@ class HostAgent:
         self._ending.set()
         with self._lock:
             tasks = list(self._tasks.values())
-            threads = [task.thread for task in tasks if task.thread is not None]
+            running = [task.thread for task in tasks if task.thread is not None]
             for task in tasks:
                 task.cancelled.set()
         until = None if timeout is None else time.monotonic() + timeout
-        for thread in threads:
+        for thread in running:
             thread.join(None if until is None else max(0.0, until - time.monotonic()))
         if self._passing_on is not None:
             self._passing_on.close()

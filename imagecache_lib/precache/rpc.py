@@ -22,6 +22,7 @@ from imagecache_lib.precache import client, wire
 from imagecache_lib.precache.agent import HostAgent
 from imagecache_lib.precache.mailbox import Mailbox, RpcSender
 from imagecache_lib.precache.reporter import Reporter
+from imagecache_lib.system import threads
 
 TOPIC = "imagecache"
 
@@ -187,7 +188,11 @@ class RpcHostClient(client.HostClient):
 
         if self._stuck.acquire(timeout=timeout + self._publish_seconds):
             caller = threading.Thread(target=run, name=f"imagecache-call-{host}", daemon=True)
-            caller.start()
+            try:
+                threads.start(caller)
+            except BaseException:
+                self._stuck.release()
+                raise
             caller.join(timeout + self._publish_seconds)
         if failures:
             raise failures[0]

@@ -25,6 +25,7 @@ from imagecache_lib.sources.parents import Parents
 from imagecache_lib.sources.route import ORIGIN, Route
 from imagecache_lib.sources.spool_filler import PIECE_SECONDS, Filler, cut_piece, no_leave
 from imagecache_lib.store.spool import EARLIER, Spool, SpoolReader, Spools
+from imagecache_lib.system import threads
 from imagecache_lib.system.waiter import Waiter
 
 LOG = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ class RelaySource(ImageSource):
             spool, self._origin, self._route, self._parents, waiter, rate=self._rate, starved=self._starved
         )
         thread = threading.Thread(target=filler.run, name="imagecache-relay", daemon=True)
-        thread.start()
+        threads.start(thread)
         try:
             yield
         finally:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from imagecache_lib.store.directory import CacheStore, OpenBase
+from imagecache_lib.system import threads
 
 #: How many times a base is touched in the time after which Nova's pass removes an unused one.
 _TOUCHES = 4
@@ -40,7 +41,7 @@ class Keeper:
         self._thread = threading.Thread(target=self._keep, name=f"lease-{base.name[:8]}", daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        threads.start(self._thread)
         return self
 
     def __exit__(

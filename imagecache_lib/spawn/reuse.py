@@ -50,6 +50,11 @@ def grown(backend: StorageBackend, target: str, size: int | None) -> model.Disk:
     :raises NoSpaceError, BackendError: the disk cannot be read, or does not grow.
     """
     disk = backend.inspect(target)
+    if not disk.virtual_size:
+        # Grown, it would be all zeros: a guest without its data.
+        raise errors.BackendError(
+            "what is there is empty, and no disk", path=target, next_step="remove it, and ask again"
+        )
     if size is not None and size > disk.virtual_size:
         return backend.resize(disk, size)
     return disk

@@ -73,12 +73,58 @@ def _is_in(upwards: Iterable[_Identity], roots: set[_Identity], own: set[_Identi
         if each in roots:
             return True
         if each in own:
-            raise BadTarget(
-                "the target is in a directory that is the cache's own, where no disk is ever looked for",
-                path=target,
-                next_step="choose an instance directory",
-            )
+            raise _in_the_cache(target)
     return False
+
+
+def check_not_in_cache(path: str, config: CacheConfig) -> None:
+    """Refuse a name among the base images: only the cache makes and removes what is there.
+
+    :param path: of a file that may be there. Where a link of that name leads to does not matter.
+    :raises BadTarget: it is in the directory of base images, or below it.
+    """
+    if _is_in_cache(path, config):
+        raise _in_the_cache(path)
+
+
+def check_no_base(path: str, config: CacheConfig) -> None:
+    """Refuse a file that is one of the cache's own under whatever name: each disk made from it would change.
+
+    A driver may give a guest a base image itself, by a symbolic or a hard link, to be read and never written.
+
+    :param path: of a file that may be there.
+    :raises BadTarget: it is in the directory of base images, or a link leads there, or it is another name of
+        a base image.
+    :raises OSError: the directory of base images cannot be listed.
+    """
+    if _is_in_cache(path, config) or (os.path.islink(path) and _is_in_cache(os.path.realpath(path), config)):
+        raise _in_the_cache(path)
+    try:
+        found = os.stat(path)
+    except OSError:
+        return  # what is wanted of it fails by itself
+    if found.st_nlink < 2 or not os.path.isdir(config.base_path):
+        return
+    with os.scandir(config.base_path) as entries:
+        for entry in entries:
+            if entry.inode() == found.st_ino and os.path.samestat(entry.stat(follow_symlinks=False), found):
+                raise _in_the_cache(path)
+
+
+def _is_in_cache(path: str, config: CacheConfig) -> bool:
+    looks = _Looks()
+    own = looks.at(config.base_path)
+    directory = names.real_directory(os.path.dirname(path) or os.curdir)
+    return any(each in own for each in looks.upwards(directory))
+
+
+def _in_the_cache(target: str) -> BadTarget:
+    return BadTarget(
+        "it is a file of the cache, or in a directory that is the cache's own, where no disk is ever looked"
+        " for",
+        path=target,
+        next_step="choose an instance directory, and make the disk there from its image",
+    )
 
 
 def _is_at_or_below(path: str, root: str) -> bool:

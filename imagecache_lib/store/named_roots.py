@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from imagecache_lib.store import layout
-from imagecache_lib.system import durable
+from imagecache_lib.system import durable, names
 from imagecache_lib.system.host import System
 
 LOG = logging.getLogger(__name__)
@@ -158,11 +158,10 @@ def forget(where: layout.Layout, host_id: str, path: str) -> None:
 
     A process that goes on making disks there says so again.
     """
-    beneath = path.rstrip("/") + "/"
     for note in _notes(where, host_id):
         try:
             roots = _read(note) or []
-            kept = [root for root in roots if root != path and not root.startswith(beneath)]
+            kept = [root for root in roots if not names.is_at_or_below(root, path)]
             if kept == roots:
                 continue
             if kept:

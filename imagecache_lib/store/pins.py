@@ -88,9 +88,23 @@ def add(cache: CacheStore, name: str, image_id: str, pin: Pin) -> Pin | None:
         )
     with translated(cache.layout.pins):
         earlier = _pin_of(cache, name, pin.owner)
-        _write(cache, name, image_id, pin)
-        _show_earlier_releases(cache, name, image_id)
+        try:
+            _write(cache, name, image_id, pin)
+            _show_earlier_releases(cache, name, image_id)
+        except (OSError, errors.ImageCacheError):
+            # The caller is told that there is no pin, and would never take it away.
+            with contextlib.suppress(OSError):
+                _restore(cache, name, image_id, pin.owner, earlier)
+            raise
         return earlier
+
+
+def _restore(cache: CacheStore, name: str, image_id: str, owner: str, earlier: Pin | None) -> None:
+    """Let an owner's pin on a base be what it was."""
+    if earlier is not None:
+        _write(cache, name, image_id, earlier)
+    else:
+        _remove(cache, name, owner)
 
 
 def _require_owner(owner: object) -> None:
@@ -122,10 +136,7 @@ def take_back(cache: CacheStore, name: str, image_id: str, pin: Pin, earlier: Pi
     with translated(cache.layout.pins):
         if _pin_of(cache, name, pin.owner) != pin:
             return
-        if earlier is not None:
-            _write(cache, name, image_id, earlier)
-        else:
-            _remove(cache, name, pin.owner)
+        _restore(cache, name, image_id, pin.owner, earlier)
         _show_earlier_releases(cache, name, image_id)
 
 

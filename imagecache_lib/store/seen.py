@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imagecache_lib import model
+from imagecache_lib.system import names
 
 
 class Boundary(enum.StrEnum):
@@ -109,11 +110,10 @@ class LastScan:
     is_whole: bool = dataclasses.field(default=False, compare=False, repr=False)
 
     def without(self, path: str) -> LastScan:
-        """Return this scan without what was seen at a path and below it."""
-        beneath = path.rstrip("/") + "/"
+        """Return this scan without what was seen at a path and below it, however that is spelled."""
 
         def stays(other: str) -> bool:
-            return other != path and not other.startswith(beneath)
+            return not names.is_at_or_below(other, path)
 
         return dataclasses.replace(
             self,

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Sized
 from typing import TypeVar
 
+from imagecache_lib.system import threads
+
 T = TypeVar("T")
 
 #: How long a call may take, in seconds.
@@ -40,6 +42,7 @@ class Bounded:
         Returns an empty list if it raised, or did not return within the limit.
 
         :param progress: grows as the function gets on, which then has that much time again.
+        :raises BackendError: no thread can be started.
         """
         if self._process != os.getpid():
             # Who held the lock as this process was forked is not here to give it back.
@@ -52,7 +55,7 @@ class Bounded:
             thread = threading.Thread(
                 target=lambda: answers.append(function()), name="imagecache-bounded", daemon=True
             )
-            thread.start()
+            threads.start(thread)
             seen = -1
             while thread.is_alive() and seen < len(progress):
                 seen = len(progress)

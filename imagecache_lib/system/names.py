@@ -55,6 +55,17 @@ def require_path(path: object) -> None:
         )
 
 
+def is_at_or_below(path: str, top: str) -> bool:
+    """Whether an absolute path is another one, or below it, however both are spelled. No link is followed."""
+    plain, above = _plain(path), _plain(top)
+    return plain == above or plain.startswith(above.rstrip("/") + "/")
+
+
+def _plain(path: str) -> str:
+    # POSIX lets two slashes at the beginning mean something else, which Linux does not.
+    return "/" + os.path.normpath(path).lstrip("/")
+
+
 def real_directory(path: str) -> str:
     """Return a directory's path without symbolic links, as :func:`os.path.realpath` does.
 

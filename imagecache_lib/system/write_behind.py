@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterable
 from typing import Protocol
 
+from imagecache_lib import errors
+from imagecache_lib.system import threads
 from imagecache_lib.system.sparse import Piece, Sink
 
 #: Batches for each thread that wait or are being written. Who hands over more waits.
@@ -52,7 +54,12 @@ class WriteBehind:
         if not self._threads:
             for _ in range(self._wanted_threads):
                 thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-                thread.start()
+                try:
+                    threads.start(thread)
+                except errors.BackendError:
+                    if not self._threads:
+                        raise
+                    break  # fewer do as well
                 self._threads.append(thread)
         self._slots.get()
         self._batches.put(batch)

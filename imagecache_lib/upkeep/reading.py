@@ -203,7 +203,7 @@ class Look:
     def _read(self, fd: int) -> None:
         status = os.fstat(fd)
         key = (status.st_dev, status.st_ino)
-        if key in self._around.own:
+        if key in self._around.own and not self._is_root():
             return
         if self._around.directories.get(key, self.directory) is not self.directory:
             return  # it was read already, under another name
@@ -219,6 +219,10 @@ class Look:
         old = here and self.changed < self._around.now - _GRANULARITY
         self.settled = old and not self._has_missed
         self.found = directory
+
+    def _is_root(self) -> bool:
+        """Whether a disk root is looked at. It may have disks though it is the directory of locks as well."""
+        return self.directory is not None and self.directory.seen.above is None
 
     def _read_entries(self, directory: Directory, fd: int) -> None:
         """Read the files that are new in a directory, and note its new directories."""

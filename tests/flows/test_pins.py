@@ -7,6 +7,7 @@ import json
 import os
 import threading
 
+from imagecache_lib import errors
 from imagecache_lib.store import layout, pins
 from tests.support.cache_case import ID, CacheCase
 
@@ -193,3 +194,21 @@ class TestPins(CacheCase):
         manager.unpin(ID, owner="new")
         self.assertEqual('{"image_id": "x", "pi', former.read_text())
         self.assertFalse(self.evicted())
+
+    def test_a_pin_that_fails_leaves_what_was_there_before(self) -> None:
+        manager = self.manager()
+        manager.cache_image(ID)
+        where = layout.Layout(str(self.instances / "_base"), str(self.instances / "locks"))
+        os.mkdir(where.lock(pins.LOCK))  # what earlier releases read cannot be written
+        with self.assertRaises(errors.BackendError):
+            manager.pin(ID, owner="deployer")
+        self.assertEqual((), manager.list_pins())
+        os.rmdir(where.lock(pins.LOCK))
+        manager.pin(ID, owner="deployer", expires=2e9)
+        (before,) = manager.list_pins()
+        os.unlink(where.former_pins(layout.base_name(ID)))
+        os.unlink(where.lock(pins.LOCK))
+        os.mkdir(where.lock(pins.LOCK))
+        with self.assertRaises(errors.BackendError):
+            manager.pin(ID, owner="deployer")
+        self.assertEqual((before,), manager.list_pins())

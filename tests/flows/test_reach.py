@@ -106,6 +106,44 @@ class TestReach(CacheCase):
         self.assertIn("disk_roots", str(caught.exception))
 
 
+class TestRootsOfTheCache(CacheCase):
+    """Disk roots that are directories of the cache, too."""
+
+    def assert_disks_are_seen(self, directory: pathlib.Path, **options: Any) -> None:
+        manager = self.manager(**options)
+        for backend in ("qcow2", "raw"):
+            target = str(directory / backend)
+            with self.subTest(backend):
+                disk = manager.create_disk(ID, target, backend=backend)
+                manager.resize_disk(disk, 8 * MIB, backend=backend)
+                manager.create_disk(ID, target, if_exists="reuse", backend=backend)
+        self.age()
+        self.assertEqual((), manager.verify_base_images([]).evicted)
+        with self.assertRaises(errors.BaseInUseError):
+            manager.evict_image(ID)
+        for backend in ("qcow2", "raw"):
+            manager.remove_disk(manager.inspect_disk(str(directory / backend)), backend=backend)
+        self.age()
+        self.assertEqual(1, len(manager.verify_base_images([]).evicted))
+
+    def age(self) -> None:
+        for path in (self.base(), self.record()):
+            os.utime(path, (0, 0))
+
+    def test_locks_may_lie_among_instances(self) -> None:
+        self.assert_disks_are_seen(pathlib.Path(self.target()).parent, lock_path=str(self.instances))
+
+    def test_a_link_to_the_instances_may_be_the_directory_of_locks(self) -> None:
+        link = self.directory / "locks"
+        link.symlink_to(self.instances)
+        self.assert_disks_are_seen(pathlib.Path(self.target()).parent, lock_path=str(link))
+
+    def test_the_directory_of_locks_may_be_a_disk_root(self) -> None:
+        locks = self.instances / "locks"
+        locks.mkdir()
+        self.assert_disks_are_seen(locks, disk_roots=(str(locks),))
+
+
 class TestOtherProcesses(CacheCase):
     """Two processes of one host whose configurations name different disk roots."""
 
@@ -196,6 +234,21 @@ class TestOtherProcesses(CacheCase):
         self.assertIn(f"imagecache disk forget {self.outside}", report.problems[0])
         self.manager().forget_disks(str(self.outside))
         self.assertFalse(self.is_kept())
+
+    def test_an_operators_word_counts_however_the_root_and_its_path_are_spelled(self) -> None:
+        for number, (root, said) in enumerate(
+            (("{0}", "{0}/"), ("{0}", "{0}/."), ("{0}", "/{0}"), ("{0}/", "{0}"), ("{1}/../{2}", "{0}"))
+        ):
+            path = self.outside / str(number)
+            path.mkdir()
+            spelled, named = (each.format(path, path, number) for each in (root, said))
+            with self.subTest(root=spelled, said=named):
+                self.manager(disk_roots=(spelled,)).create_disk(ID, str(path / "disk"))
+                self.assertTrue(self.is_kept())
+                os.rename(path, f"{path}.away")
+                self.assertTrue(self.is_kept())
+                self.assertEqual(1, self.manager().forget_disks(named))
+                self.assertFalse(self.is_kept())
 
     def test_a_root_that_is_gone_hides_no_other(self) -> None:
         away = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))

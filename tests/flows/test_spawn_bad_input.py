@@ -384,3 +384,16 @@ class TestBackingHeaders(CacheCase):
         path = pathlib.Path(self.target())
         path.write_bytes(DATA)
         self.assertIsNone(self.manager().ensure_backing(str(path), image_id=ID))
+
+    def test_an_empty_file_is_not_used_again_as_a_disk(self) -> None:
+        path = pathlib.Path(self.target())
+        for backend in ("qcow2", "raw"):
+            manager = self.manager(backend=backend)
+            for size in (None, 8 * MIB):
+                with self.subTest(backend=backend, size=size):
+                    path.write_bytes(b"")
+                    with self.assertRaisesRegex(errors.BackendError, "empty"):
+                        manager.create_disk(ID, str(path), size=size, if_exists="reuse")
+                    with self.assertRaisesRegex(errors.BackendError, "empty"):
+                        manager.create_swap(str(path), size_mb=4, if_exists="reuse")
+                    self.assertEqual(0, path.stat().st_size)

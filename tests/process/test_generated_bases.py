@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import os
 import pathlib
 import shutil
 import subprocess
+import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -210,10 +213,52 @@ def failing(program: str, *, silent: bool) -> ic.System:
 
     def execute(*command: str, **options: Any) -> tuple[str, str]:
         if program in command:
-            command = ("true",) if silent else ("false",)
+            command = (*command[: command.index(program)], "true" if silent else "false")
         return ic.System().execute(*command, **options)
 
     return ic.System(execute=execute)
+
+
+def test_a_command_without_words_is_the_operators_to_correct(place: Place) -> None:
+    with pytest.raises(ic.ConfigError, match="virt_mkfs"):
+        place.manager(virt_mkfs=("default=  ",)).create_ephemeral(place.target(), size_gb=1)
+    assert (os.listdir(place.path / "vm"), place.bases(), place.staged()) == ([], [], [])
+
+
+def test_a_shutdown_ends_a_program_that_hangs(place: Place) -> None:
+    command = place.path / "mkfs-that-hangs"
+    begun = place.path / "begun"
+    command.write_text(f"#!/bin/sh\n: > {begun}\nexec sleep 600\n")
+    command.chmod(0o755)
+    manager = place.manager(virt_mkfs=(f"default={command} %(target)s",))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        running = pool.submit(manager.create_ephemeral, place.target(), size_gb=1)
+        while not begun.exists() and not running.done():
+            time.sleep(0.01)
+        manager.shutdown()
+        with pytest.raises(ic.CancelledError):
+            running.result(60)
+    assert (os.listdir(place.path / "vm"), place.bases(), place.staged()) == ([], [], [])
+
+
+def test_no_limit_is_asked_for_above_the_hard_one_of_the_service(place: Place) -> None:
+    """Only a process with a privilege gets it."""
+    script = f"""
+import imagecache_lib as ic
+from imagecache_lib.testing.sources import FakeSource
+
+def execute(*command, **options):
+    print(*command[:3])
+    return ic.System().execute(*command, **options)
+
+config = ic.CacheConfig(instances_path={str(place.path)!r})
+manager = ic.ImageCacheManager(config, FakeSource({{}}), host=ic.System(execute=execute))
+manager.create_swap({place.target()!r}, size_mb=16)
+"""
+    memory = 3 * 2**30
+    limited = ("prlimit", "--cpu=600", f"--as={memory}", "--", sys.executable, "-c", script)
+    said = subprocess.run(limited, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["prlimit", "--cpu=600", f"--as={memory}"]
 
 
 @pytest.mark.parametrize("silent", [True, False])

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unittest
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from imagecache_lib.formats import program
 from imagecache_lib.formats.program import DataRefused, Limits, StorageFailed
 from imagecache_lib.model import CancelToken
 from imagecache_lib.system.waiter import Waiter
+from tests.support.no_threads import no_more_threads
 
 
 class LaterCancelled:
@@ -39,6 +43,16 @@ def _script(script: str, *, wall: int = 60, cancel: CancelToken | None = None) -
         program="qemu-img",
         subject="/disk",
         hidden=("/stage/1",),
+    )
+
+
+def _true(execute: Callable[..., tuple[str, str]], *words: str, cancel: CancelToken | None = None) -> str:
+    return program.run(
+        words or ("true",),
+        limits=Limits(cpu=10, memory=2**31, wall=60),
+        waiter=Waiter(System(name="here", execute=execute), cancel=cancel),
+        program="qemu-img",
+        subject="/disk",
     )
 
 
@@ -116,6 +130,47 @@ class TestEndings(unittest.TestCase):
         limited = ("prlimit", "--cpu=5", f"--as={memory}", "--", sys.executable, "-c", asks)
         said = subprocess.run(limited, capture_output=True, text=True, check=True).stdout
         self.assertEqual(["5", str(memory // 1024)], said.split())
+
+    def test_the_host_is_at_fault_where_it_allows_no_more_programs(self) -> None:
+        for number, kind in (
+            (errno.EMFILE, errors.BackendError),
+            (errno.EAGAIN, errors.BackendError),
+            (errno.ENOMEM, errors.BackendError),
+            (errno.ENOENT, errors.ConfigError),
+        ):
+
+            def execute(*_command: str, number: int = number, **_options: Any) -> tuple[str, str]:
+                raise OSError(number, os.strerror(number))
+
+            with self.subTest(errno.errorcode[number]), self.assertRaises(errors.ImageCacheError) as caught:
+                _true(execute)
+            self.assertIs(kind, type(caught.exception))
+
+    def test_a_program_that_cannot_be_watched_is_not_started(self) -> None:
+        started: list[tuple[str, ...]] = []
+
+        def execute(*command: str, **options: Any) -> tuple[str, str]:
+            started.append(command)
+            return processutils.execute(*command, **options)
+
+        with no_more_threads(), self.assertRaisesRegex(errors.BackendError, "no thread can be started"):
+            _true(execute)
+        self.assertEqual([], started)
+        self.assertEqual("", _true(execute))
+
+    def test_a_caller_that_stops_waiting_while_it_is_started_ends_it(self) -> None:
+        cancel = threading.Event()
+
+        def execute(*command: str, **options: Any) -> tuple[str, str]:
+            cancel.set()
+            while any(each.name == "imagecache-watch" for each in threading.enumerate()):
+                time.sleep(0.01)
+            return processutils.execute(*command, **options)
+
+        began = time.monotonic()
+        with self.assertRaises(errors.CancelledError):
+            _true(execute, "sleep", "600", cancel=cancel)
+        self.assertLess(time.monotonic() - began, 60)
 
     def test_what_runs_the_program_is_quoted_where_it_fails(self) -> None:
         def execute(prlimit: str, *words: str, **options: Any) -> tuple[str, str]:
