@@ -11,7 +11,7 @@ from imagecache_lib import errors, model
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.ingest import authorize
 from imagecache_lib.ingest.fit import require_fit
-from imagecache_lib.sources import checked, transfer
+from imagecache_lib.sources import answers, checked, transfer
 from imagecache_lib.sources.interface import ImageSource, SourceRefused
 from imagecache_lib.store import evidence, layout
 from imagecache_lib.system.host import System
@@ -132,6 +132,9 @@ class Call:
                 deadline=self.request.deadline,
                 cancel=self.request.cancel,
             )
+            most = self._config.max_virtual_size
+            if image.size is not None and image.size > most and answers.hinted_size(image) is not None:
+                image = dataclasses.replace(image, size=None)  # the answer with the data decides
             demanded = self.known_digest
             if demanded is not None:
                 image = self._as_demanded(image, demanded)

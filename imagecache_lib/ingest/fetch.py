@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Protocol
 
-from imagecache_lib import dates, errors, events, model
+from imagecache_lib import errors, events, model
 from imagecache_lib.formats import qemu_img
 from imagecache_lib.formats.inspection import Rules
 from imagecache_lib.ingest import adopt, certificates, decompress, dedup, download, signing
@@ -20,7 +20,7 @@ from imagecache_lib.ingest.decode import Work
 from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.ingest.resumption import Resumption
 from imagecache_lib.ingest.stream import Content
-from imagecache_lib.sources import checked
+from imagecache_lib.sources import checked, transfer
 from imagecache_lib.sources.identity import identity
 from imagecache_lib.sources.interface import ImageSource, SourceRefused
 from imagecache_lib.sources.retry import DeadlinePassed
@@ -220,12 +220,7 @@ class ImageProducer:
         decompress.compression_of(image, self._use, self._cache.config)  # refuses what is no disk
         most = self._cache.config.max_virtual_size
         if image.size is not None and image.size > most:
-            has, may_have = dates.sizes(image.size, most)
-            raise errors.ImageRejected(
-                f"its source says that it has {has}, which is absurd: a disk has {may_have} at most",
-                image=self._call.image_id,
-                next_step="find out where the source has that from",
-            )
+            raise transfer.absurd(image.size, most, image.id)
         origin = origin_of(source, image.id)
         ending, resumption = self._call.request.resume, None
         if ending is not None:

@@ -26,7 +26,7 @@ import logging
 from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol
 
-from imagecache_lib import errors, model
+from imagecache_lib import dates, errors, model
 from imagecache_lib.sources import checked, connection
 from imagecache_lib.sources.interface import CannotResume, ImageSource, NotPermitted, SourceRefused
 from imagecache_lib.sources.retry import DeadlinePassed, SourceBudget
@@ -44,6 +44,24 @@ _PROGRESS_PART = 256
 #: Glance's image statuses that end in ``active`` by themselves.
 _NOT_YET_ACTIVE = frozenset({"queued", "saving", "uploading", "importing"})
 _GONE = frozenset({"deleted", "pending_delete"})
+
+
+def absurd(size: int, most: int, image_id: str) -> errors.ImageRejected:
+    """Return the error about a length that no image may have.
+
+    :param size: length of the image's data in bytes, as its source says.
+    :param most: bytes that an image may have.
+    """
+    has, may_have = dates.sizes(size, most)
+    return errors.ImageRejected(
+        f"its source says that it has {has}, which is absurd: a disk has {may_have} at most",
+        image=image_id,
+        next_step="find out where the source has that from",
+    )
+
+
+def _bytes(size: int | None) -> str:
+    return "no length" if size is None else f"{size} bytes"
 
 
 class StartAgain(errors.SourceError):
@@ -166,6 +184,7 @@ class Transfer:
         self._may_resume = checked.can_resume(source, image)
         self._furthest = 0
         self._resumed = False
+        self._answered = False
         self._corrected = False
         self._stream: checked.Opened | None = None
         self._offset = 0
@@ -199,10 +218,13 @@ class Transfer:
             self._budget.reset()
             LOG.warning("image %s: wrong after a resumed transfer; fetching it once more", self.image.id)
             return True
-        doubt = self._stream.doubt if self._stream is not None else None
+        stream, self._stream = self._stream, None
+        if stream is not None and self._is_only_hinted(stream) and self._offset != self.image.size:
+            self._drop_hint()  # what was prepared for that length may be what was found wrong
+            return True
+        doubt = stream.doubt if stream is not None else None
         if doubt is None:
             return False
-        self._stream = None
         self._budget.spend(doubt)
         return True
 
@@ -268,6 +290,8 @@ class Transfer:
                 self._pace.took(len(chunk))
                 self._host.trace(TracePoint.TRANSFER_CHUNK)
         if self.image.size is not None and self._offset < self.image.size:
+            if self._is_only_hinted(stream) and self._offset:  # no data at all is no image of any length
+                raise self._drop_hint()
             # A clean end of a connection proves nothing: HTTP/1.0 and many proxies end a broken one so.
             raise errors.SourceError(
                 f"the data ended after {self._offset} of {self.image.size} bytes", image=self.image.id
@@ -278,8 +302,13 @@ class Transfer:
 
         What else was described stays: what is done with the data follows from that.
 
+        The first answer settles whether there is a length. Servers behind one name may differ in whether they
+        tell it: one that does not takes nothing away, and one that does adds nothing to what was begun
+        without it.
+
         :raises StartAgain: the length is another, so that what the caller prepared is wrong.
         :raises SourceError: the length changed for the second time, or the digest is another.
+        :raises ImageRejected: the length is more than any image may have.
         """
         described, digest = self.image, self.image.digest
         if None not in (told.digest, digest) and told.digest != digest:
@@ -288,15 +317,34 @@ class Transfer:
                 image=described.id,
                 next_step="ask again: the image was replaced meanwhile",
             )
-        self.image = dataclasses.replace(described, size=told.size, properties=told.properties)
-        if told.size != described.size:
-            cause = f"it has {told.size} bytes by the answer with its data, and had {described.size} before"
+        size = told.size
+        if self._answered and None in (size, described.size):
+            size = described.size
+        self._answered = True
+        self.image = dataclasses.replace(described, size=size, properties=told.properties)
+        if size != described.size:
+            cause = f"it has {_bytes(size)} by the answer with its data, and {_bytes(described.size)} before"
             if self._corrected:
                 raise errors.SourceError(cause, image=described.id)
             self._corrected = True
-            self._limit = self._max_size if told.size is None else told.size
+            most = self._max_size
+            if size is not None and most is not None and size > most:
+                raise absurd(size, most, described.id)
+            self._limit = most if size is None else size
             raise StartAgain(cause, image=described.id)
         self._may_resume = not self._resume_refused and checked.can_resume(self._source, self.image)
+
+    def _is_only_hinted(self, stream: checked.Opened) -> bool:
+        return stream.hinted and self.image.size is not None
+
+    def _drop_hint(self) -> StartAgain:
+        """Go on without a length, since what arrives shows that the hint is wrong. Returns what to raise."""
+        hint = self.image.size
+        self.image = dataclasses.replace(self.image, size=None)
+        self._limit = self._max_size
+        return StartAgain(
+            f"it has not the {hint} bytes that were told before its data came", image=self.image.id
+        )
 
     def _stop_resuming(self) -> None:
         self._resume_refused = True
@@ -324,15 +372,20 @@ class Transfer:
 
     def _too_long(self) -> errors.ImageCacheError:
         size = self.image.size
+        if self._stream is not None and self._is_only_hinted(self._stream):
+            return self._drop_hint()
         if self._resumed and self.grant_clean_pass():
             return StartAgain("the resumed transfer brought too many bytes", image=self.image.id)
-        if size is not None and self.image.digest is None:
-            # Nothing but the source itself says how long the image is, and it contradicts itself. Going on
-            # at the offset would only bring the rest of what is too much.
-            self._may_resume = False
-            return errors.SourceError(
+        doubt = self._stream.doubt if self._stream is not None else None
+        if doubt is None and size is not None and self.image.digest is None:
+            # Nothing but the source itself says how long the image is, and it contradicts itself.
+            doubt = errors.SourceError(
                 f"the source sends more than the {size} bytes that it told", image=self.image.id
             )
+        if doubt is not None:
+            # Going on at the offset would only bring the rest of what is too much.
+            self._may_resume = False
+            return doubt
         return errors.ImageRejected(
             f"the source sends more than the {self._limit} bytes the image may have",
             image=self.image.id,
