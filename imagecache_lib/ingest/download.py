@@ -58,5 +58,7 @@ def fill(
             )
             work = dataclasses.replace(work, whole=True)
         except errors.ImageRejected:
+            if resumption is not None:
+                resumption.void(work.stage)
             if not transfer.grant_clean_pass():
                 raise

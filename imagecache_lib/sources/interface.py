@@ -139,7 +139,7 @@ class ImageSource(abc.ABC):
 
         Two sources that return the same text read the same data, whoever asks: one then waits for the other,
         and shares its failure if the data is refused for good. A caller whose source reads elsewhere does
-        neither. Leave secrets out. The default cannot tell.
+        neither. Leave secrets out: messages show it up to a question mark. The default cannot tell.
         """
         return ""
 

@@ -28,8 +28,9 @@ from typing import Protocol
 
 from imagecache_lib import dates, errors, model
 from imagecache_lib.sources import checked, connection
-from imagecache_lib.sources.interface import CannotResume, ImageSource, NotPermitted, SourceRefused
-from imagecache_lib.sources.retry import DeadlinePassed, SourceBudget
+from imagecache_lib.sources.interface import CannotResume, ImageSource
+from imagecache_lib.sources.locations import Locations
+from imagecache_lib.sources.retry import SourceBudget
 from imagecache_lib.system.host import System
 from imagecache_lib.system.rate import Pace, timely
 from imagecache_lib.system.trace import TracePoint
@@ -40,10 +41,6 @@ LOG = logging.getLogger(__name__)
 #: The part bounds the number of attempts for an image of any size.
 _PROGRESS_BYTES = 64 * 2**10
 _PROGRESS_PART = 256
-
-#: Glance's image statuses that end in ``active`` by themselves.
-_NOT_YET_ACTIVE = frozenset({"queued", "saving", "uploading", "importing"})
-_GONE = frozenset({"deleted", "pending_delete"})
 
 
 def absurd(size: int, most: int, image_id: str) -> errors.ImageRejected:
@@ -80,60 +77,15 @@ def describe(
 ) -> tuple[ImageSource, model.Image]:
     """Return the first source that has the image, and what it says of it. The image is active.
 
-    :param fallbacks: asked in turn when the image is gone from the source. Not when it is there and
-        the caller may not have it.
+    :param fallbacks: asked in turn as :class:`~imagecache_lib.sources.locations.Locations` says.
     :param retries: how often each source is asked again.
     :param deadline: epoch seconds.
-    :raises ImageNotFound: the source does not have it, and no fallback gave it.
-    :raises ImageRejected: it can never be fetched as it is: deactivated, killed.
-    :raises SourceError: the source failed, the deadline passed, or the image is not active yet.
-    :raises CancelledError: ``cancel`` was set.
+    :raises: as :meth:`Locations.describe`.
     """
-
-    def ask(candidate: ImageSource) -> model.Image:
-        budget = SourceBudget(image_id, host=host, retries=retries, deadline=deadline, cancel=cancel)
-        return _describe(candidate, image_id, budget)
-
-    try:
-        return source, ask(source)
-    except NotPermitted:
-        raise
-    except errors.ImageNotFound as error:
-        gone = error
-    for fallback in fallbacks:
-        try:
-            return fallback, ask(fallback)
-        except errors.ImageNotFound:
-            continue
-        except DeadlinePassed:
-            raise
-        except errors.SourceError as error:
-            # It was a second chance. The answer that counts is the one of the source that was asked first.
-            LOG.warning("a fallback source failed: %s", error)
-    raise gone
-
-
-def _describe(source: ImageSource, image_id: str, budget: SourceBudget) -> model.Image:
-    while True:
-        budget.check()
-        try:
-            with connection.waiting(budget):
-                image = checked.describe(source, image_id)
-        except errors.SourceError as error:
-            budget.spend(error)
-        else:
-            if image.status != "active":
-                raise _inactive(image)
-            return image
-
-
-def _inactive(image: model.Image) -> errors.ImageCacheError:
-    cause = f"the image is not active but {image.status}"
-    if image.status in _GONE:
-        return errors.ImageNotFound(cause, image=image.id, next_step="choose another image")
-    if image.status in _NOT_YET_ACTIVE:
-        return SourceRefused(cause, image=image.id, next_step="try again when its upload is complete")
-    return errors.ImageRejected(cause, image=image.id, next_step="have the image's owner see to it")
+    places = Locations(
+        (source, *fallbacks), image_id, host=host, retries=retries, deadline=deadline, cancel=cancel
+    )
+    return places.describe()
 
 
 class Kept(Protocol):
