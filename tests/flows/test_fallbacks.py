@@ -216,7 +216,7 @@ class TestDownloadsThatBreakOff(FallbackCase):
         self.assertTrue(self.server.requests("GET", "/half")[-1].headers["Range"].startswith("bytes="))
 
     def test_what_is_shown_to_be_wrong_is_not_left(self) -> None:
-        page = self.place("page", GOOD, DIGEST, faults.document())
+        page = self.place("page", OTHER, DIGEST, faults.header("Content-Type", "text/html"))
         with self.assertRaises(SourceRefused):
             self.spawned(page, resume=threading.Event())
         self.assertEqual([], self.in_flight())
