@@ -278,9 +278,14 @@ class ImageProducer:
     def _adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
         if known is None:
             known = adopt.bind_again(self._cache, opened, self._call)
-            unmet = None if known is None else evidence.unmet(known, self.requirements)
-            if known is not None and (unmet is None or not unmet.can_recheck):
-                return known
+        unmet = None if known is None else evidence.unmet(known, self.requirements)
+        if known is not None and unmet is not None and unmet.can_compare:
+            compared, reason = adopt.compare_again(self._cache, opened, known, self._call)
+            if compared is None:
+                return Unmet(reason)
+            known, unmet = compared, evidence.unmet(compared, self.requirements)
+        if known is not None and (unmet is None or not unmet.can_recheck):
+            return known
         if known is not None:
             record, reason = adopt.inspect_again(
                 self._cache, opened, known, self._call, self._ingest.converter
