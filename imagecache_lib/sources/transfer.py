@@ -241,13 +241,14 @@ class Transfer:
                 yield chunk
                 self._pace.took(len(chunk))
                 self._host.trace(TracePoint.TRANSFER_CHUNK)
-        if self.image.size is not None and self._offset < self.image.size:
-            if self._is_only_hinted(stream) and self._offset:  # no data at all is no image of any length
-                raise self._drop_hint()
-            # A clean end of a connection proves nothing: HTTP/1.0 and many proxies end a broken one so.
-            raise errors.SourceError(
-                f"the data ended after {self._offset} of {self.image.size} bytes", image=self.image.id
-            )
+            # Within, so that a source of several servers turns to another one.
+            if self.image.size is not None and self._offset < self.image.size:
+                if self._is_only_hinted(stream) and self._offset:  # no data at all is no image of any length
+                    raise self._drop_hint()
+                # A clean end of a connection proves nothing: HTTP/1.0 and many proxies end a broken one so.
+                raise errors.SourceError(
+                    f"the data ended after {self._offset} of {self.image.size} bytes", image=self.image.id
+                )
 
     def _take_correction(self, told: model.Image) -> None:
         """Go on with what the answer with the data says of it: its validator and its length.
