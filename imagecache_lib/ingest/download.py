@@ -62,3 +62,6 @@ def fill(
                 resumption.void(work.stage)
             if not transfer.grant_clean_pass():
                 raise
+        except errors.DiskTooSmallError:
+            if not transfer.doubt_length():
+                raise

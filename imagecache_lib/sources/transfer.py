@@ -170,14 +170,25 @@ class Transfer:
             self._budget.reset()
             LOG.warning("image %s: wrong after a resumed transfer; fetching it once more", self.image.id)
             return True
-        stream, self._stream = self._stream, None
-        if stream is not None and self._is_only_hinted(stream) and self._offset != self.image.size:
-            self._drop_hint()  # what was prepared for that length may be what was found wrong
+        if self.doubt_length():
             return True
+        stream, self._stream = self._stream, None
         doubt = stream.doubt if stream is not None else None
         if doubt is None:
             return False
         self._budget.spend(doubt)
+        return True
+
+    def doubt_length(self) -> bool:
+        """Return whether what is wrong with the image may be that its length is only a hint; call it once.
+
+        The next pass is without a length then. What was prepared for a wrong one finds fault with good data.
+        """
+        stream = self._stream
+        if stream is None or not self._is_only_hinted(stream) or self._offset == self.image.size:
+            return False
+        self._stream = None
+        self._drop_hint()
         return True
 
     def chunks(self, kept: Kept | None = None) -> Generator[bytes]:

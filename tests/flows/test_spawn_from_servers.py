@@ -69,6 +69,17 @@ class TestServers(CacheCase):
                         manager.evict_image(IMAGE)
                 self.server.forget("/image")
 
+    def test_a_hint_does_not_decide_whether_the_image_fits(self) -> None:
+        data = raw_image(1)
+        self.server.always_fail("/image", faults.chunked(), method="GET")
+        manager = self.manager(self.serve(data, "raw"), num_retries=0)
+        self.server.fail("/image", faults.length_told(len(data) + MIB), method="HEAD")
+        self.assertEqual(data, self.spawn(manager, IMAGE, size=len(data)))
+        manager.evict_image(IMAGE)
+        target = self.target("small")
+        with self.leaves_nothing(), self.assertRaises(errors.DiskTooSmallError):
+            manager.create_disk(IMAGE, target, size=len(data) - MIB)
+
     def test_what_ends_with_the_connection_before_it_should_is_not_cached(self) -> None:
         manager = self.manager(self.serve(raw_image(1), "raw"), num_retries=1)
         self.server.always_fail("/image", faults.cut_without_length(MIB // 2), method="GET")
