@@ -272,7 +272,9 @@ class Request:
         for the certificate that signed the image. With None no certificate is demanded.
     :param certificates: a :class:`~imagecache_lib.CertificateStore` that is asked instead of the manager's,
         such as a key manager that the caller's own credential opens. With None the manager's is asked.
-    :param fallbacks: sources tried in order when the image is gone from the first.
+    :param fallbacks: sources tried in order when the image is gone from the first, or when the first states
+        another digest than it is known to demand. A fallback that fails, or whose data is not what is
+        demanded, is passed over for the next.
     :param deadline: epoch seconds after which the call gives up with :class:`LockTimeoutError` or
         :class:`SourceError`. With None the call has no deadline.
     :param cancel: asked several times a second; once it is set, the call raises :class:`CancelledError`.

@@ -2,8 +2,10 @@
 """Checking bases in the cache, where they lie, that were not checked yet for what they are wanted for.
 
 A base that this library did not publish is checked once, before its first use. A base whose record lacks
-nothing but an inspection under today's rules is inspected again. A base of a cache that was copied, restored
-or moved is bound to its record anew by the checksums that came along, and no source is asked.
+nothing but an inspection under today's rules is inspected again. One that has the source's bytes as they came
+is compared with a digest that is demanded and that its record does not have. A base of a cache that was
+copied, restored or moved is bound to its record anew by the checksums that came along, and no source is
+asked.
 """
 
 from __future__ import annotations
@@ -98,6 +100,31 @@ def _may_be_of(record: evidence.Record, base: OpenBase, call: Call) -> bool:
         return False
     # A file with another id was published or adopted here, and that record is lost.
     return base_attributes.read_id(base.fd) in (None, "", record.base_id)
+
+
+def compare_again(
+    cache: CacheStore, base: OpenBase, record: evidence.Record, call: Call
+) -> tuple[evidence.Record | None, str]:
+    """Compare a base that has the source's bytes as they came with the digest that is demanded today.
+
+    The record then has that digest in the place of the one by another algorithm: older releases read records
+    with one digest only.
+
+    :param record: of a base whose bytes were not compared with a digest by that algorithm.
+    :returns: the record that it has now, or None and the reason why it does not serve, as a clause.
+    :raises NoSpaceError, BackendError: the filesystem failed.
+    :raises CancelledError, LockTimeoutError: the caller no longer waits.
+    """
+    demanded = call.known_digest
+    assert demanded is not None and not record.converted
+    with translated(base.path):
+        try:
+            _compare_bytes(base, demanded, call)
+        except errors.ImageRejected as error:
+            return None, error.cause
+        record = dataclasses.replace(record, digest=demanded, digest_checked=True)
+        cache.write_record(record)
+    return record, ""
 
 
 def inspect_again(
@@ -257,15 +284,23 @@ def _compare(
     if use is evidence.Use.FILE and not as_it_came and image.size is not None:
         raise errors.ImageRejected(f"it has {base.stat.st_size} bytes and the image has {image.size}")
     if as_it_came and image.digest is not None:
-        with contextlib.closing(digest.StreamDigest(image.digest, call.waiter)) as hashed:
-            for chunk in inspection.chunks_of(base.fd):
-                call.check()
-                hashed.feed(chunk)
-            hashed.finish()
+        _compare_bytes(base, image.digest, call)
         return True
     if not as_it_came and finding is not None and finding.format == "raw":
         _compare_converted(base, image)
     return False
+
+
+def _compare_bytes(base: OpenBase, expected: model.Digest, call: Call) -> None:
+    """Read a base and compare its bytes with a digest.
+
+    :raises ImageRejected: they have another one.
+    """
+    with contextlib.closing(digest.StreamDigest(expected, call.waiter)) as hashed:
+        for chunk in inspection.chunks_of(base.fd):
+            call.check()
+            hashed.feed(chunk)
+        hashed.finish()
 
 
 def _compare_converted(base: OpenBase, image: model.Image) -> None:

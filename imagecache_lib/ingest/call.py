@@ -11,8 +11,9 @@ from imagecache_lib import errors, model
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.ingest import authorize
 from imagecache_lib.ingest.fit import require_fit
-from imagecache_lib.sources import checked, transfer
-from imagecache_lib.sources.interface import ImageSource, SourceRefused
+from imagecache_lib.sources import answers, checked, transfer
+from imagecache_lib.sources.interface import ImageSource
+from imagecache_lib.sources.locations import Locations
 from imagecache_lib.store import evidence, layout
 from imagecache_lib.system.host import System
 from imagecache_lib.system.waiter import Waiter
@@ -34,7 +35,7 @@ def origin_of(source: ImageSource, image_id: str) -> str:
 class Call:
     """One image wanted by one caller.
 
-    The source is asked for the image's metadata at most once, and not at all while the cache can answer.
+    Each source is asked for the image's metadata at most once, and not at all while the cache can answer.
 
     :ivar name: the base's name in the cache.
     :ivar stored_format: qemu's name of the format that the base must have, or None if any format will do.
@@ -70,7 +71,7 @@ class Call:
         self._source = request.source or source
         self._config = config
         self._host = host
-        self._described: tuple[ImageSource, model.Image] | None = None
+        self._locations: Locations | None = None
         self.imposes_digest = False
 
     @property
@@ -119,45 +120,33 @@ class Call:
 
         A digest that is demanded takes the place of one that is not, or of none: a fallback may not know it.
 
-        :raises SourceRefused: the source has other data than is demanded.
-        :raises: as :func:`imagecache_lib.sources.transfer.describe`.
+        :raises: as :meth:`imagecache_lib.sources.locations.Locations.describe`.
         """
-        if self._described is None:
-            source, image = transfer.describe(
-                self._source,
+        if self._locations is None:
+            self._locations = Locations(
+                (self._source, *self.request.fallbacks),
                 self.image_id,
                 host=self._host,
-                fallbacks=self.request.fallbacks,
+                demanded=self.known_digest,
                 retries=self._config.num_retries,
                 deadline=self.request.deadline,
                 cancel=self.request.cancel,
             )
-            demanded = self.known_digest
-            if demanded is not None:
-                image = self._as_demanded(image, demanded)
-            self._described = source, image
-        return self._described
+        source, image = self._locations.describe()
+        self.imposes_digest = self._locations.imposes_digest
+        most = self._config.max_virtual_size
+        if image.size is not None and image.size > most and answers.hinted_size(image) is not None:
+            image = dataclasses.replace(image, size=None)  # the answer with the data decides
+        return source, image
 
-    def _as_demanded(self, image: model.Image, demanded: model.Digest) -> model.Image:
-        if image.converted_from is not None:
-            # Even if the conversion has this digest: a record of it states none.
-            raise errors.ImageNotFound(
-                f"all that is left of it is a conversion, which nothing shows to be of data whose"
-                f" {demanded.algorithm} is {demanded.value}",
-                image=self.image_id,
-                next_step="upload it anew",
-            )
-        if image.digest == demanded:
-            return image
-        if image.digest is not None and image.digest.algorithm == demanded.algorithm:
-            raise SourceRefused(
-                f"its {demanded.algorithm} is {image.digest.value} by its source, and {demanded.value} is"
-                " demanded",
-                image=self.image_id,
-                next_step="correct the digest where it is stated, or choose another image",
-            )
-        self.imposes_digest = True
-        return dataclasses.replace(image, digest=demanded)
+    def pass_over(self, error: errors.ImageCacheError) -> None:
+        """Have the next source asked, since the one that :meth:`describe` returned does not give the data.
+
+        :param error: why it does not.
+        :raises ImageCacheError: no other source may be asked.
+        """
+        assert self._locations is not None
+        self._locations.pass_over(error)
 
     def authorize(self) -> None:
         """Ask the caller's source about an image that need not be fetched, if that is configured.
@@ -168,7 +157,7 @@ class Call:
         :raises ImageNotFound: the source does not have it for this caller.
         :raises SourceError: the source does not answer, and ``authorize_hits`` says ``closed``.
         """
-        if self._config.authorize_hits == "no" or self._made or self._described is not None:
+        if self._config.authorize_hits == "no" or self._made or self._locations is not None:
             return
         answer = authorize.Question(self._source, self.image_id, self._host)
         try:

@@ -58,5 +58,10 @@ def fill(
             )
             work = dataclasses.replace(work, whole=True)
         except errors.ImageRejected:
+            if resumption is not None:
+                resumption.void(work.stage)
             if not transfer.grant_clean_pass():
+                raise
+        except errors.DiskTooSmallError:
+            if not transfer.doubt_length():
                 raise

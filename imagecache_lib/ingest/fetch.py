@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Protocol
 
-from imagecache_lib import dates, errors, events, model
+from imagecache_lib import errors, events, model
 from imagecache_lib.formats import qemu_img
 from imagecache_lib.formats.inspection import Rules
 from imagecache_lib.ingest import adopt, certificates, decompress, dedup, download, signing
@@ -20,7 +20,7 @@ from imagecache_lib.ingest.decode import Work
 from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.ingest.resumption import Resumption
 from imagecache_lib.ingest.stream import Content
-from imagecache_lib.sources import checked
+from imagecache_lib.sources import checked, transfer
 from imagecache_lib.sources.identity import identity
 from imagecache_lib.sources.interface import ImageSource, SourceRefused
 from imagecache_lib.sources.retry import DeadlinePassed
@@ -170,6 +170,8 @@ class ImageProducer:
         if not checked.origin(source, image.id):
             where += f" {self._cache.host_id} {os.getpid()} {id(source)}"
         claims = (image.size, image.digest, image.disk_format, image.container_format, image.compression)
+        # Others may be asked when this one sends what is refused.
+        where += "".join(f" {each}" for each in self._call.origins()[1:])
         formats = (sorted(config.vmdk_allowed_types), config.force_raw_images, config.decompress_images)
         rules = (formats, config.max_virtual_size, config.disable_deep_image_inspection)
         judged = (where, claims, image.converted_from, self.requirements, rules, evidence.INSPECTION_RULES)
@@ -202,13 +204,28 @@ class ImageProducer:
     def produce(self) -> SealedStage:
         """Fetch the image into a stage file of its own, which is the caller's to publish or discard.
 
+        A source that has the image, and not its data, is passed over for the next one.
+
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: no file is left.
         :raises ConfigError: as :meth:`refuse_impossible`.
         :raises StageGone: the stage file was swept away.
         """
         self.refuse_impossible()
+        judged = ""
         with self._telling():
-            return self._produce(*self._call.describe())
+            try:
+                while True:
+                    source, image = self._call.describe()
+                    try:
+                        return self._produce(source, image)
+                    except (errors.ImageNotFound, errors.ImageRejected, errors.SourceError) as error:
+                        judged = judged or self._judged(source, image)
+                        self._call.pass_over(error)
+            except errors.ImageRejected as error:
+                # A signature is verified with the certificates that a caller brings.
+                if judged and not self._call.demands_signature:
+                    self._tell(Failure(judged, True, error.cause, error.next_step))
+                raise
 
     def _produce(self, source: ImageSource, image: model.Image) -> SealedStage:
         if self._use is evidence.Use.FILE and image.converted_from is not None:
@@ -220,16 +237,14 @@ class ImageProducer:
         decompress.compression_of(image, self._use, self._cache.config)  # refuses what is no disk
         most = self._cache.config.max_virtual_size
         if image.size is not None and image.size > most:
-            has, may_have = dates.sizes(image.size, most)
-            raise errors.ImageRejected(
-                f"its source says that it has {has}, which is absurd: a disk has {may_have} at most",
-                image=self._call.image_id,
-                next_step="find out where the source has that from",
-            )
+            raise transfer.absurd(image.size, most, image.id)
         origin = origin_of(source, image.id)
         ending, resumption = self._call.request.resume, None
         if ending is not None:
             data, size = identity(image), image.size or 0
+            if data and self._call.imposes_digest:
+                # Nothing shows yet that this source has that data: what it leaves is for itself only.
+                data = hashlib.sha256(f"{data} {origin}".encode()).hexdigest()
             resumption = Resumption(self._cache, self._call.name, data, size, ending)
         stage = Stage(self._cache, self._call.name, origin=origin, total=image.size)
         try:
@@ -239,10 +254,6 @@ class ImageProducer:
             return sealed
         except BaseException as error:
             self._give_up(stage, error, resumption)
-            # A signature is verified with the certificates that a caller brings.
-            if isinstance(error, errors.ImageRejected) and not self._call.demands_signature:
-                judged = self._judged(source, image)
-                self._tell(Failure(judged, True, error.cause, error.next_step))
             raise
 
     @contextlib.contextmanager
@@ -267,9 +278,14 @@ class ImageProducer:
     def _adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
         if known is None:
             known = adopt.bind_again(self._cache, opened, self._call)
-            unmet = None if known is None else evidence.unmet(known, self.requirements)
-            if known is not None and (unmet is None or not unmet.can_recheck):
-                return known
+        unmet = None if known is None else evidence.unmet(known, self.requirements)
+        if known is not None and unmet is not None and unmet.can_compare:
+            compared, reason = adopt.compare_again(self._cache, opened, known, self._call)
+            if compared is None:
+                return Unmet(reason)
+            known, unmet = compared, evidence.unmet(compared, self.requirements)
+        if known is not None and (unmet is None or not unmet.can_recheck):
+            return known
         if known is not None:
             record, reason = adopt.inspect_again(
                 self._cache, opened, known, self._call, self._ingest.converter

@@ -60,8 +60,8 @@ class Producer(Protocol):
 
         Returns its record, or why it does not serve.
 
-        :param known: its record, which lacks an inspection under today's rules, or None if it has no record
-            because another program made it.
+        :param known: its record, which lacks an inspection under today's rules or the digest that is
+            demanded, or None if it has no record because another program made it.
         """
 
 

@@ -103,6 +103,19 @@ class Resumption:
         stage.discard()
         return None
 
+    def void(self, stage: Stage) -> None:
+        """Leave nothing of what came until now, nor of what was taken over: it is not the image's data.
+
+        :param stage: what becomes the base, which stays the caller's.
+        """
+        for held in self._held:
+            if held is not stage:
+                held.discard()
+        self._held.clear()
+        if self._found is not None:
+            self._found.remove()
+        self._found = self._offered = None
+
     def end(self, stage: Stage, error: BaseException | None) -> None:
         """Leave or remove all that this fetch and the one before it left.
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an HTTP answer means to an image source: its status, its headers, its range, its data.
+"""What an HTTP answer means to an image source: its status, its headers, its range. Its data are
+:mod:`imagecache_lib.sources.body`'s.
 
 RFC 9110: validators and If-Range in section 13, ranges in 14, statuses in 15.
 """
@@ -8,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import http.client
+import enum
 import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import requests
-import urllib3.exceptions
 
 from imagecache_lib import errors, model
-from imagecache_lib.formats import foreign
 from imagecache_lib.sources import exchange, retry_after
+from imagecache_lib.sources.body import Body, is_delimited, other_length
 from imagecache_lib.sources.interface import (
     CannotResume,
     NotPermitted,
@@ -28,11 +28,10 @@ from imagecache_lib.sources.interface import (
     Unauthorized,
 )
 
-#: Most bytes that one read takes. read1 returns what has arrived, so that a slow server does not keep a
-#: request's deadline from being looked at.
-CHUNK = 2**20
 #: Key in :attr:`Image.properties` of the strong entity tag of the data.
 ETAG = "etag"
+#: Key in :attr:`Image.properties` of the length in bytes that a server told before it sent the data.
+HINTED_SIZE = "hinted_size"
 
 #: Codings that change bytes (RFC 9110, section 8.4.1, and the registry that it opens). Others, such as the
 #: ``aws-chunked`` that object stores keep from an upload, describe how the data once travelled.
@@ -72,13 +71,23 @@ RANGE_REFUSED = frozenset({204, 400, 412, 416, 501})
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
 _STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]*"')
-_TRANSPORT_ERRORS = (
-    requests.RequestException,
-    urllib3.exceptions.HTTPError,
-    http.client.HTTPException,
-    OSError,
-    ValueError,
-)
+
+
+class SizeIs(enum.Enum):
+    """What the size in an image's description is worth beside what the answer with the data tells."""
+
+    #: The service that has the data knows it of the image.
+    DESCRIBED = enum.auto()
+    #: An operator states it: a server that sends another number of bytes sends something else.
+    STATED = enum.auto()
+    #: The server told it before it sent the data, or it is not known: the answer with the data decides.
+    HINTED = enum.auto()
+
+
+def hinted_size(image: model.Image) -> int | None:
+    """Return the length in bytes that a server told before it sent the data, or None if it told none."""
+    told = image.properties.get(HINTED_SIZE)
+    return None if told is None else int(told)
 
 
 def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheError:
@@ -153,63 +162,6 @@ def _changing_codings(headers: Mapping[str, str]) -> set[str]:
     return listed & _CHANGING_CODINGS
 
 
-class Body:
-    """The data of an answer, in chunks as they arrive: the iterator that :meth:`ImageSource.open` promises.
-
-    :ivar image: the description, as this answer corrects it.
-    :ivar doubt: what is wrong with the answer, if the data turns out not to be the image's.
-    :param at_start: whether the data begins with the image's first byte, so that it can be a document.
-    """
-
-    def __init__(
-        self,
-        response: requests.Response,
-        image: model.Image,
-        doubt: SourceRefused | None = None,
-        *,
-        at_start: bool = False,
-    ) -> None:
-        self.image = image
-        self.doubt: errors.SourceError | None = doubt
-        self._looked = not at_start
-        self._where = exchange.shown(response.url)
-        self._delimited = _is_delimited(response)
-        self._chunks = body(response, image.id)
-
-    def __iter__(self) -> Body:
-        return self
-
-    def __next__(self) -> bytes:
-        try:
-            chunk = next(self._chunks)
-        except StopIteration:
-            if self.image.size is None and not self._delimited and self.doubt is None:
-                self.doubt = errors.SourceError(
-                    "the data is not the image's, and may have been cut off: its length is not told",
-                    image=self.image.id,
-                )
-            raise
-        if not self._looked:
-            self._looked = True
-            self.doubt = self.doubt or self._document(chunk)
-        return chunk
-
-    def _document(self, start: bytes) -> SourceRefused | None:
-        """Return the doubt about data that begins as a document does, or None."""
-        found = foreign.document(start[: foreign.LOOKED_AT])
-        if found is None:
-            return None
-        return SourceRefused(
-            f"{self._where} sends {found.what} and no disk", image=self.image.id, next_step=found.next_step
-        )
-
-
-def _is_delimited(response: requests.Response) -> bool:
-    """Return whether the data ends by itself, not by the end of the connection (RFC 9112, section 6.3)."""
-    chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
-    return chunked or "Content-Length" in response.headers
-
-
 @contextlib.contextmanager
 def data(
     web: exchange.Web,
@@ -218,7 +170,7 @@ def data(
     image: model.Image,
     offset: int,
     *,
-    size_is_known: bool = True,
+    size_is: SizeIs = SizeIs.DESCRIBED,
 ) -> Iterator[Body]:
     """Get an image's data from an offset: what :meth:`ImageSource.open` promises, over HTTP.
 
@@ -226,9 +178,10 @@ def data(
     servers behind one name may differ in theirs. An answer from another offset must have the tag of the first
     one.
 
-    :param image: its property :data:`ETAG` is the strong entity tag that a resumed transfer insists on.
-    :param size_is_known: ``image.size`` does not come from a HEAD answer, so that the answer's length does
-        not replace it.
+    :param image: its property :data:`ETAG` is the strong entity tag that a resumed transfer insists on, and
+        :data:`HINTED_SIZE` what the server told before.
+    :param size_is: what ``image.size`` is worth. The length of the answer from the first byte takes the place
+        of a hint; if the answer states no length, what arrives decides.
     """
     asked = {**headers, "Accept-Encoding": "identity"}
     validator = image.properties.get(ETAG)
@@ -238,26 +191,67 @@ def data(
             asked["If-Range"] = validator
     with exchange.exchange(web, "GET", url, asked, image_id=image.id) as response:
         if offset > 0:
-            _check_resumed(response, image, offset, validator)
+            until: int | None = _check_resumed(response, image, offset, validator)
         elif response.status_code != 200:
             raise refusal(response, image.id)
-        doubt = _contradiction(response, image)
+        else:
+            until = _undelimited(response, image)
+        doubt: errors.SourceError | None = _contradiction(response, image)
         if doubt is not None and image.digest is None:
             raise doubt
-        described = image if offset > 0 else _corrected(image, response, size_is_known)
-        yield Body(response, described, doubt, at_start=offset == 0)
+        stated = image.size if size_is is SizeIs.STATED else None
+        hinted = False
+        if offset == 0:
+            doubt = doubt or _two_lengths(response, image, stated)
+            length = content_length(response.headers) if size_is is SizeIs.HINTED else image.size
+            hinted = length is None and image.size is not None
+            image = _corrected(image, response, length)
+        yield Body(response, image, doubt, offset=offset, until=until, stated=stated, hinted=hinted)
 
 
-def _corrected(image: model.Image, response: requests.Response, size_is_known: bool) -> model.Image:
+def _corrected(image: model.Image, response: requests.Response, length: int | None) -> model.Image:
     tag = strong_etag(response.headers)
     properties = {key: value for key, value in image.properties.items() if key != ETAG}
     if tag is not None:
         properties[ETAG] = tag
-    length = content_length(response.headers)
     return dataclasses.replace(
-        image,
-        size=image.size if size_is_known or length is None else length,
-        properties=MappingProxyType(properties),
+        image, size=image.size if length is None else length, properties=MappingProxyType(properties)
+    )
+
+
+def _undelimited(response: requests.Response, image: model.Image) -> int | None:
+    """Return how many bytes must come for data of which nothing else tells whether it was cut off, or None.
+
+    Where the end of the connection is all that ends the data, and no digest is known, fewer bytes than the
+    server told before are not taken for the whole image. More are: the server told too few.
+    """
+    if image.digest is not None or is_delimited(response):
+        return None
+    return hinted_size(image)
+
+
+def _two_lengths(
+    response: requests.Response, image: model.Image, stated: int | None
+) -> errors.SourceError | None:
+    """Return the doubt about an answer whose length the server told differently before, or None.
+
+    :param stated: number of bytes that the image has as an operator states it, or None.
+    :raises SourceError: the answer is longer or shorter than that.
+    """
+    length = content_length(response.headers)
+    if length is None:
+        return None
+    where = exchange.shown(response.url)
+    if stated is not None and length != stated:
+        sends = f"{length} bytes, which is {'more' if length > stated else 'less'}"
+        raise other_length(where, image.id, sends, stated)
+    hinted = hinted_size(image)
+    if hinted in (None, length):
+        return None
+    return errors.SourceError(
+        f"the data is not the image's, and may have been cut off: {where} sends {length} bytes, and told"
+        f" {hinted} before",
+        image=image.id,
     )
 
 
@@ -291,7 +285,11 @@ def _contradiction(response: requests.Response, image: model.Image) -> SourceRef
 
 def _check_resumed(
     response: requests.Response, image: model.Image, offset: int, validator: str | None
-) -> None:
+) -> int:
+    """Make sure that an answer goes on at an offset. Returns how many bytes of the image are here at its end.
+
+    :raises CannotResume: it does not, or does not show that its content is the same.
+    """
     status = response.status_code
     if status == 200:
         raise CannotResume("the server ignores the range asked for, or the content changed", image=image.id)
@@ -314,18 +312,6 @@ def _check_resumed(
         raise CannotResume("the server sends another number of bytes than it says", image=image.id)
     if part[2] is not None and image.size is not None and part[2] != image.size:
         raise CannotResume(f"the content changed: it has {part[2]} bytes, not {image.size}", image=image.id)
-
-
-def body(response: requests.Response, image_id: str) -> Iterator[bytes]:
-    """Yield the body as it arrives. urllib3 raises when it ends before its Content-Length.
-
-    :raises SourceError: it broke off, or nothing came for the read timeout.
-    """
-    while True:
-        try:
-            chunk = response.raw.read1(CHUNK, decode_content=False)
-        except _TRANSPORT_ERRORS as error:
-            raise exchange.failure(error, response.url, image_id) from None
-        if not chunk:
-            return
-        yield chunk
+    if part[2] is None and image.size is None and image.digest is None:
+        raise CannotResume("the server does not say how many bytes there are", image=image.id)
+    return part[1] + 1 if part[2] is None else part[2]

@@ -154,6 +154,11 @@ class Opened:
             )
         return None
 
+    @property
+    def hinted(self) -> bool:
+        """Whether the image's length is a hint: see :meth:`ImageSource.open`."""
+        return getattr(self._stream, "hinted", False) is True
+
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         # What the body raised is the caller's; a source may neither swallow nor replace it.
         if error is None:

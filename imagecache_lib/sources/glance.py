@@ -19,6 +19,7 @@ import requests
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import answers, connection, exchange
+from imagecache_lib.sources.body import Body
 from imagecache_lib.sources.glance_metadata import image_from_metadata, read_metadata
 from imagecache_lib.sources.interface import (
     CannotCopy,
@@ -134,10 +135,10 @@ class GlanceSource(ImageSource):
         return self._in_turn(image_id, ask)
 
     @contextlib.contextmanager
-    def open(self, image: model.Image, offset: int = 0) -> Iterator[answers.Body]:
+    def open(self, image: model.Image, offset: int = 0) -> Iterator[Body]:
         with contextlib.ExitStack() as stack:
 
-            def ask(root: str, headers: Mapping[str, str]) -> answers.Body:
+            def ask(root: str, headers: Mapping[str, str]) -> Body:
                 url = f"{_image_url(root, image.id)}/file"
                 return stack.enter_context(answers.data(self._web, url, headers, image, offset))
 

@@ -15,7 +15,7 @@ from typing import Any
 import requests
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import answers
+from imagecache_lib.sources import body
 from imagecache_lib.sources.interface import SourceRefused
 
 #: Most bytes of metadata. Glance's default limits allow some hundred KiB.
@@ -46,7 +46,7 @@ def read_metadata(answer: requests.Response, image_id: str) -> object:
     :raises SourceError: the document is too long, or not JSON.
     """
     collected = bytearray()
-    for chunk in answers.body(answer, image_id):
+    for chunk in body.read(answer, image_id):
         collected += chunk
         if len(collected) > _LARGEST_METADATA:
             raise _nonsense(image_id, f"the metadata have more than {_LARGEST_METADATA} bytes")

@@ -11,7 +11,8 @@ from types import MappingProxyType
 import requests
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import answers, exchange, interface, tables
+from imagecache_lib.sources import answers, body, exchange, interface, tables
+from imagecache_lib.sources.body import Body
 from imagecache_lib.sources.interface import ImageSource
 
 _NONE: Mapping[str, str] = MappingProxyType({})
@@ -48,7 +49,8 @@ class HttpSource(ImageSource):
     redirects lie between, and to no other.
 
     HEAD is a hint: where it is refused, a GET of the first byte tells what there is, and the length of the
-    answer that brings the data replaces the one that HEAD told.
+    answer that brings the data replaces the one that HEAD told. If that answer tells none, what arrives
+    decides.
 
     :param images: by image id.
     :param session: a requests session that carries what the servers ask for: credentials, proxies,
@@ -119,10 +121,10 @@ class HttpSource(ImageSource):
         return None if entry is None else entry.digest
 
     @contextlib.contextmanager
-    def open(self, image: model.Image, offset: int = 0) -> Iterator[answers.Body]:
+    def open(self, image: model.Image, offset: int = 0) -> Iterator[Body]:
         entry = self._entry(image.id)
-        known = entry.size is not None
-        with answers.data(self._web, entry.url, {}, image, offset, size_is_known=known) as stream:
+        size_is = answers.SizeIs.HINTED if entry.size is None else answers.SizeIs.STATED
+        with answers.data(self._web, entry.url, {}, image, offset, size_is=size_is) as stream:
             yield stream
 
     def can_resume(self, image: model.Image) -> bool:
@@ -135,16 +137,19 @@ class HttpSource(ImageSource):
 def _read_byte(response: requests.Response, image_id: str) -> None:
     """Read the one byte that was asked for, so that the connection is kept. Of more, no more is read."""
     with contextlib.suppress(errors.SourceError):
-        next(answers.body(response, image_id), None)
+        next(body.read(response, image_id), None)
 
 
-def _image(image_id: str, entry: HttpImage, size: int | None, response: requests.Response) -> model.Image:
+def _image(image_id: str, entry: HttpImage, told: int | None, response: requests.Response) -> model.Image:
     tag = answers.strong_etag(response.headers)
+    properties = {} if tag is None else {answers.ETAG: tag}
+    if told is not None and entry.size is None:
+        properties[answers.HINTED_SIZE] = str(told)
     return model.Image(
         id=image_id,
         disk_format=entry.disk_format,
-        size=entry.size if entry.size is not None else size,
+        size=told if entry.size is None else entry.size,
         digest=entry.digest,
         compression=entry.compression,
-        properties=MappingProxyType({} if tag is None else {answers.ETAG: tag}),
+        properties=MappingProxyType(properties),
     )

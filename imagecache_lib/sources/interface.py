@@ -110,7 +110,7 @@ class ImageSource(abc.ABC):
         :class:`bytes`. Another object with the buffer protocol is copied when it is taken, so that a source
         may yield one buffer again and again; text, numbers and lists are refused.
 
-        The iterator may have two attributes:
+        The iterator may have three attributes:
 
         ``image``
             An :class:`Image`, read at offset 0: the description as the answer with the data corrects it. Its
@@ -120,6 +120,9 @@ class ImageSource(abc.ABC):
             A :class:`SourceError` or None, read when the data turns out not to be the image's: the error to
             raise instead of blaming the image. An iterator without it is doubted if the image has a digest
             and no size, since what it gave may have been cut off.
+        ``hinted``
+            True if the described length is a hint, and the answer with the data neither confirms nor corrects
+            it. What arrives decides then: data of another length is fetched once more, without a length.
 
         An :class:`OSError` counts as a :class:`SourceError`. Every other exception that is not one of
         :mod:`imagecache_lib.errors` is taken for a defect of the source, and the call is not retried.
@@ -136,7 +139,7 @@ class ImageSource(abc.ABC):
 
         Two sources that return the same text read the same data, whoever asks: one then waits for the other,
         and shares its failure if the data is refused for good. A caller whose source reads elsewhere does
-        neither. Leave secrets out. The default cannot tell.
+        neither. Leave secrets out: messages show it up to a question mark. The default cannot tell.
         """
         return ""
 

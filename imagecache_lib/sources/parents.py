@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import answers, exchange
+from imagecache_lib.sources import answers, body, exchange
+from imagecache_lib.sources.body import Body
 from imagecache_lib.sources.interface import CannotResume
 from imagecache_lib.sources.peer import encoded
 from imagecache_lib.store import pieces
@@ -75,7 +76,7 @@ class Parents:
         return f"Parents({exchange.shown(self._url)!r})"
 
     @contextlib.contextmanager
-    def data(self, host: str, image: model.Image, offset: int) -> Iterator[answers.Body]:
+    def data(self, host: str, image: model.Image, offset: int) -> Iterator[Body]:
         """Yield what a host has of an image from an offset on, as it comes.
 
         :raises SourceError: the host cannot be reached, or has no such bytes.
@@ -91,7 +92,7 @@ class Parents:
             if part is None or (part[0], part[2]) != (offset, image.size):
                 raise CannotResume(f"host {host} sends another range than was asked for", image=image.id)
             _require_same(host, image, answers.strong_etag(response.headers))
-            yield answers.Body(response, image)
+            yield Body(response, image)
 
     def has(self, host: str, image: model.Image) -> int | None:
         """Return how many bytes of an image a host has now, or None if it does not say."""
@@ -110,7 +111,7 @@ class Parents:
                 if response.status_code != 200:
                     return None
                 told = bytearray()
-                for chunk in answers.body(response, image.id):
+                for chunk in body.read(response, image.id):
                     told += chunk
                     if len(told) > pieces.LIMIT:
                         return None

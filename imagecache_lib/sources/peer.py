@@ -17,7 +17,8 @@ from typing import Any
 import requests
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import answers, exchange
+from imagecache_lib.sources import answers, body, exchange
+from imagecache_lib.sources.body import Body
 from imagecache_lib.sources.interface import ImageSource, SourceRefused, require_options
 
 _LONGEST_ANSWER = 64 * 1024
@@ -102,7 +103,7 @@ class PeerSource(ImageSource):
             if response.status_code != 200:
                 raise answers.refusal(response, image_id)
             told = b""
-            for chunk in answers.body(response, image_id):
+            for chunk in body.read(response, image_id):
                 told += chunk
                 if len(told) > _LONGEST_ANSWER:
                     raise _unintelligible(image_id, url)
@@ -131,7 +132,7 @@ class PeerSource(ImageSource):
         )
 
     @contextlib.contextmanager
-    def open(self, image: model.Image, offset: int = 0) -> Iterator[answers.Body]:
+    def open(self, image: model.Image, offset: int = 0) -> Iterator[Body]:
         url = f"{self._url}{path_of(image.id)}/data"
         with answers.data(self._web, url, self._headers, image, offset) as stream:
             yield stream

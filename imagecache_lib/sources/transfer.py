@@ -26,10 +26,11 @@ import logging
 from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol
 
-from imagecache_lib import errors, model
+from imagecache_lib import dates, errors, model
 from imagecache_lib.sources import checked, connection
-from imagecache_lib.sources.interface import CannotResume, ImageSource, NotPermitted, SourceRefused
-from imagecache_lib.sources.retry import DeadlinePassed, SourceBudget
+from imagecache_lib.sources.interface import CannotResume, ImageSource
+from imagecache_lib.sources.locations import Locations
+from imagecache_lib.sources.retry import SourceBudget
 from imagecache_lib.system.host import System
 from imagecache_lib.system.rate import Pace, timely
 from imagecache_lib.system.trace import TracePoint
@@ -41,9 +42,23 @@ LOG = logging.getLogger(__name__)
 _PROGRESS_BYTES = 64 * 2**10
 _PROGRESS_PART = 256
 
-#: Glance's image statuses that end in ``active`` by themselves.
-_NOT_YET_ACTIVE = frozenset({"queued", "saving", "uploading", "importing"})
-_GONE = frozenset({"deleted", "pending_delete"})
+
+def absurd(size: int, most: int, image_id: str) -> errors.ImageRejected:
+    """Return the error about a length that no image may have.
+
+    :param size: length of the image's data in bytes, as its source says.
+    :param most: bytes that an image may have.
+    """
+    has, may_have = dates.sizes(size, most)
+    return errors.ImageRejected(
+        f"its source says that it has {has}, which is absurd: a disk has {may_have} at most",
+        image=image_id,
+        next_step="find out where the source has that from",
+    )
+
+
+def _bytes(size: int | None) -> str:
+    return "no length" if size is None else f"{size} bytes"
 
 
 class StartAgain(errors.SourceError):
@@ -62,60 +77,15 @@ def describe(
 ) -> tuple[ImageSource, model.Image]:
     """Return the first source that has the image, and what it says of it. The image is active.
 
-    :param fallbacks: asked in turn when the image is gone from the source. Not when it is there and
-        the caller may not have it.
+    :param fallbacks: asked in turn as :class:`~imagecache_lib.sources.locations.Locations` says.
     :param retries: how often each source is asked again.
     :param deadline: epoch seconds.
-    :raises ImageNotFound: the source does not have it, and no fallback gave it.
-    :raises ImageRejected: it can never be fetched as it is: deactivated, killed.
-    :raises SourceError: the source failed, the deadline passed, or the image is not active yet.
-    :raises CancelledError: ``cancel`` was set.
+    :raises: as :meth:`Locations.describe`.
     """
-
-    def ask(candidate: ImageSource) -> model.Image:
-        budget = SourceBudget(image_id, host=host, retries=retries, deadline=deadline, cancel=cancel)
-        return _describe(candidate, image_id, budget)
-
-    try:
-        return source, ask(source)
-    except NotPermitted:
-        raise
-    except errors.ImageNotFound as error:
-        gone = error
-    for fallback in fallbacks:
-        try:
-            return fallback, ask(fallback)
-        except errors.ImageNotFound:
-            continue
-        except DeadlinePassed:
-            raise
-        except errors.SourceError as error:
-            # It was a second chance. The answer that counts is the one of the source that was asked first.
-            LOG.warning("a fallback source failed: %s", error)
-    raise gone
-
-
-def _describe(source: ImageSource, image_id: str, budget: SourceBudget) -> model.Image:
-    while True:
-        budget.check()
-        try:
-            with connection.waiting(budget):
-                image = checked.describe(source, image_id)
-        except errors.SourceError as error:
-            budget.spend(error)
-        else:
-            if image.status != "active":
-                raise _inactive(image)
-            return image
-
-
-def _inactive(image: model.Image) -> errors.ImageCacheError:
-    cause = f"the image is not active but {image.status}"
-    if image.status in _GONE:
-        return errors.ImageNotFound(cause, image=image.id, next_step="choose another image")
-    if image.status in _NOT_YET_ACTIVE:
-        return SourceRefused(cause, image=image.id, next_step="try again when its upload is complete")
-    return errors.ImageRejected(cause, image=image.id, next_step="have the image's owner see to it")
+    places = Locations(
+        (source, *fallbacks), image_id, host=host, retries=retries, deadline=deadline, cancel=cancel
+    )
+    return places.describe()
 
 
 class Kept(Protocol):
@@ -166,6 +136,7 @@ class Transfer:
         self._may_resume = checked.can_resume(source, image)
         self._furthest = 0
         self._resumed = False
+        self._answered = False
         self._corrected = False
         self._stream: checked.Opened | None = None
         self._offset = 0
@@ -199,11 +170,25 @@ class Transfer:
             self._budget.reset()
             LOG.warning("image %s: wrong after a resumed transfer; fetching it once more", self.image.id)
             return True
-        doubt = self._stream.doubt if self._stream is not None else None
+        if self.doubt_length():
+            return True
+        stream, self._stream = self._stream, None
+        doubt = stream.doubt if stream is not None else None
         if doubt is None:
             return False
-        self._stream = None
         self._budget.spend(doubt)
+        return True
+
+    def doubt_length(self) -> bool:
+        """Return whether what is wrong with the image may be that its length is only a hint; call it once.
+
+        The next pass is without a length then. What was prepared for a wrong one finds fault with good data.
+        """
+        stream = self._stream
+        if stream is None or not self._is_only_hinted(stream) or self._offset == self.image.size:
+            return False
+        self._stream = None
+        self._drop_hint()
         return True
 
     def chunks(self, kept: Kept | None = None) -> Generator[bytes]:
@@ -267,19 +252,27 @@ class Transfer:
                 yield chunk
                 self._pace.took(len(chunk))
                 self._host.trace(TracePoint.TRANSFER_CHUNK)
-        if self.image.size is not None and self._offset < self.image.size:
-            # A clean end of a connection proves nothing: HTTP/1.0 and many proxies end a broken one so.
-            raise errors.SourceError(
-                f"the data ended after {self._offset} of {self.image.size} bytes", image=self.image.id
-            )
+            # Within, so that a source of several servers turns to another one.
+            if self.image.size is not None and self._offset < self.image.size:
+                if self._is_only_hinted(stream) and self._offset:  # no data at all is no image of any length
+                    raise self._drop_hint()
+                # A clean end of a connection proves nothing: HTTP/1.0 and many proxies end a broken one so.
+                raise errors.SourceError(
+                    f"the data ended after {self._offset} of {self.image.size} bytes", image=self.image.id
+                )
 
     def _take_correction(self, told: model.Image) -> None:
         """Go on with what the answer with the data says of it: its validator and its length.
 
         What else was described stays: what is done with the data follows from that.
 
+        The first answer settles whether there is a length. Servers behind one name may differ in whether they
+        tell it: one that does not takes nothing away, and one that does adds nothing to what was begun
+        without it.
+
         :raises StartAgain: the length is another, so that what the caller prepared is wrong.
         :raises SourceError: the length changed for the second time, or the digest is another.
+        :raises ImageRejected: the length is more than any image may have.
         """
         described, digest = self.image, self.image.digest
         if None not in (told.digest, digest) and told.digest != digest:
@@ -288,15 +281,34 @@ class Transfer:
                 image=described.id,
                 next_step="ask again: the image was replaced meanwhile",
             )
-        self.image = dataclasses.replace(described, size=told.size, properties=told.properties)
-        if told.size != described.size:
-            cause = f"it has {told.size} bytes by the answer with its data, and had {described.size} before"
+        size = told.size
+        if self._answered and None in (size, described.size):
+            size = described.size
+        self._answered = True
+        self.image = dataclasses.replace(described, size=size, properties=told.properties)
+        if size != described.size:
+            cause = f"it has {_bytes(size)} by the answer with its data, and {_bytes(described.size)} before"
             if self._corrected:
                 raise errors.SourceError(cause, image=described.id)
             self._corrected = True
-            self._limit = self._max_size if told.size is None else told.size
+            most = self._max_size
+            if size is not None and most is not None and size > most:
+                raise absurd(size, most, described.id)
+            self._limit = most if size is None else size
             raise StartAgain(cause, image=described.id)
         self._may_resume = not self._resume_refused and checked.can_resume(self._source, self.image)
+
+    def _is_only_hinted(self, stream: checked.Opened) -> bool:
+        return stream.hinted and self.image.size is not None
+
+    def _drop_hint(self) -> StartAgain:
+        """Go on without a length, since what arrives shows that the hint is wrong. Returns what to raise."""
+        hint = self.image.size
+        self.image = dataclasses.replace(self.image, size=None)
+        self._limit = self._max_size
+        return StartAgain(
+            f"it has not the {hint} bytes that were told before its data came", image=self.image.id
+        )
 
     def _stop_resuming(self) -> None:
         self._resume_refused = True
@@ -324,15 +336,20 @@ class Transfer:
 
     def _too_long(self) -> errors.ImageCacheError:
         size = self.image.size
+        if self._stream is not None and self._is_only_hinted(self._stream):
+            return self._drop_hint()
         if self._resumed and self.grant_clean_pass():
             return StartAgain("the resumed transfer brought too many bytes", image=self.image.id)
-        if size is not None and self.image.digest is None:
-            # Nothing but the source itself says how long the image is, and it contradicts itself. Going on
-            # at the offset would only bring the rest of what is too much.
-            self._may_resume = False
-            return errors.SourceError(
+        doubt = self._stream.doubt if self._stream is not None else None
+        if doubt is None and size is not None and self.image.digest is None:
+            # Nothing but the source itself says how long the image is, and it contradicts itself.
+            doubt = errors.SourceError(
                 f"the source sends more than the {size} bytes that it told", image=self.image.id
             )
+        if doubt is not None:
+            # Going on at the offset would only bring the rest of what is too much.
+            self._may_resume = False
+            return doubt
         return errors.ImageRejected(
             f"the source sends more than the {self._limit} bytes the image may have",
             image=self.image.id,

@@ -71,7 +71,8 @@ class Filler:
             unmet, evictable = restored if isinstance(restored, Unmet) else None, False
         else:
             self._share_failure(request, final=False)  # adoption asks the source, too
-            unmet, evictable = (self._adopt(request) if found.can_recheck else found), locked
+            checkable = found.can_recheck or found.can_compare
+            unmet, evictable = (self._adopt(request) if checkable else found), locked
             if unmet is None:
                 return None
         # Before anything is evicted to make way for it.
@@ -198,7 +199,7 @@ class Filler:
         return found
 
     def _adopt(self, request: BaseRequest) -> Unmet | None:
-        """Check a base whose record is missing or lacks an inspection.
+        """Check a base whose record is missing, or lacks an inspection or the digest that is demanded.
 
         Returns why the base does not serve, or None if it serves or is gone.
         """

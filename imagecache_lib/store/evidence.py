@@ -169,11 +169,14 @@ class Unmet:
     :param can_recheck: nothing speaks against it but that it was not inspected under today's rules, and
         inspecting the file can make up for that.
     :param sound: the base is whole, and serves requests for what it is: it stays, used or not.
+    :param can_compare: nothing speaks against it but that, and that its bytes were not compared with the
+        digest that is demanded. They are the source's as they came, so that reading the file tells.
     """
 
     reason: str
     can_recheck: bool = False
     sound: bool = False
+    can_compare: bool = False
 
 
 def unmet(record: Record, requirements: Requirements) -> Unmet | None:
@@ -182,7 +185,18 @@ def unmet(record: Record, requirements: Requirements) -> Unmet | None:
     if not lacks:
         return None
     inspected = dataclasses.replace(record, inspected=INSPECTION_RULES)
-    return Unmet(lacks[0], record.inspectable and not any(_lacks(inspected, requirements)))
+    if record.inspectable and not any(_lacks(inspected, requirements)):
+        return Unmet(lacks[0], can_recheck=True)
+    compared = dataclasses.replace(inspected, digest=requirements.digest, digest_checked=True)
+    comparable = not record.converted and not _is_of_other_data(record, requirements.digest)
+    return Unmet(lacks[0], can_compare=comparable and not any(_lacks(compared, requirements)))
+
+
+def _is_of_other_data(record: Record, digest: model.Digest | None) -> bool:
+    """Whether a base is known to have been made from other data than has a digest."""
+    if record.digest is None or not record.digest_checked or digest is None:
+        return False
+    return record.digest != digest and record.digest.algorithm == digest.algorithm
 
 
 def lacks_signature_only(record: Record, requirements: Requirements) -> bool:

@@ -203,6 +203,11 @@ class BadServer:
             planned = [_Planned(fault, method, for_ever=True) for fault in faults]
             self._faults.setdefault(path, []).extend(planned)
 
+    def forget(self, path: str) -> None:
+        """Spoil no more answers for a path."""
+        with self._lock:
+            self._faults.pop(path, None)
+
     def answer(self, seen: Seen) -> Answer:
         """Return the right answer to a request: 404 if its path has none. Subclasses may compute it."""
         with self._lock:

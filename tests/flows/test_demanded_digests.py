@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import hashlib
 import json
 from collections.abc import Iterator
@@ -29,8 +30,10 @@ def digest_of(data: bytes, algorithm: str = "sha256") -> ic.Digest:
 class Demanding(FakeSource):
     """Knows the digest of an image without asking, and says another of it, or none, when it is asked."""
 
-    def __init__(self, known: ic.Digest, data: bytes, *, digests: bool = True) -> None:
-        super().__init__({ID: data}, digests=digests)
+    def __init__(
+        self, known: ic.Digest, data: bytes, *, digests: bool = True, disk_format: str = "raw"
+    ) -> None:
+        super().__init__({ID: data}, digests=digests, disk_format=disk_format)
         self._known = known
 
     def known_digest(self, image_id: str) -> ic.Digest | None:
@@ -138,6 +141,79 @@ class TestFallbacks(CacheCase):
         server.start()
         self.addCleanup(server.stop)
         return PeerSource(f"http://127.0.0.1:{server.port}", token=TOKEN, trusted=True)
+
+
+class TestOtherAlgorithms(CacheCase):
+    """The digest by which a base was checked and the one that is demanded later are by two algorithms."""
+
+    def digests(self, data: bytes) -> list[ic.Digest]:
+        return [digest_of(data, algorithm) for algorithm in ("sha256", "md5", "sha512", "blake2b", "sha256")]
+
+    def test_bytes_that_are_kept_as_they_came_are_read_and_not_fetched(self) -> None:
+        qcow2 = disk_image(self.directory, "qcow2", data=GOOD)
+        for data, disk_format in ((GOOD, "raw"), (qcow2, "qcow2")):
+            first = FakeSource({ID: data}, disk_format=disk_format)
+            self.manager(first, force_raw_images=False).cache_image(ID)
+            inode = self.base().stat().st_ino
+            for digest in self.digests(data):
+                with self.subTest(disk_format, digest=digest):
+                    source = Demanding(digest, data)
+                    manager = self.manager(source, force_raw_images=False)
+                    self.assertFalse(manager.is_cached(ID))
+                    self.assertEqual(GOOD, self.spawn(manager)[: len(GOOD)])
+                    self.assertTrue(manager.is_cached(ID))
+                    self.assertEqual((0, inode), (source.opens, self.base().stat().st_ino))
+                    shown = manager.show_base(ID)
+                    assert shown is not None
+                    self.assertEqual(digest, shown.digest)
+            self.manager().evict_image(ID)
+
+    def test_bytes_that_came_without_a_digest_are_read(self) -> None:
+        self.manager(FakeSource({ID: GOOD}, digests=False)).cache_image(ID)
+        source = Demanding(digest_of(GOOD), GOOD)
+        self.assertEqual(GOOD, self.spawn(self.manager(source)))
+        self.assertEqual(0, source.opens)
+
+    def test_a_plain_file_is_read_and_stays_one(self) -> None:
+        kernel = gzip.compress(b"a ramdisk, which is no disk")
+        path = self.target("kernel")
+        self.manager(FakeSource({ID: kernel})).fetch_file(ID, path)
+        source = Demanding(digest_of(kernel), kernel)
+        self.manager(source).fetch_file(ID, self.target("again"))
+        self.assertEqual(0, source.opens)
+        with self.assertRaises(ic.ImageRejected):
+            self.manager(source).create_disk(ID, self.target())
+
+    def test_other_bytes_are_not_served(self) -> None:
+        for digest in self.digests(GOOD)[:2]:
+            with self.subTest(digest=digest):
+                self.manager(FakeSource({ID: OTHER})).cache_image(ID)
+                source = Demanding(digest, GOOD, digests=False)
+                self.assertEqual(GOOD, self.spawn(self.manager(source)))
+                self.assertEqual(1, source.opens)
+                self.manager().evict_image(ID)
+
+    def test_bytes_that_the_disk_changed_since_are_not_served(self) -> None:
+        self.manager(FakeSource({ID: GOOD})).cache_image(ID)
+        with open(self.base(), "r+b") as base:
+            base.seek(len(GOOD) // 2)
+            base.write(b"\xff" * 512)
+        source = Demanding(digest_of(GOOD), GOOD)
+        self.assertEqual(GOOD, self.spawn(self.manager(source)))
+        self.assertEqual(1, source.opens)
+
+    def test_a_conversion_does_not_tell_and_is_fetched_again(self) -> None:
+        image = disk_image(self.directory, "qcow2", data=GOOD)
+        self.manager(FakeSource({ID: image}, disk_format="qcow2")).cache_image(ID)
+        source = Demanding(digest_of(image), image, digests=False, disk_format="qcow2")
+        found = self.spawn(self.manager(source))
+        self.assertEqual((GOOD, 1), (found[: len(GOOD)], source.opens))
+
+    def test_another_digest_by_the_same_algorithm_is_not_read_for(self) -> None:
+        self.manager(FakeSource({ID: GOOD})).cache_image(ID)
+        source = Demanding(digest_of(OTHER, "sha512"), OTHER)
+        self.assertEqual(OTHER, self.spawn(self.manager(source)))
+        self.assertEqual(1, source.opens)
 
 
 class TestSourcesThatContradictThemselves(CacheCase):

@@ -442,11 +442,17 @@ class TestDigests(FormatCase):
             ic.CacheResult.EXISTING, self.manager(self.table(1, digest=self.digest_of(1))).cache_image(ID)
         )
 
-    def test_what_was_never_compared_does_not_serve_a_demand(self) -> None:
-        self.manager(self.table(1)).cache_image(ID)
-        demanding = self.manager(self.table(1, digest=self.digest_of(1)), space_minimum_age_seconds=0)
-        self.assertIs(ic.CacheResult.CACHED, demanding.cache_image(ID))
-        self.assertIs(ic.CacheResult.EXISTING, demanding.cache_image(ID))
+    def test_what_was_never_compared_is_compared_for_a_demand(self) -> None:
+        for demanded, result in ((1, ic.CacheResult.EXISTING), (2, ic.CacheResult.CACHED)):
+            with self.subTest(demanded=demanded):
+                self.manager(self.table(1)).cache_image(ID)
+                table = self.table(demanded, digest=self.digest_of(demanded))
+                demanding = self.manager(table, space_minimum_age_seconds=0)
+                self.assertFalse(demanding.is_cached(ID))
+                self.assertIs(result, demanding.cache_image(ID))
+                self.assertIs(ic.CacheResult.EXISTING, demanding.cache_image(ID))
+                self.assertEqual(raw_image(demanded), self.spawn(demanding))
+                demanding.evict_image(ID)
 
     def test_a_conversion_of_another_program_does_not_serve_a_demand(self) -> None:
         image = disk_image(self.directory, "qcow2", data=raw_image(2))

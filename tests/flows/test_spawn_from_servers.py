@@ -25,6 +25,7 @@ from tests.support.cache_case import MIB, OTHER_ID, CacheCase, disk_image, raw_i
 from tests.support.servers import GlanceServer
 
 IMAGE = "served"
+UNTOLD = faults.length_told(None)
 
 
 def _read_by_this_process() -> int:
@@ -35,22 +36,61 @@ def _read_by_this_process() -> int:
 class TestServers(CacheCase):
     def setUp(self) -> None:
         super().setUp()
+        self.manager().cache_image(OTHER_ID)
         self.server = self.enterContext(BadServer())
 
-    def serve(self, data: bytes, disk_format: str) -> HttpSource:
+    def serve(self, data: bytes, disk_format: str, digest: model.Digest | None = None) -> HttpSource:
         url = self.server.put("/image", data)
-        return HttpSource({IMAGE: HttpImage(url, disk_format)}, timeout=(60.0, 60.0))
+        return HttpSource({IMAGE: HttpImage(url, disk_format, digest)}, timeout=(60.0, 60.0))
 
     def test_a_head_that_tells_another_length(self) -> None:
         for format in ("raw", "qcow2", "vmdk"):
             data = raw_image(1) if format == "raw" else disk_image(self.directory, format)
             manager = self.manager(self.serve(data, format), num_retries=0)
             wanted = self.spawn(manager, IMAGE)
-            for length in (0, 1000, len(data) - 1, len(data) + MIB):
+            for length in (0, 1000, len(data) - 1, len(data) + MIB, 2**58):
                 with self.subTest(format=format, length=length):
                     manager.evict_image(IMAGE)
                     self.server.fail("/image", faults.length_told(length), method="HEAD")
                     self.assertEqual(wanted, self.spawn(manager, IMAGE))
+
+    def test_a_head_that_tells_another_length_and_data_that_come_without_one(self) -> None:
+        for format in ("raw", "qcow2", "vmdk"):
+            data = raw_image(1) if format == "raw" else disk_image(self.directory, format)
+            digest = model.Digest("sha256", hashlib.sha256(data).hexdigest())
+            wanted = self.spawn(self.manager(FakeSource({"plain": data}, disk_format=format)), "plain")
+            for stated, way in ((None, faults.chunked()), (digest, faults.chunked()), (digest, UNTOLD)):
+                manager = self.manager(self.serve(data, format, stated), num_retries=0)
+                self.server.always_fail("/image", way, method="GET")
+                for length in (0, 1000, len(data) - 1, len(data) + MIB, 2**58):
+                    with self.subTest(format=format, stated=stated, length=length):
+                        self.server.fail("/image", faults.length_told(length), method="HEAD")
+                        self.assertEqual(wanted, self.spawn(manager, IMAGE))
+                        manager.evict_image(IMAGE)
+                self.server.forget("/image")
+
+    def test_a_hint_does_not_decide_whether_the_image_fits(self) -> None:
+        data = raw_image(1)
+        self.server.always_fail("/image", faults.chunked(), method="GET")
+        manager = self.manager(self.serve(data, "raw"), num_retries=0)
+        self.server.fail("/image", faults.length_told(len(data) + MIB), method="HEAD")
+        self.assertEqual(data, self.spawn(manager, IMAGE, size=len(data)))
+        manager.evict_image(IMAGE)
+        target = self.target("small")
+        with self.leaves_nothing(), self.assertRaises(errors.DiskTooSmallError):
+            manager.create_disk(IMAGE, target, size=len(data) - MIB)
+
+    def test_what_ends_with_the_connection_before_it_should_is_not_cached(self) -> None:
+        manager = self.manager(self.serve(raw_image(1), "raw"), num_retries=1)
+        self.server.always_fail("/image", faults.cut_without_length(MIB // 2), method="GET")
+        with self.leaves_nothing(), self.assertRaisesRegex(errors.SourceError, "cut off.*digest"):
+            manager.cache_image(IMAGE)
+
+    def test_a_length_that_no_image_can_have_is_refused(self) -> None:
+        manager = self.manager(self.serve(raw_image(1), "raw"))
+        self.server.always_fail("/image", faults.length_told(2**58))
+        with self.leaves_nothing(), self.assertRaisesRegex(errors.ImageRejected, "absurd"):
+            manager.cache_image(IMAGE)
 
     def test_a_document_instead_of_the_image_is_not_cached(self) -> None:
         manager = self.manager(self.serve(b"<html>gone</html>", "raw"))

@@ -21,6 +21,7 @@ from imagecache_lib.sources import transfer
 from imagecache_lib.sources.glance import GlanceSource
 from imagecache_lib.sources.interface import CannotCopy, SourceBusy, SourceRefused
 from imagecache_lib.system.host import System
+from imagecache_lib.testing import http_faults as faults
 from imagecache_lib.testing.bad_server import Answer, BadServer
 from tests.support.cache_case import ID
 from tests.support.servers import GlanceServer
@@ -299,6 +300,43 @@ class TestSecrets(GlanceCase):
                 shown += [str(caught.exception), repr(caught.exception), repr(source)]
                 shown.append(repr(pickle.dumps(caught.exception)))
         self.assertNotIn(TOKEN, "".join(shown) + "".join(logs.output))
+
+
+class TestSeveralEndpoints(GlanceCase):
+    """One service behind several addresses, one of which is wrong."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.wrong = self.enterContext(GlanceServer(token=TOKEN))
+        self.wrong.add(ID, DATA)
+
+    def fetched(self) -> bytes:
+        """Return the image's data; the address that is wrong is asked first."""
+        source, image = transfer.describe(self.source(self.wrong.url, self.server.url), ID, host=QUIET)
+        return b"".join(transfer.Transfer(source, image, host=QUIET, retries=1).chunks())
+
+    def test_what_is_wrong_with_one_does_not_matter(self) -> None:
+        path = f"/v2/images/{ID}"
+        for where in (path, f"{path}/file"):
+            for fault in (
+                faults.status(401),
+                faults.status(500),
+                faults.busy(503),
+                faults.dropped(),
+                faults.truncated(1000),
+                faults.cut_without_length(1000),
+                faults.redirected("http://127.0.0.1:1/"),
+                faults.chunk_size_told("zz"),
+            ):
+                with self.subTest(where=where, fault=fault):
+                    self.wrong.forget(where)
+                    self.wrong.always_fail(where, fault)
+                    self.assertEqual(DATA, self.fetched())
+            self.wrong.forget(where)
+
+    def test_a_page_instead_of_the_description_does_not_matter(self) -> None:
+        self.wrong.always_fail(f"/v2/images/{ID}", faults.document())
+        self.assertEqual(DATA, self.fetched())
 
 
 class TestKeystoneSessions(GlanceCase):

@@ -42,6 +42,11 @@ def fetch(source: HttpSource, *, retries: int = 1) -> bytes:
         return data
 
 
+def _validator(seen: list[Seen]) -> str | None:
+    """Return the entity tag with which the last request went on, or that of all requests if none did."""
+    return seen[-1].headers.get("If-Range", '"one"')
+
+
 class ServerCase(unittest.TestCase):
     def setUp(self) -> None:
         self.server = self.enterContext(BadServer())
@@ -61,6 +66,30 @@ class TestHeadIsAHint(ServerCase):
             for source in self.with_and_without_digest():
                 with self.subTest(length=length):
                     self.assertEqual(DATA, fetch(source, retries=0))
+
+    def test_nothing_else_that_it_tells_outranks_the_data(self) -> None:
+        elsewhere = self.server.put("/elsewhere", b"other data", etag='"other"')
+        for fault in (
+            faults.entity_tag('"another"'),
+            faults.entity_tag('W/"one"'),
+            faults.entity_tag(None),
+            faults.document(),
+            faults.encoded("gzip"),
+            faults.header("Accept-Ranges", "none"),
+            faults.header("Content-Range", "bytes 0-9/10"),
+            faults.status(206, {"Content-Range": "bytes 0-9/10"}, b"0123456789"),
+            faults.redirected(elsewhere),
+            faults.chunked(),
+            faults.http_1_0(with_length=False),
+        ):
+            for source in self.with_and_without_digest():
+                with self.subTest(fault=fault):
+                    self.server.forget("/x")
+                    self.server.always_fail("/x", fault, method="HEAD")
+                    self.server.fail("/x", faults.truncated(HALF))
+                    # That one may be spent on the single byte that makes up for HEAD, or for another length.
+                    self.assertEqual(DATA, fetch(source, retries=1))
+                    self.assertEqual('"one"', _validator(self.server.requests("GET", "/x")))
 
     def test_a_refusal_is_not_the_last_word(self) -> None:
         for status in (204, 400, 401, 403, 404, 405, 406, 429, 500, 501, 503):

@@ -41,7 +41,7 @@ class HttpCase(unittest.TestCase):
 
     def fetch(self, source: HttpSource, retries: int = 1) -> bytes:
         found, image = transfer.describe(source, "x", host=QUIET, retries=retries)
-        fetching = transfer.Transfer(found, image, host=QUIET, retries=retries)
+        fetching = transfer.Transfer(found, image, host=QUIET, retries=retries, max_size=2**22)
         while True:
             try:
                 return b"".join(fetching.chunks())

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data of an HTTP answer as they arrive, and whether they are whole.
+
+RFC 9112, section 6.3, says what ends a body.
+"""
+
+from __future__ import annotations
+
+import http.client
+from collections.abc import Iterator
+
+import requests
+import urllib3.exceptions
+
+from imagecache_lib import errors, model
+from imagecache_lib.formats import foreign
+from imagecache_lib.sources import exchange
+from imagecache_lib.sources.interface import SourceRefused
+
+#: Most bytes that one read takes. read1 returns what has arrived, so that a slow server does not keep a
+#: request's deadline from being looked at.
+CHUNK = 2**20
+_TRANSPORT_ERRORS = (
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    http.client.HTTPException,
+    OSError,
+    ValueError,
+)
+
+
+class Body:
+    """The data of an answer, in chunks as they arrive: the iterator that :meth:`ImageSource.open` promises.
+
+    :ivar image: the description, as this answer corrects it.
+    :ivar doubt: what is wrong with the answer, if the data turns out not to be the image's.
+    :ivar hinted: whether ``image.size`` is what the server told before, and this answer tells no length.
+    :param offset: which byte of the image the data begins with. At the first one it can be a document.
+    :param until: number of bytes of the image that must be here when the data ends, or they were cut off; or
+        None if nothing tells.
+    :param stated: number of bytes that the image has as an operator states it, or None.
+    """
+
+    def __init__(
+        self,
+        response: requests.Response,
+        image: model.Image,
+        doubt: errors.SourceError | None = None,
+        *,
+        offset: int | None = None,
+        until: int | None = None,
+        stated: int | None = None,
+        hinted: bool = False,
+    ) -> None:
+        self.image = image
+        self.hinted = hinted
+        self.doubt: errors.SourceError | None = doubt
+        self._looked = offset != 0
+        self._reached = offset or 0
+        self._until = until
+        self._stated = stated
+        self._where = exchange.shown(response.url)
+        self._delimited = is_delimited(response)
+        self._chunks = read(response, image.id)
+
+    def __iter__(self) -> Body:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            chunk = next(self._chunks)
+        except StopIteration:
+            self._check_end()
+            raise
+        self._reached += len(chunk)
+        if self._stated is not None and self._reached > self._stated and self.doubt is None:
+            self.doubt = other_length(self._where, self.image.id, "more bytes", self._stated)
+        if not self._looked:
+            self._looked = True
+            self.doubt = self.doubt or self._document(chunk)
+        return chunk
+
+    def _check_end(self) -> None:
+        if self._until is not None and self._reached < self._until:
+            raise errors.SourceError(
+                f"the data ended after {self._reached} bytes and may have been cut off:"
+                f" {self._where} told {self._until} before",
+                image=self.image.id,
+                next_step="try again later; if that is all of it, state its size or digest",
+            )
+        if (self.hinted or self.image.size is None) and not self._delimited and self.doubt is None:
+            self.doubt = errors.SourceError(
+                "the data is not the image's, and may have been cut off: its length is not told",
+                image=self.image.id,
+            )
+
+    def _document(self, start: bytes) -> SourceRefused | None:
+        """Return the doubt about data that begins as a document does, or None."""
+        found = foreign.document(start[: foreign.LOOKED_AT])
+        if found is None:
+            return None
+        return SourceRefused(
+            f"{self._where} sends {found.what} and no disk", image=self.image.id, next_step=found.next_step
+        )
+
+
+def is_delimited(response: requests.Response) -> bool:
+    """Return whether the data ends by itself, not by the end of the connection."""
+    chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+    return chunked or "Content-Length" in response.headers
+
+
+def other_length(where: str, image_id: str, sends: str, stated: int) -> errors.SourceError:
+    """Return the error that a length which is not the stated one amounts to.
+
+    :param where: the address, without what is secret in it.
+    :param sends: what the server sends, followed by "than" and the stated length.
+    :param stated: length in bytes.
+    """
+    return errors.SourceError(
+        f"{where} sends {sends} than the {stated} bytes that are stated of the image",
+        image=image_id,
+        next_step="correct the size or the address where they are stated",
+    )
+
+
+def read(response: requests.Response, image_id: str) -> Iterator[bytes]:
+    """Yield the body as it arrives. urllib3 raises when it ends before its Content-Length.
+
+    :raises SourceError: it broke off, or nothing came for the read timeout.
+    """
+    while True:
+        try:
+            chunk = response.raw.read1(CHUNK, decode_content=False)
+        except _TRANSPORT_ERRORS as error:
+            raise exchange.failure(error, response.url, image_id) from None
+        if not chunk:
+            return
+        yield chunk
