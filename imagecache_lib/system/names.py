@@ -98,8 +98,9 @@ def may_be_there(path: str) -> bool:
     """
     directory, name = os.path.split(path)
     try:
-        with Descriptor(directory, os.O_RDONLY | os.O_DIRECTORY) as fd:
-            return may_be_stale(fd) and name in os.listdir(fd)
+        # It may be one in which this user finds names, and which it must not list.
+        with Descriptor(directory, os.O_PATH | os.O_DIRECTORY) as fd:
+            return may_be_stale(fd) and name in os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return False
 
