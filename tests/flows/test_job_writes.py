@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 import sqlite3
@@ -34,14 +35,7 @@ class LostAnswersCase(DatabaseCase):
         self.meanwhile: Callable[[], object] = lambda: None
 
     def host(self) -> System:
-        return System(
-            name="conductor",
-            clock=lambda: self.now,
-            monotonic=lambda: self.now,
-            sleep=self.sleep,
-            random=lambda: 0.5,
-            trace=self.reached,
-        )
+        return dataclasses.replace(super().host(), trace=self.reached)
 
     def database(self) -> JobDatabase:
         found = JobDatabase(self.path, busy=0.05, host=self.host())

@@ -24,10 +24,10 @@ HALF = len(DATA) // 2
 QUIET = System(name="here", sleep=lambda seconds: None)
 
 
-def fetch(source: HttpSource, *, retries: int = 1) -> bytes:
+def fetch(source: HttpSource, *, retries: int = 1, max_size: int | None = None) -> bytes:
     """Fetch the image x as an ingest does: describe, transfer, compare the digest."""
     found, image = transfer.describe(source, "x", host=QUIET, retries=retries)
-    fetching = transfer.Transfer(found, image, host=QUIET, retries=retries)
+    fetching = transfer.Transfer(found, image, host=QUIET, retries=retries, max_size=max_size)
     while True:
         try:
             data = b"".join(fetching.chunks())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import itertools
 import random
@@ -18,20 +19,20 @@ from collections.abc import Iterator
 import pytest
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import transfer
 from imagecache_lib.sources.http import HttpImage, HttpSource
 from imagecache_lib.sources.interface import SourceRefused
-from imagecache_lib.system.host import System
 from imagecache_lib.testing import http_faults as faults
 from imagecache_lib.testing.bad_server import Answer, BadServer, Fault, Seen
+from tests.unit import test_http_servers
 
 DATA = random.Random(12).randbytes(150_000)
 GOOD = len(DATA)
 SHORT, LONG = GOOD - 512, GOOD + 512
 DIGEST = model.Digest("sha256", hashlib.sha256(DATA).hexdigest())
 WRONG = model.Digest("sha256", "0" * 64)
-QUIET = System(name="here", sleep=lambda seconds: None)
 MOST = 2**22
+
+fetch = functools.partial(test_http_servers.fetch, max_size=MOST)
 
 
 class Outcome(enum.Enum):
@@ -39,24 +40,6 @@ class Outcome(enum.Enum):
     SERVED_AS_TOLD = "what the answer with the data tells is served"
     SOURCE = "the source is at fault"
     IMAGE = "the image is at fault"
-
-
-def fetch(source: HttpSource, *, retries: int = 1) -> bytes:
-    """Fetch the image x as an ingest does: describe, transfer, compare the digest."""
-    found, image = transfer.describe(source, "x", host=QUIET, retries=retries)
-    fetching = transfer.Transfer(found, image, host=QUIET, retries=retries, max_size=MOST)
-    while True:
-        try:
-            data = b"".join(fetching.chunks())
-            if image.digest is not None and hashlib.sha256(data).hexdigest() != image.digest.value:
-                raise errors.ImageRejected("its digest is another")
-        except transfer.StartAgain:
-            continue
-        except errors.ImageRejected:
-            if fetching.grant_clean_pass():
-                continue
-            raise
-        return data
 
 
 def outcome(source: HttpSource) -> Outcome:
