@@ -155,7 +155,7 @@ class DiskAdmin(CacheAdmin):
             return False
         with contextlib.closing(opened), translated(self._cache.layout.hosts):
             self._cache.ensure_member()
-            self._cache.note_roots()
+            self._cache.note_roots(disk.target)
             self._cache.touch(opened)
         return True
 
@@ -215,7 +215,7 @@ class DiskAdmin(CacheAdmin):
         with self._leases.acquire(base, bypass=False) as lease:
             assert lease.base.fd is not None  # a leased base is open
             with translated(self._cache.layout.hosts):
-                self._cache.note_roots()
+                self._cache.note_roots(disk_path)
             if image_id is None:
                 backing.check_made_on(disk_path, lease.base.fd, self._chains)
             return dataclasses.replace(lease.base, fd=None)

@@ -188,7 +188,7 @@ class ImageCacheManager(DiskAdmin):
         # A private copy would be gone afterwards, and the driver may make an overlay.
         with self._leases.acquire(base, bypass=False, lasting=True) as lease:
             yield lease.base
-            if not lease.is_current():
+            if not lease.is_current(anywhere=True):
                 raise errors.LeaseLostError(
                     "its base image left the cache while it was leased",
                     path=lease.base.path,

@@ -56,9 +56,11 @@ class Lease:
         """Whether it is this request's own copy, to which no disk may come to refer."""
         return self.opened is None
 
-    def is_current(self) -> bool:
+    def is_current(self, target: str | None = None, *, anywhere: bool = False) -> bool:
         """Whether the base's name still means this very file, so that a disk that refers to it is safe.
 
+        :param target: absolute path of that disk, or None if none refers to it, or it is unknown where.
+        :param anywhere: a disk that refers to it may be below any disk root.
         :raises NoSpaceError, BackendError: the filesystem failed.
         """
         if self.opened is None:
@@ -66,7 +68,7 @@ class Lease:
         if self.opened.cache is not None:
             # Before the look: whoever takes the name later reads the disks that this process makes.
             with translated(self.opened.cache.layout.hosts):
-                self.opened.cache.note_roots()
+                self.opened.cache.note_roots(target, anywhere=anywhere)
         with translated(self.opened.path):
             return self.opened.is_current()
 

@@ -37,13 +37,14 @@ def make_disk(
     """
     # An overlay takes milliseconds, a copy as long as its size.
     lasting = Feature.OVERLAY not in storage.features
+    referring = None if lasting else target
     while True:
         acquired = leases.acquire(base, lasting=lasting) if shared else leases.acquire_private_copy(base)
         with acquired as lease:
             require_fit(base.label, lease.base.virtual_size, size)
             prepare = storage.prepare_standalone if lease.private else storage.prepare
             with prepare(lease.base, target, size) as pending:
-                if lease.is_current():
+                if lease.is_current(referring):
                     return pending.commit()
         base.retries.spend(_vanished(base, lease))
 

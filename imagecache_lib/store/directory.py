@@ -17,7 +17,7 @@ import stat
 
 from imagecache_lib import errors, events
 from imagecache_lib.config import CacheConfig
-from imagecache_lib.store import base_attributes, evidence, layout, membership, pieces
+from imagecache_lib.store import base_attributes, disk_roots, evidence, layout, membership, pieces
 from imagecache_lib.store.named_roots import NamedRoots
 from imagecache_lib.store.preparation import Preparation
 from imagecache_lib.system import durable, names
@@ -146,16 +146,30 @@ class CacheStore:
             self.start()  # the cache was removed meanwhile
             membership.ensure(self.layout, self.host_id, self.host.name)
 
-    def note_roots(self) -> None:
+    def note_roots(self, target: str | None = None, *, anywhere: bool = False) -> None:
         """Have the disk roots written down that this process names, before a disk there needs a base.
 
+        Which directory the disk root is, is written down as well.
+
+        :param target: absolute path of the disk, in an existing directory, or None if there is none that
+            needs a base, or it is unknown where.
+        :param anywhere: the disk may be below any disk root.
         :raises OSError: they cannot be written.
         """
+        above = () if target is None else disk_roots.named_above(target, self.config)
+        looked = self._named_roots.look(above)
+        if not above and (anywhere or target is not None):
+            # A look at a disk root that is not above the disk takes for ever if its server is gone.
+            answers = self.elsewhere.call(lambda: self._named_roots.look(self._above(target)))
+            looked = answers[0] if answers else {}
         try:
-            self._named_roots.note(self.layout, self.host_id)
+            self._named_roots.note(self.layout, self.host_id, looked)
         except FileNotFoundError:
             self.start()  # the cache was removed meanwhile
-            self._named_roots.note(self.layout, self.host_id)
+            self._named_roots.note(self.layout, self.host_id, looked)
+
+    def _above(self, target: str | None) -> tuple[str, ...]:
+        return self.config.roots if target is None else disk_roots.above(target, self.config)
 
     def may_be_stale(self, fd: int) -> bool:
         """Whether this host's kernel may still find a name in the cache that another host has taken away.

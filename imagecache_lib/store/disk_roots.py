@@ -60,6 +60,23 @@ def check_seen(target: str, config: CacheConfig) -> None:
     )
 
 
+def named_above(target: str, config: CacheConfig) -> tuple[str, ...]:
+    """Return the disk roots whose names are above a target's, as it is spelled or without links."""
+    directory = os.path.dirname(target)
+    real = names.real_directory(directory)
+    return tuple(
+        root for root in config.roots if _is_at_or_below(real, root) or _is_at_or_below(directory, root)
+    )
+
+
+def above(target: str, config: CacheConfig) -> tuple[str, ...]:
+    """Return the disk roots that are above a target under whatever name: each is looked at."""
+    directory = os.path.dirname(target)
+    looks = _Looks()
+    over = {*looks.upwards(names.real_directory(directory)), *looks.upwards(directory)}
+    return tuple(root for root in config.roots if not over.isdisjoint(looks.at(root)))
+
+
 def _is_in(upwards: Iterable[_Identity], roots: set[_Identity], own: set[_Identity], target: str) -> bool:
     """Whether a directory is a disk root, or below one.
 

@@ -44,7 +44,7 @@ def _fields(last: LastScan, mark: str | None) -> dict[str, Any]:
                 place(directory.above)
             above = numbers[id(directory.above)]
         numbers[id(directory)] = len(directories)
-        found = index[id(directory)] = [directory.path, _pack(directory.identity), above, {}]
+        found = index[id(directory)] = [directory.path, pack_identity(directory.identity), above, {}]
         directories.append(found)
         return found
 
@@ -54,7 +54,7 @@ def _fields(last: LastScan, mark: str | None) -> dict[str, Any]:
     report = last.report.packed if isinstance(last.report, _Report) else _pack_report(last.report)
     return {
         "version": _VERSION,
-        "roots": {path: _pack(identity) for path, identity in sorted(last.roots.items())},
+        "roots": {path: pack_identity(identity) for path, identity in sorted(last.roots.items())},
         "lost": dict(sorted(last.lost.items())),
         "directories": directories,
         "report": report,
@@ -69,7 +69,7 @@ def parse(data: bytes) -> LastScan | None:
     try:
         fields = json.loads(data)
         directories, report = fields["directories"], fields["report"]
-        roots = {path: _unpack(identity) for path, identity in fields["roots"].items()}
+        roots = {path: unpack_identity(identity) for path, identity in fields["roots"].items()}
         lost = {path: int(changed) for path, changed in fields["lost"].items()}
         if not all(_is_directory(number, each) for number, each in enumerate(directories)):
             return None
@@ -92,7 +92,7 @@ def _is_directory(number: int, packed: Sequence[Any]) -> bool:
     path, identity, above, disks = packed
     return (
         type(path) is str
-        and (identity is None or _unpack(identity) is not None)
+        and (identity is None or unpack_identity(identity) is not None)
         and (above is None or (type(above) is int and 0 <= above < number))
         and all(
             type(inode) is int
@@ -163,7 +163,7 @@ class _Disks(Mapping[str, SeenDisk]):
         :param known: numbers of directories by their ``id``, which gets the number of this one.
         """
         path, identity, above, _disks = self._packed[number]
-        if directory.path != path or _pack(directory.identity) != identity:
+        if directory.path != path or pack_identity(directory.identity) != identity:
             return False
         if above is None or directory.above is None:
             same = above is None and directory.above is None
@@ -178,7 +178,7 @@ class _Disks(Mapping[str, SeenDisk]):
         if found is None:
             path, identity, above, _disks = self._packed[number]
             higher = None if above is None else self._directory(above)
-            found = self._directories[number] = SeenDirectory(path, _unpack(identity), higher)
+            found = self._directories[number] = SeenDirectory(path, unpack_identity(identity), higher)
         return found
 
 
@@ -199,13 +199,18 @@ class _Report(Sequence[model.Instance]):
         return len(self.packed)
 
 
-def _pack(identity: Identity | None) -> list[Any] | None:
+def pack_identity(identity: Identity | None) -> list[Any] | None:
+    """Return an identity as values of JSON."""
     if identity is None:
         return None
     return [identity.device, identity.inode, identity.fsid, identity.boundary.value, identity.born]
 
 
-def _unpack(packed: Sequence[Any] | None) -> Identity | None:
+def unpack_identity(packed: Sequence[Any] | None) -> Identity | None:
+    """Return what :func:`pack_identity` was given.
+
+    :raises ValueError, TypeError, OverflowError: it is something else.
+    """
     if packed is None:
         return None
     device, inode, fsid, boundary, born = packed
@@ -258,7 +263,7 @@ def is_written(last: LastScan, before: LastScan) -> bool:
     fields = before.fields
     if fields.keys() != _FIELDS or fields["version"] != _VERSION or fields["lost"] != dict(last.lost):
         return False
-    if fields["roots"] != {path: _pack(identity) for path, identity in last.roots.items()}:
+    if fields["roots"] != {path: pack_identity(identity) for path, identity in last.roots.items()}:
         return False
     return (
         isinstance(before.disks, _Disks)

@@ -2,7 +2,9 @@
 """Which disk roots the processes of a host name, written down before they make a disk there.
 
 A pass reads what its own process names. One of another process, with other disk roots, would not see the
-disks that this process makes until a pass here has seen them: their bases had nothing but their age.
+disks that this process makes until a pass here has seen them: their bases had nothing but their age. And a
+disk root that is not mounted any more is an empty directory, which says nothing of the disks in it: so it is
+written down, too, which directory it was.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from imagecache_lib.store import layout
+from imagecache_lib.store.identity import identity_now
+from imagecache_lib.store.last_scan_form import pack_identity, unpack_identity
+from imagecache_lib.store.seen import Identity
 from imagecache_lib.system import durable, names
 from imagecache_lib.system.host import System
 
@@ -25,9 +30,9 @@ LOG = logging.getLogger(__name__)
 #: A process that goes on making disks says so again after this many seconds.
 _AGAIN = 3600.0
 
-#: A note that is older than the last pass by this many seconds was read by it: no disk is that long in the
-#: making, and the disks that were there are remembered by themselves.
-_MARGIN = 86400.0
+#: A pass that began this many seconds after a note was written saw the disks that were made by it: no process
+#: goes by it any longer, and what is in the making then is seen under its temporary name.
+_MARGIN = 2 * _AGAIN
 
 #: A note that is younger than this many seconds is read in any case.
 _YOUNG = 7 * 86400.0
@@ -36,50 +41,95 @@ _YOUNG = 7 * 86400.0
 _NAMES = 3
 
 _FILE = re.compile(r"[0-9a-f]{16}\.roots")
+_SEEN = re.compile(r"[0-9a-f]{16}\.seen")
+
+
+@dataclasses.dataclass(frozen=True)
+class Noted:
+    """One disk root that a process of the host names.
+
+    :param note: path of the note that says so.
+    :param root: its absolute path.
+    :param identity: which directory it was as a disk was made there, or None if the process did not look.
+    :param is_seen: a pass has seen the disks that were made by this note.
+    """
+
+    note: str
+    root: str
+    identity: Identity | None
+    is_seen: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Named:
     """What the processes of a host name, or named since its last pass.
 
-    :param roots: disk roots to read, besides those of this process.
-    :param unseen: those of them in which there may be disks that no pass has seen.
-    :param unknown: why it cannot be told, as a clause that names the file, or None if it can.
+    :param noted: disk roots to read.
+    :param damaged: why it cannot be told, as a clause that names the file, by path of a note.
     """
 
-    roots: tuple[str, ...] = ()
-    unseen: frozenset[str] = frozenset()
-    unknown: str | None = None
+    noted: tuple[Noted, ...] = ()
+    damaged: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def roots(self) -> frozenset[str]:
+        """The paths of the disk roots."""
+        return frozenset(each.root for each in self.noted)
+
+    @property
+    def unseen(self) -> frozenset[str]:
+        """The paths of those in which there may be disks that no pass has seen."""
+        return frozenset(each.root for each in self.noted if not each.is_seen)
 
 
 class NamedRoots:
-    """What this process names.
+    """What this process names. Safe to share between threads.
 
     :param roots: absolute paths of its disk roots.
     :param usual: whether they are those of a process for which none are configured.
     """
 
     def __init__(self, roots: Sequence[str], host: System, *, usual: bool) -> None:
+        self._roots = roots
         self._usual = usual
-        self._data = _encoded(roots)
-        self._names = _names(self._data)
         self._host = host
-        self._noted: tuple[str, tuple[int, int, int], float] | None = None
+        self._identities: dict[str, Identity] = {}
+        self._noted: dict[str, tuple[Identity | None, str, tuple[int, int, int], float]] = {}
 
-    def note(self, where: layout.Layout, own_id: str) -> None:
+    def look(self, roots: Iterable[str]) -> dict[str, Identity]:
+        """Return which directories disk roots are now. Those that are not there are left out.
+
+        Whoever looks at one whose server is gone waits for ever.
+        """
+        found: dict[str, Identity] = {}
+        for root in roots:
+            try:
+                found[root] = identity_now(root, self._identities.get(root))
+            except OSError as error:
+                LOG.debug("The disk root %s cannot be looked at: %s", root, error)
+        return found
+
+    def note(self, where: layout.Layout, own_id: str, looked: Mapping[str, Identity]) -> None:
         """See to it that they are written down, and were so not long ago.
 
-        Another process may take the note away, or the whole cache: it is looked at each time.
+        Another process may take a note away, or the whole cache: each is looked at each time.
 
+        :param looked: as :meth:`look` returned it, for those in which a disk is made.
         :raises OSError: they are not, and cannot be written, but for usual ones for which there is no room.
         """
+        self._identities.update(looked)
+        for root in self._roots:
+            self._note(where, own_id, root, self._identities.get(root))
+
+    def _note(self, where: layout.Layout, own_id: str, root: str, identity: Identity | None) -> None:
         now = self._host.monotonic()
-        if self._noted is not None:
-            path, identity, since = self._noted
-            if now - since < _AGAIN and _identity(path) == identity:
+        noted = self._noted.get(root)
+        if noted is not None and noted[0] == identity:
+            _, path, status, since = noted
+            if now - since < _AGAIN and _status(path) == status:
                 return
         try:
-            path = self._written(where, own_id)
+            path = self._written(paths(where, own_id, root, identity), _encoded(root, identity))
         except OSError as error:
             # On a full filesystem what is cached is served all the same. The usual root is that of every
             # process that has no other ones configured, so that nearly all of them read it anyway.
@@ -87,18 +137,20 @@ class NamedRoots:
                 raise
             LOG.warning("Which disk roots this process names cannot be written down: %s", error)
             return
-        found = _identity(path)
-        self._noted = None if found is None else (path, found, now)
+        found = _status(path)
+        if found is None:
+            self._noted.pop(root, None)
+        else:
+            self._noted[root] = (identity, path, found, now)
 
-    def _written(self, where: layout.Layout, own_id: str) -> str:
+    def _written(self, possible: Sequence[str], data: bytes) -> str:
         """Return the path of a note that says what this process names, now."""
         failed: OSError | None = None
-        for name in self._names:
-            path = where.named_roots(own_id, name)
-            is_said = self._says(path)
+        for path in possible:
+            is_said = _says(path, data)
             try:
                 if not is_said or abs(self._host.clock() - os.stat(path).st_mtime) >= _AGAIN:
-                    durable.write_file(path, self._data)
+                    durable.write_file(path, data)
             except OSError as error:
                 failed = error
                 if error.errno in (errno.EISDIR, errno.ENOTEMPTY, errno.EEXIST):
@@ -110,47 +162,88 @@ class NamedRoots:
         assert failed is not None
         raise failed
 
-    def _says(self, path: str) -> bool:
-        try:
-            return durable.read_file(path) == self._data
-        except OSError:
-            return False
+
+def paths(where: layout.Layout, host_id: str, root: str, identity: Identity | None) -> list[str]:
+    """Return the paths that the note of a disk root may have."""
+    data = _encoded(root, identity)
+    ids = [hashlib.sha256(data + b"\n" * turn).hexdigest()[:16] for turn in range(_NAMES)]
+    return [where.named_roots(host_id, each) for each in ids]
 
 
-def of_host(where: layout.Layout, host_id: str, *, own: Sequence[str], now: float) -> Named:
-    """Return the disk roots that the other processes of a host name, or named since its last pass.
+def of_host(where: layout.Layout, host_id: str, *, now: float) -> Named:
+    """Return the disk roots that the processes of a host name, or named since its last pass.
 
-    :param own: the disk roots of this process, whose own note says nothing new.
     :param now: epoch seconds of the filesystem's clock.
     """
-    try:
-        last_pass = os.stat(where.last_scan(host_id)).st_mtime
-    except OSError:
-        last_pass = 0.0
-    own_notes = {where.named_roots(host_id, name) for name in _names(_encoded(own))}
-    roots: dict[str, None] = {}
-    unseen: set[str] = set()
-    unknown = None
+    noted: list[Noted] = []
+    damaged: dict[str, str] = {}
+    last_pass = _changed(where.last_scan(host_id))
     for path in _notes(where, host_id):
-        if path in own_notes:
-            continue
-        noted = now
+        written, found, problem = now, None, "is damaged"
         try:
-            noted = os.stat(path, follow_symlinks=False).st_mtime
-            if noted <= min(last_pass - _MARGIN, now - _YOUNG):
-                continue
-            found, problem = _read(path), "is damaged"
+            written = os.stat(path, follow_symlinks=False).st_mtime
+            found = _read(path)
         except FileNotFoundError:
             continue
         except OSError as error:
-            found, problem = None, f"cannot be read ({error.strerror})"
-        if found is None:
-            unknown = f"{path}, which says what disk roots a process of this host names, {problem}"
+            problem = f"cannot be read ({error.strerror})"
+        root, identity = found or ("", None)
+        seen = _seen(path) if found is None or identity is not None else last_pass
+        if written <= min(seen - _MARGIN, now - _YOUNG):
             continue
-        roots.update(dict.fromkeys(found))
-        if noted > last_pass - 2 * _AGAIN:
-            unseen.update(found)
-    return Named(tuple(roots), frozenset(unseen), unknown)
+        if found is None:
+            damaged[path] = f"{path}, which says what disk roots a process of this host names, {problem}"
+        else:
+            noted.append(Noted(path, root, identity, written <= seen - _MARGIN))
+    return Named(tuple(noted), damaged)
+
+
+def note_seen(where: layout.Layout, host_id: str, notes: Collection[str], *, now: float) -> None:
+    """Write down that a pass has read disk roots, as the directories that their notes say, and remembers the
+    disks in them. Removes notes and marks that are of no use any more.
+
+    :param notes: paths of the notes, of which no pass has seen all disks.
+    :param now: epoch seconds of the filesystem's clock, as the pass began.
+    :raises OSError: it cannot be written.
+    """
+    for note in notes:
+        durable.write_file(_mark(note), f"{now!r}\n".encode(), sync=False)
+    counting = of_host(where, host_id, now=now)
+    kept = {*(each.note for each in counting.noted), *counting.damaged}
+    for note in list(_notes(where, host_id)):
+        if note not in kept:
+            _remove_old(note, now)
+    for entry in os.listdir(where.hosts):
+        if entry.startswith(f"{host_id}.") and _SEEN.fullmatch(entry[len(host_id) + 1 :]):
+            mark = os.path.join(where.hosts, entry)
+            note = mark.removesuffix(".seen") + ".roots"
+            if not os.path.lexists(note) and _changed(mark) <= now - _YOUNG:
+                os.unlink(mark)
+
+
+def _remove_old(note: str, now: float) -> None:
+    """Remove a note, unless its process writes it anew at this moment."""
+    aside = os.path.join(os.path.dirname(note), f".{os.path.basename(note)}.{durable.new_id()}.new")
+    try:
+        os.rename(note, aside)
+        if _changed(aside) > now - _YOUNG and not os.path.lexists(note):
+            os.rename(aside, note)
+        else:
+            os.unlink(aside)
+    except FileNotFoundError:
+        pass  # another pass did it
+
+
+def retire(notes: Iterable[str]) -> None:
+    """Remove notes of directories in whose place others were accepted.
+
+    :raises OSError: they cannot be removed.
+    """
+    for note in notes:
+        try:
+            os.unlink(note)
+        except FileNotFoundError:
+            continue
 
 
 def forget(where: layout.Layout, host_id: str, path: str) -> None:
@@ -160,27 +253,44 @@ def forget(where: layout.Layout, host_id: str, path: str) -> None:
     """
     for note in _notes(where, host_id):
         try:
-            roots = _read(note) or []
-            kept = [root for root in roots if not names.is_at_or_below(root, path)]
-            if kept == roots:
-                continue
-            if kept:
-                data = _encoded(kept)
-                durable.write_file(where.named_roots(host_id, _names(data)[0]), data)
-            os.unlink(note)
+            found = _read(note)
+            if found is not None and names.is_at_or_below(found[0], path):
+                os.unlink(note)
         except OSError as error:
-            LOG.warning("The note %s still names %s: %s", note, path, error)
+            LOG.warning("The note %s still names what is at %s: %s", note, path, error)
 
 
-def _encoded(roots: Sequence[str]) -> bytes:
-    return json.dumps(list(roots)).encode() + b"\n"
+def _encoded(root: str, identity: Identity | None) -> bytes:
+    return json.dumps([root, pack_identity(identity)]).encode() + b"\n"
 
 
-def _names(data: bytes) -> list[str]:
-    return [hashlib.sha256(data + b"\n" * turn).hexdigest()[:16] for turn in range(_NAMES)]
+def _says(path: str, data: bytes) -> bool:
+    try:
+        return durable.read_file(path) == data
+    except OSError:
+        return False
 
 
-def _identity(path: str) -> tuple[int, int, int] | None:
+def _mark(note: str) -> str:
+    return note.removesuffix(".roots") + ".seen"
+
+
+def _seen(note: str) -> float:
+    """Return when the last pass began that read a note's disk root as the directory that it says, or 0."""
+    try:
+        return float(durable.read_file(_mark(note)) or 0)
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _changed(path: str) -> float:
+    try:
+        return os.stat(path, follow_symlinks=False).st_mtime
+    except OSError:
+        return 0.0
+
+
+def _status(path: str) -> tuple[int, int, int] | None:
     try:
         found = os.stat(path, follow_symlinks=False)
     except OSError:
@@ -198,8 +308,8 @@ def _notes(where: layout.Layout, host_id: str) -> Iterator[str]:
             yield where.named_roots(host_id, entry[len(host_id) + 1 : -len(".roots")])
 
 
-def _read(path: str) -> list[str] | None:
-    """Return the disk roots of a note, or None if it is damaged.
+def _read(path: str) -> tuple[str, Identity | None] | None:
+    """Return the disk root of a note and which directory it was, or None if the note is damaged.
 
     :raises FileNotFoundError: it is gone.
     :raises OSError: it cannot be read.
@@ -209,10 +319,9 @@ def _read(path: str) -> list[str] | None:
         os.stat(path, follow_symlinks=False)
         return None
     try:
-        roots = json.loads(data)
-        if isinstance(roots, list) and all(root.startswith("/") and "\0" not in root for root in roots):
-            os.fsencode("".join(roots))
-            return roots
-    except (ValueError, RecursionError, AttributeError, TypeError):
+        root, packed = json.loads(data)
+        if root.startswith("/") and "\0" not in root and os.fsencode(root):
+            return root, unpack_identity(packed)
+    except (ValueError, OverflowError, RecursionError, AttributeError, TypeError):
         pass
     return None

@@ -44,6 +44,15 @@ def same(one: Identity, other: Identity) -> bool:
     return one.device == other.device
 
 
+def is_same_root(before: Identity, now: Identity) -> bool:
+    """Whether a disk root in which no pass saw a disk yet is the directory that it was.
+
+    Nothing was seen below it that tells whether a boot has only given its device another number. When it was
+    born tells that, to the nanosecond.
+    """
+    return same(before, now) or (_is_only_renumbered(before, now) and before.born == now.born != 0)
+
+
 def _same_numbers(one: Identity, other: Identity) -> bool:
     """Whether two directories are the same one if their filesystem is the same one."""
     return one.inode == other.inode and (one.born == other.born or 0 in (one.born, other.born))

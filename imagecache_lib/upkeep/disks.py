@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from imagecache_lib import model
-from imagecache_lib.store import layout
+from imagecache_lib.store import layout, named_roots
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.named_roots import Named
-from imagecache_lib.store.seen import Identity, LastScan, SeenDisk
+from imagecache_lib.store.seen import LastScan, SeenDisk
 from imagecache_lib.upkeep import headers
 from imagecache_lib.upkeep.absence import Absence
 from imagecache_lib.upkeep.facts import (
@@ -24,7 +24,6 @@ from imagecache_lib.upkeep.facts import (
     Found,
     LinkedFile,
     MissingInstance,
-    MissingRoot,
     NotADirectoryName,
     Overlay,
     PassedOver,
@@ -34,7 +33,8 @@ from imagecache_lib.upkeep.facts import (
 )
 from imagecache_lib.upkeep.follow import CannotTell, Follower, Looked
 from imagecache_lib.upkeep.names import Names, lasting
-from imagecache_lib.upkeep.scan import directory_names, plain_names
+from imagecache_lib.upkeep.roots import Roots
+from imagecache_lib.upkeep.scan import plain_names
 
 #: A chain of backing files is followed this far. QEMU opens every file of it, and gives up long before.
 _LONGEST_CHAIN = 1000
@@ -55,6 +55,7 @@ class Disks:
 
     :ivar problems: what could not be determined, a sentence each with what to do, the worst first.
     :ivar unknown: why no base may go, as a clause, or None if everything is known.
+    :ivar roots: which directories the disk roots are.
     :ivar unfinished: paths of disks in the making, or of what is left of one.
     """
 
@@ -69,9 +70,7 @@ class Disks:
         names: Names,
         follower: Follower,
     ) -> None:
-        self._named = named
-        self._host_name = cache.host.name
-        self._roots = cache.config.roots
+        self._configured = cache.config.roots
         self._base_path = cache.layout.base_path
         self._found = found
         self._last = last
@@ -85,8 +84,15 @@ class Disks:
         self._pending: list[str] = []
         uuids = [str(each.uuid) for each in report] if report or last.report else None
         self._absence = Absence(last, found, uuids)
-        moved = self._absence.moved_roots(last, found)
-        self._moved = [each.path for each in moved if not self._is_vouched_for(each.path)]
+        self.roots = Roots(
+            found,
+            last,
+            named,
+            absence=self._absence,
+            report=report,
+            host_name=cache.host.name,
+            follower=follower,
+        )
         self.problems: list[str] = []
         self.unknown: str | None = None
         self.unfinished = sorted({each.path for each in found.facts if isinstance(each, Unfinished)})
@@ -94,10 +100,12 @@ class Disks:
             self._everything_stays(
                 last.unreadable, "make it readable, or remove it once every disk root is mounted"
             )
-        if named.unknown is not None:
-            self._everything_stays(
-                named.unknown, "make it readable, or remove it if no process with other disk roots is here"
-            )
+        for note, why in named.damaged.items():
+            # That of a disk root which was read, as the directory that it is now, would say nothing new.
+            if note not in self._own_notes(cache):
+                self._everything_stays(
+                    why, "make it readable, or remove it if no process with other disk roots is here"
+                )
 
     def users(self, targets: Mapping[tuple[int, int], str]) -> Iterator[tuple[str, str]]:
         """Yield the name of each base that a disk refers to, and which disk, as a clause.
@@ -111,11 +119,17 @@ class Disks:
             self._pending.append(disk.path)
             for name in disk.names:
                 yield name, f"used by the disk {disk.path}, which is not to be seen now"
-        for root in self._moved:
-            self._everything_stays(
-                f"the disk root {root} is another directory than before, or on another device",
-                f"mount what belongs there; if this is right, run once: imagecache disk forget {root}",
-            )
+        for why, next_step in self.roots.unknown():
+            self._everything_stays(why, next_step)
+
+    def _own_notes(self, cache: CacheStore) -> set[str]:
+        """Return the paths that the notes of the disk roots which this process names may have now."""
+        return {
+            path
+            for root in self._configured
+            for identity in (None, self._found.roots.get(root))
+            for path in named_roots.paths(cache.layout, cache.host_id, root, identity)
+        }
 
     def _users_of(self, fact: Fact, targets: Mapping[tuple[int, int], str]) -> Iterator[tuple[str, str]]:
         if isinstance(fact, Overlay):
@@ -139,28 +153,12 @@ class Disks:
         """
         last, found = self._last, self._found
         pending = [path for path in self._pending if self._disks[path].directory.identity is not None]
-        roots = {path: found.roots[path] for path in found.roots if path not in self._moved}
-        for path, identity in last.roots.items():
-            if path in self._moved or path not in found.roots:
-                roots[path] = identity
-        self._forget_roots_without_disks(roots)
+        roots = self.roots.to_remember(self._configured, self._disks)
         lost = dict(found.lost)
         # What fsck put aside since explains the absence of what was there before, until that is found.
         lost.update({top: then for top, then in last.lost.items() if _any_below(pending, top)})
         lost.update({top: 0 for top in found.lost if top not in last.lost and _any_below(pending, top)})
         return LastScan(self._disks, roots, lost, tuple(instances) if instances is not None else last.report)
-
-    def _forget_roots_without_disks(self, roots: dict[str, Identity]) -> None:
-        """Drop disk roots that are not configured, and have no disk that is below no other one."""
-        more = sorted((path for path in roots if path not in self._roots), key=len, reverse=True)
-        if not more:
-            return
-        left = {path for path in self._disks if not any(_is_at_or_below(path, root) for root in self._roots)}
-        for root in more:
-            below = {path for path in left if _is_at_or_below(path, root)}
-            if not below:
-                del roots[root]
-            left -= below
 
     # -- what refers ---------------------------------------------------------------------------------
 
@@ -282,17 +280,6 @@ class Disks:
             )
         return missing
 
-    def _is_vouched_for(self, root: str) -> bool:
-        """Whether a root that is another directory than before is the right one all the same.
-
-        A disk that was read in it before is there, or there are local instances, and all are in it.
-        """
-        if any(_is_below(path, root) and path in self._overlays for path in self._last.disks):
-            return True
-        local = [instance for instance in self._report if instance.host == self._host_name]
-        answers = self._follower.roots.call(lambda: _has_all(root, local))
-        return bool(local) and bool(answers) and answers[0]
-
     # -- what cannot be told -------------------------------------------------------------------------
 
     def _kept_for(self, fact: Unreadable) -> tuple[str, ...]:
@@ -327,20 +314,7 @@ class Disks:
         return before.names if before is not None else ()
 
     def _note(self, fact: Fact) -> None:
-        if isinstance(fact, MissingRoot):
-            if fact.configured:
-                self._everything_stays(
-                    f"{fact.path} cannot be read ({fact.cause})", "mount it, or take it out of disk_roots"
-                )
-            elif fact.path in self._named.unseen or (
-                fact.path in self._named.roots and fact.path not in self._last.roots
-            ):
-                self._everything_stays(
-                    f"the disk root {fact.path}, which another process of this host names, cannot be read"
-                    f" ({fact.cause})",
-                    f"mount it; or if no disk is there, run once: imagecache disk forget {fact.path}",
-                )
-        elif isinstance(fact, MissingInstance):
+        if isinstance(fact, MissingInstance):
             self.problems.append(
                 f"Instance {fact.uuid} is on this host and has no directory: its images stay. Mount its disk"
                 " root, add it to disk_roots, or correct what the driver reports."
@@ -357,14 +331,6 @@ class Disks:
         self.problems.insert(0, f"Nothing is evicted: {why}. To go on: {next_step}.")
         if self.unknown is None:
             self.unknown = why
-
-
-def _has_all(root: str, instances: Iterable[model.Instance]) -> bool:
-    """Whether a disk root has a directory of each instance."""
-    return all(
-        any(os.path.isdir(os.path.join(root, name)) for name in directory_names(instance))
-        for instance in instances
-    )
 
 
 def _is_no_disk(fact: Unreadable) -> bool:

@@ -13,7 +13,7 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import Hosts
 from imagecache_lib.store.seen import LastScan
 from imagecache_lib.upkeep.follow import Follower
-from imagecache_lib.upkeep.references import ReferenceReader
+from imagecache_lib.upkeep.references import ReferenceReader, References
 
 LOG = logging.getLogger(__name__)
 
@@ -54,12 +54,14 @@ class LastPass:
             last = dataclasses.replace(last, unreadable=last.unreadable or last.report_unknown)
         return ReferenceReader(self._cache, tuple(last.report or ()), last, self._follower, now)
 
-    def save(self, last: LastScan, seen: LastScan) -> None:
+    def save(self, last: LastScan, read: References, now: float) -> None:
         """Keep what was seen, for the day on which a disk cannot be read or a root is not mounted.
 
         :param last: what the pass before saw.
-        :param seen: what this one saw.
+        :param read: what this one read.
+        :param now: epoch seconds of the filesystem's clock, as this one began.
         """
+        seen = read.seen
         if last.unreadable is not None:
             return  # what cannot be read now may be read again, and must not be replaced by less
         try:
@@ -67,7 +69,10 @@ class LastPass:
             roots = {path: (root.device, root.fsid) for path, root in seen.roots.items()}
             if dict(own.roots) != roots:
                 self._hosts.write(dataclasses.replace(own, roots=roots))
-            last_scan.save_last_scan(self._cache.layout, self._hosts.id, last, seen)
+            where, host_id = self._cache.layout, self._hosts.id
+            last_scan.save_last_scan(where, host_id, last, seen)
+            named_roots.retire(read.notes_retired)
+            named_roots.note_seen(where, host_id, read.notes_seen, now=now)
         except OSError as error:
             # Most likely the disk is full, which must not stop what makes room.
             LOG.warning("What was seen in the instance directories cannot be remembered: %s", error)

@@ -15,7 +15,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from imagecache_lib.store import layout
-from imagecache_lib.store.seen import Boundary, Identity, SeenDirectory
+from imagecache_lib.store.identity import identity_of
+from imagecache_lib.store.seen import Boundary, SeenDirectory
 from imagecache_lib.system import atomic_file
 from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.filesystem_id import FilesystemIds
@@ -363,26 +364,6 @@ class Look:
         foreign = owner != os.geteuid() and not any(os.access(self.path, right) for right in rights)
         self.facts.append(Unreadable(self.path, error.strerror or str(error), True, foreign=foreign))
         self.is_unreadable = True
-
-
-def identity_of(
-    fd: int,
-    status: os.stat_result,
-    filesystems: FilesystemIds,
-    statx: Statx,
-    boundary: Boundary,
-    above: SeenDirectory | None,
-) -> Identity:
-    """Return what tells an open directory from any other.
-
-    :param boundary: what led to it, if that is no mount.
-    :param above: the directory that it is in, or None for a disk root.
-    """
-    is_mount, born = statx.of_directory(fd)
-    if boundary is Boundary.NONE and above is not None and above.identity is not None:
-        other = status.st_dev != above.identity.device
-        boundary = Boundary.MOUNT if is_mount or other else boundary
-    return Identity(status.st_dev, status.st_ino, filesystems.of(fd, status.st_dev), boundary, born)
 
 
 def mount_of(path: str, device: int) -> int | None:

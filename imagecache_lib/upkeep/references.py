@@ -39,6 +39,8 @@ class References:
     :param problems: what could not be determined, a sentence each with what to do.
     :param seen: what to remember of this reading.
     :param unfinished: paths of disks in the making, or of what is left of one.
+    :param notes_seen: as :class:`~imagecache_lib.upkeep.roots.Roots` has them.
+    :param notes_retired: likewise.
     """
 
     users: Mapping[str, str]
@@ -46,6 +48,8 @@ class References:
     problems: tuple[str, ...] = ()
     seen: LastScan = dataclasses.field(default_factory=LastScan)
     unfinished: tuple[str, ...] = ()
+    notes_seen: tuple[str, ...] = ()
+    notes_retired: tuple[str, ...] = ()
 
 
 def collect(
@@ -67,8 +71,8 @@ def collect(
     """
     report = instances if instances is not None else last.report or ()
     wanted = Names(names)
-    named = named_roots.of_host(cache.layout, cache.host_id, own=cache.config.roots, now=now)
-    others = dict.fromkeys([*last.roots, *named.roots])
+    named = named_roots.of_host(cache.layout, cache.host_id, now=now)
+    others = dict.fromkeys([*last.roots, *sorted(named.roots)])
     found = Scan(cache, others, condense=wanted.condense, follower=follower).run(report)
     disks = Disks(cache, found, last, report, named=named, names=wanted, follower=follower)
     targets = dict(_files_of(cache, names))
@@ -89,7 +93,16 @@ def collect(
     if instances is None:
         unknown = "the driver could not tell which instances there are"
         problems.insert(0, f"Nothing is evicted: {unknown}.")
-    return References(users, unknown, tuple(problems), disks.seen(instances), tuple(disks.unfinished))
+    return References(
+        users,
+        unknown,
+        tuple(problems),
+        disks.seen(instances),
+        tuple(disks.unfinished),
+        # A disk that could not be read was not seen.
+        tuple(disks.roots.notes_seen) if disks.unknown is None else (),
+        tuple(disks.roots.notes_retired),
+    )
 
 
 def _files_of(cache: CacheStore, names: Collection[str]) -> Iterator[tuple[tuple[int, int], str]]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from imagecache_lib import model
 from imagecache_lib.store import disk_roots
 from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.identity import identity_of
 from imagecache_lib.store.seen import Boundary, Identity, SeenDirectory
 from imagecache_lib.system import mounts
 from imagecache_lib.system.descriptor import Descriptor
@@ -40,7 +41,6 @@ from imagecache_lib.upkeep.reading import (
     Inner,
     Look,
     Surroundings,
-    identity_of,
     mount_of,
     note_lost_and_found,
 )

@@ -81,7 +81,7 @@ class Upkeep:
         overview = self._take_overview(instances, now)
         decided = overview.decide()
         recover.sweep_unfinished_disks(self._cache, self._observers, overview.references.unfinished, now=now)
-        self._last_pass.save(overview.reader.last, overview.references.seen)
+        self._last_pass.save(overview.reader.last, overview.references, now)
         self._refresh(decided.plan, now)
         outcomes = evict.evict(
             decided.plan.victims,

@@ -130,7 +130,7 @@ def test_a_silent_root_that_another_process_names_keeps_everything_and_hides_no_
         (server,) = stale_names.servers_of(mount)
         for root in (mount, *live):
             files.overlay(root / "disk", instances / "_base" / NAME)
-            NamedRoots((str(root),), cache.host, usual=False).note(cache.layout, cache.host_id)
+            NamedRoots((str(root),), cache.host, usual=False).note(cache.layout, cache.host_id, {})
         stack.callback(os.kill, server, signal.SIGCONT)
         stopping.stop(server)
         follower = Follower(0.2, roots_limit=0.5)

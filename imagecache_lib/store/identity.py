@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asking the kernel which directory a directory is."""
+
+from __future__ import annotations
+
+import os
+
+from imagecache_lib.store.seen import Boundary, Identity, SeenDirectory
+from imagecache_lib.system.descriptor import Descriptor
+from imagecache_lib.system.filesystem_id import FilesystemIds
+from imagecache_lib.system.statx import Statx
+
+#: Nothing but its inode is asked for, so that no right to list it is needed.
+_LOOK = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+def identity_of(
+    fd: int,
+    status: os.stat_result,
+    filesystems: FilesystemIds,
+    statx: Statx,
+    boundary: Boundary,
+    above: SeenDirectory | None,
+) -> Identity:
+    """Return what tells an open directory from any other.
+
+    :param boundary: what led to it, if that is no mount.
+    :param above: the directory that it is in, or None for a disk root.
+    """
+    is_mount, born = statx.of_directory(fd)
+    if boundary is Boundary.NONE and above is not None and above.identity is not None:
+        other = status.st_dev != above.identity.device
+        boundary = Boundary.MOUNT if is_mount or other else boundary
+    return Identity(status.st_dev, status.st_ino, filesystems.of(fd, status.st_dev), boundary, born)
+
+
+def identity_now(path: str, known: Identity | None) -> Identity:
+    """Return which directory a disk root is now. Cheap, if it is the one that it was.
+
+    :param known: which one it was, or None if that is unknown.
+    :raises OSError: there is none, or it cannot be looked at.
+    """
+    with Descriptor(path, _LOOK) as fd:
+        status, statx = os.fstat(fd), Statx()
+        found = (status.st_dev, status.st_ino, statx.born(fd))
+        if known is not None and found == (known.device, known.inode, known.born):
+            return known  # its filesystem's own id would be a request to the server of a network filesystem
+        return identity_of(fd, status, FilesystemIds(), statx, Boundary.NONE, None)
