@@ -42,7 +42,10 @@ def identity_now(path: str, known: Identity | None) -> Identity:
     """
     with Descriptor(path, _LOOK) as fd:
         status, statx = os.fstat(fd), Statx()
-        found = (status.st_dev, status.st_ino, statx.born(fd))
-        if known is not None and found == (known.device, known.inode, known.born):
-            return known  # its filesystem's own id would be a request to the server of a network filesystem
+        born = statx.born(fd)
+        # A device's number may be given to another filesystem, whose top may have the same inode. Where it is
+        # unknown when that was born, the filesystem is asked for its own id: a network filesystem's server.
+        found = (status.st_dev, status.st_ino, born)
+        if born and known is not None and found == (known.device, known.inode, known.born):
+            return known
         return identity_of(fd, status, FilesystemIds(), statx, Boundary.NONE, None)

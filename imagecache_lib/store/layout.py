@@ -29,7 +29,8 @@ place and stays readable by Nova::
         hosts/<id>.scan         what that host's last pass saw of its disks, and its driver's last report; its
                                 mtime is when that was
         hosts/<id>.readings     the same for the release before, which rewrites it: names by path of disk
-        hosts/<id>.<hex>.roots  disk roots that a process of that host names, before it makes a disk there
+        hosts/<id>.<hex>.roots  a disk root that a process of that host names, before it makes a disk there
+        hosts/<id>.<hex>.seen   when a pass of that host read that disk root as the same directory
         history/<id>            what happened to bases, as that host saw it, a line each
         scrubbed                empty: its mtime is when a scrub of the whole cache last ended
         pins/<name>/<sha1 of the owner>.json    that, and until when, an owner wants a base to stay
@@ -80,12 +81,20 @@ and whether a mount or a link led there. A disk that is not seen any more is for
 :mod:`imagecache_lib.upkeep.absence` calls a proof. The file ends in ``.scan``, since every ``.json`` is a
 member.
 
-*Which disk roots a process names*, ``hosts/<id>.<hex>.roots``, is a JSON array of absolute paths, named by
-the first 16 hex digits of its sha256. It is written before the process makes its first disk, looked at before
-any later one, and written anew within the hour. A pass of another process of that host reads these disk roots
-as well, unless the note is a week old and a day older than the last pass: disks that were there are then in
-``hosts/<id>.scan``. A note that counts and cannot be read, or one of whose roots cannot be read that no pass
-has seen since, keeps everything.
+*Which disk roots a process names*, ``hosts/<id>.<hex>.roots``, is a JSON array for each: the absolute path,
+and which directory it was as a disk was made there, in the form of ``hosts/<id>.scan``; or null, if this
+process has made no disk there. Only the disk root above a disk is looked at: another's server may be gone.
+The file is named by the first 16 hex digits of its sha256, so that another directory at that path is another
+file. It is written before the process makes its first disk there, compared with the directory before any
+later one, and written anew within the hour.
+
+A pass of any process of that host reads these disk roots as well. One that has read a root as the directory
+that the note says, has found nothing that it cannot tell, and has written ``hosts/<id>.scan``, writes
+``hosts/<id>.<hex>.seen``: when it began, in epoch seconds. A note does not count any more, and is removed,
+once it is a week old and that was two hours after it was written; for one with null any pass will do. A note
+that counts keeps everything if it cannot be read; if it names another directory than is there now, unless
+``hosts/<id>.scan`` has that one for the root, or all instances of the host have directories in the new one;
+or if its root cannot be read, and no pass has seen it since.
 
 *Two releases on one directory.* The release before this one knows neither ``hosts/<id>.scan`` nor that the
 driver's report is remembered. It reads and replaces ``hosts/<id>.readings``, which is written beside it with
@@ -94,12 +103,12 @@ What it writes there counts for this release too: a disk that only it saw is rem
 of its directory, and stays until it is seen again, its instance leaves the report, or an operator says so.
 An entry with an empty path and no names says that this release wrote the file; the older one drops it.
 
-It passes over ``hosts/<id>.<hex>.roots``, ``stage/<name>.<id>.waits``, ``stage/<id>.outside``,
-``stage/<name>.failed``, ``history``, and the fields ``origin``, ``fetcher`` and ``source`` of a stage's note:
-its callers neither share a failure nor are told of one, and what it does is in no history. An operator's
-``passed_over_directories`` is an option of this release: the older one reads those directories as all others,
-and keeps what they refer to. It removes any file in the making by its name, and this one behind a link only a
-file that carries ``user.imagecache.made``.
+It passes over ``hosts/<id>.<hex>.roots``, ``hosts/<id>.<hex>.seen``, ``stage/<name>.<id>.waits``,
+``stage/<id>.outside``, ``stage/<name>.failed``, ``history``, and the fields ``origin``, ``fetcher`` and
+``source`` of a stage's note: its callers neither share a failure nor are told of one, and what it does is in
+no history. An operator's ``passed_over_directories`` is an option of this release: the older one reads those
+directories as all others, and keeps what they refer to. It removes any file in the making by its name, and
+this one behind a link only a file that carries ``user.imagecache.made``.
 
 *The field* ``fetcher`` *of a stage's note* says who fills the file, for people who wait for it: ``host``, its
 name; ``pid``, the process there; ``received``, bytes of the source's data that arrived, written anew every

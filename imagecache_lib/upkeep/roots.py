@@ -112,11 +112,7 @@ class Roots:
         path, named = fact.path, self._named
         if fact.configured:
             yield f"{path} cannot be read ({fact.cause})", "mount it, or take it out of disk_roots"
-        elif (
-            path in self.unmatched
-            or path in named.unseen
-            or (path in named.roots and path not in self._last.roots)
-        ):
+        elif path in named.unseen or (path in named.roots and path not in self._last.roots):
             who = "which another process of this host names"
             yield (
                 f"the disk root {path}, {who}, cannot be read ({fact.cause})",

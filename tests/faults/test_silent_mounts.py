@@ -138,3 +138,25 @@ def test_a_silent_root_that_another_process_names_keeps_everything_and_hides_no_
             found = references.collect(cache, [NAME], (), EMPTY, follower=follower, now=time.time())
             assert found.unknown is not None and str(mount) in found.unknown
             assert {str(root / "disk") for root in live} <= set(found.seen.disks)
+
+
+def test_a_silent_root_holds_up_no_disk_below_another(tmp_path: pathlib.Path) -> None:
+    """Which directory a disk root is, is asked of the one above the disk."""
+    needs.root()
+    instances = tmp_path / "instances"
+    (instances / "vm").mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        (mount,) = stack.enter_context(stale_names.mounted(tmp_path, 1, seconds=0))
+        (server,) = stale_names.servers_of(mount)
+        stack.callback(os.kill, server, signal.SIGCONT)
+        config = ic.CacheConfig(instances_path=str(instances), disk_roots=(str(mount), str(instances)))
+        manager = ic.ImageCacheManager(config, FakeSource({ID: b"x" * 65536}), observers=())
+        manager.cache_image(ID)
+        stopping.stop(server)
+        in_vain = threading.Timer(_PATIENCE, os.kill, (server, signal.SIGCONT))
+        in_vain.start()
+        stack.callback(in_vain.cancel)
+        manager.create_disk(ID, str(instances / "vm" / "disk"))
+        with manager.fetch_or_reuse(ID):
+            pass
+        assert in_vain.is_alive(), "it waited for the server that stopped"

@@ -232,6 +232,17 @@ class TestWhatKeeps(NamedCase):
         self.assertIn("link cannot be read", self.passes()[0])
         self.assertEqual([], self.marks())
 
+    def test_a_disk_that_is_made_after_its_disk_root_was_read_counts_if_that_is_gone_then(self) -> None:
+        self.spawn_there()
+        self.assertEqual((), self.passes())
+        self.spawn_there("later", OTHER_ID)
+        self.root.rename(self.away)
+        for days in (0, 1, 30):
+            self.let_pass(days=days)
+            self.unused(OTHER_ID)
+            self.passes()
+            self.assertTrue(self.base(OTHER_ID).exists())
+
     def test_what_is_remembered_of_a_disk_root_keeps_its_disks_alone(self) -> None:
         self.spawn_there()
         self.let_pass(days=3)
