@@ -235,7 +235,7 @@ def _remove_old(note: str, now: float) -> None:
 
 
 def retire(notes: Iterable[str]) -> None:
-    """Remove notes of directories in whose place others were accepted.
+    """Remove notes of directories in whose place others were accepted, or that have another identity now.
 
     :raises OSError: they cannot be removed.
     """

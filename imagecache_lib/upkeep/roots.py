@@ -25,7 +25,7 @@ class Roots:
     :ivar unmatched: paths of those in which a process of this host made disks as they were directories that
         they are not now, and that no pass remembers.
     :ivar notes_seen: paths of the notes whose directories this reading has read.
-    :ivar notes_retired: paths of the notes of directories in whose place others were accepted.
+    :ivar notes_retired: paths of the notes of directories that the root was, and is now by another identity.
     :param absence: what the reading proves.
     :param report: the instances that there are.
     :param host_name: this host's name in the report.
@@ -51,16 +51,14 @@ class Roots:
         self._overlays = {fact.path for fact in found.facts if isinstance(fact, Overlay)}
         moved = [each.path for each in absence.moved_roots(last, found)]
         self.moved = [path for path in moved if not self._is_vouched_for(path)]
+        self._right = set(found.roots).difference(self.moved, (fact.path for fact in self._missing))
         self.unmatched: set[str] = set()
         self.notes_seen: list[str] = []
         self.notes_retired: list[str] = []
-        self._judge_notes({path for path in moved if path not in self.moved})
+        self._judge_notes()
 
-    def _judge_notes(self, accepted: set[str]) -> None:
-        """Compare what processes wrote down with what the roots are now.
-
-        :param accepted: paths of those that are other directories than before, and are right all the same.
-        """
+    def _judge_notes(self) -> None:
+        """Compare what processes wrote down with what the roots are now."""
         gone = {fact.path for fact in self._missing}
         for noted in self._named.noted:
             root, identity = noted.root, noted.identity
@@ -71,8 +69,9 @@ class Roots:
             if now is not None and is_same_root(identity, now):
                 self.notes_seen += [] if noted.is_seen else [noted.note]
             elif before is not None and is_same_root(identity, before):
-                # What is remembered of it counts until its absence is proved.
-                self.notes_retired += [noted.note] if root in accepted else []
+                # What is remembered of it counts until its absence is proved. From now on another directory,
+                # if that was accepted, is remembered, or the same one by its device's new number.
+                self.notes_retired += [noted.note] if root in self._right else []
             elif now is not None and self._has_all(root):
                 self.notes_seen += [] if noted.is_seen else [noted.note]
             else:

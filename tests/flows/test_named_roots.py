@@ -15,8 +15,12 @@ from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import errors
-from imagecache_lib.store.seen import Identity
-from imagecache_lib.upkeep.absence import is_same_root
+from imagecache_lib.store.named_roots import Named, Noted
+from imagecache_lib.store.seen import Identity, LastScan, SeenDirectory, SeenDisk
+from imagecache_lib.upkeep.absence import Absence, is_same_root
+from imagecache_lib.upkeep.facts import Found, ReadDirectory
+from imagecache_lib.upkeep.follow import Follower
+from imagecache_lib.upkeep.roots import Roots
 from tests.flows.test_upkeep import UpkeepCase
 from tests.support import files
 from tests.support.cache_case import ID, OTHER_ID
@@ -297,6 +301,34 @@ class TestAfterABoot(NamedCase):
         ):
             with self.subTest(other):
                 self.assertFalse(is_same_root(before, other))
+
+    def test_a_device_that_is_known_by_what_was_seen_below_its_top_alone_needs_its_note_no_more(self) -> None:
+        """Such as one of xfs of version 4, which does not keep when a directory was born."""
+
+        def seen(device: int) -> tuple[SeenDirectory, SeenDirectory]:
+            top = SeenDirectory("/root", Identity(device, 128, device))
+            return top, SeenDirectory("/root/vm", Identity(device, 131, device), top)
+
+        def identity(directory: SeenDirectory) -> Identity:
+            assert directory.identity is not None
+            return directory.identity
+
+        before, below = seen(5)
+        now = seen(6)
+        disk = SeenDisk("/root/vm/disk", ("name",), below)
+        last = LastScan({disk.path: disk}, {before.path: identity(before)})
+        found = Found((), {"/root": identity(now[0])}, tuple(ReadDirectory(each, {}) for each in now), {})
+        roots = Roots(
+            found,
+            last,
+            Named((Noted("note", "/root", identity(before), is_seen=False),)),
+            absence=Absence(last, found, None),
+            report=(),
+            host_name="here",
+            follower=Follower(),
+        )
+        self.assertEqual([], list(roots.unknown()))
+        self.assertEqual(["note"], roots.notes_retired)
 
     def test_a_disk_root_that_is_mounted_later_than_the_first_pass_heals_by_itself(self) -> None:
         for what in ("", "a file", "a disk of its own"):
