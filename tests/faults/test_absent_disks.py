@@ -8,6 +8,7 @@ Mounts are real, which needs root.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -22,8 +23,10 @@ import pytest
 import imagecache_lib as ic
 from imagecache_lib import errors
 from imagecache_lib.store import layout
+from imagecache_lib.store.identity import identity_now
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep.report import VerifyReport
+from tests.lab import stale_names
 from tests.support import files, recorded_calls
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -218,6 +221,27 @@ def test_two_processes_with_different_roots_do_not_blind_each_other(host: Host) 
     host.verify()
     other.rename(host.directory / "unmounted")
     assert host.keeps()
+
+
+@needs_root
+def test_a_root_that_no_pass_has_read_and_that_is_not_mounted_any_more_is_no_deletion(host: Host) -> None:
+    root = host.directory / "root"
+    with mounted(root):
+        host.manager(disk_roots=(str(root),)).create_disk(ID, str(root / "disk"))
+    assert host.keeps()
+    with pytest.raises(errors.BaseInUseError, match="not the directory in which"):
+        host.manager().evict_image(ID)
+    host.manager().forget_disks(str(root))
+    assert not host.keeps()
+
+
+@needs_root
+def test_a_filesystem_that_keeps_no_births_is_asked_each_time_which_one_it_is(tmp_path: pathlib.Path) -> None:
+    """Its device's number may have been another's, whose top had the same inode."""
+    with stale_names.mounted(tmp_path, 1, seconds=0) as (mount,):
+        now = identity_now(str(mount), None)
+        assert now.born == 0
+        assert identity_now(str(mount), dataclasses.replace(now, fsid=now.fsid + 1)) == now
 
 
 @needs_root
