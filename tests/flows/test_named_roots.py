@@ -34,8 +34,7 @@ class NamedCase(UpkeepCase):
         self.root = self.directory / "root"
         self.away = self.directory / "root.away"
         self.root.mkdir()
-        self.time = 0.0
-        self.other = self.manager(disk_roots=(str(self.root),), host=self.host(monotonic=lambda: self.time))
+        self.other = self.manager(disk_roots=(str(self.root),))
 
     def spawn_there(self, name: str = "disk", image_id: str = ID) -> pathlib.Path:
         """Let another process make a disk in its disk root."""
