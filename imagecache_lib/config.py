@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 
 from imagecache_lib import errors
 
@@ -21,6 +22,17 @@ _SNAPSHOTS = (".snapshot", ".zfs")
 _CHOICES = {"preallocate_images": ("none", "space"), "authorize_hits": ("no", "open", "closed")}
 
 
+#: What else lies below the instances path: Nova's locks, its registry of hosts and libvirt's snapshots of it;
+#: what is the filesystem's own; and names that mean something within the cache.
+_TAKEN = frozenset((*_SNAPSHOTS, "locks", "compute_nodes", "snapshots", "lost+found", ".imagecache"))
+
+#: What the kernel shows as files.
+_KERNELS = ("/proc/", "/sys/")
+
+#: The name of an instance's directory, also while that is moved or deleted.
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}(_resize|_del)?")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """How one host caches. Sizes are bytes, times are seconds, unless a name says otherwise.
@@ -30,9 +42,11 @@ class CacheConfig:
 
     #: Absolute path of the directory that holds instance directories and the cache.
     instances_path: str
-    #: Name of the cache's directory under ``instances_path``.
+    #: Name of the cache's directory under ``instances_path``. It must not be one that Nova, the filesystem or
+    #: an instance gives to another directory there.
     subdirectory_name: str = "_base"
-    #: Absolute paths under which instance directories lie; if empty, only ``instances_path``.
+    #: Absolute paths under which instance directories lie; if empty, only ``instances_path``. A pass reads
+    #: every file below a disk root, so that neither ``/`` nor what the kernel shows as files can be one.
     disk_roots: tuple[str, ...] = ()
     #: Names of directories in which no disk of a guest lies, at any depth below a disk root: they are passed
     #: over, as ``.snapshot`` and ``.zfs`` are always.
@@ -160,20 +174,9 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         self._require_types()
-        for name in ("instances_path", "lock_path", "certificates_path"):
-            value = getattr(self, name)
-            if (value is not None or name == "instances_path") and not _is_absolute(value):
-                raise _wrong(name, value, "must be an absolute path")
-        for root in self.disk_roots:
-            if not _is_absolute(root):
-                raise _wrong("disk_roots", root, "must be absolute paths")
-        if (
-            not _is_path(self.subdirectory_name)
-            or "/" in self.subdirectory_name
-            or self.subdirectory_name in (".", "..")
-        ):
-            raise _wrong("subdirectory_name", self.subdirectory_name, "must be one directory's name")
+        self._require_paths()
         self._require_names()
+        self._require_places()
         self._require_choices()
         if self.manager_interval < -1:
             raise _wrong("manager_interval", self.manager_interval, "must be -1 or more")
@@ -189,22 +192,56 @@ class CacheConfig:
     def _require_types(self) -> None:
         """Refuse text in particular: its letters would be taken for values, and "no" for yes."""
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, tuple) and not isinstance(value, tuple | list | set | frozenset):
-                raise _wrong(field.name, value, "must be a tuple")
-            if isinstance(field.default, bool):
+            value, default = getattr(self, field.name), field.default
+            if isinstance(default, tuple):
+                if not isinstance(value, tuple | list | set | frozenset):
+                    raise _wrong(field.name, value, "must be a tuple")
+                if wrong := [each for each in value if not _is_text(each)]:
+                    raise _wrong(field.name, wrong[0], "must be texts that a path may have")
+                # What the caller changes later changes nothing here.
+                object.__setattr__(self, field.name, tuple(value))
+            elif isinstance(default, bool):
                 if not isinstance(value, int) or value not in (False, True):
                     raise _wrong(field.name, value, "must be True or False")
-            elif isinstance(field.default, int | float) and not _is_number(value):
-                raise _wrong(field.name, value, "must be a number")
-        for command in self.virt_mkfs:
-            if not _is_path(command):
-                raise _wrong("virt_mkfs", command, "must be texts")
+            elif isinstance(default, int | float):
+                if not _is_number(value):
+                    raise _wrong(field.name, value, "must be a number")
+                if isinstance(default, int):
+                    if value != value // 1:
+                        raise _wrong(field.name, value, "must be a whole number")
+                    object.__setattr__(self, field.name, int(value))
+            elif not _is_text(value) and not (value is None and default is None):
+                raise _wrong(field.name, value, "must be text that a path may have")
+
+    def _require_paths(self) -> None:
+        for name in ("instances_path", "lock_path", "certificates_path"):
+            value = getattr(self, name)
+            if (value is not None or name == "instances_path") and not _is_absolute(value):
+                raise _wrong(name, value, "must be an absolute path")
+        for root in self.disk_roots:
+            if not _is_absolute(root):
+                raise _wrong("disk_roots", root, "must be absolute paths")
 
     def _require_names(self) -> None:
         for name in self.passed_over_directories:
-            if not _is_path(name) or "/" in name or name in (".", ".."):
+            if not _is_name(name):
                 raise _wrong("passed_over_directories", name, "must be names of directories, without a path")
+        if not _is_name(self.subdirectory_name):
+            raise _wrong("subdirectory_name", self.subdirectory_name, "must be one directory's name")
+        if self.subdirectory_name in _TAKEN or _UUID.fullmatch(self.subdirectory_name):
+            raise _wrong("subdirectory_name", self.subdirectory_name, "must be no other directory's name")
+        if _plain(self.locks_path) == _plain(self.base_path):
+            raise _wrong("lock_path", self.lock_path, "must not be the directory of base images")
+
+    def _require_places(self) -> None:
+        """Refuse disk roots that hold more than disks of guests."""
+        roots = [("instances_path", self.instances_path), *(("disk_roots", each) for each in self.disk_roots)]
+        for name, root in roots:
+            # A pass would read every file of the host, and wait for what the kernel only shows as files.
+            if _plain(root) in ("/", "/dev") or f"{_plain(root)}/".startswith(_KERNELS):
+                raise _wrong(name, root, "must be a directory of instances")
+            if f"{_plain(root)}/".startswith(f"{_plain(self.base_path)}/"):
+                raise _wrong(name, root, "must not be among the base images")
 
     def _require_choices(self) -> None:
         for name, choices in _CHOICES.items():
@@ -234,6 +271,20 @@ class CacheConfig:
 
 def _is_absolute(value: object) -> bool:
     return _is_path(value) and os.path.isabs(str(value))
+
+
+def _is_text(value: object) -> bool:
+    return value == "" or _is_path(value)
+
+
+def _plain(path: str) -> str:
+    # POSIX lets two slashes at the beginning mean something else, which Linux does not.
+    return "/" + os.path.normpath(path).strip("/")
+
+
+def _is_name(value: object) -> bool:
+    """Whether a value can be the name of an entry of a directory."""
+    return _is_path(value) and "/" not in str(value) and value not in (".", "..")
 
 
 def _is_number(value: object) -> bool:
