@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 
 from imagecache_lib import dates, errors, model
@@ -106,7 +107,7 @@ def examine(cache: CacheStore, instances: Sequence[model.Instance] | None) -> Au
                     Severity.ERROR,
                     path,
                     f"its base image {name}{image} is missing",
-                    f"before the disk is started, run: imagecache disk repair {path}",
+                    f"before the disk is started, run: imagecache disk repair {shlex.quote(path)}",
                 )
             )
     used.update(name for name, _user in references.reported(names, instances or (), []))

@@ -12,6 +12,7 @@ import grp
 import os
 import pwd
 import re
+import shlex
 import shutil
 import stat
 from collections.abc import Iterator
@@ -264,7 +265,7 @@ def _readers(cache: CacheStore) -> Iterator[Finding]:
             yield _warning(
                 f"{step} cannot be entered by {account.pw_name}, as whom QEMU runs: guests with overlays "
                 "will not start.",
-                f"chmod o+x {step}, or give {account.pw_name} access with an ACL.",
+                f"chmod o+x {shlex.quote(step)}, or give {account.pw_name} access with an ACL.",
             )
     unreadable = [
         entry.name
@@ -274,7 +275,7 @@ def _readers(cache: CacheStore) -> Iterator[Finding]:
     if unreadable:
         yield _warning(
             f"{len(unreadable)} base images cannot be read by {account.pw_name}, {unreadable[0]} among them.",
-            f"chmod 0644 {cache.layout.base(unreadable[0])}, and the others.",
+            f"chmod 0644 {shlex.quote(cache.layout.base(unreadable[0]))}, and the others.",
         )
     umask = _umask()
     if umask & 0o005 and not cache.exists():

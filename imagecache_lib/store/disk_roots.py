@@ -42,7 +42,11 @@ def check_seen(target: str, config: CacheConfig) -> None:
     looks = _Looks()
     own = looks.at(*_own_paths(config))
     # Roots whose names are above the target's first: a look at another takes for ever if its server is gone.
-    above = [root for root in config.roots if _is_at_or_below(real, root) or _is_at_or_below(directory, root)]
+    above = [
+        root
+        for root in config.roots
+        if names.is_at_or_below(real, root) or names.is_at_or_below(directory, root)
+    ]
     if above and _is_in(looks.upwards(real), looks.at(*above), own, target):
         return
     roots = looks.at(*config.roots)
@@ -65,7 +69,9 @@ def named_above(target: str, config: CacheConfig) -> tuple[str, ...]:
     directory = os.path.dirname(target)
     real = names.real_directory(directory)
     return tuple(
-        root for root in config.roots if _is_at_or_below(real, root) or _is_at_or_below(directory, root)
+        root
+        for root in config.roots
+        if names.is_at_or_below(real, root) or names.is_at_or_below(directory, root)
     )
 
 
@@ -144,16 +150,12 @@ def _in_the_cache(target: str) -> BadTarget:
     )
 
 
-def _is_at_or_below(path: str, root: str) -> bool:
-    return f"{path}/".startswith(root.rstrip("/") + "/")
-
-
 def is_below_roots(path: str, config: CacheConfig) -> bool:
     """Whether a file lies below a disk root, and not only behind a link that lies there."""
     real = os.path.realpath(os.path.dirname(path))
-    if any(_is_at_or_below(real, root) for root in config.roots):
+    if any(names.is_at_or_below(real, root) for root in config.roots):
         return True  # without a look at the others, which may not answer
-    return any(_is_at_or_below(real, os.path.realpath(root)) for root in config.roots)
+    return any(names.is_at_or_below(real, os.path.realpath(root)) for root in config.roots)
 
 
 def notes_for(target: str, config: CacheConfig) -> str:

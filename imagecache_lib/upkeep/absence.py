@@ -22,6 +22,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from imagecache_lib.store.seen import Boundary, Identity, LastScan, SeenDirectory, SeenDisk
+from imagecache_lib.system.names import is_at_or_below
 from imagecache_lib.upkeep.facts import Found, ReadDirectory
 
 
@@ -92,7 +93,7 @@ class Absence:
         """Whether a disk that was not seen now was removed."""
         if self._reported is not None and disk.instance is not None and disk.instance not in self._reported:
             return True
-        if any(_is_below(disk.path, top) for top in self._lost):
+        if any(is_at_or_below(disk.path, top) for top in self._lost):
             return False
         directory = disk.directory
         if self._read_now(directory) is not None:
@@ -165,7 +166,12 @@ def _renumbered(last: LastScan, found: Found) -> dict[tuple[int, int], tuple[int
         before = last.roots[root]
         for each in found.directories:
             old, new = seen.get(each.seen.path), each.seen.identity
-            if old is None or new is None or each.seen.path == root or not _is_below(each.seen.path, root):
+            if (
+                old is None
+                or new is None
+                or each.seen.path == root
+                or not is_at_or_below(each.seen.path, root)
+            ):
                 continue
             if _same_numbers(old, new) and (old.device, new.device) == (before.device, now.device):
                 renumbered[(before.device, before.fsid)] = (now.device, now.fsid)
@@ -182,7 +188,3 @@ def _is_only_renumbered(before: Identity | None, now: Identity) -> bool:
         and before.fsid in (0, before.device)
         and now.fsid in (0, now.device)
     )
-
-
-def _is_below(path: str, root: str) -> bool:
-    return path.startswith(root.rstrip("/") + "/")

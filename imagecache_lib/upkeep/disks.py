@@ -16,6 +16,7 @@ from imagecache_lib.store import layout, named_roots
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.named_roots import Named
 from imagecache_lib.store.seen import LastScan, SeenDisk
+from imagecache_lib.system.names import is_at_or_below
 from imagecache_lib.upkeep import headers
 from imagecache_lib.upkeep.absence import Absence
 from imagecache_lib.upkeep.facts import (
@@ -33,7 +34,7 @@ from imagecache_lib.upkeep.facts import (
 )
 from imagecache_lib.upkeep.follow import CannotTell, Follower, Looked
 from imagecache_lib.upkeep.names import Names, lasting
-from imagecache_lib.upkeep.roots import Roots
+from imagecache_lib.upkeep.roots import Roots, how_to_forget
 from imagecache_lib.upkeep.scan import plain_names
 
 #: A chain of backing files is followed this far. QEMU opens every file of it, and gives up long before.
@@ -260,11 +261,11 @@ class Disks:
         told: dict[str, list[str]] = {}
         passed_over = {fact.path for fact in self._found.facts if isinstance(fact, PassedOver)}
         for disk in missing:
-            over = next((path for path in passed_over if _is_below(disk.path, path)), None)
+            over = next((path for path in passed_over if is_at_or_below(disk.path, path)), None)
             told.setdefault(over or os.path.dirname(disk.path), []).append(disk.path)
         links = [fact.path for fact in self._found.facts if isinstance(fact, DanglingLink)]
         for directory, paths in sorted(told.items()):
-            link = next((each for each in links if _is_at_or_below(paths[0], each)), None)
+            link = next((each for each in links if is_at_or_below(paths[0], each)), None)
             why, way_out = "and nothing proves that it was removed", "Mount what belongs there; if it is gone"
             if directory in passed_over:
                 why, way_out = (
@@ -276,7 +277,7 @@ class Disks:
             more = f" (and {len(paths) - 1} others there)" if len(paths) > 1 else ""
             self.problems.append(
                 f"{paths[0]}{more} is not to be seen now, {why}: what it referred to before stays."
-                f" {way_out} for good, run once: imagecache disk forget {directory}"
+                f" {way_out} for good, {how_to_forget(directory)}"
             )
         return missing
 
@@ -349,13 +350,5 @@ def _is_same_file(before: SeenDisk, fact: Unreadable) -> bool:
     return before.born == fact.born or 0 in (before.born, fact.born)
 
 
-def _is_below(path: str, root: str) -> bool:
-    return path.startswith(root.rstrip("/") + "/")
-
-
-def _is_at_or_below(path: str, root: str) -> bool:
-    return path == root or _is_below(path, root)
-
-
 def _any_below(paths: Iterable[str], root: str) -> bool:
-    return any(_is_at_or_below(path, root) for path in paths)
+    return any(is_at_or_below(path, root) for path in paths)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 
 from imagecache_lib import dates, events
@@ -146,4 +147,4 @@ def _says_nothing(host: HostRef, what: str) -> str:
 def _how_to_forget(host: HostRef) -> str:
     if host.id.startswith(members.BY_NOVA):
         return f"take it out of {compute_nodes.NAME}, where Nova last named it within a day"
-    return f"run: imagecache host forget {host.id}"
+    return f"run: imagecache host forget {shlex.quote(host.id)}"

@@ -7,11 +7,13 @@ One that is not mounted is an empty directory, or none, and says nothing of the 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 
 from imagecache_lib import model
 from imagecache_lib.store.named_roots import Named
 from imagecache_lib.store.seen import Identity, LastScan
+from imagecache_lib.system import names
 from imagecache_lib.upkeep.absence import Absence, is_same_root
 from imagecache_lib.upkeep.facts import Found, MissingRoot, Overlay
 from imagecache_lib.upkeep.follow import Follower
@@ -82,7 +84,7 @@ class Roots:
 
         A disk that was read in it before is there, or there are local instances, and all are in it.
         """
-        if any(_is_below(path, root) and path in self._overlays for path in self._last.disks):
+        if any(names.is_at_or_below(path, root) and path in self._overlays for path in self._last.disks):
             return True
         return self._has_all(root)
 
@@ -96,7 +98,7 @@ class Roots:
         for root in self.moved:
             yield (
                 f"the disk root {root} is another directory than before, or on another device",
-                f"mount what belongs there; if this is right, run once: imagecache disk forget {root}",
+                f"mount what belongs there; if this is right, {how_to_forget(root)}",
             )
         for fact in self._missing:
             yield from self._unknown_of(fact)
@@ -104,7 +106,7 @@ class Roots:
         for root in sorted(self.unmatched.difference(self.moved, gone)):
             yield (
                 f"the disk root {root} is not the directory in which a process of this host made disks",
-                f"mount what belongs there; or if no disk is in it, run once: imagecache disk forget {root}",
+                f"mount what belongs there; or if no disk is in it, {how_to_forget(root)}",
             )
 
     def _unknown_of(self, fact: MissingRoot) -> Iterator[tuple[str, str]]:
@@ -115,7 +117,7 @@ class Roots:
             who = "which another process of this host names"
             yield (
                 f"the disk root {path}, {who}, cannot be read ({fact.cause})",
-                f"mount it; or if no disk is there, run once: imagecache disk forget {path}",
+                f"mount it; or if no disk is there, {how_to_forget(path)}",
             )
 
     def to_remember(self, configured: Sequence[str], disks: Iterable[str]) -> dict[str, Identity]:
@@ -133,9 +135,9 @@ class Roots:
         more = sorted((path for path in roots if path not in configured), key=len, reverse=True)
         if not more:
             return roots
-        left = {path for path in disks if not any(_is_at_or_below(path, root) for root in configured)}
+        left = {path for path in disks if not any(names.is_at_or_below(path, root) for root in configured)}
         for root in more:
-            below = {path for path in left if _is_at_or_below(path, root)}
+            below = {path for path in left if names.is_at_or_below(path, root)}
             if not below:
                 del roots[root]
             left -= below
@@ -150,9 +152,6 @@ def _has_all(root: str, instances: Iterable[model.Instance]) -> bool:
     )
 
 
-def _is_below(path: str, root: str) -> bool:
-    return path.startswith(root.rstrip("/") + "/")
-
-
-def _is_at_or_below(path: str, root: str) -> bool:
-    return path == root or _is_below(path, root)
+def how_to_forget(path: str) -> str:
+    """Return what an operator does to forget the disks at a path and below it, as a clause."""
+    return f"run once: imagecache disk forget {shlex.quote(path)}"

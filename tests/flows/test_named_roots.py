@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shlex
 import shutil
 from typing import Any
 
@@ -183,6 +184,16 @@ class TestWhatKeeps(NamedCase):
             self.manager().evict_image(ID)
         self.assertIn(str(self.root), str(caught.exception))
         self.assertTrue(self.base().exists())
+
+    def test_the_command_that_a_message_advises_can_be_given_to_a_shell(self) -> None:
+        self.root = self.directory / "it's $HOME; a root"
+        self.root.mkdir()
+        self.other = self.manager(disk_roots=(str(self.root),))
+        self.spawn_there()
+        self.root.rename(self.away)
+        (problem,) = self.passes()
+        command = problem.partition("run once: ")[2].removesuffix(".")
+        self.assertEqual(["imagecache", "disk", "forget", str(self.root)], shlex.split(command))
 
     def test_a_process_that_names_the_disk_root_itself_evicts_nothing(self) -> None:
         self.spawn_there()
