@@ -20,6 +20,7 @@ from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import base_attributes, disk_roots, evidence, layout, membership, pieces
 from imagecache_lib.store.named_roots import NamedRoots
 from imagecache_lib.store.preparation import Preparation
+from imagecache_lib.store.seen import Identity
 from imagecache_lib.system import durable, names
 from imagecache_lib.system.bounded import Bounded
 from imagecache_lib.system.descriptor import Descriptor
@@ -157,16 +158,25 @@ class CacheStore:
         :raises OSError: they cannot be written.
         """
         above = () if target is None else disk_roots.named_above(target, self.config)
-        looked = self._named_roots.look(above)
+        looked, volumes = self._look(target, above)
         if not above and (anywhere or target is not None):
             # A look at a disk root that is not above the disk takes for ever if its server is gone.
-            answers = self.elsewhere.call(lambda: self._named_roots.look(self._above(target)))
-            looked = answers[0] if answers else {}
+            answers = self.elsewhere.call(lambda: self._look(target, self._above(target)))
+            looked, volumes = answers[0] if answers else ({}, {})
         try:
-            self._named_roots.note(self.layout, self.host_id, looked)
+            self._named_roots.note(self.layout, self.host_id, looked, volumes)
         except FileNotFoundError:
             self.start()  # the cache was removed meanwhile
-            self._named_roots.note(self.layout, self.host_id, looked)
+            self._named_roots.note(self.layout, self.host_id, looked, volumes)
+
+    def _look(
+        self, target: str | None, roots: tuple[str, ...]
+    ) -> tuple[dict[str, Identity], dict[str, Identity]]:
+        """Return which directories disk roots are, and what is mounted between them and a disk."""
+        looked = self._named_roots.look(roots)
+        if target is None or not roots:
+            return looked, {}
+        return looked, self._named_roots.look_at_volume(os.path.dirname(target), roots)
 
     def _above(self, target: str | None) -> tuple[str, ...]:
         return self.config.roots if target is None else disk_roots.above(target, self.config)

@@ -86,7 +86,9 @@ and which directory it was as a disk was made there, in the form of ``hosts/<id>
 process has made no disk there. Only the disk root above a disk is looked at: another's server may be gone.
 The file is named by the first 16 hex digits of its sha256, so that another directory at that path is another
 file. It is written before the process makes its first disk there, compared with the directory before any
-later one, and written anew within the hour.
+later one, and written anew within the hour. Where a filesystem, or another directory of the same one, is
+mounted between that root and the disk, or a link leads to one, a note of the path of its top has a third
+element, ``"volume"``.
 
 A pass of any process of that host reads these disk roots as well. One that has read a root as the directory
 that the note says, has found nothing that it cannot tell, and has written ``hosts/<id>.scan``, writes
@@ -94,7 +96,8 @@ that the note says, has found nothing that it cannot tell, and has written ``hos
 once it is a week old and that was two hours after it was written; for one with null any pass will do. A note
 that counts keeps everything if it cannot be read; if it names another directory than is there now, unless
 ``hosts/<id>.scan`` has that one for the root, or all instances of the host have directories in the new one;
-or if its root cannot be read, and no pass has seen it since.
+or if its root cannot be read, and no pass has seen it since. A note of a volume keeps everything while
+another directory is at that path, or none, and no pass has seen the disks; nothing is read for it.
 
 *Two releases on one directory.* The release before this one knows neither ``hosts/<id>.scan`` nor that the
 driver's report is remembered. It reads and replaces ``hosts/<id>.readings``, which is written beside it with

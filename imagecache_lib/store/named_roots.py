@@ -22,7 +22,7 @@ from imagecache_lib.store import layout
 from imagecache_lib.store.identity import identity_now
 from imagecache_lib.store.last_scan_form import pack_identity, unpack_identity
 from imagecache_lib.store.seen import Identity
-from imagecache_lib.system import durable, names
+from imagecache_lib.system import durable, mounts, names
 from imagecache_lib.system.host import System
 
 LOG = logging.getLogger(__name__)
@@ -40,6 +40,12 @@ _YOUNG = 7 * 86400.0
 #: How many names a note may have, should something that cannot be replaced have the first.
 _NAMES = 3
 
+#: How many notes a process remembers to have written.
+_MOST = 1024
+
+#: Says that a note is of no disk root.
+_VOLUME = "volume"
+
 _FILE = re.compile(r"[0-9a-f]{16}\.roots")
 _SEEN = re.compile(r"[0-9a-f]{16}\.seen")
 
@@ -52,12 +58,14 @@ class Noted:
     :param root: its absolute path.
     :param identity: which directory it was as a disk was made there, or None if the process did not look.
     :param is_seen: a pass has seen the disks that were made by this note.
+    :param is_volume: it is no disk root: a disk root leads to it, and it is where a filesystem was mounted.
     """
 
     note: str
     root: str
     identity: Identity | None
     is_seen: bool
+    is_volume: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +82,12 @@ class Named:
     @property
     def roots(self) -> frozenset[str]:
         """The paths of the disk roots."""
-        return frozenset(each.root for each in self.noted)
+        return frozenset(each.root for each in self.noted if not each.is_volume)
 
     @property
     def unseen(self) -> frozenset[str]:
         """The paths of those in which there may be disks that no pass has seen."""
-        return frozenset(each.root for each in self.noted if not each.is_seen)
+        return frozenset(each.root for each in self.noted if not each.is_seen and not each.is_volume)
 
 
 class NamedRoots:
@@ -94,7 +102,7 @@ class NamedRoots:
         self._usual = usual
         self._host = host
         self._identities: dict[str, Identity] = {}
-        self._noted: dict[str, tuple[Identity | None, str, tuple[int, int, int], float]] = {}
+        self._noted: dict[tuple[str, bool], tuple[Identity | None, str, tuple[int, int, int], float]] = {}
 
     def look(self, roots: Iterable[str]) -> dict[str, Identity]:
         """Return which directories disk roots are now. Those that are not there are left out.
@@ -109,27 +117,65 @@ class NamedRoots:
                 LOG.debug("The disk root %s cannot be looked at: %s", root, error)
         return found
 
-    def note(self, where: layout.Layout, own_id: str, looked: Mapping[str, Identity]) -> None:
+    def look_at_volume(self, directory: str, roots: Iterable[str]) -> dict[str, Identity]:
+        """Return which directory is at the top of the filesystem that a directory is on, by its path.
+
+        Returns nothing if one of the disk roots that lead there is on the same.
+
+        :param directory: an existing one.
+        """
+        top = mounts.between(directory, list(roots))
+        if top is None:
+            return {}
+        try:
+            noted = self._noted.get((top, True))
+            return {top: identity_now(top, None if noted is None else noted[0])}
+        except OSError as error:
+            LOG.debug("What is mounted at %s cannot be looked at: %s", top, error)
+            return {}
+
+    def note(
+        self,
+        where: layout.Layout,
+        own_id: str,
+        looked: Mapping[str, Identity],
+        volumes: Mapping[str, Identity],
+    ) -> None:
         """See to it that they are written down, and were so not long ago.
 
         Another process may take a note away, or the whole cache: each is looked at each time.
 
         :param looked: as :meth:`look` returned it, for those in which a disk is made.
+        :param volumes: as :meth:`look_at_volume` returned it.
         :raises OSError: they are not, and cannot be written, but for usual ones for which there is no room.
         """
         self._identities.update(looked)
         for root in self._roots:
             self._note(where, own_id, root, self._identities.get(root))
+        for path, identity in volumes.items():
+            if len(self._noted) > _MOST:
+                self._noted.clear()  # it saves work, and what is mounted may change for ever
+            self._note(where, own_id, path, identity, is_volume=True)
 
-    def _note(self, where: layout.Layout, own_id: str, root: str, identity: Identity | None) -> None:
+    def _note(
+        self,
+        where: layout.Layout,
+        own_id: str,
+        root: str,
+        identity: Identity | None,
+        *,
+        is_volume: bool = False,
+    ) -> None:
         now = self._host.monotonic()
-        noted = self._noted.get(root)
+        key = (root, is_volume)
+        noted = self._noted.get(key)
         if noted is not None and noted[0] == identity:
             _, path, status, since = noted
             if now - since < _AGAIN and _status(path) == status:
                 return
         try:
-            path = self._written(paths(where, own_id, root, identity), _encoded(root, identity))
+            data = _encoded(root, identity, is_volume=is_volume)
+            path = self._written(_paths(where, own_id, data), data)
         except OSError as error:
             # On a full filesystem what is cached is served all the same. The usual root is that of every
             # process that has no other ones configured, so that nearly all of them read it anyway.
@@ -139,9 +185,9 @@ class NamedRoots:
             return
         found = _status(path)
         if found is None:
-            self._noted.pop(root, None)
+            self._noted.pop(key, None)
         else:
-            self._noted[root] = (identity, path, found, now)
+            self._noted[key] = (identity, path, found, now)
 
     def _written(self, possible: Sequence[str], data: bytes) -> str:
         """Return the path of a note that says what this process names, now."""
@@ -165,7 +211,10 @@ class NamedRoots:
 
 def paths(where: layout.Layout, host_id: str, root: str, identity: Identity | None) -> list[str]:
     """Return the paths that the note of a disk root may have."""
-    data = _encoded(root, identity)
+    return _paths(where, host_id, _encoded(root, identity))
+
+
+def _paths(where: layout.Layout, host_id: str, data: bytes) -> list[str]:
     ids = [hashlib.sha256(data + b"\n" * turn).hexdigest()[:16] for turn in range(_NAMES)]
     return [where.named_roots(host_id, each) for each in ids]
 
@@ -187,14 +236,14 @@ def of_host(where: layout.Layout, host_id: str, *, now: float) -> Named:
             continue
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
-        root, identity = found or ("", None)
+        root, identity, is_volume = found or ("", None, False)
         seen = _seen(path) if found is None or identity is not None else last_pass
         if written <= min(seen - _MARGIN, now - _YOUNG):
             continue
         if found is None:
             damaged[path] = f"{path}, which says what disk roots a process of this host names, {problem}"
         else:
-            noted.append(Noted(path, root, identity, written <= seen - _MARGIN))
+            noted.append(Noted(path, root, identity, written <= seen - _MARGIN, is_volume))
     return Named(tuple(noted), damaged)
 
 
@@ -260,8 +309,9 @@ def forget(where: layout.Layout, host_id: str, path: str) -> None:
             LOG.warning("The note %s still names what is at %s: %s", note, path, error)
 
 
-def _encoded(root: str, identity: Identity | None) -> bytes:
-    return json.dumps([root, pack_identity(identity)]).encode() + b"\n"
+def _encoded(root: str, identity: Identity | None, *, is_volume: bool = False) -> bytes:
+    more = [_VOLUME] if is_volume else []
+    return json.dumps([root, pack_identity(identity), *more]).encode() + b"\n"
 
 
 def _says(path: str, data: bytes) -> bool:
@@ -308,8 +358,9 @@ def _notes(where: layout.Layout, host_id: str) -> Iterator[str]:
             yield where.named_roots(host_id, entry[len(host_id) + 1 : -len(".roots")])
 
 
-def _read(path: str) -> tuple[str, Identity | None] | None:
-    """Return the disk root of a note and which directory it was, or None if the note is damaged.
+def _read(path: str) -> tuple[str, Identity | None, bool] | None:
+    """Return the path in a note, which directory it was and whether it is no disk root but where a filesystem
+    was mounted; or None if the note is damaged.
 
     :raises FileNotFoundError: it is gone.
     :raises OSError: it cannot be read.
@@ -319,9 +370,9 @@ def _read(path: str) -> tuple[str, Identity | None] | None:
         os.stat(path, follow_symlinks=False)
         return None
     try:
-        root, packed = json.loads(data)
-        if root.startswith("/") and "\0" not in root and os.fsencode(root):
-            return root, unpack_identity(packed)
+        root, packed, *more = json.loads(data)
+        if root.startswith("/") and "\0" not in root and os.fsencode(root) and more in ([], [_VOLUME]):
+            return root, unpack_identity(packed), bool(more)
     except (ValueError, OverflowError, RecursionError, AttributeError, TypeError):
         pass
     return None

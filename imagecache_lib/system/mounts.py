@@ -7,6 +7,9 @@ import os
 import re
 from collections.abc import Collection
 
+from imagecache_lib.system import names
+from imagecache_lib.system.statx import Statx
+
 #: How the kernel writes a space, a tab, a line feed and a backslash in a path.
 _ESCAPE = re.compile(rb"\\([0-3][0-7][0-7])")
 
@@ -77,3 +80,20 @@ def below(directories: Collection[str], *, mountinfo: str = "/proc/self/mountinf
         return frozenset()
     paths = (os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), point)) for point in points)
     return frozenset(path for path in paths if path.startswith(prefixes) and path != "/")
+
+
+def between(directory: str, tops: Collection[str]) -> str | None:
+    """Return the path at which a filesystem is mounted that a directory is on, and none of the directories
+    above it by name is; or None if there is none, or it is the whole host's.
+
+    :param directory: an existing one. A link may have led to it.
+    :param tops: paths of directories, one of which leads to it.
+    """
+    statx = Statx()
+    mount = statx.mount_at(directory)
+    if mount is None or any(statx.mount_at(top) == mount for top in tops):
+        return None
+    path = names.real_directory(directory)
+    while path != "/" and statx.mount_at(os.path.dirname(path)) == mount:
+        path = os.path.dirname(path)
+    return path if path != "/" else None

@@ -11,7 +11,8 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 
 from imagecache_lib import model
-from imagecache_lib.store.named_roots import Named
+from imagecache_lib.store.identity import identity_now
+from imagecache_lib.store.named_roots import Named, Noted
 from imagecache_lib.store.seen import Identity, LastScan
 from imagecache_lib.system import names
 from imagecache_lib.upkeep.absence import Absence, is_same_root
@@ -26,6 +27,8 @@ class Roots:
     :ivar moved: paths of those that are other directories than before, and for which nothing vouches.
     :ivar unmatched: paths of those in which a process of this host made disks as they were directories that
         they are not now, and that no pass remembers.
+    :ivar unmounted: paths at which a filesystem was mounted as a process of this host made disks in it that
+        no pass has seen, and at which another directory is now, or none.
     :ivar notes_seen: paths of the notes whose directories this reading has read.
     :ivar notes_retired: paths of the notes of directories that the root was, and is now by another identity.
     :param absence: what the reading proves.
@@ -55,6 +58,7 @@ class Roots:
         self.moved = [path for path in moved if not self._is_vouched_for(path)]
         self._right = set(found.roots).difference(self.moved, (fact.path for fact in self._missing))
         self.unmatched: set[str] = set()
+        self.unmounted: set[str] = set()
         self.notes_seen: list[str] = []
         self.notes_retired: list[str] = []
         self._judge_notes()
@@ -65,6 +69,9 @@ class Roots:
         for noted in self._named.noted:
             root, identity = noted.root, noted.identity
             if identity is None:
+                continue
+            if noted.is_volume:
+                self._judge_volume(noted, identity)
                 continue
             now = None if root in gone else self._found.roots.get(root)
             before = self._last.roots.get(root)
@@ -78,6 +85,19 @@ class Roots:
                 self.notes_seen += [] if noted.is_seen else [noted.note]
             else:
                 self.unmatched.add(root)
+
+    def _judge_volume(self, noted: Noted, identity: Identity) -> None:
+        """Compare what was mounted between a disk root and a disk with what is there now.
+
+        If a pass has seen the disks, what is remembered of them keeps their bases.
+        """
+        if noted.is_seen:
+            return
+        answers = self._follower.at(noted.root).call(lambda: _is_there(noted.root, identity))
+        if answers == [True]:
+            self.notes_seen.append(noted.note)
+        else:
+            self.unmounted.add(noted.root)
 
     def _is_vouched_for(self, root: str) -> bool:
         """Whether a root that is another directory than before is the right one all the same.
@@ -107,6 +127,12 @@ class Roots:
             yield (
                 f"the disk root {root} is not the directory in which a process of this host made disks",
                 f"mount what belongs there; or if no disk is in it, {how_to_forget(root)}",
+            )
+
+        for path in sorted(self.unmounted):
+            yield (
+                f"at {path} is not what was mounted there as a process of this host made disks in it",
+                f"mount what belongs there; or if no disk is in it, {how_to_forget(path)}",
             )
 
     def _unknown_of(self, fact: MissingRoot) -> Iterator[tuple[str, str]]:
@@ -150,6 +176,14 @@ def _has_all(root: str, instances: Iterable[model.Instance]) -> bool:
         any(os.path.isdir(os.path.join(root, name)) for name in directory_names(instance))
         for instance in instances
     )
+
+
+def _is_there(path: str, identity: Identity) -> bool:
+    """Whether a directory is the one that it was."""
+    try:
+        return is_same_root(identity, identity_now(path, identity))
+    except OSError:
+        return False
 
 
 def how_to_forget(path: str) -> str:

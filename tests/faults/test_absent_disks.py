@@ -236,6 +236,58 @@ def test_a_root_that_no_pass_has_read_and_that_is_not_mounted_any_more_is_no_del
 
 
 @needs_root
+@pytest.mark.parametrize("kind", ["volume", "bind mount", "link"])
+def test_a_volume_below_a_root_that_no_pass_has_read_is_no_deletion(host: Host, kind: str) -> None:
+    volume = host.directory / "elsewhere" if kind == "link" else host.instances / "uuid"
+    source = [host.directory / "real"] if kind == "bind mount" else []
+    for each in source:
+        each.mkdir()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mounted(volume, *source))
+        if kind == "link":
+            (host.instances / "uuid").symlink_to(volume)
+        host.manager().create_disk(ID, str(host.instances / "uuid" / "disk"))
+    assert host.keeps()
+    assert f"at {volume} is not what was mounted there" in host.verify().problems[0]
+    with pytest.raises(errors.BaseInUseError, match="mounted there"):
+        host.manager().evict_image(ID)
+    host.manager().forget_disks(str(volume))
+    assert not host.keeps()
+
+
+@needs_root
+def test_a_volume_below_a_root_that_is_mounted_again_stops_nothing(host: Host) -> None:
+    real, where = host.directory / "real", host.instances / "uuid"
+    real.mkdir()
+    with mounted(where, real):
+        disk = host.manager().create_disk(ID, str(where / "disk"))
+    assert host.keeps()
+    with mounted(where, real):
+        assert host.verify().problems == ()
+        assert host.base.exists()
+        os.unlink(disk.target)
+        assert not host.keeps()
+
+
+@needs_root
+def test_a_mount_namespace_that_lacks_a_volume_below_a_root_deletes_nothing(host: Host) -> None:
+    """A process there makes the passes, and none of them has ever seen the disk."""
+    where = host.instances / "uuid"
+    with mounted(where):
+        host.manager().create_disk(ID, str(where / "disk"))
+        files.age(host.base, host.private / "records" / f"{NAME}.json", seconds=OLD)
+        program = (
+            "import sys, imagecache_lib as ic;"
+            "ic.ImageCacheManager(ic.CacheConfig(instances_path=sys.argv[1]), ic.FileSource({}),"
+            " host=ic.System(name='here')).verify_base_images([])"
+        )
+        python = [sys.executable, "-c", program, str(host.instances)]
+        lacking = ["sh", "-c", 'umount "$0" && exec "$@"', str(where), *python]
+        subprocess.run(["unshare", "-m", *lacking], check=True)
+    assert host.base.exists()
+
+
+@needs_root
 def test_a_filesystem_that_keeps_no_births_is_asked_each_time_which_one_it_is(tmp_path: pathlib.Path) -> None:
     """Its device's number may have been another's, whose top had the same inode."""
     with stale_names.mounted(tmp_path, 1, seconds=0) as (mount,):

@@ -19,6 +19,7 @@ import pytest
 import imagecache_lib as ic
 from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.identity import identity_now
 from imagecache_lib.store.named_roots import NamedRoots
 from imagecache_lib.store.seen import LastScan
 from imagecache_lib.system.trace import TracePoint
@@ -130,7 +131,7 @@ def test_a_silent_root_that_another_process_names_keeps_everything_and_hides_no_
         (server,) = stale_names.servers_of(mount)
         for root in (mount, *live):
             files.overlay(root / "disk", instances / "_base" / NAME)
-            NamedRoots((str(root),), cache.host, usual=False).note(cache.layout, cache.host_id, {})
+            NamedRoots((str(root),), cache.host, usual=False).note(cache.layout, cache.host_id, {}, {})
         stack.callback(os.kill, server, signal.SIGCONT)
         stopping.stop(server)
         follower = Follower(0.2, roots_limit=0.5)
@@ -138,6 +139,29 @@ def test_a_silent_root_that_another_process_names_keeps_everything_and_hides_no_
             found = references.collect(cache, [NAME], (), EMPTY, follower=follower, now=time.time())
             assert found.unknown is not None and str(mount) in found.unknown
             assert {str(root / "disk") for root in live} <= set(found.seen.disks)
+
+
+def test_a_volume_that_does_not_answer_keeps_everything_until_it_does(tmp_path: pathlib.Path) -> None:
+    """A process made a disk in it, behind a link, that no pass has seen."""
+    needs.root()
+    instances = tmp_path / "instances"
+    instances.mkdir()
+    cache = CacheStore(ic.CacheConfig(instances_path=str(instances)), ic.System(name="here"))
+    cache.start()
+    with contextlib.ExitStack() as stack:
+        (mount,) = stack.enter_context(stale_names.mounted(tmp_path, 1, seconds=0))
+        (server,) = stale_names.servers_of(mount)
+        volumes = {str(mount): identity_now(str(mount), None)}
+        NamedRoots((), cache.host, usual=True).note(cache.layout, cache.host_id, {}, volumes)
+        stack.callback(os.kill, server, signal.SIGCONT)
+        stopping.stop(server)
+        follower = Follower(0.2, roots_limit=0.5)
+        for _reading in range(2):
+            found = references.collect(cache, [NAME], (), EMPTY, follower=follower, now=time.time())
+            assert found.unknown is not None and str(mount) in found.unknown
+        os.kill(server, signal.SIGCONT)
+        found = references.collect(cache, [NAME], (), EMPTY, follower=Follower(), now=time.time())
+        assert (found.unknown, len(found.notes_seen)) == (None, 1)
 
 
 def test_a_silent_root_holds_up_no_disk_below_another(tmp_path: pathlib.Path) -> None:

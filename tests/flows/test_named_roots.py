@@ -16,7 +16,10 @@ from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import errors
-from imagecache_lib.store.named_roots import Named, Noted
+from imagecache_lib.store import layout, named_roots
+from imagecache_lib.store.directory import CacheStore
+from imagecache_lib.store.identity import identity_now
+from imagecache_lib.store.named_roots import Named, NamedRoots, Noted
 from imagecache_lib.store.seen import Identity, LastScan, SeenDirectory, SeenDisk
 from imagecache_lib.upkeep.absence import Absence, is_same_root
 from imagecache_lib.upkeep.facts import Found, ReadDirectory
@@ -139,6 +142,58 @@ class TestWhatIsLookedAt(NamedCase):
                 self.assertEqual([], self.notes_of_root())
                 self.mount()
                 (self.root / "disk").unlink()
+
+
+class TestVolumes(NamedCase):
+    """A filesystem that was mounted between a disk root and a disk."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.cached()
+        self.volume = self.instances / "volume"
+        self.volume.mkdir()
+        cache = CacheStore(self.other.config, self.host())
+        named = NamedRoots((str(self.instances),), self.host(), usual=True)
+        volumes = {str(self.volume): identity_now(str(self.volume), None)}
+        named.note(cache.layout, cache.host_id, {}, volumes)
+
+    def replace(self) -> None:
+        self.volume.rename(self.away)
+        self.volume.mkdir()
+
+    def test_one_that_is_there_stops_nothing(self) -> None:
+        self.assert_goes()
+
+    def test_one_that_is_not_there_any_more_keeps_everything_however_old_the_note_is(self) -> None:
+        self.replace()
+        self.let_pass(days=30)
+        self.assertIn(f"at {self.volume} is not what was mounted there", self.passes(3)[0])
+        self.assertTrue(self.base().exists())
+        self.manager().forget_disks(str(self.volume))
+        self.assert_goes()
+
+    def test_one_whose_place_is_gone_keeps_everything(self) -> None:
+        self.volume.rmdir()
+        self.assertIn(f"at {self.volume} is not what", self.passes()[0])
+
+    def test_one_that_a_pass_saw_after_all_disks_were_made_is_kept_by_what_that_saw(self) -> None:
+        self.passes()
+        for note in self.notes():
+            then = note.stat().st_mtime - 3 * 3600
+            os.utime(note, (then, then))
+        self.passes()
+        self.replace()
+        self.cached()
+        self.assert_goes()
+
+    def test_a_note_of_one_is_none_of_a_disk_root(self) -> None:
+        named = named_roots.of_host(
+            layout.Layout(str(self.base().parent), ""),
+            CacheStore(self.other.config, self.host()).host_id,
+            now=0,
+        )
+        self.assertEqual({str(self.instances)}, set(named.roots))
+        self.assertEqual({True, False}, {each.is_volume for each in named.noted})
 
 
 class TestAnotherDirectoryLater(NamedCase):
