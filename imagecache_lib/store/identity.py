@@ -40,7 +40,8 @@ def identity_now(path: str, known: Identity | None) -> Identity:
     :param known: which one it was, or None if that is unknown.
     :raises OSError: there is none, or it cannot be looked at.
     """
-    with Descriptor(path, _LOOK) as fd:
+    # An automount point that is opened so by its own name is not mounted by that (open(2), O_PATH).
+    with Descriptor(f"{path}/.", _LOOK) as fd:
         status, statx = os.fstat(fd), Statx()
         born = statx.born(fd)
         # A device's number may be given to another filesystem, whose top may have the same inode. Where it is

@@ -88,7 +88,8 @@ The file is named by the first 16 hex digits of its sha256, so that another dire
 file. It is written before the process makes its first disk there, compared with the directory before any
 later one, and written anew within the hour. Where a filesystem, or another directory of the same one, is
 mounted between that root and the disk, or a link leads to one, a note of the path of its top has a third
-element, ``"volume"``.
+element, ``"volume"``, and as its mtime when the last disk was made there: a pass that began two minutes later
+has seen them all.
 
 A pass of any process of that host reads these disk roots as well. One that has read a root as the directory
 that the note says, has found nothing that it cannot tell, and has written ``hosts/<id>.scan``, writes

@@ -34,14 +34,14 @@ _AGAIN = 3600.0
 #: goes by it any longer, and what is in the making then is seen under its temporary name.
 _MARGIN = 2 * _AGAIN
 
+#: The same for a note of a volume, whose time is that of the last disk: a power cut may take it back so far.
+_VOLUMES_MARGIN = 120.0
+
 #: A note that is younger than this many seconds is read in any case.
 _YOUNG = 7 * 86400.0
 
 #: How many names a note may have, should something that cannot be replaced have the first.
 _NAMES = 3
-
-#: How many notes a process remembers to have written.
-_MOST = 1024
 
 #: Says that a note is of no disk root.
 _VOLUME = "volume"
@@ -102,7 +102,7 @@ class NamedRoots:
         self._usual = usual
         self._host = host
         self._identities: dict[str, Identity] = {}
-        self._noted: dict[tuple[str, bool], tuple[Identity | None, str, tuple[int, int, int], float]] = {}
+        self._noted: dict[str, tuple[Identity | None, str, tuple[int, int, int], float]] = {}
 
     def look(self, roots: Iterable[str]) -> dict[str, Identity]:
         """Return which directories disk roots are now. Those that are not there are left out.
@@ -128,8 +128,7 @@ class NamedRoots:
         if top is None:
             return {}
         try:
-            noted = self._noted.get((top, True))
-            return {top: identity_now(top, None if noted is None else noted[0])}
+            return {top: identity_now(top, None)}
         except OSError as error:
             LOG.debug("What is mounted at %s cannot be looked at: %s", top, error)
             return {}
@@ -147,34 +146,25 @@ class NamedRoots:
 
         :param looked: as :meth:`look` returned it, for those in which a disk is made.
         :param volumes: as :meth:`look_at_volume` returned it.
-        :raises OSError: they are not, and cannot be written, but for usual ones for which there is no room.
+        :raises OSError: they are not, and cannot be written, but for usual roots for which there is no room.
         """
         self._identities.update(looked)
         for root in self._roots:
             self._note(where, own_id, root, self._identities.get(root))
         for path, identity in volumes.items():
-            if len(self._noted) > _MOST:
-                self._noted.clear()  # it saves work, and what is mounted may change for ever
-            self._note(where, own_id, path, identity, is_volume=True)
+            data = _encoded(path, identity, is_volume=True)
+            # It may be gone before the next pass, or soon after it: each disk counts.
+            os.utime(self._written(_paths(where, own_id, data), data))
 
-    def _note(
-        self,
-        where: layout.Layout,
-        own_id: str,
-        root: str,
-        identity: Identity | None,
-        *,
-        is_volume: bool = False,
-    ) -> None:
+    def _note(self, where: layout.Layout, own_id: str, root: str, identity: Identity | None) -> None:
         now = self._host.monotonic()
-        key = (root, is_volume)
-        noted = self._noted.get(key)
+        noted = self._noted.get(root)
         if noted is not None and noted[0] == identity:
             _, path, status, since = noted
             if now - since < _AGAIN and _status(path) == status:
                 return
         try:
-            data = _encoded(root, identity, is_volume=is_volume)
+            data = _encoded(root, identity)
             path = self._written(_paths(where, own_id, data), data)
         except OSError as error:
             # On a full filesystem what is cached is served all the same. The usual root is that of every
@@ -185,9 +175,9 @@ class NamedRoots:
             return
         found = _status(path)
         if found is None:
-            self._noted.pop(key, None)
+            self._noted.pop(root, None)
         else:
-            self._noted[key] = (identity, path, found, now)
+            self._noted[root] = (identity, path, found, now)
 
     def _written(self, possible: Sequence[str], data: bytes) -> str:
         """Return the path of a note that says what this process names, now."""
@@ -243,7 +233,8 @@ def of_host(where: layout.Layout, host_id: str, *, now: float) -> Named:
         if found is None:
             damaged[path] = f"{path}, which says what disk roots a process of this host names, {problem}"
         else:
-            noted.append(Noted(path, root, identity, written <= seen - _MARGIN, is_volume))
+            margin = _VOLUMES_MARGIN if is_volume else _MARGIN
+            noted.append(Noted(path, root, identity, written <= seen - margin, is_volume))
     return Named(tuple(noted), damaged)
 
 

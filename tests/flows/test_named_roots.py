@@ -152,6 +152,9 @@ class TestVolumes(NamedCase):
         self.cached()
         self.volume = self.instances / "volume"
         self.volume.mkdir()
+        self.note()
+
+    def note(self) -> None:
         cache = CacheStore(self.other.config, self.host())
         named = NamedRoots((str(self.instances),), self.host(), usual=True)
         volumes = {str(self.volume): identity_now(str(self.volume), None)}
@@ -177,14 +180,23 @@ class TestVolumes(NamedCase):
         self.assertIn(f"at {self.volume} is not what", self.passes()[0])
 
     def test_one_that_a_pass_saw_after_all_disks_were_made_is_kept_by_what_that_saw(self) -> None:
-        self.passes()
         for note in self.notes():
-            then = note.stat().st_mtime - 3 * 3600
+            then = note.stat().st_mtime - 600
             os.utime(note, (then, then))
         self.passes()
         self.replace()
         self.cached()
         self.assert_goes()
+
+    def test_one_in_which_a_disk_was_made_since_a_pass_saw_it_keeps_everything(self) -> None:
+        for note in self.notes():
+            then = note.stat().st_mtime - 600
+            os.utime(note, (then, then))
+        self.passes()
+        self.note()
+        self.replace()
+        self.cached()
+        self.assertIn(f"at {self.volume} is not what", self.passes()[0])
 
     def test_a_note_of_one_is_none_of_a_disk_root(self) -> None:
         named = named_roots.of_host(
