@@ -158,7 +158,9 @@ class NotCloned(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Rejected(Event):
-    """An image was refused for good.
+    """An image was refused for good: by all of its sources, of which none gives what can be a disk here.
+
+    What one source gives may be refused and the next one's taken: that is no rejection of the image.
 
     :param reason: why, as a clause.
     """

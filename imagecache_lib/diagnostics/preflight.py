@@ -21,6 +21,7 @@ from oslo_concurrency import processutils
 
 from imagecache_lib import dates, errors
 from imagecache_lib.backends.interface import StorageBackend
+from imagecache_lib.formats import program
 from imagecache_lib.formats.sandbox import Sandbox
 from imagecache_lib.store import base_attributes, layout
 from imagecache_lib.store.directory import CacheStore
@@ -198,7 +199,16 @@ def _entries(cache: CacheStore) -> Iterator[Finding]:
 
 
 def _programs(cache: CacheStore) -> Iterator[Finding]:
-    host = cache.host
+    try:
+        yield from _installed(cache.host)
+    except program.NotStarted as error:
+        yield _error(
+            f"Of programs such as qemu-img nothing can be said: {error.cause}.",
+            "Look at this process's own limits (ulimit -a), and check again.",
+        )
+
+
+def _installed(host: System) -> Iterator[Finding]:
     said = _version(host, "qemu-img")
     if said is None:
         yield _error("qemu-img cannot be run.", "Install qemu-utils or qemu-img.")
@@ -220,30 +230,37 @@ def _programs(cache: CacheStore) -> Iterator[Finding]:
             "prlimit cannot be run, without which nothing limits what an image makes qemu-img do.",
             "Install util-linux.",
         )
-    for program in ("timeout", "sh"):
-        if shutil.which(program) is None:
-            yield _error(f"{program} is not installed, which qemu-img is run with.", "Install coreutils.")
+    for name in ("timeout", "sh"):
+        if shutil.which(name) is None:
+            yield _error(f"{name} is not installed, which qemu-img is run with.", "Install coreutils.")
     if said is not None and limited and (problem := Sandbox("qemu-img", host).problem()):
         yield _warning(
             f"What converts images is not shut in: {problem}.",
             "Install bubblewrap, and let this user make namespaces; images are checked all the same.",
         )
     path = f"{os.environ.get('PATH', os.defpath)}:{_ADMINISTRATORS}"
-    for program, package, what in (
+    for name, package, what in (
         ("mkswap", "util-linux", "swap disks"),
         ("mkfs.ext4", "e2fsprogs", "ephemeral disks of Linux guests"),
         ("mkfs.vfat", "dosfstools", "ephemeral disks of guests of unknown type"),
     ):
-        if shutil.which(program, path=path) is None:
-            yield _warning(
-                f"{program} is not installed, so that {what} cannot be made.", f"Install {package}."
-            )
+        if shutil.which(name, path=path) is None:
+            yield _warning(f"{name} is not installed, so that {what} cannot be made.", f"Install {package}.")
 
 
-def _version(host: System, program: str) -> str | None:
+def _version(host: System, name: str) -> str | None:
+    """Return what a program says of its version, or None if it cannot be run.
+
+    :raises NotStarted: the host allows no more programs at present.
+    """
     try:
-        return host.execute(program, "--version")[0].strip()
-    except (processutils.ProcessExecutionError, OSError):
+        return host.execute(name, "--version")[0].strip()
+    except processutils.ProcessExecutionError:
+        return None
+    except OSError as error:
+        failure = program.not_started(name, error)
+        if isinstance(failure, program.NotStarted):
+            raise failure from error
         return None
 
 

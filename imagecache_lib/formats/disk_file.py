@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,8 +45,8 @@ class DiskFile:
                 next_step=f"convert it to one of {', '.join(sorted(FORMATS))}",
             )
         try:
-            self.path.encode()
-        except UnicodeEncodeError:
+            self._utf8_path()
+        except UnicodeError:
             raise errors.BackendError(
                 f"the path {self.path!r} is not valid UTF-8, and qemu-img takes no other",
                 next_step="rename what it consists of",
@@ -61,10 +62,14 @@ class DiskFile:
         """Return the disk as a ``json:`` file name (QEMU's manual, "Disk Images") with drivers and files."""
         return f"json:{json.dumps(self._node())}"
 
+    def _utf8_path(self) -> str:
+        # The locale of this process may have another encoding, and the path's bytes are what counts.
+        return os.fsencode(self.path).decode()
+
     def _node(self) -> dict[str, Any]:
         return {
             "driver": self.format,
-            "file": {"driver": "file", "filename": self.path},
+            "file": {"driver": "file", "filename": self._utf8_path()},
             "backing": None if self.backing is None else self.backing._node(),
             **_READ_AS.get(self.format, {}),
         }

@@ -43,6 +43,8 @@ _ENCODINGS = (
     (b"\xff\xfe", "utf-16-le"),
     (b"\xfe\xff", "utf-16-be"),
 )
+#: Of a disk, in bytes.
+_SECTOR = 512
 #: Fewer characters before zeros are no text.
 _PADDED = 7
 #: Characters without width that editors leave at the beginning of a file, besides blanks.
@@ -60,7 +62,8 @@ def recognise(start: bytes, *, vouched: bool = True) -> Foreign | None:
 
     :param start: the first :data:`LOOKED_AT` bytes of the content, or all of it.
     :param vouched: whether a digest says that this content is what is meant. Text that begins in no known way
-        is taken for what a server says instead of the image, unless a digest vouches for it.
+        is taken for what a server says instead of the image, unless a digest vouches for it. So is one word
+        or a blank that is all of the content.
     """
     for offset, magic, what, next_step in marks.MAGIC:
         if start.startswith(magic, offset):
@@ -76,7 +79,10 @@ def recognise(start: bytes, *, vouched: bool = True) -> Foreign | None:
     ):
         if is_one(start):
             return Foreign(what, next_step)
-    return _document(start, vouched=vouched)
+    found = _document(start, vouched=vouched)
+    if found is None and not vouched and 0 < len(start) < _SECTOR and _TYPED.issuperset(start):
+        return Foreign(*marks.TEXT)  # one word or none, which is no sector of a disk either
+    return found
 
 
 def document(start: bytes) -> Foreign | None:

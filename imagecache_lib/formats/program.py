@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from oslo_concurrency import processutils
 
 from imagecache_lib import errors
-from imagecache_lib.system import threads
+from imagecache_lib.system import arguments, threads
 from imagecache_lib.system.waiter import Waiter
 
 #: Seconds between two looks whether the caller still waits for the program.
@@ -65,6 +65,14 @@ _HOST_AT_FAULT = re.compile(
     re.MULTILINE,
 )
 
+#: What ld.so(8) says where a library is there and cannot be opened: the limits of open files, and memory.
+_TOO_LITTLE_TO_LOAD = re.compile(
+    r"Error 2[34]\b|Too many open files|[Cc]annot allocate|failed to map segment"
+)
+
+#: What a program quotes: a name in an image, or the path of one, which proves nothing about the host.
+_QUOTED = re.compile(r"'[^'\n]*'")
+
 #: The same for the disk that the data lie on.
 _STORAGE_AT_FAULT = re.compile(r"Input/output error|Structure needs cleaning|Bad message")
 
@@ -82,6 +90,10 @@ _REPEATED = re.compile(r"(Could not open the file: )\1+")
 
 class StorageFailed(errors.BackendError):
     """The program met an I/O error: the disk is at fault and not the data."""
+
+
+class NotStarted(errors.BackendError):
+    """This process may start no program at present: too many files are open, or there are too many tasks."""
 
 
 class DataRefused(errors.BackendError):
@@ -128,12 +140,14 @@ def run(
     :raises DataRefused: the program failed, and its message is about the data.
     :raises NoSpaceError: the filesystem is full.
     :raises StorageFailed: the disk failed.
+    :raises NotStarted: the host allows no more programs at present.
     :raises BackendError: the host is at fault (a limit, a signal, lack of memory), or it is unknown how the
-        program ended.
+        program ended, or one of the words can be no argument.
     :raises CancelledError, LockTimeoutError: the caller no longer waits.
     :raises ConfigError: the program, or one that runs it (prlimit, timeout), is not installed.
     """
     waiter.check()
+    arguments.require_arguments(words, subject)
     token = secrets.token_hex(16)
     command = (
         "prlimit",
@@ -153,7 +167,7 @@ def run(
             except processutils.ProcessExecutionError as error:
                 raise _wrapper_failed(error, limits, subject) from error
             except OSError as error:
-                raise _not_started(error, subject) from error
+                raise not_started("prlimit", error, subject) from error
             _require_success(str(err), token, program, subject, hidden)
     except UnicodeDecodeError as error:
         raise DataRefused(f"{program}: it wrote no text", path=subject) from error
@@ -233,12 +247,16 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.kill()
 
 
-def _not_started(error: OSError, subject: str) -> errors.ImageCacheError:
+def not_started(program: str, error: OSError, subject: str | None = None) -> errors.ImageCacheError:
+    """Return what it means that a program could not be started.
+
+    :returns: :class:`ConfigError` if there is no such program, else :class:`NotStarted`.
+    """
     if error.errno in _NOT_THERE:
         return errors.ConfigError(
-            f"prlimit cannot be run: {error}", next_step="install util-linux and coreutils"
+            f"{program} cannot be run: {error}", next_step="install util-linux and coreutils"
         )
-    return errors.BackendError(  # too many open files, too many tasks, no memory
+    return NotStarted(  # too many open files, too many tasks, no memory
         f"no program can be started: {error.strerror or error}",
         path=subject,
         next_step="look at the service's own limits; another host may do it",
@@ -285,20 +303,27 @@ def _by_signal(number: int, subject: str) -> errors.BackendError:
 
 
 def _require_success(err: str, token: str, program: str, subject: str, hidden: tuple[str, ...]) -> None:
-    said, found, status_text = err.rpartition(f"\n{token} ")
-    if not found:
+    # Behind it may be what the shell itself, or a process that outlives it, has to say.
+    ending = re.search(rf"\n{token} (\d+)\n", err)
+    if ending is None:
         raise errors.BackendError(
             f"{program}: how it ended is not known, so that its work is not used",
             path=subject,
             next_step="find out what ended it; another host may do it",
         )
-    status = int(status_text)
+    status = int(ending[1])
     if status == 0:
         return
-    said = said.strip()
+    said = err[: ending.start()].strip()
     if len(said) > 2 * _LOOKED_AT:
         said = f"{said[:_LOOKED_AT]}\n{said[-_LOOKED_AT:]}"
     if status in _NOT_FOUND:
+        if _TOO_LITTLE_TO_LOAD.search(said):
+            raise errors.BackendError(
+                f"{program} cannot be run: {_printable(said)}",
+                path=subject,
+                next_step="look at the limits of the service and of programs; another host may do it",
+            )
         raise errors.ConfigError(
             f"{program} cannot be run: {_printable(said)}",
             next_step=f"install {program} with all its libraries",
@@ -306,15 +331,23 @@ def _require_success(err: str, token: str, program: str, subject: str, hidden: t
     if status > 128:
         raise _by_signal(status - 128, subject)
     line = f"{program}: {told(said, program, hidden)}"
-    if "No space left on device" in said or "Disk quota exceeded" in said:
+    own = _own_words(said, hidden)
+    if "No space left on device" in own or "Disk quota exceeded" in own:
         raise errors.NoSpaceError(
             "the filesystem is full", path=subject, next_step="make room, then ask again"
         )
-    if _STORAGE_AT_FAULT.search(said):
+    if _STORAGE_AT_FAULT.search(own):
         raise StorageFailed(line, path=subject, next_step="check the disk")
-    if _HOST_AT_FAULT.search(said) or not _marked(said, program):
+    if _HOST_AT_FAULT.search(own) or not _marked(said, program):
         raise errors.BackendError(line, path=subject, next_step="mend the host; another one may do it")
     raise DataRefused(line, path=subject)
+
+
+def _own_words(said: str, hidden: tuple[str, ...]) -> str:
+    """Return what a program says without what it quotes: an image's owner may have chosen that."""
+    for text in sorted(hidden, key=len, reverse=True):
+        said = said.replace(text, "")
+    return _QUOTED.sub("''", said)
 
 
 def told(said: str, program: str, hidden: tuple[str, ...]) -> str:

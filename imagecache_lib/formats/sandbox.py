@@ -25,8 +25,14 @@ _ISOLATED = ("--unshare-net", "--unshare-ipc", "--unshare-pid", "--unshare-uts",
 _TRIAL = Limits(cpu=10, memory=2**32, wall=30)
 
 
+#: Seconds for which a failure is remembered: it may be the host's of that moment.
+_TRY_AGAIN_AFTER = 600
+
+
 class Sandbox:
-    """Shuts one program in. Whether that is possible is tried once, when it is first asked for.
+    """Shuts one program in. Whether that is possible is tried when it is first asked for.
+
+    That it is possible is remembered for good, and that it is not for ten minutes.
 
     :param program: the program's name, looked up in PATH.
     """
@@ -34,19 +40,26 @@ class Sandbox:
     def __init__(self, program: str, host: System) -> None:
         self._program = program
         self._host = host
-        self._tried: str | None = None
+        self._tried: tuple[str, float] | None = None
 
     def problem(self) -> str:
-        """Return, as a clause, why this host cannot run a sandbox; empty if it can."""
-        if self._tried is None:
-            self._tried = self._try()
-        return self._tried
+        """Return, as a clause, why this host cannot run a sandbox; empty if it can.
+
+        :raises NotStarted: the host allows no more programs at present, whether in a sandbox or not.
+        """
+        tried = self._tried
+        if tried is not None and (not tried[0] or self._host.monotonic() < tried[1]):
+            return tried[0]
+        problem = self._try()
+        self._tried = problem, self._host.monotonic() + _TRY_AGAIN_AFTER
+        return problem
 
     def command(self, *, reads: tuple[str, ...], writes: tuple[str, ...]) -> tuple[str, ...]:
         """Return the words to put before the program's own: an empty tuple if this host cannot run a sandbox.
 
         :param reads: absolute paths of the files that the program may read.
         :param writes: absolute paths of the files that the program may read and write.
+        :raises NotStarted: as :meth:`problem`.
         """
         if self.problem():
             return ()
@@ -67,6 +80,8 @@ class Sandbox:
                 program="bwrap",
                 subject=self._program,
             )
+        except program.NotStarted:
+            raise  # that says nothing of a sandbox
         except errors.ImageCacheError as error:
             return f"bubblewrap does not work here: {error.cause}"
         return ""

@@ -17,7 +17,7 @@ from imagecache_lib.formats.reader import Reader
 
 MAGIC = b"KDMV"
 _SECTOR = 512
-_HEADER = struct.Struct("<4sIIQQQQIQQ")
+_HEADER = struct.Struct("<4sIIQQQQIQQ13xH")
 _GD_AT_END = 2**64 - 1
 #: The footer, which is a header, lies before the last sector and behind a marker of its own.
 _FOOTER_FROM_END = 2 * _SECTOR
@@ -25,6 +25,8 @@ _MARKER_FROM_END = 3 * _SECTOR
 _FOOTER_MARKER = 3
 #: Of the header's flags: grains are compressed, and begin with a marker.
 _COMPRESSED = 1 << 16
+#: The only way in which they are compressed.
+_DEFLATE = 1
 #: Bytes before the data of a compressed grain.
 MARKER_BYTES = 12
 #: Most grains of one grain table, and the usual number.
@@ -90,13 +92,15 @@ class _Header:
     def parse(cls, data: bytes) -> _Header:
         if len(data) < _HEADER.size:
             raise _broken("its header is cut off")
-        magic, version, flags, capacity, grain, at, sectors, entries, _redundant, directory = _HEADER.unpack(
-            data
-        )
+        fields = _HEADER.unpack(data)
+        magic, version, flags, capacity, grain, at, sectors, entries, _redundant, directory = fields[:10]
         if magic != MAGIC:
             raise _broken("it has no sparse extent's header")
         if version not in (1, 2, 3):
             raise _broken(f"version {version} is unknown")
+        # Programs that go by the one and such that go by the other would read different disks.
+        if fields[10] != (_DEFLATE if flags & _COMPRESSED else 0):
+            raise _broken("its header says two things of how its grains are compressed")
         if not capacity:
             raise errors.ImageRejected(_OTHER_FILES, next_step=_CONVERT)
         return cls(flags, capacity, grain, entries, at, sectors, directory)

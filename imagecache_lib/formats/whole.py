@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from imagecache_lib import errors
 from imagecache_lib.formats import contained, vdi, vhd, vhdx, vmdk
 from imagecache_lib.formats.qcow2 import tables
+from imagecache_lib.formats.qcow2.header import Compression
+from imagecache_lib.formats.qcow2.inflate import Zlib
 from imagecache_lib.formats.reader import Reader
 from imagecache_lib.system.waiter import Waiter
 
@@ -94,7 +96,10 @@ class _Watched:
 
 
 def _qcow2(image: Reader) -> None:
-    geometry = tables.Geometry.of(contained.read_qcow2_header(image), image.size)
+    header = contained.read_qcow2_header(image)
+    geometry = tables.Geometry.of(header, image.size)
+    # Frames of Zstandard say themselves that they end too early.
+    inflater = Zlib() if header.compression_type == Compression.DEFLATE else None
     found = tables.TableList(geometry)
     for piece in _pieces(image, geometry.l1_start, geometry.l1_end - geometry.l1_start, "qcow2"):
         found.add(piece)
@@ -102,7 +107,30 @@ def _qcow2(image: Reader) -> None:
     while (offset := found.peek()) is not None:
         index = found.pop()
         table = _read(image, offset, geometry.cluster_size, "qcow2")
-        tables.parse_l2(table, geometry, index, found)
+        mapping = tables.parse_l2(table, geometry, index, found)
+        if inflater is not None:
+            _require_inflated(image, mapping, geometry, inflater)
+
+
+def _require_inflated(
+    image: Reader, mapping: tables.Mapping, geometry: tables.Geometry, inflater: Zlib
+) -> None:
+    """Refuse compressed clusters that go on behind the end of the file, unless they are whole before it.
+
+    A table knows how long one is in sectors only, and a deflate stream that goes on in zeros is none that is
+    seen to be broken.
+    """
+    size = image.size
+    assert size is not None  # a whole image
+    for descriptor in reversed(mapping.descriptors):  # which are in the order of the file
+        start = geometry.start(descriptor)
+        if start + 2 * geometry.cluster_size + _SECTOR <= size:
+            return  # none has more sectors
+        if descriptor & tables.COMPRESSED and geometry.compressed_range(descriptor)[1] > size:
+            try:
+                inflater.one(image.read(start, size - start), geometry.cluster_size)
+            except errors.ImageRejected as error:
+                raise _cut_off("qcow2") from error
 
 
 def _vdi(image: Reader) -> None:

@@ -222,6 +222,8 @@ class ImageProducer:
                         judged = judged or self._judged(source, image)
                         self._call.pass_over(error)
             except errors.ImageRejected as error:
+                told = events.Rejected(self._call.name, self._call.image_id, reason=error.cause)
+                self._cache.observers(told)
                 # A signature is verified with the certificates that a caller brings.
                 if judged and not self._call.demands_signature:
                     self._tell(Failure(judged, True, error.cause, error.next_step))
@@ -367,10 +369,8 @@ class ImageProducer:
                 resumption.end(stage, error)
         if swept and isinstance(error, errors.BackendError):
             raise StageGone from error
-        if isinstance(error, errors.ImageRejected):
-            if error.next_step is None:
-                error.next_step = "have its owner upload a good image under a new id"
-            self._cache.observers(events.Rejected(self._call.name, self._call.image_id, reason=error.cause))
+        if isinstance(error, errors.ImageRejected) and error.next_step is None:
+            error.next_step = "have its owner upload a good image under a new id"
 
     def _seal(self, stage: Stage, image: model.Image, content: Content) -> evidence.Record:
         """Make data and evidence durable, in this order, before anything can refer to them."""

@@ -111,8 +111,10 @@ class Generation:
                 raise errors.ConfigError(
                     "virt_mkfs has a command without any word", next_step="name a program, or leave it out"
                 )
+            label = None if self.label is None else arguments.in_utf8(self.label)
             try:
-                return [word % {"fs_label": self.label, "target": target} for word in self.command.split()]
+                words = arguments.in_utf8(self.command).split()
+                return [word % {"fs_label": label, "target": target} for word in words]
             except (KeyError, ValueError, TypeError) as error:
                 raise errors.ConfigError(
                     f"virt_mkfs has the command {self.command!r}, which cannot be filled in: {error}",
@@ -123,7 +125,7 @@ class Generation:
             return [*_SHARED[self.kind], target]
         if self.kind == "swap":
             return ["mkswap", target]
-        return [*_MKFS[self.kind], self.label or LABEL, target]
+        return [*_MKFS[self.kind], arguments.in_utf8(self.label or LABEL), target]
 
     def unmet(self, found: Signature | None, size: int, *, empty: bool) -> Unmet | None:
         """Return what is wrong with a file that should be this, or None if nothing is.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 from imagecache_lib import errors, model
@@ -77,6 +78,31 @@ def require_several(name: str, values: object) -> None:
     """
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise _wrong(name, values, "a tuple, a list or a set")
+
+
+def in_utf8(text: str) -> str:
+    """Return text such that a program is given its UTF-8 bytes, whatever this process's locale is.
+
+    :raises UnicodeEncodeError: the text has half a surrogate pair.
+    """
+    return os.fsdecode(text.encode())
+
+
+def require_arguments(words: Iterable[str], subject: str) -> None:
+    """Refuse a command that no program can be given.
+
+    :param subject: path of the file that the error is about.
+    :raises BackendError: a word has a NUL, or a character that the locale's encoding lacks.
+    """
+    for word in words:
+        try:
+            possible = b"\0" not in os.fsencode(word)
+        except UnicodeEncodeError:
+            possible = False
+        if not possible:
+            raise errors.BackendError(
+                f"{errors.shown(word)} can be no argument of a program", path=subject, next_step=_CORRECT
+            )
 
 
 _CORRECT = "correct the caller"

@@ -8,7 +8,7 @@ import hashlib
 import threading
 
 import imagecache_lib as ic
-from imagecache_lib import errors
+from imagecache_lib import errors, events
 from imagecache_lib.sources.http import HttpImage, HttpSource
 from imagecache_lib.sources.interface import NotPermitted, SourceBusy, SourceRefused, Unauthorized
 from imagecache_lib.testing import http_faults as faults
@@ -92,6 +92,14 @@ class TestThatOnePlaceIsWrong(FallbackCase):
         wrong = [self.wrong(name) for name in (*WRONG, *OTHER_DATA)]
         self.assertEqual(GOOD, self.spawned(self.gone(DIGEST), *wrong, self.place("right")))
         self.assertEqual([], self.in_flight())
+
+    def test_what_one_place_gives_is_refused_and_the_image_only_if_no_other_gives_it(self) -> None:
+        self.spawned(self.gone(), self.wrong("compressed"), self.place("right"))
+        self.assertEqual(0, self.happened(events.Rejected))
+        self.manager().evict_image(ID)
+        with self.assertRaises(errors.ImageRejected):
+            self.spawned(self.gone(), self.wrong("compressed"), self.wrong("not there"))
+        self.assertEqual(1, self.happened(events.Rejected))
 
     def test_what_states_another_digest_is_not_transferred(self) -> None:
         self.spawned(self.gone(DIGEST), self.wrong("another digest stated"), self.place("right"))

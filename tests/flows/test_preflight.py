@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import shutil
@@ -94,6 +95,19 @@ class PreflightTest(unittest.TestCase):
         for version in ("5.0.0", "10.1.2"):
             found = self.findings(programs={"qemu-img": f"qemu-img version {version}"})
             self.assertFalse([each for each in found if "qemu-img" in each.text])
+
+    def test_a_process_that_may_start_no_program_is_not_told_to_install_one(self) -> None:
+        def execute(*_command: str, **_options: Any) -> tuple[str, str]:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        config = ic.CacheConfig(instances_path=str(self.instances))
+        host = ic.System(execute=execute)
+        found = ic.ImageCacheManager(config, FakeSource({}), host=host).preflight()
+        (told,) = [each for each in found if "programs" in each.text]
+        self.assertIs(ic.Severity.ERROR, told.severity)
+        self.assertIn("Too many open files", told.text)
+        self.assertIn("ulimit", str(told.next_step))
+        self.assertFalse([each for each in found if "cannot be run" in each.text])
 
     def test_a_host_that_cannot_shut_programs_in(self) -> None:
         programs = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))

@@ -35,6 +35,23 @@ class TestImagesThatWereCutOff(FormatCase):
         image = disk_image(self.directory, "vmdk", options="subformat=streamOptimized", data=_DATA)
         self.each_refused("vmdk", image[:MIB])
 
+    def test_a_compressed_cluster_that_goes_on_behind_the_end(self) -> None:
+        """What is missing reads as zeros, in which a deflate stream may well go on."""
+        raw, made = self.directory / "packed.raw", self.directory / "packed.qcow2"
+        raw.write_bytes(bytes(65024) + _DATA[:512])
+        subprocess.run(["qemu-img", "convert", "-c", "-O", "qcow2", raw, made], check=True)
+        image = made.read_bytes()
+        for way, found in self.each_way(image, "qcow2"):
+            with self.subTest(way=way):
+                self.assertEqual(raw.read_bytes(), found)
+        self.each_refused("qcow2", image[: len(image.rstrip(b"\0")) - 256])
+
+    def test_a_vmdk_that_says_two_things_of_its_compression(self) -> None:
+        for options, at in (("monolithicSparse", 10), ("streamOptimized", 77)):
+            image = bytearray(disk_image(self.directory, "vmdk", options=f"subformat={options}", data=_DATA))
+            image[at] ^= 1
+            self.each_refused("vmdk", bytes(image), "two things")
+
     def test_an_image_of_which_only_what_no_guest_sees_is_missing(self) -> None:
         # The last block is half behind the disk's end, and a writer need not write that half.
         size = 4 * MIB + MIB // 2

@@ -40,6 +40,13 @@ BINARY = (
     ("cpio", b"\xc7\x71" + bytes(18) + (9).to_bytes(2, "little") + bytes(4) + b"disk.img\0"),
     ("cpio", b"\x71\xc7" + bytes(18) + (9).to_bytes(2, "big") + bytes(4) + b"disk.img\0"),
     ("ar archive", b"!<thin>\n"),
+    ("Mach-O", b"\xcf\xfa\xed\xfe\x07\0\0\1"),
+    ("Mach-O", b"\xce\xfa\xed\xfe\x07\0\0\0"),
+    ("Java class", b"\xca\xfe\xba\xbe\0\0\0\x34"),
+    ("WebAssembly", b"\0asm\1\0\0\0"),
+    ("Parquet", b"PAR1\x15\4"),
+    ("HDF5", b"\x89HDF\r\n\x1a\n"),
+    ("FLAC", b"fLaC\0\0\0\x22"),
     ("Ghost", b"\xfe\xef\x01\x01"),
     ("Acronis", b"\xce\x24\xb9\xa2\x20\0\0\0"),
     ("partimage", b"PaRtImAgE-VoLuMe"),
@@ -121,6 +128,16 @@ class TestMistakes(unittest.TestCase):
             for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
                 with self.subTest(text[:20], encoding=encoding):
                     self.assertIn(words, told(text.encode(encoding)))
+
+    def test_a_word_or_a_blank_that_is_all_of_it_is_no_disk_unless_a_digest_vouches_for_it(self) -> None:
+        for text in (b"Forbidden", b"null", b"404\n", b"\r\n\r\n", b" "):
+            with self.subTest(text):
+                found = foreign.recognise(text, vouched=False)
+                self.assertIsNotNone(found)
+                self.assertIsNone(foreign.recognise(text))
+                self.assertIsNone(foreign.recognise(text + b"\0", vouched=False))
+        self.assertIsNone(foreign.recognise(b"", vouched=False))
+        self.assertIsNone(foreign.recognise(b"x" * 512, vouched=False))
 
     def test_a_document_without_a_mark_of_its_encoding(self) -> None:
         for encoding in ("utf-16-le", "utf-16-be"):

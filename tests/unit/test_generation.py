@@ -75,6 +75,11 @@ class SharingTest(unittest.TestCase):
         self.assertEqual("ext3", ephemeral("linux", fs="ext3", virt_mkfs=commands).kind)
         self.assertEqual("ext4", ephemeral("linux", virt_mkfs=("windows=c",)).kind)
 
+    def test_a_label_that_no_encoding_has_is_refused_at_once(self) -> None:
+        for label in ("a\0b", "\ud800"):
+            with self.assertRaisesRegex(errors.BackendError, "can label no filesystem"):
+                ephemeral(label=label)
+
     def test_a_label_is_one_word_whatever_is_in_it(self) -> None:
         wanted = ephemeral(label="a b; c", virt_mkfs=("linux=mkfs -L %(fs_label)s %(target)s",))
         self.assertEqual(["mkfs", "-L", "a b; c", "/t"], wanted.words("/t"))

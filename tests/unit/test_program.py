@@ -18,7 +18,7 @@ from oslo_concurrency import processutils
 
 from imagecache_lib import System, errors
 from imagecache_lib.formats import program
-from imagecache_lib.formats.program import DataRefused, Limits, StorageFailed
+from imagecache_lib.formats.program import DataRefused, Limits, NotStarted, StorageFailed
 from imagecache_lib.model import CancelToken
 from imagecache_lib.system.waiter import Waiter
 from tests.support.no_threads import no_more_threads
@@ -101,6 +101,13 @@ class TestEndings(unittest.TestCase):
                 _script(script)
             self.assertNotIsInstance(caught.exception, DataRefused)
 
+    def test_a_name_that_an_image_has_does_not_accuse_the_host(self) -> None:
+        for name in ("No space left on device", "Permission denied", "Input/output error", "/timed out/1"):
+            said = f"qemu-img: Could not open '/stage/1': Bitmap '{name}' is broken"
+            with self.subTest(name), self.assertRaises(DataRefused) as caught:
+                _script(f"cat >&2 <<'END'\n{said}\nEND\nexit 1")
+            self.assertIn(name, caught.exception.cause)
+
     def test_a_warning_is_not_what_went_wrong(self) -> None:
         script = (
             "yes 'qemu-img: warning: it is old' | head -9999 >&2; echo 'qemu-img: it is broken' >&2; exit 1"
@@ -133,9 +140,9 @@ class TestEndings(unittest.TestCase):
 
     def test_the_host_is_at_fault_where_it_allows_no_more_programs(self) -> None:
         for number, kind in (
-            (errno.EMFILE, errors.BackendError),
-            (errno.EAGAIN, errors.BackendError),
-            (errno.ENOMEM, errors.BackendError),
+            (errno.EMFILE, NotStarted),
+            (errno.EAGAIN, NotStarted),
+            (errno.ENOMEM, NotStarted),
             (errno.ENOENT, errors.ConfigError),
         ):
 
@@ -192,6 +199,33 @@ class TestEndings(unittest.TestCase):
             _script("echo 'qemu-img: error while reading: Structure needs cleaning' >&2; exit 1")
         with self.assertRaises(errors.NoSpaceError):
             _script("echo 'qemu-img: No space left on device' >&2; exit 1")
+
+    def test_a_library_that_a_limit_keeps_from_being_loaded_is_installed(self) -> None:
+        said = "qemu-img: error while loading shared libraries: libz.so.1: cannot open shared object file"
+        for why in ("Error 24", "Too many open files", "Cannot allocate memory"):
+            with self.subTest(why), self.assertRaisesRegex(errors.BackendError, f"{why}.* limits"):
+                _script(f"echo '{said}: {why}' >&2; exit 127")
+
+    def test_what_can_be_no_argument_is_not_given_to_a_program(self) -> None:
+        for word in ("a\0b", "\ud800"):
+            with self.subTest(repr(word)), self.assertRaisesRegex(errors.BackendError, "no argument"):
+                _true(processutils.execute, "echo", word)
+
+    def test_text_reaches_a_program_in_utf_8_whatever_the_locale(self) -> None:
+        asks = (
+            "from tests.unit.test_program import _script, _true, processutils; import sys, os;"
+            "from imagecache_lib.formats.disk_file import DiskFile;"
+            "from imagecache_lib.system.arguments import in_utf8;"
+            "assert sys.getfilesystemencoding() == 'ascii';"
+            "print(ascii(_true(processutils.execute, 'printf', '%s', in_utf8('B\\xfcro'))));"
+            "print(DiskFile(os.fsdecode(b'/B\\xc3\\xbcro'), 'raw').to_option())"
+        )
+        locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        environment = {**os.environ, **locale}
+        command = [sys.executable, "-c", asks]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+        self.assertIn("B\\udcc3\\udcbcro", said)
+        self.assertIn("/B\\u00fcro", said)
 
     def test_a_program_that_is_not_there_is_a_matter_of_the_set_up(self) -> None:
         for script in ("exec no-such-program", "exit 127"):
@@ -263,6 +297,15 @@ class TestEndings(unittest.TestCase):
                 subject="/disk",
             )
         self.assertIn("not known", caught.exception.cause)
+
+    def test_what_is_said_behind_the_ending_does_not_hide_it(self) -> None:
+        def execute(*command: str, **options: Any) -> tuple[str, str]:
+            out, err = processutils.execute(*command, **options)
+            return out, f"{err}a library of the shell has something to say, 1\n"
+
+        self.assertEqual("", _true(execute))
+        with self.assertRaisesRegex(errors.BackendError, "does not say why"):
+            _true(execute, "false")
 
     def test_no_output_can_pass_for_an_ending(self) -> None:
         script = (

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import socket
 import tempfile
 import unittest
 from collections.abc import Iterator
+from typing import Any
 
 from imagecache_lib import CacheConfig, System, errors
 from imagecache_lib.formats.qemu_img import DiskFile, QemuImg
@@ -85,6 +87,30 @@ class TestSandbox(unittest.TestCase):
         said = out.read_text().splitlines()
         self.assertEqual(["refused"] * 6 + ["source is readable"], said)
         self.assertFalse(beside.exists())
+
+    def test_a_failure_of_the_moment_is_not_remembered_for_good(self) -> None:
+        now, failing = [0.0], [OSError(errno.EMFILE, "Too many open files")]
+
+        def execute(*command: str, **options: Any) -> tuple[str, str]:
+            if failing:
+                raise failing[0]
+            return System().execute(*command, **options)
+
+        self.put("bwrap", "#!/bin/sh\n[ ! -e broken ]\n".replace("broken", str(self.directory / "broken")))
+        sandbox = Sandbox("qemu-img", System(name="here", execute=execute, monotonic=lambda: now[0]))
+        with _first_in_path(self.programs):
+            with self.assertRaisesRegex(errors.BackendError, "no program can be started"):
+                sandbox.command(reads=(), writes=())
+            failing.clear()
+            (self.directory / "broken").touch()
+            self.assertIn("does not work here", sandbox.problem())
+            (self.directory / "broken").unlink()
+            self.assertEqual((), sandbox.command(reads=(), writes=()))
+            now[0] += 601
+            self.assertIn("bwrap", sandbox.command(reads=(), writes=()))
+            (self.directory / "broken").touch()
+            now[0] += 601
+            self.assertEqual("", sandbox.problem())
 
     def test_a_host_without_it_works_and_says_so(self) -> None:
         for name in ("prlimit", "timeout", "sh", "qemu-img"):
