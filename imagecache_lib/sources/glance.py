@@ -150,6 +150,7 @@ class GlanceSource(ImageSource):
 
         :param stack: what closes the answer.
         """
+        doubted, believed = False, len(self._endpoints) < 2
 
         def ask(root: str, headers: Mapping[str, str]) -> Body:
             nonlocal doubted
@@ -164,8 +165,6 @@ class GlanceSource(ImageSource):
                 stack.push(answer.pop_all())
                 return stream
 
-        doubted = False
-        believed = len(self._endpoints) < 2
         try:
             return self._in_turn(image.id, ask)
         except errors.SourceError:
