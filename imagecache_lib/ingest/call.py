@@ -29,7 +29,7 @@ def origin_of(source: ImageSource, image_id: str) -> str:
     told = checked.origin(source, image_id)
     kind = f"{type(source).__module__}.{type(source).__qualname__}"
     # Not the text itself, which is written down: a third party's may hold a secret.
-    return hashlib.sha256(f"{image_id}\0{told or kind}".encode()).hexdigest()
+    return hashlib.sha256(f"{image_id}\0{told or kind}".encode("utf-8", "replace")).hexdigest()
 
 
 class Call:

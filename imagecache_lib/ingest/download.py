@@ -16,6 +16,7 @@ from imagecache_lib.ingest.pipeline import Pipeline
 from imagecache_lib.ingest.stream import Content
 from imagecache_lib.sources.transfer import StartAgain
 from imagecache_lib.store.evidence import Requirements
+from imagecache_lib.system.trace import TracePoint
 
 LOG = logging.getLogger(__name__)
 
@@ -31,11 +32,12 @@ def fill(
     :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: the stage is not filled.
     """
     transfer, resumption = call.transfer(), work.resumption
+    work.reservation.raise_to(transfer.sure_size or 0)
+    work.cache.host.trace(TracePoint.INGEST_RESERVED)
     while True:  # every pass draws on the transfer's one retry budget
         work.stage.clear()
         image = transfer.image  # the answer with the data may have told another length
         kept = None if resumption is None else resumption.begin_pass(work.stage)
-        work.reservation.raise_to(image.size or 0)
         try:
             pipeline = Pipeline(
                 image,
@@ -46,7 +48,9 @@ def fill(
                 hash_pieces=call.request.hash_pieces,
             )
             with contextlib.closing(pipeline), contextlib.closing(transfer.chunks(kept)) as chunks:
-                for chunk in chunks:
+                for number, chunk in enumerate(chunks):
+                    if number == 0:  # the answer with the data has come, and with it the length
+                        pipeline.expect(transfer.sure_size)
                     pipeline.feed(chunk)
                 content = pipeline.finish()
                 return dataclasses.replace(content, received=content.received - transfer.kept)

@@ -307,8 +307,6 @@ class ImageProducer:
             if twin is None:
                 if resumption is not None:
                     resumption.make_room(reservation)
-                reservation.raise_to(image.size or 0)
-                self._cache.host.trace(TracePoint.INGEST_RESERVED)
                 rules, converter = Rules.of(self._cache.config), self._ingest.converter
                 work = Work(stage, self._cache, reservation, converter, rules, self._call.waiter, resumption)
                 content = download.fill(work, self._call, self.requirements, self._certificates)

@@ -25,7 +25,7 @@ from imagecache_lib.store.evidence import Requirements
 #: Tell observers how far a transfer is every so many bytes.
 _TELL_EVERY = 16 * 2**20
 
-#: Reserve in steps of this many bytes while the source does not say how large the image is.
+#: Reserve in steps of this many bytes while it is not sure how large the image is.
 _UNKNOWN_SIZE_STEP = 16 * 2**20
 
 
@@ -56,6 +56,7 @@ class Pipeline:
         self._work = work
         self._received = 0
         self._told = 0
+        self._is_growing = False
         config, waiter = work.cache.config, work.waiter
         compression = decompress.compression_of(image, requirements.use, config)
         self._copy: Copy | None = None
@@ -90,6 +91,15 @@ class Pipeline:
             closing.callback(self._signature.close)
             self._closing = closing.pop_all()
 
+    def expect(self, size: int | None) -> None:
+        """Reserve room for the data. Call it before the first chunk, once the source has begun to send.
+
+        :param size: length of the data in bytes, or None if that is not sure, to reserve room as it comes.
+        :raises NoSpaceError: there is not that much room.
+        """
+        self._is_growing = size is None
+        self._work.reservation.raise_to(size or 0)
+
     def feed(self, chunk: bytes) -> None:
         """Take the next chunk as it came.
 
@@ -100,7 +110,7 @@ class Pipeline:
         """
         self._received += len(chunk)
         reservation = self._work.reservation
-        if self._image.size is None and self._received > reservation.reserved:
+        if self._is_growing and self._received > reservation.reserved:
             reservation.raise_to(self._received + _UNKNOWN_SIZE_STEP)
         if self._copy is not None:
             self._copy.append(chunk)

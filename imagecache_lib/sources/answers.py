@@ -18,7 +18,7 @@ import requests
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import exchange, retry_after
-from imagecache_lib.sources.body import Body, is_delimited, other_length
+from imagecache_lib.sources.body import Body, is_delimited, other_length, two_lengths
 from imagecache_lib.sources.interface import (
     CannotResume,
     NotPermitted,
@@ -27,6 +27,7 @@ from imagecache_lib.sources.interface import (
     SourceRefused,
     Unauthorized,
 )
+from imagecache_lib.sources.unanswered import PROXY
 
 #: Key in :attr:`Image.properties` of the strong entity tag of the data.
 ETAG = "etag"
@@ -37,16 +38,23 @@ HINTED_SIZE = "hinted_size"
 #: ``aws-chunked`` that object stores keep from an upload, describe how the data once travelled.
 _CHANGING_CODINGS = frozenset(
     {
+        "aes128gcm",
         "br",
         "bzip2",
         "compress",
         "dcb",
         "dcz",
         "deflate",
+        "exi",
         "gzip",
+        "lz4",
+        "lzma",
+        "pack200-gzip",
         "x-bzip2",
         "x-compress",
         "x-gzip",
+        "x-lzma",
+        "x-xz",
         "xz",
         "zstd",
     }
@@ -57,7 +65,7 @@ _TRANSFER_CODINGS = frozenset({"", "identity", "chunked"})
 _CODINGS_OF = {
     "gzip": {"gzip", "x-gzip"},
     "bzip2": {"bzip2", "x-bzip2"},
-    "xz": {"xz"},
+    "xz": {"xz", "x-xz"},
     "zstd": {"zstd"},
 }
 #: Media types of documents: an error page, a sign-in form, a listing. text/plain is none of them, since some
@@ -68,7 +76,14 @@ _DOCUMENT = re.compile(
 #: Statuses that refuse a range where the whole may still be had. Glance answers 400 where its store cannot
 #: read from an offset.
 RANGE_REFUSED = frozenset({204, 400, 412, 416, 501})
+#: Statuses of an answer with all of the data. 203 is 200 of which a proxy changed something: RFC 9110,
+#: section 15.3.4.
+WHOLE = frozenset({200, 203})
+#: Server errors that are the same if one asks again: what was asked for, the version of HTTP, and a network
+#: that wants its users to sign in (RFC 6585, section 6).
+_FOR_GOOD = frozenset({501, 505, 511})
 
+_DIGITS = re.compile(r"\d{1,18}", re.ASCII)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
 _STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]*"')
 
@@ -85,9 +100,17 @@ class SizeIs(enum.Enum):
 
 
 def hinted_size(image: model.Image) -> int | None:
-    """Return the length in bytes that a server told before it sent the data, or None if it told none."""
+    """Return the length in bytes that a server told before it sent the data, or None if it told none.
+
+    Other services may have a property of this name: what is no length tells none.
+    """
     told = image.properties.get(HINTED_SIZE)
-    return None if told is None else int(told)
+    return int(told) if isinstance(told, str) and _DIGITS.fullmatch(told) else None
+
+
+def sure_size(image: model.Image) -> int | None:
+    """Return the length in bytes of an image as described, or None if it is not known or only a hint."""
+    return image.size if hinted_size(image) is None else None
 
 
 def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheError:
@@ -98,7 +121,9 @@ def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheErro
         return errors.ImageNotFound(
             f"no such image: {where}", image=image_id, next_step="check the id, and who may see it"
         )
-    if status in (401, 407):
+    if status == 407:
+        return Unauthorized(f"a proxy asks for credentials: {where}", image=image_id, next_step=PROXY)
+    if status == 401:
         return Unauthorized(
             f"the token or credentials are missing, expired or wrong: {where}",
             image=image_id,
@@ -114,10 +139,16 @@ def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheErro
         return errors.ImageRejected(
             f"the image has no data: {where}", image=image_id, next_step="upload its data"
         )
-    if status in (408, 425, 429) or status >= 500:
+    if status in (408, 425, 429) or (status >= 500 and status not in _FOR_GOOD):
         seconds, then = retry_after.read(response.headers)
         return SourceBusy(
             where, image=image_id, next_step="try again later", retry_after=seconds, retry_at=then
+        )
+    if status == 206:
+        return SourceMisconfigured(
+            f"a part of the data where all of it was asked for: {where}",
+            image=image_id,
+            next_step="correct the server or what lies before it",
         )
     return SourceMisconfigured(
         f"an unexpected answer: {where}", image=image_id, next_step="check the source's URL"
@@ -139,7 +170,7 @@ def content_length(headers: Mapping[str, str]) -> int | None:
     if _changing_codings(headers) or "Transfer-Encoding" in headers or len(told) != 1:
         return None
     (value,) = told
-    return int(value) if re.fullmatch(r"\d{1,18}", value, re.ASCII) else None
+    return int(value) if _DIGITS.fullmatch(value) else None
 
 
 def parse_content_range(value: str) -> tuple[int, int, int | None] | None:
@@ -158,8 +189,10 @@ def parse_content_range(value: str) -> tuple[int, int, int | None] | None:
 
 
 def _changing_codings(headers: Mapping[str, str]) -> set[str]:
-    listed = {coding.strip().lower() for coding in headers.get("Content-Encoding", "").split(",")}
-    return listed & _CHANGING_CODINGS
+    listed = {
+        coding.partition(";")[0].strip().lower() for coding in headers.get("Content-Encoding", "").split(",")
+    }
+    return {coding.partition(";")[0].strip() for coding in listed} & _CHANGING_CODINGS
 
 
 @contextlib.contextmanager
@@ -192,7 +225,7 @@ def data(
     with exchange.exchange(web, "GET", url, asked, image_id=image.id) as response:
         if offset > 0:
             until: int | None = _check_resumed(response, image, offset, validator)
-        elif response.status_code != 200:
+        elif response.status_code not in WHOLE:
             raise refusal(response, image.id)
         else:
             until = _undelimited(response, image)
@@ -203,10 +236,15 @@ def data(
         hinted = False
         if offset == 0:
             doubt = doubt or _two_lengths(response, image, stated)
+            if size_is is SizeIs.DESCRIBED:
+                doubt = doubt or _not_as_described(response, image)
             length = content_length(response.headers) if size_is is SizeIs.HINTED else image.size
             hinted = length is None and image.size is not None
             image = _corrected(image, response, length)
-        yield Body(response, image, doubt, offset=offset, until=until, stated=stated, hinted=hinted)
+        told = hinted_size(image)
+        yield Body(
+            response, image, doubt, offset=offset, until=until, stated=stated, told=told, hinted=hinted
+        )
 
 
 def _corrected(image: model.Image, response: requests.Response, length: int | None) -> model.Image:
@@ -245,13 +283,18 @@ def _two_lengths(
     if stated is not None and length != stated:
         sends = f"{length} bytes, which is {'more' if length > stated else 'less'}"
         raise other_length(where, image.id, sends, stated)
-    hinted = hinted_size(image)
-    if hinted in (None, length):
+    return two_lengths(where, image.id, length, hinted_size(image))
+
+
+def _not_as_described(response: requests.Response, image: model.Image) -> errors.SourceError | None:
+    """Return the doubt about an answer of another length than the image has by its service, or None."""
+    length = content_length(response.headers)
+    if None in (length, image.size) or length == image.size:
         return None
     return errors.SourceError(
-        f"the data is not the image's, and may have been cut off: {where} sends {length} bytes, and told"
-        f" {hinted} before",
+        f"{exchange.shown(response.url)} sends {length} bytes, and the image has {image.size}",
         image=image.id,
+        next_step="find out what answers there instead of the image service",
     )
 
 
@@ -264,6 +307,12 @@ def _contradiction(response: requests.Response, image: model.Image) -> SourceRef
             f"{where} sends the data as {sorted(codings)[0]!r} although it must not be encoded",
             image=image.id,
             next_step="turn compression off on the server or its proxy",
+        )
+    if response.status_code == 203:
+        return SourceRefused(
+            f"{where} answers HTTP 203: a proxy changed what it sends",
+            image=image.id,
+            next_step="go round the proxy, or state the image's digest",
         )
     transfer = response.headers.get("Transfer-Encoding", "").strip().lower()
     if transfer not in _TRANSFER_CODINGS:
@@ -291,7 +340,7 @@ def _check_resumed(
     :raises CannotResume: it does not, or does not show that its content is the same.
     """
     status = response.status_code
-    if status == 200:
+    if status in WHOLE:
         raise CannotResume("the server ignores the range asked for, or the content changed", image=image.id)
     if status in RANGE_REFUSED:
         raise CannotResume(f"the server refuses to go on from an offset (HTTP {status})", image=image.id)

@@ -7,6 +7,7 @@ RFC 9112, section 6.3, says what ends a body.
 from __future__ import annotations
 
 import http.client
+import itertools
 from collections.abc import Iterator
 
 import requests
@@ -39,6 +40,7 @@ class Body:
     :param until: number of bytes of the image that must be here when the data ends, or they were cut off; or
         None if nothing tells.
     :param stated: number of bytes that the image has as an operator states it, or None.
+    :param told: number of bytes that the server told before it sent the data, or None.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Body:
         offset: int | None = None,
         until: int | None = None,
         stated: int | None = None,
+        told: int | None = None,
         hinted: bool = False,
     ) -> None:
         self.image = image
@@ -59,6 +62,7 @@ class Body:
         self._reached = offset or 0
         self._until = until
         self._stated = stated
+        self._told = told
         self._where = exchange.shown(response.url)
         self._delimited = is_delimited(response)
         self._chunks = read(response, image.id)
@@ -66,7 +70,19 @@ class Body:
     def __iter__(self) -> Body:
         return self
 
+    def look(self) -> None:
+        """Read the first chunk ahead, so that a document raises its :attr:`doubt` before a byte is taken.
+
+        :raises SourceError: it broke off, or nothing came.
+        """
+        if not self._looked:
+            self._looked = True
+            first = list(itertools.islice(self._chunks, 1))
+            self._chunks = itertools.chain(first, self._chunks)
+            self.doubt = self.doubt or self._document(first[0] if first else b"")
+
     def __next__(self) -> bytes:
+        self.look()
         try:
             chunk = next(self._chunks)
         except StopIteration:
@@ -75,9 +91,6 @@ class Body:
         self._reached += len(chunk)
         if self._stated is not None and self._reached > self._stated and self.doubt is None:
             self.doubt = other_length(self._where, self.image.id, "more bytes", self._stated)
-        if not self._looked:
-            self._looked = True
-            self.doubt = self.doubt or self._document(chunk)
         return chunk
 
     def _check_end(self) -> None:
@@ -88,6 +101,8 @@ class Body:
                 image=self.image.id,
                 next_step="try again later; if that is all of it, state its size or digest",
             )
+        if self.doubt is None:
+            self.doubt = two_lengths(self._where, self.image.id, self._reached, self._told)
         if (self.hinted or self.image.size is None) and not self._delimited and self.doubt is None:
             self.doubt = errors.SourceError(
                 "the data is not the image's, and may have been cut off: its length is not told",
@@ -121,6 +136,22 @@ def other_length(where: str, image_id: str, sends: str, stated: int) -> errors.S
         f"{where} sends {sends} than the {stated} bytes that are stated of the image",
         image=image_id,
         next_step="correct the size or the address where they are stated",
+    )
+
+
+def two_lengths(where: str, image_id: str, sends: int, told: int | None) -> errors.SourceError | None:
+    """Return the doubt about data whose length the server told differently before, or None.
+
+    :param where: the address, without what is secret in it.
+    :param sends: length of the data in bytes.
+    :param told: the length in bytes that the server told before, or None if it told none.
+    """
+    if told in (None, sends):
+        return None
+    return errors.SourceError(
+        f"the data is not the image's, and may have been cut off: {where} sends {sends} bytes, and told"
+        f" {told} before",
+        image=image_id,
     )
 
 

@@ -14,7 +14,9 @@ a thread from outside pass through unchanged.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from imagecache_lib import errors, model
@@ -24,6 +26,8 @@ from imagecache_lib.sources.interface import ImageSource, SourceRefused
 MOST_EMPTY_CHUNKS = 10_000
 
 _REPORT = "report it to the author of the source"
+#: What only a driver's own disks and leases can end with.
+_NO_SOURCES = (errors.DiskExistsError, errors.DiskTooSmallError, errors.LeaseLostError)
 _UNTOLD = object()
 _TEXT = (str,)
 _OPTIONAL_TEXT = (str, type(None))
@@ -48,8 +52,7 @@ def describe(source: ImageSource, image_id: str) -> model.Image:
         this image.
     """
     with _Guard(image_id):
-        image = source.describe(image_id)
-    return checked_image(image, image_id)
+        return checked_image(source.describe(image_id), image_id)
 
 
 def origin(source: ImageSource, image_id: str) -> str:
@@ -133,18 +136,19 @@ class Opened:
             entered = context.__enter__()
             try:
                 self._stream = iter(entered)
+                corrected = getattr(self._stream, "image", None)
+                if isinstance(corrected, model.Image):
+                    self.image = checked_image(corrected, self._image.id)
             except BaseException as error:
                 context.__exit__(type(error), error, error.__traceback__)
                 raise
-        corrected = getattr(self._stream, "image", None)
-        if isinstance(corrected, model.Image):
-            self.image = checked_image(corrected, self._image.id)
         return self
 
     @property
     def doubt(self) -> errors.SourceError | None:
         """The error to raise, instead of blaming the image, for wrong data: see :meth:`ImageSource.open`."""
-        doubt = getattr(self._stream, "doubt", _UNTOLD)
+        with _Guard(self._image.id):
+            doubt = getattr(self._stream, "doubt", _UNTOLD)
         if doubt is None or isinstance(doubt, errors.SourceError):
             return doubt
         if self._ended and self.image.size is None and self.image.digest is not None:
@@ -157,7 +161,8 @@ class Opened:
     @property
     def hinted(self) -> bool:
         """Whether the image's length is a hint: see :meth:`ImageSource.open`."""
-        return getattr(self._stream, "hinted", False) is True
+        with _Guard(self._image.id):
+            return getattr(self._stream, "hinted", False) is True
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         # What the body raised is the caller's; a source may neither swallow nor replace it.
@@ -169,7 +174,7 @@ class Opened:
             self._context.__exit__(kind, error, traceback)
 
     def __iter__(self) -> Iterator[bytes]:
-        """Yield the chunks that have bytes, each one immutable.
+        """Yield the chunks, each one immutable. Some may be without a byte, so that the caller gets its turn.
 
         :raises ImageCacheError: as :meth:`ImageSource.open` while iterating.
         :raises SourceRefused: the source failed in a way of its own, or gave something other than bytes.
@@ -181,11 +186,8 @@ class Opened:
             if chunk is None:
                 self._ended = True
                 return
-            if chunk:
-                empty = 0
-                yield chunk
-                continue
-            empty += 1
+            yield chunk
+            empty = 0 if chunk else empty + 1
             if empty > MOST_EMPTY_CHUNKS:
                 raise _defect(self._image.id, f"it gave {empty} chunks in a row without a byte")
 
@@ -213,7 +215,7 @@ def as_bytes(chunk: object, image_id: str) -> bytes:
 
 
 def checked_image(image: object, image_id: str) -> model.Image:
-    """Return a description if its fields have the types that :class:`Image` declares.
+    """Return a description if its fields have the types that :class:`Image` has, and copy its properties.
 
     :raises SourceRefused: the object is no description, or is one of another image.
     """
@@ -233,7 +235,8 @@ def checked_image(image: object, image_id: str) -> model.Image:
         raise _defect(image_id, "the description's locations or stores are not text")
     if image.digest is not None:
         _check_digest(image.digest, image_id)
-    return image
+    # Whatever a third party's mapping does when it is asked, it does here.
+    return dataclasses.replace(image, properties=MappingProxyType(dict(image.properties)))
 
 
 def _check_digest(digest: object, image_id: str) -> None:
@@ -259,7 +262,7 @@ class _Guard:
 
 def _translate(error: BaseException, image_id: str) -> None:
     """Raise this library's error for what came out of a source. Returns for what goes on as it is."""
-    if isinstance(error, errors.ImageCacheError):
+    if isinstance(error, errors.ImageCacheError) and not isinstance(error, _NO_SOURCES):
         error.image = error.image or image_id
     elif isinstance(error, (OSError, MemoryError)):
         raise errors.SourceError(_failed(error), image=image_id, next_step="try again later") from error

@@ -17,6 +17,7 @@ import contextlib
 import contextvars
 import http.client
 import io
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -35,6 +36,10 @@ MOST = 2 * 2**20
 
 #: Seconds between two looks whether the caller still waits, while nothing comes.
 _SLICE = 0.5
+
+#: A line before a chunk: its size, and extensions that nothing here knows.
+_CHUNK_SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\n]*)?\r?\n")
+_LONGEST_LINE = 2**16
 
 #: 101 is no interim answer, but the last one of a protocol that ends with it.
 _SWITCHING = 101
@@ -156,15 +161,16 @@ class _Answer(http.client.HTTPResponse):
         while 100 <= self.status < 200 and self.status != _SWITCHING:
             self.headers = None  # type: ignore[assignment]  # so that it begins anew
             super().begin()
-        if not self.chunked:
-            _require_length(self.headers.get_all("Content-Length", []))
 
     def _read_next_chunk_size(self) -> int:
-        # int() takes more than the digits of a size: RFC 9112, section 7.1.
-        size: int = super()._read_next_chunk_size()  # type: ignore[misc]
-        if size < 0:
-            raise ValueError(size)  # as for what is no number
-        return size
+        # int() takes more than the digits of a size, and a line that broke off may begin with a 0, which is
+        # the size of the last chunk: RFC 9112, section 7.1.
+        line: bytes = self.fp.readline(_LONGEST_LINE)
+        found = _CHUNK_SIZE.fullmatch(line)
+        if found is None:
+            self._close_conn()  # type: ignore[attr-defined]  # as where int() refuses it
+            raise ValueError(line[:20])
+        return int(found[1], 16)
 
     def read1(self, n: int = -1) -> bytes:
         self._arriving.start()
@@ -173,16 +179,6 @@ class _Answer(http.client.HTTPResponse):
     def read(self, amt: int | None = None) -> bytes:
         self._arriving.start()
         return super().read(amt)
-
-
-def _require_length(told: list[str]) -> None:
-    """Refuse a length of the data that is none, or that is another each time (RFC 9112, section 6.3).
-
-    :param told: the values of all headers Content-Length.
-    """
-    lengths = {length.strip() for value in told for length in value.split(",")}
-    if len(lengths) > 1 or not all(length.isascii() and length.isdecimal() for length in lengths):
-        raise http.client.HTTPException("the length is none")
 
 
 class _HttpConnection(urllib3.connection.HTTPConnection):

@@ -13,11 +13,8 @@ import base64
 import contextlib
 import dataclasses
 import hashlib
-import http.client
 import os
 import re
-import socket
-import ssl
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Protocol
@@ -25,10 +22,9 @@ from typing import Protocol
 import requests
 import requests.auth
 import urllib3
-import urllib3.exceptions
 
 from imagecache_lib import errors
-from imagecache_lib.sources import connection
+from imagecache_lib.sources import connection, unanswered
 from imagecache_lib.sources.interface import SourceMisconfigured
 
 #: Seconds to wait for the connection, and for each read.
@@ -41,11 +37,10 @@ _SENDS = 4
 _POOL = 32
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_NO_ASCII = re.compile(r"[^\x21-\x7e]")
-
-
-class Disconnected(errors.SourceError):
-    """The server took the request and closed the connection without an answer."""
+#: What has to be quoted in a URL. Some parsers end its host at a backslash (WHATWG's) and others do not (RFC
+#: 3986): what is asked would be another host than what the rules here are about.
+_UNSAFE = re.compile(r"[^\x21-\x5b\x5d-\x7e]")
+_LENGTH = re.compile(r"\d{1,18}", re.ASCII)
 
 
 class Sender(Protocol):
@@ -195,6 +190,7 @@ def exchange(
         sent = {**own, **headers} if _origin(url) == home else headers
         response = _send(sender, method, url, sent, body, image_id)
         with contextlib.closing(response):
+            _require_length(response, image_id)
             location = _location(response, image_id)
             if method == "HEAD":
                 # There is no body, but the connection is only kept once that was read.
@@ -229,7 +225,7 @@ def _send(
         except errors.ImageCacheError:
             raise
         except Exception as error:  # whatever a caller's session raises is foreign
-            if left == 0 or not _is_dead_connection(error):
+            if left == 0 or not unanswered.is_dead_connection(error):
                 # "from None": the texts of requests' errors hold whole URLs and header values.
                 raise failure(error, url, image_id) from None
     raise AssertionError("the last attempt returned or raised")
@@ -248,7 +244,24 @@ def _location(response: requests.Response, image_id: str) -> str | None:
             next_step="correct the server",
         )
     # http.client takes the bytes of a header for Latin-1. Whatever they are, in a URL they are quoted.
-    return next((_NO_ASCII.sub(lambda found: f"%{ord(found[0]):02X}", one) for one in told), None)
+    return next((_UNSAFE.sub(lambda found: f"%{ord(found[0]):02X}", one) for one in told), None)
+
+
+def _require_length(response: requests.Response, image_id: str) -> None:
+    """Refuse a length of the data that is none, or that is another each time (RFC 9112, section 6.3).
+
+    http.client and urllib3 take such data for whole wherever the connection ends.
+
+    :raises SourceError: the length is none.
+    """
+    told = _values(response, "Content-Length")
+    if not told or "Transfer-Encoding" in response.headers:
+        return
+    lengths = {length.strip() for value in told for length in value.split(",")}
+    if len(lengths) > 1 or not all(_LENGTH.fullmatch(length) for length in lengths):
+        raise errors.SourceError(
+            f"{shown(response.url)}: {unanswered.NO_HEADERS}", image=image_id, next_step="try again later"
+        )
 
 
 def _values(response: requests.Response, name: str) -> list[str]:
@@ -296,85 +309,6 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def _causes(error: BaseException) -> list[BaseException]:
-    """Return the error and all that caused it: requests and urllib3 keep causes in args and ``reason``."""
-    found: list[BaseException] = []
-    pending: list[object] = [error]
-    if not isinstance(error, requests.RequestException) and isinstance(
-        error.__context__, requests.RequestException
-    ):
-        # keystoneauth1 raises its own while it handles requests', without "from".
-        pending.append(error.__context__)
-    while pending:
-        one = pending.pop()
-        if isinstance(one, BaseException) and one not in found:
-            found.append(one)
-            pending.extend((one.__cause__, getattr(one, "reason", None), *one.args))
-    return found
-
-
-def _is_dead_connection(error: BaseException) -> bool:
-    # RemoteDisconnected is a ConnectionResetError. A refused connection is not one.
-    dead = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
-    return any(isinstance(cause, dead) for cause in _causes(error))
-
-
 def failure(error: BaseException, url: str, image_id: str | None) -> errors.SourceError:
-    """Say what went wrong without quoting the error: texts of requests' errors hold URLs and headers."""
-    causes = _causes(error)
-    where = shown(url)
-    for cause in causes:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return SourceMisconfigured(
-                f"the certificate of {where} does not verify: {cause.verify_message}",
-                image=image_id,
-                next_step="give the source the file of the CA that signed it (for imagecache: OS_CACERT)",
-            )
-        if getattr(cause, "http_status", None) in (401, 403):
-            return SourceMisconfigured(
-                f"the session could not get a token to ask {where} with",
-                image=image_id,
-                next_step="check the credentials of the session",
-            )
-    if _is_own_fault(error):
-        return SourceMisconfigured(
-            f"no request to {where} can be made ({type(error).__name__})",
-            image=image_id,
-            next_step="check the token and the URL for stray characters",
-        )
-    reason = f"{where}: {_reason(error, causes)}"
-    kind = Disconnected if _is_dead_connection(error) else errors.SourceError
-    return kind(reason, image=image_id, next_step="try again later")
-
-
-def _is_own_fault(error: BaseException) -> bool:
-    """Return whether no request could be made of what there was to send, such as a token with a line end."""
-    if isinstance(error, requests.RequestException):
-        return isinstance(error, ValueError)
-    return isinstance(error, ValueError) and not isinstance(error, OSError | urllib3.exceptions.HTTPError)
-
-
-def _reason(error: BaseException, causes: list[BaseException]) -> str:
-    kinds: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
-        ((requests.ConnectTimeout,), "no connection in time"),
-        ((connection.TooSlow,), "what it sends is no data, and takes too long"),
-        ((connection.TooMuch,), "it sends too much that is no data"),
-        ((requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError), "nothing came in time"),
-        ((http.client.RemoteDisconnected,), "the server closed the connection without an answer"),
-        ((http.client.IncompleteRead, urllib3.exceptions.IncompleteRead), "the data broke off"),
-        ((socket.gaierror,), "its name does not resolve"),
-        ((http.client.BadStatusLine, http.client.UnknownProtocol), "its answer is not HTTP"),
-        (
-            (http.client.HTTPException, urllib3.exceptions.InvalidHeader),
-            "its headers are not HTTP's",
-        ),
-    )
-    for types, text in kinds:
-        if any(isinstance(cause, types) for cause in causes):
-            return text
-    for cause in causes:
-        if isinstance(cause, ssl.SSLError) and cause.reason:
-            return f"TLS failed: {cause.reason.replace('_', ' ').lower()}"
-        if isinstance(cause, OSError) and cause.strerror and not isinstance(cause, requests.RequestException):
-            return cause.strerror
-    return f"the transport failed ({type(error).__name__})"
+    """Say why a request to a URL got no answer, or why the answer broke off, without telling a secret."""
+    return unanswered.failure(error, shown(url), image_id)

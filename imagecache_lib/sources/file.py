@@ -87,7 +87,7 @@ class FileSource(ImageSource):
         with _regular_file(image.id, entry) as fd:
             if offset > 0 and os.fstat(fd).st_size != image.size:
                 raise CannotResume("the file changed its size", image=image.id, path=os.fspath(entry.path))
-            yield _read(fd, offset, image.id, entry)
+            yield _Data(fd, offset, image, entry)
 
     def _entry(self, image_id: str) -> FileImage:
         return interface.entry_of(self._images, image_id)
@@ -108,15 +108,58 @@ def _regular_file(image_id: str, entry: FileImage) -> Iterator[int]:
             "no permission to read the file", image=image_id, path=path, next_step="make the file readable"
         ) from None
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, a device
+            raise _no_file(image_id, path) from None
         raise _failed(error, image_id, path) from error
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise errors.ImageRejected(
-                "it is not a regular file", image=image_id, path=path, next_step="name a file with the image"
-            )
+            raise _no_file(image_id, path)
         yield fd
     finally:
         os.close(fd)
+
+
+def _no_file(image_id: str, path: str) -> errors.ImageRejected:
+    return errors.ImageRejected(
+        "it is not a regular file", image=image_id, path=path, next_step="name a file with the image"
+    )
+
+
+class _Data:
+    """A file's bytes from an offset: the iterator that :meth:`ImageSource.open` promises.
+
+    :ivar doubt: the error to raise for wrong bytes if another process wrote to the file meanwhile, or None.
+    """
+
+    def __init__(self, fd: int, offset: int, image: model.Image, entry: FileImage) -> None:
+        self.doubt: errors.SourceError | None = None
+        self._fd = fd
+        self._image = image
+        self._path = os.fspath(entry.path)
+        self._began = self._state()
+        self._chunks = _read(fd, offset, image.id, entry)
+
+    def __iter__(self) -> _Data:
+        return self
+
+    def __next__(self) -> bytes:
+        chunk = next(self._chunks, None)
+        if self.doubt is None and self._state() != self._began:
+            self.doubt = errors.SourceError(
+                "the file changed while it was read",
+                image=self._image.id,
+                path=self._path,
+                next_step="replace the file by another one (rename) instead of writing to it",
+            )
+        if chunk is not None:
+            return chunk
+        if self.doubt is not None and self._image.digest is None:
+            raise self.doubt  # nothing else tells a mixture of two contents
+        raise StopIteration
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._fd)
+        return found.st_size, found.st_mtime_ns
 
 
 def _read(fd: int, offset: int, image_id: str, entry: FileImage) -> Iterator[bytes]:

@@ -137,18 +137,41 @@ class GlanceSource(ImageSource):
     @contextlib.contextmanager
     def open(self, image: model.Image, offset: int = 0) -> Iterator[Body]:
         with contextlib.ExitStack() as stack:
-
-            def ask(root: str, headers: Mapping[str, str]) -> Body:
-                url = f"{_image_url(root, image.id)}/file"
-                return stack.enter_context(answers.data(self._web, url, headers, image, offset))
-
-            stream = self._in_turn(image.id, ask)
+            stream = self._opened(image, offset, stack)
             try:
                 yield stream
             except errors.SourceError:
                 # It broke midway: another endpoint may do better.
                 self._first += 1
                 raise
+
+    def _opened(self, image: model.Image, offset: int, stack: contextlib.ExitStack) -> Body:
+        """Open the data at the first endpoint of which nothing says that it sends something else.
+
+        :param stack: what closes the answer.
+        """
+        doubted, believed = False, len(self._endpoints) < 2
+
+        def ask(root: str, headers: Mapping[str, str]) -> Body:
+            nonlocal doubted
+            url = f"{_image_url(root, image.id)}/file"
+            with contextlib.ExitStack() as answer:
+                stream = answer.enter_context(answers.data(self._web, url, headers, image, offset))
+                if not believed:
+                    stream.look()
+                    if stream.doubt is not None:
+                        doubted = True
+                        raise stream.doubt
+                stack.push(answer.pop_all())
+                return stream
+
+        try:
+            return self._in_turn(image.id, ask)
+        except errors.SourceError:
+            if not doubted or image.digest is None:
+                raise
+        believed = True  # all of them send it, and the digest decides
+        return self._in_turn(image.id, ask)
 
     def vouches_for_digest(self, image: model.Image) -> bool:
         """Whether Glance computed the digest, as it does of what is uploaded.
@@ -223,7 +246,10 @@ class GlanceSource(ImageSource):
             else:
                 self._first = turn % len(roots)
                 return answer
-        raise min(failures, key=_hopelessness)
+        try:
+            raise _together(failures, roots, first)
+        finally:
+            failures.clear()  # their tracebacks hold this frame, and so the answers
 
     def _root_from_catalog(self, image_id: str) -> str:
         try:
@@ -277,6 +303,20 @@ def _hopelessness(error: errors.SourceError) -> int:
     if isinstance(error, CannotResume):
         return 0
     return 2 if isinstance(error, SourceRefused) else 1
+
+
+def _together(failures: list[errors.SourceError], roots: Sequence[str], first: int) -> errors.SourceError:
+    """Return the failure that counts most. If there are several endpoints, it says what each one answered.
+
+    :param failures: one of each endpoint.
+    :param first: index of the endpoint that was asked first.
+    """
+    error = min(failures, key=_hopelessness)
+    if len(failures) > 1:
+        asked = (exchange.shown(roots[(first + turn) % len(roots)]) for turn in range(len(roots)))
+        told = "; ".join(f"{root}: {each.cause}" for root, each in zip(asked, failures, strict=True))
+        error.cause = f"none of its {len(failures)} endpoints gives it: {told}"
+    return error
 
 
 def _root(endpoint: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
@@ -14,6 +15,9 @@ from imagecache_lib import errors, model
 from imagecache_lib.sources import answers, body, exchange, interface, tables
 from imagecache_lib.sources.body import Body
 from imagecache_lib.sources.interface import ImageSource
+from imagecache_lib.sources.unanswered import Unreachable
+
+LOG = logging.getLogger(__name__)
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 
@@ -48,9 +52,9 @@ class HttpSource(ImageSource):
     session's headers, cookies and credentials. User and password of a URL are sent to its own origin whatever
     redirects lie between, and to no other.
 
-    HEAD is a hint: where it is refused, a GET of the first byte tells what there is, and the length of the
-    answer that brings the data replaces the one that HEAD told. If that answer tells none, what arrives
-    decides.
+    HEAD is a hint: where it is refused or fails, a GET of the first byte tells what there is, and the length
+    of the answer that brings the data replaces the one that HEAD told. If that answer tells none, what
+    arrives decides.
 
     :param images: by image id.
     :param session: a requests session that carries what the servers ask for: credentials, proxies,
@@ -92,21 +96,26 @@ class HttpSource(ImageSource):
 
     def describe(self, image_id: str) -> model.Image:
         entry = self._entry(image_id)
-        with contextlib.suppress(exchange.Disconnected), self._ask("HEAD", entry, image_id) as response:
-            if response.status_code == 200:
-                return _image(image_id, entry, answers.content_length(response.headers), response)
-        # Refused or not, GET decides: a URL may be signed for GET only, a proxy may know no HEAD.
+        try:
+            with self._ask("HEAD", entry, image_id) as response:
+                if response.status_code == 200:
+                    return _image(image_id, entry, answers.content_length(response.headers), response)
+        except Unreachable:
+            raise
+        except errors.SourceError as error:
+            LOG.debug("HEAD tells nothing of image %s: %s", image_id, error.cause)
+        # Whatever becomes of HEAD, GET decides: a URL may be signed for GET only, a proxy may know no HEAD.
         with self._ask("GET", entry, image_id, {"Range": "bytes=0-0"}) as response:
             if response.status_code == 206:
                 part = answers.parse_content_range(response.headers.get("Content-Range", ""))
                 _read_byte(response, image_id)
                 return _image(image_id, entry, part[2] if part else None, response)
-            if response.status_code == 200:
+            if response.status_code in answers.WHOLE:
                 return _image(image_id, entry, answers.content_length(response.headers), response)
             if response.status_code not in answers.RANGE_REFUSED:
                 raise answers.refusal(response, image_id)
         with self._ask("GET", entry, image_id) as response:
-            if response.status_code != 200:
+            if response.status_code not in answers.WHOLE:
                 raise answers.refusal(response, image_id)
             return _image(image_id, entry, answers.content_length(response.headers), response)
 

@@ -141,6 +141,8 @@ class Filler:
         version, held = self._route.version, bytearray()
         for chunk in chunks:
             self._waiter.check()
+            if not chunk:
+                continue
             self._fed_at = self._system.monotonic()
             if len(chunk) + len(held) > self._spool.size - self._spool.have:
                 raise errors.SourceError("more bytes come than the image has", image=self._spool.image.id)

@@ -27,7 +27,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol
 
 from imagecache_lib import dates, errors, model
-from imagecache_lib.sources import checked, connection
+from imagecache_lib.sources import answers, checked, connection
 from imagecache_lib.sources.interface import CannotResume, ImageSource
 from imagecache_lib.sources.locations import Locations
 from imagecache_lib.sources.retry import SourceBudget
@@ -101,6 +101,7 @@ class Transfer:
     :ivar kept: number of bytes of the current pass that no source was asked for.
     :ivar image: the description, as the answer with the data corrected it. It may be another after
         :class:`StartAgain`.
+    :ivar sure_size: length of the data in bytes, or None as long as it is not known, or told as a hint only.
     :param source: where :func:`describe` found it.
     :param image: what :func:`describe` returned.
     :param retries: how many attempts in a row may fail without progress. All passes share the budget.
@@ -127,6 +128,7 @@ class Transfer:
         self._source = source
         self.image = image
         self._host = host
+        self.sure_size = answers.sure_size(image)
         self._max_size = max_size
         self._limit = max_size if image.size is None else image.size
         self._budget = SourceBudget(image.id, host=host, retries=retries, deadline=deadline, cancel=cancel)
@@ -244,8 +246,11 @@ class Transfer:
                 self._resumed = True
             elif stream.image is not self.image:
                 self._take_correction(stream.image)
+            self.sure_size = None if stream.hinted else self.image.size
             for chunk in timely(stream, self._min_rate, self._host):
                 self._budget.check()
+                if not chunk:
+                    continue
                 if self._limit is not None and self._offset + len(chunk) > self._limit:
                     raise self._too_long()
                 self._offset += len(chunk)

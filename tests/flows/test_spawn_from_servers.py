@@ -69,6 +69,30 @@ class TestServers(CacheCase):
                         manager.evict_image(IMAGE)
                 self.server.forget("/image")
 
+    def test_a_hint_reserves_no_room(self) -> None:
+        data = raw_image(1)
+        for way in (faults.fine(), faults.chunked()):
+            manager = self.manager(self.serve(data, "raw"), num_retries=0)
+            self.server.always_fail("/image", way, method="GET")
+            self.server.fail("/image", faults.length_told(2**43), method="HEAD")
+            self.assertEqual(data, self.spawn(manager, IMAGE))
+            manager.evict_image(IMAGE)
+            self.server.forget("/image")
+
+    def test_no_failure_of_head_ends_a_fetch(self) -> None:
+        data = raw_image(1)
+        manager = self.manager(self.serve(data, "raw"), num_retries=0)
+        for fault in (
+            faults.header("Content-Length", "-1"),
+            faults.redirected("/image"),
+            faults.redirected("file:///image"),
+            faults.many_headers(),
+        ):
+            self.server.always_fail("/image", fault, method="HEAD")
+            self.assertEqual(data, self.spawn(manager, IMAGE))
+            manager.evict_image(IMAGE)
+            self.server.forget("/image")
+
     def test_a_hint_does_not_decide_whether_the_image_fits(self) -> None:
         data = raw_image(1)
         self.server.always_fail("/image", faults.chunked(), method="GET")

@@ -93,6 +93,20 @@ class TestChunks(unittest.TestCase):
         with self.assertRaisesRegex(SourceRefused, "without a byte"):
             fetch(Careless(lambda: iter(lambda: b"", None)))
 
+    def test_a_deadline_ends_empty_chunks_too(self) -> None:
+        now = [1000.0]
+        host = System(name="here", sleep=lambda seconds: None, clock=lambda: now[0])
+
+        def empty() -> Iterator[bytes]:
+            while True:
+                now[0] += 1.0
+                yield b""
+
+        source = Careless(empty)
+        fetching = transfer.Transfer(source, GOOD, host=host, deadline=1010.0)
+        with self.assertRaisesRegex(errors.SourceError, "deadline"):
+            list(fetching.chunks())
+
 
 class TestExceptions(unittest.TestCase):
     def raising(self, error: BaseException) -> Careless:
@@ -136,6 +150,11 @@ class TestExceptions(unittest.TestCase):
                 with self.assertRaisesRegex(errors.SourceError, "gave up after 4 attempts"):
                     fetch(source)
                 self.assertEqual(4, source.opens)
+
+    def test_what_only_a_drivers_disk_can_end_with_is_the_sources_defect(self) -> None:
+        for error in (errors.DiskExistsError("x"), errors.LeaseLostError("x"), errors.DiskTooSmallError("x")):
+            with self.subTest(error=error), self.assertRaisesRegex(SourceRefused, type(error).__name__):
+                fetch(self.raising(error))
 
     def test_what_ends_the_process_passes(self) -> None:
         for error in (KeyboardInterrupt(), SystemExit(3)):
@@ -219,6 +238,43 @@ class TestDescriptions(unittest.TestCase):
         for image in (None, {"id": "x"}, "x"):
             with self.subTest(image=image), self.assertRaisesRegex(SourceRefused, type(image).__name__):
                 checked.describe(Careless(lambda: None, image), "x")
+
+    def test_properties_that_cannot_be_read_are_the_sources_defect(self) -> None:
+        class Broken(dict[str, object]):
+            def keys(self) -> Any:
+                raise ValueError("secret")
+
+            __iter__ = keys
+
+        image = dataclasses.replace(GOOD, properties=Broken(name="x"))
+        with self.assertRaisesRegex(SourceRefused, "ValueError"):
+            fetch(Careless(lambda: iter([DATA]), image))
+
+    def test_attributes_of_the_stream_that_cannot_be_read_are_the_sources_defect(self) -> None:
+        left: list[bool] = []
+
+        class Broken:
+            def __iter__(self) -> Any:
+                return self
+
+            def __next__(self) -> bytes:
+                return DATA
+
+            @property
+            def image(self) -> model.Image:
+                raise ValueError("secret")
+
+        class Leaving(Careless):
+            @contextlib.contextmanager
+            def open(self, image: model.Image, offset: int = 0) -> Iterator[Iterator[bytes]]:
+                try:
+                    yield self.chunks()
+                finally:
+                    left.append(True)
+
+        with self.assertRaisesRegex(SourceRefused, "ValueError"):
+            fetch(Leaving(Broken))
+        self.assertEqual([True], left)
 
     def test_a_description_that_the_stream_corrects_is_checked_too(self) -> None:
         class Stream:

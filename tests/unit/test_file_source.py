@@ -46,13 +46,42 @@ class TestFileSource(unittest.TestCase):
                 with self.assertRaises(errors.ImageRejected), self.source(path).open(model.Image(id="x")):
                     pass
 
-    def test_what_cannot_be_opened_is_a_source_error(self) -> None:
+    def test_a_socket_is_no_file(self) -> None:
         path = self.directory / "socket"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))
-            for odd in (str(path), str(self.directory / ("x" * 300)), "a\0b"):
-                with self.subTest(odd=odd), self.assertRaises(errors.SourceError):
-                    self.source(odd).describe("x")
+            with self.assertRaisesRegex(errors.ImageRejected, "regular"):
+                self.source(path).describe("x")
+
+    def test_what_cannot_be_opened_is_a_source_error(self) -> None:
+        for odd in (str(self.directory / ("x" * 300)), "a\0b"):
+            with self.subTest(odd=odd), self.assertRaises(errors.SourceError):
+                self.source(odd).describe("x")
+
+    def test_a_file_that_is_written_to_meanwhile_is_not_taken(self) -> None:
+        path = self.directory / "image"
+        path.write_bytes(b"1" * (2**20 + 1))
+        os.utime(path, ns=(1, 1))
+        source = self.source(path)
+        with source.open(source.describe("x")) as stream:
+            next(stream)
+            with open(path, "r+b") as file:
+                file.write(b"2")
+            with self.assertRaisesRegex(errors.SourceError, "changed"):
+                list(stream)
+
+    def test_a_wrong_digest_of_a_file_that_is_written_to_meanwhile_is_doubted(self) -> None:
+        path = self.directory / "image"
+        path.write_bytes(b"1" * (2**20 + 1))
+        os.utime(path, ns=(1, 1))
+        source = FileSource({"x": FileImage(path, digest=model.Digest("sha256", "0" * 64))})
+        with source.open(source.describe("x")) as stream:
+            next(stream)
+            self.assertIsNone(getattr(stream, "doubt"))  # noqa: B009  # the attribute is optional
+            with open(path, "ab") as file:
+                file.write(b"2")
+            list(stream)
+            self.assertIsInstance(getattr(stream, "doubt"), errors.SourceError)  # noqa: B009
 
     def test_holes_and_data_are_given_in_order_from_any_offset(self) -> None:
         path = self.directory / "image"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -463,3 +464,46 @@ class TestCopyingToAStore(GlanceCase):
         source.copy_to_store(model.Image(ID), "ceph")
         (seen,) = self.server.requests("POST")
         self.assertIn(b"copy-image", seen.body)
+
+
+class TestEndpointsThatSendSomethingElse(GlanceCase):
+    """One of two endpoints answers 200 with what is not the image. The one that has it is asked in turn."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.other = self.enterContext(GlanceServer(token=TOKEN))
+        self.other.add(ID, DATA)
+
+    def read(self, image: model.Image) -> bytes:
+        with self.source(self.other.url, self.server.url).open(image) as stream:
+            return b"".join(stream)
+
+    def test_the_next_one_is_asked(self) -> None:
+        pages = {
+            "text/html": b"<!DOCTYPE html><html>maintenance</html>",
+            "application/json": b'{"error": "maintenance"}',
+            "application/octet-stream": b"<!DOCTYPE html><html>".ljust(len(DATA)),
+        }
+        described = self.source().describe(ID)
+        for kind, page in pages.items():
+            for image in (described, dataclasses.replace(described, digest=None)):
+                with self.subTest(kind=kind, digest=image.digest):
+                    answer = Answer(headers={"Content-Type": kind}, body=page)
+                    self.other.script(f"/v2/images/{ID}/file", answer)
+                    self.assertEqual(DATA, self.read(image))
+
+    def test_where_none_has_it_each_is_named(self) -> None:
+        image = dataclasses.replace(self.source().describe(ID), digest=None)
+        for server in (self.server, self.other):
+            server.script(f"/v2/images/{ID}/file", Answer(headers={"Content-Type": "text/html"}, body=b"<p>"))
+        with self.assertRaises(errors.SourceError) as caught:
+            self.read(image)
+        self.assertIn(self.server.url, str(caught.exception))
+        self.assertIn(self.other.url, str(caught.exception))
+
+    def test_with_a_digest_the_bytes_decide_what_all_of_them_send(self) -> None:
+        image = self.source().describe(ID)
+        for server in (self.server, self.other):
+            answer = Answer(headers={"Content-Type": "text/html"}, body=DATA)
+            server.script(f"/v2/images/{ID}/file", answer)
+        self.assertEqual(DATA, self.read(image))

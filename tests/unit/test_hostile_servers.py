@@ -21,7 +21,7 @@ from imagecache_lib.sources.http import HttpImage, HttpSource
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.system.host import System
 from imagecache_lib.testing import http_faults as faults
-from imagecache_lib.testing.bad_server import BadServer, Fault, SilentServer
+from imagecache_lib.testing.bad_server import Answer, BadServer, Fault, SilentServer
 from tests.support import servers
 
 DATA = random.Random(12).randbytes(300_000)
@@ -165,6 +165,13 @@ class HostileServers:
                 self.server.fail(self.path, faults.chunk_size_told(size))
                 with self.assertRaises(errors.SourceError):  # type: ignore[attr-defined]
                     self.fetch(self.source())
+
+    def test_a_size_of_which_only_the_first_digit_came_is_not_the_last_chunk(self) -> None:
+        cut = b"%x\r\n%s\r\n0" % (len(DATA) // 2, DATA[: len(DATA) // 2])
+        answer = Answer(headers={"Transfer-Encoding": "chunked"}, body=cut, length=-1)
+        self.server.fail(self.path, lambda _seen, _answer: answer)
+        with self.assertRaisesRegex(errors.SourceError, "broke off"):  # type: ignore[attr-defined]
+            self.fetch(self.source(digest=None))
 
     def test_a_chunk_that_is_said_to_be_longer_is_not_taken_for_data(self) -> None:
         self.server.fail(self.path, faults.chunk_size_told("ffffffffffff"))

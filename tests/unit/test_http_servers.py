@@ -324,6 +324,13 @@ class TestCredentials(ServerCase):
         self.assertEqual(DATA, fetch(self.source(self.with_credentials(self.url))))
         self.assertEqual([], [seen for seen in other.requests() if "Authorization" in seen.headers])
 
+    def test_a_backslash_leads_to_no_other_origin(self) -> None:
+        other = self.enterContext(BadServer())
+        home, where = self.server.url.removeprefix("http://"), other.url
+        self.server.script("/x", Answer(302, {"Location": f"{where}\\@{home}/real"}))
+        self.assertEqual(DATA, fetch(self.source(self.with_credentials(self.url))))
+        self.assertEqual([], other.requests())
+
     def test_without_them_the_refusal_says_so(self) -> None:
         with self.assertRaisesRegex(Unauthorized, "credentials"):
             fetch(self.source())

@@ -287,7 +287,7 @@ class TestRedirects(HttpCase):
     def test_loops_end(self) -> None:
         with self.assertRaisesRegex(SourceRefused, "redirects"):
             self.source(self.to("/x")).describe("x")
-        self.assertEqual(6, len(self.server.requests()))
+        self.assertEqual(6, len(self.server.requests("GET")))
 
     def test_goes_nowhere_but_to_the_web(self) -> None:
         for url in ("file:///etc/passwd", "ftp://host/", "http://[", "http://host:x/"):

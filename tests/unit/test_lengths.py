@@ -74,7 +74,8 @@ def expected(head: str, get: str, digest: str, size: str) -> Outcome:
         return Outcome.SERVED_AS_TOLD  # nothing shows that more belongs to it
     if get == "short" or digest == "wrong":
         # Data that may have been cut off show nothing of the image: the server told two lengths, or none.
-        differs = None not in (hinted, told) and hinted != told
+        sent = GOOD if get == "chunked" else told
+        differs = None not in (hinted, sent) and hinted != sent
         untold = get == "missing" and size == "unknown"
         return Outcome.SOURCE if differs or untold else Outcome.IMAGE
     if get == "missing" and digest == "unknown" and hinted == LONG:

@@ -9,6 +9,8 @@ import threading
 import unittest
 from collections.abc import Iterator
 
+import requests
+
 from imagecache_lib import errors
 from imagecache_lib.sources import retry_after
 from imagecache_lib.sources.http import HttpImage, HttpSource
@@ -232,3 +234,43 @@ class TestRetryAfter(unittest.TestCase):
                 self.assertEqual((None, None), self.asked(value))
                 self.assertEqual((None, None), self.asked(value, None))
         self.assertEqual((None, None), self.asked("Fri, 31 Dec 99999 23:59:59 GMT"))
+
+
+class TestStatuses(ServerCase):
+    def test_what_a_proxy_changed_is_taken_by_its_digest_only(self) -> None:
+        self.server.always_fail("/x", lambda _seen, answer: dataclasses.replace(answer, status=203))
+        self.assertEqual(DATA, fetch(self.source(digest=DIGEST)))
+        with self.assertRaisesRegex(SourceRefused, "a proxy changed"):
+            fetch(self.source())
+
+    def test_what_is_the_same_if_one_asks_again_is_asked_once(self) -> None:
+        for status in (501, 505, 511):
+            self.server.always_fail("/x", faults.status(status), method="GET")
+            before = len(self.server.requests("GET"))
+            with self.subTest(status=status), self.assertRaises(SourceRefused):
+                fetch(self.source())
+            self.assertEqual(1, len(self.server.requests("GET")) - before)
+            self.server.forget("/x")
+
+    def test_a_length_that_is_none_is_none_for_a_callers_session_too(self) -> None:
+        for length in ("-1", "x", "9" * 5000):
+            fault = faults.both(faults.cut_without_length(HALF), faults.header("Content-Length", length))
+            self.server.always_fail("/x", fault, method="GET")
+            source = HttpSource({"x": HttpImage(self.url, "raw")}, session=requests.Session())
+            with self.subTest(length=length), self.assertRaisesRegex(errors.SourceError, "headers"):
+                fetch(source)
+            self.server.forget("/x")
+
+
+class TestProxies(unittest.TestCase):
+    def test_the_proxy_is_named_and_not_the_server(self) -> None:
+        session = requests.Session()
+        session.trust_env = False
+        with BadServer() as proxy:
+            proxy.script("http://images.invalid/x", Answer(status=407))
+            session.proxies = {"http": proxy.url}
+            source = HttpSource({"x": HttpImage("http://images.invalid/x", "raw")}, session=session)
+            with self.assertRaisesRegex(SourceRefused, "proxy"):
+                source.describe("x")
+        with self.assertRaisesRegex(errors.SourceError, "proxy: Connection refused"):
+            source.describe("x")
