@@ -27,7 +27,7 @@ def identity_of(
     :param boundary: what led to it, if that is no mount.
     :param above: the directory that it is in, or None for a disk root.
     """
-    is_mount, born = statx.of_directory(fd)
+    is_mount, born = statx.mount_and_birth(fd)
     if boundary is Boundary.NONE and above is not None and above.identity is not None:
         other = status.st_dev != above.identity.device
         boundary = Boundary.MOUNT if is_mount or other else boundary

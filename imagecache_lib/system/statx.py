@@ -66,8 +66,8 @@ class Statx:
         born = seconds * 10**9 + nanoseconds if mask & _BIRTH else 0
         return bool(known & attributes & _MOUNT_ROOT), born
 
-    def of_directory(self, fd: int) -> tuple[bool, int]:
-        """Return whether a mount, if only a bind mount, begins in an open directory, and when that was born.
+    def mount_and_birth(self, fd: int) -> tuple[bool, int]:
+        """Return whether a mount, if only a bind mount, begins at what is open, and when that was born.
 
         A kernel that cannot tell says that no mount begins there; another device shows most of them.
         """

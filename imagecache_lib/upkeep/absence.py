@@ -4,7 +4,7 @@ deleted.
 
 It was removed if
 
-(a) the same directory was read to its end without it; or
+(a) the same directory was read to its end without it, and without a link of its name; or
 (b) its directory is gone or another one, was where no mount and no link led, and the directory above is the
     same and was read, or is itself proved gone in this way; or
 (c) its instance was in an earlier report, and is not in the last one; or
@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from imagecache_lib.store.seen import Boundary, Identity, LastScan, SeenDirectory, SeenDisk
 from imagecache_lib.system.names import is_at_or_below
-from imagecache_lib.upkeep.facts import Found, ReadDirectory
+from imagecache_lib.upkeep.facts import DanglingLink, Found, LinkedFile, ReadDirectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Absence:
         self._reported = None if reported is None else frozenset(reported)
         self._renumbered = _renumbered(last, found)
         self._directories = found.directories
+        self._facts = found.facts
         # An older release did not look at what fsck puts aside.
         knows = any(root.inode for root in last.roots.values())
         self._lost = [top for top, changed in found.lost.items() if knows and last.lost.get(top) != changed]
@@ -80,6 +81,10 @@ class Absence:
     @functools.cached_property
     def _by_path(self) -> Mapping[str, ReadDirectory]:
         return {each.seen.path: each for each in self._directories}
+
+    @functools.cached_property
+    def _links(self) -> frozenset[str]:
+        return frozenset(fact.path for fact in self._facts if isinstance(fact, DanglingLink | LinkedFile))
 
     @functools.cached_property
     def _by_inode(self) -> Mapping[int, Sequence[ReadDirectory]]:
@@ -96,8 +101,9 @@ class Absence:
         if any(is_at_or_below(disk.path, top) for top in self._lost):
             return False
         directory = disk.directory
-        if self._read_now(directory) is not None:
-            return True
+        if (now := self._read_now(directory)) is not None:
+            # What a link leads to may not be mounted: then it leads nowhere, or to what lies below.
+            return os.path.join(now.seen.path, os.path.basename(disk.path)) not in self._links
         while directory.above is not None and self._is_gone(directory):
             if self._read_now(directory.above) is not None:
                 return True
@@ -157,7 +163,7 @@ def _renumbered(last: LastScan, found: Found) -> dict[tuple[int, int], tuple[int
         return renumbered
     seen: dict[str, Identity] = {}
     for disk in last.disks.values():
-        directory: SeenDirectory | None = disk.directory
+        directory: SeenDirectory | None = _place(disk)
         while directory is not None and directory.path not in seen:
             if directory.identity is not None:
                 seen[directory.path] = directory.identity
@@ -177,6 +183,12 @@ def _renumbered(last: LastScan, found: Found) -> dict[tuple[int, int], tuple[int
                 renumbered[(before.device, before.fsid)] = (now.device, now.fsid)
                 break
     return renumbered
+
+
+def _place(disk: SeenDisk) -> SeenDirectory:
+    """Return the directory of a disk, also of one that is itself a mount."""
+    directory, above = disk.directory, disk.directory.above
+    return above if above is not None and above.path == directory.path else directory
 
 
 def _is_only_renumbered(before: Identity | None, now: Identity) -> bool:

@@ -306,7 +306,10 @@ class Look:
                 if not head:
                     return
                 references = self._around.condense(headers.references(fd, head))
-                born = self._statx.born(fd) if references else 0
+                if not references:
+                    return
+                is_mount, born = self._statx.mount_and_birth(fd)
+                seen = self._mounted(fd, directory.seen) if is_mount else directory.seen
         except FileNotFoundError:
             self._missed(name)
             return
@@ -315,8 +318,14 @@ class Look:
                 size = _size_at(name, directory_fd)
             self._unreadable_file(directory, name, directory_fd, inode, error, size)
             return
-        if references:
-            self.facts.append(Overlay(directory.prefix + name, directory.seen, references, inode, born))
+        self.facts.append(Overlay(directory.prefix + name, seen, references, inode, born))
+
+    def _mounted(self, fd: int, directory: SeenDirectory) -> SeenDirectory:
+        """Return what stands for the directory of a file that is itself a mount: without that, another file
+        has its name in the directory."""
+        filesystems, boundary = self._around.filesystems, Boundary.MOUNT
+        identity = identity_of(fd, os.fstat(fd), filesystems, self._statx, boundary, None)
+        return SeenDirectory(directory.path, identity, directory)
 
     def _read_device(
         self, directory: Directory, name: str, directory_fd: int, inode: int, size: int | None = None

@@ -86,6 +86,15 @@ def mounted(where: pathlib.Path, *source: str | pathlib.Path) -> Iterator[None]:
         subprocess.run(["umount", where], check=True)
 
 
+@contextlib.contextmanager
+def mounted_file(where: pathlib.Path, source: pathlib.Path) -> Iterator[None]:
+    subprocess.run(["mount", "--bind", source, where], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", where], check=True)
+
+
 # -- what proves nothing -----------------------------------------------------------------------------
 
 
@@ -181,6 +190,35 @@ def test_a_link_below_a_mount_point_that_leads_nowhere_is_no_deletion(host: Host
     host.verify()
     volume.rename(host.directory / "elsewhere")
     assert host.keeps()
+
+
+@needs_root
+def test_a_link_to_a_disk_on_a_volume_that_is_not_mounted_is_no_deletion(host: Host) -> None:
+    disk, volume = host.instances / "uuid" / "disk", host.directory / "volume"
+    disk.parent.mkdir()
+    disk.symlink_to(volume / "disk")
+    with mounted(volume):
+        host.disk(volume / "disk")
+        host.verify()
+    assert host.keeps()
+    (volume / "disk").write_bytes(b"what the volume is mounted over")
+    assert host.keeps()
+
+
+@needs_root
+def test_a_disk_that_is_itself_a_mount_and_is_not_mounted_is_no_deletion(host: Host) -> None:
+    disk, other = host.instances / "uuid" / "disk", host.directory / "other"
+    disk.parent.mkdir()
+    disk.touch()
+    with mounted_file(disk, host.disk(other / "disk")):
+        host.verify()
+    assert host.keeps()
+    report = host.verify()
+    assert "uuid/disk is not to be seen now" in report.problems[0]
+    with mounted_file(disk, other / "disk"):
+        assert host.verify().problems == ()
+    host.manager().forget_disks(str(disk.parent))
+    assert not host.keeps()
 
 
 def test_a_root_that_is_another_directory_of_the_same_filesystem_is_no_deletion(host: Host) -> None:
@@ -351,6 +389,15 @@ def as_user(user: int, function: Callable[[], bool]) -> bool:
 
 def test_a_disk_that_is_gone_from_the_same_directory_was_removed(host: Host) -> None:
     disk = host.disk(host.instances / "uuid" / "disk")
+    host.verify()
+    disk.unlink()
+    assert not host.keeps()
+
+
+def test_a_link_that_was_removed_is_a_deletion(host: Host) -> None:
+    disk, other = host.instances / "uuid" / "disk", host.directory / "other"
+    disk.parent.mkdir()
+    disk.symlink_to(host.disk(other / "disk"))
     host.verify()
     disk.unlink()
     assert not host.keeps()
