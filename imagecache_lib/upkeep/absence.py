@@ -4,7 +4,7 @@ deleted.
 
 It was removed if
 
-(a) the same directory was read to its end without it, and without a link of its name; or
+(a) the same directory was read to its end without it, and without a link or a device's node of its name; or
 (b) its directory is gone or another one, was where no mount and no link led, and the directory above is the
     same and was read, or is itself proved gone in this way; or
 (c) its instance was in an earlier report, and is not in the last one; or
@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from imagecache_lib.store.seen import Boundary, Identity, LastScan, SeenDirectory, SeenDisk
 from imagecache_lib.system.names import is_at_or_below
-from imagecache_lib.upkeep.facts import DanglingLink, Found, LinkedFile, ReadDirectory
+from imagecache_lib.upkeep.facts import DanglingLink, DeviceNode, Found, LinkedFile, ReadDirectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +83,9 @@ class Absence:
         return {each.seen.path: each for each in self._directories}
 
     @functools.cached_property
-    def _links(self) -> frozenset[str]:
-        return frozenset(fact.path for fact in self._facts if isinstance(fact, DanglingLink | LinkedFile))
+    def _leading_elsewhere(self) -> frozenset[str]:
+        kinds = DanglingLink | LinkedFile | DeviceNode
+        return frozenset(fact.path for fact in self._facts if isinstance(fact, kinds))
 
     @functools.cached_property
     def _by_inode(self) -> Mapping[int, Sequence[ReadDirectory]]:
@@ -102,8 +103,9 @@ class Absence:
             return False
         directory = disk.directory
         if (now := self._read_now(directory)) is not None:
-            # What a link leads to may not be mounted: then it leads nowhere, or to what lies below.
-            return os.path.join(now.seen.path, os.path.basename(disk.path)) not in self._links
+            # What a link leads to may not be mounted: then it leads nowhere, or to what lies below. A node's
+            # device may be detached.
+            return os.path.join(now.seen.path, os.path.basename(disk.path)) not in self._leading_elsewhere
         while directory.above is not None and self._is_gone(directory):
             if self._read_now(directory.above) is not None:
                 return True

@@ -69,6 +69,13 @@ class DanglingLink:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class DeviceNode:
+    """A node of a block device. Its device may not be there, or be another."""
+
+    path: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class PassedOver:
     """A directory in which no disk lies, by its name. That it is not read proves nothing."""
 
@@ -122,6 +129,7 @@ Fact = (
     | LinkedFile
     | Unreadable
     | DanglingLink
+    | DeviceNode
     | PassedOver
     | MissingRoot
     | MissingInstance

@@ -26,6 +26,7 @@ from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.upkeep import headers
 from imagecache_lib.upkeep.facts import (
     DanglingLink,
+    DeviceNode,
     Fact,
     LinkedFile,
     Overlay,
@@ -241,6 +242,7 @@ class Look:
                 elif entry.is_symlink():
                     self._read_link(directory, name, fd, inode)
                 elif self._is_block_device(name, fd):
+                    self.facts.append(DeviceNode(directory.prefix + name))
                     self._read_device(directory, name, fd, inode)
         if entries != before and directory.listed:
             self.again = True

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -203,6 +204,24 @@ def test_a_link_to_a_disk_on_a_volume_that_is_not_mounted_is_no_deletion(host: H
     assert host.keeps()
     (volume / "disk").write_bytes(b"what the volume is mounted over")
     assert host.keeps()
+
+
+@needs_root
+def test_a_node_whose_device_was_detached_is_no_deletion(host: Host) -> None:
+    disk, other = host.instances / "uuid" / "disk", host.directory / "other"
+    host.disk(other)
+    os.truncate(other, 2**20)
+    disk.parent.mkdir()
+    command = ["losetup", "--find", "--show", str(other)]
+    device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        os.mknod(disk, 0o600 | stat.S_IFBLK, os.stat(device).st_rdev)
+        host.verify()
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+    assert host.keeps()
+    disk.unlink()
+    assert not host.keeps()
 
 
 @needs_root
