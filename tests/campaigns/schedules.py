@@ -249,6 +249,10 @@ class World:
         if self._kinds("scrub") and cached:
             with (self.instances / "_base" / NAME).open("r+b") as base:
                 base.write(b"damaged!")
+                base.seek(0)
+                # A disk that is there already is on this, and has to stay there.
+                made = self.managers[0].backend.made  # type: ignore[attr-defined]
+                made.update(dict.fromkeys(filter(os.path.exists, made), base.read()))
 
     def _kinds(self, *kinds: str) -> bool:
         return any(actor.kind in kinds for actor in self.actors)
