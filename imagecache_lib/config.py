@@ -21,7 +21,6 @@ _SNAPSHOTS = (".snapshot", ".zfs")
 
 _CHOICES = {"preallocate_images": ("none", "space"), "authorize_hits": ("no", "open", "closed")}
 
-
 #: What else lies below the instances path: Nova's locks, its registry of hosts and libvirt's snapshots of it;
 #: what is the filesystem's own; and names that mean something within the cache.
 _TAKEN = frozenset((*_SNAPSHOTS, "locks", "compute_nodes", "snapshots", "lost+found", ".imagecache"))

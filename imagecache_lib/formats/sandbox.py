@@ -24,7 +24,6 @@ _ISOLATED = ("--unshare-net", "--unshare-ipc", "--unshare-pid", "--unshare-uts",
 
 _TRIAL = Limits(cpu=10, memory=2**32, wall=30)
 
-
 #: Seconds for which a failure is remembered: it may be the host's of that moment.
 _TRY_AGAIN_AFTER = 600
 

@@ -21,6 +21,7 @@ from imagecache_lib.upkeep import headers
 from imagecache_lib.upkeep.absence import Absence
 from imagecache_lib.upkeep.facts import (
     DanglingLink,
+    DeviceNode,
     Fact,
     Found,
     LinkedFile,
@@ -264,6 +265,8 @@ class Disks:
             over = next((path for path in passed_over if is_at_or_below(disk.path, path)), None)
             told.setdefault(over or os.path.dirname(disk.path), []).append(disk.path)
         links = [fact.path for fact in self._found.facts if isinstance(fact, DanglingLink)]
+        kinds = LinkedFile | DeviceNode
+        leading = {fact.path for fact in self._found.facts if isinstance(fact, kinds)}
         for directory, paths in sorted(told.items()):
             link = next((each for each in links if is_at_or_below(paths[0], each)), None)
             why, way_out = "and nothing proves that it was removed", "Mount what belongs there; if it is gone"
@@ -274,6 +277,9 @@ class Disks:
                 )
             elif link is not None:
                 why = f"since {link} leads nowhere"
+            elif paths[0] in leading:
+                why = "since what it leads to refers to no base image, and may be another disk than before"
+                way_out = "Mount what belongs there; if it needs none any more"
             more = f" (and {len(paths) - 1} others there)" if len(paths) > 1 else ""
             self.problems.append(
                 f"{paths[0]}{more} is not to be seen now, {why}: what it referred to before stays."

@@ -202,8 +202,10 @@ def test_a_link_to_a_disk_on_a_volume_that_is_not_mounted_is_no_deletion(host: H
         host.disk(volume / "disk")
         host.verify()
     assert host.keeps()
+    assert "leads nowhere" in host.verify().problems[0]
     (volume / "disk").write_bytes(b"what the volume is mounted over")
     assert host.keeps()
+    assert "what it leads to refers to no base image" in host.verify().problems[0]
 
 
 @needs_root

@@ -88,13 +88,29 @@ class Served:
         return found, reached
 
 
+@contextlib.contextmanager
+def mounted(directory: pathlib.Path) -> Iterator[tuple[pathlib.Path, int]]:
+    """Mount a filesystem. Yields where, and the id of the process that serves it, which may be stopped."""
+    with stale_names.mounted(directory, 1, seconds=0) as (mount,):
+        (server,) = stale_names.servers_of(mount)
+        try:
+            yield mount, server
+        finally:
+            os.kill(server, signal.SIGCONT)
+
+
+def silent_readings(cache: CacheStore, server: int) -> Iterator[References]:
+    """Stop a server, and read twice all the same."""
+    stopping.stop(server)
+    follower = Follower(0.2, roots_limit=0.5)
+    for _reading in range(2):
+        yield references.collect(cache, [NAME], (), EMPTY, follower=follower, now=time.time())
+
+
 @pytest.fixture
 def served(tmp_path: pathlib.Path) -> Iterator[Served]:
     needs.root()
-    with contextlib.ExitStack() as stack:
-        (mount,) = stack.enter_context(stale_names.mounted(tmp_path, 1, seconds=0))
-        (server,) = stale_names.servers_of(mount)
-        stack.callback(os.kill, server, signal.SIGCONT)
+    with mounted(tmp_path) as (mount, server):
         yield Served(tmp_path, mount, server)
 
 
@@ -126,17 +142,11 @@ def test_a_silent_root_that_another_process_names_keeps_everything_and_hides_no_
     ic.ImageCacheManager(config, FakeSource({ID: b"x" * 65536}), observers=()).cache_image(ID)
     cache = CacheStore(config, ic.System(name="here"))
     live = [tmp_path / f"live-{number}" for number in range(4)]
-    with contextlib.ExitStack() as stack:
-        (mount,) = stack.enter_context(stale_names.mounted(tmp_path, 1, seconds=0))
-        (server,) = stale_names.servers_of(mount)
+    with mounted(tmp_path) as (mount, server):
         for root in (mount, *live):
             files.overlay(root / "disk", instances / "_base" / NAME)
             NamedRoots((str(root),), cache.host, usual=False).note(cache.layout, cache.host_id, {}, {})
-        stack.callback(os.kill, server, signal.SIGCONT)
-        stopping.stop(server)
-        follower = Follower(0.2, roots_limit=0.5)
-        for _reading in range(2):
-            found = references.collect(cache, [NAME], (), EMPTY, follower=follower, now=time.time())
+        for found in silent_readings(cache, server):
             assert found.unknown is not None and str(mount) in found.unknown
             assert {str(root / "disk") for root in live} <= set(found.seen.disks)
 
@@ -148,16 +158,10 @@ def test_a_volume_that_does_not_answer_keeps_everything_until_it_does(tmp_path: 
     instances.mkdir()
     cache = CacheStore(ic.CacheConfig(instances_path=str(instances)), ic.System(name="here"))
     cache.start()
-    with contextlib.ExitStack() as stack:
-        (mount,) = stack.enter_context(stale_names.mounted(tmp_path, 1, seconds=0))
-        (server,) = stale_names.servers_of(mount)
+    with mounted(tmp_path) as (mount, server):
         volumes = {str(mount): identity_now(str(mount), None)}
         NamedRoots((), cache.host, usual=True).note(cache.layout, cache.host_id, {}, volumes)
-        stack.callback(os.kill, server, signal.SIGCONT)
-        stopping.stop(server)
-        follower = Follower(0.2, roots_limit=0.5)
-        for _reading in range(2):
-            found = references.collect(cache, [NAME], (), EMPTY, follower=follower, now=time.time())
+        for found in silent_readings(cache, server):
             assert found.unknown is not None and str(mount) in found.unknown
         os.kill(server, signal.SIGCONT)
         found = references.collect(cache, [NAME], (), EMPTY, follower=Follower(), now=time.time())
@@ -169,10 +173,7 @@ def test_a_silent_root_holds_up_no_disk_below_another(tmp_path: pathlib.Path) ->
     needs.root()
     instances = tmp_path / "instances"
     (instances / "vm").mkdir(parents=True)
-    with contextlib.ExitStack() as stack:
-        (mount,) = stack.enter_context(stale_names.mounted(tmp_path, 1, seconds=0))
-        (server,) = stale_names.servers_of(mount)
-        stack.callback(os.kill, server, signal.SIGCONT)
+    with mounted(tmp_path) as (mount, server), contextlib.ExitStack() as stack:
         config = ic.CacheConfig(instances_path=str(instances), disk_roots=(str(mount), str(instances)))
         manager = ic.ImageCacheManager(config, FakeSource({ID: b"x" * 65536}), observers=())
         manager.cache_image(ID)
