@@ -2,13 +2,14 @@
 """Count what ran: ``summary.py RESULTS EXPECTED... -- FAILED_STEP...``.
 
 ``RESULTS`` has a directory for each machine, or environment, that tests ran in. There lie pytest's junit
-reports, stestr's streams, and a line about the machine beside each. EXPECTED is ``MACHINE:SUITE,SUITE...``,
-where ``testpaths`` stands for the suites of pyproject.toml.
+reports, stestr's streams, a line about the machine beside each, and the name of what ran when a process died
+or was interrupted. EXPECTED is ``MACHINE:SUITE,SUITE...``, where ``testpaths`` stands for the suites of
+pyproject.toml.
 
 What fails it: an expected suite that ran nothing; a test that was to run and left no trace; in CI, a skip
-that is not in :data:`SKIPS`; a Python that setup.cfg claims and nothing ran with; a failed step. A test that
-failed and passed when again.py ran it once more has passed, and is named. The last lines are those to look
-at: each test that failed, and what it said.
+that is not in :data:`SKIPS`; a Python that setup.cfg claims and nothing ran with; what came to no end; a
+failed step. A test that failed and passed when again.py ran it once more has passed, and is named. The last
+lines are those to look at: each test that failed, and what it said.
 """
 
 from __future__ import annotations
@@ -196,6 +197,8 @@ def problems(
                 yield f"{machine}: {suite} skipped for a reason that is not in .ci/summary.py: {reason}"
     for version in unproven_pythons(results):
         yield f"setup.cfg claims Python {version}, and nothing ran with it"
+    for path in sorted(results.glob("*/*.running")):
+        yield f"{path.parent.name}: came to no end: {path.read_text().strip()}"
     for step in failed_steps:
         yield f"step failed: {step}"
 

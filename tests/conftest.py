@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds every test to the rule of execve_rule, and notes beside a report what the tests ran on.
+"""Holds every test to the rule of execve_rule, and notes what tests ran on, and which one runs.
 
 The servers of tests are on loopback, which no proxy of the machine stands before.
 """
@@ -32,14 +32,35 @@ def no_program_opens_what_it_was_not_told() -> Iterator[None]:
     assert not (found := execve_rule.take_notes()), found
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
+class RunningTest:
+    """Keeps the name of the test that runs in a file, where it stays when the process dies or is stopped."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        self.path.write_text(f"{item.nodeid}\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    report = config.getoption("xmlpath")
+    if report:
+        # Workers of pytest-xdist have no report of their own, and know that of who started them.
+        worker = getattr(config, "workerinput", {"workerid": "main"})["workerid"]
+        config.pluginmanager.register(RunningTest(pathlib.Path(report).with_suffix(f".{worker}.running")))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     report = session.config.getoption("xmlpath")
-    # A worker of pytest-xdist has no report of its own.
     if report and not hasattr(session.config, "workerinput"):
         path = pathlib.Path(report).with_suffix(".machine")
-        path.parent.mkdir(parents=True, exist_ok=True)
         user = "root" if os.geteuid() == 0 else "a user"
         path.write_text(f"Python {platform.python_version()}, {_qemu()}, {_system()}, as {user}\n")
+        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            for running in path.parent.glob(f"{path.stem}.*.running"):
+                running.unlink()
 
 
 def _qemu() -> str:

@@ -21,6 +21,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -98,6 +99,19 @@ def run(*command: str | os.PathLike[str]) -> None:
     subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
 
 
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt behind the block if a SIGINT came during it."""
+    interrupted = []
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
 # -- inside of the namespaces ------------------------------------------------------------------------
 
 
@@ -109,22 +123,23 @@ class Tree:
         self.suite = suite
         run("tar", "--extract", "--file", kept / "root.tar", "--directory", root, "--numeric-owner")
         for directory in machine_config.lend(root, suite):
-            self._bind(directory, directory, "--read-only")
+            self.lend(directory, directory, "--read-only")
         for name in ("dev", "sys"):
             run("mount", "--rbind", f"/{name}", root / name)
         run("mount", "-t", "proc", "proc", root / "proc")
         run("mount", "-t", "tmpfs", "tmpfs", root / "dev/shm")
         (kept / "archives/partial").mkdir(parents=True, exist_ok=True)
-        self._bind(kept / "archives", pathlib.Path("/var/cache/apt/archives"))
+        self.lend(kept / "archives", pathlib.Path("/var/cache/apt/archives"))
         run("chroot", root, "useradd", "--create-home", "--shell", "/bin/bash", USER)
         for user, home in HOMES.items():
             cache = kept / f"pip-{user}"
             cache.mkdir(exist_ok=True)
             (root / home[1:] / ".cache").mkdir()
-            self._bind(cache, pathlib.Path(home, ".cache/pip"))
+            self.lend(cache, pathlib.Path(home, ".cache/pip"))
             run("chroot", root, "chown", "--recursive", f"{user}:", f"{home}/.cache")
 
-    def _bind(self, source: pathlib.Path, where: pathlib.Path, *options: str) -> None:
+    def lend(self, source: pathlib.Path, where: pathlib.Path, *options: str) -> None:
+        """Let the tree have a directory of this machine."""
         target = self.root / where.relative_to("/")
         target.mkdir(parents=True, exist_ok=True)
         run("mount", "--bind", *options, source, target)
@@ -152,9 +167,12 @@ class Tree:
             errors="replace",
         ) as process:
             assert process.stdout is not None
-            for line in process.stdout:
-                said.append(line)
-                print(line, end="", flush=True)
+            # On an interrupt, who runs in the tree has more to say.
+            with deferred_interrupt():
+                for line in process.stdout:
+                    said.append(line)
+                    print(line, end="", flush=True)
+                process.wait()
         return process.returncode, "".join(said)
 
 
@@ -189,9 +207,8 @@ class Checks:
     def check(self, tree: Tree, user: str, script: str) -> str:
         """Run a script in the clone, and remember whether it failed. Returns what it said."""
         title = f"{self.suite}, {user}: {' '.join(script.split())[:60]}"
-        print(f"-- {title}", flush=True)
         began = time.monotonic()
-        code, said = tree.execute(user, f"cd imagecache-lib; {script}")
+        code, said = self._execute(title, tree, user, script)
         print(f"-- {title}: {'failed' if code else 'ok'}, {time.monotonic() - began:.1f} s", flush=True)
         if code:
             self.failed.append(title)
@@ -200,10 +217,17 @@ class Checks:
     def refusal(self, tree: Tree, user: str, script: str, reason: str) -> None:
         """Run a script that has to fail, with one line at its end that says why; make adds one of its own."""
         title = f"{self.suite}, {user}: {script}"
-        print(f"-- {title}, which cannot work", flush=True)
-        code, said = tree.execute(user, f"cd imagecache-lib; {script}")
+        code, said = self._execute(f"{title}, which cannot work", tree, user, script)
         if not code or reason not in "".join(said.splitlines()[-2:-1]):
             self.failed.append(f"{title}: does not end with {reason!r}")
+
+    def _execute(self, title: str, tree: Tree, user: str, script: str) -> tuple[int, str]:
+        print(f"-- {title}", flush=True)
+        running = self.results / "bare.running"
+        running.write_text(f"{title}\n")
+        finished = tree.execute(user, f"cd imagecache-lib; {script}")
+        running.unlink()
+        return finished
 
     def clone(self, tree: Tree, user: str) -> None:
         shutil.copyfile(self.commit, tree.root / "commit.bundle")
@@ -227,15 +251,14 @@ class Checks:
         """The demonstration and the targets. Root has no sudo here, and needs none."""
         run("chroot", tree.root, "env", "SUDO_FORCE_REMOVE=yes", "dpkg", "--purge", "sudo")
         self.clone(tree, "root")
+        # What ran is there even when the tree goes before its time.
+        tree.lend(self.results, pathlib.Path("/root/imagecache-lib/build/results/here"))
         self.refusal(tree, "root", "unshare --net make demo", "is there a network?")
         self.check(tree, "root", "make demo")
         self.demo_again(tree, "root")
         for target in self.targets:
             self.check(tree, "root", f"make --keep-going {target}")
         self.check(tree, "root", "for each in cc gcc g++ clang; do ! type $each || exit; done 2>/dev/null")
-        found = tree.root / "root/imagecache-lib/build/results/here"
-        if found.is_dir():
-            shutil.copytree(found, self.results, dirs_exist_ok=True)
 
     def demo_again(self, tree: Tree, user: str) -> None:
         """All is set up: nothing is made or installed before the demonstration."""
@@ -286,7 +309,9 @@ def outside(chosen: argparse.Namespace) -> int:
         run("git", "-C", ROOT, "bundle", "create", "--quiet", commit, "HEAD")
         again = [sys.executable, __file__, chosen.suite, *chosen.targets, "--results", str(results)]
         again += ["--inside", str(kept), str(commit)]
-        return subprocess.run([*NAMESPACES, *again], stdin=subprocess.DEVNULL, check=False).returncode
+        # On an interrupt, which all in the tree get too, they end with reports of what they did.
+        with deferred_interrupt():
+            return subprocess.run([*NAMESPACES, *again], stdin=subprocess.DEVNULL, check=False).returncode
 
 
 def main() -> int:
