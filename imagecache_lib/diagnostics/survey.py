@@ -169,9 +169,9 @@ class _Look:
         self._now = now
         self._limits = policy.Limits.of(cache.config)
         self._disks: dict[str, list[str]] = {}
-        for path, disk in found.seen.disks.items():
+        for disk in found.seen.all_disks():
             for name in disk.names:
-                self._disks.setdefault(name, []).append(path)
+                self._disks.setdefault(name, []).append(disk.path)
         self._instances: dict[str, list[str]] = {}
         for instance in instances:
             for name, _user in references.reported(found.users, [instance], []):

@@ -163,14 +163,25 @@ def _merged(last: LastScan, before: LastScan, now: LastScan | None) -> LastScan:
         facts = (seen.names, seen.inode, seen.born)
         return known is None or (known.names, known.inode, known.born) != facts
 
-    foreign = {disk: seen for disk, seen in now.disks.items() if is_news(seen)}
+    news = [seen for seen in now.disks.values() if is_news(seen)]
+    foreign = {seen.path: seen for seen in news}
+    covered = [seen for seen in now.covered if seen not in before.covered]
+    covered += [
+        seen for seen in news if seen.path in last.disks and not _is_same(seen, last.disks[seen.path])
+    ]
     new_roots = {root: identity for root, identity in now.roots.items() if root not in before.roots}
     return dataclasses.replace(
         last,
         disks={**foreign, **last.disks},
+        covered=(*last.covered, *covered),
         roots={**new_roots, **last.roots},
         report=last.report if last.report is not None else now.report,
     )
+
+
+def _is_same(one: SeenDisk, other: SeenDisk) -> bool:
+    """Whether two processes saw one path in the same directory."""
+    return one.directory.identity == other.directory.identity
 
 
 def replace(where: layout.Layout, host_id: str, last: LastScan) -> None:

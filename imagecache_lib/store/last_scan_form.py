@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from imagecache_lib import model
-from imagecache_lib.store.seen import Boundary, Identity, LastScan, SeenDirectory, SeenDisk
+from imagecache_lib.store.seen import Boundary, Identity, LastScan, LazyDisks, SeenDirectory, SeenDisk
 
 _VERSION = 1
 
@@ -48,9 +48,15 @@ def _fields(last: LastScan, mark: str | None) -> dict[str, Any]:
         directories.append(found)
         return found
 
-    for path, disk in sorted(last.disks.items()):
+    # Of several disks of one path the last one counts for who reads this as one by path.
+    for disk in (*last.covered, *(disk for _path, disk in sorted(last.disks.items()))):
         found = index.get(id(disk.directory)) or place(disk.directory)
-        found[3][path.rpartition("/")[2]] = [disk.inode, disk.born, disk.instance, list(disk.names)]
+        name = disk.path.rpartition("/")[2]
+        if name in found[3]:
+            directory = found[:3]
+            found = [*directory, {}]
+            directories.append(found)
+        found[3][name] = [disk.inode, disk.born, disk.instance, list(disk.names)]
     report = last.report.packed if isinstance(last.report, _Report) else _pack_report(last.report)
     return {
         "version": _VERSION,
@@ -78,11 +84,13 @@ def parse(data: bytes) -> LastScan | None:
     except (ValueError, OverflowError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return None
     known = {path: identity for path, identity in roots.items() if identity is not None}
+    disks = _Disks(directories)
     return LastScan(
-        _Disks(directories),
+        disks,
         known,
         lost,
         None if report is None else _Report(report),
+        tuple(disks.covered()),
         data=data,
         fields=fields,
     )
@@ -116,22 +124,45 @@ def _is_instance(packed: Sequence[Any]) -> bool:
     )
 
 
-class _Disks(Mapping[str, SeenDisk]):
-    """The disks of a last scan, each made when it is asked for: most are seen again, and never are."""
+class _Disks(LazyDisks):
+    """The disks of a last scan."""
 
     def __init__(self, packed: list[list[Any]]) -> None:
         self._packed = packed
         self._directories: dict[int, SeenDirectory] = {}
         self._where = {
-            f"{directory[0].rstrip('/')}/{name}": (number, name)
+            _path(directory[0], name): (number, name)
             for number, directory in enumerate(packed)
             for name in directory[3]
         }
 
     def __getitem__(self, path: str) -> SeenDisk:
-        number, name = self._where[path]
+        return self._made(path, *self._where[path])
+
+    def _made(self, path: str, number: int, name: str) -> SeenDisk:
         inode, born, instance, names = self._packed[number][3][name]
         return SeenDisk(path, tuple(names), self._directory(number), inode, born, instance)
+
+    def covered(self) -> Iterator[SeenDisk]:
+        """Yield those that are not had by their paths, which others have."""
+        if len(self._where) == sum(len(directory[3]) for directory in self._packed):
+            return
+        for number, directory in enumerate(self._packed):
+            for name in directory[3]:
+                path = _path(directory[0], name)
+                if self._where[path] != (number, name):
+                    yield self._made(path, number, name)
+
+    def elsewhere(self, disks: Mapping[str, SeenDisk]) -> Iterator[str]:
+        known: dict[int, int] = {}
+        for path, disk in disks.items():
+            number, _name = self._where.get(path, (-1, ""))
+            if number < 0 or known.get(id(disk.directory)) == number:
+                continue
+            if pack_identity(disk.directory.identity) == self._packed[number][1]:
+                known[id(disk.directory)] = number
+            else:
+                yield path
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -180,6 +211,10 @@ class _Disks(Mapping[str, SeenDisk]):
             higher = None if above is None else self._directory(above)
             found = self._directories[number] = SeenDirectory(path, unpack_identity(identity), higher)
         return found
+
+
+def _path(directory: str, name: str) -> str:
+    return f"{directory.rstrip('/')}/{name}"
 
 
 class _Report(Sequence[model.Instance]):
@@ -251,7 +286,9 @@ def parse_readings(data: bytes) -> dict[str, tuple[str, ...]] | None:
 
 def readings_to_json(last: LastScan) -> bytes:
     """Return the names by path of disk in an older release's form."""
-    readings = {path: sorted(disk.names) for path, disk in sorted(last.disks.items())}
+    readings: dict[str, list[str]] = {}
+    for disk in sorted(last.all_disks(), key=lambda each: each.path):
+        readings[disk.path] = sorted({*readings.get(disk.path, ()), *disk.names})
     return json.dumps({OURS: [], **readings}).encode()
 
 
@@ -266,7 +303,8 @@ def is_written(last: LastScan, before: LastScan) -> bool:
     if fields["roots"] != {path: pack_identity(identity) for path, identity in last.roots.items()}:
         return False
     return (
-        isinstance(before.disks, _Disks)
+        not (last.covered or before.covered)
+        and isinstance(before.disks, _Disks)
         and before.disks.are(last.disks)
         and _is_reported(last.report, fields["report"])
     )

@@ -8,9 +8,10 @@ disk root: :mod:`imagecache_lib.upkeep.absence` says what they prove.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from imagecache_lib import model
@@ -83,6 +84,25 @@ class SeenDisk:
     instance: str | None = None
 
 
+class LazyDisks(Mapping[str, SeenDisk], abc.ABC):
+    """Disks by path that are made when they are asked for: most are seen again, and never are."""
+
+    @abc.abstractmethod
+    def elsewhere(self, disks: Mapping[str, SeenDisk]) -> Iterator[str]:
+        """Yield the paths of these that others are at, in other directories."""
+
+
+def elsewhere(before: Mapping[str, SeenDisk], now: Mapping[str, SeenDisk]) -> Iterator[str]:
+    """Yield the paths at which disks were, and others are now, in other directories."""
+    if isinstance(before, LazyDisks):
+        yield from before.elsewhere(now)
+        return
+    for path, disk in now.items():
+        known = before.get(path)
+        if known is not None and known.directory.identity != disk.directory.identity:
+            yield path
+
+
 @dataclasses.dataclass(frozen=True)
 class LastScan:
     """What the last pass of this host saw.
@@ -92,6 +112,8 @@ class LastScan:
     :param lost: ``st_mtime_ns`` of each ``lost+found`` that was not read, by the path of its filesystem's
         top.
     :param report: what the driver last reported, or None if it has not reported yet.
+    :param covered: further disks at paths of these: another directory was found there since, as one is where
+        a volume is not mounted, and nothing proves that what was in the first was removed.
     :param unreadable: why what was seen cannot be told, as a clause that names the file, or None if it can.
     :param report_unknown: why the last report cannot be told, likewise.
     :param data: what it was parsed from.
@@ -103,11 +125,17 @@ class LastScan:
     roots: Mapping[str, Identity] = dataclasses.field(default_factory=dict)
     lost: Mapping[str, int] = dataclasses.field(default_factory=dict)
     report: Sequence[model.Instance] | None = None
+    covered: Sequence[SeenDisk] = ()
     unreadable: str | None = None
     report_unknown: str | None = None
     data: bytes | None = dataclasses.field(default=None, compare=False, repr=False)
     fields: Any = dataclasses.field(default=None, compare=False, repr=False)
     is_whole: bool = dataclasses.field(default=False, compare=False, repr=False)
+
+    def all_disks(self) -> Iterator[SeenDisk]:
+        """Yield each disk, several of one path among them."""
+        yield from self.disks.values()
+        yield from self.covered
 
     def without(self, path: str) -> LastScan:
         """Return this scan without what was seen at a path and below it, however that is spelled."""
@@ -118,6 +146,7 @@ class LastScan:
         return dataclasses.replace(
             self,
             disks={disk: seen for disk, seen in self.disks.items() if stays(disk)},
+            covered=tuple(seen for seen in self.covered if stays(seen.path)),
             roots={root: identity for root, identity in self.roots.items() if stays(root)},
             lost={root: changed for root, changed in self.lost.items() if stays(root)},
         )

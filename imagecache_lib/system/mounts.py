@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 
 from imagecache_lib.system import names
 from imagecache_lib.system.statx import Statx
@@ -67,19 +67,27 @@ def is_listed_as_network(listing: str, device: int) -> bool:
     return False
 
 
-def below(directories: Collection[str], *, mountinfo: str = "/proc/self/mountinfo") -> frozenset[str]:
-    """Return the paths below some directories at which something is mounted, as far as that can be told.
+def points(*, mountinfo: str = "/proc/self/mountinfo") -> tuple[str, ...]:
+    """Return the paths at which something is mounted, without links, as far as that can be told.
 
     None of them is looked at: its server may be gone.
     """
-    prefixes = tuple(f"{directory.rstrip('/')}/" for directory in directories)
     try:
         with open(mountinfo, "rb") as stream:
-            points = [line.split()[4] for line in stream if line.count(b" ") > 4]
+            found = [line.split()[4] for line in stream if line.count(b" ") > 4]
     except OSError:
-        return frozenset()
-    paths = (os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), point)) for point in points)
-    return frozenset(path for path in paths if path.startswith(prefixes) and path != "/")
+        return ()
+    return tuple(os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), each)) for each in found)
+
+
+def below(directory: str, real: str, mounted: Iterable[str]) -> Iterator[str]:
+    """Yield the paths below a directory at which something is mounted, as they are spelled by its own.
+
+    :param real: the directory's path without links.
+    :param mounted: what :func:`points` returned.
+    """
+    prefix, top = os.path.join(real, ""), os.path.join(directory, "")
+    return (top + point[len(prefix) :] for point in mounted if point.startswith(prefix) and point != prefix)
 
 
 def between(directory: str, tops: Collection[str]) -> str | None:

@@ -4,11 +4,14 @@ deleted.
 
 It was removed if
 
-(a) the same directory was read to its end without it, and without a link or a device's node of its name; or
+(a) the same directory was read to its end without it, and without a link, a device's node or a mount of its
+    name; or
 (b) its directory is gone or another one, was where no mount and no link led, and the directory above is the
     same and was read, or is itself proved gone in this way; or
 (c) its instance was in an earlier report, and is not in the last one; or
 (d) an operator says so, which takes it out of what is remembered.
+
+Another disk of its path, in another directory or behind a link, is no proof either: both count.
 
 A volume that is not mounted, a link that leads elsewhere, another mount namespace, a root that is another
 directory than before, and what fsck moved into a ``lost+found`` that cannot be read prove nothing.
@@ -23,7 +26,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from imagecache_lib.store.seen import Boundary, Identity, LastScan, SeenDirectory, SeenDisk
 from imagecache_lib.system.names import is_at_or_below
-from imagecache_lib.upkeep.facts import DanglingLink, DeviceNode, Found, LinkedFile, ReadDirectory
+from imagecache_lib.upkeep.facts import DanglingLink, DeviceNode, Found, LinkedFile, MountPoint, ReadDirectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +86,15 @@ class Absence:
         return {each.seen.path: each for each in self._directories}
 
     @functools.cached_property
-    def _leading_elsewhere(self) -> frozenset[str]:
+    def linked(self) -> frozenset[str]:
+        """Paths of links that lead nowhere or to files, and of devices' nodes."""
         kinds = DanglingLink | LinkedFile | DeviceNode
         return frozenset(fact.path for fact in self._facts if isinstance(fact, kinds))
+
+    @functools.cached_property
+    def leading_elsewhere(self) -> frozenset[str]:
+        """Paths of all that is not simply the file which has the name in the directory."""
+        return self.linked.union(fact.path for fact in self._facts if isinstance(fact, MountPoint))
 
     @functools.cached_property
     def _by_inode(self) -> Mapping[int, Sequence[ReadDirectory]]:
@@ -104,13 +113,32 @@ class Absence:
         directory = disk.directory
         if (now := self._read_now(directory)) is not None:
             # What a link leads to may not be mounted: then it leads nowhere, or to what lies below. A node's
-            # device may be detached.
-            return os.path.join(now.seen.path, os.path.basename(disk.path)) not in self._leading_elsewhere
+            # device may be detached, and what is mounted on a file hides it.
+            return os.path.join(now.seen.path, os.path.basename(disk.path)) not in self.leading_elsewhere
         while directory.above is not None and self._is_gone(directory):
             if self._read_now(directory.above) is not None:
                 return True
             directory = directory.above
         return False
+
+    def is_replaced(self, before: SeenDisk, now: SeenDisk) -> bool:
+        """Whether a disk that was seen became the one that has its path now, or was removed."""
+        there, here = before.directory.identity, now.directory.identity
+        if there is None or here is None:
+            return True  # an older release saw it, and it counts until it is seen again
+        is_on_same_bases = set(before.names) <= set(now.names)
+        if same(self._renumbered_identity(there), here):
+            # A link may lead to what was mounted again.
+            return before.path not in self.linked or is_on_same_bases
+        # A disk root that was moved has copies of its disks.
+        return self.is_proved(before) or (is_on_same_bases and self._is_in_another_root(before))
+
+    def _is_in_another_root(self, disk: SeenDisk) -> bool:
+        """Whether the disk root in which a disk was seen is another directory now."""
+        root = disk.directory
+        while root.above is not None:
+            root = root.above
+        return root.identity is not None and self._read_now(root) is None and root.path in self._by_path
 
     def _is_gone(self, directory: SeenDirectory) -> bool:
         """Whether a directory that was not read is gone or another one, if the one above it is the same."""
@@ -164,7 +192,7 @@ def _renumbered(last: LastScan, found: Found) -> dict[tuple[int, int], tuple[int
     if not roots:
         return renumbered
     seen: dict[str, Identity] = {}
-    for disk in last.disks.values():
+    for disk in last.all_disks():
         directory: SeenDirectory | None = _place(disk)
         while directory is not None and directory.path not in seen:
             if directory.identity is not None:

@@ -15,13 +15,12 @@ from imagecache_lib import model
 from imagecache_lib.store import layout, named_roots
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.named_roots import Named
-from imagecache_lib.store.seen import LastScan, SeenDisk
+from imagecache_lib.store.seen import LastScan, SeenDisk, elsewhere
 from imagecache_lib.system.names import is_at_or_below
 from imagecache_lib.upkeep import headers
 from imagecache_lib.upkeep.absence import Absence
 from imagecache_lib.upkeep.facts import (
     DanglingLink,
-    DeviceNode,
     Fact,
     Found,
     LinkedFile,
@@ -83,7 +82,8 @@ class Disks:
         self._looked: dict[str, Looked | CannotTell | None] = {}
         self._overlays = {fact.path for fact in found.facts if isinstance(fact, Overlay)}
         self._disks: dict[str, SeenDisk] = {}
-        self._pending: list[str] = []
+        self._covered: list[SeenDisk] = []
+        self._pending: list[SeenDisk] = []
         uuids = [str(each.uuid) for each in report] if report or last.report else None
         self._absence = Absence(last, found, uuids)
         self.roots = Roots(
@@ -117,8 +117,9 @@ class Disks:
         for fact in self._found.facts:
             yield from self._users_of(fact, targets)
         for disk in self._not_proved():
-            self._disks[disk.path] = disk
-            self._pending.append(disk.path)
+            if self._disks.setdefault(disk.path, disk) is not disk:
+                self._covered.append(disk)
+            self._pending.append(disk)
             for name in disk.names:
                 yield name, f"used by the disk {disk.path}, which is not to be seen now"
         for why, next_step in self.roots.unknown():
@@ -154,13 +155,14 @@ class Disks:
         :param instances: what the driver reported now, or None if it reported nothing.
         """
         last, found = self._last, self._found
-        pending = [path for path in self._pending if self._disks[path].directory.identity is not None]
+        pending = [disk.path for disk in self._pending if disk.directory.identity is not None]
         roots = self.roots.to_remember(self._configured, self._disks)
         lost = dict(found.lost)
         # What fsck put aside since explains the absence of what was there before, until that is found.
         lost.update({top: then for top, then in last.lost.items() if _any_below(pending, top)})
         lost.update({top: 0 for top in found.lost if top not in last.lost and _any_below(pending, top)})
-        return LastScan(self._disks, roots, lost, tuple(instances) if instances is not None else last.report)
+        report = tuple(instances) if instances is not None else last.report
+        return LastScan(self._disks, roots, lost, report, tuple(self._covered))
 
     # -- what refers ---------------------------------------------------------------------------------
 
@@ -259,14 +261,13 @@ class Disks:
             if path not in self._disks and path not in read
             if not self._absence.is_proved(disk := self._last.disks[path])
         ]
+        missing += self._covered_by_others()
         told: dict[str, list[str]] = {}
         passed_over = {fact.path for fact in self._found.facts if isinstance(fact, PassedOver)}
         for disk in missing:
             over = next((path for path in passed_over if is_at_or_below(disk.path, path)), None)
             told.setdefault(over or os.path.dirname(disk.path), []).append(disk.path)
         links = [fact.path for fact in self._found.facts if isinstance(fact, DanglingLink)]
-        kinds = LinkedFile | DeviceNode
-        leading = {fact.path for fact in self._found.facts if isinstance(fact, kinds)}
         for directory, paths in sorted(told.items()):
             link = next((each for each in links if is_at_or_below(paths[0], each)), None)
             why, way_out = "and nothing proves that it was removed", "Mount what belongs there; if it is gone"
@@ -277,8 +278,11 @@ class Disks:
                 )
             elif link is not None:
                 why = f"since {link} leads nowhere"
-            elif paths[0] in leading:
-                why = "since what it leads to refers to no base image, and may be another disk than before"
+            elif paths[0] in self._disks:
+                why = "since what has its path now may be another disk"
+                way_out = "Mount what belongs there; if what was there before is gone"
+            elif paths[0] in self._absence.leading_elsewhere:
+                why = "since what is there refers to no base image, and may be another disk than before"
                 way_out = "Mount what belongs there; if it needs none any more"
             more = f" (and {len(paths) - 1} others there)" if len(paths) > 1 else ""
             self.problems.append(
@@ -286,6 +290,20 @@ class Disks:
                 f" {way_out} for good, {how_to_forget(directory)}"
             )
         return missing
+
+    def _covered_by_others(self) -> Iterator[SeenDisk]:
+        """Yield the disks at whose paths others are seen now, and that nothing proves to be removed."""
+        last = self._last
+        paths = dict.fromkeys(elsewhere(last.disks, self._disks))
+        linked = (path for path in sorted(self._absence.linked) if path in self._disks)
+        paths.update(dict.fromkeys(path for path in linked if path in last.disks))
+        for disk in (*(last.disks[path] for path in paths), *last.covered):
+            now = self._disks.get(disk.path)
+            if now is None:
+                if not self._absence.is_proved(disk):
+                    yield disk
+            elif now is not disk and not self._absence.is_replaced(disk, now):
+                yield disk
 
     # -- what cannot be told -------------------------------------------------------------------------
 

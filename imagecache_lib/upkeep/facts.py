@@ -76,6 +76,13 @@ class DeviceNode:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class MountPoint:
+    """A path at which something is mounted, and so hides what has it in the directory."""
+
+    path: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class PassedOver:
     """A directory in which no disk lies, by its name. That it is not read proves nothing."""
 
@@ -130,6 +137,7 @@ Fact = (
     | Unreadable
     | DanglingLink
     | DeviceNode
+    | MountPoint
     | PassedOver
     | MissingRoot
     | MissingInstance

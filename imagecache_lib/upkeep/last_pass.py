@@ -84,10 +84,11 @@ class LastPass:
         """
         before = self.load()
         after = before.without(path)
-        gone = before.disks.keys() - after.disks.keys()
-        for name in sorted({name for disk in gone for name in before.disks[disk].names}):
+        stays = set(after.disks)
+        gone = [disk for disk in before.all_disks() if disk.path not in stays]
+        for name in sorted({name for disk in gone for name in disk.names}):
             self._cache.observers(events.Forgotten(name, reason=f"disks at {path}, as an operator said"))
         self._hosts.forget_roots(after.roots)
         named_roots.forget(self._cache.layout, self._hosts.id, path)
         last_scan.replace(self._cache.layout, self._hosts.id, after)
-        return len(before.disks) - len(after.disks)
+        return len(gone)

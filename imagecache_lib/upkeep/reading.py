@@ -117,12 +117,13 @@ class Inner(NamedTuple):
     """A directory in a directory, or a link to one.
 
     :param mount: as that of :class:`Directory`.
+    :param leads_to: the path without links of what a link leads to, or None if it is none.
     """
 
     path: str
     above: SeenDirectory
     mount: Mount | None
-    is_link: bool = False
+    leads_to: str | None = None
 
 
 class Look:
@@ -270,8 +271,8 @@ class Look:
 
     def _read_link(self, directory: Directory, name: str, directory_fd: int, inode: int) -> None:
         path = directory.prefix + name
-        answers = self._around.follower.inside.call(lambda: _status_at(name, directory_fd))
-        status = answers[0] if answers else OSError(errno.ETIMEDOUT, NO_ANSWER)
+        answers = self._around.follower.inside.call(lambda: _where_it_leads(name, directory_fd, path))
+        status, real = answers[0] if answers else (OSError(errno.ETIMEDOUT, NO_ANSWER), path)
         if isinstance(status, OSError):
             if status.errno == errno.ENOENT:
                 self.facts.append(DanglingLink(path))
@@ -283,7 +284,7 @@ class Look:
                 self.facts.append(PassedOver(path))
             else:
                 mount = _mount(status, self._around.device)
-                self.inner.append(Inner(path, directory.seen, mount, is_link=True))
+                self.inner.append(Inner(path, directory.seen, mount, real))
         elif stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
             # Nothing else is opened: opening alone does something to some devices.
             self.facts.append(LinkedFile(path, directory.seen, (status.st_dev, status.st_ino), inode))
@@ -377,15 +378,16 @@ class Look:
         self.is_unreadable = True
 
 
-def mount_of(path: str, device: int) -> int | None:
-    """Return by what :meth:`Follower.at` knows the filesystem that a path is on, or None for the cache's.
+def mount_of(path: str, device: int) -> tuple[Mount | None, str]:
+    """Return by what :meth:`Follower.at` knows the filesystem that a link leads to, or None for the cache's,
+    and the path of what it leads to, without links.
 
     :param device: of the cache's filesystem.
     """
-    try:
-        return _mount(os.stat(path), device)
-    except OSError:
-        return None  # what it is, if it is there at all, shows as it is opened
+    status, real = _where_it_leads(path, None, path)
+    if isinstance(status, OSError):
+        return None, real  # what it is, if it is there at all, shows as it is opened
+    return _mount(status, device), real
 
 
 def _mount(status: os.stat_result, device: int) -> int | None:
@@ -410,12 +412,12 @@ def _size_at(name: str, directory_fd: int) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def _status_at(name: str, directory_fd: int) -> os.stat_result | OSError:
-    """Return what a link leads to, or why that cannot be told."""
+def _where_it_leads(name: str, directory_fd: int | None, path: str) -> tuple[os.stat_result | OSError, str]:
+    """Return what a link leads to, or why that cannot be told, and the path of that without links."""
     try:
-        return os.stat(name, dir_fd=directory_fd)
+        return os.stat(name, dir_fd=directory_fd), os.path.realpath(path)
     except OSError as error:
-        return error
+        return error, path
 
 
 def _references_at(path: str) -> tuple[bytes, ...] | OSError:

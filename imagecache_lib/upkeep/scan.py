@@ -30,6 +30,7 @@ from imagecache_lib.upkeep.facts import (
     Found,
     MissingInstance,
     MissingRoot,
+    MountPoint,
     NotADirectoryName,
     ReadDirectory,
     Unreadable,
@@ -75,7 +76,9 @@ class Scan:
         self._follower = follower or Follower()
         self._configured = cache.config.roots
         self._roots = (*self._configured, *(root for root in more_roots if root not in self._configured))
-        self._mounts = mounts.below(self._roots)
+        self._mounted = mounts.points()
+        self._mounts: set[str] = set()
+        self._without_links: dict[str, str] = {}
         self._facts: list[Fact] = []
         self._found_roots: dict[str, Identity] = {}
         self._lost: dict[str, int] = {}
@@ -108,6 +111,11 @@ class Scan:
             self._list(top, root)
         self._settle()
         self._host.trace(TracePoint.REFERENCES_SCANNED)
+        if (mounted := mounts.points()) != self._mounted:
+            self._mounted = (*self._mounted, *mounted)
+            for path, real in self._without_links.items():
+                self._note_mounts(path, real)
+        self._facts += [MountPoint(path) for path in sorted(self._mounts)]
         read = tuple(ReadDirectory(each.seen, each.entries) for each in self._directories.values())
         return Found(tuple(self._facts), self._found_roots, read, self._lost)
 
@@ -123,11 +131,20 @@ class Scan:
             cause = opened.strerror or str(opened)
             self._facts.append(MissingRoot(root, cause, root in self._configured))
             return
-        identity, status, lost = opened
+        identity, status, real, lost = opened
+        self._note_mounts(root, real)
         self._found_roots[root] = identity
         mount = None if identity.device == self._around.device else root
         self._tops[root] = Directory(SeenDirectory(root, identity), status, mount)
         self._lost.update(lost)
+
+    def _note_mounts(self, path: str, real: str) -> None:
+        """Note where something is mounted below a directory to which a disk root or a link in one leads.
+
+        :param real: its path without links.
+        """
+        self._without_links[path] = real
+        self._mounts.update(mounts.below(path, real, self._mounted))
 
     def _read_instance(self, instance: model.Instance) -> None:
         """Read an instance's directories by name: a rename during a directory scan can hide an entry."""
@@ -175,7 +192,9 @@ class Scan:
             if not self._follower.inside.call(lambda: os.path.isdir(path)):
                 self._facts.append(Unreadable(path, NO_ANSWER, True))
                 return []
-        look = Look(path, self._around, mount=mount, above=which.above, follow=which.is_link)
+        if which.leads_to is not None:
+            self._note_mounts(path, which.leads_to)
+        look = Look(path, self._around, mount=mount, above=which.above, follow=which.leads_to is not None)
         self._host.trace(TracePoint.REFERENCES_DIRECTORY)
         self._take(look)
         if look.is_absent:
@@ -196,7 +215,7 @@ class Scan:
         path = which.path
         answers = self._follower.inside.call(lambda: mount_of(path, self._around.device))
         if answers:
-            return self._read_directory(Inner(path, which.above, answers[0], is_link=True))
+            return self._read_directory(Inner(path, which.above, *answers[0]))
         self._facts.append(Unreadable(path, NO_ANSWER, True))
         return []
 
@@ -297,9 +316,9 @@ def _is_directory_name(name: object) -> bool:
 
 def _opened(
     root: str, filesystems: FilesystemIds
-) -> tuple[Identity, os.stat_result, dict[str, int]] | OSError:
-    """Return which directory a disk root is, and when fsck last put something aside on its filesystem, if
-    that is not below the root; or why it cannot be opened."""
+) -> tuple[Identity, os.stat_result, str, dict[str, int]] | OSError:
+    """Return which directory a disk root is, its path without links, and when fsck last put something aside
+    on its filesystem, if that is not below the root; or why it cannot be opened."""
     try:
         with Descriptor(root, _OPEN | os.O_DIRECTORY) as fd:
             status = os.fstat(fd)
@@ -312,7 +331,7 @@ def _opened(
         top = above
     if top != real:
         note_lost_and_found(top, lost)
-    return identity, status, lost
+    return identity, status, real, lost
 
 
 def _status(path: str) -> os.stat_result | None:

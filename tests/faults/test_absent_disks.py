@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import stat
 import subprocess
@@ -34,7 +35,18 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
 NAME = layout.base_name(ID)
+OTHER_ID = "22222222-aaaa-4bbb-8ccc-0123456789ab"
+OTHER_NAME = layout.base_name(OTHER_ID)
 OLD = 2 * 86400
+
+#: A pass of a process of its own, whose first argument is the directory of instances.
+VERIFY = (
+    "import sys, imagecache_lib as ic\n"
+    "from imagecache_lib.testing.sources import FakeSource\n"
+    "config = ic.CacheConfig(instances_path=sys.argv[1])\n"
+    "host = ic.System(name='here')\n"
+    "ic.ImageCacheManager(config, FakeSource({}), host=host, observers=()).verify_base_images([])\n"
+)
 
 
 class Host:
@@ -45,22 +57,30 @@ class Host:
         self.instances = directory / "instances"
         self.instances.mkdir()
         self.base = self.instances / "_base" / NAME
+        self.other_base = self.instances / "_base" / OTHER_NAME
         self.private = self.instances / "_base" / ".imagecache"
         self.manager().cache_image(ID)
 
     def manager(self, name: str = "here", **options: Any) -> ic.ImageCacheManager:
         config = ic.CacheConfig(instances_path=str(self.instances), **options)
-        source = FakeSource({ID: b"x" * 65536})
+        source = FakeSource({ID: b"x" * 65536, OTHER_ID: b"y" * 65536})
         return ic.ImageCacheManager(config, source, host=ic.System(name=name), observers=())
 
     def disk(self, path: pathlib.Path) -> pathlib.Path:
         files.overlay(path, self.base)
         return path
 
+    def disk_on_another(self, path: pathlib.Path) -> pathlib.Path:
+        if not self.other_base.exists():
+            self.manager().cache_image(OTHER_ID)
+        files.overlay(path, self.other_base)
+        return path
+
     def verify(self, report: Sequence[ic.Instance] | None = (), **options: Any) -> VerifyReport:
-        for path in (self.base, self.private / "records" / f"{NAME}.json"):
-            if path.exists():
-                files.age(path, seconds=OLD)
+        for name in (NAME, OTHER_NAME):
+            for path in (self.base.with_name(name), self.private / "records" / f"{name}.json"):
+                if path.exists():
+                    files.age(path, seconds=OLD)
         return self.manager(**options).verify_base_images(report)
 
     def keeps(self, report: Sequence[ic.Instance] | None = (), **options: Any) -> bool:
@@ -158,17 +178,10 @@ def test_a_mount_namespace_that_lacks_a_mount_deletes_nothing(host: Host) -> Non
     with mounted(host.instances / "uuid"):
         host.disk(host.instances / "uuid" / "disk")
         host.verify()
-        code = (
-            "import sys, imagecache_lib as ic\n"
-            "from imagecache_lib.testing.sources import FakeSource\n"
-            "config = ic.CacheConfig(instances_path=sys.argv[1])\n"
-            "host = ic.System(name='here')\n"
-            "ic.ImageCacheManager(config, FakeSource({}), host=host, observers=()).verify_base_images([])\n"
-        )
         files.age(host.base, host.private / "records" / f"{NAME}.json", seconds=OLD)
         script = 'umount "$1" && shift && exec "$@"'
         command = ["unshare", "-m", "sh", "-c", script, "sh", str(host.instances / "uuid")]
-        subprocess.run([*command, sys.executable, "-c", code, str(host.instances)], check=True)
+        subprocess.run([*command, sys.executable, "-c", VERIFY, str(host.instances)], check=True)
         assert host.base.exists()
 
 
@@ -205,7 +218,7 @@ def test_a_link_to_a_disk_on_a_volume_that_is_not_mounted_is_no_deletion(host: H
     assert "leads nowhere" in host.verify().problems[0]
     (volume / "disk").write_bytes(b"what the volume is mounted over")
     assert host.keeps()
-    assert "what it leads to refers to no base image" in host.verify().problems[0]
+    assert "what is there refers to no base image" in host.verify().problems[0]
 
 
 @needs_root
@@ -240,6 +253,111 @@ def test_a_disk_that_is_itself_a_mount_and_is_not_mounted_is_no_deletion(host: H
         assert host.verify().problems == ()
     host.manager().forget_disks(str(disk.parent))
     assert not host.keeps()
+
+
+#: The path of a disk, that of a disk which has it where the first is not mounted, and what mounts it.
+Hidden = tuple[pathlib.Path, pathlib.Path, contextlib.AbstractContextManager[None]]
+
+
+def _has_a_volume(host: Host) -> Hidden:
+    """Make an instance whose directory is a volume."""
+    real = host.directory / "real"
+    host.disk(real / "disk")
+    directory = host.instances / "uuid"
+    return directory / "disk", directory / "disk", mounted(directory, real)
+
+
+def _has_a_linked_disk(host: Host) -> Hidden:
+    """Make an instance with a link to a disk on a volume."""
+    real, volume = host.directory / "real", host.directory / "volume"
+    host.disk(real / "disk")
+    disk = host.instances / "uuid" / "disk"
+    disk.parent.mkdir()
+    disk.symlink_to(volume / "disk")
+    return disk, volume / "disk", mounted(volume, real)
+
+
+def _has_a_mounted_disk(host: Host) -> Hidden:
+    """Make an instance with a disk that is itself a mount."""
+    disk = host.instances / "uuid" / "disk"
+    disk.parent.mkdir()
+    disk.touch()
+    return disk, disk, mounted_file(disk, host.disk(host.directory / "real"))
+
+
+@needs_root
+@pytest.mark.parametrize("kind", [_has_a_volume, _has_a_linked_disk, _has_a_mounted_disk])
+def test_another_disk_where_one_is_not_mounted_is_no_deletion(
+    host: Host, kind: Callable[[Host], Hidden]
+) -> None:
+    disk, below, mount = kind(host)
+    with mount:
+        host.verify()
+    below.unlink(missing_ok=True)
+    host.disk_on_another(below)
+    assert host.keeps()
+    report = host.verify()
+    told = f"{disk} is not to be seen now, since what has its path now may be another disk"
+    assert told in report.problems[0]
+    below.write_bytes(b"a raw disk")
+    assert host.keeps()
+    assert host.manager().forget_disks(str(disk)) == 1 + (kind is _has_a_linked_disk)
+    assert not host.keeps()
+
+
+@needs_root
+def test_what_is_mounted_again_is_seen_as_before_and_what_it_covers_stays_too(host: Host) -> None:
+    directory, real = host.instances / "uuid", host.directory / "real"
+    host.disk(real / "disk")
+    for _time in range(3):
+        with mounted(directory, real):
+            assert host.keeps()
+        host.disk_on_another(directory / "disk")
+        assert host.keeps()
+        assert host.other_base.exists()
+    with mounted(directory, real):
+        host.verify()
+        (real / "disk").unlink()
+        assert not host.keeps()
+        assert host.other_base.exists()
+    (directory / "disk").unlink()
+    host.verify()
+    assert not host.other_base.exists()
+    assert not host.verify().problems
+
+
+@needs_root
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_what_is_mounted_on_a_disk_hides_it_and_is_no_deletion(host: Host, through_a_link: bool) -> None:
+    disk, raw = host.instances / "uuid" / "disk", host.directory / "raw"
+    raw.write_bytes(b"a raw disk")
+    host.disk(disk)
+    root = host.directory / "root"
+    if through_a_link:
+        root.symlink_to(host.instances)
+    roots: dict[str, Any] = {"disk_roots": (str(root),)} if through_a_link else {}
+    host.verify(**roots)
+    with mounted_file(disk, raw):
+        assert host.keeps(**roots)
+    assert host.keeps(**roots)
+    disk.unlink()
+    assert not host.keeps(**roots)
+
+
+@needs_root
+def test_two_namespaces_that_see_different_disks_at_one_path_keep_the_bases_of_both(host: Host) -> None:
+    directory, real = host.instances / "uuid", host.directory / "real"
+    host.disk(real / "disk")
+    host.disk_on_another(directory / "disk")
+    python = shlex.join([sys.executable, "-c", VERIFY, str(host.instances)])
+    inside = f"mount --bind {real} {directory} && exec {python}"
+    # Both bases are too young at first.
+    host.manager().verify_base_images([])
+    for _turn in range(2):
+        subprocess.run(["unshare", "--mount", "sh", "-c", inside], check=True)
+        host.verify()
+        assert host.base.exists()
+        assert host.other_base.exists()
 
 
 def test_a_root_that_is_another_directory_of_the_same_filesystem_is_no_deletion(host: Host) -> None:

@@ -168,6 +168,33 @@ def test_a_volume_that_does_not_answer_keeps_everything_until_it_does(tmp_path: 
         assert (found.unknown, len(found.notes_seen)) == (None, 1)
 
 
+@pytest.mark.parametrize("link", ["to the root", "below the root"])
+def test_a_volume_that_does_not_answer_behind_a_link_holds_up_no_reading(
+    tmp_path: pathlib.Path, link: str
+) -> None:
+    """The kernel lists where it is mounted without links, and its directory is on the cache's filesystem."""
+    needs.root()
+    real = tmp_path / "real"
+    real.mkdir()
+    instances = tmp_path / "instances"
+    if link == "to the root":
+        instances.symlink_to(real)
+    else:
+        instances.mkdir()
+        (instances / "linked").symlink_to(real)
+    cache = CacheStore(ic.CacheConfig(instances_path=str(instances)), ic.System(name="here"))
+    cache.start()
+    with mounted(real) as (_mount, server):
+        in_vain = threading.Timer(_PATIENCE, os.kill, (server, signal.SIGCONT))
+        in_vain.start()
+        try:
+            for found in silent_readings(cache, server):
+                assert found.unknown is not None and f"cannot be read ({NO_ANSWER})" in found.unknown
+            assert in_vain.is_alive()
+        finally:
+            in_vain.cancel()
+
+
 def test_a_silent_root_holds_up_no_disk_below_another(tmp_path: pathlib.Path) -> None:
     """Which directory a disk root is, is asked of the one above the disk."""
     needs.root()

@@ -95,6 +95,44 @@ def test_what_is_other_than_before_is_written(where: Layout, what: str) -> None:
     assert dataclasses.asdict(load(where))["roots"] == dataclasses.asdict(other)["roots"]
 
 
+def covered(number: int) -> SeenDisk:
+    """Return a disk that has the path of one of :func:`scan`'s, in another directory."""
+    above = SeenDirectory("/roots/one", Identity(1, 2, 4))
+    directory = SeenDirectory("/roots/one/uuid", Identity(number, 2, 0, Boundary.MOUNT), above)
+    return SeenDisk("/roots/one/uuid/disk", (f"{number:040}",), directory, 5, 6, "uuid")
+
+
+def names_at(seen: LastScan, path: str) -> list[tuple[str, ...]]:
+    return sorted(disk.names for disk in seen.all_disks() if disk.path == path)
+
+
+def test_all_disks_that_had_one_path_are_remembered_and_told_to_the_release_before(where: Layout) -> None:
+    disks = (covered(7), covered(8))
+    seen = scan(covered=disks)
+    last_scan.save_last_scan(where, HOST, LastScan(), seen)
+    found = load(where)
+    assert [dataclasses.asdict(disk) for disk in found.covered] == [
+        dataclasses.asdict(disk) for disk in disks
+    ]
+    assert dataclasses.asdict(found.disks[disks[0].path]) == dataclasses.asdict(seen.disks[disks[0].path])
+    names = {name for disk in (*disks, seen.disks[disks[0].path]) for name in disk.names}
+    assert set(last_scan.load_readings(where, HOST)[disks[0].path]) == names
+    last_scan.save_last_scan(where, HOST, found, scan())
+    assert not load(where).covered
+
+
+def test_what_two_processes_saw_at_one_path_at_the_same_time_is_remembered_of_both(where: Layout) -> None:
+    last_scan.save_last_scan(where, HOST, LastScan(), LastScan())
+    before = load(where)
+    elsewhere = covered(7)
+    last_scan.save_last_scan(
+        where, HOST, before, LastScan({elsewhere.path: elsewhere}, covered=(covered(8),))
+    )
+    last_scan.save_last_scan(where, HOST, before, scan())
+    ours = scan().disks[elsewhere.path]
+    assert names_at(load(where), elsewhere.path) == sorted([ours.names, elsewhere.names, covered(8).names])
+
+
 class TornAtFirst(last_scan.Parsed):
     """Reads what was only half there at the first look, as where another process is replacing it."""
 

@@ -19,10 +19,11 @@ torn
 def test_mounts_below_a_directory_are_found_whatever_they_are_called(tmp_path: pathlib.Path) -> None:
     listing = tmp_path / "mountinfo"
     listing.write_bytes(LIST)
-    found = mounts.below(["/var/lib/instances/"], mountinfo=str(listing))
-    assert found == {"/var/lib/instances/one", "/var/lib/instances/a space\\"}
-    assert len(mounts.below(["/"], mountinfo=str(listing))) == 4
+    points = mounts.points(mountinfo=str(listing))
+    found = set(mounts.below("/instances", "/var/lib/instances", points))
+    assert found == {"/instances/one", "/instances/a space\\"}
+    assert set(mounts.below("/", "/", points)) == {*points} - {"/"}
 
 
 def test_without_a_list_there_are_none(tmp_path: pathlib.Path) -> None:
-    assert mounts.below(["/"], mountinfo=str(tmp_path / "none")) == frozenset()
+    assert mounts.points(mountinfo=str(tmp_path / "none")) == ()
