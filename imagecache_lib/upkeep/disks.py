@@ -7,18 +7,19 @@ reported instance, that instance's images; else everything.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from imagecache_lib import model
-from imagecache_lib.store import layout, named_roots
+from imagecache_lib.store import named_roots
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.named_roots import Named
 from imagecache_lib.store.seen import LastScan, SeenDisk, elsewhere
 from imagecache_lib.system.names import is_at_or_below
-from imagecache_lib.upkeep import headers
 from imagecache_lib.upkeep.absence import Absence
+from imagecache_lib.upkeep.chains import Chains
 from imagecache_lib.upkeep.facts import (
     DanglingLink,
     Fact,
@@ -32,13 +33,10 @@ from imagecache_lib.upkeep.facts import (
     Unreadable,
     Unsettled,
 )
-from imagecache_lib.upkeep.follow import CannotTell, Follower, Looked
+from imagecache_lib.upkeep.follow import Follower
 from imagecache_lib.upkeep.names import Names, lasting
 from imagecache_lib.upkeep.roots import Roots, how_to_forget
 from imagecache_lib.upkeep.scan import plain_names
-
-#: A chain of backing files is followed this far. QEMU opens every file of it, and gives up long before.
-_LONGEST_CHAIN = 1000
 
 #: Files of hypervisors and services that lie beside disks, and are none.
 _NO_DISK = re.compile(r".*\.log(\.\d+)?|disk\.info|.*\.xml|.*\.pid|.*\.fifo")
@@ -72,15 +70,18 @@ class Disks:
         follower: Follower,
     ) -> None:
         self._configured = cache.config.roots
-        self._base_path = cache.layout.base_path
         self._found = found
         self._last = last
         self._report = report
         self._names = names
         self._follower = follower
         self._owners = {name: str(each.uuid) for each in report for name in plain_names(each)}
-        self._looked: dict[str, Looked | CannotTell | None] = {}
-        self._overlays = {fact.path for fact in found.facts if isinstance(fact, Overlay)}
+        self._chains = Chains(
+            follower,
+            names,
+            base_path=cache.layout.base_path,
+            read={fact.path for fact in found.facts if isinstance(fact, Overlay)},
+        )
         self._disks: dict[str, SeenDisk] = {}
         self._covered: list[SeenDisk] = []
         self._pending: list[SeenDisk] = []
@@ -172,9 +173,14 @@ class Disks:
         names = {name for name in exact if name is not None}
         if None in exact:
             names |= self._names.find(overlay.references)
+        if None in exact or not self._chains.lie_in_cache(overlay.references):
+            before = self._before(overlay)
+            known = () if before is None else before.names
+            leads_on = None in exact or self._chains.leads_on(overlay, targets, names, known)
             # A disk that is pinned raw counts by the names in it and no more: its guest wrote the header.
-            if self._follower.pinned(path) != "raw" and not self._follow(overlay, targets, names):
-                names |= self._chain_cannot_be_read(overlay)
+            is_followed = leads_on and self._follower.pinned(path) != "raw"
+            if is_followed and not self._chains.follow(overlay, targets, names):
+                names |= self._chain_cannot_be_read(overlay, before)
         remembered = names | lasting(overlay.references) if None in exact else names
         if remembered:
             self._disks[path] = SeenDisk(
@@ -187,42 +193,8 @@ class Disks:
             )
         return names
 
-    def _follow(self, overlay: Overlay, targets: Mapping[tuple[int, int], str], names: set[str]) -> bool:
-        """Add the names that a chain leads to outside of the roots. Returns False if it cannot be read."""
-        seen: set[str] = set()
-        complete = True
-        pending = [each for text in overlay.references for each in headers.named_files(overlay.path, text)]
-        while pending:
-            path = os.path.normpath(pending.pop())
-            if path in seen or path in self._overlays:
-                continue  # what is below the disk roots was read
-            directory, name = os.path.split(path)
-            is_base = directory == self._base_path and layout.NAME_PATTERN.fullmatch(os.fsencode(name))
-            if is_base and not os.path.lexists(path):
-                continue  # a base that is gone leads nowhere; one that is there may be an overlay itself
-            if len(seen) >= _LONGEST_CHAIN:
-                return False
-            seen.add(path)
-            looked = self._look(path)
-            if looked is None or isinstance(looked, CannotTell):
-                complete = complete and looked is None
-                continue
-            if (base := targets.get(looked.target)) is not None:
-                names.add(base)
-                continue
-            names |= self._names.find(looked.references)
-            pending.extend(each for text in looked.references for each in headers.named_files(path, text))
-        return complete
-
-    def _look(self, path: str) -> Looked | CannotTell | None:
-        if path not in self._looked:
-            answer = self._follower.look(path)
-            self._looked[path] = answer if isinstance(answer, Looked | CannotTell) else None
-        return self._looked[path]
-
-    def _chain_cannot_be_read(self, overlay: Overlay) -> set[str]:
+    def _chain_cannot_be_read(self, overlay: Overlay, before: SeenDisk | None) -> set[str]:
         """Return what a disk referred to before whose backing files cannot all be read now."""
-        before = self._last.disks.get(overlay.path)
         if before is not None:
             self.problems.append(
                 f"The backing files of {overlay.path} cannot all be read: what it referred to before stays."
@@ -237,6 +209,21 @@ class Disks:
                 "make them readable, or remove the disk if it is not needed",
             )
         return set()
+
+    def _before(self, disk: Overlay) -> SeenDisk | None:
+        """Return what the last pass saw of a disk, also under the name that its directory had then."""
+        found = self._last.disks.get(disk.path)
+        if found is not None or not disk.born:
+            return found
+        return next((each for each in self._by_inode.get(disk.inode, ()) if each.born == disk.born), None)
+
+    @functools.cached_property
+    def _by_inode(self) -> Mapping[int, Sequence[SeenDisk]]:
+        """What the last pass saw. Needed only for disks whose backing files cannot be read."""
+        found: dict[int, list[SeenDisk]] = {}
+        for disk in self._last.disks.values():
+            found.setdefault(disk.inode, []).append(disk)
+        return found
 
     def _owner(self, path: str) -> str | None:
         """Return the uuid of the reported instance in whose directory a path lies."""
@@ -309,9 +296,9 @@ class Disks:
 
     def _kept_for(self, fact: Unreadable) -> tuple[str, ...]:
         """Return the names that a file which cannot be read may refer to."""
-        if not fact.is_directory and _is_no_disk(fact):
-            return ()
         before = self._last.disks.get(fact.path)
+        if not fact.is_directory and _is_no_disk(fact, was_disk=before is not None):
+            return ()
         if before is not None:
             self._disks[fact.path] = before
             if _is_same_file(before, fact):
@@ -358,11 +345,14 @@ class Disks:
             self.unknown = why
 
 
-def _is_no_disk(fact: Unreadable) -> bool:
-    """Whether a file that cannot be read is none of a guest's disks all the same."""
+def _is_no_disk(fact: Unreadable, *, was_disk: bool) -> bool:
+    """Whether a file that cannot be read is none of a guest's disks all the same.
+
+    :param was_disk: one of that name referred to a base, which tells more than the name does.
+    """
     if fact.size is not None and fact.size < _SHORTEST_HEADER:
         return True
-    return _NO_DISK.fullmatch(os.path.basename(fact.path)) is not None
+    return not was_disk and _NO_DISK.fullmatch(os.path.basename(fact.path)) is not None
 
 
 def _is_same_file(before: SeenDisk, fact: Unreadable) -> bool:

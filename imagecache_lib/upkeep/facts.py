@@ -29,7 +29,7 @@ class Overlay:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LinkedFile:
-    """A symbolic link in a disk root that leads to a file.
+    """A symbolic link in a disk root that leads to a file, or a file that is mounted there.
 
     :param target: ``(st_dev, st_ino)`` of that file.
     """

@@ -33,10 +33,12 @@ class Looked:
 
     :param target: its ``(st_dev, st_ino)``.
     :param references: the texts in its header that may name another file.
+    :param real: its path without links, or empty if it is not known.
     """
 
     target: tuple[int, int]
     references: tuple[bytes, ...]
+    real: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,11 @@ class Follower:
         answers = self.inside.call(lambda: headers.pinned_format(path))
         return answers[0] if answers else None
 
+    def real(self, path: str) -> str:
+        """Return a disk's path without links, or the path itself if that does not answer."""
+        answers = self.inside.call(lambda: os.path.realpath(path))
+        return answers[0] if answers else path
+
     def look(self, path: str) -> Answer:
         """Look at a file. Returns what it is, or why that cannot be told within the limit."""
         if self._bounded.is_stuck:
@@ -121,6 +128,7 @@ def _look(path: str) -> Answer:
             found = os.fstat(fd)
             head = headers.read_head(fd)
             references = headers.references(fd, head) if head else ()
+            real = os.path.realpath(path) if references else ""
     except (OSError, ValueError) as error:
         return CannotTell(getattr(error, "strerror", None) or str(error))
-    return Looked((found.st_dev, found.st_ino), references)
+    return Looked((found.st_dev, found.st_ino), references, real)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 from collections.abc import Iterator
 from urllib.parse import unquote_to_bytes
 
@@ -27,15 +28,24 @@ _SHORTEST = 8
 #: unparseable header may still hold a name, which is looked for in as much of the file.
 _DEEP = 2**21
 
-#: Beginnings of the other formats that can name another file, and in how much of the file the names lie.
+#: Beginnings of the other formats that can name another file, and in how much of the file the names lie. A
+#: VMDK descriptor needs no comment in front of its version.
 _OTHERS = {
     b"QED\0": 2**16,
     b"KDMV": 2**20,
     b"COWD": 2**20,
     b"# Di": 2**20,
+    b"vers": 2**20,
     b"cone": 2**16,
     b"vhdx": 2**22,
 }
+
+#: Where a QED header has the place and the length of its backing file's name (QEMU's
+#: docs/interop/qed_spec.txt).
+_QED_NAME = struct.Struct("<II")
+_QED_NAME_AT = 56
+
+_VMDK_PARENT = re.compile(rb'parentFileNameHint="([^"\n]+)"')
 
 _NAMING = frozenset((header.MAGIC, *_OTHERS))
 
@@ -89,17 +99,30 @@ def references(fd: int, head: bytes) -> tuple[bytes, ...]:
     :raises OSError: as pread(2).
     """
     if head[:4] != header.MAGIC:
-        # Names in UTF-16, of either order, become readable without the zeros.
         text = read_at(fd, _OTHERS[head[:4]])
-        return (text, text.replace(b"\0", b""))
+        # Names in UTF-16, of either order, become readable without the zeros. With a zero behind it none of
+        # these is a file's name.
+        return (text + b"\0", text.replace(b"\0", b"") + b"\0", *_parents(fd, text))
     try:
         backing, whole = _backing(fd, head)
     except HeaderError:
         return (read_at(fd, _DEEP),)
-    named = () if backing is None else (backing,)
+    # For QEMU a name ends with its first zero.
+    named = () if backing is None else tuple(dict.fromkeys((backing, backing.partition(b"\0")[0])))
     if len(whole) > _FEATURES_AT and whole[7] == 3 and whole[_FEATURES_AT] & 4:
         return (*named, *_data_file(fd))
     return named
+
+
+def _parents(fd: int, text: bytes) -> Iterator[bytes]:
+    """Yield the names of backing files in a QED header, wherever in the file, or a VMDK's descriptor."""
+    if text.startswith(b"QED\0"):
+        if len(text) >= _QED_NAME_AT + _QED_NAME.size:
+            offset, size = _QED_NAME.unpack_from(text, _QED_NAME_AT)
+            if name := os.pread(fd, min(size, _LONGEST_REFERENCE), offset).partition(b"\0")[0]:
+                yield name
+        return
+    yield from (match[1] for match in _VMDK_PARENT.finditer(text))
 
 
 def _backing(fd: int, head: bytes) -> tuple[bytes | None, bytes]:

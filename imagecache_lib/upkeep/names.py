@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from imagecache_lib.store import layout
 from imagecache_lib.upkeep import headers
 
 _LENGTH = 40
 _RUN = re.compile(rb"[0-9a-f]{40,}")
+
+#: A run of digits that is longer holds no reference of any program: a guest may write megabytes of them. Only
+#: parts of it are looked at, so close together that each name in it has one.
+_LONG_RUN = 4 * _LENGTH
+_PART = _LENGTH // 2
+
 #: A backing file's name has at most 1,023 bytes.
 _LONG = 4096
 
@@ -61,10 +68,29 @@ class Names:
         for run in _RUN.finditer(text):
             # A name is found wherever it begins, even within a longer run of hex digits.
             digits, start = run.group(), run.start()
-            windows = {digits[at : at + _LENGTH] for at in range(len(digits) - _LENGTH + 1)}
-            for original in windows.intersection(self._by_original):
+            for original in self._originals_in(digits):
                 found |= self._beginning_with(original, digits, text, start)
         return found
+
+    def _originals_in(self, digits: bytes) -> set[bytes]:
+        """Return the sha1s that occur in a run of digits, and of a long run some more that may."""
+        if len(digits) <= _LONG_RUN:
+            windows = {digits[at : at + _LENGTH] for at in range(len(digits) - _LENGTH + 1)}
+            return windows.intersection(self._by_original)
+        parts = {digits[at : at + _PART] for at in range(0, len(digits) - _PART + 1, _LENGTH - _PART + 1)}
+        found: set[bytes] = set()
+        for part in parts.intersection(self._parts):
+            found |= self._parts[part]
+        return found
+
+    @functools.cached_property
+    def _parts(self) -> Mapping[bytes, set[bytes]]:
+        """The sha1s by each part of them that may be looked at."""
+        parts: dict[bytes, set[bytes]] = {}
+        for original in self._by_original:
+            for at in range(_LENGTH - _PART + 1):
+                parts.setdefault(original[at : at + _PART], set()).add(original)
+        return parts
 
     def _beginning_with(self, original: bytes, digits: bytes, text: bytes, start: int) -> set[bytes]:
         found: set[bytes] = set()

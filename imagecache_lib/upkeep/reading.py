@@ -95,6 +95,7 @@ class Surroundings:
     :param condense: makes of long texts what matters of them.
     :param own: the directories that are the cache's own, by ``(st_dev, st_ino)``.
     :param passed_over: names of directories that hold no disks.
+    :param mounts: paths below the disk roots at which something is mounted.
     :param directories: what was read already, by ``(st_dev, st_ino)``.
     :param statx: for looks that are not given up.
     :param device: of the cache's filesystem.
@@ -106,6 +107,7 @@ class Surroundings:
     condense: Callable[[tuple[bytes, ...]], tuple[bytes, ...]]
     own: Collection[tuple[int, int]]
     passed_over: Collection[str]
+    mounts: Collection[str]
     directories: Mapping[tuple[int, int], Directory]
     filesystems: FilesystemIds
     statx: Statx
@@ -305,6 +307,8 @@ class Look:
             self._around.host.trace(TracePoint.REFERENCES_UNFINISHED)
         try:
             with Descriptor(name, _OPEN, dir_fd=directory_fd) as fd:
+                if self._around.mounts:
+                    self._note_mounted(directory, name, fd, inode)
                 head = headers.read_head(fd)
                 if not head:
                     return
@@ -322,6 +326,13 @@ class Look:
             self._unreadable_file(directory, name, directory_fd, inode, error, size)
             return
         self.facts.append(Overlay(directory.prefix + name, seen, references, inode, born))
+
+    def _note_mounted(self, directory: Directory, name: str, fd: int, inode: int) -> None:
+        """Note which file is mounted under a name: it may be a base itself."""
+        path = directory.prefix + name
+        if path in self._around.mounts:
+            status, seen = os.fstat(fd), self._mounted(fd, directory.seen)
+            self.facts.append(LinkedFile(path, seen, (status.st_dev, status.st_ino), inode))
 
     def _mounted(self, fd: int, directory: SeenDirectory) -> SeenDirectory:
         """Return what stands for the directory of a file that is itself a mount: without that, another file

@@ -93,6 +93,7 @@ class Scan:
             # What is ours holds no disks, however it is reached.
             own=disk_roots.own_directories(cache.config),
             passed_over=cache.config.passed_over,
+            mounts=self._mounts,
             directories=self._directories,
             filesystems=FilesystemIds(),
             statx=Statx(),

@@ -360,6 +360,18 @@ def test_two_namespaces_that_see_different_disks_at_one_path_keep_the_bases_of_b
         assert host.other_base.exists()
 
 
+@needs_root
+def test_a_base_that_is_mounted_itself_in_an_instance_directory_is_in_use(host: Host) -> None:
+    kernel = host.instances / "uuid" / "kernel"
+    kernel.parent.mkdir()
+    kernel.touch()
+    with mounted_file(kernel, host.base):
+        assert host.keeps()
+    assert host.keeps(), "what is mounted at a boot may not be mounted yet"
+    host.manager().forget_disks(str(kernel))
+    assert not host.keeps()
+
+
 def test_a_root_that_is_another_directory_of_the_same_filesystem_is_no_deletion(host: Host) -> None:
     root = host.directory / "root"
     root.mkdir()

@@ -569,6 +569,23 @@ def test_a_directory_of_pins_that_cannot_be_read_keeps_its_base_and_stops_nothin
     assert cache.base.exists()
 
 
+def test_a_disk_that_is_named_as_a_log_counts_when_it_cannot_be_read_any_more(cache: Cache) -> None:
+    disk = cache.instances / "guest" / "redo.log"
+    cache.overlay(disk)
+    give_to_nobody(cache.instances)
+
+    def survives() -> bool:
+        cache.verify()
+        return cache.base.exists()
+
+    assert as_nobody(survives)
+    os.chown(disk, 0, 0)
+    disk.chmod(0o600)
+    for _pass in range(2):
+        cache.grow_old()
+        assert as_nobody(survives)
+
+
 @pytest.mark.parametrize("lost", [False, True], ids=["alone", "another process is faster"])
 def test_a_base_is_put_back_where_nothing_can_be_linked(cache: Cache, lost: bool) -> None:
     """On a filesystem that can neither link nor rename without replacing, as some are."""

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Following the backing files of disks outside of the disk roots, to the bases at their ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+from imagecache_lib.store import layout
+from imagecache_lib.upkeep import headers
+from imagecache_lib.upkeep.facts import Overlay
+from imagecache_lib.upkeep.follow import CannotTell, Follower, Looked
+from imagecache_lib.upkeep.names import Names
+
+#: A chain of backing files is followed this far. QEMU opens every file of it, and gives up long before.
+_LONGEST_CHAIN = 1000
+
+
+class Chains:
+    """What the overlays of one reading lead to.
+
+    :param names: finds the names of bases.
+    :param base_path: of the cache.
+    :param read: paths of the overlays below the disk roots, which are read anyway.
+    """
+
+    def __init__(self, follower: Follower, names: Names, *, base_path: str, read: Collection[str]) -> None:
+        self._follower = follower
+        self._names = names
+        self._base_path = base_path
+        self._plain = os.fsencode(base_path)
+        self._overlays = read
+        self._looked: dict[str, Looked | CannotTell | None] = {}
+
+    def lie_in_cache(self, references: Iterable[bytes]) -> bool:
+        """Whether references are plain paths of files in the cache, as those of nearly all disks are."""
+        return all(text.rpartition(b"/")[0] == self._plain for text in references)
+
+    def leads_on(
+        self,
+        overlay: Overlay,
+        targets: Mapping[tuple[int, int], str],
+        names: Collection[str],
+        before: Collection[str],
+    ) -> bool:
+        """Whether a file that has a base's name, and lies elsewhere, is no base and refers to others itself.
+
+        :param targets: the bases' names by ``(st_dev, st_ino)``.
+        :param names: what the references of the overlay end in.
+        :param before: what it referred to when it was last read.
+        """
+        for text in overlay.references:
+            for path in headers.named_files(overlay.path, text):
+                looked = self._look(_spelled(path))
+                if isinstance(looked, Looked):
+                    if looked.references and looked.target not in targets:
+                        return True
+                elif set(names) < set(before):
+                    return True  # it referred to others when it could be read
+        return False
+
+    def follow(self, overlay: Overlay, targets: Mapping[tuple[int, int], str], names: set[str]) -> bool:
+        """Add the names that a chain leads to outside of the roots. Returns False if it cannot be read.
+
+        :param targets: as for :meth:`leads_on`.
+        :param names: gets the names.
+        """
+        seen: set[str] = set()
+        complete = True
+        pending = list(self._named_in(overlay.path, overlay.references, None))
+        while pending:
+            told = False
+            for path in pending.pop():
+                if path in seen or path in self._overlays or self._is_absent_base(path):
+                    told = True  # what is below the disk roots was read
+                    continue
+                if len(seen) >= _LONGEST_CHAIN:
+                    return False
+                seen.add(path)
+                looked = self._look(path)
+                told = told or not isinstance(looked, CannotTell)
+                if not isinstance(looked, Looked):
+                    continue
+                if (base := targets.get(looked.target)) is not None:
+                    names.add(base)
+                    continue
+                names |= self._names.find(looked.references)
+                pending.extend(self._named_in(path, looked.references, looked.real))
+            complete = complete and told
+        return complete
+
+    def _named_in(
+        self, path: str, references: Iterable[bytes], real: str | None
+    ) -> Iterator[tuple[str, ...]]:
+        """Yield the paths that each reference in a file may mean.
+
+        A relative one begins for QEMU in the directory through which the file was opened, and for other
+        programs in the one in which it lies.
+
+        :param real: the file's path without links, or None if it has yet to be asked for.
+        """
+        for text in references:
+            for named in headers.named_files(path, text):
+                meant = [_spelled(named)]
+                if not text.startswith(b"/"):
+                    real = self._follower.real(path) if real is None else real
+                    meant += [_spelled(each) for each in headers.named_files(real, text) if real]
+                yield tuple(dict.fromkeys(meant))
+
+    def _is_absent_base(self, path: str) -> bool:
+        """Whether a path is that of a base which is gone. One that is there may be an overlay itself."""
+        directory, name = os.path.split(os.path.normpath(path))
+        if directory != self._base_path or not layout.NAME_PATTERN.fullmatch(os.fsencode(name)):
+            return False
+        if os.path.dirname(path) == directory:
+            return not os.path.lexists(path)
+        return isinstance(self._look(path), CannotTell)
+
+    def _look(self, path: str) -> Looked | CannotTell | None:
+        if path not in self._looked:
+            answer = self._follower.look(path)
+            self._looked[path] = answer if isinstance(answer, Looked | CannotTell) else None
+        return self._looked[path]
+
+
+def _spelled(path: str) -> str:
+    """Return a path spelled shorter. ``..`` stays: behind a link it is another directory than it seems."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    return "/" + "/".join(parts)

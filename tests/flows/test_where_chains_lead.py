@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks whose backing files lie outside of the disk roots: each leads to its base however it is named."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import random
+import struct
+import subprocess
+import tracemalloc
+
+from imagecache_lib import events
+from imagecache_lib.upkeep.names import Names
+from tests.flows.test_upkeep import UpkeepCase
+from tests.support import files
+from tests.support.cache_case import OTHER_ID
+
+
+class ChainsCase(UpkeepCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.only = self.cached()
+        self.outside = self.directory / "outside"
+        self.disk = self.instances / "uuid" / "disk"
+
+    def between(self, name: str = "between") -> pathlib.Path:
+        """Make an overlay on the base outside of the disk roots."""
+        files.overlay(self.outside / name, self.only)
+        return self.outside / name
+
+    def assertCounts(self) -> None:
+        self.unused()
+        self.assertKept(self.only, self.verify(), "used by")
+
+
+class TestNames(ChainsCase):
+    def test_dots_behind_a_link_mean_the_directory_above_what_it_leads_to(self) -> None:
+        self.between()
+        (self.outside / "uuid").mkdir()
+        (self.instances / "uuid").symlink_to(self.outside / "uuid")
+        files.overlay(self.outside / "uuid" / "disk", "../between", backing_format="qcow2")
+        self.assertCounts()
+
+    def test_a_relative_name_counts_from_where_a_linked_disk_lies_too(self) -> None:
+        self.between()
+        files.overlay(self.outside / "disk", "between", backing_format="qcow2")
+        self.disk.parent.mkdir()
+        self.disk.symlink_to(self.outside / "disk")
+        self.assertCounts()
+
+    def test_a_name_ends_with_its_first_zero(self) -> None:
+        files.overlay(self.disk, f"{self.between()}xx", backing_format="qcow2")
+        head = bytearray(self.disk.read_bytes())
+        offset, size = struct.unpack_from(">QI", head, 8)
+        head[offset + size - 2 : offset + size] = bytes(2)
+        self.disk.write_bytes(head)
+        self.assertCounts()
+
+    def test_a_file_elsewhere_that_has_another_base_s_very_name_is_followed(self) -> None:
+        other = self.cached(OTHER_ID)
+        files.overlay(self.disk, self.between(other.name), backing_format="qcow2")
+        self.assertCounts()
+        self.assertEqual(0, self.happened(events.MovedToTrash), "a guest could not start meanwhile")
+
+    def test_a_base_that_is_gone_stops_nothing_however_its_path_is_spelled(self) -> None:
+        files.overlay(self.disk, f"../_base/{'cd' * 20}")
+        (self.disk.parent / "disk.info").write_text(f'{{"{self.disk}": "qcow2"}}')
+        self.verify()
+        self.assertFalse(self.only.exists())
+
+
+class TestOtherFormats(ChainsCase):
+    def qed(self, backing: pathlib.Path, *options: str) -> None:
+        self.disk.parent.mkdir()
+        command = ["qemu-img", "create", "-q", "-u", "-f", "qed", *options, "-F", "raw", "-b", str(backing)]
+        subprocess.run([*command, str(self.disk), "1M"], check=True)
+
+    def test_a_chain_that_begins_with_qed_is_followed(self) -> None:
+        self.qed(self.between())
+        self.assertCounts()
+
+    def test_a_name_far_behind_the_header_of_qed_counts(self) -> None:
+        self.qed(self.only, "-o", "cluster_size=1M")
+        data = bytearray(self.disk.read_bytes())
+        offset, size = struct.unpack_from("<II", data, 56)
+        late = 500_000
+        data[late : late + size], data[offset : offset + size] = data[offset : offset + size], bytes(size)
+        struct.pack_into("<I", data, 56, late)
+        self.disk.write_bytes(data)
+        self.assertCounts()
+
+    def test_a_chain_that_begins_with_vmdk_is_followed(self) -> None:
+        self.disk.parent.mkdir()
+        parent = f'parentFileNameHint="{self.between()}"\n'
+        for begin in ("# Disk DescriptorFile\nversion=1\n", "version=1\n"):
+            with self.subTest(begin):
+                self.disk.write_text(f'{begin}CID=1\nparentCID=2\ncreateType="monolithicSparse"\n{parent}')
+                self.assertCounts()
+
+
+class TestUnreadableChains(ChainsCase):
+    """What a disk referred to when its chain could be read stays while that cannot be."""
+
+    def unmount(self) -> None:
+        self.verify()
+        self.outside.rename(self.directory / "unmounted")
+
+    def test_behind_a_file_that_has_another_base_s_very_name(self) -> None:
+        other = self.cached(OTHER_ID)
+        files.overlay(self.disk, self.between(other.name), backing_format="qcow2")
+        self.unmount()
+        self.assertCounts()
+
+    def test_behind_a_file_that_is_named_as_a_base_may_be(self) -> None:
+        files.overlay(self.disk, self.between("ab" * 20), backing_format="qcow2")
+        self.unmount()
+        self.assertCounts()
+
+    def test_while_the_instance_is_renamed(self) -> None:
+        files.overlay(self.disk, self.between(), backing_format="qcow2")
+        self.unmount()
+        for name in ("uuid_resize", "other", "uuid"):
+            with self.subTest(name):
+                (directory,) = (each for each in self.instances.iterdir() if (each / "disk").exists())
+                directory.rename(self.instances / name)
+                self.assertCounts()
+
+
+class TestLongRuns(UpkeepCase):
+    """A guest may write megabytes of hex digits behind a broken header."""
+
+    def test_a_name_is_found_wherever_it_begins(self) -> None:
+        chance = random.Random(5)
+        known = [chance.randbytes(20).hex() for _number in range(100)]
+        names = Names([*known, f"{known[0]}_20"])
+        for length in (0, 1, 100, 119, 120, 121, 139, 140, 141, 200):
+            noise = chance.randbytes(length).hex()[:length]
+            for at in range(length + 1):
+                text = f"{noise[:at]}{known[7]}{noise[at:]}".encode()
+                self.assertEqual({known[7]}, names.find([text]), (length, at))
+        self.assertEqual({known[0], f"{known[0]}_20"}, names.find([b"0" * 500 + f"{known[0]}_20".encode()]))
+
+    def test_they_take_no_memory(self) -> None:
+        text = os.urandom(2**20).hex().encode()
+        tracemalloc.start()
+        try:
+            self.assertEqual(set(), Names(["ab" * 20]).find([text]))
+            self.assertLess(tracemalloc.get_traced_memory()[1], 64 * 2**20)
+        finally:
+            tracemalloc.stop()
