@@ -58,7 +58,9 @@ class CacheAdmin:
         told = [LogObserver()] if observers is None else observers
         self._cache = CacheStore(config, self.host)
         self._cache.observers = events.Observers([HistoryObserver(self._cache), *told])
-        self._starting = threading.Lock()
+        # An observer that is told what a crash left may call this very object.
+        self._starting = threading.RLock()
+        self._is_starting = False
         self._started = False
 
     @functools.cached_property
@@ -332,8 +334,13 @@ class CacheAdmin:
             return
         with self._starting:
             self._started = self._started and self._cache.is_prepared()
-            if not self._started:
+            if self._started or self._is_starting:
+                return
+            self._is_starting = True
+            try:
                 with translated(self.config.base_path):
                     self._cache.start()
                     self._upkeep.begin()
                 self._started = True
+            finally:
+                self._is_starting = False

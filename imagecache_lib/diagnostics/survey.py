@@ -240,5 +240,5 @@ def _state(reasons: Sequence[Reason]) -> State:
 def _changed(path: str) -> float | None:
     """Return when a file was written last, in epoch seconds, or None if it is not there."""
     with contextlib.suppress(FileNotFoundError):
-        return os.stat(path).st_mtime
+        return os.stat(path, follow_symlinks=False).st_mtime
     return None

@@ -204,7 +204,10 @@ class DiskInfo:
         real = os.path.join(names.real_directory(directory), name)
         number = zlib.crc32(os.fsencode(real)) % _LOCKS
         lock = os.path.join(self._locks_path, layout.lock_name(f"imagecache-disk-info-{number:x}"))
-        return locks.waiting(lock, shared=False, host=self._host, stall_timeout=self._stall_timeout)
+        # The file is read back, so that nothing depends on the lock.
+        return locks.waiting(
+            lock, shared=False, host=self._host, stall_timeout=self._stall_timeout, needed=False
+        )
 
 
 def _read(path: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ then read its own references, and cleared it. A silent host blocks that until an
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 from collections.abc import Collection, Container, Iterable, Mapping
@@ -18,6 +19,8 @@ from imagecache_lib.store import trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.membership import HostFile, parse
 from imagecache_lib.system import durable
+
+LOG = logging.getLogger(__name__)
 
 #: What every release calls a member's file. A copy of one under another name is nobody's, and would be waited
 #: for without end.
@@ -51,10 +54,19 @@ class Hosts:
     def register(self) -> None:
         """Have a file, before the first lease: from then on nothing is unlinked without this host.
 
+        Something that is no file of this host, and that cannot be replaced, makes it a member all the same:
+        the others cannot read it, and keep everything.
+
         :raises OSError: it cannot be written.
         """
-        if self._read(self.id) is None:
+        if self._read(self.id) is not None:
+            return
+        try:
             self.write(HostFile(self.id, self._cache.host.name))
+        except OSError as error:
+            if not os.path.lexists(self._cache.layout.host(self.id)):
+                raise
+            LOG.warning("The other hosts wait for this one, whose file cannot be written: %s", error)
 
     def own(self) -> HostFile:
         """Return this host's file as it is now."""

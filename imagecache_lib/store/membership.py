@@ -65,7 +65,9 @@ def host_id(name: str) -> str:
             path="/etc/machine-id",
             next_step="make it readable for the service's user, and check the limit of open files",
         ) from error
-    return hashlib.sha256(machine.strip() + b"\0" + name.encode()).hexdigest()[:32]
+    # The kernel takes any bytes for a name, and Python makes surrogates of those that are no text.
+    encoded = name.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(machine.strip() + b"\0" + encoded).hexdigest()[:32]
 
 
 def ensure(where: layout.Layout, own_id: str, name: str) -> None:

@@ -156,9 +156,7 @@ def remove(cache: CacheStore, name: str, image_id: str, owner: str) -> bool:
 def read(cache: CacheStore, name: str) -> PinFile | None:
     """Return all pins of a base, expired ones included. Returns None if there are none.
 
-    A file that cannot be read counts as a pin of :data:`UNREADABLE`.
-
-    :raises OSError: the directory of pins cannot be read.
+    What cannot be read counts as a pin of :data:`UNREADABLE`.
     """
     found = [held for _path, held in _files(cache, name)]
     if not found:
@@ -180,11 +178,9 @@ def look(cache: CacheStore, name: str, now: float) -> Pinned | None:
 
     A pin file that cannot be read counts as a pin.
     """
-    try:
-        found = _files(cache, name)
-    except OSError as error:
-        return Pinned(f"its pins cannot be read: {error.strerror}; see {cache.layout.pins_of(name)}")
-    for path, held in found:
+    for path, held in _files(cache, name):
+        if path == cache.layout.pins_of(name):
+            return Pinned(f"its pins cannot be read; make {path} a directory that can be, or remove it")
         if held.pins == (Pin(UNREADABLE),):
             return Pinned(f"its pins are unreadable; remove {path} if they are not wanted")
     known = read(cache, name)
@@ -211,14 +207,18 @@ def names(cache: CacheStore) -> list[str]:
 def _files(cache: CacheStore, name: str) -> list[tuple[str, PinFile]]:
     """Return the files that pin a base, with their pins: those of one owner first, which count more.
 
-    :raises OSError: they cannot be listed.
+    A directory that cannot be listed, or something else in its place, may hold any owner's.
     """
     directory = cache.layout.pins_of(name)
+    found: list[tuple[str, PinFile | None]] = []
     try:
         entries = sorted(entry for entry in os.listdir(directory) if _FILE.fullmatch(entry))
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
         entries = []
-    found = [(path, _load(path)) for path in (os.path.join(directory, entry) for entry in entries)]
+        # So says the kernel also of a link there that leads nowhere.
+        if not isinstance(error, FileNotFoundError) or os.path.lexists(directory):
+            found.append((directory, PinFile("", (Pin(UNREADABLE),))))
+    found += [(path, _load(path)) for path in (os.path.join(directory, entry) for entry in entries)]
     former = cache.layout.former_pins(name)
     held = _load(former)
     if held is not None:
@@ -346,7 +346,7 @@ def _show_earlier_releases(
             return  # it keeps the base for every release, and what was in it must not be lost
         others = held.pins if held is not None else ()
         kept = tuple(pin for pin in others if pin.owner not in (STAND_IN, without))
-        if os.path.isdir(cache.layout.pins_of(name)):
+        if os.path.lexists(cache.layout.pins_of(name)):
             kept = (*kept, Pin(STAND_IN))
         if kept:
             durable.write_file(path, PinFile(image_id, kept).to_json())
@@ -359,4 +359,4 @@ def _is_shown(path: str, directory: str, without: str | None) -> bool:
     """Whether that file needs no change. The fewer there are, the less can get lost where no locks work."""
     held = _load(path)
     owners = {pin.owner for pin in held.pins} if held is not None else set()
-    return (STAND_IN in owners) == os.path.isdir(directory) and without not in owners
+    return (STAND_IN in owners) == os.path.lexists(directory) and without not in owners

@@ -176,6 +176,7 @@ class Reservation:
             host=self._cache.host,
             stall_timeout=self._cache.config.lock_timeout,
             waiter=self._waiter,
+            needed=False,
         )
 
 

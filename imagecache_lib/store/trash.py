@@ -267,12 +267,28 @@ def is_restored(cache: CacheStore, entry: TrashEntry) -> bool:
 
 
 def unlink(cache: CacheStore, entry: TrashEntry) -> None:
-    """Remove a file for good, its record, checksums and hashes unless the name has a base again."""
+    """Remove a file for good, its record, checksums and hashes unless the name has a base again.
+
+    :raises OSError: the file is still there. What lies beside a base and cannot be removed with it is left to
+        a later start or pass.
+    """
     found = os.stat(entry.path, follow_symlinks=False)
     carried = _id_of(entry)
     os.unlink(entry.path)
     cache.host.trace(TracePoint.EVICT_UNLINKED)
     _drop_intent(entry)
+    try:
+        _unlink_beside(cache, entry, found, carried)
+    except OSError as error:
+        LOG.warning("What lies beside the evicted base image %s stays for now: %s", entry.name, error)
+
+
+def _unlink_beside(cache: CacheStore, entry: TrashEntry, found: os.stat_result, carried: str | None) -> None:
+    """Remove record, checksums and hashes of a base that is gone.
+
+    :param found: of its file.
+    :param carried: as :func:`_id_of` returned it.
+    """
     record = cache.layout.record(entry.name)
     data = durable.read_file(record)
     described = evidence.parse(data) if data is not None else None

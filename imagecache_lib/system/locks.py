@@ -181,10 +181,11 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
     Not reusable while held, and not by two threads: make one for each acquisition.
     """
 
-    def __init__(self, path: str, *, shared: bool, host: System) -> None:
+    def __init__(self, path: str, *, shared: bool, host: System, needed: bool = True) -> None:
         super().__init__(path, sleep_func=host.sleep)
         self.file = path  # fasteners keeps it as bytes
         self._shared = shared
+        self._needed = needed
         self._host = host
         self._descriptor: HeldDescriptor | None = None
 
@@ -206,6 +207,9 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
                 # The file does not exist, so no process holds the lock; and eviction must work on a full
                 # filesystem.
                 LOG.warning("There is no room for the lock file %s; going on without", self.file)
+                return
+            if not self._needed:
+                LOG.warning("Going on without the lock file %s: %s", self.file, error.strerror)
                 return
             raise errors.BackendError(
                 f"the lock file cannot be opened: {error.strerror}",
@@ -296,6 +300,7 @@ def waiting(
     stall_timeout: float,
     waiter: Waiter | None = None,
     watched: Watched | None = None,
+    needed: bool = True,
 ) -> Iterator[bool]:
     """Hold a lock for the body. Yields whether the lock was got.
 
@@ -304,10 +309,12 @@ def waiting(
 
     :param waiter: the caller that waits, or None for one that waits as long as it takes.
     :param watched: what the lock's holder works on, or None if that cannot be told.
+    :param needed: False for a lock of the whole cache, whose file must not stop everything if it cannot be
+        opened: the body runs without the lock then, as where locks do not lock.
     :raises CancelledError, LockTimeoutError: the waiter no longer waits.
     :raises BackendError: the lock file cannot be opened.
     """
-    lock = FileLock(path, shared=shared, host=host)
+    lock = FileLock(path, shared=shared, host=host, needed=needed)
     try:
         got = lock.acquire_now()
         if not got:

@@ -113,7 +113,7 @@ def evict(
     reasons = {}
     moved: list[trash.TrashEntry] = []
     lock = cache.layout.lock(_LOCK.format(mark=hosts.mark))
-    with locks.waiting(lock, shared=True, host=cache.host, stall_timeout=_PATIENCE):
+    with locks.waiting(lock, shared=True, host=cache.host, stall_timeout=_PATIENCE, needed=False):
         try:
             for victim in victims:
                 name = victim.entry.name
@@ -266,7 +266,12 @@ def put_back_own(cache: CacheStore, hosts: Hosts) -> list[str]:
     another process of this host evicts, what is in the trash is that one's.
     """
     lock = cache.layout.lock(_LOCK.format(mark=hosts.mark))
-    with locks.without_waiting(lock, host=cache.host) as alone:
+    with contextlib.ExitStack() as stack:
+        try:
+            alone = stack.enter_context(locks.without_waiting(lock, host=cache.host))
+        except errors.BackendError as error:
+            LOG.warning("What lies in the trash waits for the next pass: %s", error)
+            return []
         if not alone:
             return []
         cleared = hosts.own().cleared

@@ -64,11 +64,15 @@ class LastPass:
         seen = read.seen
         if last.unreadable is not None:
             return  # what cannot be read now may be read again, and must not be replaced by less
-        try:
-            own = self._hosts.own()
-            roots = {path: (root.device, root.fsid) for path, root in seen.roots.items()}
-            if dict(own.roots) != roots:
+        own = self._hosts.own()
+        roots = {path: (root.device, root.fsid) for path, root in seen.roots.items()}
+        if dict(own.roots) != roots:
+            try:
                 self._hosts.write(dataclasses.replace(own, roots=roots))
+            except OSError as error:
+                # The release before reads it. What this one goes by comes next.
+                LOG.warning("Which directories the disk roots are cannot be told other releases: %s", error)
+        try:
             where, host_id = self._cache.layout, self._hosts.id
             last_scan.save_last_scan(where, host_id, last, seen)
             named_roots.retire(read.notes_retired)

@@ -200,14 +200,14 @@ def _scrub_one(
         if found.verdict is Verdict.DAMAGED:
             return _quarantine(found, opened, cache, observers, evictor)
         if found.verdict is Verdict.SOUND and record.damaged:
-            _acquit(opened, cache)
+            with contextlib.suppress(OSError):  # the next scrub does it
+                _acquit(opened, cache)
         return found
 
 
 def _check(opened: OpenBase, record: evidence.Record, cache: CacheStore, limit: Pace) -> ScrubbedBase:
     sums_path = cache.layout.sums(record.name)
-    data = durable.read_file(sums_path, limit=checksums.LIMIT)
-    sums = checksums.parse(data, record.base_id) if data is not None else None
+    sums = _sums_of(record, sums_path)
     digest = None if record.converted else record.digest
     content = StoredContent(opened, limit)
 
@@ -236,6 +236,16 @@ def _check(opened: OpenBase, record: evidence.Record, cache: CacheStore, limit: 
     return scrubbed(Verdict.SOUND, compared.how)
 
 
+def _sums_of(record: evidence.Record, path: str) -> checksums.Checksums | None:
+    """Return the checksums of a base, or None if there are none that can be read: others are checked on."""
+    try:
+        data = durable.read_file(path, limit=checksums.LIMIT)
+    except OSError as error:
+        LOG.warning("The checksums %s cannot be read: %s", path, error.strerror)
+        return None
+    return checksums.parse(data, record.base_id) if data is not None else None
+
+
 def _quarantine(
     found: ScrubbedBase,
     opened: OpenBase,
@@ -243,26 +253,41 @@ def _quarantine(
     observers: events.Observers,
     evictor: BaseEvictor,
 ) -> ScrubbedBase:
-    """Mark a damaged base, so that no new request is served from it, and evict it if nothing needs it."""
-    with locks.waiting(
-        cache.layout.lock(found.name),
-        shared=False,
-        host=cache.host,
-        stall_timeout=cache.config.lock_timeout,
-    ) as locked:
-        if not opened.is_current():
-            return dataclasses.replace(found, verdict=Verdict.GONE, detail="it was evicted meanwhile")
-        record = cache.record_of(opened)
-        if record is not None and not record.damaged:
-            _mark(dataclasses.replace(record, damaged=True), cache)
-        went = (
-            evictor.evict_one(found.name, f"damaged on disk: {found.detail}", locked=True)
-            if locked
-            else Kept(LEASED)
-        )
-        stays = went.reason if isinstance(went, Kept) else None
+    """Mark a damaged base, so that no new request is served from it, and evict it if nothing needs it.
+
+    That it is damaged is told whatever fails on the way, and the others are checked all the same.
+    """
+    try:
+        with locks.waiting(
+            cache.layout.lock(found.name),
+            shared=False,
+            host=cache.host,
+            stall_timeout=cache.config.lock_timeout,
+        ) as locked:
+            if not opened.is_current():
+                return dataclasses.replace(found, verdict=Verdict.GONE, detail="it was evicted meanwhile")
+            unmarked = _condemn(opened, cache)
+            went = (
+                evictor.evict_one(found.name, f"damaged on disk: {found.detail}", locked=True)
+                if locked
+                else Kept(LEASED)
+            )
+            stays = f"{went.reason}{unmarked}" if isinstance(went, Kept) else None
+    except (OSError, errors.NoSpaceError, errors.BackendError) as error:
+        stays = f"it cannot be removed now: {error}"
     observers(events.Damaged(found.name, found.image_id, detail=found.detail, stays=stays))
     return dataclasses.replace(found, stays=stays)
+
+
+def _condemn(opened: OpenBase, cache: CacheStore) -> str:
+    """Mark a damaged base. Returns what is wrong if it cannot be marked, to be added to why it stays."""
+    record = cache.record_of(opened)
+    try:
+        if record is not None and not record.damaged:
+            _mark(dataclasses.replace(record, damaged=True), cache)
+    except OSError as error:
+        return f"; it cannot be marked as damaged ({error.strerror}), and new disks may be made from it"
+    return ""
 
 
 def _acquit(opened: OpenBase, cache: CacheStore) -> None:

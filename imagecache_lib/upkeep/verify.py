@@ -100,7 +100,7 @@ class Upkeep:
         self._hosts.register()
         try:
             compute_nodes.refresh(self._cache)
-        except OSError as error:
+        except (OSError, errors.BackendError) as error:
             LOG.warning("Nova's registry of hosts that share this storage cannot be written: %s", error)
         evict.sweep_foreign_stages(self._cache, self._observers, foreign, now=now)
 

@@ -14,7 +14,7 @@ import pytest
 import imagecache_lib as ic
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
-from tests.support import needs
+from tests.support import needs, recorded_calls
 
 ID = "image"
 CONTENT = os.urandom(2**20)
@@ -108,3 +108,21 @@ def test_a_damaged_base_stays_as_long_as_it_is_leased(tmp_path: pathlib.Path) ->
     (found,) = manager(tmp_path).scrub().bases
     assert found.stays is None
     assert not os.path.exists(base.path)
+
+
+def test_damage_is_told_and_removed_though_it_cannot_be_marked(tmp_path: pathlib.Path) -> None:
+    """As on a full filesystem."""
+    manager(tmp_path).cache_image(ID)
+    base = tmp_path / "_base" / layout.base_name(ID)
+    with open(base, "r+b") as file:
+        file.write(b"x" if CONTENT[:1] != b"x" else b"y")
+
+    def scrub() -> None:
+        (found,) = manager(tmp_path, space_minimum_age_seconds=0).scrub().bases
+        assert found.verdict is ic.Verdict.DAMAGED
+        assert found.stays is None
+
+    # The first rename of a scrub gives the record its name.
+    options = ["-o", os.devnull, "-e", "signal=none", "-e", "trace=rename"]
+    assert recorded_calls.attached(scrub, [*options, "-e", "inject=rename:error=ENOSPC:when=1"]) == 0
+    assert not base.exists()

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Odd entries in the place of small files and locks: each keeps what it may mean, and stops nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import imagecache_lib as ic
+from imagecache_lib import errors, events
+from imagecache_lib.store import pins
+from imagecache_lib.testing.sources import FakeSource
+from tests.flows.test_small_files import SmallFilesCase
+from tests.flows.test_upkeep import NAME, OLD
+from tests.support import files
+from tests.support.cache_case import ID, OTHER_ID, raw_image
+
+
+class TestOddEntries(SmallFilesCase):
+    """What no program of the cache makes, in the place of what it made."""
+
+    def test_a_link_that_leads_nowhere_instead_of_the_directory_of_pins_pins(self) -> None:
+        base = self.cached()
+        self.manager().pin(ID, owner="me")
+        path = self.private / "pins" / NAME
+        oddities: tuple[Callable[[], object], ...] = (lambda: path.symlink_to("nowhere"), path.touch)
+        for make in oddities:
+            with self.subTest(make):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                make()
+                self.assertKept(base, self.verify(), f"its pins cannot be read; make {path} a directory")
+                (told,) = self.manager().list_pins()
+                self.assertEqual(pins.UNREADABLE, told.pin.owner)
+                self.assertIn(pins.STAND_IN, path.with_suffix(".json").read_text(), "for other releases")
+
+    def test_what_lies_beside_a_base_and_cannot_be_removed_does_not_keep_it(self) -> None:
+        base = self.cached()
+        self.record().unlink()
+        self.record().mkdir()
+        files.age(self.record(), seconds=OLD)
+        self.manager().evict_image(ID)
+        self.assertFalse(base.exists())
+        self.assertEqual(1, self.happened(events.Evicted))
+
+    def test_no_lock_of_the_whole_cache_stops_it_if_its_file_cannot_be_opened(self) -> None:
+        base = self.cached()
+        (host,) = self.manager().list_hosts()
+        (self.instances / "compute_nodes").write_text("{}")
+        names = ["space", "room", f"evict-{host.id[:8]}", *(f"disk-info-{number:x}" for number in range(16))]
+        for name in (*(f"imagecache-{each}" for each in names), "storage-registry-lock"):
+            path = self.instances / "locks" / f"nova-{name}"
+            path.unlink(missing_ok=True)
+            path.mkdir()
+        self.spawn(self.manager(), OTHER_ID)
+        with self.assertRaises(errors.NoSpaceError):
+            self.manager(FakeSource({"third": raw_image(3)}), free_space_low=2**60).cache_image("third")
+        self.unused()
+        self.verify()
+        self.assertFalse(base.exists())
+
+    def test_a_directory_in_the_place_of_the_own_host_s_file_is_a_member(self) -> None:
+        self.cached()
+        disk = self.instances / "uuid" / "disk"
+        files.overlay(disk, self.base())
+        (host,) = self.manager().list_hosts()
+        path = self.private / "hosts" / f"{host.id}.json"
+        path.unlink()
+        path.mkdir()
+        self.spawn(self.manager(), OTHER_ID)
+        self.unused(OTHER_ID)
+        self.assertIn(str(disk), self.reason(self.verify()))
+        self.assertFalse(self.base(OTHER_ID).exists())
+        (kept,) = (self.private / "hosts").glob("*.scan")
+        self.assertIn(NAME, kept.read_text(), "it is remembered though the roots are not")
+        elsewhere = self.manager(host=self.host(name="there"))
+        disk.unlink()
+        self.verify()  # which finds the base too young
+        self.unused()
+        self.assertIn("until these hosts have looked too", self.reason(elsewhere.verify_base_images([])))
+
+
+class TestScrubs(SmallFilesCase):
+    def damaged(self) -> None:
+        with open(self.cached(), "r+b") as file:
+            file.write(b"rot")
+
+    def test_checksums_that_cannot_be_read_stop_no_other_check(self) -> None:
+        self.damaged()
+        self.cached(OTHER_ID)
+        sums = self.record(OTHER_ID).with_suffix(".sums")
+        sums.unlink()
+        sums.symlink_to("nowhere")
+        found = {base.name: base.verdict for base in self.manager().scrub(rate=0).bases}
+        self.assertEqual(ic.Verdict.DAMAGED, found[NAME])
+        self.assertEqual(2, len(found))
+
+    def test_damage_is_told_though_its_lock_cannot_be_opened(self) -> None:
+        self.damaged()
+        lock = self.instances / "locks" / f"nova-{NAME}"
+        lock.unlink(missing_ok=True)
+        lock.mkdir()
+        (found,) = self.manager().scrub(rate=0).bases
+        self.assertEqual(ic.Verdict.DAMAGED, found.verdict)
+        self.assertIn("the lock file cannot be opened", str(found.stays))
+
+
+class TestObserversThatAsk(SmallFilesCase):
+    def test_one_that_calls_the_manager_as_that_starts_is_answered(self) -> None:
+        self.cached()
+        leftover = self.private / "stage" / ("ab" * 16)
+        leftover.touch()
+        files.age(leftover, seconds=OLD)
+        asked = []
+
+        def observe(event: events.Event) -> None:
+            if isinstance(event, events.Recovered):
+                asked.append(manager.get_space())
+
+        config = ic.CacheConfig(instances_path=str(self.instances))
+        manager = ic.ImageCacheManager(config, self.source, host=self.host(), observers=(observe,))
+        self.comes_back(manager.list_hosts)
+        self.assertTrue(asked)
+
+
+class TestHostNames(SmallFilesCase):
+    def test_one_that_is_no_text_is_a_host_s(self) -> None:
+        """The kernel takes any bytes for a name."""
+        base = self.cached()
+        manager = self.manager(host=self.host(name="h\udcff"))
+        self.assertEqual({"here", "h\udcff"}, {host.name for host in manager.list_hosts()})
+        self.spawn(manager)
+        self.unused()
+        manager.verify_base_images([])
+        self.assertFalse(base.exists())
