@@ -31,6 +31,9 @@ STAND_IN = "a later release"
 
 _FILE = re.compile(r"[0-9a-f]{40}\.json")
 
+#: What tells in a file when a pin ends. A truth value tells nothing, and Python takes it for a number.
+_ENDS = (int, float, type(None))
+
 #: How often the directory for a new pin may be removed from under it, with another owner's last pin.
 _MOST_TURNS = 100
 
@@ -71,7 +74,7 @@ def parse(data: bytes) -> PinFile | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     known = isinstance(image_id, str) and all(
-        isinstance(pin.owner, str) and isinstance(pin.expires, int | float | None) for pin in found
+        isinstance(pin.owner, str) and type(pin.expires) in _ENDS for pin in found
     )
     return PinFile(image_id, found) if known else None
 

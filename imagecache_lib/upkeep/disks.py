@@ -174,13 +174,11 @@ class Disks:
         if None in exact:
             names |= self._names.find(overlay.references)
         if None in exact or not self._chains.lie_in_cache(overlay.references):
-            before = self._before(overlay)
-            known = () if before is None else before.names
-            leads_on = None in exact or self._chains.leads_on(overlay, targets, names, known)
+            leads_on = None in exact or self._leads_on(overlay, targets, names)
             # A disk that is pinned raw counts by the names in it and no more: its guest wrote the header.
             is_followed = leads_on and self._follower.pinned(path) != "raw"
             if is_followed and not self._chains.follow(overlay, targets, names):
-                names |= self._chain_cannot_be_read(overlay, before)
+                names |= self._chain_cannot_be_read(overlay)
         remembered = names | lasting(overlay.references) if None in exact else names
         if remembered:
             self._disks[path] = SeenDisk(
@@ -193,8 +191,13 @@ class Disks:
             )
         return names
 
-    def _chain_cannot_be_read(self, overlay: Overlay, before: SeenDisk | None) -> set[str]:
+    def _leads_on(self, overlay: Overlay, targets: Mapping[tuple[int, int], str], names: set[str]) -> bool:
+        before = self._before(overlay)
+        return self._chains.leads_on(overlay, targets, names, () if before is None else before.names)
+
+    def _chain_cannot_be_read(self, overlay: Overlay) -> set[str]:
         """Return what a disk referred to before whose backing files cannot all be read now."""
+        before = self._before(overlay)
         if before is not None:
             self.problems.append(
                 f"The backing files of {overlay.path} cannot all be read: what it referred to before stays."

@@ -100,7 +100,8 @@ class TestPins(CacheCase):
         manager.cache_image(ID)
         manager.pin(ID, owner="night-shift")
         (path,) = (self.pins / NAME).iterdir()
-        for damage in ("", "{", "[]", '{"image_id": "x", "pins": 7}'):
+        no_time = '{"image_id": "x", "pins": [{"owner": "x", "expires": true}]}'
+        for damage in ("", "{", "[]", '{"image_id": "x", "pins": 7}', no_time):
             with self.subTest(damage):
                 path.write_text(damage)
                 self.assertFalse(self.evicted())
