@@ -306,11 +306,15 @@ def iter_stages(cache: CacheStore) -> Iterator[tuple[str, StageInfo]]:
 
 
 def unreadable(cache: CacheStore) -> list[str]:
-    """Return the paths of notes that cannot be read, of stages that are there: they may be any base's."""
+    """Return the paths of notes that cannot be read, of stages that are there: they may be any base's.
+
+    So may those that are torn as long as their owners live. What is left of dead ones was never published.
+    """
     return [
         cache.layout.stage_record(stage_id)
         for stage_id, info in _infos(cache)
-        if info is _UNREADABLE and os.path.lexists(cache.layout.stage(stage_id))
+        if (info is _UNREADABLE and os.path.lexists(cache.layout.stage(stage_id)))
+        or (info is None and _may_be_alive(cache, stage_id))
     ]
 
 
@@ -336,6 +340,8 @@ def _infos(cache: CacheStore) -> Iterator[tuple[str, StageInfo | _Unreadable | N
                 LOG.debug("The note of an image in flight, %s, cannot be read: %s", path, error.strerror)
                 yield stage_id, _UNREADABLE
                 continue
+            if data is None and not os.path.lexists(path):
+                continue  # its owner removed it
             yield stage_id, parse_info(data) if data is not None else None
 
 

@@ -15,7 +15,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from imagecache_lib import errors, events
-from imagecache_lib.store import trash
+from imagecache_lib.store import stage, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import HostRef, Hosts
 from imagecache_lib.store.membership import HostFile
@@ -161,7 +161,21 @@ def _move_in(
         return Kept(f"it cannot be locked: {error}")
     if entry is not None:
         return entry
-    return Kept(PUBLISHED_NOW) if os.path.lexists(cache.layout.base(name)) else Evicted()
+    if not os.path.lexists(cache.layout.base(name)):
+        return Evicted()
+    if name in trash.being_published(cache):
+        return Kept(PUBLISHED_NOW)
+    return in_flight(cache) or Kept(PUBLISHED_NOW)
+
+
+def in_flight(cache: CacheStore) -> Kept | None:
+    """Return why any base may be about to be published, or None if it is told which are."""
+    paths = stage.unreadable(cache)
+    if not paths:
+        return None
+    return Kept(
+        f"it may be what is in flight, of which {paths[0]} cannot be read; make it readable, or remove it"
+    )
 
 
 def _empty(

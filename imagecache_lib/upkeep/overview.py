@@ -69,8 +69,11 @@ class Overview:
 
 def _held(cache: CacheStore, names: Iterable[str]) -> dict[str, str]:
     """Return why bases are in use this moment, as a clause by name: locked, or about to be published."""
+    names = list(names)
     locked = {name: LEASED for name in names if locks.is_taken(cache.layout.lock(name), host=cache.host)}
-    return {**dict.fromkeys(trash.being_published(cache), evict.PUBLISHED_NOW), **locked}
+    published = dict.fromkeys(trash.being_published(cache), evict.PUBLISHED_NOW)
+    unknown = evict.in_flight(cache)
+    return {**({} if unknown is None else dict.fromkeys(names, unknown.reason)), **published, **locked}
 
 
 def _space(cache: CacheStore, inventory: Inventory) -> policy.Space:

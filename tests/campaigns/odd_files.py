@@ -98,9 +98,9 @@ class World:
         (self.instances / "vm").mkdir()
         manager = self.manager()
         manager.create_disk(A, str(self.instances / "vm" / "disk"), size=2**20)
-        manager.cache_image(B)
         manager.pin(C, owner="me")
         manager.verify_base_images([])
+        manager.cache_image(B)  # which a pass would have taken away, and each call is to find
         manager.scrub()
         self.own_id = next(host.id for host in manager.list_hosts())
         self._numbers = itertools.count()

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 
 import imagecache_lib as ic
 from imagecache_lib import errors, events
 from imagecache_lib.store import pins
+from imagecache_lib.system import locks
 from imagecache_lib.testing.sources import FakeSource
 from tests.flows.test_small_files import SmallFilesCase
 from tests.flows.test_upkeep import NAME, OLD
@@ -77,6 +79,24 @@ class TestOddEntries(SmallFilesCase):
         self.verify()  # which finds the base too young
         self.unused()
         self.assertIn("until these hosts have looked too", self.reason(elsewhere.verify_base_images([])))
+
+    def test_a_note_of_what_is_in_flight_that_cannot_be_read_keeps_every_base_and_is_told(self) -> None:
+        base = self.cached()
+        stage = self.private / "stage" / ("ab" * 16)
+        note = stage.with_suffix(".json")
+        stage.touch()
+        note.symlink_to("nowhere")
+        for dry_run in (True, False):
+            self.assertKept(base, self.verify(dry_run=dry_run), f"{note} cannot be read")
+        note.unlink()
+        note.write_text("{")
+        held = locks.HeldDescriptor(str(stage), os.O_RDWR)
+        owner = locks.OwnerLock(held, self.host())
+        for dry_run in (True, False):
+            self.assertKept(base, self.verify(dry_run=dry_run), f"{note} cannot be read")
+        owner.close()
+        self.verify()
+        self.assertFalse(base.exists(), "what a dead owner left is never published")
 
 
 class TestScrubs(SmallFilesCase):
