@@ -79,6 +79,11 @@ class Chains:
                 seen.add(path)
                 looked = self._look(path)
                 told = told or not isinstance(looked, CannotTell)
+                if isinstance(looked, CannotTell):
+                    # A link to a base leads nowhere while an eviction looks who needs that.
+                    found = self._names.find([os.fsencode(looked.real)])
+                    names |= found
+                    told = told or bool(found)
                 if not isinstance(looked, Looked):
                     continue
                 if (base := targets.get(looked.target)) is not None:

@@ -144,6 +144,9 @@ class Disks:
                 disk = SeenDisk(fact.path, (linked,), fact.directory, fact.inode, 0, self._owner(fact.path))
                 self._disks.setdefault(fact.path, disk)
                 yield linked, f"used by the link {fact.path}"
+        elif isinstance(fact, DanglingLink):
+            for name in self._names.find([os.fsencode(fact.target)]):
+                yield name, f"used by the link {fact.path}"
         elif isinstance(fact, Unreadable):
             for name in self._kept_for(fact):
                 yield name, f"used by the disk {fact.path}"

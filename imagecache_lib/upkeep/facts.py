@@ -63,9 +63,13 @@ class Unreadable:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DanglingLink:
-    """A symbolic link that leads nowhere."""
+    """A symbolic link that leads nowhere.
+
+    :param target: the path that it leads to, without links; empty if that cannot be told.
+    """
 
     path: str
+    target: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

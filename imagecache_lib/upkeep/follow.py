@@ -51,9 +51,11 @@ class CannotTell:
     """It is not there, cannot be read, or does not answer.
 
     :param cause: a clause.
+    :param real: the path without links of what is not there, or empty if it is not known.
     """
 
     cause: str
+    real: str = ""
 
 
 #: What tells a filesystem apart: the path of where it is mounted, or ``st_dev`` where a link led to it.
@@ -129,6 +131,8 @@ def _look(path: str) -> Answer:
             head = headers.read_head(fd)
             references = headers.references(fd, head) if head else ()
             real = os.path.realpath(path) if references else ""
+    except FileNotFoundError as error:
+        return CannotTell(error.strerror or str(error), os.path.realpath(path))
     except (OSError, ValueError) as error:
         return CannotTell(getattr(error, "strerror", None) or str(error))
     return Looked((found.st_dev, found.st_ino), references, real)

@@ -277,7 +277,9 @@ class Look:
         status, real = answers[0] if answers else (OSError(errno.ETIMEDOUT, NO_ANSWER), path)
         if isinstance(status, OSError):
             if status.errno == errno.ENOENT:
-                self.facts.append(DanglingLink(path))
+                # A base has another name while an eviction looks who needs it, and the link has not.
+                target = self._around.follower.inside.call(lambda: os.path.realpath(path))
+                self.facts.append(DanglingLink(path, target[0] if target else ""))
             elif status.errno != errno.ELOOP:
                 self.facts.append(Unreadable(path, status.strerror or str(status), False, inode))
             return

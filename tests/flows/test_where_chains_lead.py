@@ -9,8 +9,10 @@ import random
 import struct
 import subprocess
 import tracemalloc
+from collections.abc import Callable
 
 from imagecache_lib import events
+from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.upkeep.names import Names
 from tests.flows.test_upkeep import UpkeepCase
 from tests.support import files
@@ -125,6 +127,30 @@ class TestUnreadableChains(ChainsCase):
                 (directory,) = (each for each in self.instances.iterdir() if (each / "disk").exists())
                 directory.rename(self.instances / name)
                 self.assertCounts()
+
+
+class TestSecondReading(ChainsCase):
+    """A link to a base leads nowhere while an eviction looks, having renamed the base, who needs it."""
+
+    def assertPutBack(self, appear: Callable[[], object]) -> None:
+        self.points.at(TracePoint.VERIFY_READ, appear)
+        self.assertKept(self.only, self.verify(), "put back: used by")
+
+    def test_a_link_to_the_base_that_was_made_after_the_first_reading_counts(self) -> None:
+        self.disk.parent.mkdir()
+        self.assertPutBack(lambda: self.disk.symlink_to(self.only))
+
+    def test_so_does_one_that_leads_there_by_another_link(self) -> None:
+        (self.directory / "cache").symlink_to(self.cache_dir)
+        self.disk.parent.mkdir()
+        self.assertPutBack(lambda: self.disk.symlink_to(self.directory / "cache" / self.only.name))
+
+    def test_so_does_a_disk_whose_backing_file_is_a_link_to_the_base(self) -> None:
+        link, made = self.directory / "link", self.directory / "made"
+        link.symlink_to(self.only)
+        files.overlay(made, link)
+        self.disk.parent.mkdir()
+        self.assertPutBack(lambda: made.rename(self.disk))
 
 
 class TestLongRuns(UpkeepCase):
