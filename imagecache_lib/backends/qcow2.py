@@ -89,5 +89,5 @@ class Qcow2Backend(file.FileBackend):
                     path=disk.target,
                     next_step="delete them, or copy each into an image of its own, with qemu-img",
                 )
-            self._qemu_img.flatten(self._chain(disk.target, current.format, header))
+            self._qemu_img.flatten(self._chain(disk.target, current.format, header), current.virtual_size)
         return model.Disk(disk.target, current.format, current.virtual_size)

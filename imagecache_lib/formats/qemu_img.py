@@ -23,6 +23,7 @@ from imagecache_lib.formats.disk_file import DiskFile
 from imagecache_lib.formats.program import DataRefused, Limits, StorageFailed
 from imagecache_lib.formats.reader import OpenFile
 from imagecache_lib.formats.sandbox import Sandbox
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import Waiter
@@ -35,6 +36,12 @@ _CONVERT = ("convert", "-p", "-n", "--target-is-zero", "-W", "-m", "8")
 _COMPLETE = "(100.00/100%)"
 
 _READING = re.compile(r"\b[Rr]ead|Could not open")
+
+#: The name of a backing file has 1,023 bytes at most: QEMU's docs/interop/qcow2.rst.
+_TOO_LONG_A_NAME = 1024
+
+#: What qemu-img says where it cannot store that name.
+_NOT_STORED = "Could not change the backing file"
 
 _NAMES_A_FILE = ("backing-filename", "full-backing-filename", "backing-image")
 
@@ -143,15 +150,40 @@ class QemuImg:
                 f"the disk has {now} bytes after it was resized to {size}", path=disk.path
             )
 
-    def flatten(self, disk: DiskFile) -> None:
+    def flatten(self, disk: DiskFile, size: int) -> None:
         """Copy into an overlay what its backing file has, and forget the backing file.
 
-        :raises BackendError: qemu-img failed; the overlay still has its backing file.
+        qemu-img forgets the backing file first, and writes the tables of what it copied behind that, as it
+        closes the overlay, without a look at how this goes. Killed in between, or on a disk that fails, it
+        leaves an overlay without the base's data. So the data and its tables are made durable before it is
+        asked to forget.
+
+        :param size: the overlay's virtual size in bytes.
+        :raises BackendError: qemu-img or the disk failed; the overlay still has its backing file.
         :raises NoSpaceError: the filesystem is full.
         """
-        self._run(disk, ("rebase", "-b", ""), self._working, None, writes=True)
+        with translated(disk.path), Descriptor(disk.path, os.O_RDONLY) as fd:
+            self._fill(disk, size)
+            os.fsync(fd)
+            # There is nothing left to copy. Were there, each piece would be durable before the next.
+            self._run(disk, ("rebase", "-t", "writethrough", "-b", ""), self._working, None, writes=True)
+            os.fsync(fd)
         with translated(disk.path), contextlib.closing(OpenFile.at(disk.path)) as file:
             contained.require(file, disk.format, path=disk.path)
+
+    def _fill(self, disk: DiskFile, size: int) -> None:
+        """Copy into an overlay what its backing file has. It keeps its backing file.
+
+        The overlay is put on zeros whose name is longer than a header can hold. That fails, as its last step.
+        """
+        zeros = json.dumps({"driver": "null-co", "size": size, "read-zeroes": True})
+        named = f"json:{zeros[:-1]}{' ' * _TOO_LONG_A_NAME}}}"
+        words = ("rebase", "-b", named)
+        try:
+            self._run(disk, words, self._working, None, writes=True, hidden=(named,))
+        except DataRefused as error:
+            if _NOT_STORED not in error.cause:
+                raise
 
     def _copy(
         self,
@@ -203,11 +235,13 @@ class QemuImg:
         writes: bool = False,
         overlay: bool = False,
         behind: tuple[str, ...] = (),
+        hidden: tuple[str, ...] = (),
     ) -> str:
         """Run one subcommand on a disk, and into another if ``out`` says so.
 
         :param overlay: the disk may name a backing file, though none is opened.
         :param behind: arguments to put behind the files.
+        :param hidden: texts besides the files that are cut from what it says.
         """
         for each in disk.files():
             stated = overlay or each.backing is not None
@@ -224,7 +258,7 @@ class QemuImg:
             *(each.to_option() for each in shown),
             *behind,
         )
-        hidden = (*(each.to_option() for each in shown), *paths)
+        hidden = (*hidden, *(each.to_option() for each in shown), *paths)
         waiter = waiter or self._waiter
         try:
             return program.run(

@@ -17,6 +17,8 @@ import pathlib
 import random
 import re
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 
 import imagecache_lib as ic
@@ -200,6 +202,9 @@ class World:
                 found = header.parse(data)
                 base = self.bases / layout.base_name(disk.image_id)
                 if self.disks_change and found.backing_file is None:
+                    held = _held_by(self.path(disk))
+                    assert held.startswith(IMAGES[disk.image_id]), f"{disk.name} lost what it had of its base"
+                    assert not any(held[len(IMAGES[disk.image_id]) :]), f"{disk.name} does not end in zeros"
                     continue
                 assert os.fsdecode(found.backing_file or b"") == str(base), found
                 assert base.exists(), f"the base of {disk.name} is gone"
@@ -243,6 +248,14 @@ class World:
 
 def _names(path: pathlib.Path) -> list[str]:
     return os.listdir(path) if path.exists() else []
+
+
+def _held_by(path: pathlib.Path) -> bytes:
+    """Return what the guest of a qcow2 disk reads."""
+    with tempfile.TemporaryDirectory() as directory:
+        flat = pathlib.Path(directory, "flat")
+        subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, flat], check=True)
+        return flat.read_bytes()
 
 
 def _read(path: pathlib.Path) -> bytes | None:

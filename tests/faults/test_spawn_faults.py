@@ -354,3 +354,45 @@ def test_a_base_whose_attributes_cannot_be_read_is_told(instances: pathlib.Path)
     failing = ["-o", os.devnull, "-P", str(instances / "_base" / NAME), "-e", "trace=fgetxattr"]
     assert recorded_calls.attached(flatten, [*failing, "-e", "inject=fgetxattr:error=EIO"]) == 0
     assert manager.flatten_disk(disk).base is None
+
+
+def test_a_disk_forgets_its_base_after_all_that_it_needs_of_it_is_durable(instances: pathlib.Path) -> None:
+    config = ic.CacheConfig(instances_path=str(instances))
+    manager = ic.ImageCacheManager(config, FakeSource({ID: DATA}), observers=())
+    disk = manager.create_disk(ID, str(instances / "instance" / "disk"), size=32 * MIB)
+    log = instances / "log"
+    calls = [
+        "-o",
+        str(log),
+        "-P",
+        disk.target,
+        "-e",
+        "trace=pwrite64,pwritev,fdatasync,fsync",
+        "-e",
+        "signal=none",
+    ]
+    assert recorded_calls.attached(lambda: manager.flatten_disk(disk), calls) == 0
+    began = [line for line in log.read_text().splitlines() if "resumed>" not in line]
+    writes = [number for number, line in enumerate(began) if "pwrite" in line]
+    forgets = max(number for number in writes if '"QFI' in began[number])
+    assert forgets == writes[-1], began[forgets:]
+    copied = writes[-2]
+    assert any("sync(" in line for line in began[copied:forgets]), began[copied:]
+    assert content_of(pathlib.Path(disk.target)) == DATA + bytes(32 * MIB - len(DATA))
+
+
+def test_a_disk_keeps_its_base_where_it_is_not_known_that_the_copy_is_durable(
+    instances: pathlib.Path,
+) -> None:
+    config = ic.CacheConfig(instances_path=str(instances))
+    manager = ic.ImageCacheManager(config, FakeSource({ID: DATA}), observers=())
+    disk = manager.create_disk(ID, str(instances / "instance" / "disk"))
+
+    def flatten() -> None:
+        with pytest.raises(ic.BackendError):
+            manager.flatten_disk(disk)
+
+    failing = ["-o", os.devnull, "-P", disk.target, "-e", "trace=fsync", "-e", "inject=fsync:error=EIO"]
+    assert recorded_calls.attached(flatten, failing) == 0
+    assert manager.inspect_disk(disk.target).base == NAME
+    assert manager.flatten_disk(disk).base is None

@@ -115,7 +115,7 @@ def _fault_of_node(node: Any) -> str | None:
     if not isinstance(node, dict) or not isinstance(node.get("driver"), str):
         return "no driver is stated"
     if node["driver"] == "null-co":  # no file: what is written to it is gone
-        return None if set(node) == {"driver", "size"} else "more than a size is stated of no file"
+        return None if set(node) <= {"driver", "size", "read-zeroes"} else "more is stated of no file"
     file = node.get("file")
     if (
         not isinstance(file, dict)
