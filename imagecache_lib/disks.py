@@ -21,7 +21,7 @@ from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.spawn import backing
 from imagecache_lib.spawn.lease import Leases
 from imagecache_lib.spawn.reuse import grown
-from imagecache_lib.store import disk_roots, layout
+from imagecache_lib.store import disk_roots, evidence, layout
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.system import arguments
 from imagecache_lib.system.host import System
@@ -248,11 +248,17 @@ class DiskAdmin(CacheAdmin):
                 request=request,
             )
             try:
-                return grown(storage, target, size)
+                return grown(storage, target, size, self._known(image_id))
             except errors.BackendError:
                 if not left:
                     raise
         raise AssertionError("the last try returns or raises")
+
+    def _known(self, image_id: str | None) -> evidence.Record | None:
+        """Return the record of an image's base, or None if the cache has none that can be read."""
+        with contextlib.suppress(errors.ImageCacheError):
+            return self._cache.evidence_of(layout.base_name(image_id)) if image_id is not None else None
+        return None
 
     def _backend_of(
         self, backend: StorageBackend | str | None, request: model.Request | None = None

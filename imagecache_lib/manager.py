@@ -168,7 +168,7 @@ class ImageCacheManager(DiskAdmin):
             disk_roots.check_not_in_cache(path, self.config)
             if os.path.lexists(path):
                 require_reuse(path, if_exists)
-                return check_file(path)
+                return check_file(path, self._known(image_id))
             notes = disk_roots.notes_for(path, self.config)
             make_file(self._leases, base, path, self.host, notes=notes)
 

@@ -6,9 +6,12 @@ from __future__ import annotations
 import os
 import stat
 
-from imagecache_lib import errors, model
+from imagecache_lib import dates, errors, model
 from imagecache_lib.backends.interface import StorageBackend
+from imagecache_lib.store import evidence
 from imagecache_lib.system.translate import translated
+
+_SECTOR = 512
 
 
 def require_reuse(target: str, if_exists: str) -> None:
@@ -43,11 +46,15 @@ def is_reused(backend: StorageBackend, target: str, if_exists: str) -> bool:
     return True
 
 
-def grown(backend: StorageBackend, target: str, size: int | None) -> model.Disk:
+def grown(
+    backend: StorageBackend, target: str, size: int | None, known: evidence.Record | None = None
+) -> model.Disk:
     """Grow an existing disk, and return what it is now. Nothing else of it changes.
 
     :param size: least virtual size in bytes, or None to leave the disk as large as it is.
-    :raises NoSpaceError, BackendError: the disk cannot be read, or does not grow.
+    :param known: the record of the base image of the disk's image, or None if the cache has none.
+    :raises NoSpaceError, BackendError: the disk cannot be read, or does not grow; or it is smaller than its
+        image, as a copy is that was interrupted.
     """
     disk = backend.inspect(target)
     if not disk.virtual_size:
@@ -55,19 +62,37 @@ def grown(backend: StorageBackend, target: str, size: int | None) -> model.Disk:
         raise errors.BackendError(
             "what is there is empty, and no disk", path=target, next_step="remove it, and ask again"
         )
+    # What was fetched as a plain file, a disk image perhaps, says nothing of a disk's size.
+    least = known.virtual_size if known is not None and known.inspected is not None else 0
+    if -(-disk.virtual_size // _SECTOR) * _SECTOR < least:
+        found, wanted = dates.sizes(disk.virtual_size, least)
+        raise errors.BackendError(
+            f"what is there has {found}, and its image {wanted}: it is cut off, or another image's",
+            path=target,
+            next_step="copy it again from where it came, or remove it, and ask again",
+        )
     if size is not None and size > disk.virtual_size:
         return backend.resize(disk, size)
     return disk
 
 
-def check_file(path: str) -> None:
+def check_file(path: str, known: evidence.Record | None) -> None:
     """Refuse what cannot be a kernel or a ramdisk that was put there before.
 
-    :raises BackendError: the path is no regular file, or the file is empty.
+    :param known: the record of its image's base, or None if the cache has none.
+    :raises BackendError: the path is no regular file, or the file is empty, or has not its image's size.
     """
     with translated(path):
         found = os.stat(path)
     if not stat.S_ISREG(found.st_mode) or not found.st_size:
         raise errors.BackendError(
             "what is there is no regular file, or empty", path=path, next_step="remove it, and ask again"
+        )
+    as_it_came = known is not None and known.origin is evidence.Origin.FETCHED and not known.converted
+    if known is not None and as_it_came and found.st_size != known.size:
+        has, wanted = dates.sizes(found.st_size, known.size)
+        raise errors.BackendError(
+            f"what is there has {has}, and its image {wanted}: it is cut off, or another image's",
+            path=path,
+            next_step="remove it, and ask again",
         )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -83,3 +84,55 @@ class TestInterruptedDisks(CacheCase):
         target = self.target()
         with self.leaves_nothing(), self.assertRaises(errors.LockTimeoutError):
             manager.create_disk(ID, target, size=8 * MIB, request=ic.Request(deadline=time.time() + 1))
+
+
+class TestDisksThatAreCutOff(CacheCase):
+    """What an interrupted copy from another host left has a name, and some of its content."""
+
+    def test_a_disk_that_is_smaller_than_its_image_is_not_used_again(self) -> None:
+        for backend in ("raw", "qcow2"):
+            manager = self.manager(backend=backend)
+            disk = manager.create_disk(ID, self.target(backend), backend="raw")
+            for size in (1, MIB, 3 * MIB - 512):
+                with self.subTest(backend, size=size):
+                    os.truncate(disk.target, size)
+                    with self.assertRaisesRegex(errors.BackendError, "cut off") as caught:
+                        manager.create_disk(ID, disk.target, size=8 * MIB, if_exists="reuse")
+                    self.assertEqual((ID, disk.target), (caught.exception.image, caught.exception.path))
+                    self.assertEqual(size, os.stat(disk.target).st_size)
+
+    def test_a_disk_as_small_as_its_image_is_used_again(self) -> None:
+        self.source = FakeSource({ID: raw_image(1)[: 3 * MIB - 100]})
+        manager = self.manager(backend="raw")
+        disk = manager.create_disk(ID, self.target())
+        os.truncate(disk.target, 3 * MIB - 100)  # as another program makes it
+        self.assertEqual(
+            3 * MIB, manager.create_disk(ID, disk.target, size=3 * MIB, if_exists="reuse").virtual_size
+        )
+
+    def test_a_plain_file_says_nothing_of_a_disks_size(self) -> None:
+        image = disk_image(self.directory, "qcow2", options="preallocation=full")
+        self.source = FakeSource({ID: image}, disk_format="qcow2")
+        manager = self.manager(backend="raw")
+        manager.fetch_file(ID, self.target("kernel"))
+        made = self.target()
+        with open(made, "wb") as file:
+            file.write(raw_image(1))
+        self.assertLess(3 * MIB, len(image))
+        self.assertEqual(3 * MIB, manager.create_disk(ID, made, if_exists="reuse").virtual_size)
+
+    def test_a_kernel_of_another_size_is_not_used_again(self) -> None:
+        manager = self.manager()
+        kernel = self.target("kernel")
+        manager.fetch_file(ID, kernel)
+        manager.fetch_file(ID, kernel, if_exists="reuse")
+        os.truncate(kernel, MIB)
+        with self.assertRaisesRegex(errors.BackendError, "cut off"):
+            manager.fetch_file(ID, kernel, if_exists="reuse")
+
+    def test_what_the_cache_does_not_know_is_used_again(self) -> None:
+        manager = self.manager(backend="raw")
+        disk = manager.create_disk(ID, self.target())
+        self.base().unlink()
+        os.truncate(disk.target, MIB)
+        self.assertEqual(MIB, manager.create_disk(ID, disk.target, if_exists="reuse").virtual_size)
