@@ -52,14 +52,16 @@ def adopt(
     return record, ""
 
 
-def bind_again(cache: CacheStore, base: OpenBase, call: Call) -> evidence.Record | None:
+def bind_again(cache: CacheStore, base: OpenBase, call: Call) -> evidence.Record | evidence.Unmet | None:
     """Bind a base to the record that lies beside it, if that record is of another file of the same content.
 
     A copy of a cache has other inodes, and may lack the extended attributes: its records are of no file
     there. The checksums beside a record tell whether the content is what was checked. They are not
-    cryptographic, so that such a base counts as adopted, and no certificate vouches for it any more.
+    cryptographic, so that such a base counts as adopted, and no certificate vouches for it any more. One with
+    other content is bound as damaged: it serves no new disk.
 
-    :returns: the record that it has now, or None if there is no record, or no checksums, or other content.
+    :returns: the record that it has now; or why it does not serve, if it is the first part of what was
+        checked; or None if there is no record, or there are no checksums, or the record is of another size.
     :raises NoSpaceError, BackendError: the filesystem failed.
     :raises CancelledError, LockTimeoutError: the caller no longer waits.
     """
@@ -73,9 +75,15 @@ def bind_again(cache: CacheStore, base: OpenBase, call: Call) -> evidence.Record
             return None
         found = checksums.Checksums()
         found.read_back(base.fd, call.waiter)
-        if found.differing(expected):
+        first = found.differing(expected)[:1]
+        if base.stat.st_size < record.size:
+            # Another program may have made a smaller file of that image, with other content.
+            whole = base.stat.st_size // checksums.GRANULE
+            is_part = not first or first[0] >= whole
+            return _cut_off(record, base) if is_part else None
+        if first:
+            # Half a copy, or one that the disk changed. A look at it would show nothing.
             LOG.warning("Base image %s is not what its record and its checksums describe", base.path)
-            return None
         # The checksums are bound to this id, so that a crash here leaves what can be bound the next time.
         if base_attributes.read_id(base.fd) == "":
             base_attributes.write_id(base.fd, record.base_id)
@@ -88,15 +96,19 @@ def bind_again(cache: CacheStore, base: OpenBase, call: Call) -> evidence.Record
             origin=evidence.Origin.ADOPTED,
             certificates=(),
             signed_by=None,
-            damaged=False,
+            damaged=bool(first),
         )
         cache.write_record(bound)
         return cache.record_of(base)
 
 
+def _cut_off(record: evidence.Record, base: OpenBase) -> evidence.Unmet:
+    return evidence.Unmet(f"it is cut off: it has {base.stat.st_size} bytes of {record.size}")
+
+
 def _may_be_of(record: evidence.Record, base: OpenBase, call: Call) -> bool:
-    """Whether a record may be of a base's content, as far as size and names tell."""
-    if (record.name, record.image_id, record.size) != (base.name, call.image_id, base.stat.st_size):
+    """Whether a record may be of a base's content, or of one that it is a part of, as size and names tell."""
+    if (record.name, record.image_id) != (base.name, call.image_id) or base.stat.st_size > record.size:
         return False
     # A file with another id was published or adopted here, and that record is lost.
     return base_attributes.read_id(base.fd) in (None, "", record.base_id)

@@ -279,7 +279,10 @@ class ImageProducer:
 
     def _adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
         if known is None:
-            known = adopt.bind_again(self._cache, opened, self._call)
+            bound = adopt.bind_again(self._cache, opened, self._call)
+            if isinstance(bound, Unmet):
+                return bound
+            known = bound
         unmet = None if known is None else evidence.unmet(known, self.requirements)
         if known is not None and unmet is not None and unmet.can_compare:
             compared, reason = adopt.compare_again(self._cache, opened, known, self._call)

@@ -213,7 +213,7 @@ class Filler:
             record = request.producer.adopt(opened, known)
         if isinstance(record, Unmet):
             return record
-        if known is None:
+        if known is None and not record.damaged:
             self._cache.observers(events.Adopted(request.name, request.label))
         return evidence.unmet(record, request.requirements)
 

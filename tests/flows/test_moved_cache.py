@@ -16,7 +16,7 @@ from imagecache_lib.store import evidence, layout
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep import scrub
-from tests.support.cache_case import ID, OTHER_ID, CacheCase, content_of, raw_image
+from tests.support.cache_case import ID, OTHER_ID, CacheCase, content_of, disk_image, raw_image
 
 
 class TestRemovedCache(CacheCase):
@@ -219,6 +219,47 @@ class TestCopiedCache(CacheCase):
         self.copy("--no-preserve=all")
         os.truncate(self.base(), 2**20)
         self.refuses()
+
+    def test_a_copy_that_differs_serves_nobody_though_its_source_is_gone(self) -> None:
+        self.manager().create_disk(ID, self.target())  # it stays, and stays what it is
+        self.copy("--no-preserve=all")
+        with open(self.base(), "r+b") as file:
+            file.seek(2**21 + 2**19)
+            file.write(bytes(4096))
+        gone = self.manager(FakeSource({}))
+        for _turn in range(2):
+            with self.assertRaises(errors.ImageNotFound):
+                gone.create_disk(ID, self.target("other"))
+        self.assertTrue(self.evidence().damaged)
+        self.assertEqual(0, self.happened(events.Adopted))
+        self.assertEqual(raw_image(1), self.spawn(self.manager()))
+
+    def test_a_conversion_that_was_copied_and_differs_is_made_anew(self) -> None:
+        # Nothing the source says of it tells whether the copy is whole.
+        self.source = FakeSource({OTHER_ID: disk_image(self.directory, "qcow2")}, disk_format="qcow2")
+        self.manager().cache_image(OTHER_ID)
+        self.copy("-a")
+        with open(self.base(OTHER_ID), "r+b") as file:
+            file.write(bytes(4096))
+        self.assertEqual(raw_image(1), self.spawn(self.manager(), OTHER_ID))
+        self.assertEqual(2, self.source.opens)
+
+    def test_the_beginning_of_a_copy_serves_nobody_though_its_source_is_gone(self) -> None:
+        for options in ("--no-preserve=all", "-a"):
+            for size in (1, 2**16 - 1, 2**16, 2**20, 3 * 2**20 - 1):
+                with self.subTest(options, size=size):
+                    shutil.rmtree(self.instances / "_base")
+                    self.manager().cache_image(ID)
+                    self.copy(options)
+                    os.truncate(self.base(), size)
+                    with self.assertRaises(errors.ImageNotFound):
+                        self.manager(FakeSource({})).create_disk(ID, self.target("other"))
+
+    def test_a_smaller_file_of_the_image_that_another_program_made_is_adopted(self) -> None:
+        self.base().unlink()
+        self.base().write_bytes(raw_image(2)[: 2**20])
+        self.manager(FakeSource({})).create_disk(ID, self.target("other"))
+        self.assertEqual(1, self.happened(events.Adopted))
 
     def test_nothing_is_bound_by_torn_checksums_or_none(self) -> None:
         self.copy("--no-preserve=all")
