@@ -25,6 +25,7 @@ from imagecache_lib.store import base_attributes, checksums, evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable
 from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 
 LOG = logging.getLogger(__name__)
 
@@ -69,19 +70,15 @@ def bind_again(cache: CacheStore, base: OpenBase, call: Call) -> evidence.Record
         record = cache.read_record(base.name)
         if record is None or not _may_be_of(record, base, call):
             return None
-        data = durable.read_file(cache.layout.sums(base.name), limit=checksums.LIMIT)
-        expected = checksums.parse(data, record.base_id) if data is not None else None
-        if expected is None:
+        differing = compare_with_sums(cache, base, record, call.waiter)
+        if differing is None:
             return None
-        found = checksums.Checksums()
-        found.read_back(base.fd, call.waiter)
-        first = found.differing(expected)[:1]
         if base.stat.st_size < record.size:
             # Another program may have made a smaller file of that image, with other content.
             whole = base.stat.st_size // checksums.GRANULE
-            is_part = not first or first[0] >= whole
+            is_part = not differing or differing[0] >= whole
             return _cut_off(record, base) if is_part else None
-        if first:
+        if differing:
             # Half a copy, or one that the disk changed. A look at it would show nothing.
             LOG.warning("Base image %s is not what its record and its checksums describe", base.path)
         # The checksums are bound to this id, so that a crash here leaves what can be bound the next time.
@@ -96,10 +93,28 @@ def bind_again(cache: CacheStore, base: OpenBase, call: Call) -> evidence.Record
             origin=evidence.Origin.ADOPTED,
             certificates=(),
             signed_by=None,
-            damaged=bool(first),
+            damaged=bool(differing),
         )
         cache.write_record(bound)
         return cache.record_of(base)
+
+
+def compare_with_sums(
+    cache: CacheStore, base: OpenBase, record: evidence.Record, waiter: Waiter
+) -> list[int] | None:
+    """Compare a base with the checksums beside a record.
+
+    :returns: the numbers of the granules that differ, in order, or None without checksums of that record.
+    :raises OSError: it cannot be read.
+    :raises CancelledError, LockTimeoutError: the caller no longer waits.
+    """
+    data = durable.read_file(cache.layout.sums(base.name), limit=checksums.LIMIT)
+    expected = checksums.parse(data, record.base_id) if data is not None else None
+    if expected is None:
+        return None
+    found = checksums.Checksums()
+    found.read_back(base.fd, waiter)
+    return found.differing(expected)
 
 
 def _cut_off(record: evidence.Record, base: OpenBase) -> evidence.Unmet:

@@ -9,7 +9,8 @@ import os
 from imagecache_lib import errors, model
 from imagecache_lib.formats import program
 from imagecache_lib.formats.program import DataRefused, Limits
-from imagecache_lib.ingest.generation import GIB, MIB, Generation, look
+from imagecache_lib.ingest import adopt
+from imagecache_lib.ingest.generation import GIB, IDENTITIES, MIB, Generation, look
 from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.store import base_attributes, evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
@@ -132,12 +133,31 @@ class GenerationProducer:
         if (unmet := self._unmet(opened.fd)) is not None:
             return unmet
         with translated(opened.path):
+            if not self._is_whole_copy(opened):
+                return Unmet("it is not what its record and its checksums describe")
             os.fsync(opened.fd)
             durable.sync_directory(os.path.dirname(opened.path))
             base_id = base_attributes.mark(opened.fd)
             record = self._record(self._wanted, opened.fd, base_id, evidence.Origin.ADOPTED)
             self._cache.write_record(record)
         return record
+
+    def _is_whole_copy(self, opened: OpenBase) -> bool:
+        """Return False for a base that was made here, as its superblock says, and has other content.
+
+        Half a copy has its superblock. What another program made under that name has other content too, and
+        another id. A whole copy gets the id to which its checksums are bound.
+        """
+        record = self._cache.read_record(opened.name)
+        if record is None or record.size != opened.stat.st_size:
+            return True
+        found, _size, _empty = look(opened.fd)
+        if found is None or found.identity is None or found.identity != IDENTITIES.get(found.kind):
+            return True
+        differing = adopt.compare_with_sums(self._cache, opened, record, self._waiter)
+        if differing == [] and base_attributes.read_id(opened.fd) == "":
+            base_attributes.write_id(opened.fd, record.base_id)
+        return not differing
 
     def unmet(self, opened: OpenBase) -> Unmet | None:
         """Return what is wrong with a base of that name, as its superblock tells, or None if it serves."""

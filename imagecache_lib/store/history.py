@@ -38,6 +38,9 @@ _LONGEST = 1000
 
 _OLD = ".old"
 
+#: No clock shows so many seconds.
+_NO_TIME = 10**11
+
 #: A time that lies ahead by more seconds than this was noted by a wrong clock.
 _AHEAD = 300
 
@@ -225,4 +228,4 @@ def parse(line: bytes) -> Happening | None:
     typed = all(type(text) is str for text in texts) and type(happening.process) is int
     if not typed or type(happening.at) not in (int, float) or not isinstance(happening.image_id, str | None):
         return None
-    return happening
+    return happening if abs(happening.at) < _NO_TIME else None  # nor what is no number

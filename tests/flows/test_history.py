@@ -141,6 +141,9 @@ class TestWhatCannotBeRead(HistoryCase):
         self.assertIsNotNone(history.parse(json.dumps(line | {"later": 1}).encode()))
         for wrong in ({"at": "now"}, {"name": 1}, {"process": "1"}, {"image_id": 3}, {"why": None}):
             self.assertIsNone(history.parse(json.dumps(line | wrong).encode()))
+        for time in ("NaN", "Infinity", "1e300", "1" + "0" * 400):
+            text = json.dumps(line | {"at": 0}).replace('"at": 0', f'"at": {time}')
+            self.assertIsNone(history.parse(text.encode()), time)
         for data in (b"", b"null", b"[]", b"1", b"\xff", b"{}"):
             self.assertIsNone(history.parse(data))
 

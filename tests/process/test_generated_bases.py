@@ -23,7 +23,7 @@ from imagecache_lib.ingest import generation
 from imagecache_lib.store import layout
 from imagecache_lib.system import sparse
 from imagecache_lib.testing.sources import FakeSource
-from tests.support import needs
+from tests.support import files, needs
 
 MIB, GIB = 2**20, 2**30
 BLOCK = 65536
@@ -304,6 +304,36 @@ def test_a_base_that_nova_made_is_adopted(place: Place) -> None:
     before = os.stat(path).st_ino
     assert place.manager().create_swap(place.target(), size_mb=32).base == "swap_32"
     assert os.stat(path).st_ino == before
+
+
+@pytest.mark.parametrize("fs", ["ext4", "vfat"])
+def test_half_a_copy_of_a_base_is_made_anew(place: Place, fs: str) -> None:
+    manager = place.manager(default_ephemeral_format=fs)
+    first = manager.create_ephemeral(place.target("first"), size_gb=1)
+    name = first.base
+    assert name is not None
+    path, copy = place.base / name, place.base.parent / "copy"
+    whole = content(path)
+    os.unlink(first.target)
+    for damaged in (False, True):
+        run("cp", "--no-preserve=all", "--sparse=always", str(path), str(copy))
+        if damaged:
+            with open(copy, "r+b") as file:
+                *_others, (_start, end) = sparse.data_extents(file.fileno())
+                file.seek(end - BLOCK)
+                file.write(bytes(BLOCK))
+            assert content(copy) != whole
+        path.unlink()
+        copy.rename(path)
+        files.age(path, seconds=2 * 86400)  # another program may still be making a younger one
+        with open(path, "rb") as held:  # so that no other file gets its inode
+            disk = place.manager(default_ephemeral_format=fs).create_ephemeral(
+                place.target("next"), size_gb=1
+            )
+            assert disk.base == name
+            assert content(path) == whole
+            assert os.path.samestat(path.stat(), os.fstat(held.fileno())) is not damaged
+        os.unlink(disk.target)
 
 
 def test_a_base_that_a_crash_left_unformatted_is_made_anew(place: Place) -> None:
