@@ -43,6 +43,9 @@ _TOO_LONG_A_NAME = 1024
 #: What qemu-img says where it cannot store that name.
 _NOT_STORED = "Could not change the backing file"
 
+#: What qemu-img says of a disk that another QEMU program has open.
+_IN_USE = 'Failed to get "'
+
 _NAMES_A_FILE = ("backing-filename", "full-backing-filename", "backing-image")
 
 
@@ -269,11 +272,19 @@ class QemuImg:
                 subject=disk.path,
                 hidden=hidden,
             )
+        except DataRefused as error:
+            if writes:  # a disk, and no image that its owner could replace
+                error.next_step = "look at the disk with qemu-img check"
+            raise
         except StorageFailed as error:
             # QEMU calls it an I/O error too where tables of the image lead nowhere, such as behind its end.
             seen = "Input/output error" in error.cause and _READING.search(error.cause)
             if seen and _is_readable(disk, waiter):
                 raise DataRefused(error.cause, path=error.path) from error
+            raise
+        except errors.BackendError as error:
+            if _IN_USE in error.cause:
+                error.next_step = "shut the guest down, or end what else has the disk open"
             raise
 
 

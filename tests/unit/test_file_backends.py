@@ -260,6 +260,37 @@ class TestBackingFiles(FileBackendCase):
         self.assertEqual(MIB, backend.inspect(self.target).virtual_size)
 
 
+class TestDisksThatCannotBeChanged(FileBackendCase):
+    def test_a_disk_in_use_is_no_fault_of_the_host(self) -> None:
+        backend = self.backend(Qcow2Backend)
+        disk = self.create(Qcow2Backend)
+        # A guest has it open, as its QEMU does.
+        guest = subprocess.Popen(
+            ["qemu-io", "-f", "qcow2", disk.target], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        with guest:
+            assert guest.stdin is not None and guest.stdout is not None
+            guest.stdin.write(b"read 0 512\n")
+            guest.stdin.flush()
+            guest.stdout.readline()
+            for attempt in (backend.flatten, lambda disk: backend.resize(disk, 64 * MIB)):
+                with self.assertRaises(errors.BackendError) as caught:
+                    attempt(disk)
+                self.assertIn("shut the guest down", caught.exception.next_step or "")
+        self.assertEqual(disk, backend.inspect(disk.target))
+
+    def test_a_disk_that_cannot_be_read_is_told_with_what_to_do(self) -> None:
+        backend = self.backend(Qcow2Backend)
+        disk = self.create(Qcow2Backend)
+        with open(disk.target, "r+b") as file:
+            file.seek(72)
+            file.write((2).to_bytes(8, "big"))  # marked as corrupt
+        for attempt in (backend.flatten, lambda disk: backend.resize(disk, 64 * MIB)):
+            with self.assertRaises(errors.BackendError) as caught:
+                attempt(disk)
+            self.assertIn("qemu-img check", caught.exception.next_step or "")
+
+
 class TestDurability(FileBackendCase):
     """What a power cut after the call leaves of a disk."""
 
