@@ -124,7 +124,14 @@ class ChainReader:
         chain = self.read(target, header)
         below: DiskFile | None = None
         if chain.base is not None:
-            below = DiskFile(self._cache.layout.base(chain.base), self._format_of(target, chain))
+            base = self._cache.layout.base(chain.base)
+            if not os.path.lexists(base):
+                raise _refused(
+                    target,
+                    f"its base image {base!r} is not here",
+                    "have that made first, with ensure_backing (imagecache disk repair)",
+                )
+            below = DiskFile(base, self._format_of(target, chain))
         for layer in reversed(chain.layers):
             below = DiskFile(layer.path, "qcow2", below)
         assert below is not None  # a chain has a disk

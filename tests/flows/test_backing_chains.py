@@ -152,6 +152,20 @@ class TestChains(ChainCase):
         with self.assertRaises(errors.BackendError):
             self.manager().ensure_backing(path, image_id=ID)
 
+    def test_a_disk_whose_base_is_gone_is_not_changed_and_says_so(self) -> None:
+        manager = self.manager()
+        disk = manager.create_disk(ID, self.target())
+        self.base().unlink()
+        for change in (manager.flatten_disk, lambda disk: manager.resize_disk(disk, 8 * MIB)):
+            with self.assertRaises(errors.BackendError) as caught:
+                change(disk)
+            self.assertIn(str(self.base()), caught.exception.cause)
+            self.assertEqual(disk.target, caught.exception.path)
+            self.assertIn("ensure_backing", caught.exception.next_step or "")
+        manager.ensure_backing(disk.target, image_id=ID)
+        self.assertIsNone(manager.flatten_disk(disk).base)
+        self.assertEqual(raw_image(1), content_of(disk.target, "qcow2"))
+
     def test_a_missing_file_of_a_chain_is_named(self) -> None:
         below = self.overlay(str(self.base()))
         top = self.on_top(below, "disk.snap1")
