@@ -17,17 +17,17 @@ import shutil
 import stat
 from collections.abc import Iterator
 
-from oslo_concurrency import processutils
-
 from imagecache_lib import dates, errors
 from imagecache_lib.backends.interface import StorageBackend
 from imagecache_lib.formats import program
+from imagecache_lib.formats.program import Limits
 from imagecache_lib.formats.sandbox import Sandbox
 from imagecache_lib.store import base_attributes, layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable, locks
 from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.host import System
+from imagecache_lib.system.waiter import Waiter
 from imagecache_lib.upkeep import inventory
 
 #: The users that distributions run QEMU as.
@@ -35,6 +35,11 @@ _QEMU_USERS = ("libvirt-qemu", "qemu")
 
 #: qemu-img convert knows --target-is-zero since this version, without which zeros would be written out.
 _OLDEST_QEMU = (5, 0)
+
+#: What a program is run with, and the package that has it.
+_RUN_WITH = {"prlimit": "util-linux"} | dict.fromkeys(("timeout", "sh", "head", "tail", "cat"), "coreutils")
+
+_LOOK = Limits(cpu=10, memory=2**32, wall=30)
 
 #: Less free space than this, in bytes, or fewer free inodes are a warning. ``free_space_low`` may ask for
 #: more space.
@@ -209,35 +214,14 @@ def _programs(cache: CacheStore) -> Iterator[Finding]:
 
 
 def _installed(host: System) -> Iterator[Finding]:
-    said = _version(host, "qemu-img")
-    if said is None:
-        yield _error("qemu-img cannot be run.", "Install qemu-utils or qemu-img.")
-    else:
-        match = re.search(r"version (\d+)\.(\d+)", said)
-        if match is None:
-            yield _warning(
-                f"qemu-img does not say which version it is: {said[:60]!r}.", "Check the installation."
-            )
-        elif (int(match[1]), int(match[2])) < _OLDEST_QEMU:
-            yield _error(
-                f"qemu-img is {match[1]}.{match[2]}, and images other than raw and qcow2 need 5.0 to be "
-                "converted.",
-                "Install a newer QEMU.",
-            )
-    limited = _version(host, "prlimit") is not None
-    if not limited:
+    lacking = [name for name in _RUN_WITH if shutil.which(name) is None]
+    for name in lacking:
         yield _error(
-            "prlimit cannot be run, without which nothing limits what an image makes qemu-img do.",
-            "Install util-linux.",
+            f"{name} is not installed, without which qemu-img is not run: it would have no limits.",
+            f"Install {_RUN_WITH[name]}.",
         )
-    for name in ("timeout", "sh"):
-        if shutil.which(name) is None:
-            yield _error(f"{name} is not installed, which qemu-img is run with.", "Install coreutils.")
-    if said is not None and limited and (problem := Sandbox("qemu-img", host).problem()):
-        yield _warning(
-            f"What converts images is not shut in: {problem}.",
-            "Install bubblewrap, and let this user make namespaces; images are checked all the same.",
-        )
+    if not lacking:
+        yield from _converter(host)
     path = f"{os.environ.get('PATH', os.defpath)}:{_ADMINISTRATORS}"
     for name, package, what in (
         ("mkswap", "util-linux", "swap disks"),
@@ -248,20 +232,33 @@ def _installed(host: System) -> Iterator[Finding]:
             yield _warning(f"{name} is not installed, so that {what} cannot be made.", f"Install {package}.")
 
 
-def _version(host: System, name: str) -> str | None:
-    """Return what a program says of its version, or None if it cannot be run.
-
-    :raises NotStarted: the host allows no more programs at present.
-    """
+def _converter(host: System) -> Iterator[Finding]:
+    words = ("qemu-img", "--version")
     try:
-        return host.execute(name, "--version")[0].strip()
-    except processutils.ProcessExecutionError:
-        return None
-    except OSError as error:
-        failure = program.not_started(name, error)
-        if isinstance(failure, program.NotStarted):
-            raise failure from error
-        return None
+        said = program.run(words, limits=_LOOK, waiter=Waiter(host), program="qemu-img", subject="qemu-img")
+    except program.NotStarted:
+        raise  # that says nothing of qemu-img
+    except errors.ImageCacheError as error:
+        yield _error(
+            f"qemu-img cannot be run: {error.cause}.", "Install qemu-utils or qemu-img, and see that it runs."
+        )
+        return
+    match = re.search(r"version (\d+)\.(\d+)", said)
+    if match is None:
+        yield _warning(
+            f"qemu-img does not say which version it is: {said.strip()[:60]!r}.", "Check the installation."
+        )
+    elif (int(match[1]), int(match[2])) < _OLDEST_QEMU:
+        yield _error(
+            f"qemu-img is {match[1]}.{match[2]}, and images other than raw and qcow2 need 5.0 to be "
+            "converted.",
+            "Install a newer QEMU.",
+        )
+    if problem := Sandbox("qemu-img", host).problem():
+        yield _warning(
+            f"What converts images is not shut in: {problem}.",
+            "Install bubblewrap, and let this user make namespaces; images are checked all the same.",
+        )
 
 
 # -- who reads the bases ---------------------------------------------------------------------------------

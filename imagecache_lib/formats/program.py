@@ -8,7 +8,9 @@ The command is ``prlimit … timeout … sh -c …``, all of which a POSIX host 
   disposition of SIGCHLD, which a child otherwise inherits from a service that ignores it;
 * the shell says how the program ended, behind a word that no program can guess. The exit status that Python
   reports does not say so: it is 0 as well where other code in this process has already waited for the
-  child, or where SIGCHLD is ignored.
+  child, or where SIGCHLD is ignored. It also has head(1), tail(1) and cat(1) read all that the program
+  writes, and pass on as much as is wanted: a program that repeats a warning for each cluster of an image
+  neither fills this process's memory nor waits for a full pipe.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from collections.abc import Mapping
 
 from oslo_concurrency import processutils
 
-from imagecache_lib import errors
+from imagecache_lib import dates, errors
 from imagecache_lib.system import arguments, threads
 from imagecache_lib.system.waiter import Waiter
 
@@ -40,7 +42,27 @@ _WALL_PER_CPU = 10
 #: Seconds between asking a program to end and killing it.
 _GRACE = 5
 
-_SCRIPT = 'token=$1; shift; "$@"; printf "\\n%s %d\\n" "$token" "$?" >&2'
+#: Most bytes that a program may write to its standard output. A description of an image takes thousands.
+_MOST_OUTPUT = 4 * 2**20
+
+#: Most bytes at the beginning, and at the end, of what a program says on its standard error: the first line
+#: that counts may be far behind others, and none that counts is between.
+_HEARD = 2**16
+
+# 3 and 4 are where the output and what is said go in the end, 5 is read for the status, and 6 leads the
+# output past the reader of what is said. The program itself has none of them. Where a reader failed, the
+# status is not a number.
+_SCRIPT = f"""
+token=$1; shift
+first() {{ head -c {_MOST_OUTPUT + 1} && cat >/dev/null || echo unread >&5; }}
+ends() {{ head -c {_HEARD} && printf '\\n%s\\n' "$token" && tail -c {_HEARD} || echo unheard >&5; }}
+exec 3>&1 4>&2
+status=$({{ {{
+    {{ "$@" 3>&- 4>&- 5>&-; echo "$?" >&5; }} 2>&1 >&6 6>&- | ends >&4 3>&- 6>&-
+}} 6>&1 | first >&3 4>&-; }} 5>&1)
+case $status in *[!0-9]*) status=lost;; esac
+printf '\\n%s %s\\n' "$token" "$status" >&2
+"""
 
 #: timeout(1) ends with these when it had to end the program.
 _TIMED_OUT = (124, 128 + signal.SIGKILL)
@@ -79,10 +101,6 @@ _STORAGE_AT_FAULT = re.compile(r"Input/output error|Structure needs cleaning|Bad
 #: Most characters that are shown of what a program says. A name in an image may have as many as its owner
 #: wants.
 _SHOWN = 500
-
-#: Most characters at the beginning, and at the end, of what a program says that are looked at.
-_LOOKED_AT = 2**16
-
 
 #: What each layer of a program says, one after the other, of what is one file to the reader.
 _REPEATED = re.compile(r"(Could not open the file: )\1+")
@@ -171,7 +189,10 @@ def run(
             _require_success(str(err), token, program, subject, hidden)
     except UnicodeDecodeError as error:
         raise DataRefused(f"{program}: it wrote no text", path=subject) from error
-    return str(out)
+    out = str(out)
+    if len(os.fsencode(out)) > _MOST_OUTPUT:  # the rest is missing
+        raise DataRefused(f"{program}: it wrote more than {dates.size(_MOST_OUTPUT)}", path=subject)
+    return out
 
 
 def _at_most(wanted: int, kind: int) -> int:
@@ -314,9 +335,7 @@ def _require_success(err: str, token: str, program: str, subject: str, hidden: t
     status = int(ending[1])
     if status == 0:
         return
-    said = err[: ending.start()].strip()
-    if len(said) > 2 * _LOOKED_AT:
-        said = f"{said[:_LOOKED_AT]}\n{said[-_LOOKED_AT:]}"
+    said = _heard(err[: ending.start()], token).strip()
     if status in _NOT_FOUND:
         if _TOO_LITTLE_TO_LOAD.search(said):
             raise errors.BackendError(
@@ -341,6 +360,14 @@ def _require_success(err: str, token: str, program: str, subject: str, hidden: t
     if _HOST_AT_FAULT.search(own) or not _marked(said, program):
         raise errors.BackendError(line, path=subject, next_step="mend the host; another one may do it")
     raise DataRefused(line, path=subject)
+
+
+def _heard(err: str, token: str) -> str:
+    """Return what a program said, or whole lines at its beginning and its end if more than that was said."""
+    first, _mark, last = err.partition(f"\n{token}\n")
+    if len(os.fsencode(last)) < _HEARD:
+        return first + last
+    return "\n".join((first.rpartition("\n")[0] or first, last.partition("\n")[2]))
 
 
 def _own_words(said: str, hidden: tuple[str, ...]) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
@@ -130,6 +132,49 @@ class TestEndings(unittest.TestCase):
         )
         with self.assertRaisesRegex(DataRefused, "it is broken"):
             _script(script)
+
+    def test_what_it_says_and_writes_takes_a_bounded_part_of_memory(self) -> None:
+        asks = (
+            "import resource, sys; from tests.unit.test_program import _script, DataRefused\n"
+            "try: _script(sys.argv[1]); print('no error')\n"
+            "except DataRefused as error: print(error.cause)\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        )
+        much = "yes 'qemu-img: warning: it is old' | head -n 10000000"
+        for script, expected in (
+            (f"echo 'qemu-img: first' >&2; {much} >&2; echo 'qemu-img: last' >&2; exit 1", "qemu-img: first"),
+            (f"{much} >&2; echo 'qemu-img: last' >&2; exit 1", "qemu-img: last"),
+            (f"{much} >&2", "no error"),
+            (much, "qemu-img: it wrote more than 4.0 MiB"),
+            (f"{much}; echo 'qemu-img: last' >&2; exit 1", "qemu-img: last"),
+        ):
+            with self.subTest(script):
+                command = [sys.executable, "-c", asks, script]
+                said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+                self.assertEqual(expected, said[0])
+                self.assertLess(int(said[1]), 150)  # MiB, most of which is Python's own
+
+    def test_as_much_as_an_image_may_make_it_write_comes_whole(self) -> None:
+        self.assertEqual("x" * 2**22, _script(f"head -c {2**22} /dev/zero | tr '\\0' x"))
+
+    def test_a_line_that_was_cut_in_the_middle_is_none(self) -> None:
+        for number in range(12):
+            script = f"yes 'qemu-img: {'x' * number}warning: x' | head -c 1000000 >&2; exit 1"
+            with self.subTest(number), self.assertRaises(DataRefused) as caught:
+                _script(script)
+            self.assertEqual(f"qemu-img: {'x' * number}warning: x", caught.exception.cause)
+
+    def test_output_that_nothing_could_read_is_not_taken_for_none(self) -> None:
+        programs = self.enterContext(tempfile.TemporaryDirectory())
+        for name in ("prlimit", "timeout", "sh", "true", "cat", "tail"):
+            os.symlink(shutil.which(name) or "", os.path.join(programs, name))
+        before = os.environ["PATH"]
+        os.environ["PATH"] = programs
+        try:
+            with self.assertRaisesRegex(errors.BackendError, "how it ended is not known"):
+                _true(processutils.execute)
+        finally:
+            os.environ["PATH"] = before
 
     def test_a_hard_limit_of_the_service_that_is_lower_counts(self) -> None:
         asks = "from tests.unit.test_program import _script; print(_script('ulimit -t; ulimit -v'))"

@@ -113,7 +113,7 @@ class TestSandbox(unittest.TestCase):
             self.assertEqual("", sandbox.problem())
 
     def test_a_host_without_it_works_and_says_so(self) -> None:
-        for name in ("prlimit", "timeout", "sh", "qemu-img"):
+        for name in ("prlimit", "timeout", "sh", "head", "tail", "cat", "qemu-img"):
             found = shutil.which(name)
             assert found is not None
             (self.programs / name).symlink_to(found)
