@@ -282,17 +282,18 @@ class Uninspected:
         """Do nothing."""
 
 
-def inspect_file(fd: int, claimed: str | None, rules: Rules) -> Finding:
+def inspect_file(fd: int, claimed: str | None, rules: Rules, *, vouched: bool = True) -> Finding:
     """Inspect a file that is there, such as an adopted base, reading as little of it as needed.
 
     Returns what the content is.
 
     :param fd: a descriptor of the file, open for reading.
     :param claimed: the disk format that the image's owner stated, or None if the owner stated none.
+    :param vouched: whether the content has a digest, which is compared elsewhere.
     :raises ImageRejected: the content is bad.
     """
     image = OpenFile(fd)
-    format, ending = rules.accept(claimed, image.read(0, _SHOWN))
+    format, ending = rules.accept(claimed, image.read(0, _SHOWN), vouched=vouched)
     size = os.fstat(fd).st_size
     end = image.read(max(size - vhd.FOOTER_BYTES, 0), vhd.FOOTER_BYTES)
     if rules.strict and format == "raw":

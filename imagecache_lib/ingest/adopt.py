@@ -192,18 +192,18 @@ def _claims(record: evidence.Record, call: Call) -> tuple[str | None, ...]:
         image = _what_the_source_says(call)
         return (image.disk_format if image is not None else None,)
     # It was found to be what was claimed. A record does not tell an ISO image from other raw ones.
-    return ("raw", "iso") if record.source_format == "raw" else (record.source_format,)
+    return ("raw", "iso") if record.content_format == "raw" else (record.content_format,)
 
 
 def _inspect_stored(
     cache: CacheStore, base: OpenBase, record: evidence.Record, claims: tuple[str | None, ...]
 ) -> inspection.Finding:
-    if record.converted:
+    if record.content_format != record.stored_format:
         return _look_at_conversion(cache, base)
     for claimed in claims[:-1]:
         with contextlib.suppress(errors.ImageRejected):
-            return _look(cache, base, claimed, strict=True)
-    return _look(cache, base, claims[-1], strict=True)
+            return _look(cache, base, claimed, strict=True, vouched=record.digest_checked)
+    return _look(cache, base, claims[-1], strict=True, vouched=record.digest_checked)
 
 
 def _bound(
@@ -245,9 +245,9 @@ def _what_the_source_says(call: Call) -> model.Image | None:
 def _inspect(cache: CacheStore, base: OpenBase, image: model.Image | None) -> inspection.Finding:
     strict = not cache.config.disable_deep_image_inspection
     if image is None or image.size is None:
-        return _look(cache, base, None, strict=strict)
+        return _look(cache, base, None, strict=strict, vouched=False)
     if _unconverted(base, image):
-        return _look(cache, base, image.disk_format, strict=strict)
+        return _look(cache, base, image.disk_format, strict=strict, vouched=image.digest is not None)
     # Only a conversion changes the size, and the only conversion is to raw.
     return _look_at_conversion(cache, base)
 
@@ -278,14 +278,21 @@ def _look_at_conversion(cache: CacheStore, base: OpenBase) -> inspection.Finding
     A disk's own bytes need not pass the rules for images, such as that a boot sector has partitions, but must
     not be taken for an image.
     """
-    finding = _look(cache, base, None, strict=False)
+    finding = _look(cache, base, None, strict=False, vouched=True)
     if finding.format != "raw":
         raise errors.ImageRejected(f"it should be raw, and its content is {finding.format}")
     return finding
 
 
-def _look(cache: CacheStore, base: OpenBase, claimed: str | None, *, strict: bool) -> inspection.Finding:
-    return inspection.inspect_file(base.fd, claimed, Rules.of(cache.config, strict=strict))
+def _look(
+    cache: CacheStore, base: OpenBase, claimed: str | None, *, strict: bool, vouched: bool
+) -> inspection.Finding:
+    """Inspect a base's bytes as those of an image.
+
+    :param strict: as of :class:`Rules`.
+    :param vouched: whether a digest says that these bytes are what is meant.
+    """
+    return inspection.inspect_file(base.fd, claimed, Rules.of(cache.config, strict=strict), vouched=vouched)
 
 
 def _unconverted(base: OpenBase, image: model.Image) -> bool:

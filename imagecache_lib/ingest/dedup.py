@@ -102,7 +102,7 @@ def _open(name: str, cache: CacheStore, call: Call, image: model.Image, use: evi
             return None  # nothing could vouch for the copy
         if use is evidence.Use.DISK:
             call.require_fit(record.virtual_size)
-            if record.source_format.partition("+")[0] == record.stored_format:
+            if record.content_format == record.stored_format:
                 _inspect(opened, cache, image)
         stack.pop_all()  # it stays open
         return Twin(opened, record, sums)

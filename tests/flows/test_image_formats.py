@@ -191,7 +191,9 @@ class TestOthers(FormatCase):
         source = FakeSource({ID: image}, disk_format="vmdk")
         self.manager(source).cache_image(ID)
         record = self.record()
-        record.write_bytes(record.read_bytes().replace(b'"inspected": 2', b'"inspected": 1'))
+        record.write_bytes(
+            record.read_bytes().replace(b'"inspected": %d' % evidence.INSPECTION_RULES, b'"inspected": 1')
+        )
         self.manager(source, space_minimum_age_seconds=0).cache_image(ID)
         self.assertEqual(2, source.opens)
 

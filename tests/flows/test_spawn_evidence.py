@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import errors, events, model
-from imagecache_lib.store import layout
+from imagecache_lib.store import evidence, layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.testing.sources import FakeSource
 from tests.support import files
@@ -406,6 +407,38 @@ class TestInspectedWhereItLies(AdoptCase):
             file.write((512).to_bytes(8, "big") + (11).to_bytes(4, "big"))  # a backing file
         self.assertEqual(DATA, self.spawn(manager))
         self.assertEqual((2, qcow2), (self.source.opens, self.base().read_bytes()))
+
+    def spoil(self, data: bytes) -> None:
+        """Have what an earlier release took for a disk, and today's does not."""
+        self.change_record(inspected=evidence.INSPECTION_RULES - 1)
+        with self.base().open("r+b") as file:
+            file.write(data)
+
+    def test_text_is_no_disk_any_more_unless_a_digest_vouches_for_it(self) -> None:
+        said = b"the image is not here, ask again later\n" * 100
+        for digests, served, opens in ((False, DATA, 2), (True, said + DATA[len(said) :], 1)):
+            with self.subTest(digests=digests):
+                self.source = FakeSource({ID: DATA}, disk_format="raw", digests=digests)
+                manager = self.manager(space_minimum_age_seconds=0)
+                manager.cache_image(ID)
+                self.spoil(said)
+                self.assertEqual(served, self.spawn(manager))
+                self.assertEqual(opens, self.source.opens)
+                manager.evict_image(ID)
+
+    def test_text_is_not_adopted_unless_a_digest_vouches_for_it(self) -> None:
+        self.put(b"the image is not here, ask again later\n" * 100)
+        self.source = FakeSource({ID: DATA}, digests=False, sizes=False)
+        self.assertFalse(self.adopted(space_minimum_age_seconds=0))
+
+    def test_what_was_unpacked_is_inspected_as_the_image_that_it_is(self) -> None:
+        packed = pathlib.Path(self.directory, "packed")
+        packed.write_bytes(gzip.compress(DATA))
+        table = {ID: ic.FileImage(str(packed), disk_format="raw", compression="gzip")}
+        manager = self.manager(ic.FileSource(table), space_minimum_age_seconds=0)
+        manager.cache_image(ID)
+        self.spoil(b"PK\x03\x04")
+        self.assertEqual(DATA, self.spawn(manager))
 
     def test_a_plain_file_that_is_the_disk_that_is_wanted_becomes_one(self) -> None:
         qcow2 = disk_image(self.directory, "qcow2")

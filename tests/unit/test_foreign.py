@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import subprocess
 import unittest
@@ -10,7 +11,8 @@ import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from imagecache_lib.formats import foreign
+from imagecache_lib.formats import foreign, foreign_marks
+from imagecache_lib.store import evidence
 
 NOISE = random.Random(3).randbytes(1024)
 SUM = "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03"
@@ -199,3 +201,22 @@ class TestDisks(unittest.TestCase):
         ):
             with self.subTest(start[:16]):
                 self.assertEqual("a disk", told(start))
+
+
+#: What each number of the rules stands for: a digest of all marks.
+MARKS = {3: "e2407812c481e4b7ba4e2a1dc9930d17dd9744236f9ac77bd4cce14042254b70"}
+
+
+class TestRulesNumber(unittest.TestCase):
+    """A base that was inspected under fewer marks is only looked at again if the rules' number was raised."""
+
+    def test_other_marks_have_another_number(self) -> None:
+        patterns = [(mark.pattern, mark.flags) for mark, *_ in foreign_marks.PATTERNS]
+        texts = [(mark.pattern, mark.flags) for mark, *_ in foreign_marks.TEXTS]
+        marks = repr(([row[:2] for row in foreign_marks.MAGIC], patterns, texts))
+        found = hashlib.sha256(marks.encode()).hexdigest()
+        self.assertEqual(
+            MARKS.get(evidence.INSPECTION_RULES),
+            found,
+            "the marks are not those of this number: raise INSPECTION_RULES, and write its digest down here",
+        )
