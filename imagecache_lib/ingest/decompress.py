@@ -42,6 +42,9 @@ ZSTD_WINDOW = 128 * 2**20
 XZ_MEMORY = 68 * 2**20
 #: In this step room is reserved beyond what is produced.
 _ROOM_STEP = 64 * 2**20
+#: As many bytes are taken at a time. What follows a member is copied for the next one, so that a chunk of
+#: many members costs the square of its length.
+_SLICE = 2**16
 #: Zstandard has no bound for what one call produces. A block of it takes at least 4 bytes and makes at most
 #: 128 KiB, so that this much makes no more than 32 MiB.
 _ZSTD_SLICE = 1024
@@ -228,6 +231,11 @@ class Unpacking:
         :raises ConfigError: what unpacks it is not installed.
         """
         self._received += len(chunk)
+        for start in range(0, len(chunk), _SLICE):
+            self._waiter.check()
+            self._take(chunk[start : start + _SLICE])
+
+    def _take(self, chunk: bytes) -> None:
         while chunk:
             if self._member is None:
                 chunk = self._without_padding(self._head + chunk)

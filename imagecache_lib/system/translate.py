@@ -36,6 +36,10 @@ class translated:
             raise _translation(error, self._path) from error
 
 
+#: What the kernel says where a process, or all of them, have as much as they may have.
+_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
 def _translation(error: OSError, path: str) -> errors.ImageCacheError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return errors.NoSpaceError("the filesystem is full", path=path, next_step="make room, then ask again")
@@ -45,6 +49,18 @@ def _translation(error: OSError, path: str) -> errors.ImageCacheError:
             f"permission denied for {_user()}",
             path=where,
             next_step="run as the service's user, or correct the owner and mode",
+        )
+    if error.errno in _LIMITS:
+        return errors.BackendError(
+            f"a limit of this process or of the host was met: {error.strerror or error}",
+            path=where,
+            next_step="look at the service's own limits (ulimit -a); another host may do it",
+        )
+    if error.errno == errno.EFBIG:
+        return errors.BackendError(
+            "it may have no file of that size",
+            path=where,
+            next_step="look at the service's own limit (ulimit -f, LimitFSIZE) and at that of the filesystem",
         )
     return errors.BackendError(
         f"the filesystem failed: {error.strerror or error}",

@@ -10,8 +10,10 @@ import lzma
 import random
 import struct
 import subprocess
+import sys
 import threading
 import tracemalloc
+import types
 import unittest
 import zlib
 from collections.abc import Callable, Mapping
@@ -44,6 +46,17 @@ PACK: Mapping[str, Callable[[bytes], bytes]] = {
 
 def skippable_frame(content: bytes) -> bytes:
     return struct.pack("<II", 0x184D2A53, len(content)) + content
+
+
+class CancelledLater:
+    """A token of a caller that does not wait any more once it was looked at so many times."""
+
+    def __init__(self, *, looks: int) -> None:
+        self._looks = looks
+
+    def is_set(self) -> bool:
+        self._looks -= 1
+        return self._looks < 0
 
 
 class UnpackingCase(unittest.TestCase):
@@ -248,6 +261,32 @@ class TestHostileData(UnpackingCase):
         for name, pack in PACK.items():
             with self.subTest(name=name), self.assertRaises(errors.CancelledError):
                 self.unpack(pack(bytes(4 * MIB)), name, cancel=cancel)
+
+    def test_a_caller_may_cancel_within_one_chunk_of_members_without_content(self) -> None:
+        for name, pack in PACK.items():
+            packed = pack(b"")
+            unpacking = self.unpacking(name, Collected(), cancel=CancelledLater(looks=8))
+            with self.subTest(name=name), self.assertRaises(errors.CancelledError):
+                unpacking.feed(packed * (MIB // len(packed)))
+
+    def test_what_follows_a_member_is_not_copied_for_each_of_many(self) -> None:
+        """What a member left over is asked for once: its length shows what was copied."""
+        packed = gzip.compress(b"")
+        unpacking = self.unpacking("gzip", Collected())
+        copied: list[int] = []
+
+        def note(frame: types.FrameType, event: str, left: object) -> None:
+            if event == "return" and frame.f_code is unused and isinstance(left, bytes):
+                copied.append(len(left))
+
+        unused = decompress._Gzip.unused.fget.__code__  # type: ignore[attr-defined]
+        sys.setprofile(note)
+        try:
+            unpacking.feed(packed * (MIB // len(packed)))
+        finally:
+            sys.setprofile(None)
+        self.assertEqual(MIB // len(packed), len(copied))
+        self.assertLess(sum(copied), MIB * 2**11)
 
     def test_many_members_without_content_end(self) -> None:
         for name, pack in PACK.items():
