@@ -18,7 +18,7 @@ import requests
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import exchange, retry_after
-from imagecache_lib.sources.body import Body, is_delimited, other_length, two_lengths
+from imagecache_lib.sources.body import STATE_IT, Body, cut_off, is_delimited, other_length, two_lengths
 from imagecache_lib.sources.interface import (
     CannotResume,
     NotPermitted,
@@ -113,6 +113,31 @@ def sure_size(image: model.Image) -> int | None:
     return image.size if hinted_size(image) is None else None
 
 
+def settled(image: model.Image, length: int | None, url: str) -> model.Image:
+    """Return the description of an image without a digest of which two lengths were told, with the right one.
+
+    :param image: its size is what the answer with the data told, or None if that told none;
+        :data:`HINTED_SIZE` is what the server told before.
+    :param length: number of bytes that an answer with a part of the data tells, or None if there is none.
+    :raises SourceError: these answers contradict each other; or the data is shorter than what was told
+        before, and nothing shows that it was not cut off.
+    """
+    size, told = image.size, hinted_size(image)
+    assert told is not None
+    if length is None:
+        if size is not None and size < told:
+            raise cut_off(exchange.shown(url), image.id, size, told)
+        return image
+    if size not in (None, length):
+        raise errors.SourceError(
+            f"{exchange.shown(url)} tells {size} bytes with the data, and {length} bytes with a part of it",
+            image=image.id,
+            next_step=STATE_IT,
+        )
+    properties = {**image.properties, HINTED_SIZE: str(length)}
+    return dataclasses.replace(image, properties=MappingProxyType(properties))
+
+
 def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheError:
     """Return the error that an answer without what was asked for amounts to."""
     status = response.status_code
@@ -204,6 +229,7 @@ def data(
     offset: int,
     *,
     size_is: SizeIs = SizeIs.DESCRIBED,
+    confirmed: bool = False,
 ) -> Iterator[Body]:
     """Get an image's data from an offset: what :meth:`ImageSource.open` promises, over HTTP.
 
@@ -215,6 +241,7 @@ def data(
         :data:`HINTED_SIZE` what the server told before.
     :param size_is: what ``image.size`` is worth. The length of the answer from the first byte takes the place
         of a hint; if the answer states no length, what arrives decides.
+    :param confirmed: an answer with a part of the data told :data:`HINTED_SIZE`, and no digest decides.
     """
     asked = {**headers, "Accept-Encoding": "identity"}
     validator = image.properties.get(ETAG)
@@ -243,7 +270,15 @@ def data(
             image = _corrected(image, response, length)
         told = hinted_size(image)
         yield Body(
-            response, image, doubt, offset=offset, until=until, stated=stated, told=told, hinted=hinted
+            response,
+            image,
+            doubt,
+            offset=offset,
+            until=until,
+            exact=confirmed and offset == 0,
+            stated=stated,
+            told=told,
+            hinted=hinted,
         )
 
 
@@ -260,12 +295,14 @@ def _corrected(image: model.Image, response: requests.Response, length: int | No
 def _undelimited(response: requests.Response, image: model.Image) -> int | None:
     """Return how many bytes must come for data of which nothing else tells whether it was cut off, or None.
 
-    Where the end of the connection is all that ends the data, and no digest is known, fewer bytes than the
-    server told before are not taken for the whole image. More are: the server told too few.
+    Where no digest is known, and the end of the connection is all that ends the data, or it has shown already
+    that another length was told before, fewer bytes than that are not taken for the whole image. More are:
+    the server told too few.
     """
-    if image.digest is not None or is_delimited(response):
+    told = hinted_size(image)
+    if image.digest is not None or (is_delimited(response) and image.size == told):
         return None
-    return hinted_size(image)
+    return told
 
 
 def _two_lengths(

@@ -21,6 +21,8 @@ from imagecache_lib.sources.interface import SourceRefused
 #: Most bytes that one read takes. read1 returns what has arrived, so that a slow server does not keep a
 #: request's deadline from being looked at.
 CHUNK = 2**20
+#: What to do about data of which a server tells two lengths.
+STATE_IT = "try again later; if that is all of it, state its size or digest"
 _TRANSPORT_ERRORS = (
     requests.RequestException,
     urllib3.exceptions.HTTPError,
@@ -39,6 +41,7 @@ class Body:
     :param offset: which byte of the image the data begins with. At the first one it can be a document.
     :param until: number of bytes of the image that must be here when the data ends, or they were cut off; or
         None if nothing tells.
+    :param exact: more bytes than that are none of the image either.
     :param stated: number of bytes that the image has as an operator states it, or None.
     :param told: number of bytes that the server told before it sent the data, or None.
     """
@@ -51,6 +54,7 @@ class Body:
         *,
         offset: int | None = None,
         until: int | None = None,
+        exact: bool = False,
         stated: int | None = None,
         told: int | None = None,
         hinted: bool = False,
@@ -61,6 +65,7 @@ class Body:
         self._looked = offset != 0
         self._reached = offset or 0
         self._until = until
+        self._exact = exact
         self._stated = stated
         self._told = told
         self._where = exchange.shown(response.url)
@@ -95,11 +100,12 @@ class Body:
 
     def _check_end(self) -> None:
         if self._until is not None and self._reached < self._until:
+            raise cut_off(self._where, self.image.id, self._reached, self._until)
+        if self._until is not None and self._exact and self._reached > self._until:
             raise errors.SourceError(
-                f"the data ended after {self._reached} bytes and may have been cut off:"
-                f" {self._where} told {self._until} before",
+                f"{self._where} sends {self._reached} bytes, and told {self._until} with a part of them",
                 image=self.image.id,
-                next_step="try again later; if that is all of it, state its size or digest",
+                next_step=STATE_IT,
             )
         if self.doubt is None:
             self.doubt = two_lengths(self._where, self.image.id, self._reached, self._told)
@@ -123,6 +129,20 @@ def is_delimited(response: requests.Response) -> bool:
     """Return whether the data ends by itself, not by the end of the connection."""
     chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
     return chunked or "Content-Length" in response.headers
+
+
+def cut_off(where: str, image_id: str, sends: int, told: int) -> errors.SourceError:
+    """Return the error that fewer bytes than were told amount to, where nothing shows that they are all.
+
+    :param where: the address, without what is secret in it.
+    :param sends: number of bytes that come.
+    :param told: number of bytes that the server told before.
+    """
+    return errors.SourceError(
+        f"the data ended after {sends} bytes and may have been cut off: {where} told {told} before",
+        image=image_id,
+        next_step=STATE_IT,
+    )
 
 
 def other_length(where: str, image_id: str, sends: str, stated: int) -> errors.SourceError:

@@ -54,7 +54,8 @@ class HttpSource(ImageSource):
 
     HEAD is a hint: where it is refused or fails, a GET of the first byte tells what there is, and the length
     of the answer that brings the data replaces the one that HEAD told. If that answer tells none, what
-    arrives decides.
+    arrives decides. Where they differ and there is no digest, a GET of the first byte has to tell the same
+    length as the data has; if it tells none, the data must not be shorter than what HEAD told.
 
     :param images: by image id.
     :param session: a requests session that carries what the servers ask for: credentials, proxies,
@@ -105,11 +106,21 @@ class HttpSource(ImageSource):
         except errors.SourceError as error:
             LOG.debug("HEAD tells nothing of image %s: %s", image_id, error.cause)
         # Whatever becomes of HEAD, GET decides: a URL may be signed for GET only, a proxy may know no HEAD.
+        return self._describe_by_get(image_id, entry)
+
+    def _length_by_range(self, image_id: str, entry: HttpImage) -> int | None:
+        """Return the length that comes with the first byte, or None if the server sends no ranges.
+
+        Of a server without ranges another GET would only repeat what the first one told.
+        """
+        with self._ask("GET", entry, image_id, {"Range": "bytes=0-0"}) as response:
+            return _whole_length(response, image_id) if response.status_code == 206 else None
+
+    def _describe_by_get(self, image_id: str, entry: HttpImage) -> model.Image:
+        """Return what an answer to a GET tells, of the first byte if the server sends ranges."""
         with self._ask("GET", entry, image_id, {"Range": "bytes=0-0"}) as response:
             if response.status_code == 206:
-                part = answers.parse_content_range(response.headers.get("Content-Range", ""))
-                _read_byte(response, image_id)
-                return _image(image_id, entry, part[2] if part else None, response)
+                return _image(image_id, entry, _whole_length(response, image_id), response)
             if response.status_code in answers.WHOLE:
                 return _image(image_id, entry, answers.content_length(response.headers), response)
             if response.status_code not in answers.RANGE_REFUSED:
@@ -133,8 +144,19 @@ class HttpSource(ImageSource):
     def open(self, image: model.Image, offset: int = 0) -> Iterator[Body]:
         entry = self._entry(image.id)
         size_is = answers.SizeIs.HINTED if entry.size is None else answers.SizeIs.STATED
-        with answers.data(self._web, entry.url, {}, image, offset, size_is=size_is) as stream:
+        confirmed: int | None = None
+        if offset == 0 and self._length_in_doubt(image, entry):
+            confirmed = self._length_by_range(image.id, entry)
+            image = answers.settled(image, confirmed, entry.url)
+        with answers.data(
+            self._web, entry.url, {}, image, offset, size_is=size_is, confirmed=confirmed is not None
+        ) as stream:
             yield stream
+
+    def _length_in_doubt(self, image: model.Image, entry: HttpImage) -> bool:
+        """Return whether the data came with another length than was told before, and no digest decides."""
+        decided = image.digest is not None or entry.size is not None
+        return not decided and answers.hinted_size(image) not in (None, image.size)
 
     def can_resume(self, image: model.Image) -> bool:
         return super().can_resume(image) or image.properties.get(answers.ETAG) is not None
@@ -143,10 +165,15 @@ class HttpSource(ImageSource):
         return interface.entry_of(self._images, image_id)
 
 
-def _read_byte(response: requests.Response, image_id: str) -> None:
-    """Read the one byte that was asked for, so that the connection is kept. Of more, no more is read."""
+def _whole_length(response: requests.Response, image_id: str) -> int | None:
+    """Return the length that an answer with the first byte tells of all of the data, or None.
+
+    The byte is read, so that the connection is kept. Of more, no more is read.
+    """
+    part = answers.parse_content_range(response.headers.get("Content-Range", ""))
     with contextlib.suppress(errors.SourceError):
         next(body.read(response, image_id), None)
+    return part[2] if part else None
 
 
 def _image(image_id: str, entry: HttpImage, told: int | None, response: requests.Response) -> model.Image:

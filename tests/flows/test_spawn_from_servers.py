@@ -111,9 +111,15 @@ class TestServers(CacheCase):
             manager.cache_image(IMAGE)
 
     def test_a_length_that_no_image_can_have_is_refused(self) -> None:
-        manager = self.manager(self.serve(raw_image(1), "raw"))
-        self.server.always_fail("/image", faults.length_told(2**58))
+        data = raw_image(1)
+        manager = self.manager(self.serve(data, "raw"), num_retries=0)
+        length = faults.length_told(2**58)
+        self.server.always_fail("/image", faults.range_ignored(data), length)
         with self.leaves_nothing(), self.assertRaisesRegex(errors.ImageRejected, "absurd"):
+            manager.cache_image(IMAGE)
+        self.server.forget("/image")
+        self.server.always_fail("/image", length)  # and by a range the right one
+        with self.leaves_nothing(), self.assertRaisesRegex(errors.SourceError, f"told {len(data)} before"):
             manager.cache_image(IMAGE)
 
     def test_a_document_instead_of_the_image_is_not_cached(self) -> None:

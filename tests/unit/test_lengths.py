@@ -2,6 +2,7 @@
 """Every way in which HEAD, GET, a table and a digest can tell the length of an image, and whose fault it is.
 
 HEAD is a hint. The length of the answer that brings the data decides, and where it tells none, what arrives.
+Where HEAD told another one and no digest decides, an answer with a part of the data must tell the same.
 What an operator states in a table contradicts the server, and not the image; whole data with another digest
 than the stated one are not the image.
 """
@@ -71,7 +72,9 @@ def expected(head: str, get: str, digest: str, size: str) -> Outcome:
     # A HEAD that is refused is made up for by the first byte, with which this server tells the right length.
     hinted = None if size != "unknown" else GOOD if head == "refused" else LENGTHS.get(head)
     if get == "short" and digest == "unknown":
-        return Outcome.SERVED_AS_TOLD  # nothing shows that more belongs to it
+        # Where another length was told before, the first byte is asked for: with it the right one comes.
+        differs = hinted not in (None, SHORT)
+        return Outcome.SOURCE if differs else Outcome.SERVED_AS_TOLD
     if get == "short" or digest == "wrong":
         # Data that may have been cut off show nothing of the image: the server told two lengths, or none.
         sent = GOOD if get == "chunked" else told
@@ -161,6 +164,77 @@ def test_mirrors_of_which_only_some_tell_the_length(server: BadServer) -> None:
     server.fail("/mirror", faults.length_told(SHORT), method="HEAD")
     server.fail("/mirror", faults.chunked(), faults.fine(), faults.chunked())
     assert fetch(HttpSource({"x": HttpImage(url, "raw")}), retries=0) == DATA
+
+
+NO_RANGES = faults.range_ignored(DATA)
+
+
+def _cut(server: BadServer, head: int, *, chunked: bool, ranges: Fault, digest: bool = False) -> HttpSource:
+    """Return a source of data that a server cuts off each time, and ends as if that were all of it."""
+
+    def cut(seen: Seen, answer: Answer) -> Answer:
+        if seen.headers.get("Range") == "bytes=0-0":
+            answer = ranges(seen, answer)
+            if answer.status == 206:
+                return answer
+        return dataclasses.replace(answer, body=DATA[:SHORT], chunked=chunked)
+
+    path = f"/cut-{head}-{chunked}-{ranges is NO_RANGES}"
+    url = server.put(path, DATA)
+    server.forget(path)
+    server.always_fail(path, faults.length_told(head), method="HEAD")
+    server.always_fail(path, cut, method="GET")
+    return HttpSource({"x": HttpImage(url, "raw", DIGEST if digest else None)}, timeout=(60.0, 60.0))
+
+
+@pytest.mark.parametrize("digest", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(
+    "ranges", [faults.fine(), NO_RANGES, faults.range_refused(), faults.range_refused(501)]
+)
+def test_data_that_are_shorter_than_head_told_are_not_taken_for_the_whole(
+    server: BadServer, ranges: Fault, chunked: bool, digest: bool
+) -> None:
+    source = _cut(server, GOOD, chunked=chunked, ranges=ranges, digest=digest)
+    with pytest.raises(errors.SourceError, match=f"{SHORT} bytes") as told:
+        fetch(source, retries=1)
+    assert not isinstance(told.value, SourceRefused)
+    assert str(GOOD) in str(told.value)
+
+
+def test_where_head_told_fewer_bytes_an_answer_with_a_part_has_a_say(server: BadServer) -> None:
+    for chunked in (False, True):
+        source = _cut(server, 1000, chunked=chunked, ranges=faults.fine())
+        with pytest.raises(errors.SourceError, match=f"{SHORT} bytes.*{GOOD}"):
+            fetch(source, retries=1)
+        source = _cut(server, 1000, chunked=chunked, ranges=NO_RANGES)
+        assert fetch(source, retries=0) == DATA[:SHORT]  # nothing shows that more belongs to it
+
+
+def test_more_data_than_a_part_and_head_tell_are_not_taken(server: BadServer) -> None:
+    for chunked in (False, True):
+        fault = faults.both(
+            faults.range_ignored(DATA + bytes(512)), faults.chunked() if chunked else faults.fine()
+        )
+
+        def longer(seen: Seen, answer: Answer, fault: Fault = fault) -> Answer:
+            return answer if seen.headers.get("Range") == "bytes=0-0" else fault(seen, answer)
+
+        server.forget("/more")
+        url = server.put("/more", DATA)
+        server.always_fail("/more", longer, method="GET")
+        with pytest.raises(errors.SourceError, match=f"{GOOD + 512} bytes.*{GOOD}"):
+            fetch(HttpSource({"x": HttpImage(url, "raw")}), retries=1)
+
+
+def test_content_that_was_replaced_by_shorter_one_since_head(server: BadServer) -> None:
+    for fault in (faults.fine(), faults.chunked()):
+        server.forget("/replaced")
+        url = server.put("/replaced", DATA, etag='"new"')
+        server.always_fail("/replaced", fault, method="GET")
+        before = faults.both(faults.length_told(LONG), faults.entity_tag('"old"'))
+        server.fail("/replaced", before, method="HEAD")
+        assert fetch(HttpSource({"x": HttpImage(url, "raw")}), retries=0) == DATA
 
 
 def test_what_has_a_length_as_told_is_asked_for_once(server: BadServer) -> None:
