@@ -15,7 +15,7 @@ from imagecache_lib import errors, model
 from imagecache_lib.sources import answers, body, exchange, interface, tables
 from imagecache_lib.sources.body import Body
 from imagecache_lib.sources.interface import ImageSource
-from imagecache_lib.sources.unanswered import Unreachable
+from imagecache_lib.sources.unanswered import Silent, Unreachable
 
 LOG = logging.getLogger(__name__)
 
@@ -78,6 +78,9 @@ class HttpSource(ImageSource):
             exchange.check_url(image.url)
             interface.check_compression(image.compression)
         self._images = dict(images)
+        # Ids of images whose server let a HEAD time out. It is not asked so again: of a server that is
+        # silent altogether, each attempt would wait twice.
+        self._silent_to_head: set[str] = set()
         sender = exchange.SessionSender(session, verify=verify, timeout=timeout)
         self._web = exchange.Web(sender, sender.stranger())
 
@@ -97,14 +100,17 @@ class HttpSource(ImageSource):
 
     def describe(self, image_id: str) -> model.Image:
         entry = self._entry(image_id)
-        try:
-            with self._ask("HEAD", entry, image_id) as response:
-                if response.status_code == 200:
-                    return _image(image_id, entry, answers.content_length(response.headers), response)
-        except Unreachable:
-            raise
-        except errors.SourceError as error:
-            LOG.debug("HEAD tells nothing of image %s: %s", image_id, error.cause)
+        if image_id not in self._silent_to_head:
+            try:
+                with self._ask("HEAD", entry, image_id) as response:
+                    if response.status_code == 200:
+                        return _image(image_id, entry, answers.content_length(response.headers), response)
+            except Unreachable:
+                raise
+            except errors.SourceError as error:
+                if isinstance(error, Silent):
+                    self._silent_to_head.add(image_id)
+                LOG.debug("HEAD tells nothing of image %s: %s", image_id, error.cause)
         # Whatever becomes of HEAD, GET decides: a URL may be signed for GET only, a proxy may know no HEAD.
         return self._describe_by_get(image_id, entry)
 

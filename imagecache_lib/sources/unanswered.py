@@ -24,8 +24,15 @@ NO_HEADERS = "its headers are not HTTP's"
 PROXY = "check the proxy that the environment or the session names, and its user and password"
 
 _PROXY = (requests.exceptions.ProxyError, urllib3.exceptions.ProxyError)
+#: What to do about a certificate that does not verify, and by OpenSSL's code of the reason: it is not valid
+#: yet, or no more; it is of another name, or of another address.
+_CERTIFICATE = "give the source the file of the CA that signed it (for imagecache: OS_CACERT)"
+_RENEW = "have the server's certificate renewed, or set the clock of this host"
+_RENAME = "ask the server by a name that is in its certificate, or have one made for this name"
+_CERTIFICATES = {9: _RENEW, 10: _RENEW, 62: _RENAME, 64: _RENAME}
 #: NewConnectionError is of addresses that refuse and of names that do not resolve.
 _UNREACHABLE = (requests.ConnectTimeout, urllib3.exceptions.NewConnectionError)
+_SILENT = (requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError)
 #: http.client's only text of an answer to CONNECT.
 _TUNNEL = re.compile(r"Tunnel connection failed: (\d{3})\b", re.ASCII)
 _BUSY = frozenset({"408", "425", "429"})
@@ -33,6 +40,10 @@ _BUSY = frozenset({"408", "425", "429"})
 
 class Unreachable(errors.SourceError):
     """There is no connection to the server, whatever it is asked for."""
+
+
+class Silent(errors.SourceError):
+    """The server took the request, and sent no answer to it, or next to nothing of one, in time."""
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -70,7 +81,7 @@ def failure(error: BaseException, where: str, image_id: str | None) -> errors.So
             return SourceMisconfigured(
                 f"the certificate of {where} does not verify: {cause.verify_message}",
                 image=image_id,
-                next_step="give the source the file of the CA that signed it (for imagecache: OS_CACERT)",
+                next_step=_CERTIFICATES.get(cause.verify_code, _CERTIFICATE),
             )
         if getattr(cause, "http_status", None) in (401, 403):
             return SourceMisconfigured(
@@ -78,6 +89,13 @@ def failure(error: BaseException, where: str, image_id: str | None) -> errors.So
                 image=image_id,
                 next_step="check the credentials of the session",
             )
+    if _lacks_a_file(error, causes):
+        return SourceMisconfigured(
+            f"no request to {where} can be made: a file that TLS needs, of CA certificates or of a client's"
+            " certificate or key, is not there or is none",
+            image=image_id,
+            next_step="correct its path (for imagecache: OS_CACERT; for requests: REQUESTS_CA_BUNDLE)",
+        )
     if _is_own_fault(error, causes):
         return SourceMisconfigured(
             f"no request to {where} can be made ({type(error).__name__})",
@@ -86,7 +104,11 @@ def failure(error: BaseException, where: str, image_id: str | None) -> errors.So
         )
     if any(isinstance(cause, _PROXY) for cause in causes):
         return _of_the_proxy(error, causes, where, image_id)
-    kind = Unreachable if any(isinstance(cause, _UNREACHABLE) for cause in causes) else errors.SourceError
+    kind: type[errors.SourceError] = errors.SourceError
+    if any(isinstance(cause, _UNREACHABLE) for cause in causes):
+        kind = Unreachable
+    elif any(isinstance(cause, _SILENT) for cause in causes):
+        kind = Silent
     return kind(f"{where}: {_reason(error, causes)}", image=image_id, next_step="try again later")
 
 
@@ -100,6 +122,16 @@ def _of_the_proxy(
     if refusal and refusal[1].startswith("4") and refusal[1] not in _BUSY:
         kind = SourceMisconfigured
     return kind(f"{where}: {reason}", image=image_id, next_step=PROXY)
+
+
+def _lacks_a_file(error: BaseException, causes: list[BaseException]) -> bool:
+    """Return whether what TLS is configured with cannot be read: certificates of CAs, or a client's own."""
+    # requests looks whether the files are there, and has no type of its own for that. What is in them OpenSSL
+    # reads before there is a connection.
+    if type(error) is OSError and error.errno is None and "invalid path: " in str(error):
+        return True
+    of_tls = [cause for cause in causes if isinstance(cause, ssl.SSLError)]
+    return any(cause.library == "X509" or "PEM lib" in str(cause.strerror) for cause in of_tls)
 
 
 def _is_own_fault(error: BaseException, causes: list[BaseException]) -> bool:
@@ -118,7 +150,7 @@ def _reason(error: BaseException, causes: list[BaseException]) -> str:
         ((requests.ConnectTimeout,), "no connection in time"),
         ((connection.TooSlow,), "what it sends is no data, and takes too long"),
         ((connection.TooMuch,), "it sends too much that is no data"),
-        ((requests.Timeout, urllib3.exceptions.ReadTimeoutError, TimeoutError), "nothing came in time"),
+        (_SILENT, "nothing came in time"),
         ((http.client.RemoteDisconnected,), "the server closed the connection without an answer"),
         ((http.client.IncompleteRead, urllib3.exceptions.IncompleteRead), "the data broke off"),
         ((socket.gaierror,), "its name does not resolve"),

@@ -126,12 +126,15 @@ def nginx(root: pathlib.Path, work: pathlib.Path) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """A self-signed certificate for 127.0.0.1 with its key, in one PEM file."""
+    """A self-signed certificate for an address of loopback with its key, in one PEM file."""
 
     path: pathlib.Path
 
     @classmethod
-    def make(cls, directory: pathlib.Path) -> Certificate:
+    def make(
+        cls, directory: pathlib.Path, *, days: tuple[int, int] = (-1, 1), address: str = "127.0.0.1"
+    ) -> Certificate:
+        """Make one that is valid between two days, which are counted from now."""
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
         now = dt.datetime.now(dt.UTC)
@@ -141,10 +144,10 @@ class Certificate:
             .issuer_name(name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - dt.timedelta(days=1))
-            .not_valid_after(now + dt.timedelta(days=1))
+            .not_valid_before(now + dt.timedelta(days=days[0]))
+            .not_valid_after(now + dt.timedelta(days=days[1]))
             .add_extension(
-                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
+                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), False
             )
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
             .sign(key, hashes.SHA256())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import pathlib
@@ -17,8 +18,15 @@ import requests
 from imagecache_lib import errors, model
 from imagecache_lib.sources import transfer
 from imagecache_lib.sources.http import HttpImage, HttpSource
-from imagecache_lib.sources.interface import CannotResume, NotPermitted, SourceBusy, SourceRefused
+from imagecache_lib.sources.interface import (
+    CannotResume,
+    NotPermitted,
+    SourceBusy,
+    SourceMisconfigured,
+    SourceRefused,
+)
 from imagecache_lib.system.host import System
+from imagecache_lib.testing import http_faults as faults
 from imagecache_lib.testing.bad_server import Answer, BadServer, Script, Seen, data_answer
 from tests.support.servers import Certificate
 
@@ -177,9 +185,18 @@ class TestConnections(HttpCase):
             url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
             source = HttpSource({"x": HttpImage(url)}, timeout=(1.0, 0.05))
             with self.assertRaisesRegex(errors.SourceError, "nothing came in time"):
-                source.describe("x")
+                transfer.describe(source, "x", host=QUIET, retries=2)
+            # Of the first attempt, HEAD may be all that it is silent to.
+            self.assertEqual(["HEAD", "GET", "GET", "GET"], _methods_of(silent))
         with self.assertRaisesRegex(errors.SourceError, "refused"):
             source.describe("x")
+
+    def test_a_server_that_is_silent_to_head_is_asked_so_once(self) -> None:
+        source = self.source(serve, timeout=(60.0, 0.2))
+        self.server.always_fail("/x", faults.slow_head(60.0), method="HEAD")
+        for _ in range(3):
+            self.assertEqual(DATA, self.fetch(source, retries=0))
+        self.assertEqual(1, len(self.server.requests("HEAD")))
 
     def test_server_errors_pass(self) -> None:
         source = self.source(Answer(503), serve, Answer(502), serve)
@@ -200,6 +217,18 @@ class TestConnections(HttpCase):
         with self.assertRaisesRegex(errors.SourceError, "gzip"):
             self.fetch(source)
         self.assertEqual({"identity"}, {seen.headers["Accept-Encoding"] for seen in self.server.requests()})
+
+
+def _methods_of(listener: socket.socket) -> list[str]:
+    """Return the methods of the requests on all connections that a listener did not take yet."""
+    listener.setblocking(False)
+    methods = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                methods.append(connection.recv(2**16).split(b" ")[0].decode())
+    return methods
 
 
 class TestDescribe(HttpCase):
@@ -297,7 +326,7 @@ class TestRedirects(HttpCase):
 
 class TestTls(unittest.TestCase):
     def setUp(self) -> None:
-        directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.directory = directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
         self.certificate = Certificate.make(directory)
         self.server = self.enterContext(BadServer(tls=str(self.certificate.path)))
         self.server.script("/x", serve)
@@ -311,6 +340,30 @@ class TestTls(unittest.TestCase):
     def test_a_given_certificate_is_trusted(self) -> None:
         source = HttpSource(self.table, verify=str(self.certificate.path))
         self.assertEqual(len(DATA), source.describe("x").size)
+
+    def test_what_to_do_depends_on_why_a_certificate_does_not_verify(self) -> None:
+        for number, (days, address, what) in enumerate(
+            (
+                ((-9, -1), "127.0.0.1", "renewed.*clock"),
+                ((1, 9), "127.0.0.1", "renewed.*clock"),
+                ((-1, 9), "127.0.0.2", "a name that is in its certificate"),
+            )
+        ):
+            directory = self.directory / str(number)
+            directory.mkdir()
+            certificate = str(Certificate.make(directory, days=days, address=address).path)
+            with BadServer(tls=certificate) as server, self.assertRaisesRegex(SourceMisconfigured, what):
+                HttpSource({"x": HttpImage(f"{server.url}/x")}, verify=certificate).describe("x")
+
+    def test_a_file_of_certificates_that_is_none_is_a_fault_of_the_set_up(self) -> None:
+        none = self.directory / "none.pem"
+        none.write_text("no certificate\n")
+        torn = self.directory / "torn.pem"
+        torn.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+        for path in (none, torn, self.directory / "missing.pem"):
+            with self.subTest(path.name), self.assertRaisesRegex(SourceMisconfigured, "file.*certificate"):
+                HttpSource(self.table, verify=str(path)).describe("x")
+        self.assertEqual([], self.server.requests())
 
     def test_the_sessions_own_trust_holds(self) -> None:
         with requests.Session() as session:
