@@ -12,7 +12,7 @@ import contextlib
 import json
 import re
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import requests
@@ -20,6 +20,7 @@ import requests
 from imagecache_lib import errors, model
 from imagecache_lib.sources import answers, connection, exchange
 from imagecache_lib.sources.body import Body
+from imagecache_lib.sources.endpoints import FromOneOfSeveral, Suspects
 from imagecache_lib.sources.glance_metadata import image_from_metadata, read_metadata
 from imagecache_lib.sources.interface import (
     CannotCopy,
@@ -85,6 +86,7 @@ class GlanceSource(ImageSource):
                 "a Glance source has two of token, session and adapter", next_step="configure one of them"
             )
         self._endpoints = [_root(endpoint) for endpoint in given]
+        self._suspects = Suspects(self._endpoints)
         self._token = token
         self._session = adapter or session
         self._catalog_entry: dict[str, Any] = {}
@@ -135,7 +137,7 @@ class GlanceSource(ImageSource):
         return self._in_turn(image_id, ask)
 
     @contextlib.contextmanager
-    def open(self, image: model.Image, offset: int = 0) -> Iterator[Body]:
+    def open(self, image: model.Image, offset: int = 0) -> Iterator[Iterator[bytes]]:
         with contextlib.ExitStack() as stack:
             stream = self._opened(image, offset, stack)
             try:
@@ -145,14 +147,17 @@ class GlanceSource(ImageSource):
                 self._first += 1
                 raise
 
-    def _opened(self, image: model.Image, offset: int, stack: contextlib.ExitStack) -> Body:
+    def _opened(self, image: model.Image, offset: int, stack: contextlib.ExitStack) -> Iterator[bytes]:
         """Open the data at the first endpoint of which nothing says that it sends something else.
+
+        Endpoints that sent other data before are asked last.
 
         :param stack: what closes the answer.
         """
-        doubted, believed = False, len(self._endpoints) < 2
+        several = len(self._endpoints) > 1
+        doubted, believed = False, not several
 
-        def ask(root: str, headers: Mapping[str, str]) -> Body:
+        def ask(root: str, headers: Mapping[str, str]) -> Body | FromOneOfSeveral:
             nonlocal doubted
             url = f"{_image_url(root, image.id)}/file"
             with contextlib.ExitStack() as answer:
@@ -163,15 +168,16 @@ class GlanceSource(ImageSource):
                         doubted = True
                         raise stream.doubt
                 stack.push(answer.pop_all())
-                return stream
+                return FromOneOfSeveral(stream, root, self._suspects) if several else stream
 
+        last = self._suspects.of(image)
         try:
-            return self._in_turn(image.id, ask)
+            return self._in_turn(image.id, ask, last=last)
         except errors.SourceError:
             if not doubted or image.digest is None:
                 raise
         believed = True  # all of them send it, and the digest decides
-        return self._in_turn(image.id, ask)
+        return self._in_turn(image.id, ask, last=last)
 
     def vouches_for_digest(self, image: model.Image) -> bool:
         """Whether Glance computed the digest, as it does of what is uploaded.
@@ -225,14 +231,25 @@ class GlanceSource(ImageSource):
             headers["X-Auth-Token"] = token
         return headers
 
-    def _in_turn(self, image_id: str, ask: Callable[[str, Mapping[str, str]], _T]) -> _T:
-        """Ask one endpoint after the other until one answers; that there is no such image is an answer."""
+    def _in_turn(
+        self,
+        image_id: str,
+        ask: Callable[[str, Mapping[str, str]], _T],
+        *,
+        last: Collection[str] = (),
+    ) -> _T:
+        """Ask one endpoint after the other until one answers; that there is no such image is an answer.
+
+        :param last: endpoints that are asked after all others.
+        """
         roots = self._endpoints or [self._root_from_catalog(image_id)]
         failures: list[errors.SourceError] = []
         first = self._first
-        for turn in range(first, first + len(roots)):
+        turns = [turn % len(roots) for turn in range(first, first + len(roots))]
+        turns.sort(key=lambda turn: roots[turn] in last)
+        for turn in turns:
             try:
-                root, headers = roots[turn % len(roots)], self._headers(image_id)
+                root, headers = roots[turn], self._headers(image_id)
                 try:
                     answer = ask(root, headers)
                 except Unauthorized:
@@ -244,10 +261,10 @@ class GlanceSource(ImageSource):
             except errors.SourceError as error:
                 failures.append(error)
             else:
-                self._first = turn % len(roots)
+                self._first = turn
                 return answer
         try:
-            raise _together(failures, roots, first)
+            raise _together(failures, [roots[turn] for turn in turns])
         finally:
             failures.clear()  # their tracebacks hold this frame, and so the answers
 
@@ -305,15 +322,14 @@ def _hopelessness(error: errors.SourceError) -> int:
     return 2 if isinstance(error, SourceRefused) else 1
 
 
-def _together(failures: list[errors.SourceError], roots: Sequence[str], first: int) -> errors.SourceError:
+def _together(failures: list[errors.SourceError], roots: Sequence[str]) -> errors.SourceError:
     """Return the failure that counts most. If there are several endpoints, it says what each one answered.
 
-    :param failures: one of each endpoint.
-    :param first: index of the endpoint that was asked first.
+    :param failures: one of each endpoint, in their order.
     """
     error = min(failures, key=_hopelessness)
     if len(failures) > 1:
-        asked = (exchange.shown(roots[(first + turn) % len(roots)]) for turn in range(len(roots)))
+        asked = map(exchange.shown, roots)
         told = "; ".join(f"{root}: {each.cause}" for root, each in zip(asked, failures, strict=True))
         error.cause = f"none of its {len(failures)} endpoints gives it: {told}"
     return error

@@ -13,7 +13,7 @@ import unittest
 from imagecache_lib import errors, model
 from imagecache_lib.sources import transfer
 from imagecache_lib.sources.http import HttpImage, HttpSource
-from imagecache_lib.sources.interface import SourceRefused, Unauthorized
+from imagecache_lib.sources.interface import ImageSource, SourceRefused, Unauthorized
 from imagecache_lib.system.host import System
 from imagecache_lib.testing import http_faults as faults
 from imagecache_lib.testing.bad_server import Answer, BadServer, Seen, data_answer
@@ -24,14 +24,15 @@ HALF = len(DATA) // 2
 QUIET = System(name="here", sleep=lambda seconds: None)
 
 
-def fetch(source: HttpSource, *, retries: int = 1, max_size: int | None = None) -> bytes:
+def fetch(source: ImageSource, *, retries: int = 1, max_size: int | None = None) -> bytes:
     """Fetch the image x as an ingest does: describe, transfer, compare the digest."""
     found, image = transfer.describe(source, "x", host=QUIET, retries=retries)
     fetching = transfer.Transfer(found, image, host=QUIET, retries=retries, max_size=max_size)
     while True:
         try:
             data = b"".join(fetching.chunks())
-            if image.digest is not None and hashlib.sha256(data).hexdigest() != image.digest.value:
+            digest = image.digest
+            if digest is not None and hashlib.new(digest.algorithm, data).hexdigest() != digest.value:
                 raise errors.ImageRejected("its digest is another")
         except transfer.StartAgain:
             continue
