@@ -15,7 +15,7 @@ import urllib3.exceptions
 
 from imagecache_lib import errors, model
 from imagecache_lib.formats import foreign
-from imagecache_lib.sources import exchange
+from imagecache_lib.sources import connection, exchange
 from imagecache_lib.sources.interface import SourceRefused
 
 #: Most bytes that one read takes. read1 returns what has arrived, so that a slow server does not keep a
@@ -68,6 +68,7 @@ class Body:
         self._exact = exact
         self._stated = stated
         self._told = told
+        self._response = response
         self._where = exchange.shown(response.url)
         self._delimited = is_delimited(response)
         self._chunks = read(response, image.id)
@@ -107,6 +108,14 @@ class Body:
                 image=self.image.id,
                 next_step=STATE_IT,
             )
+        if not self._delimited and self._is_unknown() and connection.was_cut_off(self._response):
+            # RFC 9112, section 9.8: such an answer is only complete if TLS was ended.
+            raise errors.SourceError(
+                f"{self._where} told no length, and the connection was not ended but broke off: the data may"
+                " have been cut off",
+                image=self.image.id,
+                next_step=STATE_IT,
+            )
         if self.doubt is None:
             self.doubt = two_lengths(self._where, self.image.id, self._reached, self._told)
         if (self.hinted or self.image.size is None) and not self._delimited and self.doubt is None:
@@ -114,6 +123,11 @@ class Body:
                 "the data is not the image's, and may have been cut off: its length is not told",
                 image=self.image.id,
             )
+
+    def _is_unknown(self) -> bool:
+        """Return whether nothing tells how long the data is, nor what it is."""
+        lengths = (self.image.size, self._until, self._told)
+        return self.image.digest is None and not any(length is not None for length in lengths)
 
     def _document(self, start: bytes) -> SourceRefused | None:
         """Return the doubt about data that begins as a document does, or None."""

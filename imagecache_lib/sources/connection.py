@@ -19,10 +19,12 @@ import http.client
 import io
 import re
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
+import requests
 import requests.adapters
 import urllib3
 import urllib3.connection
@@ -98,6 +100,8 @@ def bounded(timeout: tuple[float, float]) -> tuple[float, float]:
 class _Arriving(io.RawIOBase):
     """What comes in on a socket.
 
+    :ivar cut_off: whether the connection ended without the alert that ends TLS, as where something on the way
+        ends it.
     :param whole: the socket's own file, which keeps the socket open as long as it is.
     """
 
@@ -106,6 +110,10 @@ class _Arriving(io.RawIOBase):
         self._whole = whole
         self._caller = _caller.get()
         self._timeout = sock.gettimeout()
+        self.cut_off = False
+        if isinstance(sock, ssl.SSLSocket):
+            # CPython asks for it at each read.
+            sock.suppress_ragged_eofs = False  # type: ignore[attr-defined]
         self.start()
 
     def start(self) -> None:
@@ -128,6 +136,9 @@ class _Arriving(io.RawIOBase):
                 count = self._socket.recv_into(buffer)
             except TimeoutError:
                 continue
+            except ssl.SSLEOFError:
+                self.cut_off = True
+                return 0
             finally:
                 self._socket.settimeout(self._timeout)
             self._amount += count
@@ -156,6 +167,11 @@ class _Answer(http.client.HTTPResponse):
         self._arriving = _Arriving(sock, self.fp)
         self.fp = io.BufferedReader(self._arriving)
 
+    @property
+    def was_cut_off(self) -> bool:
+        """Whether the connection ended without the alert that ends TLS."""
+        return self._arriving.cut_off
+
     def begin(self) -> None:
         super().begin()
         while 100 <= self.status < 200 and self.status != _SWITCHING:
@@ -179,6 +195,15 @@ class _Answer(http.client.HTTPResponse):
     def read(self, amt: int | None = None) -> bytes:
         self._arriving.start()
         return super().read(amt)
+
+
+def was_cut_off(response: requests.Response) -> bool:
+    """Return whether the data of an answer ended with a connection that TLS did not end.
+
+    Of a session that the caller of the library brings, this is not known.
+    """
+    answer = getattr(response.raw, "_original_response", None)
+    return isinstance(answer, _Answer) and answer.was_cut_off
 
 
 class _HttpConnection(urllib3.connection.HTTPConnection):

@@ -9,7 +9,9 @@ import hashlib
 import pathlib
 import random
 import socket
+import ssl
 import tempfile
+import threading
 import unittest
 from typing import ClassVar
 
@@ -377,3 +379,67 @@ class TestTls(unittest.TestCase):
         with self.assertRaisesRegex(SourceRefused, "from https to http"):
             HttpSource(self.table, verify=str(self.certificate.path)).describe("x")
         self.assertEqual([], plain.requests())
+
+
+class TestEndOfTls(unittest.TestCase):
+    """Data that end with the connection, of which nothing tells the length: RFC 9112, section 9.8."""
+
+    def setUp(self) -> None:
+        directory = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.certificate = str(Certificate.make(directory).path)
+        self.listener = self.enterContext(socket.create_server(("127.0.0.1", 0)))
+        self.url = f"https://127.0.0.1:{self.listener.getsockname()[1]}/x"
+
+    def serve(self, *, alert: bool, length: int | None = None) -> None:
+        """Answer requests until the listener is closed.
+
+        :param alert: end TLS before the connection ends.
+        :param length: what HEAD tells, or None for nothing.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate)
+
+        def one(plain: socket.socket) -> None:
+            with context.wrap_socket(plain, server_side=True) as tls:
+                is_head = tls.recv(2**16).startswith(b"HEAD")
+                told = f"Content-Length: {length}\r\n" if is_head and length is not None else ""
+                tls.sendall(f"HTTP/1.1 200 OK\r\nConnection: close\r\n{told}\r\n".encode())
+                tls.sendall(b"" if is_head else DATA)
+                if alert:
+                    tls.setblocking(False)  # the client's own is not waited for
+                    with contextlib.suppress(ssl.SSLWantReadError):
+                        tls.unwrap()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    one(self.listener.accept()[0])
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(self.listener.shutdown, socket.SHUT_RDWR)
+
+    def read(self, digest: model.Digest | None = None, size: int | None = None) -> bytes:
+        image = HttpImage(self.url, "raw", digest, size=size)
+        source = HttpSource({"x": image}, verify=self.certificate, timeout=(60.0, 60.0))
+        found, described = transfer.describe(source, "x", host=QUIET)
+        return b"".join(transfer.Transfer(found, described, host=QUIET, retries=0).chunks())
+
+    def test_without_an_alert_nothing_shows_that_they_are_all(self) -> None:
+        self.serve(alert=False)
+        with self.assertRaisesRegex(errors.SourceError, "may have been cut off.*size or digest"):
+            self.read()
+
+    def test_what_else_is_known_of_them_shows_it(self) -> None:
+        self.serve(alert=False)
+        self.assertEqual(DATA, self.read(DIGEST))
+        self.assertEqual(DATA, self.read(size=len(DATA)))
+
+    def test_a_length_that_head_tells_shows_it(self) -> None:
+        self.serve(alert=False, length=len(DATA))
+        self.assertEqual(DATA, self.read())
+
+    def test_the_alert_shows_it(self) -> None:
+        self.serve(alert=True)
+        self.assertEqual(DATA, self.read())
