@@ -110,6 +110,12 @@ class ImageSource(abc.ABC):
         :class:`bytes`. Another object with the buffer protocol is copied when it is taken, so that a source
         may yield one buffer again and again; text, numbers and lists are refused.
 
+        Whether the caller still waits (deadline, cancelling) and whether enough comes (``min_transfer_rate``)
+        is looked at between two chunks, and not while the source works on one: nothing can end a call from
+        outside and leave no thread behind. So each step must end by itself, by a timeout of the source's own.
+        A source that has nothing for longer may yield an empty chunk now and then, to give the caller its
+        turn; more than 10,000 in a row count as a defect. :meth:`describe` and opening must end as well.
+
         The iterator may have three attributes:
 
         ``image``
