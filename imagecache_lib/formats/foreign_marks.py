@@ -204,9 +204,15 @@ PATTERNS: tuple[tuple[re.Pattern[bytes], str, str], ...] = (
     ),
     (re.compile(rb"HTTP/\d(?:\.\d)? \d{3}[ \r\n]"), "the answer of a web server, with its headers", _ADDRESS),
     (
-        re.compile(rb"--[^\s\0]{1,70}\r?\nContent-(?:Disposition|Type):", re.IGNORECASE),
+        re.compile(rb"(?:\r?\n)?--[^\s\0]{1,70}\r?\nContent-(?:Disposition|Type):", re.IGNORECASE),
         "what a form sends to a web server",
         f"take the file out of it {_UPLOAD}",
+    ),
+    # RFC 2046, section 5.1.1; RFC 9110, section 14.6.
+    (
+        re.compile(rb"(?:\r?\n)?--[^\r\n\0]{1,70}\r?\n(?:Content-[A-Z-]{2,30}|MIME-Version):", re.IGNORECASE),
+        "the answer of a web server in several parts",
+        _ADDRESS,
     ),
     (
         re.compile(rb"[0-9a-f]{1,8};chunk-signature=[0-9a-f]{64}\r\n", re.IGNORECASE),

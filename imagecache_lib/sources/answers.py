@@ -85,7 +85,8 @@ _FOR_GOOD = frozenset({501, 505, 511})
 
 _DIGITS = re.compile(r"\d{1,18}", re.ASCII)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
-_STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]*"')
+#: An empty one is allowed, and says of no content that it is another.
+_STRONG_ETAG = re.compile(r'"[\x21\x23-\x7e\x80-\xff]+"')
 
 
 class SizeIs(enum.Enum):
@@ -255,7 +256,7 @@ def data(
         elif response.status_code not in WHOLE:
             raise refusal(response, image.id)
         else:
-            until = _undelimited(response, image)
+            until = _undelimited(response, image, size_is)
         doubt: errors.SourceError | None = _contradiction(response, image)
         if doubt is not None and image.digest is None:
             raise doubt
@@ -292,7 +293,7 @@ def _corrected(image: model.Image, response: requests.Response, length: int | No
     )
 
 
-def _undelimited(response: requests.Response, image: model.Image) -> int | None:
+def _undelimited(response: requests.Response, image: model.Image, size_is: SizeIs) -> int | None:
     """Return how many bytes must come for data of which nothing else tells whether it was cut off, or None.
 
     Where no digest is known, and the end of the connection is all that ends the data, or it has shown already
@@ -300,7 +301,8 @@ def _undelimited(response: requests.Response, image: model.Image) -> int | None:
     the server told too few.
     """
     told = hinted_size(image)
-    if image.digest is not None or (is_delimited(response) and image.size == told):
+    in_doubt = size_is is SizeIs.HINTED and image.size != told
+    if image.digest is not None or (is_delimited(response) and not in_doubt):
         return None
     return told
 

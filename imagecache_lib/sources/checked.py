@@ -42,6 +42,9 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "compression": _OPTIONAL_TEXT,
     "properties": (Mapping,),
 }
+#: Fields that hold one word each, and the most characters that one may have.
+_WORDS = ("disk_format", "container_format", "status", "converted_from", "compression")
+_LONGEST_WORD = 255
 
 
 def describe(source: ImageSource, image_id: str) -> model.Image:
@@ -231,6 +234,11 @@ def checked_image(image: object, image_id: str) -> model.Image:
         value = getattr(image, name)
         if value is not None and (type(value) is not int or value < 0):
             raise _defect(image_id, f"the description's {name} is not a number of bytes")
+    for name in _WORDS:
+        word = getattr(image, name)
+        # They are shown in messages and logs, whose lines a server must not write.
+        if word is not None and not (word.isprintable() and len(word) <= _LONGEST_WORD):
+            raise _defect(image_id, f"the description's {name} is no word")
     if not all(isinstance(text, str) for text in (*image.locations, *image.stores)):
         raise _defect(image_id, "the description's locations or stores are not text")
     if image.digest is not None:

@@ -155,8 +155,10 @@ def check_url(url: str) -> None:
     :raises ConfigError: the text is not such a URL.
     """
     try:
+        url.encode()  # half a character of UTF-16 is none
         parts = urllib.parse.urlsplit(url)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        valid = valid and parts.netloc.isprintable()  # it is shown
     except ValueError:
         valid = False
     if not valid:

@@ -15,7 +15,7 @@ from typing import Any
 import requests
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import body
+from imagecache_lib.sources import answers, body
 from imagecache_lib.sources.interface import SourceRefused
 
 #: Most bytes of metadata. Glance's default limits allow some hundred KiB.
@@ -38,6 +38,9 @@ _MAPPED = frozenset(
         "stores",
     }
 )
+#: Properties in which HTTP sources note what a server said. The owner of an image may have set others of
+#: these names, which would be taken for it.
+_ANSWERS = frozenset({answers.ETAG, answers.HINTED_SIZE})
 
 
 def read_metadata(answer: requests.Response, image_id: str) -> object:
@@ -74,7 +77,9 @@ def image_from_metadata(image_id: str, metadata: object) -> model.Image:
         status=fields.text("status") or "active",
         locations=fields.locations(),
         stores=tuple(name for name in (fields.text("stores") or "").split(",") if name),
-        properties=MappingProxyType({key: metadata[key] for key in metadata if key not in _MAPPED}),
+        properties=MappingProxyType(
+            {key: value for key, value in metadata.items() if key not in _MAPPED | _ANSWERS}
+        ),
     )
 
 

@@ -115,10 +115,11 @@ class PeerSource(ImageSource):
             stored, source = str(fields["format"]), str(fields["source_format"])
             size, virtual_size = int(fields["size"]), int(fields["virtual_size"])
             digest = model.Digest(str(fields["digest"]["algorithm"]), str(fields["digest"]["value"]))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise _unintelligible(image_id, response.url) from error
         # An image that the image service has only an md5 of has no other here.
-        if not _HEX.fullmatch(digest.value) or len(digest.value) != digest.hex_length or size < 0:
+        is_digest = _HEX.fullmatch(digest.value) and len(digest.value) == digest.hex_length
+        if not is_digest or min(size, virtual_size) < 0:
             raise _unintelligible(image_id, response.url)
         tag = answers.strong_etag(response.headers)
         return model.Image(

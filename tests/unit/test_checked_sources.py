@@ -231,6 +231,11 @@ class TestDescriptions(unittest.TestCase):
             {"properties": None},
             {"converted_from": 1},
             {"compression": 1},
+            # A line of its own in a log, colours of a terminal, half a character, a page.
+            {"disk_format": "raw\nERROR"},
+            {"container_format": "\x1b[31mbare"},
+            {"status": "\ud800"},
+            {"converted_from": "x" * 1000},
         )
         for fields in wrong:
             with self.subTest(fields=fields), self.assertRaises(SourceRefused):

@@ -75,6 +75,10 @@ BINARY = (
     ("WebP", b"RIFF\0\0\1\0WEBPVP8 "),
     ("answer of a web server", b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\n\r\n"),
     ("a form sends", b'--xYz\r\nContent-Disposition: form-data; name="f"\r\n\r\n'),
+    ("a form sends", b"\r\n--xYz\nContent-type: application/octet-stream\n\n"),
+    ("in several parts", b"--a b\r\nContent-Range: bytes 0-99/100\r\n\r\n"),
+    ("in several parts", b"\r\n--xYz\r\nContent-Length: 100\r\n\r\n"),
+    ("in several parts", b"--xYz\r\nMIME-version: 1.0\r\n\r\n"),
     ("in chunks", b"10000;chunk-signature=" + b"a" * 64 + b"\r\n"),
     ("script", b"#!/bin/sh\n# unpacks itself\n"),
 )

@@ -127,6 +127,16 @@ class TestMetadata(GlanceCase):
             with self.subTest(metadata=str(metadata)[:60]), self.assertRaises(errors.SourceError):
                 self.describe(metadata)
 
+    def test_properties_of_the_owners_are_not_taken_for_what_a_server_said(self) -> None:
+        self.server.add(
+            ID, DATA, hinted_size=str(10 * len(DATA)), etag='"mine"', os_hash_algo=None, checksum=None
+        )
+        image = self.source().describe(ID)
+        self.assertEqual({"hinted_size", "etag"} & set(image.properties), set())
+        fetching = transfer.Transfer(self.source(), image, host=QUIET, retries=0)
+        self.assertEqual(len(DATA), fetching.sure_size)
+        self.assertEqual(DATA, b"".join(fetching.chunks()))
+
     def test_huge_metadata_are_not_read_to_the_end(self) -> None:
         self.server.script(f"/v2/images/{ID}", Answer(body=b'{"a": "', length=-1, after="endless"))
         with self.assertRaisesRegex(errors.SourceError, "more than 4194304 bytes"):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import pathlib
@@ -150,6 +151,13 @@ class TestEntityTags(HttpCase):
         image = source.describe("x")
         self.assertFalse(source.can_resume(image))
 
+    def test_an_empty_one_does_not(self) -> None:
+        # Some servers send it with everything they have.
+        cut = dataclasses.replace(self.cut, headers={"ETag": '""'})
+        source = self.source(tagged('""'), cut, tagged('""'), digest=None)
+        self.assertEqual(DATA, self.fetch(source))
+        self.assertEqual([None, None], self.offsets())
+
     def test_changed_content_is_never_spliced(self) -> None:
         # The same length, so that only the tag tells.
         new = random.Random(3).randbytes(len(DATA))
@@ -266,7 +274,18 @@ class TestDescribe(HttpCase):
             self.assertIsNotNone(caught.exception.next_step)
 
     def test_urls_are_checked_when_the_source_is_made(self) -> None:
-        for url in ("ftp://host/x", "/etc/passwd", "http://", "http://host:99999/", "http://[", ""):
+        for url in (
+            "ftp://host/x",
+            "/etc/passwd",
+            "http://",
+            "http://host:99999/",
+            "http://[",
+            "",
+            "http://ho\0st/",
+            "http://ho\x1bst/",
+            "http://ho\ud800st/",
+            "http://host/\ud800",
+        ):
             with self.subTest(url=url), self.assertRaises(errors.ConfigError):
                 HttpSource({"x": HttpImage(url)})
 
