@@ -102,9 +102,9 @@ class RelaySource(ImageSource):
             self._check_whole(spool)
         elif self._cuts is None or offset > spool.good_below(self._cuts):
             raise CannotResume("bytes that were passed on are wrong", image=image.id)
-        with spool.reading() as reader, self._filling(spool):
+        with spool.reading() as reader, self._filling(spool) as filler:
             self._cuts = reader.cuts
-            yield _Relayed(spool, reader, offset, self._waiter)
+            yield _Relayed(spool, reader, offset, self._waiter, filler)
 
     def _wait_for_leave(self, image: model.Image) -> None:
         began = self._waiter.system.monotonic()
@@ -139,10 +139,10 @@ class RelaySource(ImageSource):
         spool.cut(0)
 
     @contextlib.contextmanager
-    def _filling(self, spool: Spool) -> Iterator[None]:
-        """Have the spool filled by a thread during the body."""
+    def _filling(self, spool: Spool) -> Iterator[Filler | None]:
+        """Have the spool filled by a thread during the body. Yields what fills it, or None if it is full."""
         if spool.is_complete:
-            yield
+            yield None
             return
         spool.fail(None)
         stop = threading.Event()
@@ -153,7 +153,7 @@ class RelaySource(ImageSource):
         thread = threading.Thread(target=filler.run, name="imagecache-relay", daemon=True)
         threads.start(thread)
         try:
-            yield
+            yield filler
         finally:
             stop.set()
             thread.join()
@@ -171,17 +171,20 @@ class _Either:
 class _Relayed:
     """The bytes of a spool as they come: the iterator that :meth:`ImageSource.open` promises."""
 
-    def __init__(self, spool: Spool, reader: SpoolReader, offset: int, waiter: Waiter) -> None:
+    def __init__(
+        self, spool: Spool, reader: SpoolReader, offset: int, waiter: Waiter, filler: Filler | None
+    ) -> None:
         self._spool = spool
         self._reader = reader
         self._offset = offset
         self._waiter = waiter
+        self._filler = filler
 
     @property
     def doubt(self) -> errors.SourceError | None:
-        """What is wrong if the data is: hosts passed it on, and the image is not to blame."""
+        """What is wrong if the data is: hosts passed it on, or a server of the image service is to blame."""
         if self._spool.suppliers() <= {ORIGIN}:
-            return None
+            return None if self._filler is None else self._filler.doubt
         return errors.SourceError(f"what {_names(self._spool)} {NOT_THE_IMAGE}", image=self._spool.image.id)
 
     def __iter__(self) -> _Relayed:

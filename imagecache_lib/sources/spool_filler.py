@@ -65,7 +65,13 @@ class Filler:
         self._avoided: dict[str, float] = {}
         self._asked_at: dict[str, float] = {}
         self._accused: set[str] = set()
+        self._from_origin: checked.Opened | None = None
         self._fed_at = waiter.system.monotonic()
+
+    @property
+    def doubt(self) -> errors.SourceError | None:
+        """The error to raise instead of blaming the image for what its service sent, or None."""
+        return None if self._from_origin is None else self._from_origin.doubt
 
     def run(self) -> None:
         """Fill the spool. What stops that is told to the spool's readers."""
@@ -112,6 +118,7 @@ class Filler:
         self._route.follows(supplier)
         if supplier == ORIGIN:
             with checked.Opened(self._origin, self._spool.image, self._spool.have) as chunks:
+                self._from_origin = chunks
                 self._feed(chunks, supplier)
             if not self._spool.is_complete and self._first() == ORIGIN:
                 raise errors.SourceError("the data ended too early", image=self._spool.image.id)

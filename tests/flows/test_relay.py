@@ -15,15 +15,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 import imagecache_lib as ic
 from imagecache_lib import errors
+from imagecache_lib.sources.glance import GlanceSource
+from imagecache_lib.sources.interface import SourceRefused
 from imagecache_lib.sources.parents import Parents, path_of
 from imagecache_lib.sources.route import Route
 from imagecache_lib.store.pieces import PIECE
 from imagecache_lib.store.spool import Spool
+from imagecache_lib.testing.bad_server import Answer, data_answer
 from imagecache_lib.testing.sources import FakeSource
 from tests.support.cache_case import ID, disk_image, raw_image
 from tests.support.certificates import certificate
 from tests.support.ports import free_port
 from tests.support.relay_hosts import TOKEN, GatedSource, RelayCase, RelayHost, until
+from tests.support.servers import GlanceServer
 
 DATA = raw_image(5, size=8 * PIECE)
 
@@ -111,6 +115,29 @@ class TestChain(RelayCase):
         self.assertEqual(DATA, host.content(ID))
 
 
+class TestImageService(RelayCase):
+    def test_one_endpoint_of_several_has_a_damaged_copy(self) -> None:
+        servers = [self.enterContext(GlanceServer()) for _ in range(2)]
+        for server in servers:
+            server.add(ID, DATA)
+        damaged = bytes(8) + DATA[8:]
+        servers[0].script(f"/v2/images/{ID}/file", lambda seen: data_answer(damaged, seen))
+        origin = GlanceSource([server.url for server in servers], timeout=(60.0, 60.0))
+        first, second = self.hosts(2, origin)
+        first.fetch(ID, Route())
+        second.fetch(ID, Route([first.name], origin=False))
+        self.assertEqual([DATA, DATA], [host.content(ID) for host in (first, second)])
+
+    def test_what_it_sends_beside_the_data_is_not_the_images_fault(self) -> None:
+        server = self.enterContext(GlanceServer())
+        server.add(ID, DATA)
+        page = Answer(headers={"Content-Type": "text/html"}, body=b"<html>".ljust(len(DATA)))
+        server.script(f"/v2/images/{ID}/file", page)
+        (host,) = self.hosts(1, GlanceSource(server.url, timeout=(60.0, 60.0)))
+        with self.assertRaisesRegex(SourceRefused, "text/html"):
+            host.fetch(ID, Route())
+
+
 class TestLeave(RelayCase):
     def test_without_leave_the_image_service_is_not_asked(self) -> None:
         origin = FakeSource({ID: DATA})
@@ -141,9 +168,10 @@ class TestLeave(RelayCase):
         self.assertIsNone(first.spools.find(ID))
 
     def test_an_image_that_this_host_may_not_see_is_not_fetched_from_others(self) -> None:
-        first, second = self.hosts(2, FakeSource({ID: DATA}))
+        origin = FakeSource({ID: DATA})
+        first, second = self.hosts(2, origin)
         first.fetch(ID, Route())
-        second.origin.remove(ID)
+        origin.remove(ID)
         with self.assertRaises(errors.ImageNotFound):
             second.fetch(ID, Route([first.name], origin=False))
 

@@ -14,6 +14,7 @@ from typing import Any
 import imagecache_lib as ic
 from imagecache_lib import model
 from imagecache_lib.precache.peer import PeerServer
+from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.sources.parents import Parents
 from imagecache_lib.sources.relay import RelaySource
 from imagecache_lib.sources.route import Route
@@ -77,7 +78,7 @@ class RelayHost:
         case: CacheCase,
         number: int,
         port: int,
-        origin: FakeSource,
+        origin: ImageSource,
         *,
         tls: ssl.SSLContext | None = None,
         cafile: str = "",
@@ -136,7 +137,7 @@ class RelayHost:
 class RelayCase(CacheCase):
     """Gives each test a chain of hosts, the first of which asks the image service."""
 
-    def hosts(self, count: int, origin: FakeSource, **options: Any) -> list[RelayHost]:
+    def hosts(self, count: int, origin: ImageSource, **options: Any) -> list[RelayHost]:
         numbers = range(11, 11 + count)
         port = free_port(*(f"127.0.0.{number}" for number in numbers))
         return [RelayHost(self, number, port, origin, **options) for number in numbers]
