@@ -86,15 +86,19 @@ class Absence:
         return {each.seen.path: each for each in self._directories}
 
     @functools.cached_property
+    def _mount_points(self) -> frozenset[str]:
+        return frozenset(fact.path for fact in self._facts if isinstance(fact, MountPoint))
+
+    @functools.cached_property
     def linked(self) -> frozenset[str]:
         """Paths of links that lead nowhere or to files, and of devices' nodes."""
         kinds = DanglingLink | LinkedFile | DeviceNode
-        return frozenset(fact.path for fact in self._facts if isinstance(fact, kinds))
+        return frozenset(fact.path for fact in self._facts if isinstance(fact, kinds)) - self._mount_points
 
     @functools.cached_property
     def leading_elsewhere(self) -> frozenset[str]:
         """Paths of all that is not simply the file which has the name in the directory."""
-        return self.linked.union(fact.path for fact in self._facts if isinstance(fact, MountPoint))
+        return self.linked | self._mount_points
 
     @functools.cached_property
     def _by_inode(self) -> Mapping[int, Sequence[ReadDirectory]]:
