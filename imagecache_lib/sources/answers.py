@@ -114,31 +114,6 @@ def sure_size(image: model.Image) -> int | None:
     return image.size if hinted_size(image) is None else None
 
 
-def settled(image: model.Image, length: int | None, url: str) -> model.Image:
-    """Return the description of an image without a digest of which two lengths were told, with the right one.
-
-    :param image: its size is what the answer with the data told, or None if that told none;
-        :data:`HINTED_SIZE` is what the server told before.
-    :param length: number of bytes that an answer with a part of the data tells, or None if there is none.
-    :raises SourceError: these answers contradict each other; or the data is shorter than what was told
-        before, and nothing shows that it was not cut off.
-    """
-    size, told = image.size, hinted_size(image)
-    assert told is not None
-    if length is None:
-        if size is not None and size < told:
-            raise cut_off(exchange.shown(url), image.id, size, told)
-        return image
-    if size not in (None, length):
-        raise errors.SourceError(
-            f"{exchange.shown(url)} tells {size} bytes with the data, and {length} bytes with a part of it",
-            image=image.id,
-            next_step=STATE_IT,
-        )
-    properties = {**image.properties, HINTED_SIZE: str(length)}
-    return dataclasses.replace(image, properties=MappingProxyType(properties))
-
-
 def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheError:
     """Return the error that an answer without what was asked for amounts to."""
     status = response.status_code
@@ -257,6 +232,7 @@ def data(
             raise refusal(response, image.id)
         else:
             until = _undelimited(response, image, size_is)
+            _require_told(response, image, until, exact=confirmed)
         doubt: errors.SourceError | None = _contradiction(response, image)
         if doubt is not None and image.digest is None:
             raise doubt
@@ -305,6 +281,26 @@ def _undelimited(response: requests.Response, image: model.Image, size_is: SizeI
     if image.digest is not None or (is_delimited(response) and not in_doubt):
         return None
     return told
+
+
+def _require_told(response: requests.Response, image: model.Image, told: int | None, *, exact: bool) -> None:
+    """Refuse an answer whose length contradicts what was told before, where nothing else decides.
+
+    :param told: number of bytes that must come, or None if nothing tells.
+    :param exact: more are none of the image either: an answer with a part of the data told it.
+    :raises SourceError: the answer is shorter, or it is longer than it may be.
+    """
+    length, where = content_length(response.headers), exchange.shown(response.url)
+    if length is None or told is None or length == told:
+        return
+    if exact:
+        raise errors.SourceError(
+            f"{where} tells {length} bytes with the data, and {told} bytes with a part of it",
+            image=image.id,
+            next_step=STATE_IT,
+        )
+    if length < told:
+        raise cut_off(where, image.id, length, told)
 
 
 def _two_lengths(

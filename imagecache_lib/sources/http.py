@@ -153,7 +153,9 @@ class HttpSource(ImageSource):
         confirmed: int | None = None
         if offset == 0 and self._length_in_doubt(image, entry):
             confirmed = self._length_by_range(image.id, entry)
-            image = answers.settled(image, confirmed, entry.url)
+            if confirmed is not None:
+                properties = {**image.properties, answers.HINTED_SIZE: str(confirmed)}
+                image = dataclasses.replace(image, properties=MappingProxyType(properties))
         with answers.data(
             self._web, entry.url, {}, image, offset, size_is=size_is, confirmed=confirmed is not None
         ) as stream:

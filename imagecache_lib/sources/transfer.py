@@ -65,6 +65,10 @@ class StartAgain(errors.SourceError):
     """The transfer broke and cannot resume: the caller discards the bytes and iterates anew."""
 
 
+class _OtherLength(errors.SourceError):
+    """Each answer tells another length. What the caller prepared is wrong, and the budget is drawn on."""
+
+
 def describe(
     source: ImageSource,
     image_id: str,
@@ -293,13 +297,13 @@ class Transfer:
         self.image = dataclasses.replace(described, size=size, properties=told.properties)
         if size != described.size:
             cause = f"it has {_bytes(size)} by the answer with its data, and {_bytes(described.size)} before"
-            if self._corrected:
-                raise errors.SourceError(cause, image=described.id)
-            self._corrected = True
             most = self._max_size
             if size is not None and most is not None and size > most:
                 raise absurd(size, most, described.id)
             self._limit = most if size is None else size
+            if self._corrected:
+                raise _OtherLength(cause, image=described.id)
+            self._corrected = True
             raise StartAgain(cause, image=described.id)
         self._may_resume = not self._resume_refused and checked.can_resume(self._source, self.image)
 
@@ -329,7 +333,7 @@ class Transfer:
             raise StartAgain(failure.cause, image=self.image.id) from failure
         self._reset_if_progress()
         self._budget.spend(failure)
-        if self._offset > 0 and not self._may_resume:
+        if isinstance(failure, _OtherLength) or (self._offset > 0 and not self._may_resume):
             raise StartAgain(failure.cause, image=self.image.id) from failure
 
     def _reset_if_progress(self) -> None:

@@ -119,7 +119,10 @@ class TestServers(CacheCase):
             manager.cache_image(IMAGE)
         self.server.forget("/image")
         self.server.always_fail("/image", length)  # and by a range the right one
-        with self.leaves_nothing(), self.assertRaisesRegex(errors.SourceError, f"told {len(data)} before"):
+        with (
+            self.leaves_nothing(),
+            self.assertRaisesRegex(errors.SourceError, f"{len(data)} bytes with a part"),
+        ):
             manager.cache_image(IMAGE)
 
     def test_a_document_instead_of_the_image_is_not_cached(self) -> None:

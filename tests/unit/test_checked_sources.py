@@ -325,6 +325,16 @@ class TestCorrections(unittest.TestCase):
                 with contextlib.suppress(transfer.StartAgain):
                     list(fetching.chunks())
 
+    def test_a_length_that_is_wrong_once_is_not_held_against_the_image(self) -> None:
+        sizes = iter((2, len(DATA), len(DATA)))
+        source = Careless(lambda: self.Stream(dataclasses.replace(GOOD, size=next(sizes)), [DATA]))
+        fetching = transfer.Transfer(source, GOOD, host=HOST, retries=1)
+        for _ in range(2):  # whatever was prepared for a length is prepared anew
+            with self.assertRaises(transfer.StartAgain):
+                list(fetching.chunks())
+        self.assertEqual(len(DATA), fetching.image.size)
+        self.assertEqual([DATA], list(fetching.chunks()))
+
     def test_too_many_bytes_without_a_digest_are_the_sources_fault(self) -> None:
         image = model.Image("x", size=len(DATA))
         source = Careless(lambda: iter([DATA, b"more"]), image)

@@ -237,6 +237,19 @@ def test_content_that_was_replaced_by_shorter_one_since_head(server: BadServer) 
         assert fetch(HttpSource({"x": HttpImage(url, "raw")}), retries=0) == DATA
 
 
+@pytest.mark.parametrize("digest", [None, DIGEST])
+@pytest.mark.parametrize("ranges", [faults.fine(), NO_RANGES])
+@pytest.mark.parametrize("length", [1000, GOOD - 1])
+def test_a_length_that_is_wrong_once_does_not_matter(
+    server: BadServer, length: int, ranges: Fault, digest: model.Digest | None
+) -> None:
+    server.forget("/glitch")
+    url = server.put("/glitch", DATA)
+    server.fail("/glitch", lambda seen, answer: dataclasses.replace(answer, body=DATA[:length]))
+    server.always_fail("/glitch", ranges, method="GET")
+    assert fetch(HttpSource({"x": HttpImage(url, "raw", digest)}), retries=1) == DATA
+
+
 def test_what_has_a_length_as_told_is_asked_for_once(server: BadServer) -> None:
     url = server.put("/once", DATA)
     server.always_fail("/once", faults.chunked(), method="GET")
