@@ -191,7 +191,7 @@ def _empty(
     """Put back or unlink what lies in the trash, by references that are read now."""
     if not found:
         return []
-    references = reader.read({entry.name for entry in found})
+    references = reader.read_again({entry.name for entry in found})
     cache.host.trace(TracePoint.EVICT_READ)
     judged = {
         entry.id: policy.decide_trash(described, references, remove=remove)

@@ -42,7 +42,7 @@ class LastPass:
         :param instances: all that the driver reports now, or None if it could not tell.
         :param now: epoch seconds of the filesystem's clock.
         """
-        return ReferenceReader(self._cache, instances, self.load(), self._follower, now)
+        return ReferenceReader(self._cache, instances, self.load(), self._follower, now, self)
 
     def reader_between_passes(self, now: float) -> ReferenceReader:
         """Return what reads all references while the driver is not asked: with its last report.
@@ -52,7 +52,7 @@ class LastPass:
         last = self.load()
         if last.report_unknown is not None:
             last = dataclasses.replace(last, unreadable=last.unreadable or last.report_unknown)
-        return ReferenceReader(self._cache, tuple(last.report or ()), last, self._follower, now)
+        return ReferenceReader(self._cache, tuple(last.report or ()), last, self._follower, now, self)
 
     def save(self, last: LastScan, read: References, now: float) -> None:
         """Keep what was seen, for the day on which a disk cannot be read or a root is not mounted.

@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from imagecache_lib import errors, model
 from imagecache_lib.store import last_scan, layout, named_roots, pins, trash
@@ -203,6 +204,13 @@ def is_leased(path: str) -> bool:
     return _user_now(path) == LEASED
 
 
+class Memory(Protocol):
+    """What the passes of this host remember."""
+
+    def load(self) -> LastScan:
+        """Return what the last pass saw and was told."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ReferenceReader:
     """Reads who refers to base images, as often as it is asked.
@@ -211,6 +219,7 @@ class ReferenceReader:
         unknown.
     :param last: what the last pass saw.
     :param now: epoch seconds of the filesystem's clock.
+    :param memory: may know more by now, from another process.
     """
 
     cache: CacheStore
@@ -218,7 +227,21 @@ class ReferenceReader:
     last: LastScan
     follower: Follower
     now: float
+    memory: Memory
 
     def read(self, names: Collection[str]) -> References:
         """Read all references to these base images anew."""
         return collect(self.cache, names, self.instances, self.last, follower=self.follower, now=self.now)
+
+    def read_again(self, names: Collection[str]) -> References:
+        """Read them once more, with what a driver reported meanwhile to another process of this host."""
+        known, instances, last = self.memory.load(), self.instances, self.last
+        if known.unreadable is not None:
+            last = dataclasses.replace(last, unreadable=last.unreadable or known.unreadable)
+        if instances is not None and known.report is not None and known.report is not last.report:
+            there = {str(each.uuid): each for each in instances}
+            instances = (
+                *instances,
+                *(each for each in known.report if there.get(str(each.uuid)) != each),
+            )
+        return collect(self.cache, names, instances, last, follower=self.follower, now=self.now)

@@ -11,12 +11,13 @@ import subprocess
 import tracemalloc
 from collections.abc import Callable
 
-from imagecache_lib import events
+import imagecache_lib as ic
+from imagecache_lib import errors, events
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.upkeep.names import Names
 from tests.flows.test_upkeep import UpkeepCase
 from tests.support import files
-from tests.support.cache_case import OTHER_ID
+from tests.support.cache_case import ID, OTHER_ID
 
 
 class ChainsCase(UpkeepCase):
@@ -151,6 +152,22 @@ class TestSecondReading(ChainsCase):
         files.overlay(made, link)
         self.disk.parent.mkdir()
         self.assertPutBack(lambda: made.rename(self.disk))
+
+    def test_so_does_what_a_driver_reports_to_another_process_meanwhile(self) -> None:
+        instance = ic.Instance("uuid", "there", images=(ID,))
+        others = self.manager(host=self.host(trace=lambda _point: None))
+        for evict in (
+            lambda manager: manager.verify_base_images([]),
+            lambda manager: manager.prune([]),
+            lambda manager: self.assertRaises(errors.BaseInUseError, manager.evict_image, ID),
+        ):
+            with self.subTest(evict):
+                self.unused(seconds=0)
+                self.verify()  # the instance is gone
+                self.unused()
+                self.points.at(TracePoint.EVICT_RENAME, lambda: others.verify_base_images([instance]))
+                evict(self.manager(space_minimum_age_seconds=0))
+                self.assertTrue(self.only.exists())
 
 
 class TestLongRuns(UpkeepCase):
