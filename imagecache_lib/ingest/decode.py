@@ -19,6 +19,7 @@ from imagecache_lib.formats.reader import OpenFile
 from imagecache_lib.ingest.resumption import Resumption
 from imagecache_lib.ingest.stream import Consumer
 from imagecache_lib.store import stage as stages
+from imagecache_lib.store.checksums import Checksums
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import Stage, StageGone
@@ -181,13 +182,36 @@ class Keep:
         self._out.finish()
         try:
             disk, work = DiskFile(self._stage.path, self.stored_format), self._work
+            before = self._seen()
             size = settle(self._stage.fd, disk, work.rules, work.converter, work.waiter)
             _read_through(disk, size, work)
+            if self._seen() != before:
+                self._require_unchanged()
             return size
         except errors.ImageCacheError as error:
             if not self._stage.is_at_path():
                 raise StageGone from error
             raise
+
+    def _seen(self) -> tuple[int, int]:
+        with translated(self._stage.path):
+            found = os.fstat(self._stage.fd)
+        return found.st_size, found.st_mtime_ns
+
+    def _require_unchanged(self) -> None:
+        """Refuse a file that is not what came any more: a program that nothing shuts in may write to it.
+
+        A filesystem that several hosts share may tell of another time though nothing was changed.
+        """
+        found = Checksums()
+        with translated(self._stage.path):
+            found.read_back(self._stage.fd, self._work.waiter)
+        if self._seen()[0] != self._out.length or found.differing(self._stage.checksums):
+            raise errors.BackendError(
+                "what came was changed by what was to read it only",
+                path=self._stage.path,
+                next_step="find out what runs in the place of qemu-img; another host may do it",
+            )
 
     def close(self) -> None:
         self._out.close()

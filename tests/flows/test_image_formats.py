@@ -344,6 +344,31 @@ class TestFaults(FormatCase):
             self.assertEqual([], self.in_flight())
         self.assertEqual(0, self.happened(events.Rejected))
 
+    def test_an_image_that_is_changed_by_what_reads_it_is_not_published(self) -> None:
+        """Where nothing shuts qemu-img in, what runs in its place may write to what it is to read."""
+        source = FakeSource({ID: disk_image(self.directory, "vdi")}, disk_format="vdi")
+        stage = self.instances / "_base/.imagecache/stage"
+        for change in (
+            "truncate -s -512 $file",
+            "truncate -s +512 $file",
+            "dd if=/dev/zero bs=1 count=1 conv=notrunc of=$file",
+        ):
+            script = (
+                f"for file in {stage}/*; do case $file in *.json) ;; *) {change};; esac; done 2>/dev/null; "
+                "echo '    (100.00/100%)'"
+            )
+            manager = self.manager(source, host=self.converting(script), force_raw_images=False)
+            with self.subTest(change), self.assertRaisesRegex(ic.BackendError, "changed by what was to read"):
+                manager.cache_image(ID)
+            self.assertEqual([], self.in_flight())
+            self.assertFalse(self.base().exists())
+
+    def test_an_image_whose_time_alone_was_changed_is_published(self) -> None:
+        source = FakeSource({ID: disk_image(self.directory, "vdi")}, disk_format="vdi")
+        script = f"touch -d @5 {self.instances}/_base/.imagecache/stage/*; echo '    (100.00/100%)'"
+        self.manager(source, host=self.converting(script), force_raw_images=False).cache_image(ID)
+        self.assertTrue(self.base().exists())
+
     def test_a_conversion_that_does_not_tell_of_its_end_is_not_published(self) -> None:
         source = FakeSource({ID: disk_image(self.directory, "vdi")}, disk_format="vdi")
         for force_raw in (True, False):
