@@ -20,6 +20,7 @@ import io
 import re
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,6 +29,7 @@ import requests
 import requests.adapters
 import urllib3
 import urllib3.connection
+from urllib3.util import ssl_
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -136,7 +138,10 @@ class _Arriving(io.RawIOBase):
                 count = self._socket.recv_into(buffer)
             except TimeoutError:
                 continue
-            except ssl.SSLEOFError:
+            except ssl.SSLError as error:
+                # The reason is what CPython before 3.11.3 tells of it.
+                if not isinstance(error, ssl.SSLEOFError) and error.reason != _BROKE_OFF:
+                    raise
                 self.cut_off = True
                 return 0
             finally:
@@ -206,12 +211,28 @@ def was_cut_off(response: requests.Response) -> bool:
     return isinstance(answer, _Answer) and answer.was_cut_off
 
 
+#: CPython before 3.11.3 has OpenSSL 3 take a connection that broke off for one that TLS ended:
+#: https://github.com/python/cpython/issues/95494.
+_TAKES_ANY_END = sys.version_info < (3, 11, 3)
+
+
+_BROKE_OFF = "UNEXPECTED_EOF_WHILE_READING"
+
+
 class _HttpConnection(urllib3.connection.HTTPConnection):
     response_class = _Answer
 
 
 class _HttpsConnection(urllib3.connection.HTTPSConnection):
     response_class = _Answer
+
+    def connect(self) -> None:
+        if _TAKES_ANY_END:
+            if self.ssl_context is None:
+                required = ssl_.resolve_cert_reqs(self.cert_reqs)
+                self.ssl_context = ssl_.create_urllib3_context(cert_reqs=required)
+            self.ssl_context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
+        super().connect()
 
 
 class _HttpPool(urllib3.HTTPConnectionPool):

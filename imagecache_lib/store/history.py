@@ -175,7 +175,8 @@ def sweep(cache: CacheStore, *, now: float) -> None:
         first = next(_parsed(path), None)
         # Its lines have the times of this host's clock, which may be another than the filesystem's.
         here = max(now, cache.host.clock())
-        if first is not None and not here - age / 2 <= first.at <= here + _AHEAD:
+        is_right = first is not None and here - age / 2 <= first.at <= here + _AHEAD
+        if not is_right and os.stat(path).st_size:
             os.rename(path, f"{path}.{durable.new_id()}{_OLD}")
 
 

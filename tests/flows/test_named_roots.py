@@ -134,7 +134,7 @@ class TestWhatIsLookedAt(NamedCase):
             with self.subTest(take):
                 self.other = self.manager(disk_roots=(str(self.root),))
                 self.cached()
-                files.overlay(self.root / "disk", self.base())
+                files.overlay(self.root / "disk", self.base(), size="4M")
                 take(str(self.root / "disk"))
                 self.unmount()
                 self.assert_everything_stays(self.passes())
