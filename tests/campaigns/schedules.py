@@ -186,6 +186,9 @@ class World:
     """A cache, and the actors that race in it.
 
     :param names: of the actors: the kind, and for the second of a kind a dash and a number.
+    :ivar schedules: how many were walked.
+    :ivar diverged: how many of these could not be walked as they were meant: an actor had other steps on
+        a machine that was slower or faster than when they were found.
     """
 
     def __init__(self, directory: pathlib.Path, names: list[str], *, locking: bool) -> None:
@@ -204,6 +207,7 @@ class World:
         for manager in self.managers:
             manager.verify_base_images([])
         self.schedules = 0
+        self.diverged = 0
 
     def _manager(self, actor: Actor) -> ic.ImageCacheManager:
         config = self._config
@@ -322,6 +326,10 @@ class World:
             goes_on = current in able
             if len(choices) < len(prefix):
                 taken, others = prefix[len(choices)], []
+                if taken not in able:
+                    # Its steps were others this time: a directory that was young then is settled now, say.
+                    self.diverged += 1
+                    prefix, redundant, taken = prefix[: len(choices)], True, able[0]
                 if len(choices) == len(prefix) - 1:
                     sleeping = asleep
             else:
@@ -389,10 +397,10 @@ class World:
         assert list((private / "trash").iterdir()) == [], told
 
     def _is_in_the_way(self, actor: Actor) -> bool:
-        """Whether an actor was told to come again: without locks it cannot wait for a scrub to let go of the
-        base that it found damaged."""
-        is_told = isinstance(actor.error, errors.BaseInUseError)
-        return is_told and not actor.host.locking and self._kinds("scrub")
+        """Whether an actor was told to come again: a disk is on the base that a scrub found damaged, or
+        without locks it cannot wait for the scrub to let go of that."""
+        is_told = isinstance(actor.error, errors.BaseInUseError) and self._kinds("scrub")
+        return is_told and (not actor.host.locking or self._kinds("spawn"))
 
     def _check_disk(self, disk: pathlib.Path, content: bytes, told: str) -> None:
         if header.parse(disk.read_bytes()).backing_file is None:

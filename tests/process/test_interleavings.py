@@ -110,5 +110,6 @@ def _walk(
 ) -> None:
     world = World(directory, names, locking=locking)
     world.walk(cached=cached, preemptions=preemptions, most=500_000)
-    print(f"{'+'.join(names)}: {world.schedules} schedules, {'with' if locking else 'no'} locks")  # noqa: T201
+    told = f"{'+'.join(names)}: {world.schedules} schedules, {'with' if locking else 'no'} locks"
+    print(f"{told}, {world.diverged} of them not as meant")  # noqa: T201
     record_property("schedules", world.schedules)
