@@ -159,7 +159,16 @@ class _Disks(LazyDisks):
             number, _name = self._where.get(path, (-1, ""))
             if number < 0 or known.get(id(disk.directory)) == number:
                 continue
-            if pack_identity(disk.directory.identity) == self._packed[number][1]:
+            identity, packed = disk.directory.identity, self._packed[number][1]
+            # Nearly all are where they were, and each pass asks of each.
+            if (
+                identity is not None
+                and packed is not None
+                and identity.inode == packed[1]
+                and identity.device == packed[0]
+                and identity.fsid == packed[2]
+                and identity.born == packed[4]
+            ):
                 known[id(disk.directory)] = number
             else:
                 yield path

@@ -28,6 +28,8 @@ from imagecache_lib.store.seen import Boundary, Identity, LastScan, SeenDirector
 from imagecache_lib.system.names import is_at_or_below
 from imagecache_lib.upkeep.facts import DanglingLink, DeviceNode, Found, LinkedFile, MountPoint, ReadDirectory
 
+_LINKS = (DanglingLink, LinkedFile, DeviceNode)
+
 
 @dataclasses.dataclass(frozen=True)
 class RootMoved:
@@ -92,8 +94,7 @@ class Absence:
     @functools.cached_property
     def linked(self) -> frozenset[str]:
         """Paths of links that lead nowhere or to files, and of devices' nodes."""
-        kinds = DanglingLink | LinkedFile | DeviceNode
-        return frozenset(fact.path for fact in self._facts if isinstance(fact, kinds)) - self._mount_points
+        return frozenset(fact.path for fact in self._facts if isinstance(fact, _LINKS)) - self._mount_points
 
     @functools.cached_property
     def leading_elsewhere(self) -> frozenset[str]:
