@@ -36,6 +36,8 @@ PROVIDERS = "imagecache_lib.instances"
 #: Seconds to wait for the message bus before the agent says that it is ready without it.
 _BUS_SECONDS = 3.0
 _PIECE = 0.1
+#: How often a running agent looks whether it was told to stop, in seconds.
+_LOOKS = 1.0
 
 #: Seconds that calls, fetches and the pass each have to end once the agent is told to stop.
 _STOP_SECONDS = 20.0
@@ -125,7 +127,9 @@ class Agent(base.Base):
                 self.note("the message bus does not answer yet: the agent goes on trying")
             notify("READY=1")
             self.note(f"the agent of host {cache.host.name} is ready")
-            stop.wait()
+            # A signal that comes just before a wait begins does not end it.
+            while not stop.wait(_LOOKS):
+                continue
             notify("STOPPING=1")
             # In this order: what is cancelled because the agent stops must not be reported as a result.
             listener.stop()
