@@ -342,7 +342,16 @@ def test_a_source_on_a_failing_disk_is_a_source_that_fails(
         manager.create_disk(ID, str(instances / "instance" / "disk"))
 
 
-def test_a_base_whose_attributes_cannot_be_read_is_told(instances: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        pytest.param(f"_base/{NAME}", "fgetxattr", id="the base's attributes cannot be read"),
+        pytest.param("instance/disk", "fsync", id="it is not known that the copy is durable"),
+    ],
+)
+def test_a_disk_keeps_its_base_where_a_call_of_flatten_fails(
+    instances: pathlib.Path, where: str, call: str
+) -> None:
     config = ic.CacheConfig(instances_path=str(instances))
     manager = ic.ImageCacheManager(config, FakeSource({ID: DATA}), observers=())
     disk = manager.create_disk(ID, str(instances / "instance" / "disk"))
@@ -351,8 +360,9 @@ def test_a_base_whose_attributes_cannot_be_read_is_told(instances: pathlib.Path)
         with pytest.raises(ic.BackendError):
             manager.flatten_disk(disk)
 
-    failing = ["-o", os.devnull, "-P", str(instances / "_base" / NAME), "-e", "trace=fgetxattr"]
-    assert recorded_calls.attached(flatten, [*failing, "-e", "inject=fgetxattr:error=EIO"]) == 0
+    failing = ["-o", os.devnull, "-P", str(instances / where), "-e", f"trace={call}"]
+    assert recorded_calls.attached(flatten, [*failing, "-e", f"inject={call}:error=EIO"]) == 0
+    assert manager.inspect_disk(disk.target).base == NAME
     assert manager.flatten_disk(disk).base is None
 
 
@@ -379,20 +389,3 @@ def test_a_disk_forgets_its_base_after_all_that_it_needs_of_it_is_durable(instan
     copied = writes[-2]
     assert any("sync(" in line for line in began[copied:forgets]), began[copied:]
     assert content_of(pathlib.Path(disk.target)) == DATA + bytes(32 * MIB - len(DATA))
-
-
-def test_a_disk_keeps_its_base_where_it_is_not_known_that_the_copy_is_durable(
-    instances: pathlib.Path,
-) -> None:
-    config = ic.CacheConfig(instances_path=str(instances))
-    manager = ic.ImageCacheManager(config, FakeSource({ID: DATA}), observers=())
-    disk = manager.create_disk(ID, str(instances / "instance" / "disk"))
-
-    def flatten() -> None:
-        with pytest.raises(ic.BackendError):
-            manager.flatten_disk(disk)
-
-    failing = ["-o", os.devnull, "-P", disk.target, "-e", "trace=fsync", "-e", "inject=fsync:error=EIO"]
-    assert recorded_calls.attached(flatten, failing) == 0
-    assert manager.inspect_disk(disk.target).base == NAME
-    assert manager.flatten_disk(disk).base is None
