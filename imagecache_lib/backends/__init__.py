@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 
 from imagecache_lib import errors
@@ -20,7 +21,7 @@ def load_backend(name: str, config: CacheConfig, host: System) -> StorageBackend
     :raises ConfigError: no installed package registers one, or it cannot be loaded or configured.
     """
     try:
-        found = importlib.metadata.entry_points(group=GROUP)
+        found = _installed()
     except OSError as error:
         # It reads what every installed distribution says of itself, which takes descriptors and a sound disk.
         raise errors.ConfigError(
@@ -39,3 +40,9 @@ def load_backend(name: str, config: CacheConfig, host: System) -> StorageBackend
             f"the storage backend {name!r} cannot be loaded: {error}", next_step="install what it needs"
         ) from error
     return kind.from_config(config, host)
+
+
+@functools.cache
+def _installed() -> importlib.metadata.EntryPoints:
+    """Return the backends of the installed packages. It reads a file of each of those: once in a process."""
+    return importlib.metadata.entry_points(group=GROUP)

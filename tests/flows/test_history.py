@@ -53,7 +53,7 @@ class TestWhatIsTold(HistoryCase):
 
     def test_the_disk_for_which_a_base_was_put_back_is_named(self) -> None:
         self.keeper.cache_image(ID)
-        spawning = self.manager()
+        spawning = self.manager(lock_timeout=0.1)
         target = self.target()
         self.points.at(TracePoint.EVICT_RENAME, lambda: spawning.create_disk(ID, target))
         self.keeper.verify_base_images(())

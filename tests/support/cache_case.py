@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import random
@@ -26,6 +27,7 @@ OTHER_ID = "22222222-aaaa-4bbb-8ccc-0123456789ab"
 MIB = 2**20
 
 
+@functools.lru_cache(maxsize=8)
 def raw_image(seed: int = 1, size: int = 3 * MIB) -> bytes:
     """Return a raw disk: data at both ends, zeros between them."""
     noise = random.Random(seed).randbytes(size // 4)
