@@ -87,10 +87,7 @@ def host() -> Iterator[printed.Host]:
         ):
             code, said = machine.ask(words)
             assert code == 0, said
-        try:
-            yield machine
-        finally:
-            machine.close()
+        yield machine
 
 
 #: What ends otherwise on this host, and why: the exit code, and words of the message.

@@ -18,15 +18,20 @@ import pytest
 from imagecache_lib import errors, events, model
 from imagecache_lib.cli.instance_report import read_instances
 from imagecache_lib.cli.progress import ProgressObserver
+from tests.support import forked_command
 
 IMAGE = "11111111-aaaa"
 COMMAND = (sys.executable, "-m", "imagecache_lib.cli.main")
 
 
 class Cli:
-    """Runs the command on an instances directory of its own."""
+    """Runs the command on an instances directory of its own.
 
-    def __init__(self, path: pathlib.Path) -> None:
+    :param installed: whether as a shell starts it. Else it is forked by a process that has loaded it.
+    """
+
+    def __init__(self, path: pathlib.Path, *, installed: bool = False) -> None:
+        self.installed = installed
         self.instances = path / "instances"
         (self.instances / "vm").mkdir(parents=True)
         self.data = path / "image.raw"
@@ -41,14 +46,16 @@ class Cli:
         return [*COMMAND, "--instances-path", str(self.instances), *words]
 
     def run(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        found = subprocess.run(
-            self.command(*words),
-            capture_output=True,
-            text=True,
-            env=self.environment,
-            timeout=300,
-            check=False,
-        )
+        if self.installed:
+            found = subprocess.run(
+                self.command(*words), capture_output=True, text=True, env=self.environment, check=False
+            )
+        else:
+            found = forked_command.commands().run(
+                self.command(*words)[len(COMMAND) :],
+                environment=self.environment,
+                directory=self.instances.parent,
+            )
         assert found.returncode == code, (found.returncode, found.stdout, found.stderr)
         assert "Traceback" not in found.stderr
         return found
@@ -63,6 +70,11 @@ class Cli:
 @pytest.fixture
 def cli(tmp_path: pathlib.Path) -> Cli:
     return Cli(tmp_path)
+
+
+@pytest.fixture
+def installed(tmp_path: pathlib.Path) -> Cli:
+    return Cli(tmp_path, installed=True)
 
 
 def test_names_of_files_that_are_no_text_stop_no_table_and_move_no_cursor(cli: Cli) -> None:
@@ -81,23 +93,23 @@ def test_names_of_files_that_are_no_text_stop_no_table_and_move_no_cursor(cli: C
     assert "Traceback" not in cli.run("cache", "audit", "-f", "csv", code=10).stdout
 
 
-def test_an_image_is_cached_listed_shown_pinned_and_evicted(cli: Cli) -> None:
-    arguments = ("image", "cache", IMAGE, "--file", str(cli.data), "--digest", cli.digest)
-    assert cli.json(*arguments) == [{"image": IMAGE, "result": "cached", "reason": None}]
-    assert cli.json(*arguments) == [{"image": IMAGE, "result": "existing", "reason": None}]
-    (listed,) = cli.json("image", "list", "--long")
-    assert (listed["image"], listed["size"], listed["digest"]) == (IMAGE, 2**20, cli.digest)
-    cli.run("image", "pin", IMAGE, "--for", "7d", "--owner", "night-shift")
-    shown = cli.json("image", "show", IMAGE)
+def test_an_image_is_cached_listed_shown_pinned_and_evicted(installed: Cli) -> None:
+    arguments = ("image", "cache", IMAGE, "--file", str(installed.data), "--digest", installed.digest)
+    assert installed.json(*arguments) == [{"image": IMAGE, "result": "cached", "reason": None}]
+    assert installed.json(*arguments) == [{"image": IMAGE, "result": "existing", "reason": None}]
+    (listed,) = installed.json("image", "list", "--long")
+    assert (listed["image"], listed["size"], listed["digest"]) == (IMAGE, 2**20, installed.digest)
+    installed.run("image", "pin", IMAGE, "--for", "7d", "--owner", "night-shift")
+    shown = installed.json("image", "show", IMAGE)
     assert shown["origin"] == "fetched"
     (pin,) = shown["pins"]
     assert (pin["owner"], pin["until"][:2]) == ("night-shift", "20")
     (reason,) = [each for each in shown["reasons"] if each["code"] == "pinned"]
     assert (reason["owner"], reason["until"]) == ("night-shift", pin["until"])
-    assert "night-shift" in cli.run("image", "evict", IMAGE, code=12).stderr
-    cli.run("image", "unpin", IMAGE, "--owner", "night-shift")
-    cli.run("image", "evict", IMAGE)
-    assert cli.json("image", "list") == []
+    assert "night-shift" in installed.run("image", "evict", IMAGE, code=12).stderr
+    installed.run("image", "unpin", IMAGE, "--owner", "night-shift")
+    installed.run("image", "evict", IMAGE)
+    assert installed.json("image", "list") == []
 
 
 def test_columns_can_be_chosen_for_scripts(cli: Cli) -> None:
@@ -263,7 +275,7 @@ def test_a_source_is_found_by_its_entry_point(cli: Cli, tmp_path: pathlib.Path) 
     assert cli.json(*words) == [{"image": IMAGE, "result": "cached", "reason": None}]
 
 
-def test_another_package_brings_a_source(cli: Cli, tmp_path: pathlib.Path) -> None:
+def test_another_package_brings_a_source(installed: Cli, tmp_path: pathlib.Path) -> None:
     package = tmp_path / "site"
     (package / "theirs-1.dist-info").mkdir(parents=True)
     (package / "theirs-1.dist-info" / "METADATA").write_text("Name: theirs\nVersion: 1\n")
@@ -282,13 +294,13 @@ def test_another_package_brings_a_source(cli: Cli, tmp_path: pathlib.Path) -> No
         "class Odd:\n"
         "    from_options = classmethod(lambda cls, options: 5)\n"
     )
-    cli.environment |= {"PYTHONPATH": str(package), "THEIRS": "sesame"}
-    options = ("secret=env:THEIRS", f"image={IMAGE}", f"path={cli.data}")
+    installed.environment |= {"PYTHONPATH": str(package), "THEIRS": "sesame"}
+    options = ("secret=env:THEIRS", f"image={IMAGE}", f"path={installed.data}")
     words = [word for option in options for word in ("--source-option", option)]
-    found = cli.json("image", "cache", IMAGE, "--source", "theirs", *words)
+    found = installed.json("image", "cache", IMAGE, "--source", "theirs", *words)
     assert found == [{"image": IMAGE, "result": "cached", "reason": None}]
     for name, text in (("broken", "KeyError"), ("odd", "no image source"), ("absent", "theirs")):
-        assert text in cli.run("image", "cache", IMAGE, "--source", name, code=7).stderr
+        assert text in installed.run("image", "cache", IMAGE, "--source", name, code=7).stderr
 
 
 def test_options_of_sources_are_checked(cli: Cli, tmp_path: pathlib.Path) -> None:

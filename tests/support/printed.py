@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import json
 import os
 import pathlib
 import re
@@ -19,10 +17,10 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
-import traceback
 from collections.abc import Iterator
+
+from tests.support import forked_command
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = ROOT / "doc/source/admin/output.rst"
@@ -119,17 +117,12 @@ class Host:
         (home / "imagecache.conf").write_text(
             f"[DEFAULT]\nhost = compute-1\ninstances_path = {instances}\ntransport_url = fake://\n"
         )
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("OS_", "COLUMNS"))
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("OS_", "COLUMNS"))}
+        self._environment = {
+            **kept,
+            "HOME": str(home),
+            "IMAGECACHE_JOBS": str(home / "jobs.sqlite"),
         }
-        self._server = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.support.printed", "--serve"],
-            cwd=ROOT,
-            env={**environment, "HOME": str(home), "IMAGECACHE_JOBS": str(home / "jobs.sqlite")},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
 
     def run(self, command: str) -> list[str]:
         """Return the lines that a command says."""
@@ -149,9 +142,6 @@ class Host:
         """Return the exit code of ``imagecache`` with these words, and the lines that it says."""
         return self._imagecache([word.replace(_SHOWN, str(self._instances)) for word in words])
 
-    def close(self) -> None:
-        self._server.communicate()
-
     def _imagecache(self, words: list[str]) -> tuple[int, list[str]]:
         alone = words[0] == "precache"
         configuration = [] if alone else ["--config-file", str(self._home / "imagecache.conf")]
@@ -160,12 +150,28 @@ class Host:
                 (self._home / "imagecache.conf").read_text().replace("transport_url = fake://\n", "")
             )
             configuration = ["--config-file", str(self._home / "alone.conf")]
-        asked = {"words": [*configuration, *words], "home": str(self._home), "until": _STOP.get(words[0])}
-        assert self._server.stdin is not None and self._server.stdout is not None
-        self._server.stdin.write(f"{json.dumps(asked)}\n")
-        self._server.stdin.flush()
-        code, said = json.loads(self._server.stdout.readline())
-        return code, self._shown(said)
+        return self._run([*configuration, *words], _STOP.get(words[0], ""))
+
+    def _run(self, words: list[str], until: str) -> tuple[int, list[str]]:
+        """Run a command, which is told to end once it has said something, if that is given."""
+        commands = forked_command.commands()
+        reading, writing = os.pipe()
+        said = b""
+        with open(reading, "rb", buffering=0) as stream:
+            with open(writing, "wb", buffering=0):
+                pid = commands.start(
+                    words,
+                    environment=self._environment,
+                    directory=self._home,
+                    stdout=writing,
+                    stderr=writing,
+                )
+            while piece := stream.read(1 << 16):
+                said += piece
+                if until and until.encode() in said:
+                    os.kill(pid, signal.SIGTERM)
+                    until = ""
+        return commands.wait(), self._shown(said.decode())
 
     def _shown(self, said: str) -> list[str]:
         text = said.replace(str(self._instances), _SHOWN).replace(str(self._home), "/home/operator")
@@ -175,10 +181,7 @@ class Host:
 def run_again(text: str) -> list[tuple[Line, list[str]]]:
     """Return each command of a page with what it says now."""
     with host() as machine:
-        try:
-            return [(line, machine.run(line.command)) for line in lines_of(text)]
-        finally:
-            machine.close()
+        return [(line, machine.run(line.command)) for line in lines_of(text)]
 
 
 def rewritten(text: str) -> str:
@@ -190,65 +193,5 @@ def rewritten(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# -- the process that runs them: it has loaded everything once, and each command is a child of its own -----
-
-
-def _serve() -> None:
-    from imagecache_lib.cli import main
-
-    sys.argv[0] = "imagecache"  # whose history it is
-    for where in main.COMMANDS.values():
-        __import__(f"imagecache_lib.cli.{where.partition(':')[0]}")
-    import imagecache_lib.precache.precacher
-    import imagecache_lib.precache.rpc  # noqa: F401
-
-    for line in sys.stdin:
-        sys.stdout.write(f"{json.dumps(_answer(json.loads(line)))}\n")
-        sys.stdout.flush()
-
-
-def _answer(asked: dict[str, str]) -> tuple[int, str]:
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        _run(list(asked["words"]), asked["home"], writing)
-    os.close(writing)
-    said, until = b"", asked["until"]
-    with open(reading, "rb", buffering=0) as stream:
-        while piece := stream.read(1 << 16):
-            said += piece
-            if until and until.encode() in said:
-                os.kill(child, signal.SIGTERM)
-                until = ""
-    _pid, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), said.decode()
-
-
-def _run(words: list[str], home: str, writing: int) -> None:
-    from imagecache_lib.cli import main
-
-    code = 1
-    try:
-        os.dup2(writing, 1)
-        os.dup2(writing, 2)
-        os.chdir(home)
-        sys.stdin = io.StringIO()
-        sys.stdout = os.fdopen(1, "w")
-        sys.stderr = os.fdopen(2, "w", buffering=1)
-        code = main.main(words)
-    except SystemExit as error:
-        code = int(error.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--serve"]:
-        _serve()
-    else:
-        PAGE.write_text(rewritten(PAGE.read_text()))
+    PAGE.write_text(rewritten(PAGE.read_text()))
