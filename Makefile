@@ -22,7 +22,7 @@ BARE_SUITES := bookworm trixie
 
 .DEFAULT_GOAL := help
 .PRECIOUS: $(STAMPS)/system-%
-.PHONY: output help demo bench test test-parallel test-serial functional faults campaigns pythons lowest bare \
+.PHONY: output help demo bench test test-parallel test-serial functional faults campaigns pythons bare \
 	cover house lint ruff mypy reno-lint docs drawings man releasenotes check-install setup set-up-servers serial-suites clean
 
 help:
@@ -31,8 +31,8 @@ help:
 	@echo "make functional    tests against real servers: Glance, nginx, qemu, filesystems"
 	@echo "make faults        tests that kill, cut and fail"
 	@echo "make campaigns     the long form of those tests that search: hours"
-	@echo "make pythons       unit, contract and property tests with the other Pythons, by tox and stestr, and coverage"
-	@echo "make lowest        the same with the lowest versions that the requirements allow"
+	@echo "make pythons       the same with the other Pythons, by tox and stestr, with the lowest versions that the"
+	@echo "                   requirements allow, and coverage"
 	@echo "make bare          demo and test on a Debian 12 and 13 that have nothing else (as root)"
 	@echo "make bench         measure"
 	@echo "make lint          ruff, mypy --strict, release notes"
@@ -115,18 +115,15 @@ campaigns: setup $(STAMPS)/system-functional $(STAMPS)/system-faults
 
 pythons: $(OTHER_PYTHONS:%=python-%)
 
-# With the floor of coverage, which one run of all the tests has to show.
-python-%: PYTHON_ENV = py$(subst .,,$*)-cover
+# With the lowest versions that are allowed, and the floor of coverage, which one run of all the tests has to show.
+python-%: PYTHON_ENV = py$(subst .,,$*)-lowest-cover
 python-%: $(STAMPS)/tox $(STAMPS)/system-test
 	@mkdir -p build/results/$(PYTHON_ENV)
+	$(BIN)/python tools/lowest_versions.py > build/lowest.txt
 	@python=$$(tools/find-python $*) || { echo "there is no Python $* here" >&2; exit 1; }; \
 		$(BIN)/tox run --discover "$$python" -e $(PYTHON_ENV); rc=$$?; \
 		$(BIN)/stestr last --subunit > build/results/$(PYTHON_ENV)/stestr.subunit; \
 		$(BIN)/stestr list > build/results/$(PYTHON_ENV)/stestr.listed; exit $$rc
-
-lowest: $(STAMPS)/tox $(STAMPS)/system-test
-	$(BIN)/python tools/lowest_versions.py > build/lowest.txt
-	$(BIN)/tox run --discover "$$(tools/find-python 3.11)" -e lowest
 
 bare: $(BARE_SUITES:%=bare-%)
 

@@ -39,7 +39,7 @@ SKIPS = {
     "the release before is not in the history of this checkout": "a shallow clone has none, any other does",
     "a tracer's own locks would be interrupted": "it runs wherever coverage is not measured",
     "make campaigns boots these guests, for minutes": "the others of their file boot here",
-    "make campaigns logs in at a real Keystone": "tests/process logs in at services that are made up",
+    "make campaigns logs in at a real Keystone": "tests/commands logs in at services that are made up",
     "the installed qemu-img does not make this": "which options there are differs between releases of QEMU",
 }
 

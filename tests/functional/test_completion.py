@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.process.test_cli import IMAGE, Cli
+from tests.commands.test_cli import IMAGE, Cli
 from tests.support import needs
 
 #: zsh's own machinery wants a terminal; the function is called as it would call it.

@@ -16,10 +16,10 @@ from imagecache_lib import errors, model
 from imagecache_lib.sources import glance, transfer
 from imagecache_lib.sources.interface import CannotCopy, NotPermitted
 from imagecache_lib.system import host
+from tests.commands.test_precache_cli import JobsCli
 from tests.lab import glance as glance_lab
 from tests.lab import relay as relay_lab
 from tests.lab import server
-from tests.process.test_precache_cli import JobsCli
 from tests.support.ports import free_port
 
 DATA = random.Random(2).randbytes(3 * 2**20)

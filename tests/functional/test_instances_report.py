@@ -9,8 +9,8 @@ import subprocess
 import sys
 import uuid
 
+from tests.commands.test_cli import IMAGE, Cli
 from tests.lab.libvirt import Libvirt
-from tests.process.test_cli import IMAGE, Cli
 
 PROGRAM = pathlib.Path(__file__).parents[2] / "examples/instances_from_libvirt.py"
 

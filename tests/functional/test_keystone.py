@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.commands.test_precache_cli import JobsCli
 from tests.lab import glance as glance_lab
 from tests.lab import keystone as keystone_lab
-from tests.process.test_precache_cli import JobsCli
 from tests.support import campaign
 
 #: Installing a Keystone takes a minute, and starting one many seconds, of the two processors that CI has.

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 from imagecache_lib.cli import report_page
+from tests.commands.test_cli import Cli
+from tests.commands.test_cli_operator import NAME_ATTRIBUTE, OTHER, UUID, age, base_of, damage
 from tests.lab.browser import Browser
-from tests.process.test_cli import Cli
-from tests.process.test_cli_operator import NAME_ATTRIBUTE, OTHER, UUID, age, base_of, damage
 
 MIB = 2**20
 

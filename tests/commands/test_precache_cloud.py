@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.process.test_precache_cli import JobsCli
+from tests.commands.test_precache_cli import JobsCli
 
 IMAGE_ID = "318ac4fb-a140-4405-8167-ad782f983e48"
 NAME = 'ubuntu, "24.04"'

@@ -12,9 +12,9 @@ import jsonschema
 import pytest
 
 from imagecache_lib.cli.main import COMMANDS
-from tests.process.test_cli import IMAGE, Cli
-from tests.process.test_cli_operator import age, damage
-from tests.process.test_precache_cli import JobsCli
+from tests.commands.test_cli import IMAGE, Cli
+from tests.commands.test_cli_operator import age, damage
+from tests.commands.test_precache_cli import JobsCli
 
 SCHEMA = json.loads((pathlib.Path(__file__).parents[2] / "doc/source/admin/output-schema.json").read_text())
 

@@ -26,7 +26,7 @@ from imagecache_lib.cli import parsing, table
 from imagecache_lib.cli.progress import ProgressObserver
 from imagecache_lib.testing import http_faults
 from imagecache_lib.testing.bad_server import BadServer
-from tests.process.test_cli import IMAGE, Cli
+from tests.commands.test_cli import IMAGE, Cli
 
 UUID = "318ac4fb-a140-4405-8167-ad782f983e48"
 OTHER = "a0c1d7e2-77aa-4b1c-9a52-0d6c3f4be901"

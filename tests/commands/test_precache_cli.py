@@ -32,7 +32,7 @@ from imagecache_lib.precache.database import Change, JobDatabase
 from imagecache_lib.precache.job_rows import JobDatabaseError
 from imagecache_lib.precache.precacher import AggregatePrecacher
 from imagecache_lib.testing.sources import FakeSource
-from tests.process.test_cli import IMAGE, Cli
+from tests.commands.test_cli import IMAGE, Cli
 from tests.support.ports import free_port
 
 
