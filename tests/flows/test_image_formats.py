@@ -16,7 +16,7 @@ import signal
 import subprocess
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import imagecache_lib as ic
@@ -39,9 +39,11 @@ class FormatCase(CacheCase):
         manager.evict_image(ID)
         return found
 
-    def each_way(self, image: bytes, *claims: str | None) -> Iterator[tuple[str, bytes]]:
+    def each_way(
+        self, image: bytes, *claims: str | None, backends: Sequence[str] = ("qcow2", "raw")
+    ) -> Iterator[tuple[str, bytes]]:
         for force_raw in (True, False):
-            for backend in ("qcow2", "raw"):
+            for backend in backends:
                 for claimed in claims:
                     way = f"force_raw={force_raw} backend={backend} claimed={claimed}"
                     yield way, self.disk_of(image, claimed, force_raw_images=force_raw, backend=backend)
@@ -75,7 +77,11 @@ class TestVhd(FormatCase):
             ("largest geometry", dynamic_vhd(self.data, geometry=_LARGEST), self.data),
             ("no geometry", dynamic_vhd(self.data, creator=b"bxic", geometry=(0, 0, 0)), self.data),
         ):
-            for way, found in self.each_way(image, "vhd", None):
+            # Where it is put makes no difference to how it is read.
+            ways = self.each_way(
+                image, "vhd", None, backends=("qcow2", "raw") if name == "plain" else ("qcow2",)
+            )
+            for way, found in ways:
                 with self.subTest(name, way=way):
                     self.assertEqual(expected, found)
 

@@ -24,7 +24,7 @@ def directory() -> Iterator[pathlib.Path]:
         yield pathlib.Path(path)
 
 
-# A campaign walks all schedules of two actors without locks too, and two preemptions of the others: 126,000.
+# A campaign walks all schedules of two actors, and two preemptions of the others: 126,000.
 THREE = campaign.pick(sample=3, whole=None)
 ONE = campaign.pick(sample=1, whole=2)
 
@@ -33,9 +33,9 @@ ONE = campaign.pick(sample=1, whole=2)
 @pytest.mark.parametrize(
     ("names", "cached", "locking", "preemptions"),
     [
-        (["spawn-1", "evict"], True, True, None),
-        (["spawn-1", "evict"], False, True, None),
-        (["spawn-1", "cache"], False, True, None),
+        (["spawn-1", "evict"], True, True, THREE),
+        (["spawn-1", "evict"], False, True, THREE),
+        (["spawn-1", "cache"], False, True, THREE),
         (["spawn-1", "evict"], True, False, THREE),
         (["spawn-1", "evict"], False, False, THREE),
         (["spawn-1", "cache"], False, False, THREE),

@@ -168,7 +168,7 @@ class TwoHosts(RuleBasedStateMachine):
 
 
 TwoHosts.TestCase.settings = settings(
-    max_examples=campaign.pick(sample=80, whole=20_000),
+    max_examples=campaign.pick(sample=40, whole=20_000),
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),

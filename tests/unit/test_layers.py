@@ -28,8 +28,10 @@ house = load_house()
 
 
 class TestLayers(unittest.TestCase):
-    def setUp(self) -> None:
-        self.checkout = house.Checkout(ROOT)
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.checkout = house.Checkout(ROOT)
 
     def test_no_module_imports_from_a_higher_layer(self) -> None:
         self.assertEqual([], house.upward_arrows(self.checkout))

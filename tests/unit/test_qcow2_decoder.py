@@ -9,10 +9,13 @@ import tempfile
 import unittest
 from typing import Any
 
+import pytest
+
 from imagecache_lib.formats.qcow2 import decoder, header, inflate
 from imagecache_lib.formats.qcow2.spill import Spill
 from imagecache_lib.system import sparse
 from tests.support import qcow2_images
+from tests.support.campaign import pick
 from tests.support.qcow2_images import Cluster
 
 KIB = 2**10
@@ -149,6 +152,7 @@ class ImagesThatQemuConverted(WithImages):
 class ImagesThatAGuestWrote(WithImages):
     """Written, rewritten, discarded, zeroed, compressed, grown and snapshotted in random order."""
 
+    @pytest.mark.campaign
     def test_random_histories(self) -> None:
         creations = (
             "cluster_size=64k",
@@ -161,7 +165,7 @@ class ImagesThatAGuestWrote(WithImages):
             "cluster_size=64k,compression_type=zstd",
             "cluster_size=2M,lazy_refcounts=on",
         )
-        for number, options in enumerate(creations * 3):
+        for number, options in enumerate(creations * pick(sample=1, whole=10)):
             with self.subTest(number=number, options=options):
                 self.write_history(random.Random(number), options)
                 rng = random.Random(number)
