@@ -27,6 +27,7 @@ def directory() -> Iterator[pathlib.Path]:
 # A campaign walks all schedules of two actors, and two preemptions of the others: 126,000.
 THREE = campaign.pick(sample=3, whole=None)
 ONE = campaign.pick(sample=1, whole=2)
+NONE = campaign.pick(sample=0, whole=2)
 
 
 @pytest.mark.campaign
@@ -42,9 +43,9 @@ ONE = campaign.pick(sample=1, whole=2)
         (["spawn-1", "spawn-2", "evict"], True, True, ONE),
         (["spawn-1", "spawn-2", "evict"], True, False, ONE),
         (["spawn-1", "cache", "evict"], False, True, ONE),
-        (["spawn-1", "cache", "evict"], False, False, 2),
-        (["spawn-1", "spawn-2", "evict", "cache"], False, True, campaign.pick(sample=0, whole=2)),
-        (["spawn-1", "spawn-2", "evict", "cache"], False, False, ONE),
+        (["spawn-1", "cache", "evict"], False, False, ONE),
+        (["spawn-1", "spawn-2", "evict", "cache"], False, True, NONE),
+        (["spawn-1", "spawn-2", "evict", "cache"], False, False, NONE),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else str(value),
 )
