@@ -53,6 +53,11 @@ class Agent(base.Base):
 
     unlogged = ()
 
+    #: Seconds after which the agent has ended once it was told to stop, whatever hangs in it: a thread of a
+    #: package that is not ours, for which Python waits at its end, or a server that waits for a client. The
+    #: example of a systemd unit allows 60.
+    longest_end = 50.0
+
     #: Whether something tells the agent which instances there are.
     _is_told = True
 
@@ -131,6 +136,11 @@ class Agent(base.Base):
             while not stop.wait(_LOOKS):
                 continue
             notify("STOPPING=1")
+            leaving = threading.Timer(self.longest_end, self._leave)
+            leaving.daemon = (
+                True  # it runs while Python waits for other threads, and is not waited for itself
+            )
+            leaving.start()
             # In this order: what is cancelled because the agent stops must not be reported as a result.
             listener.stop()
             agent.stop(_STOP_SECONDS)

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -66,9 +66,9 @@ class Service:
         self.said = home / "said"
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *words: str) -> subprocess.Popen[bytes]:
+    def start(self, *words: str, program: Sequence[str] = COMMAND) -> subprocess.Popen[bytes]:
         command = [
-            *COMMAND,
+            *program,
             "--config-file",
             str(self.configuration),
             "agent",
@@ -118,6 +118,23 @@ def test_without_a_message_bus_it_is_ready_runs_its_pass_and_ends_soon(service: 
     assert said.count(away) == 1
     assert "guest" not in said
     assert "Traceback" not in said
+
+
+def test_a_thread_of_others_that_never_ends_does_not_keep_it_alive(service: Service) -> None:
+    program = """
+import sys, threading
+from imagecache_lib.cli import agent, main
+agent.Agent.longest_end = 2.0
+threading.Thread(target=threading.Event().wait).start()
+sys.exit(main.main(sys.argv[1:]))
+"""
+    service.environment["OS_DEFAULT__TRANSPORT_URL"] = "fake://"  # one that is there, and stops
+    running = service.start(program=(sys.executable, "-W", "ignore", "-c", program))
+    assert service.channel.recv(100) == b"READY=1"
+    running.send_signal(signal.SIGTERM)
+    said = service.ended(running)
+    assert running.returncode == 0, said
+    assert "Something hangs and is left behind" in said
 
 
 def test_what_cannot_be_written_ends_it_before_it_says_that_it_is_ready(service: Service) -> None:

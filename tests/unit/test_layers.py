@@ -11,6 +11,7 @@ import sys
 import tempfile
 import types
 import unittest
+from typing import Any, ClassVar
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -28,6 +29,8 @@ house = load_house()
 
 
 class TestLayers(unittest.TestCase):
+    checkout: ClassVar[Any]
+
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
