@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 
 from imagecache_lib import dates, errors, model
@@ -162,7 +163,10 @@ def _examined(
         heads = follower.inside.call(lambda: _head(path))
         if not heads:
             raise OSError(NO_ANSWER)
-        header = qcow2_header.parse(heads[0])
+        head, is_device = heads[0]
+        if is_device and not head.startswith(qcow2_header.MAGIC):
+            return None  # what it is made of refers to the base
+        header = qcow2_header.parse(head)
     except (OSError, NotQcow2, HeaderError) as error:
         text = f"its header cannot be read: {error}"
         findings.append(AuditFinding(Severity.WARNING, path, text, "check the disk"))
@@ -186,12 +190,13 @@ def _examined(
     return _Disk(path, name, None if format is None else format.decode("ascii", "replace"))
 
 
-def _head(path: str) -> bytes:
+def _head(path: str) -> tuple[bytes, bool]:
+    """Return the first bytes of a disk, none if it cannot be read, and whether it is a block device."""
     try:
         with open(path, "rb") as stream:
-            return stream.read(_HEAD)
+            return stream.read(_HEAD), stat.S_ISBLK(os.fstat(stream.fileno()).st_mode)
     except OSError:
-        return b""
+        return b"", False
 
 
 def _name_in_cache(path: str, reference: bytes, base_path: str) -> str | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -14,6 +15,18 @@ from imagecache_lib.upkeep.names import Names
 
 #: A chain of backing files is followed this far. QEMU opens every file of it, and gives up long before.
 _LONGEST_CHAIN = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Followed:
+    """How a chain was followed.
+
+    :param is_whole: all of it was read.
+    :param device: the path of a block device in it, or None if there is none.
+    """
+
+    is_whole: bool
+    device: str | None = None
 
 
 class Chains:
@@ -59,14 +72,14 @@ class Chains:
                     return True  # it referred to others when it could be read
         return False
 
-    def follow(self, overlay: Overlay, targets: Mapping[tuple[int, int], str], names: set[str]) -> bool:
-        """Add the names that a chain leads to outside of the roots. Returns False if it cannot be read.
+    def follow(self, overlay: Overlay, targets: Mapping[tuple[int, int], str], names: set[str]) -> Followed:
+        """Add the names that a chain leads to outside of the roots.
 
         :param targets: as for :meth:`leads_on`.
         :param names: gets the names.
         """
         seen: set[str] = set()
-        complete = True
+        is_whole, device = True, None
         pending = list(self._named_in(overlay.path, overlay.references, None))
         while pending:
             told = False
@@ -75,7 +88,7 @@ class Chains:
                     told = True  # what is below the disk roots was read
                     continue
                 if len(seen) >= _LONGEST_CHAIN:
-                    return False
+                    return Followed(False, device)
                 seen.add(path)
                 looked = self._look(path)
                 told = told or not isinstance(looked, CannotTell)
@@ -84,15 +97,17 @@ class Chains:
                     found = self._names.find([os.fsencode(looked.real)])
                     names |= found
                     told = told or bool(found)
-                if not isinstance(looked, Looked):
+                if looked is None:
                     continue
-                if (base := targets.get(looked.target)) is not None:
+                if isinstance(looked, Looked) and (base := targets.get(looked.target)) is not None:
                     names.add(base)
                     continue
+                if isinstance(looked, Looked) and looked.is_device:
+                    device = path
                 names |= self._names.find(looked.references)
                 pending.extend(self._named_in(path, looked.references, looked.real))
-            complete = complete and told
-        return complete
+            is_whole = is_whole and told
+        return Followed(is_whole, device)
 
     def _named_in(
         self, path: str, references: Iterable[bytes], real: str | None

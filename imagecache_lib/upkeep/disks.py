@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from imagecache_lib import model
 from imagecache_lib.store import named_roots
@@ -180,8 +180,12 @@ class Disks:
             leads_on = None in exact or self._leads_on(overlay, targets, names)
             # A disk that is pinned raw counts by the names in it and no more: its guest wrote the header.
             is_followed = leads_on and self._follower.pinned(path) != "raw"
-            if is_followed and not self._chains.follow(overlay, targets, names):
-                names |= self._chain_cannot_be_read(overlay)
+            if is_followed:
+                followed = self._chains.follow(overlay, targets, names)
+                if not followed.is_whole:
+                    names |= self._chain_cannot_be_read(overlay)
+                elif followed.device is not None:
+                    names |= self._was_on_device(overlay, followed.device, names)
         remembered = names | lasting(overlay.references) if None in exact else names
         if remembered:
             self._disks[path] = SeenDisk(
@@ -215,6 +219,19 @@ class Disks:
                 "make them readable, or remove the disk if it is not needed",
             )
         return set()
+
+    def _was_on_device(self, overlay: Overlay, device: str, names: Collection[str]) -> set[str]:
+        """Return what a disk referred to before whose chain leads through a block device: another device may
+        have its path by now, as loop devices do after each boot."""
+        before = self._before(overlay)
+        more = set() if before is None else set(before.names).difference(names)
+        if more:
+            self.problems.append(
+                f"The backing files of {overlay.path} lead through {device}, which may be another device than"
+                " before: what the disk referred to before stays. Attach what belongs there; if the disk does"
+                f" not need it any more, {how_to_forget(overlay.path)}"
+            )
+        return more
 
     def _before(self, disk: Overlay) -> SeenDisk | None:
         """Return what the last pass saw of a disk, also under the name that its directory had then."""

@@ -11,11 +11,12 @@ from imagecache_lib.store.seen import Identity, SeenDirectory
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Overlay:
-    """A file whose header refers to others.
+    """A file whose header refers to others, or a block device that is made of some.
 
     :param directory: where it was found.
     :param references: the texts that may name what it refers to: a backing file, an external data file, or of
-        a header that cannot be parsed, all that is near it.
+        a header that cannot be parsed, all that is near it. Of a block device, the files too that it is made
+        of.
     :param inode: ``st_ino``.
     :param born: ``stx_btime`` in nanoseconds, or 0 if it is unknown.
     """

@@ -3,7 +3,7 @@
 
 A guest may have written the header, and with it the path: of a mount that does not answer, of a device, of
 whatever it likes. So each look is made in a thread that is given up after a while, nothing but a regular file
-is opened, and while one look has not come back no other is begun.
+or a block device is opened, and while one look has not come back no other is begun.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Callable
 
-from imagecache_lib.system import bounded
+from imagecache_lib.system import block_devices, bounded
 from imagecache_lib.system.bounded import Bounded
 from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.upkeep import headers
@@ -29,21 +29,24 @@ _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 @dataclasses.dataclass(frozen=True)
 class Looked:
-    """A regular file.
+    """A regular file or a block device.
 
     :param target: its ``(st_dev, st_ino)``.
-    :param references: the texts in its header that may name another file.
+    :param references: the texts in its header that may name another file, and the files that a device is made
+        of.
     :param real: its path without links, or empty if it is not known.
+    :param is_device: it is a block device, whose path another one may have had before.
     """
 
     target: tuple[int, int]
     references: tuple[bytes, ...]
     real: str = ""
+    is_device: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Nothing:
-    """There is something of that name, and it is no regular file."""
+    """There is something of that name, and it is neither a regular file nor a block device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +55,12 @@ class CannotTell:
 
     :param cause: a clause.
     :param real: the path without links of what is not there, or empty if it is not known.
+    :param references: the files that a block device is made of.
     """
 
     cause: str
     real: str = ""
+    references: tuple[bytes, ...] = ()
 
 
 #: What tells a filesystem apart: the path of where it is mounted, or ``st_dev`` where a link led to it.
@@ -122,17 +127,23 @@ class Follower:
 
 
 def _look(path: str) -> Answer:
+    beneath: tuple[bytes, ...] = ()
     try:
         found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
+        if stat.S_ISBLK(found.st_mode):
+            beneath = block_devices.files_beneath(found.st_rdev)
+        elif not stat.S_ISREG(found.st_mode):
             return Nothing()
         with Descriptor(path, _OPEN) as fd:
             found = os.fstat(fd)
+            is_device = stat.S_ISBLK(found.st_mode)
+            if is_device and not os.pread(fd, 1, 0):
+                return CannotTell("there is nothing in the device", references=beneath)
             head = headers.read_head(fd)
-            references = headers.references(fd, head) if head else ()
+            references = (*(headers.references(fd, head) if head else ()), *beneath)
             real = os.path.realpath(path) if references else ""
     except FileNotFoundError as error:
         return CannotTell(error.strerror or str(error), os.path.realpath(path))
     except (OSError, ValueError) as error:
-        return CannotTell(getattr(error, "strerror", None) or str(error))
-    return Looked((found.st_dev, found.st_ino), references, real)
+        return CannotTell(getattr(error, "strerror", None) or str(error), references=beneath)
+    return Looked((found.st_dev, found.st_ino), references, real, is_device)

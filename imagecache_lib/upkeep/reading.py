@@ -17,7 +17,7 @@ from typing import NamedTuple
 from imagecache_lib.store import layout
 from imagecache_lib.store.identity import identity_of
 from imagecache_lib.store.seen import Boundary, SeenDirectory
-from imagecache_lib.system import atomic_file
+from imagecache_lib.system import atomic_file, block_devices
 from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.filesystem_id import FilesystemIds
 from imagecache_lib.system.host import System
@@ -350,14 +350,13 @@ class Look:
         what a link leads to on another filesystem."""
         path = directory.prefix + name
         answers = self._around.follower.inside.call(lambda: _references_at(path))
-        answer = answers[0] if answers else OSError(errno.ETIMEDOUT, NO_ANSWER)
-        if isinstance(answer, FileNotFoundError):
-            self._missed(name)
-        elif isinstance(answer, OSError):
-            if answer.errno not in _NO_DEVICE:
-                self._unreadable_file(directory, name, directory_fd, inode, answer, size)
-        elif references := self._around.condense(answer):
+        named, error = answers[0] if answers else ((), OSError(errno.ETIMEDOUT, NO_ANSWER))
+        if references := self._around.condense(named):
             self.facts.append(Overlay(path, directory.seen, references, inode, 0))
+        if isinstance(error, FileNotFoundError):
+            self._missed(name)
+        elif error is not None and error.errno not in _NO_DEVICE:
+            self._unreadable_file(directory, name, directory_fd, inode, error, size)
 
     def _missed(self, name: str) -> None:
         """Note that what was listed was not there: it may have another name now, which the listing missed,
@@ -433,13 +432,21 @@ def _where_it_leads(name: str, directory_fd: int | None, path: str) -> tuple[os.
         return error, path
 
 
-def _references_at(path: str) -> tuple[bytes, ...] | OSError:
-    """Return the texts in the header of a file or a block device that may name another file, or why it is not
-    read."""
+def _references_at(path: str) -> tuple[tuple[bytes, ...], OSError | None]:
+    """Return the texts in the header of a file or a block device that may name another file, and the files
+    that a device is made of; and why that is not all of them, if it is not."""
+    beneath: tuple[bytes, ...] = ()
+    untold: OSError | None = None
     try:
+        status = os.stat(path)
+        is_device = stat.S_ISBLK(status.st_mode)
+        if is_device:
+            try:
+                beneath = block_devices.files_beneath(status.st_rdev)
+            except OSError as error:
+                untold = error  # of a device that is not there, opening it says so
         with Descriptor(path, _OPEN) as fd:
-            mode = os.fstat(fd).st_mode
-            head = headers.read_head(fd) if stat.S_ISBLK(mode) or stat.S_ISREG(mode) else b""
-            return headers.references(fd, head) if head else ()
+            head = headers.read_head(fd) if is_device or stat.S_ISREG(status.st_mode) else b""
+            return (*(headers.references(fd, head) if head else ()), *beneath), untold
     except OSError as error:
-        return error
+        return beneath, error

@@ -26,7 +26,7 @@ from imagecache_lib.store import layout, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.testing.sources import FakeSource
 from imagecache_lib.upkeep.report import VerifyReport
-from tests.lab import stale_names
+from tests.lab import filesystems, stale_names
 from tests.support import files, needs, recorded_calls, stopping
 from tests.support.cache_case import ID
 
@@ -367,6 +367,13 @@ def test_a_disk_that_is_a_block_device_node_counts(cache: Cache, tmp_path: pathl
         assert cache.base.exists()
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def test_what_a_block_device_lies_on_counts_though_it_may_not_be_opened(cache: Cache) -> None:
+    with filesystems.loop_attached(cache.base, "--read-only") as device:
+        files.overlay(cache.instances / "uuid" / "disk", device)
+        give_to_nobody(cache.instances)
+        assert as_nobody(lambda: cache.verify() is not None and cache.base.exists())
 
 
 def test_a_block_device_that_does_not_answer_holds_up_no_pass(cache: Cache, tmp_path: pathlib.Path) -> None:

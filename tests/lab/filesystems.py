@@ -44,6 +44,18 @@ def tmpfs_mounted(home: pathlib.Path, size: int) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
+def loop_attached(image: pathlib.Path, *options: str) -> Iterator[str]:
+    """Attach a file, which has at least one sector, to a loop device, and yield the path of that."""
+    needs.root()
+    command = [needs.program("losetup"), "--find", "--show", *options, str(image)]
+    device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run([needs.program("losetup"), "--detach", device], check=True)
+
+
+@contextlib.contextmanager
 def _mounted(mount_point: pathlib.Path, *arguments: str) -> Iterator[None]:
     subprocess.run([needs.program("mount"), *arguments, mount_point], check=True)
     try:

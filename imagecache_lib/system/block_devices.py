@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What block devices are made of, as sysfs tells it: the kernel's Documentation/ABI/testing/sysfs-block and
+sysfs-block-loop. Nothing is opened but files of sysfs, so that no device that does not answer is waited for.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+_DEVICES = "/sys/dev/block"
+
+
+def files_beneath(device: int, *, devices: str = _DEVICES) -> tuple[bytes, ...]:
+    """Return the paths, without links, of the files on which a block device lies: those of loop devices, of
+    the devices that it is put together from, and of the one that it is a partition of.
+
+    A file that has no name any more has the last one, with " (deleted)" behind it.
+
+    :param device: its number, as ``st_rdev`` has it.
+    :param devices: the directory of sysfs that has a link for each device, named ``MAJOR:MINOR``.
+    :raises OSError: that cannot be told.
+    """
+    top = os.path.join(devices, f"{os.major(device)}:{os.minor(device)}")
+    if not os.path.isdir(top):
+        raise OSError(errno.EOPNOTSUPP, f"{top} does not tell what the device is made of")
+    found: dict[bytes, None] = {}
+    seen: set[str] = set()
+    pending = [os.path.realpath(top)]
+    while pending:
+        directory = pending.pop()
+        if directory in seen:
+            continue
+        seen.add(directory)
+        if (file := _loop_file(directory)) is not None:
+            found[file] = None
+        if os.path.exists(os.path.join(directory, "partition")):
+            pending.append(os.path.dirname(directory))
+            continue
+        slaves = os.path.join(directory, "slaves")
+        pending += [os.path.realpath(os.path.join(slaves, name)) for name in _names(slaves)]
+    return tuple(found)
+
+
+def _loop_file(directory: str) -> bytes | None:
+    try:
+        with open(os.path.join(directory, "loop", "backing_file"), "rb") as stream:
+            return stream.read().removesuffix(b"\n") or None
+    except (FileNotFoundError, NotADirectoryError):
+        return None  # no loop device, or one without a file
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None  # its file was just taken away
+        raise
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
