@@ -371,6 +371,7 @@ def test_a_disk_that_is_a_block_device_node_counts(cache: Cache, tmp_path: pathl
 
 def test_what_a_block_device_lies_on_counts_though_it_may_not_be_opened(cache: Cache) -> None:
     with filesystems.loop_attached(cache.base, "--read-only") as device:
+        os.chmod(device, 0o600)
         files.overlay(cache.instances / "uuid" / "disk", device)
         give_to_nobody(cache.instances)
         assert as_nobody(lambda: cache.verify() is not None and cache.base.exists())
