@@ -248,7 +248,9 @@ class DiskAdmin(CacheAdmin):
                 request=request,
             )
             try:
-                return grown(storage, target, size, self._known(image_id))
+                known = self._known(image_id)
+                base = None if known is None else self._cache.layout.base(known.name)
+                return grown(storage, target, size, known=known, base=base)
             except errors.BackendError:
                 if not left:
                     raise

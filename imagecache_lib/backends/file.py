@@ -19,13 +19,14 @@ from imagecache_lib.backends.interface import Feature, PendingDisk, StorageBacke
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.formats import qemu_img
 from imagecache_lib.formats.qcow2 import header as qcow2_header
+from imagecache_lib.formats.qcow2.cut_off import end_of_tables
 from imagecache_lib.formats.qcow2.header import Header, HeaderError, Incompatible, NotQcow2
 from imagecache_lib.formats.qemu_img import DiskFile
 from imagecache_lib.nova import disk_info
 from imagecache_lib.nova.disk_info import FORMAT_MARK
 from imagecache_lib.store import disk_roots, layout
 from imagecache_lib.store.directory import CacheStore
-from imagecache_lib.system import atomic_file, attributes, names
+from imagecache_lib.system import atomic_file, attributes, names, sparse
 from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
@@ -40,6 +41,8 @@ UNSYNCED_MARK = "user.imagecache.unsynced"
 #: A disk that was written to so many seconds after it was made has had its first content on the disk long
 #: since: Linux writes back what is older than 30 seconds (vm.dirty_expire_centisecs).
 _WRITTEN_BACK = 3600
+
+_COPY_AGAIN = "copy it again from where it came, or remove it, and ask again"
 
 
 class FileBackend(StorageBackend):
@@ -242,6 +245,23 @@ class FileBackend(StorageBackend):
                 return True
             return made.isdecimal() and os.fstat(fd).st_mtime - int(made) >= _WRITTEN_BACK
 
+    def check_content(self, target: str, base: str | None) -> None:
+        disk, header = self._read(target)
+        with translated(target), _open_disk(target) as fd:
+            if header is not None:
+                _check_tables(fd, header, target)
+            is_empty = disk.format == "raw" and not _has_data(fd)
+        if not is_empty or base is None:
+            return
+        with contextlib.suppress(OSError), Descriptor(base, os.O_RDONLY | os.O_NOFOLLOW) as fd:
+            if _has_data(fd):
+                raise errors.BackendError(
+                    "there is nothing in the disk, and there is in its image: a copy or a crash lost its"
+                    " content, or its guest discarded all of it",
+                    path=target,
+                    next_step=_COPY_AGAIN,
+                )
+
     def resize(self, disk: model.Disk, size: int) -> model.Disk:
         self._check_no_base(disk.target)
         current, header = self._read(disk.target)
@@ -283,6 +303,21 @@ class FileBackend(StorageBackend):
             for root in self._config.roots
             if not _can_allocate(root)
         ]
+
+
+def _check_tables(fd: int, header: Header, target: str) -> None:
+    end, there = end_of_tables(fd, header), os.fstat(fd).st_size
+    if end > there:
+        found, wanted = dates.sizes(there, end)
+        raise errors.BackendError(
+            f"what is there has {found}, and its tables take {wanted}: it is cut off",
+            path=target,
+            next_step=_COPY_AGAIN,
+        )
+
+
+def _has_data(fd: int) -> bool:
+    return next(sparse.data_extents(fd), None) is not None
 
 
 def _can_allocate(directory: str) -> bool:

@@ -154,6 +154,15 @@ class StorageBackend(abc.ABC):
         """
         return True
 
+    def check_content(self, target: str, base: str | None) -> None:  # noqa: B027 - checking is optional
+        """Refuse to use an existing disk again whose content is plainly not all there.
+
+        The default checks nothing.
+
+        :param base: the path of the raw base image of the disk's image, or None if the cache has none.
+        :raises BackendError: it is cut off, or lost its content; or the storage failed.
+        """
+
     def clone(self, image: model.Image, target: str, size: int | None) -> model.Disk:
         """Make a disk from the image service's own storage, without fetching, and return it.
 

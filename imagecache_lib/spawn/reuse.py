@@ -47,14 +47,20 @@ def is_reused(backend: StorageBackend, target: str, if_exists: str) -> bool:
 
 
 def grown(
-    backend: StorageBackend, target: str, size: int | None, known: evidence.Record | None = None
+    backend: StorageBackend,
+    target: str,
+    size: int | None,
+    *,
+    known: evidence.Record | None,
+    base: str | None,
 ) -> model.Disk:
     """Grow an existing disk, and return what it is now. Nothing else of it changes.
 
     :param size: least virtual size in bytes, or None to leave the disk as large as it is.
     :param known: the record of the base image of the disk's image, or None if the cache has none.
+    :param base: where that base image is, or None likewise.
     :raises NoSpaceError, BackendError: the disk cannot be read, or does not grow; or it is smaller than its
-        image, as a copy is that was interrupted.
+        image, or lacks part of itself, as a copy does that was interrupted.
     """
     disk = backend.inspect(target)
     if not disk.virtual_size:
@@ -71,6 +77,9 @@ def grown(
             path=target,
             next_step="copy it again from where it came, or remove it, and ask again",
         )
+    # Data in a qcow2 base may be zeros, and its tables are data themselves.
+    is_told_by_holes = least > 0 and known is not None and known.stored_format == "raw"
+    backend.check_content(target, base if is_told_by_holes else None)
     if size is not None and size > disk.virtual_size:
         return backend.resize(disk, size)
     return disk

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import pathlib
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -129,6 +131,54 @@ class TestDisksThatAreCutOff(CacheCase):
         os.truncate(kernel, MIB)
         with self.assertRaisesRegex(errors.BackendError, "cut off"):
             manager.fetch_file(ID, kernel, if_exists="reuse")
+
+    def test_a_qcow2_that_ends_before_one_of_its_tables_is_not_used_again(self) -> None:
+        image = raw_image(1, 8 * MIB)
+        self.source = FakeSource({ID: image})
+        manager = self.manager()
+        disk = manager.create_disk(ID, self.target(), size=64 * MIB)
+        # With clusters of 4 KiB an L2 table maps 2 MiB, so that tables lie in all of the file.
+        made = disk_image(self.directory, "qcow2", options="cluster_size=4096", data=image)
+        with open(disk.target, "rb") as file:
+            overlay = file.read()
+        for name, whole, sizes in (
+            ("tables in the data", made, (len(made) // 2, len(made) // 3, 16384)),
+            ("an empty overlay", overlay, (len(overlay) - 65536, 65536)),
+        ):
+            for size in sizes:
+                with self.subTest(name, size=size):
+                    pathlib.Path(disk.target).write_bytes(whole)
+                    manager.create_disk(ID, disk.target, if_exists="reuse")
+                    os.truncate(disk.target, size)
+                    with self.assertRaisesRegex(errors.BackendError, "cut off") as caught:
+                        manager.create_disk(ID, disk.target, size=96 * MIB, if_exists="reuse")
+                    self.assertEqual(disk.target, caught.exception.path)
+                    self.assertEqual(size, os.stat(disk.target).st_size)
+
+    def test_a_qcow2_without_the_last_data_that_a_guest_wrote_is_used_again(self) -> None:
+        """A crash of the host leaves that, and QEMU reads zeros there."""
+        disk = self.manager().create_disk(ID, self.target())
+        command = ["qemu-io", "-f", "qcow2", "-c", "write 0 64k", "-c", "write 1M 64k", disk.target]
+        subprocess.run(command, check=True, capture_output=True)
+        os.truncate(disk.target, os.stat(disk.target).st_size - 65536)
+        self.manager().create_disk(ID, disk.target, if_exists="reuse")
+
+    def test_a_raw_disk_with_nothing_in_it_is_not_used_again(self) -> None:
+        manager = self.manager(backend="raw")
+        disk = manager.create_disk(ID, self.target())
+        os.truncate(disk.target, 0)
+        os.truncate(disk.target, 3 * MIB)
+        with self.assertRaisesRegex(errors.BackendError, "nothing in the disk"):
+            manager.create_disk(ID, disk.target, size=8 * MIB, if_exists="reuse")
+        with open(disk.target, "r+b") as file:
+            file.write(b"by the guest")
+        manager.create_disk(ID, disk.target, size=8 * MIB, if_exists="reuse")
+
+    def test_a_disk_of_an_image_with_nothing_in_it_is_used_again(self) -> None:
+        self.source = FakeSource({ID: bytes(3 * MIB)})
+        manager = self.manager(backend="raw")
+        disk = manager.create_disk(ID, self.target())
+        manager.create_disk(ID, disk.target, if_exists="reuse")
 
     def test_what_the_cache_does_not_know_is_used_again(self) -> None:
         manager = self.manager(backend="raw")
