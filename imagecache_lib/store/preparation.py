@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import logging
 import os
+import stat
 import threading
 
 from imagecache_lib import errors
@@ -23,6 +24,8 @@ LOG = logging.getLogger(__name__)
 #: A directory's time of change that is younger than this proves nothing: the coarsest filesystems count whole
 #: seconds, FAT two.
 _GRANULARITY = 2.0
+
+_WRITE_VERSION = f"if no newer release uses the cache, put a file there in which is {layout.VERSION}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,24 +161,36 @@ class Preparation:
             raise errors.ConfigError(
                 f"the cache's layout version cannot be read: {error.strerror}",
                 path=self._where.version,
-                next_step="make it readable for the service's user",
+                next_step=(
+                    _WRITE_VERSION
+                    if error.errno == errno.ELOOP
+                    else "make it readable for the service's user"
+                ),
             ) from error
-        if found is None:
+        if found is None and not _is_odd(self._where.version):
             durable.write_file(self._where.version, b"%d\n" % layout.VERSION)
             return
-        if not layout.is_known_version(found):
-            version = layout.stated_version(found)
+        if found is None or not layout.is_known_version(found):
+            version = None if found is None else layout.stated_version(found)
             if version is None:
                 raise errors.ConfigError(
                     "the file with the version of the cache's layout is damaged: it states no version",
                     path=self._where.version,
-                    next_step=f"if no newer release uses the cache, write {layout.VERSION} into it",
+                    next_step=_WRITE_VERSION,
                 )
             raise errors.ConfigError(
                 f"the cache has layout version {version}, this release knows {layout.VERSION}",
                 path=self._where.version,
                 next_step="upgrade imagecache_lib on this host",
             )
+
+
+def _is_odd(path: str) -> bool:
+    """Whether something that is no regular file is at a path."""
+    try:
+        return not stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _identity(path: str) -> tuple[int, int] | None:

@@ -31,6 +31,7 @@ from imagecache_lib import errors
 from imagecache_lib.system import durable
 from imagecache_lib.system.host import System
 from imagecache_lib.system.trace import TracePoint
+from imagecache_lib.system.translate import odd_entry
 from imagecache_lib.system.waiter import Waiter
 
 LOG = logging.getLogger(__name__)
@@ -211,10 +212,11 @@ class FileLock(fasteners.InterProcessLock):  # type: ignore[misc]  # fasteners h
             if not self._needed:
                 LOG.warning("Going on without the lock file %s: %s", self.file, error.strerror)
                 return
+            odd = odd_entry(error, self.file)
             raise errors.BackendError(
                 f"the lock file cannot be opened: {error.strerror}",
-                path=self.file,
-                next_step="check its owner and mode",
+                path=self.file if odd is None else odd.path,
+                next_step="check its owner and mode" if odd is None else odd.next_step,
             ) from error
 
     def acquire_now(self) -> bool:

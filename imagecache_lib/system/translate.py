@@ -36,6 +36,39 @@ class translated:
             raise _translation(error, self._path) from error
 
 
+#: What the kernel says where something else has a file's or a directory's name.
+_ODD = (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENOTEMPTY)
+
+
+def odd_entry(error: OSError, path: str) -> errors.BackendError | None:
+    """Return the library's error if something else than a file, or a directory, has a name that was used.
+
+    Returns None if that is not why a call failed.
+
+    :param path: what was used, where the kernel does not say it. The error names what is in the way.
+    """
+    where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path
+    in_the_way = _no_directory_above(where)
+    if error.errno not in _ODD and (error.errno != errno.ENOENT or in_the_way is None):
+        return None
+    return errors.BackendError(
+        f"something else is in the place of what belongs there: {error.strerror or error}",
+        path=in_the_way or where,
+        next_step="find out who put it there and move it away, then ask again",
+    )
+
+
+def _no_directory_above(path: str) -> str | None:
+    """Return what is no directory above a path, a link that leads nowhere included, or None if all are."""
+    above = os.path.dirname(path)
+    found = None
+    while above not in ("", "/") and not os.path.isdir(above):
+        if os.path.lexists(above):
+            found = above
+        above = os.path.dirname(above)
+    return found
+
+
 #: What the kernel says where a process, or all of them, have as much as they may have.
 _LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -62,6 +95,8 @@ def _translation(error: OSError, path: str) -> errors.ImageCacheError:
             path=where,
             next_step="look at the service's own limit (ulimit -f, LimitFSIZE) and at that of the filesystem",
         )
+    if (odd := odd_entry(error, path)) is not None:
+        return odd
     return errors.BackendError(
         f"the filesystem failed: {error.strerror or error}",
         path=where,

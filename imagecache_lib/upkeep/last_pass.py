@@ -11,6 +11,7 @@ from imagecache_lib import events, model
 from imagecache_lib.store import last_scan, named_roots
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import Hosts
+from imagecache_lib.store.last_scan_form import is_written
 from imagecache_lib.store.seen import LastScan
 from imagecache_lib.upkeep.follow import Follower
 from imagecache_lib.upkeep.references import ReferenceReader, References
@@ -54,8 +55,10 @@ class LastPass:
             last = dataclasses.replace(last, unreadable=last.unreadable or last.report_unknown)
         return ReferenceReader(self._cache, tuple(last.report or ()), last, self._follower, now, self)
 
-    def save(self, last: LastScan, read: References, now: float) -> None:
+    def save(self, last: LastScan, read: References, now: float) -> OSError | None:
         """Keep what was seen, for the day on which a disk cannot be read or a root is not mounted.
+
+        Returns None, or why that cannot be written down and is not there yet.
 
         :param last: what the pass before saw.
         :param read: what this one read.
@@ -63,7 +66,7 @@ class LastPass:
         """
         seen = read.seen
         if last.unreadable is not None:
-            return  # what cannot be read now may be read again, and must not be replaced by less
+            return None  # what cannot be read now may be read again, and must not be replaced by less
         own = self._hosts.own()
         roots = {path: (root.device, root.fsid) for path, root in seen.roots.items()}
         if dict(own.roots) != roots:
@@ -78,8 +81,11 @@ class LastPass:
             named_roots.retire(read.notes_retired)
             named_roots.note_seen(where, host_id, read.notes_seen, now=now)
         except OSError as error:
-            # Most likely the disk is full, which must not stop what makes room.
             LOG.warning("What was seen in the instance directories cannot be remembered: %s", error)
+            # What is written for other releases, or tells when the pass was, may be all that is lacking.
+            known = self.load()
+            return None if known.data is not None and is_written(seen, known) else error
+        return None
 
     def forget(self, path: str) -> int:
         """Forget the disks that were seen at a path and below it, and the disk root if it is one.

@@ -52,6 +52,15 @@ class References:
     notes_seen: tuple[str, ...] = ()
     notes_retired: tuple[str, ...] = ()
 
+    def not_remembered(self, error: OSError) -> References:
+        """Return the same, with everything needed: the next pass would not know of the disks that were seen.
+
+        :param error: why what was seen cannot be written down.
+        """
+        why = f"what was seen cannot be remembered: {error.filename}: {error.strerror}"
+        problem = f"Nothing is evicted: {why}. To go on: make it writable, or move away what is in its place."
+        return dataclasses.replace(self, unknown=self.unknown or why, problems=(problem, *self.problems))
+
 
 def collect(
     cache: CacheStore,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from imagecache_lib.upkeep.scrub import ScrubReport
 
 LOG = logging.getLogger(__name__)
+
+#: What the kernel says of a filesystem or a quota that is full.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 #: A last use that lies ahead by more seconds than this was noted by a wrong clock.
 _AHEAD = 300
@@ -79,9 +83,12 @@ class Upkeep:
         now = self._cache.filesystem_now()
         self._tidy(now)
         overview = self._take_overview(instances, now)
-        decided = overview.decide()
         recover.sweep_unfinished_disks(self._cache, self._observers, overview.references.unfinished, now=now)
-        self._last_pass.save(overview.reader.last, overview.references, now)
+        read = overview.references
+        unsaved = self._last_pass.save(overview.reader.last, read, now)
+        if unsaved is not None and unsaved.errno not in _FULL:
+            overview = dataclasses.replace(overview, references=read.not_remembered(unsaved))
+        decided = overview.decide()
         self._refresh(decided.plan, now)
         outcomes = evict.evict(
             decided.plan.victims,
@@ -91,6 +98,9 @@ class Upkeep:
             self._observers,
             remove=overview.limits.remove,
         )
+        # On a full filesystem eviction made room for it.
+        if unsaved is not None and unsaved.errno in _FULL:
+            self._last_pass.save(overview.reader.last, read, now)
         return describe_pass(overview, decided, outcomes, dry_run=False)
 
     def _tidy(self, now: float) -> None:

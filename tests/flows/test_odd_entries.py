@@ -4,18 +4,21 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import shutil
 from collections.abc import Callable
 
 import imagecache_lib as ic
 from imagecache_lib import errors, events
-from imagecache_lib.store import pins
+from imagecache_lib.store import layout, pins
 from imagecache_lib.system import locks
 from imagecache_lib.testing.sources import FakeSource
 from tests.flows.test_small_files import SmallFilesCase
 from tests.flows.test_upkeep import NAME, OLD
 from tests.support import files
 from tests.support.cache_case import ID, OTHER_ID, raw_image
+
+OTHER_NAME = layout.base_name(OTHER_ID)
 
 
 class TestOddEntries(SmallFilesCase):
@@ -97,6 +100,76 @@ class TestOddEntries(SmallFilesCase):
         owner.close()
         self.verify()
         self.assertFalse(base.exists(), "what a dead owner left is never published")
+
+    def test_what_a_pass_saw_and_cannot_write_down_keeps_every_base(self) -> None:
+        """The next pass would not know of those disks: what they lie on may not be mounted by then."""
+        base, disk = self.cached(), self.instances / "uuid" / "disk"
+        self.cached(OTHER_ID)
+        self.verify()
+        self.cached()
+        files.overlay(disk, self.base(OTHER_ID))
+        (scan,) = (self.private / "hosts").glob("*.scan")
+        scan.unlink()
+        scan.mkdir()
+        report = self.verify()
+        self.assertKept(base, report, f"cannot be remembered: {scan}")
+        self.assertIn("move away what is in its place", report.problems[0])
+        scan.rmdir()
+        self.verify()
+        self.assertFalse(base.exists())
+        self.assertIn(OTHER_NAME, scan.read_text())
+
+    def test_what_other_releases_read_cannot_be_written_and_stops_nothing(self) -> None:
+        self.cached()
+        self.verify()
+        base = self.cached()
+        self.cached(OTHER_ID)
+        files.overlay(self.instances / "uuid" / "disk", self.base(OTHER_ID))
+        (readings,) = (self.private / "hosts").glob("*.readings")
+        readings.unlink()
+        readings.mkdir()
+        self.verify()
+        self.assertFalse(base.exists())
+
+    def test_what_is_in_the_way_is_named_and_is_to_be_moved_away(self) -> None:
+        self.cached()
+        manager, target = self.manager(), self.instances / "uuid" / "disk"
+        target.parent.mkdir()
+        pins_of, lock = self.private / "pins" / NAME, self.instances / "locks" / f"nova-{NAME}"
+        spawn = lambda: manager.create_disk(ID, str(target))  # noqa: E731
+        oddities: tuple[tuple[pathlib.Path, Callable[[pathlib.Path], object], Callable[[], object]], ...] = (
+            (self.record(), os.mkdir, spawn),
+            (lock, os.mkdir, spawn),
+            (lock, lambda path: path.symlink_to(path), spawn),
+            (target.with_name("disk.info"), os.mkdir, spawn),
+            (pins_of, lambda path: path.symlink_to("nowhere"), lambda: manager.pin(ID, owner="me")),
+            (pins_of, lambda path: path.touch(), lambda: manager.pin(ID, owner="me")),
+        )
+        for path, make, call in oddities:
+            with self.subTest(path.name, make=make):
+                path.unlink(missing_ok=True)
+                make(path)
+                with self.assertRaises(errors.BackendError) as caught:
+                    call()
+                self.assertEqual(str(path), caught.exception.path)
+                self.assertIn("move it away", str(caught.exception.next_step))
+                path.rmdir() if path.is_dir() else path.unlink()
+        call()
+
+    def test_a_version_that_is_no_file_is_never_taken_for_the_own_one(self) -> None:
+        self.cached()
+        version = self.private / "version"
+        oddities: tuple[Callable[[], object], ...] = (
+            version.mkdir,
+            lambda: version.symlink_to("nowhere"),
+            lambda: os.mkfifo(version),
+        )
+        for make in oddities:
+            version.rmdir() if version.is_dir() else version.unlink()
+            make()
+            with self.subTest(make), self.assertRaises(errors.ConfigError) as caught:
+                self.verify()
+            self.assertIn("put a file there in which is 1", str(caught.exception.next_step))
 
 
 class TestScrubs(SmallFilesCase):
