@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import threading
 import typing
 from collections.abc import Collection, Iterable
 
@@ -16,7 +14,7 @@ from imagecache_lib.observers.log import LogObserver
 from imagecache_lib.store import history, layout, pins
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.history import Happening, HistoryObserver
-from imagecache_lib.system import arguments
+from imagecache_lib.system import arguments, threads
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 from imagecache_lib.upkeep import inventory
@@ -59,11 +57,15 @@ class CacheAdmin:
         self._cache = CacheStore(config, self.host)
         self._cache.observers = events.Observers([HistoryObserver(self._cache), *told])
         # An observer that is told what a crash left may call this very object.
-        self._starting = threading.RLock()
-        self._is_starting = False
+        self._starting = threads.lock()
+        self._starting_in = 0
         self._started = False
+        self._backend: StorageBackend | None = None
+        self._made_upkeep: Upkeep | None = None
 
-    @functools.cached_property
+    # A cached property has a lock, which a forked child may find held.
+
+    @property
     def backend(self) -> StorageBackend:
         """The storage backend, which is loaded when it is first asked for.
 
@@ -73,14 +75,18 @@ class CacheAdmin:
 
         if not isinstance(self._wanted_backend, str):
             return self._wanted_backend
-        return load_backend(self._wanted_backend, self.config, self.host)
+        if self._backend is None:
+            self._backend = load_backend(self._wanted_backend, self.config, self.host)
+        return self._backend
 
-    @functools.cached_property
+    @property
     def _upkeep(self) -> Upkeep:
         # All that it keeps is on disk: it does no harm if two threads make one each, and one is left.
         from imagecache_lib.upkeep.verify import Upkeep
 
-        return Upkeep(self._cache)
+        if self._made_upkeep is None:
+            self._made_upkeep = Upkeep(self._cache)
+        return self._made_upkeep
 
     # -- what is there -------------------------------------------------------------------------------
 
@@ -334,13 +340,13 @@ class CacheAdmin:
             return
         with self._starting:
             self._started = self._started and self._cache.is_prepared()
-            if self._started or self._is_starting:
+            if self._started or self._starting_in == os.getpid():
                 return
-            self._is_starting = True
+            self._starting_in = os.getpid()  # a child that is forked meanwhile starts for itself
             try:
                 with translated(self.config.base_path):
                     self._cache.start()
                     self._upkeep.begin()
                 self._started = True
             finally:
-                self._is_starting = False
+                self._starting_in = 0

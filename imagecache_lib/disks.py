@@ -23,7 +23,7 @@ from imagecache_lib.spawn.lease import Leases
 from imagecache_lib.spawn.reuse import grown
 from imagecache_lib.store import disk_roots, evidence, layout
 from imagecache_lib.store.evidence import Use
-from imagecache_lib.system import arguments
+from imagecache_lib.system import arguments, threads
 from imagecache_lib.system.host import System
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import EitherToken, Waiter
@@ -69,7 +69,7 @@ class DiskAdmin(CacheAdmin):
         self._generator = generate.Generator(self._cache, self._upkeep, cancel=self._stopping)
         self._leases = Leases(self._cache, self._upkeep)
         self._backends: dict[str, StorageBackend] = {}
-        self._loading = threading.Lock()
+        self._loading = threads.lock()
         self._chains = ChainReader(self._cache)
 
     def shutdown(self) -> None:

@@ -13,12 +13,12 @@ import datetime as dt
 import errno
 import os
 import re
-import threading
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from imagecache_lib import errors
 from imagecache_lib.backends.ceph import Busy, Denied, Missing, RbdImage, RbdName, Unprotected
+from imagecache_lib.system import threads
 from imagecache_lib.system.waiter import Waiter
 
 #: Bytes that are read at once: rbd's own default object size.
@@ -49,7 +49,7 @@ class LibrbdCluster:
         self._user = user
         self._connect_timeout = connect_timeout
         self._op_timeout = op_timeout
-        self._connecting = threading.Lock()
+        self._connecting = threads.lock()
         # By process: a forked child has none of librados' threads, so that it needs a connection of its own.
         self._connected: tuple[int, Any] | None = None
 

@@ -31,6 +31,7 @@ from imagecache_lib.store.evidence import Unmet
 from imagecache_lib.store.failures import Failure
 from imagecache_lib.store.reservations import Reservation
 from imagecache_lib.store.stage import SealedStage, Stage, StageGone
+from imagecache_lib.system import threads
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import Waiter
@@ -75,10 +76,9 @@ class Ingest:
         self.evictor = evictor
         self.converter = qemu_img.QemuImg(config, cache.host)
         self.certificates = certificate_store
-        limit = config.max_concurrent_disk_ops
-        self._slots: DiskOps | None = threading.BoundedSemaphore(limit) if limit else None
-        if disk_ops is not None:
-            self._slots = disk_ops
+        self._disk_ops = disk_ops
+        self._slots = os.getpid(), self._new_slots()
+        self._making_slots = threads.lock()
 
     def request(self, call: Call, use: evidence.Use) -> BaseRequest:
         """Return the base image that a call needs, as a lease takes it."""
@@ -91,16 +91,30 @@ class Ingest:
 
         Meanwhile the stage shows callers that wait for the same image that this process is making it.
         """
-        if self._slots is None:
+        slots = self._own_slots()
+        if slots is None:
             yield
             return
-        while not self._slots.acquire(True, _SLOT_SLICE):
+        while not slots.acquire(True, _SLOT_SLICE):
             waiter.check()
             stage.touch()
         try:
             yield
         finally:
-            self._slots.release()
+            slots.release()
+
+    def _own_slots(self) -> DiskOps | None:
+        """Return the slots of this process: in a forked child nobody would give back those of its parent."""
+        if self._disk_ops is not None:
+            return self._disk_ops
+        with self._making_slots:
+            if self._slots[0] != os.getpid():
+                self._slots = os.getpid(), self._new_slots()
+            return self._slots[1]
+
+    def _new_slots(self) -> DiskOps | None:
+        limit = self.cache.config.max_concurrent_disk_ops
+        return threading.BoundedSemaphore(limit) if limit else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
-import threading
 from collections.abc import Sequence
 
 from imagecache_lib import dates
@@ -24,6 +23,7 @@ from imagecache_lib.events import (
     Recovered,
     Rejected,
 )
+from imagecache_lib.system import threads
 
 LOG = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class LogObserver:
 
     def __init__(self) -> None:
         self._told: collections.OrderedDict[tuple[str, str], str] = collections.OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threads.lock()
 
     def __call__(self, event: Event) -> None:
         match event:

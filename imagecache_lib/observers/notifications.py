@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-import threading
 from typing import Any
 
 import oslo_messaging
 
 from imagecache_lib import events
+from imagecache_lib.system import threads
 
 LOG = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class NotificationObserver:
     def __init__(self, notifier: oslo_messaging.Notifier, *, host: str) -> None:
         self._notifier = notifier
         self._host = host
-        self._lock = threading.Lock()
+        self._lock = threads.lock()
         self._failing = False
 
     def __call__(self, event: events.Event) -> None:

@@ -7,12 +7,12 @@ other data is it the image that is wrong.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import exchange
 from imagecache_lib.sources.body import Body
+from imagecache_lib.system import threads
 
 #: As many images are remembered that an endpoint sent other data for. The oldest is forgotten first.
 _MOST_IMAGES = 64
@@ -28,7 +28,7 @@ class Suspects:
 
     def __init__(self, roots: Collection[str]) -> None:
         self._roots = frozenset(roots)
-        self._lock = threading.Lock()
+        self._lock = threads.lock()
         self._wrong: dict[_Key, frozenset[str]] = {}
 
     def of(self, image: model.Image) -> frozenset[str]:

@@ -12,11 +12,10 @@ import errno
 import logging
 import os
 import stat
-import threading
 
 from imagecache_lib import errors
 from imagecache_lib.store import layout
-from imagecache_lib.system import durable
+from imagecache_lib.system import durable, threads
 from imagecache_lib.system.host import System
 
 LOG = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class Preparation:
         self._instances_path = instances_path
         self._host = host
         self._prepared: _Prepared | None = None
-        self._ensuring = threading.Lock()
+        self._ensuring = threads.lock()
 
     def ensure(self) -> bool:
         """Make the directories that are missing and check those that are there, if need be.

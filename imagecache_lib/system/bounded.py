@@ -27,7 +27,7 @@ class Bounded:
 
     def __init__(self, limit: float = LIMIT) -> None:
         self.limit = limit
-        self._lock = threading.Lock()
+        self._lock = threads.lock()
         self._given_up: threading.Thread | None = None
         self._process = os.getpid()
 
@@ -45,8 +45,7 @@ class Bounded:
         :raises BackendError: no thread can be started.
         """
         if self._process != os.getpid():
-            # Who held the lock as this process was forked is not here to give it back.
-            self._lock, self._given_up, self._process = threading.Lock(), None, os.getpid()
+            self._given_up, self._process = None, os.getpid()
         with self._lock:
             if self.is_stuck:
                 return []

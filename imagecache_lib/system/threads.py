@@ -1,11 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting threads, which a service's limit of tasks may not allow."""
+"""Starting threads, which a service's limit of tasks may not allow, and locks between them."""
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
+from contextlib import AbstractContextManager
+from typing import Any
 
 from imagecache_lib import errors
+
+_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def lock() -> AbstractContextManager[bool]:
+    """Return a lock between threads, which its holder may take again.
+
+    A forked child has none of its parent's threads but the one that forked. What another one held is free
+    there: nobody would give it back. So what a lock protects must be right at every moment, or made anew by
+    whoever takes the lock next.
+    """
+    made = threading.RLock()
+    _locks.add(made)
+    return made
+
+
+def _free_in_child() -> None:
+    for each in list(_locks):
+        if each.acquire(blocking=False):  # it is free, or this thread's own
+            each.release()
+        else:
+            # As the standard library does with its own: a lock of Python's own making could be taken by an
+            # interrupted thread that never enters the body of its ``with``.
+            each._at_fork_reinit()
+
+
+os.register_at_fork(after_in_child=_free_in_child)
 
 
 def start(thread: threading.Thread) -> None:
