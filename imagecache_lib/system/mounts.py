@@ -13,6 +13,9 @@ from imagecache_lib.system.statx import Statx
 #: How the kernel writes a space, a tab, a line feed and a backslash in a path.
 _ESCAPE = re.compile(rb"\\([0-3][0-7][0-7])")
 
+#: So many links in a path are one too many for Linux (path_resolution(7)).
+_MOST_LINKS = 40
+
 #: Filesystems that several machines may have mounted. Memory that processes map is not shared between them.
 _NETWORK = frozenset(
     {
@@ -78,6 +81,46 @@ def points(*, mountinfo: str = "/proc/self/mountinfo") -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), each)) for each in found)
+
+
+def of(path: str, mounted: Collection[str]) -> str:
+    """Return where the filesystem is mounted that a path leads to, as far as can be told without waiting.
+
+    Links on the host's own filesystem are followed, which always answers: nothing works without it. Any other
+    is not looked at, so that a link there may lead to another.
+
+    :param path: absolute.
+    :param mounted: what :func:`points` returned.
+    """
+    found, pending, links = "/", path.split("/")[::-1], 0
+    real = ""
+    while pending:
+        part = pending.pop()
+        if part in ("", "."):
+            continue
+        if part == "..":
+            real = os.path.dirname(real)
+            continue
+        real = f"{real.rstrip('/')}/{part}"
+        found = _longest(real, mounted)
+        if found != "/":
+            inner = _longest(os.path.normpath("/".join((real, *reversed(pending)))), mounted)
+            return inner if names.is_at_or_below(inner, found) else found
+        try:
+            target = os.readlink(real)
+        except (OSError, ValueError):
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            break
+        real = "" if target.startswith("/") else os.path.dirname(real)
+        pending += target.split("/")[::-1]
+    return found
+
+
+def _longest(path: str, mounted: Iterable[str]) -> str:
+    """Return the longest of the mount points that a path is at or below by name."""
+    return max((point for point in mounted if names.is_at_or_below(path, point)), key=len, default="/")
 
 
 def below(directory: str, real: str, mounted: Iterable[str]) -> Iterator[str]:

@@ -211,7 +211,7 @@ class Disks:
                 " Make them readable."
             )
             return set(before.names)
-        if self._follower.pinned(overlay.path) == "qcow2" and self._owner(overlay.path) is None:
+        if self._follower.may_be_pinned(overlay.path, "qcow2") and self._owner(overlay.path) is None:
             # Its format is known, so that no guest wrote this; and it was never read while its chain was
             # there.
             self._everything_stays(

@@ -3,7 +3,8 @@
 
 A guest may have written the header, and with it the path: of a mount that does not answer, of a device, of
 whatever it likes. So each look is made in a thread that is given up after a while, nothing but a regular file
-or a block device is opened, and while one look has not come back no other is begun.
+or a block device is opened, and while one look has not come back no other is begun at the same filesystem or
+device. Others are: what is written into one disk must not hide what another disk needs.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import dataclasses
 import os
 import stat
 from collections.abc import Callable
+from typing import TypeVar
 
-from imagecache_lib.system import block_devices, bounded
+from imagecache_lib.system import block_devices, bounded, mounts
 from imagecache_lib.system.bounded import Bounded
 from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.upkeep import headers
+
+_T = TypeVar("_T")
 
 #: How long a look at a disk root may take, in seconds: a file server that is busy is not one that is gone.
 _ROOTS_LIMIT = 30.0
@@ -63,6 +67,16 @@ class CannotTell:
     references: tuple[bytes, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A block device, which was not opened yet.
+
+    :param number: its ``st_rdev``.
+    """
+
+    number: int
+
+
 #: What tells a filesystem apart: the path of where it is mounted, or ``st_dev`` where a link led to it.
 Mount = str | int
 
@@ -86,15 +100,15 @@ class Follower:
         limit: float = bounded.LIMIT,
         *,
         roots_limit: float = _ROOTS_LIMIT,
-        looks: Callable[[str], Answer] | None = None,
+        looks: Callable[[str], Answer | Device] | None = None,
     ) -> None:
-        self._bounded = Bounded(limit)
         self.inside = Bounded(limit)
         self.roots = Bounded(roots_limit)
         self._looks = looks or _look
         self._limit = limit
         self._roots_limit = roots_limit
         self._mounts: dict[Mount, Bounded] = {}
+        self._outside: dict[Mount, Bounded] = {}
 
     def at(self, mount: Mount) -> Bounded:
         """Return what makes looks at the disks on one filesystem, which may cease to answer at any time.
@@ -113,6 +127,11 @@ class Follower:
         answers = self.inside.call(lambda: headers.pinned_format(path))
         return answers[0] if answers else None
 
+    def may_be_pinned(self, path: str, format: str) -> bool:
+        """Whether the ``disk.info`` beside a disk, which is read now, pins a format, or does not answer."""
+        answers = self.inside.call(lambda: headers.pinned_format(path))
+        return not answers or answers[0] == format
+
     def real(self, path: str) -> str:
         """Return a disk's path without links, or the path itself if that does not answer."""
         answers = self.inside.call(lambda: os.path.realpath(path))
@@ -120,30 +139,54 @@ class Follower:
 
     def look(self, path: str) -> Answer:
         """Look at a file. Returns what it is, or why that cannot be told within the limit."""
-        if self._bounded.is_stuck:
+        answer = self._look(mounts.of(path, mounts.points()), lambda: self._looks(path))
+        return self._look_at_device(path, answer.number) if isinstance(answer, Device) else answer
+
+    def _look_at_device(self, path: str, number: int) -> Answer:
+        try:
+            beneath = block_devices.files_beneath(number)
+        except OSError as error:
+            return CannotTell(error.strerror or str(error))
+        answer = self._look(number, lambda: _read(path, beneath))
+        return dataclasses.replace(answer, references=beneath) if isinstance(answer, CannotTell) else answer
+
+    def _look(self, where: Mount, look: Callable[[], _T]) -> _T | CannotTell:
+        """Look at a file on one filesystem, or on one block device, which ``st_rdev`` tells apart."""
+        bounded = self._outside.setdefault(where, Bounded(self._limit))
+        if bounded.is_stuck:
             return CannotTell("a file that was looked at before it does not answer")
-        answers = self._bounded.call(lambda: self._looks(path))
+        answers = bounded.call(look)
         return answers[0] if answers else CannotTell(NO_ANSWER)
 
 
-def _look(path: str) -> Answer:
-    beneath: tuple[bytes, ...] = ()
+def _look(path: str) -> Answer | Device:
     try:
         found = os.stat(path)
-        if stat.S_ISBLK(found.st_mode):
-            beneath = block_devices.files_beneath(found.st_rdev)
-        elif not stat.S_ISREG(found.st_mode):
-            return Nothing()
+    except FileNotFoundError as error:
+        return CannotTell(error.strerror or str(error), os.path.realpath(path))
+    except (OSError, ValueError) as error:
+        return CannotTell(getattr(error, "strerror", None) or str(error))
+    if stat.S_ISBLK(found.st_mode):
+        return Device(found.st_rdev)
+    return _read(path) if stat.S_ISREG(found.st_mode) else Nothing()
+
+
+def _read(path: str, beneath: tuple[bytes, ...] = ()) -> Answer:
+    """Read the header of a file or of a block device.
+
+    :param beneath: the files that the device is made of.
+    """
+    try:
         with Descriptor(path, _OPEN) as fd:
             found = os.fstat(fd)
             is_device = stat.S_ISBLK(found.st_mode)
             if is_device and not os.pread(fd, 1, 0):
-                return CannotTell("there is nothing in the device", references=beneath)
+                return CannotTell("there is nothing in the device")
             head = headers.read_head(fd)
             references = (*(headers.references(fd, head) if head else ()), *beneath)
             real = os.path.realpath(path) if references else ""
     except FileNotFoundError as error:
         return CannotTell(error.strerror or str(error), os.path.realpath(path))
     except (OSError, ValueError) as error:
-        return CannotTell(getattr(error, "strerror", None) or str(error), references=beneath)
+        return CannotTell(getattr(error, "strerror", None) or str(error))
     return Looked((found.st_dev, found.st_ino), references, real, is_device)

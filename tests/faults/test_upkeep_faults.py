@@ -25,6 +25,7 @@ import imagecache_lib as ic
 from imagecache_lib.store import layout, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.testing.sources import FakeSource
+from imagecache_lib.upkeep.follow import CannotTell, Follower, Looked
 from imagecache_lib.upkeep.report import VerifyReport
 from tests.lab import filesystems, stale_names
 from tests.support import files, needs, recorded_calls, stopping
@@ -417,6 +418,16 @@ def mount_that_does_not_answer(hung: pathlib.Path) -> Iterator[None]:
     finally:
         os.close(connection)  # which ends whoever waits for an answer
         libc.umount2(os.fsencode(hung), 2)
+
+
+def test_what_does_not_answer_hides_no_file_on_another_filesystem(tmp_path: pathlib.Path) -> None:
+    """A guest that names it in its disk would have another guest's disk lose its base."""
+    with mount_that_does_not_answer(hung := tmp_path / "hung"):
+        follower = Follower(0.2)
+        files.overlay(between := tmp_path / "between", "/base")
+        for name in ("x", "y"):
+            assert isinstance(follower.look(str(hung / name)), CannotTell)
+        assert isinstance(follower.look(str(between)), Looked)
 
 
 def test_a_path_in_a_header_that_does_not_answer_stops_no_pass(cache: Cache, tmp_path: pathlib.Path) -> None:

@@ -178,9 +178,9 @@ class TestMeaning(UpkeepCase):
             return Nothing()
 
         follower = Follower(limit=0.01, looks=look)
-        self.assertIsInstance(follower.look("dead"), CannotTell)
-        self.assertIsInstance(follower.look("another"), CannotTell)
-        self.assertEqual(["dead"], asked, "while one look has not come back no other is begun")
+        self.assertIsInstance(follower.look("/dead"), CannotTell)
+        self.assertIsInstance(follower.look("/another"), CannotTell)
+        self.assertEqual(["/dead"], asked, "while one look has not come back no other is begun there")
         answers.set()
 
     def test_sockets_that_go_while_their_directory_is_read_keep_nothing(self) -> None:

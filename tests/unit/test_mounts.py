@@ -27,3 +27,26 @@ def test_mounts_below_a_directory_are_found_whatever_they_are_called(tmp_path: p
 
 def test_without_a_list_there_are_none(tmp_path: pathlib.Path) -> None:
     assert mounts.points(mountinfo=str(tmp_path / "none")) == ()
+
+
+def test_a_path_leads_to_the_filesystem_that_links_and_names_say(tmp_path: pathlib.Path) -> None:
+    home = str(tmp_path)
+    mounted = ("/", f"{home}/dead", f"{home}/dead/inner", f"{home}/deadlier")
+    (tmp_path / "link").symlink_to("dead/x")
+    (tmp_path / "again").symlink_to(f"{home}/link/../inner")
+    (tmp_path / "round").symlink_to("round")
+    for path, expected in (
+        ("x", "/"),
+        ("dead", "dead"),
+        ("dead/../x", "dead"),
+        ("deader/x", "/"),
+        ("dead/inner/x", "dead/inner"),
+        ("deadlier/x", "deadlier"),
+        ("link/y", "dead"),
+        ("again", "dead/inner"),
+        ("./..//" + tmp_path.name + "/link", "dead"),
+        ("round/x", "/"),
+        ("x\0", "/"),
+    ):
+        where = expected if expected == "/" else f"{home}/{expected}"
+        assert mounts.of(f"{home}/{path}", mounted) == where, path
