@@ -54,7 +54,7 @@ class Directory:
 
     :ivar prefix: what the paths of its entries begin with.
     :ivar entries: the inode of each name, by its last listing, or :data:`MISSED`.
-    :ivar changed: its ``st_mtime_ns`` before that listing.
+    :ivar changed: its times of change before that listing.
     :ivar settled: whether its time of change tells if it has changed since. Else only another listing does.
     :ivar listed: it was listed at least once.
     :ivar mount: by what :meth:`Follower.at` knows the filesystem that it is on, or None for the cache's.
@@ -66,7 +66,7 @@ class Directory:
         self.seen = seen
         self.prefix = seen.path if seen.path.endswith("/") else seen.path + "/"
         self.entries: dict[str, int] = {}
-        self.changed = status.st_mtime_ns
+        self.changed = changes(status)
         self.settled = False
         self.listed = False
         self.mount = mount
@@ -135,9 +135,11 @@ class Look:
     :param above: the directory that it is in, or None for a disk root.
     :param follow: whether a link is followed.
     :param directory: what is known of it, or None if it has not been read yet.
+    :param anew: whether its files are read again that have the inode which they had. A file that was made
+        since may have the number of one that was removed.
     :ivar found: the directory if it was read to its end, or None.
     :ivar key: its ``(st_dev, st_ino)`` then.
-    :ivar changed: its ``st_mtime_ns`` before the listing.
+    :ivar changed: its times of change before the listing.
     :ivar settled: as that of :class:`Directory`.
     :ivar entries: the inode of each name, or :data:`MISSED`. It grows as the look gets on.
     :ivar facts: of its files.
@@ -152,7 +154,7 @@ class Look:
     # Most keep these, and there is a look for each directory.
     found: Directory | None = None
     key = (0, 0)
-    changed = 0
+    changed = (0, 0)
     settled = is_link = is_absent = is_unreadable = again = _has_missed = False
 
     def __init__(
@@ -164,6 +166,7 @@ class Look:
         above: SeenDirectory | None = None,
         follow: bool = False,
         directory: Directory | None = None,
+        anew: bool = False,
     ) -> None:
         self.path = path
         self.mount = mount
@@ -175,6 +178,7 @@ class Look:
         self._around = around
         self._above = above
         self._follow = follow
+        self._anew = anew
         # The buffer of one that was given up may be written to at any time.
         self._statx = around.statx if mount is None else Statx()
 
@@ -217,11 +221,11 @@ class Look:
             boundary = Boundary.LINK if self._follow else Boundary.NONE
             identity = identity_of(fd, status, self._around.filesystems, self._statx, boundary, self._above)
             directory = Directory(SeenDirectory(self.path, identity, self._above), status, self.mount)
-        self.key, self.changed = key, status.st_mtime_ns
+        self.key, self.changed = key, changes(status)
         self._read_entries(directory, fd)
         # Another directory's clock is another server's, and its granularity unknown.
         here = directory.seen.identity is not None and directory.seen.identity.device == self._around.device
-        old = here and self.changed < self._around.now - _GRANULARITY
+        old = here and max(self.changed) < self._around.now - _GRANULARITY
         self.settled = old and not self._has_missed
         self.found = directory
 
@@ -236,7 +240,7 @@ class Look:
             for entry in listing:
                 name = entry.name
                 inode = entries[name] = entry.inode()
-                if before and before.get(name) == inode:
+                if before and not self._anew and before.get(name) == inode:
                     continue
                 if entry.is_file(follow_symlinks=False):
                     self._read_file(directory, name, fd, inode)
@@ -388,6 +392,12 @@ class Look:
         foreign = owner != os.geteuid() and not any(os.access(self.path, right) for right in rights)
         self.facts.append(Unreadable(self.path, error.strerror or str(error), True, foreign=foreign))
         self.is_unreadable = True
+
+
+def changes(status: os.stat_result) -> tuple[int, int]:
+    """Return when a directory changed, in nanoseconds. A program that copies files sets ``st_mtime``, also
+    back to what it was, and some filesystems have no ``st_ctime``."""
+    return status.st_mtime_ns, status.st_ctime_ns
 
 
 def mount_of(path: str, device: int) -> tuple[Mount | None, str]:

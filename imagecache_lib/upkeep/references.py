@@ -106,7 +106,7 @@ def collect(
     return References(
         users,
         unknown,
-        tuple(problems),
+        tuple(dict.fromkeys(problems)),
         disks.seen(instances),
         tuple(disks.unfinished),
         # A disk that could not be read was not seen.

@@ -42,6 +42,7 @@ from imagecache_lib.upkeep.reading import (
     Inner,
     Look,
     Surroundings,
+    changes,
     mount_of,
     note_lost_and_found,
 )
@@ -220,9 +221,12 @@ class Scan:
         self._facts.append(Unreadable(path, NO_ANSWER, True))
         return []
 
-    def _list(self, directory: Directory, path: str) -> None:
-        """List a directory, and read what is new in it."""
-        look = Look(path, self._around, mount=directory.mount, follow=True, directory=directory)
+    def _list(self, directory: Directory, path: str, *, anew: bool = False) -> None:
+        """List a directory, and read what is new in it.
+
+        :param anew: as that of :class:`Look`.
+        """
+        look = Look(path, self._around, mount=directory.mount, follow=True, directory=directory, anew=anew)
         self._host.trace(TracePoint.REFERENCES_DIRECTORY)
         self._take(look)
         for each in look.inner:
@@ -288,9 +292,9 @@ class Scan:
                 configured = path in self._configured
                 self._facts.append(MissingRoot(path, "it went away while it was read", configured))
             return
-        if directory.settled and status.st_mtime_ns == directory.changed:
-            return
-        self._list(directory, path)
+        is_changed = changes(status) != directory.changed
+        if is_changed or not directory.settled:
+            self._list(directory, path, anew=is_changed)
 
 
 def directory_names(instance: model.Instance) -> Iterator[str]:
