@@ -9,6 +9,7 @@ import errno
 import os
 
 _DEVICES = "/sys/dev/block"
+_BY_NAME = "/sys/block"
 
 
 def files_beneath(device: int, *, devices: str = _DEVICES) -> tuple[bytes, ...]:
@@ -40,6 +41,24 @@ def files_beneath(device: int, *, devices: str = _DEVICES) -> tuple[bytes, ...]:
         slaves = os.path.join(directory, "slaves")
         pending += [os.path.realpath(os.path.join(slaves, name)) for name in _names(slaves)]
     return tuple(found)
+
+
+def loop_files(*, devices: str = _BY_NAME) -> dict[str, bytes]:
+    """Return the paths of the files of all loop devices of this host, as :func:`files_beneath` does, by the
+    name of the device. What cannot be read is left out.
+
+    :param devices: the directory of sysfs that has a link for each device, by name.
+    """
+    found = {}
+    for name in _names(devices):
+        if name.startswith("loop"):
+            try:
+                file = _loop_file(os.path.join(devices, name))
+            except OSError:
+                continue
+            if file is not None:
+                found[name] = file
+    return found
 
 
 def _loop_file(directory: str) -> bytes | None:

@@ -95,6 +95,12 @@ def _translation(error: OSError, path: str) -> errors.ImageCacheError:
             path=where,
             next_step="look at the service's own limit (ulimit -f, LimitFSIZE) and at that of the filesystem",
         )
+    if error.errno == errno.EXDEV:
+        return errors.BackendError(
+            "parts of one directory are on different filesystems",
+            path=where,
+            next_step="take away what is mounted or linked between them: files are renamed and linked there",
+        )
     if (odd := odd_entry(error, path)) is not None:
         return odd
     return errors.BackendError(

@@ -17,7 +17,7 @@ from imagecache_lib import errors, model
 from imagecache_lib.store import last_scan, layout, named_roots, pins, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.seen import LastScan
-from imagecache_lib.system import locks
+from imagecache_lib.system import block_devices, locks
 from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.upkeep.disks import Disks
 from imagecache_lib.upkeep.follow import Follower
@@ -52,12 +52,13 @@ class References:
     notes_seen: tuple[str, ...] = ()
     notes_retired: tuple[str, ...] = ()
 
-    def not_remembered(self, error: OSError) -> References:
+    def not_remembered(self, path: str, error: OSError) -> References:
         """Return the same, with everything needed: the next pass would not know of the disks that were seen.
 
-        :param error: why what was seen cannot be written down.
+        :param path: of the file in which that is to be written down.
+        :param error: why it cannot.
         """
-        why = f"what was seen cannot be remembered: {error.filename}: {error.strerror}"
+        why = f"what was seen cannot be remembered: {path}: {error.strerror}"
         problem = f"Nothing is evicted: {why}. To go on: make it writable, or move away what is in its place."
         return dataclasses.replace(self, unknown=self.unknown or why, problems=(problem, *self.problems))
 
@@ -99,6 +100,10 @@ def collect(
         if (pinned := pins.look(cache, name, now)) is not None:
             users.setdefault(name, pinned.reason)
     users.update(_in_use_now(cache, set(names).difference(users)))
+    for device, file in block_devices.loop_files().items():
+        for name in wanted.find([file]):
+            # What lies on the device may be a disk of which no file tells.
+            users.setdefault(name, f"attached to /dev/{device} on this host")
     unknown = disks.unknown
     if instances is None:
         unknown = "the driver could not tell which instances there are"

@@ -87,7 +87,8 @@ class Upkeep:
         read = overview.references
         unsaved = self._last_pass.save(overview.reader.last, read, now)
         if unsaved is not None and unsaved.errno not in _FULL:
-            overview = dataclasses.replace(overview, references=read.not_remembered(unsaved))
+            path = self._cache.layout.last_scan(self._hosts.id)
+            overview = dataclasses.replace(overview, references=read.not_remembered(path, unsaved))
         decided = overview.decide()
         self._refresh(decided.plan, now)
         outcomes = evict.evict(

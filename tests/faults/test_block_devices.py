@@ -45,6 +45,9 @@ class TestLoopDevices(UpkeepCase):
         files.overlay(self.disk, device)
         self.assertCounts()
         self.disk.unlink()
+        self.unused()
+        self.assertKept(self.only, self.verify(), f"attached to {device} on this host")
+        self.stack.close()
         self.assertGoes()
 
     def test_a_disk_on_a_loop_device_that_holds_an_overlay_counts(self) -> None:

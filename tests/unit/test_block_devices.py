@@ -58,6 +58,14 @@ def test_a_partition_lies_on_what_the_whole_device_does(sysfs: Sysfs) -> None:
     assert sysfs.files(2) == (b"/image",)
 
 
+def test_all_loop_devices_that_have_a_file_are_found(sysfs: Sysfs) -> None:
+    sysfs.add("loop1", 1, file=b"/image\n")
+    sysfs.add("loop2", 2)
+    sysfs.add("sda", 3)
+    assert block_devices.loop_files(devices=str(sysfs.devices)) == {"loop1": b"/image"}
+    assert block_devices.loop_files(devices="/nonexistent") == {}
+
+
 def test_a_disk_lies_on_no_file(sysfs: Sysfs) -> None:
     sysfs.add("sda", 1)
     assert sysfs.files(1) == ()
