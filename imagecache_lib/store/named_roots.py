@@ -227,7 +227,7 @@ def of_host(where: layout.Layout, host_id: str, *, now: float) -> Named:
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
         root, identity, is_volume = found or ("", None, False)
-        seen = _seen(path) if found is None or identity is not None else last_pass
+        seen = _seen(path, now) if found is None or identity is not None else last_pass
         if written <= min(seen - _MARGIN, now - _YOUNG):
             continue
         if found is None:
@@ -316,12 +316,16 @@ def _mark(note: str) -> str:
     return note.removesuffix(".roots") + ".seen"
 
 
-def _seen(note: str) -> float:
-    """Return when the last pass began that read a note's disk root as the directory that it says, or 0."""
+def _seen(note: str, now: float) -> float:
+    """Return when the last pass began that read a note's disk root as the directory that it says, or 0.
+
+    One that began later than now went by a clock that was ahead: disks were made since.
+    """
     try:
-        return float(durable.read_file(_mark(note)) or 0)
+        seen = float(durable.read_file(_mark(note)) or 0)
     except (OSError, ValueError):
         return 0.0
+    return seen if seen <= now else 0.0
 
 
 def _changed(path: str) -> float:

@@ -198,6 +198,14 @@ class TestVolumes(NamedCase):
         self.cached()
         self.assertIn(f"at {self.volume} is not what", self.passes()[0])
 
+    def test_one_in_which_a_disk_was_made_since_a_pass_whose_clock_was_ahead_keeps_everything(self) -> None:
+        self.passes()
+        self.let_pass(days=-1)
+        self.note()
+        self.replace()
+        self.cached()
+        self.assertIn(f"at {self.volume} is not what", self.passes()[0])
+
     def test_a_note_of_one_is_none_of_a_disk_root(self) -> None:
         named = named_roots.of_host(
             layout.Layout(str(self.base().parent), ""),
