@@ -15,6 +15,7 @@ from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import layout
 from imagecache_lib.system import names
 from imagecache_lib.system.atomic_file import BadTarget
+from imagecache_lib.system.statx import Statx
 
 _Identity = tuple[int, int]
 
@@ -113,7 +114,8 @@ def check_not_in_cache(path: str, config: CacheConfig) -> None:
 def check_no_base(path: str, config: CacheConfig) -> None:
     """Refuse a file that is one of the cache's own under whatever name: each disk made from it would change.
 
-    A driver may give a guest a base image itself, by a symbolic or a hard link, to be read and never written.
+    A driver may give a guest a base image itself, by a symbolic or a hard link or a mount of the file, to be
+    read and never written.
 
     :param path: of a file that may be there.
     :raises BadTarget: it is in the directory of base images, or a link leads there, or it is another name of
@@ -126,12 +128,19 @@ def check_no_base(path: str, config: CacheConfig) -> None:
         found = os.stat(path)
     except OSError:
         return  # what is wanted of it fails by itself
-    if found.st_nlink < 2 or not os.path.isdir(config.base_path):
+    if not (found.st_nlink > 1 or _may_be_mounted(path)) or not os.path.isdir(config.base_path):
         return
     with os.scandir(config.base_path) as entries:
         for entry in entries:
             if entry.inode() == found.st_ino and os.path.samestat(entry.stat(follow_symlinks=False), found):
                 raise _in_the_cache(path)
+
+
+def _may_be_mounted(path: str) -> bool:
+    """Whether what a path leads to may be a file that is mounted there, and has another name elsewhere."""
+    real, statx = os.path.realpath(path), Statx()
+    file, directory = statx.mount_at(real), statx.mount_at(os.path.dirname(real))
+    return file is None or directory is None or file[0] == 0 or file[0] != directory[0]
 
 
 def _is_in_cache(path: str, config: CacheConfig) -> bool:

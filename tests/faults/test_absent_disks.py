@@ -676,3 +676,18 @@ def test_the_release_before_is_told_of_disks_that_are_not_to_be_seen_now(host: H
     host.verify()
     told = json.loads(kept_file(host, "readings").read_text())
     assert told == {"": [], str(disk): [NAME]}  # the empty path says who wrote it
+
+
+@needs_root
+def test_a_base_that_is_mounted_on_a_disk_is_never_grown(host: Host) -> None:
+    disk = host.instances / "uuid" / "disk"
+    disk.parent.mkdir()
+    disk.touch()
+    before = host.base.read_bytes()
+    with mounted_file(disk, host.base):
+        manager = host.manager()
+        with pytest.raises(errors.BackendError, match="file of the cache"):
+            manager.resize_disk(ic.Disk(str(disk), "raw", len(before)), 8 * len(before))
+        with pytest.raises(errors.BackendError, match="file of the cache"):
+            manager.create_disk(ID, str(disk), size=8 * len(before), if_exists="reuse", backend="raw")
+    assert host.base.read_bytes() == before
