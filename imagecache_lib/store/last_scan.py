@@ -184,17 +184,6 @@ def _is_same(one: SeenDisk, other: SeenDisk) -> bool:
     return one.directory.identity == other.directory.identity
 
 
-def replace(where: layout.Layout, host_id: str, last: LastScan) -> None:
-    """Write down what was seen, whatever is there.
-
-    :raises OSError: it cannot be written.
-    """
-    readings = readings_to_json(last)
-    # The one that has the identities comes first: a crash in between leaves no disk that is in neither.
-    durable.write_file(where.last_scan(host_id), to_json(last, _digest(readings)))
-    durable.write_file(where.readings(host_id), readings)
-
-
 def _digest(readings: bytes) -> str:
     return hashlib.sha256(readings).hexdigest()
 

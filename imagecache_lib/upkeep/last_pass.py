@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
-from imagecache_lib import events, model
+from imagecache_lib import errors, events, model
 from imagecache_lib.store import last_scan, named_roots
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import Hosts
@@ -91,8 +91,18 @@ class LastPass:
         """Forget the disks that were seen at a path and below it, and the disk root if it is one.
 
         Returns how many disks are forgotten. What is there is seen again by the next pass.
+
+        :raises BackendError: what was seen cannot be read, all of which would be replaced by nothing.
+        :raises OSError: it cannot be written.
         """
         before = self.load()
+        problem = before.unreadable or before.report_unknown
+        if problem is not None:
+            raise errors.BackendError(
+                problem,
+                path=self._cache.layout.last_scan(self._hosts.id),
+                next_step="make it readable, or remove it once every disk root and volume is mounted",
+            )
         after = before.without(path)
         stays = set(after.disks)
         gone = [disk for disk in before.all_disks() if disk.path not in stays]
@@ -100,5 +110,6 @@ class LastPass:
             self._cache.observers(events.Forgotten(name, reason=f"disks at {path}, as an operator said"))
         self._hosts.forget_roots(after.roots)
         named_roots.forget(self._cache.layout, self._hosts.id, path)
-        last_scan.replace(self._cache.layout, self._hosts.id, after)
+        # A pass of another process may have seen more meanwhile.
+        last_scan.save_last_scan(self._cache.layout, self._hosts.id, before, after)
         return len(gone)

@@ -131,6 +131,50 @@ class TestOddEntries(SmallFilesCase):
         self.verify()
         self.assertFalse(base.exists())
 
+    def test_a_record_of_what_was_seen_that_cannot_be_read_is_not_replaced_by_a_word_about_another_path(
+        self,
+    ) -> None:
+        """It may tell of disks on what is not mounted now, and of what the driver reported."""
+        base, volume = self.cached(), self.directory / "volume"
+        (self.instances / "uuid").symlink_to(volume)
+        files.overlay(volume / "disk", base)
+        self.verify()
+        volume.rename(self.directory / "away")
+        hosts = self.private / "hosts"
+        for damaged in ("*.scan", "*.[rs]*n*"):
+            for path in hosts.glob(damaged):
+                path.write_text("torn")
+            with (
+                self.subTest(damaged),
+                self.assertRaisesRegex(errors.BackendError, "cannot be read") as caught,
+            ):
+                self.manager().forget_disks("/elsewhere")
+            self.assertTrue(str(caught.exception.path).endswith(".scan"), caught.exception)
+            self.unused()
+            self.verify()
+            self.assertTrue(base.exists())
+
+    def test_what_a_pass_sees_while_an_operator_has_other_disks_forgotten_is_remembered(self) -> None:
+        base, volume, made = self.cached(), self.directory / "volume", self.directory / "made"
+        files.overlay(self.instances / "gone" / "disk", base)
+        self.verify()
+        files.overlay(made / "disk", base)
+        (self.instances / "uuid").symlink_to(volume)
+
+        def see(event: events.Event) -> None:
+            if isinstance(event, events.Forgotten):
+                made.rename(volume)
+                self.verify()
+
+        config = ic.CacheConfig(instances_path=str(self.instances))
+        operator = ic.ImageCacheManager(config, self.source, host=self.host(), observers=(see,))
+        operator.forget_disks(str(self.instances / "gone"))
+        shutil.rmtree(self.instances / "gone")
+        volume.rename(self.directory / "away")
+        self.unused()
+        self.verify()
+        self.assertTrue(base.exists())
+
     def test_what_is_in_the_way_is_named_and_is_to_be_moved_away(self) -> None:
         self.cached()
         manager, target = self.manager(), self.instances / "uuid" / "disk"
