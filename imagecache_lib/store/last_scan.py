@@ -149,6 +149,25 @@ def save_last_scan(where: layout.Layout, host_id: str, before: LastScan, last: L
         last = _merged(last, before, parse(replaced))
 
 
+def with_unsaved(known: LastScan, before: LastScan, last: LastScan) -> LastScan:
+    """Return what is known of the last pass with what a pass of this process saw and could not write down.
+
+    :param known: what :func:`load_last_scan` returns now.
+    :param before: what it returned when that pass began.
+    :param last: what that pass saw.
+    """
+    merged = _merged(last, before, known)
+    return dataclasses.replace(
+        known,
+        disks=merged.disks,
+        covered=merged.covered,
+        roots=merged.roots,
+        lost=merged.lost,
+        report=merged.report,
+        is_whole=False,
+    )
+
+
 def _merged(last: LastScan, before: LastScan, now: LastScan | None) -> LastScan:
     """Return what a pass saw with what another process wrote down meanwhile.
 

@@ -31,11 +31,15 @@ class LastPass:
         self._hosts = hosts
         self._follower = Follower()
         self._parsed = last_scan.Parsed()
+        # What the last pass of this process knew and saw, if that could not be written down.
+        self._unsaved: tuple[LastScan, LastScan] | None = None
 
     def load(self) -> LastScan:
-        """Return what the last pass saw."""
+        """Return what the last pass saw, also if that could not be written down."""
         where, host_id = self._cache.layout, self._hosts.id
-        return last_scan.load_last_scan(where, host_id, self._hosts.own().roots, parsed=self._parsed)
+        known = last_scan.load_last_scan(where, host_id, self._hosts.own().roots, parsed=self._parsed)
+        unsaved = self._unsaved
+        return known if unsaved is None else last_scan.with_unsaved(known, *unsaved)
 
     def reader(self, instances: Sequence[model.Instance] | None, now: float) -> ReferenceReader:
         """Return what reads all references for a pass.
@@ -65,7 +69,7 @@ class LastPass:
         :param now: epoch seconds of the filesystem's clock, as this one began.
         """
         seen = read.seen
-        if last.unreadable is not None:
+        if last.unreadable is not None or (last.report_unknown is not None and seen.report is None):
             return None  # what cannot be read now may be read again, and must not be replaced by less
         own = self._hosts.own()
         roots = {path: (root.device, root.fsid) for path, root in seen.roots.items()}
@@ -84,7 +88,11 @@ class LastPass:
             LOG.warning("What was seen in the instance directories cannot be remembered: %s", error)
             # What is written for other releases, or tells when the pass was, may be all that is lacking.
             known = self.load()
-            return None if known.data is not None and is_written(seen, known) else error
+            if known.data is not None and is_written(seen, known):
+                return None
+            self._unsaved = last, seen
+            return error
+        self._unsaved = None
         return None
 
     def forget(self, path: str) -> int:
@@ -112,4 +120,5 @@ class LastPass:
         named_roots.forget(self._cache.layout, self._hosts.id, path)
         # A pass of another process may have seen more meanwhile.
         last_scan.save_last_scan(self._cache.layout, self._hosts.id, before, after)
+        self._unsaved = None
         return len(gone)

@@ -119,6 +119,35 @@ class TestOddEntries(SmallFilesCase):
         self.assertFalse(base.exists())
         self.assertIn(OTHER_NAME, scan.read_text())
 
+    def test_what_a_pass_saw_and_could_not_write_down_is_known_to_the_next_one_of_its_process(self) -> None:
+        manager, volume = self.manager(), self.directory / "volume"
+        manager.verify_base_images([])
+        base = self.cached()
+        files.overlay(volume / "disk", base)
+        (self.instances / "uuid").symlink_to(volume)
+        (scan,) = (self.private / "hosts").glob("*.scan")
+        scan.unlink()
+        scan.mkdir()
+        manager.verify_base_images([])
+        scan.rmdir()
+        volume.rename(self.directory / "away")
+        for _pass in range(2):
+            self.unused()
+            manager.verify_base_images([])
+            self.assertTrue(base.exists())
+            manager = self.manager()  # by then it is written down
+
+    def test_a_report_that_cannot_be_read_is_not_replaced_by_none(self) -> None:
+        base = self.cached()
+        self.verify([ic.Instance("uuid", "there", images=(ID,))])
+        (scan,) = (self.private / "hosts").glob("*.scan")
+        scan.write_text("torn")
+        self.verify(None)
+        self.unused()
+        with self.assertRaisesRegex(errors.BaseInUseError, "cannot be read"):
+            self.manager().evict_image(ID)
+        self.assertTrue(base.exists())
+
     def test_what_other_releases_read_cannot_be_written_and_stops_nothing(self) -> None:
         self.cached()
         self.verify()
