@@ -31,6 +31,7 @@ from oslo_concurrency import processutils
 
 from imagecache_lib import dates, errors
 from imagecache_lib.system import arguments, threads
+from imagecache_lib.system.translate import no_space
 from imagecache_lib.system.waiter import Waiter
 
 #: Seconds between two looks whether the caller still waits for the program.
@@ -81,9 +82,11 @@ _HOST_AT_FAULT = re.compile(
     r"|File too large|Transport endpoint|timed out|Connection refused|Bad system call|Device or resource busy"
     r"|Text file busy|Host is down|Remote I/O error|Required key not available|Key has expired"
     r"|version `[^']*' not found|Function not implemented"
-    # A program that is too old, or was built without what is needed.
+    # A program that is too old, or was built without what is needed. Two names that are quoted are cut with
+    # all between them, such as those of a format and an option that it does not support.
     r"|unrecognized option|invalid option|Command not found|[Uu]nknown (?:driver|format|protocol|option)"
-    r"|not whitelisted|Driver '[^']*' is not|[Ii]nvalid parameter '|does ?n[o']t support the option",
+    r"|not whitelisted|Driver '[^']*' is not|[Ii]nvalid parameter '|does ?n[o']t support the option"
+    r"|Block format ''",
     re.MULTILINE,
 )
 
@@ -92,8 +95,10 @@ _TOO_LITTLE_TO_LOAD = re.compile(
     r"Error 2[34]\b|Too many open files|[Cc]annot allocate|failed to map segment"
 )
 
-#: What a program quotes: a name in an image, or the path of one, which proves nothing about the host.
-_QUOTED = re.compile(r"'[^'\n]*'")
+#: What a program quotes: a name in an image, or the path of one, which proves nothing about the host. A name
+#: may have quotes and line ends of its own, so that it is known to be over at the last quote of all only. The
+#: quote in a word, as in "don't", and the one that ends a name in `GNU's way' begin none.
+_QUOTED = re.compile(r"(?<![\w`])'.*'", re.DOTALL)
 
 #: The same for the disk that the data lie on.
 _STORAGE_AT_FAULT = re.compile(r"Input/output error|Structure needs cleaning|Bad message")
@@ -156,7 +161,7 @@ def run(
     :param hidden: texts that are cut from what the program says, such as paths.
     :param environment: variables besides those of this process.
     :raises DataRefused: the program failed, and its message is about the data.
-    :raises NoSpaceError: the filesystem is full.
+    :raises NoSpaceError: the filesystem is full, or a quota is used up.
     :raises StorageFailed: the disk failed.
     :raises NotStarted: the host allows no more programs at present.
     :raises BackendError: the host is at fault (a limit, a signal, lack of memory), or it is unknown how the
@@ -171,6 +176,7 @@ def run(
         "prlimit",
         f"--cpu={_at_most(limits.cpu, resource.RLIMIT_CPU)}",
         f"--as={_at_most(limits.memory, resource.RLIMIT_AS)}",
+        "--core=0",  # it would have the data of an image, and be left where the service runs
         "--",
         *("timeout", "-k", str(_GRACE), str(limits.wall)),
         *("sh", "-c", _SCRIPT, "sh", token, *words),
@@ -352,9 +358,7 @@ def _require_success(err: str, token: str, program: str, subject: str, hidden: t
     line = f"{program}: {told(said, program, hidden)}"
     own = _own_words(said, hidden)
     if "No space left on device" in own or "Disk quota exceeded" in own:
-        raise errors.NoSpaceError(
-            "the filesystem is full", path=subject, next_step="make room, then ask again"
-        )
+        raise no_space(subject, quota="Disk quota exceeded" in own)
     if _STORAGE_AT_FAULT.search(own):
         raise StorageFailed(line, path=subject, next_step="check the disk")
     if _HOST_AT_FAULT.search(own) or not _marked(said, program):

@@ -75,7 +75,7 @@ _LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 def _translation(error: OSError, path: str) -> errors.ImageCacheError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return errors.NoSpaceError("the filesystem is full", path=path, next_step="make room, then ask again")
+        return no_space(path, quota=error.errno == errno.EDQUOT)
     where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path
     if error.errno in (errno.EACCES, errno.EPERM):
         return errors.BackendError(
@@ -108,6 +108,18 @@ def _translation(error: OSError, path: str) -> errors.ImageCacheError:
         path=where,
         next_step="check the disk and its mount options, then ask again",
     )
+
+
+def no_space(path: str, *, quota: bool) -> errors.NoSpaceError:
+    """Return the error for a write that found no room.
+
+    :param quota: whether it is a quota that is used up, and not the filesystem.
+    """
+    if quota:
+        return errors.NoSpaceError(
+            "a quota is used up", path=path, next_step="make room or raise the quota, then ask again"
+        )
+    return errors.NoSpaceError("the filesystem is full", path=path, next_step="make room, then ask again")
 
 
 def _user() -> str:

@@ -90,6 +90,7 @@ class TestEndings(unittest.TestCase):
             "qemu-img: Driver 'vhdx' is not whitelisted",
             "qemu-img: Block format 'vdi' does not support the option 'backing'",
             "qemu-img: /lib/libc.so.6: version `GLIBC_2.38' not found (required by qemu-img)",
+            "qemu-img: Could not open 'json:{}': Can't allocate: Cannot allocate memory",
             "qemu-img: error while reading at byte 0: Remote I/O error",
             "qemu-img: Could not open the file: Required key not available",
         ):
@@ -109,6 +110,12 @@ class TestEndings(unittest.TestCase):
             with self.subTest(name), self.assertRaises(DataRefused) as caught:
                 _script(f"cat >&2 <<'END'\n{said}\nEND\nexit 1")
             self.assertIn(name, caught.exception.cause)
+
+    def test_nor_does_a_name_that_is_written_as_if_it_ended_before(self) -> None:
+        for name in ("a' : Permission denied 'b", "a: Permission denied\nb", "a\nqemu-img: Out of memory"):
+            said = f"qemu-img: Could not open '/stage/1': Bitmap '{name}' doesn't satisfy the constraints"
+            with self.subTest(name), self.assertRaises(DataRefused):
+                _script(f"cat >&2 <<'END'\n{said}\nEND\nexit 1")
 
     def test_a_warning_is_not_what_went_wrong(self) -> None:
         script = (
@@ -183,6 +190,12 @@ class TestEndings(unittest.TestCase):
         limited = ("prlimit", "--cpu=5", f"--as={memory}", "--", sys.executable, "-c", asks)
         said = subprocess.run(limited, capture_output=True, text=True, check=True).stdout
         self.assertEqual(["5", str(memory // 1024)], said.split())
+
+    def test_it_leaves_no_core_file(self) -> None:
+        asks = "from tests.unit.test_program import _script; print(_script('ulimit -S -c; ulimit -H -c'))"
+        allowed = ("prlimit", "--core=1048576", "--", sys.executable, "-c", asks)
+        said = subprocess.run(allowed, capture_output=True, text=True, check=True).stdout
+        self.assertEqual(["0", "0"], said.split())
 
     def test_the_host_is_at_fault_where_it_allows_no_more_programs(self) -> None:
         for number, kind in (

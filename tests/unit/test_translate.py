@@ -20,8 +20,10 @@ class TestTranslation(unittest.TestCase):
         return caught.exception
 
     def test_a_full_filesystem_and_a_used_quota_ask_for_room(self) -> None:
-        for number in (errno.ENOSPC, errno.EDQUOT):
-            self.assertIsInstance(self.told(number), errors.NoSpaceError)
+        for number, what in ((errno.ENOSPC, "filesystem"), (errno.EDQUOT, "quota")):
+            found = self.told(number)
+            self.assertIsInstance(found, errors.NoSpaceError)
+            self.assertIn(what, found.cause)
 
     def test_a_limit_is_no_failure_of_a_disk(self) -> None:
         for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EFBIG):
