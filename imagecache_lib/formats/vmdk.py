@@ -27,6 +27,9 @@ _FOOTER_MARKER = 3
 _COMPRESSED = 1 << 16
 #: The only way in which they are compressed.
 _DEFLATE = 1
+#: Most sectors of a compressed grain. All of one is unpacked, and held in memory, for each piece that is read
+#: of it, so that a large one costs the square of its size. VMware's programs and QEMU write 128.
+_MOST_COMPRESSED = 2048
 #: Bytes before the data of a compressed grain.
 MARKER_BYTES = 12
 #: Most grains of one grain table, and the usual number.
@@ -101,6 +104,8 @@ class _Header:
         # Programs that go by the one and such that go by the other would read different disks.
         if fields[10] != (_DEFLATE if flags & _COMPRESSED else 0):
             raise _broken("its header says two things of how its grains are compressed")
+        if flags & _COMPRESSED and grain > _MOST_COMPRESSED:
+            raise _broken(f"its compressed grains are of {grain} sectors, the most is {_MOST_COMPRESSED}")
         if not capacity:
             raise errors.ImageRejected(_OTHER_FILES, next_step=_CONVERT)
         return cls(flags, capacity, grain, entries, at, sectors, directory)

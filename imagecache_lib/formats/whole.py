@@ -175,7 +175,8 @@ def _vhdx(image: Reader) -> None:
 
 
 def _vmdk(image: Reader) -> None:
-    layout = vmdk.layout(image)
+    layout, size = vmdk.layout(image), image.size
+    assert size is not None  # a whole image
     grains = _Map(
         unit=_SECTOR,
         base=0,
@@ -191,15 +192,17 @@ def _vmdk(image: Reader) -> None:
             f"the vmdk image is broken: it has {tables_count} grain tables",
             next_step="have its owner export it anew",
         )
-    number = previous = 0
+    number = 0
+    # Which tables were looked at, for the first part of the disk that each stands for: a bit for each sector.
+    seen = bytearray(size // _SECTOR // 8 + 1)
     for directory in _numbers(image, layout.directory_at, tables_count, "<", "vmdk"):
         for table in directory:
-            # Where one table stands for the whole disk, it was looked at for its first part.
-            if table not in (0, previous):
-                previous = table
+            at, bit = table >> 3, 1 << (table & 7)
+            if table and not (at < len(seen) and seen[at] & bit):
                 first = number * layout.table_entries
                 entries = min(layout.table_entries, count - first)
                 _require_table(image, grains, table * _SECTOR, entries, "<", "vmdk", first=first)
+                seen[at] |= bit
             number += 1
 
 

@@ -9,7 +9,8 @@ compressed again.
 The bytes are hostile. What is produced is bounded by ``max_virtual_size``, by the disk's size where the
 content is raw, and by :data:`MOST_RATIO` times what came; room is reserved as it grows, zeros left out. It is
 produced in pieces of at most :data:`PIECE` bytes, between which the caller may cancel. Memory is bounded by
-refusing what was written with larger windows: :data:`ZSTD_WINDOW` and :data:`XZ_MEMORY`.
+refusing what was written with larger windows: :data:`ZSTD_WINDOW` and :data:`XZ_MEMORY`. Time is bounded by
+refusing what consists of members that are nearly empty: :data:`LEAST_PER_MEMBER`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ PIECE = 2**20
 #: nearly empty packs well; zeros alone pack a thousandfold with gzip and seven thousandfold with xz.
 MOST_RATIO = 10_000
 GRACE = 2**30
+#: Members of a stream, or frames, may be many more than this only if they make so many bytes on average: each
+#: takes its time, whatever is in it. Programs that pack in parallel make members of 64 KiB and more.
+MANY_MEMBERS = 10_000
+LEAST_PER_MEMBER = 4096
 #: Largest window of Zstandard, in bytes: what ``zstd --ultra -22`` uses.
 ZSTD_WINDOW = 128 * 2**20
 #: Most memory that xz may take, in bytes: a dictionary of 64 MiB, which ``xz -9`` uses, and what comes with
@@ -250,6 +255,8 @@ class Unpacking:
                 return
             chunk, self._member = self._member.unused, None
             self._members += 1
+            if self._members > MANY_MEMBERS + self._produced // LEAST_PER_MEMBER:
+                raise self._bad(f"{self._members} members make {dates.size(self._produced)} only")
 
     def finish(self) -> Content:
         """Check that the data ended where it should. Returns the result of the consumer of the pieces.

@@ -7,12 +7,28 @@ import random
 import struct
 import subprocess
 
+from imagecache_lib import System
+from imagecache_lib.formats import whole
+from imagecache_lib.formats.reader import Prefix
+from imagecache_lib.system.waiter import Waiter
 from tests.flows.test_image_formats import FormatCase
 from tests.support.cache_case import MIB, disk_image
-from tests.support.odd_images import dynamic_vhd
+from tests.support.odd_images import dynamic_vhd, edited
 
 _DATA = random.Random(3).randbytes(5 * MIB)
 _L2_OFFSET = 0x00FF_FFFF_FFFF_FE00
+
+
+class _Noting(Prefix):
+    """A whole image that keeps the offsets at which it was read."""
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        super().__init__(data, whole=True)
+        self.read_at: list[int] = []
+
+    def read(self, offset: int, length: int) -> bytes:
+        self.read_at.append(offset)
+        return super().read(offset, length)
 
 
 class TestImagesThatWereCutOff(FormatCase):
@@ -52,6 +68,11 @@ class TestImagesThatWereCutOff(FormatCase):
             image[at] ^= 1
             self.each_refused("vmdk", bytes(image), "two things")
 
+    def test_a_vmdk_whose_compressed_grains_are_too_large_to_unpack_again_and_again(self) -> None:
+        image = disk_image(self.directory, "vmdk", options="subformat=streamOptimized", data=_DATA)
+        for sectors in (4096, 2**21, 2**63):
+            self.each_refused("vmdk", edited(image, (20, "<Q", sectors)), f"of {sectors} sectors")
+
     def test_an_image_of_which_only_what_no_guest_sees_is_missing(self) -> None:
         # The last block is half behind the disk's end, and a writer need not write that half.
         size = 4 * MIB + MIB // 2
@@ -68,6 +89,15 @@ class TestImagesThatWereCutOff(FormatCase):
             struct.pack_into("<I", image, directory * 512 + number * 4, first)
         expected = _DATA.ljust(32 * MIB, b"\0") * 8
         self.assertEqual(expected, self.disk_of(bytes(image), "vmdk", force_raw_images=True))
+
+    def test_two_grain_tables_by_turns_are_read_once_each(self) -> None:
+        image = bytearray(disk_image(self.directory, "vmdk", data=_DATA.ljust(256 * MIB, b"\0")))
+        (directory,) = struct.unpack_from("<Q", image, 56)
+        tables = struct.unpack_from("<II", image, directory * 512)
+        struct.pack_into("<8I", image, directory * 512, *tables * 4)
+        reader = _Noting(image)
+        whole.require(reader, "vmdk", Waiter(System(name="here")))
+        self.assertEqual([1, 1], [reader.read_at.count(table * 512) for table in tables])
 
 
 class TestImagesThatAreDamaged(FormatCase):

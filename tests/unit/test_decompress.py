@@ -265,14 +265,14 @@ class TestHostileData(UnpackingCase):
     def test_a_caller_may_cancel_within_one_chunk_of_members_without_content(self) -> None:
         for name, pack in PACK.items():
             packed = pack(b"")
-            unpacking = self.unpacking(name, Collected(), cancel=CancelledLater(looks=8))
+            unpacking = self.unpacking(name, Collected(), cancel=CancelledLater(looks=1))
             with self.subTest(name=name), self.assertRaises(errors.CancelledError):
                 unpacking.feed(packed * (MIB // len(packed)))
 
     def test_what_follows_a_member_is_not_copied_for_each_of_many(self) -> None:
         """What a member left over is asked for once: its length shows what was copied."""
-        packed = gzip.compress(b"")
-        unpacking = self.unpacking("gzip", Collected())
+        packed = gzip.compress(bytes(decompress.LEAST_PER_MEMBER))
+        unpacking = self.unpacking("gzip", Counted())
         copied: list[int] = []
 
         def note(frame: types.FrameType, event: str, left: object) -> None:
@@ -288,9 +288,13 @@ class TestHostileData(UnpackingCase):
         self.assertEqual(MIB // len(packed), len(copied))
         self.assertLess(sum(copied), MIB * 2**11)
 
-    def test_many_members_without_content_end(self) -> None:
+    def test_members_that_are_nearly_empty_are_no_more_than_thousands(self) -> None:
+        most = decompress.MANY_MEMBERS
         for name, pack in PACK.items():
-            self.assertEqual(b"", self.unpack(pack(b"") * 2000, name))
+            self.assertEqual(b"x" * 2000, self.unpack(pack(b"x") * 2000, name))
+            self.refused(pack(b"x") * (most + 10), name, f"{most + 3} members make 9.8 KiB only")
+        frames = PACK["zstd"](b"x") + skippable_frame(b"") * (most + 10)
+        self.refused(frames, "zstd", "members make 1 B only")
 
 
 class TestWhatIsUnpacked(unittest.TestCase):
