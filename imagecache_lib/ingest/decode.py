@@ -35,6 +35,9 @@ SECTOR = 512
 #: As much of the end of raw content as is looked at: a footer, or the last block of an image of Apple's.
 _END = 512
 
+#: As much more than is reserved may be decoded of one chunk of a qcow2 image before more is reserved.
+_UNRESERVED = 64 * 2**20
+
 #: Formats that qemu-img converts, and whose data may be larger than the file.
 _COMPRESSING = ("qcow2", "vmdk")
 
@@ -270,13 +273,21 @@ class Qcow2Stream:
     def __init__(self, work: Work, file_size: int | None) -> None:
         self._stage = work.stage
         self._reservation = work.reservation
+        self._waiter = work.waiter
         self._copy = None if work.resumption is None else work.resumption.beside(work.reservation)
         self._decoder = StreamDecoder(
             work.stage.content,
             spill=Spill(lambda: stages.side_file(work.cache)),
             file_size=file_size,
             max_virtual_size=work.cache.config.max_virtual_size,
+            leave=self,
         )
+
+    def require(self, needed: int) -> None:
+        """Let the decoder go on with a chunk while the caller waits, and there is room for what it maps."""
+        self._waiter.check()
+        if needed > self._reservation.reserved + _UNRESERVED:
+            self._reservation.raise_to(needed)
 
     def feed(self, chunk: bytes) -> None:
         if self._copy is not None:

@@ -19,7 +19,7 @@ from imagecache_lib.store import layout, reservations
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
 from tests.lab import filesystems
-from tests.support import files
+from tests.support import files, qcow2_images
 from tests.support.cache_case import Points, Running
 
 MIB = 2**20
@@ -281,6 +281,15 @@ def test_data_that_decodes_to_more_than_there_is_room_for_is_refused_before_the_
         with pytest.raises(ic.NoSpaceError, match="MiB more"):
             make(source).cache_image("large")
         assert os.listdir(instances / "_base" / ".imagecache" / "stage") == []
+
+
+def test_what_one_chunk_maps_is_refused_before_the_disk_is_full(
+    instances: pathlib.Path, make: Callable[..., ic.ImageCacheManager]
+) -> None:
+    image = qcow2_images.repeating()
+    source = FakeSource({"large": image}, disk_format="qcow2", chunk_size=len(image))
+    with pytest.raises(ic.NoSpaceError, match=r"it needs 512\.0 MiB more"):
+        make(source).cache_image("large")
 
 
 def test_with_a_deadline_it_waits_for_those_in_flight(

@@ -24,6 +24,7 @@ from imagecache_lib import events
 from imagecache_lib.store import evidence
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
+from tests.support import qcow2_images
 from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, content_of, disk_image, raw_image
 from tests.support.odd_images import dynamic_vhd, edited, fixed_vhd, with_descriptor
 
@@ -321,6 +322,17 @@ class TestNoDisks(FormatCase):
         self.assertEqual(kernel, path.read_bytes())
 
 
+class _SetAfter:
+    """A token that is set once it was looked at so many times."""
+
+    def __init__(self, looks: int) -> None:
+        self._looks = looks
+
+    def is_set(self) -> bool:
+        self._looks -= 1
+        return self._looks < 0
+
+
 class TestFaults(FormatCase):
     """Whose fault it is when qemu-img fails."""
 
@@ -374,6 +386,14 @@ class TestFaults(FormatCase):
         script = f"touch -d @5 {self.instances}/_base/.imagecache/stage/*; echo '    (100.00/100%)'"
         self.manager(source, host=self.converting(script), force_raw_images=False).cache_image(ID)
         self.assertTrue(self.base().exists())
+
+    def test_a_caller_may_stop_waiting_while_one_chunk_is_decoded(self) -> None:
+        image = qcow2_images.repeating()
+        source = FakeSource({ID: image}, disk_format="qcow2", chunk_size=len(image))
+        with self.assertRaises(ic.CancelledError):
+            # Without a look during the chunk there are a dozen in all.
+            self.manager(source).cache_image(ID, request=ic.Request(cancel=_SetAfter(100)))
+        self.assertEqual([], self.in_flight())
 
     def test_a_conversion_that_does_not_tell_of_its_end_is_not_published(self) -> None:
         source = FakeSource({ID: disk_image(self.directory, "vdi")}, disk_format="vdi")

@@ -204,6 +204,16 @@ def disk_of(
     return bytes(disk[:virtual_size])
 
 
+def repeating() -> bytes:
+    """Return an image of 512 MiB that are one compressed cluster, which its table names 8,192 times."""
+    size = 65536
+    image = bytearray(build(8192 * size, {0: Cluster("compressed", b"\1" * size)}, cluster_bits=16))
+    (l1_at,) = struct.unpack_from(">Q", image, 40)
+    l2_at = struct.unpack_from(">Q", image, l1_at)[0] & 0x00FF_FFFF_FFFF_FE00
+    image[l2_at : l2_at + size] = image[l2_at : l2_at + 8] * 8192
+    return bytes(image)
+
+
 def decode(
     image: bytes,
     *,

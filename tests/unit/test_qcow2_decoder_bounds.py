@@ -14,6 +14,7 @@ from typing import BinaryIO
 from imagecache_lib import errors
 from imagecache_lib.formats.qcow2 import decoder
 from imagecache_lib.formats.qcow2.spill import Spill
+from imagecache_lib.formats.qcow2.walk import UNCONDITIONAL, Leave
 from imagecache_lib.system import sparse
 from tests.support import leftovers, qcow2_images
 from tests.support.qcow2_images import Cluster
@@ -70,6 +71,17 @@ class Memory(unittest.TestCase):
         self.assertLess(int(done.stdout) / 1024, 16)
 
 
+class _Room:
+    """Lets decoding go on until the tables map more than so many bytes."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    def require(self, needed: int) -> None:
+        if needed > self._most:
+            raise errors.NoSpaceError("there is no room")
+
+
 class Space(unittest.TestCase):
     def test_what_the_tables_map_is_known_before_the_data(self) -> None:
         clusters = {number: Cluster("data", b"\1" * SIZE) for number in range(20)}
@@ -99,13 +111,25 @@ class Space(unittest.TestCase):
             decoding.finish()
             self.assertLessEqual(os.fstat(out.fileno()).st_blocks * 512, 8192)
 
+    def test_what_one_piece_maps_is_not_written_without_leave(self) -> None:
+        image = qcow2_images.repeating()
+        for most in (0, 512 * 2**20 - 1):
+            with tempfile.TemporaryFile() as out, self.decoding(out.fileno(), _Room(most)) as decoding:
+                with self.assertRaises(errors.NoSpaceError):
+                    decoding.write(image)
+                self.assertEqual(0, os.fstat(out.fileno()).st_blocks)
+
     @staticmethod
-    def decoding(descriptor: int) -> decoder.StreamDecoder:
+    def decoding(descriptor: int, leave: Leave = UNCONDITIONAL) -> decoder.StreamDecoder:
         def no_side_file() -> BinaryIO:
             raise AssertionError("nothing has to be set aside")
 
         return decoder.StreamDecoder(
-            sparse.SparseFile(descriptor), spill=Spill(no_side_file), file_size=None, max_virtual_size=2**40
+            sparse.SparseFile(descriptor),
+            spill=Spill(no_side_file),
+            file_size=None,
+            max_virtual_size=2**40,
+            leave=leave,
         )
 
 

@@ -33,7 +33,7 @@ from imagecache_lib.formats.qcow2.inflate import Inflater, fastest_deflate, zstd
 from imagecache_lib.formats.qcow2.output import Output
 from imagecache_lib.formats.qcow2.pool import InflatePool, default_threads
 from imagecache_lib.formats.qcow2.spill import Spill
-from imagecache_lib.formats.qcow2.walk import MAP_BYTES, Unstreamable, Walk
+from imagecache_lib.formats.qcow2.walk import MAP_BYTES, UNCONDITIONAL, Leave, Unstreamable, Walk
 from imagecache_lib.system.sparse import Sink
 
 __all__ = ["Decoded", "StreamDecoder", "Unstreamable", "check", "supports"]
@@ -101,6 +101,7 @@ class StreamDecoder:
     :param max_virtual_size: bytes above which the image is refused.
     :param inflater: inflates deflate clusters, or None for the fastest one that is installed.
     :param map_bytes: memory for maps of data that has not arrived; what exceeds it is read again at the end.
+    :param leave: asked again and again while a piece is taken. What it raises ends the decoding.
     :param threads: number of threads that inflate and write clusters, or None for one per
         processor, up to four.
     """
@@ -115,6 +116,7 @@ class StreamDecoder:
         inflater: Inflater | None = None,
         threads: int | None = None,
         map_bytes: int = MAP_BYTES,
+        leave: Leave = UNCONDITIONAL,
     ) -> None:
         self._out = out
         self._spill = spill
@@ -122,6 +124,7 @@ class StreamDecoder:
         self._max_virtual_size = max_virtual_size
         self._inflater = inflater
         self._map_bytes = map_bytes
+        self._leave = leave
         self._thread_count = threads or default_threads()
         self._header: Header | None = None
         self._walk: Walk | None = None
@@ -217,7 +220,7 @@ class StreamDecoder:
         pool = InflatePool(self._out, header.cluster_size, self._choose_inflater(header), self._thread_count)
         geometry = tables.Geometry.of(header, self._file_size)
         output = Output(geometry, pool)
-        self._walk = Walk(geometry, output, self._spill, map_bytes=self._map_bytes)
+        self._walk = Walk(geometry, output, self._spill, map_bytes=self._map_bytes, leave=self._leave)
         start, self._start = self._start, bytearray()
         self._walk.feed(bytes(start))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
+from typing import Protocol
 
 from imagecache_lib import errors
 from imagecache_lib.formats.qcow2 import tables
@@ -28,6 +29,26 @@ class Unstreamable(errors.ImageCacheError):
     """
 
 
+class Leave(Protocol):
+    """Says whether decoding may go on. A piece of a few KiB may map terabytes, and take hours."""
+
+    def require(self, needed: int) -> None:
+        """Raise if decoding is to end.
+
+        :param needed: bytes that the tables so far map and that were set aside: what the image takes.
+        """
+
+
+class _Unconditional:
+    """The leave of an image that nothing bounds but its virtual size."""
+
+    def require(self, needed: int) -> None:
+        """Let it go on."""
+
+
+UNCONDITIONAL = _Unconditional()
+
+
 class Walk:
     """Takes what is awaited in the order of the file: the L1 table, L2 tables, clusters of data.
 
@@ -35,6 +56,7 @@ class Walk:
     set aside; it only grows. What starts before the end of a table just read is *late*: it was set aside.
 
     :param map_bytes: memory for maps; tables that would exceed it are read at the end.
+    :param leave: asked before anything is taken.
     """
 
     def __init__(
@@ -44,11 +66,13 @@ class Walk:
         spill: Spill,
         *,
         map_bytes: int,
+        leave: Leave,
     ) -> None:
         self._geometry = geometry
         self._spill = spill
         self._output = output
         self._map_bytes = map_bytes
+        self._leave = leave
         self._window = Window()
         # Nothing may point into the header's cluster.
         self._mark = geometry.cluster_size
@@ -94,6 +118,7 @@ class Walk:
     def _advance(self, *, final: bool) -> None:
         end = self._window.end
         while True:
+            self._require_leave()
             start = self._next_start()
             self._skip(min(start, end), start)
             if start >= end:
@@ -104,6 +129,9 @@ class Walk:
                 self._needed = needed
                 break
         self._window.drop(min(start, end))
+
+    def _require_leave(self) -> None:
+        self._leave.require(self.mapped_bytes + self._spill.spilled)
 
     def _next_start(self) -> int:
         start = self._l1_at
@@ -299,6 +327,7 @@ class Walk:
 
     def _take_late(self, mapping: tables.Mapping) -> None:
         """Take the mapping's next data from what was set aside."""
+        self._require_leave()
         descriptor = mapping.descriptors[mapping.next]
         start = self._geometry.start(descriptor)
         if descriptor & tables.COMPRESSED:
