@@ -79,6 +79,21 @@ def require(image: Reader, format: str, waiter: Waiter) -> None:
         check(_Watched(image, waiter))
 
 
+def mapped_bytes(image: Reader, format: str, waiter: Waiter) -> int | None:
+    """Return how many bytes of a disk an image's table maps to data, in whole blocks.
+
+    They may be far more than the file has, since a table may name one block for many. Returns None for the
+    formats of which qemu-img counts them.
+
+    :param image: a whole image that :func:`require` accepts.
+    :param format: QEMU's name of its format.
+    :param waiter: as :func:`require` has it.
+    :raises CancelledError, LockTimeoutError: the caller no longer waits.
+    """
+    count = _COUNTS.get(format)
+    return None if count is None else count(_Watched(image, waiter))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Watched:
     """An image that is read as long as a caller waits."""
@@ -145,6 +160,13 @@ def _vdi(image: Reader) -> None:
     _require_table(image, blocks, layout.map_at, -(-layout.disk_size // layout.block_size), "<", "vdi")
 
 
+def _vdi_mapped(image: Reader) -> int:
+    layout = vdi.layout(image)
+    numbers = _numbers(image, layout.map_at, -(-layout.disk_size // layout.block_size), "<", "vdi")
+    unmapped = (vdi.FIRST_UNMAPPED, vdi.FIRST_UNMAPPED + 1)
+    return layout.block_size * sum(len(each) - sum(map(each.count, unmapped)) for each in numbers)
+
+
 def _vhd(image: Reader) -> None:
     layout = vhd.layout(image)
     blocks = _Map(
@@ -157,9 +179,28 @@ def _vhd(image: Reader) -> None:
     _require_table(image, blocks, layout.table_at, -(-layout.disk_size // layout.block_size), ">", "vhd")
 
 
+def _vhd_mapped(image: Reader) -> int:
+    layout = vhd.layout(image)
+    numbers = _numbers(image, layout.table_at, -(-layout.disk_size // layout.block_size), ">", "vhd")
+    return layout.block_size * sum(len(each) - each.count(vhd.UNMAPPED) for each in numbers)
+
+
 def _vhdx(image: Reader) -> None:
     layout, size = vhdx.layout(image), image.size
     assert size is not None  # a whole image
+    for block, entry in _vhdx_blocks(image, layout):
+        seen = min(layout.block_size, layout.disk_size - block * layout.block_size)
+        if (entry & vhdx.OFFSET) + seen > size:
+            raise _cut_off("vhdx")
+
+
+def _vhdx_mapped(image: Reader) -> int:
+    layout = vhdx.layout(image)
+    return layout.block_size * sum(1 for _block in _vhdx_blocks(image, layout))
+
+
+def _vhdx_blocks(image: Reader, layout: vhdx.Layout) -> Iterator[tuple[int, int]]:
+    """Yield the number of each block that has data, and its entry in the table."""
     blocks = -(-layout.disk_size // layout.block_size)
     index = 0
     for piece in _pieces(image, layout.table_at, (blocks + (blocks - 1) // layout.bitmap) * 8, "vhdx"):
@@ -168,10 +209,7 @@ def _vhdx(image: Reader) -> None:
             index += 1
             if within == layout.bitmap or entry & vhdx.STATE not in vhdx.PRESENT:
                 continue
-            block = bitmaps * layout.bitmap + within
-            seen = min(layout.block_size, layout.disk_size - block * layout.block_size)
-            if (entry & vhdx.OFFSET) + seen > size:
-                raise _cut_off("vhdx")
+            yield bitmaps * layout.bitmap + within, entry
 
 
 def _vmdk(image: Reader) -> None:
@@ -256,4 +294,10 @@ _CHECKS: dict[str, Callable[[Reader], None]] = {
     "vpc": _vhd,
     "vhdx": _vhdx,
     "vmdk": _vmdk,
+}
+
+_COUNTS: dict[str, Callable[[Reader], int]] = {
+    "vdi": _vdi_mapped,
+    "vpc": _vhd_mapped,
+    "vhdx": _vhdx_mapped,
 }

@@ -38,9 +38,6 @@ _END = 512
 #: As much more than is reserved may be decoded of one chunk of a qcow2 image before more is reserved.
 _UNRESERVED = 64 * 2**20
 
-#: Formats that qemu-img converts, and whose data may be larger than the file.
-_COMPRESSING = ("qcow2", "vmdk")
-
 
 class Decoder(Consumer[int], Protocol):
     """Fills a stage file with what is to be stored. Its result is the virtual size in bytes.
@@ -355,17 +352,25 @@ class SpoolAndConvert:
         # an attempt to decode the image as it arrives may have reserved, far more than its file.
         self._spool.reserved = 0
         self._spool.write_info()
-        work.reservation.raise_to(self._decoded_bytes(source))
+        work.reservation.raise_to(min(self._decoded_bytes(source), virtual_size))
         work.converter.convert_to_raw(source, self._stage.path, waiter=work.waiter)
         self._stage.read_back(work.waiter)
         return virtual_size
 
     def _decoded_bytes(self, source: DiskFile) -> int:
-        """Return the most bytes that the raw image takes: without compression, no more than the spool."""
-        if source.format in _COMPRESSING:
-            with contextlib.suppress(DataRefused):  # the conversion will say what is wrong
-                return self._work.converter.mapped_bytes(source, waiter=self._work.waiter)
-        return self._spool.allocated
+        """Return the most bytes that the raw image takes.
+
+        They may be far more than the file has: clusters are compressed, and a table may name one block of the
+        file for every block of the disk.
+        """
+        work = self._work
+        counted = whole.mapped_bytes(OpenFile(self._spool.fd), source.format, work.waiter)
+        if counted is not None:
+            return counted
+        try:
+            return work.converter.mapped_bytes(source, waiter=work.waiter)
+        except DataRefused:  # the conversion will say what is wrong
+            return self._spool.allocated
 
     def close(self) -> None:
         self._out.close()

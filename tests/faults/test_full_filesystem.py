@@ -15,6 +15,8 @@ import pytest
 
 import imagecache_lib as ic
 from imagecache_lib import events
+from imagecache_lib.formats import vdi, vhd, vhdx
+from imagecache_lib.formats.reader import Prefix
 from imagecache_lib.store import layout, reservations
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
@@ -290,6 +292,31 @@ def test_what_one_chunk_maps_is_refused_before_the_disk_is_full(
     source = FakeSource({"large": image}, disk_format="qcow2", chunk_size=len(image))
     with pytest.raises(ic.NoSpaceError, match=r"it needs 512\.0 MiB more"):
         make(source).cache_image("large")
+
+
+#: Where an image's table lies, and how many bytes an entry has.
+_TABLES: dict[str, Callable[[Prefix], tuple[int, int]]] = {
+    "vdi": lambda image: (vdi.layout(image).map_at, 4),
+    "vhd": lambda image: (vhd.layout(image).table_at, 4),
+    "vhdx": lambda image: (vhdx.layout(image).table_at, 8),
+}
+
+
+def test_a_table_that_names_one_block_again_and_again_is_refused_before_the_disk_is_full(
+    instances: pathlib.Path, make: Callable[..., ic.ImageCacheManager], tmp_path: pathlib.Path
+) -> None:
+    raw, image = tmp_path / "raw", tmp_path / "image"
+    with raw.open("wb") as file:
+        file.write(b"a block " * (MIB // 8))
+        file.truncate(512 * MIB)
+    for disk_format, made in (("vdi", "vdi"), ("vhd", "vpc"), ("vhdx", "vhdx")):
+        subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", made, raw, image], check=True)
+        data = bytearray(image.read_bytes())
+        at, entry = _TABLES[disk_format](Prefix(data, whole=True))
+        data[at : at + 128 * entry] = data[at : at + entry] * 128
+        source = FakeSource({"large": bytes(data)}, disk_format=disk_format)
+        with pytest.raises(ic.NoSpaceError, match="MiB more"):
+            make(source).cache_image("large")
 
 
 def test_with_a_deadline_it_waits_for_those_in_flight(
