@@ -138,7 +138,7 @@ class Rules:
         facts = contained.examine(image, format)
         if format == "vmdk" and (kind := vmdk.read(image).create_type) not in self.vmdk_allowed_types:
             raise errors.ImageRejected(
-                f"its vmdk type {kind!r} is not among the allowed ones",
+                f"its vmdk type {errors.shown(kind)} is not among the allowed ones",
                 next_step="have its owner export it as streamOptimized, or extend vmdk_allowed_types",
             )
         if facts.virtual_size is not None and not 0 < facts.virtual_size <= self.max_virtual_size:
@@ -183,13 +183,11 @@ def accept(claimed: str | None, found: frozenset[str]) -> str:
     names = ", ".join(sorted(found))
     if claimed is None and found <= _RAW:
         return "raw"  # whether it is called an ISO or a partitioned disk, the bytes are the disk
-    allowed = _ALLOWED.get(claimed, {claimed}) if claimed is not None else set(QEMU_FORMATS)
-    if not found <= allowed:
-        said = f"claimed to be {claimed}" if claimed is not None else "of no claimed format"
+    if claimed is not None and not found <= _ALLOWED.get(claimed, {claimed}):
         advice = _RETRY_IS_USELESS
         if found <= _RAW and "iso" in found:
             advice = "have its owner state disk_format iso, or none"
-        raise errors.ImageRejected(f"its content is {names}, {said}", next_step=advice)
+        raise errors.ImageRejected(f"its content is {names}, claimed to be {claimed}", next_step=advice)
     if claimed == "iso":
         # A bootable ISO carries a partition table too; alone that would not make it an ISO.
         if "iso" not in found:

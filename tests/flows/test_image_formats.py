@@ -137,8 +137,19 @@ class TestVmdk(FormatCase):
         self.assertEqual(raw_image(), self.disk_of(custom, "vmdk", vmdk_allowed_types=("custom",)))
         self.refused(image, "vmdk", "'monolithicsparse'", vmdk_allowed_types=())
 
+    def test_a_type_is_told_within_bounds(self) -> None:
+        image = disk_image(self.directory, "vmdk")
+        long = with_descriptor(image, b'"monolithicSparse"', b'"' + b"x" * 5000 + b'"')
+        self.assertLess(len(str(self.refused(long, "vmdk", "'xxx"))), 500)
+
 
 class TestOthers(FormatCase):
+    def test_a_format_that_is_not_supported_is_named_whether_it_was_claimed_or_not(self) -> None:
+        for name, image in (("luks", b"LUKS\xba\xbe\0\2" + bytes(MIB)), ("qed", b"QED\0" + bytes(MIB))):
+            for claimed in (name, None):
+                error = self.refused(image, claimed, f"its format {name} is not supported")
+                self.assertIn("convert it to qcow2", str(error.next_step))
+
     def test_subclusters(self) -> None:
         image = disk_image(self.directory, "qcow2", options="extended_l2=on")
         for way, found in self.each_way(image, "qcow2", None):
