@@ -359,10 +359,12 @@ def _contradiction(response: requests.Response, image: model.Image) -> SourceRef
         )
     kind = response.headers.get("Content-Type", "").partition(";")[0].strip()
     if _DOCUMENT.fullmatch(kind):
+        # Where a digest is stated, this is told only if the data is not what it is of.
+        unless = "; if the document is the image, state its digest" if image.digest is None else ""
         return SourceRefused(
             f"{where} sends a document of the type {kind[:60]} and no disk",
             image=image.id,
-            next_step="correct the address or the server; if the document is the image, state its digest",
+            next_step=f"correct the address or the server{unless}",
         )
     return None
 
