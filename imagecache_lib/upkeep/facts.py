@@ -131,7 +131,7 @@ class Unfinished:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unsettled:
-    """A disk root below which names changed all the while it was read."""
+    """A disk root below which names changed all the while it was read, or where something was mounted."""
 
     path: str
 

@@ -114,9 +114,11 @@ class Scan:
         self._settle()
         self._host.trace(TracePoint.REFERENCES_SCANNED)
         if (mounted := mounts.points()) != self._mounted:
-            self._mounted = (*self._mounted, *mounted)
+            before, self._mounted = set(self._mounts), (*self._mounted, *mounted)
             for path, real in self._without_links.items():
                 self._note_mounts(path, real)
+            # No directory changes as something is mounted on it. What was read there is covered now.
+            self._facts += [Unsettled(path) for path in sorted(self._mounts - before)]
         self._facts += [MountPoint(path) for path in sorted(self._mounts)]
         read = tuple(ReadDirectory(each.seen, each.entries) for each in self._directories.values())
         return Found(tuple(self._facts), self._found_roots, read, self._lost)
