@@ -39,7 +39,7 @@ from imagecache_lib.upkeep.roots import Roots, how_to_forget
 from imagecache_lib.upkeep.scan import plain_names
 
 #: Files of hypervisors and services that lie beside disks, and are none.
-_NO_DISK = re.compile(r".*\.log(\.\d+)?|disk\.info|.*\.xml|.*\.pid|.*\.fifo")
+_NO_DISK = re.compile(r".*\.log(\.\d+)?|disk\.info|disk\.config|.*\.xml|.*\.pid|.*\.fifo")
 
 #: A file shorter than this has no header that names another.
 _SHORTEST_HEADER = 72
@@ -76,6 +76,8 @@ class Disks:
         self._names = names
         self._follower = follower
         self._owners = {name: str(each.uuid) for each in report for name in plain_names(each)}
+        # Of the others the driver says nothing that could be kept.
+        self._told = {str(each.uuid) for each in report if each.images or each.swap_mb or each.ephemerals}
         self._chains = Chains(
             follower,
             names,
@@ -211,7 +213,8 @@ class Disks:
                 " Make them readable."
             )
             return set(before.names)
-        if self._follower.may_be_pinned(overlay.path, "qcow2") and self._owner(overlay.path) is None:
+        told = self._owner(overlay.path) in self._told
+        if not told and self._follower.may_be_pinned(overlay.path, "qcow2"):
             # Its format is known, so that no guest wrote this; and it was never read while its chain was
             # there.
             self._everything_stays(
@@ -331,10 +334,16 @@ class Disks:
                 )
                 return before.names
         owner = self._owner(fact.path)
-        if owner is not None:
+        if owner in self._told:
             self.problems.append(
                 f"{fact.path} cannot be read ({fact.cause}): the images of instance {owner} stay. Make it"
                 " readable."
+            )
+        elif owner is not None:
+            self._everything_stays(
+                f"{fact.path} cannot be read ({fact.cause}), and the driver reports nothing that instance"
+                f" {owner} uses",
+                "make it readable, or report the images of the instance",
             )
         elif fact.foreign and not _UUID.search(fact.path):
             self.problems.append(

@@ -273,7 +273,7 @@ def test_a_console_log_of_root_s_stops_nothing(cache: Cache) -> None:
     directory = cache.instances / "uuid"
     directory.mkdir()
     give_to_nobody(cache.instances)
-    for name in ("console.log", "console.log.0"):
+    for name in ("console.log", "console.log.0", "disk.config"):
         (directory / name).write_bytes(b"login:" * 100)
         (directory / name).chmod(0o600)
     assert as_nobody(lambda: cache.verify().problems == () and not cache.base.exists())
@@ -292,6 +292,7 @@ def test_an_unreadable_file_of_a_reported_instance_keeps_its_images_and_no_other
 
     assert as_nobody(lambda: kept(ID))
     cache.grow_old()
+    assert as_nobody(kept), "a driver that tells nothing of it does not say that it has no image"
     assert not as_nobody(lambda: kept("another"))
 
 
@@ -466,7 +467,7 @@ def test_a_mount_below_a_disk_root_that_does_not_answer_holds_up_no_pass(cache: 
     with mount_that_does_not_answer(hung := cache.instances / "one"):
         (cache.instances / "two" / "disk").symlink_to(hung / "disk")
         begun = time.monotonic()
-        instances = [ic.Instance(name, "here") for name in ("one", "two")]
+        instances = [ic.Instance(name, "here", images=("another",)) for name in ("one", "two")]
         told = cache.manager().verify_base_images(instances).problems
         for path in (hung, cache.instances / "two" / "disk"):
             assert any(f"{path} cannot be read (it does not answer)" in problem for problem in told), told
