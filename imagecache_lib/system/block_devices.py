@@ -8,8 +8,13 @@ from __future__ import annotations
 import errno
 import os
 
+from imagecache_lib.system.descriptor import Descriptor
+
 _DEVICES = "/sys/dev/block"
 _BY_NAME = "/sys/block"
+
+#: An attribute of sysfs is no longer than a page.
+_PAGE = os.sysconf("SC_PAGESIZE")
 
 
 def files_beneath(device: int, *, devices: str = _DEVICES) -> tuple[bytes, ...]:
@@ -23,7 +28,7 @@ def files_beneath(device: int, *, devices: str = _DEVICES) -> tuple[bytes, ...]:
     :raises OSError: that cannot be told.
     """
     top = os.path.join(devices, f"{os.major(device)}:{os.minor(device)}")
-    if not os.path.isdir(top):
+    if not os.path.exists(top):
         raise OSError(errno.EOPNOTSUPP, f"{top} does not tell what the device is made of")
     found: dict[bytes, None] = {}
     seen: set[str] = set()
@@ -63,8 +68,8 @@ def loop_files(*, devices: str = _BY_NAME) -> dict[str, bytes]:
 
 def _loop_file(directory: str) -> bytes | None:
     try:
-        with open(os.path.join(directory, "loop", "backing_file"), "rb") as stream:
-            return stream.read().removesuffix(b"\n") or None
+        with Descriptor(os.path.join(directory, "loop", "backing_file"), os.O_RDONLY) as fd:
+            return os.read(fd, _PAGE).removesuffix(b"\n") or None
     except (FileNotFoundError, NotADirectoryError):
         return None  # no loop device, or one without a file
     except OSError as error:
@@ -75,6 +80,7 @@ def _loop_file(directory: str) -> bytes | None:
 
 def _names(directory: str) -> list[str]:
     try:
-        return os.listdir(directory)
+        with os.scandir(directory) as found:
+            return [entry.name for entry in found]
     except FileNotFoundError:
         return []
