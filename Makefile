@@ -35,7 +35,7 @@ help:
 	@echo "                   requirements allow, and coverage"
 	@echo "make bare          demo and test on a Debian 12 and 13 that have nothing else (as root)"
 	@echo "make bench         measure"
-	@echo "make lint          ruff, mypy --strict, release notes"
+	@echo "make lint          ruff, mypy --strict, release notes, the figures of the code's shape"
 	@echo "make cover         how much of the library the tests run; fails below the floor"
 	@echo "make house         the figures of the code's shape"
 	@echo "make docs          HTML in doc/build/html"
@@ -133,7 +133,7 @@ bare-%: BARE_TARGETS := test
 bare-%: $(STAMPS)/dev $(STAMPS)/system-bare
 	$(BIN)/python tools/bare.py $* $(BARE_TARGETS) --results build/results/$*
 
-lint: ruff mypy reno-lint
+lint: ruff mypy reno-lint house
 
 ruff: $(STAMPS)/dev
 	$(BIN)/ruff check .

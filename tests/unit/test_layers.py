@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import pathlib
 import sys
 import tempfile
@@ -44,12 +42,6 @@ class TestLayers(unittest.TestCase):
 
     def test_no_modules_import_each_other_in_a_circle(self) -> None:
         self.assertEqual([], house.import_circles(self.checkout))
-
-    def test_no_figure_that_is_held_to_its_target_misses_it(self) -> None:
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            code = house.main([])
-        self.assertEqual(0, code, printed.getvalue())
 
 
 class TestFiguresTellWrongFromRight(unittest.TestCase):
