@@ -13,6 +13,9 @@ from imagecache_lib.system.descriptor import Descriptor
 _DEVICES = "/sys/dev/block"
 _BY_NAME = "/sys/block"
 
+#: What the kernel puts behind the path of a file that has no name any more.
+DELETED = b" (deleted)"
+
 #: An attribute of sysfs is no longer than a page.
 _PAGE = os.sysconf("SC_PAGESIZE")
 

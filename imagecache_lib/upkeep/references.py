@@ -20,7 +20,7 @@ from imagecache_lib.store.seen import LastScan
 from imagecache_lib.system import block_devices, locks
 from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.upkeep.disks import Disks
-from imagecache_lib.upkeep.follow import Follower
+from imagecache_lib.upkeep.follow import Follower, Looked
 from imagecache_lib.upkeep.names import Names
 from imagecache_lib.upkeep.scan import Scan
 
@@ -100,10 +100,9 @@ def collect(
         if (pinned := pins.look(cache, name, now)) is not None:
             users.setdefault(name, pinned.reason)
     users.update(_in_use_now(cache, set(names).difference(users)))
-    for device, file in block_devices.loop_files().items():
-        for name in wanted.find([file]):
-            # What lies on the device may be a disk of which no file tells.
-            users.setdefault(name, f"attached to /dev/{device} on this host")
+    for name, device in _attached(wanted, targets, follower):
+        # What lies on the device may be a disk of which no file tells.
+        users.setdefault(name, f"attached to /dev/{device} on this host")
     unknown = disks.unknown
     if instances is None:
         unknown = "the driver could not tell which instances there are"
@@ -118,6 +117,22 @@ def collect(
         tuple(disks.roots.notes_seen) if disks.unknown is None else (),
         tuple(disks.roots.notes_retired),
     )
+
+
+def _attached(
+    wanted: Names, targets: Mapping[tuple[int, int], str], follower: Follower
+) -> Iterator[tuple[str, str]]:
+    """Yield the names of the bases that loop devices of this host have as their files, and the devices."""
+    for device, file in block_devices.loop_files().items():
+        found = wanted.find([file])
+        if not found or file.endswith(block_devices.DELETED):
+            continue  # a file without a name is no base that is in the cache
+        looked = follower.look(os.fsdecode(file))
+        if isinstance(looked, Looked):
+            # Another cache's base may have the same name.
+            found = {targets[looked.target]} if looked.target in targets else set()
+        # A path that leads nowhere is one of another mount namespace: then the name counts.
+        yield from ((name, device) for name in found)
 
 
 def _files_of(cache: CacheStore, names: Collection[str]) -> Iterator[tuple[tuple[int, int], str]]:

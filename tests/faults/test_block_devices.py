@@ -50,6 +50,13 @@ class TestLoopDevices(UpkeepCase):
         self.stack.close()
         self.assertGoes()
 
+    def test_a_base_of_the_same_name_in_another_cache_that_is_attached_keeps_nothing_here(self) -> None:
+        theirs = self.directory / "other" / "_base" / self.only.name
+        theirs.parent.mkdir(parents=True)
+        theirs.write_bytes(bytes(MIB))
+        self.attach(theirs)
+        self.assertGoes()
+
     def test_a_disk_on_a_loop_device_that_holds_an_overlay_counts(self) -> None:
         files.overlay(self.disk, self.attach(self.between()), backing_format="qcow2")
         self.assertCounts()
