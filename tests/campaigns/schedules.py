@@ -400,7 +400,7 @@ class World:
         """Whether an actor was told to come again: a disk is on the base that a scrub found damaged, or
         without locks it cannot wait for the scrub to let go of that."""
         is_told = isinstance(actor.error, errors.BaseInUseError) and self._kinds("scrub")
-        return is_told and (not actor.host.locking or self._kinds("spawn"))
+        return is_told and (not actor.host.locking or self._kinds("spawn", "rename"))
 
     def _check_disk(self, disk: pathlib.Path, content: bytes, told: str) -> None:
         if header.parse(disk.read_bytes()).backing_file is None:
