@@ -137,9 +137,8 @@ class Agent(base.Base):
                 continue
             notify("STOPPING=1")
             leaving = threading.Timer(self.longest_end, self._leave)
-            leaving.daemon = (
-                True  # it runs while Python waits for other threads, and is not waited for itself
-            )
+            # It runs while Python waits for other threads at its end, and is not waited for itself.
+            leaving.daemon = True
             leaving.start()
             # In this order: what is cancelled because the agent stops must not be reported as a result.
             listener.stop()

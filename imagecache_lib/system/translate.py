@@ -47,9 +47,11 @@ def odd_entry(error: OSError, path: str) -> errors.BackendError | None:
 
     :param path: what was used, where the kernel does not say it. The error names what is in the way.
     """
+    if error.errno not in (*_ODD, errno.ENOENT):
+        return None  # no look at what may not answer: the filesystem has just failed
     where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path
     in_the_way = _no_directory_above(where)
-    if error.errno not in _ODD and (error.errno != errno.ENOENT or in_the_way is None):
+    if error.errno == errno.ENOENT and in_the_way is None:
         return None
     return errors.BackendError(
         f"something else is in the place of what belongs there: {error.strerror or error}",

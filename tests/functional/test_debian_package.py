@@ -24,6 +24,7 @@ cp "$2" "$1/root/tmp/imagecache.deb"
 chroot "$1/root" bash -ec '
     cd /
     dpkg --install --force-depends /tmp/imagecache.deb
+    find /opt/imagecache -name "manager.*.pyc" -printf "compiled: %f\\n"
     mkdir -p /srv/cache
     head -c 1M /dev/urandom > /srv/image
     imagecache --version
@@ -59,6 +60,7 @@ def test_it_installs_works_enables_nothing_and_leaves_nothing(tmp_path: pathlib.
     )
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout
+    assert "compiled: manager." in said
     assert "demo" in said and "young" in said
     assert {"imagecache-agent.service", "imagecache-scrub.timer", "rules.yml"} <= set(said.split())
     assert "enabled:" not in said
