@@ -50,6 +50,16 @@ class JobsCli(Cli):
     def start(self, *words: str) -> list[str]:
         return ["precache", "start", IMAGE, "--file", str(self.data), "--digest", self.digest, *words]
 
+    def begin_slowly(self) -> subprocess.Popen[str]:
+        """Start a job so slow that it does not end before it is told to, however busy the machine is."""
+        return subprocess.Popen(
+            self.command(*self.start("--rate", "1K"), "-f", "json"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment,
+        )
+
 
 @pytest.fixture
 def cli(tmp_path: pathlib.Path) -> JobsCli:
@@ -227,14 +237,8 @@ def test_hosts_of_a_site_are_in_a_row(cli: JobsCli, tmp_path: pathlib.Path) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_job_that_is_left_goes_on_later(cli: JobsCli, number: signal.Signals) -> None:
-    # So slow that it cannot end before it is left, however busy the machine is. Only the rest comes later.
-    left = subprocess.Popen(
-        cli.command(*cli.start("--rate", "1K"), "-f", "json"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=cli.environment,
-    )
+    # Only the rest comes later.
+    left = cli.begin_slowly()
     assert left.stderr is not None
     for line in left.stderr:
         if ": 1 image on 1 host" in line:
@@ -295,14 +299,7 @@ def test_interrupted_in_any_phase_it_leaves_what_can_be_resumed(
 
 
 def test_cancelled_by_another_process(cli: JobsCli) -> None:
-    # So slow that it cannot end before it is cancelled, however busy the machine is.
-    running = subprocess.Popen(
-        cli.command(*cli.start("--rate", "1K"), "-f", "json"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=cli.environment,
-    )
+    running = cli.begin_slowly()
     assert running.stderr is not None
     word = next(line for line in running.stderr if ": 1 image on 1 host" in line)
     cli.run("precache", "cancel", word.split()[2].rstrip(":"), code=10)
