@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Count what ran: ``summary.py RESULTS EXPECTED... -- FAILED_STEP...``.
+"""Count what ran: ``summary.py RESULTS EXPECTED... -- SAID FAILED_STEP...``.
 
 ``RESULTS`` has a directory for each machine, or environment, that tests ran in. There lie pytest's junit
 reports, stestr's streams, a line about the machine beside each, and the name of what ran when a process died
 or was interrupted. EXPECTED is ``MACHINE:SUITE,SUITE...``, where ``testpaths`` stands for the suites of
-pyproject.toml.
+pyproject.toml. ``SAID`` has what each step said, and FAILED_STEP is ``STEP: OUTCOME``.
 
 What fails it: an expected suite that ran nothing; a test that was to run and left no trace; in CI, a skip
 that is not in :data:`SKIPS`; a Python that setup.cfg claims and nothing ran with; what came to no end; a
-failed step. A test that failed and passed when again.py ran it once more has passed, and is named. The last
-lines are those to look at: each test that failed, and what it said.
+failed step, whose end is shown, since not all that fails is a test. A test that failed and passed when
+again.py ran it once more has passed, and is named. The last lines are those to look at: each test that
+failed, and what it said.
 """
 
 from __future__ import annotations
@@ -207,17 +208,31 @@ def show_tests(tests: list[tuple[str, str, str]]) -> None:
     """Show the ends of what tests said, which name the line and the values that differ."""
     for machine, name, said in tests[:SHOWN_TESTS]:
         print(f"\n-- {machine}: {name}")
-        print("\n".join(said.strip().splitlines()[-SHOWN_LINES:])[-SHOWN_CHARACTERS:])
+        print(_end(said))
     if len(tests) > SHOWN_TESTS:
         print(f"\nand {len(tests) - SHOWN_TESTS} more")
+
+
+def show_steps(steps: list[str], said: pathlib.Path) -> None:
+    """Show the ends of what failed steps said, in which no test need have failed."""
+    for step in steps:
+        path = said / f"{step.partition(':')[0]}.log"
+        print(f"\n-- the end of step {step}")
+        if path.exists():
+            print(_end(path.read_text(errors="replace")))
+
+
+def _end(said: str) -> str:
+    return "\n".join(said.strip().splitlines()[-SHOWN_LINES:])[-SHOWN_CHARACTERS:]
 
 
 def main(arguments: list[str]) -> int:
     separator = arguments.index("--")
     results, expected = pathlib.Path(arguments[0]), arguments[1:separator]
+    said, failed_steps = pathlib.Path(arguments[separator + 1]), arguments[separator + 2 :]
     counts = read(results)
     show(counts, results)
-    found = list(problems(counts, results, expected, arguments[separator + 1 :]))
+    found = list(problems(counts, results, expected, failed_steps))
     print(*found, sep="\n")
     doubtful, failures = [], []
     for (machine, _suite), count in counts.items():
@@ -229,6 +244,7 @@ def main(arguments: list[str]) -> int:
     if failures:
         print("failed:")
         show_tests(failures)
+    show_steps(failed_steps, said)
     passed, failed, skipped = (
         sum(getattr(count, what) for count in counts.values()) for what in ("passed", "failed", "skipped")
     )
