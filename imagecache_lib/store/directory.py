@@ -84,11 +84,17 @@ class OpenBase:
 
         :raises OSError: the cache cannot be listed.
         """
-        if self.cache is None or not self.cache.may_be_stale(self.fd):
+        if self.cache is None or not self._may_be_stale or not self.cache.is_shared():
             return False
         directory, name = os.path.split(self.path)
         known = os.path.basename(self.cache.layout.private)
         return not names.is_listed(directory, name, self.stat.st_ino, known=known)
+
+    @functools.cached_property
+    def _may_be_stale(self) -> bool:
+        """Whether this host's kernel may still find a name that another host has taken away."""
+        told = None if self.cache is None else self.cache.host.stale_names
+        return names.may_be_stale(self.fd) if told is None else told
 
     def close(self) -> None:
         self.file.close()
@@ -181,15 +187,11 @@ class CacheStore:
     def _above(self, target: str | None) -> tuple[str, ...]:
         return self.config.roots if target is None else disk_roots.above(target, self.config)
 
-    def may_be_stale(self, fd: int) -> bool:
-        """Whether this host's kernel may still find a name in the cache that another host has taken away.
+    def is_shared(self) -> bool:
+        """Whether other hosts are members of the cache.
 
-        :param fd: of a base image.
         :raises OSError: the hosts cannot be listed.
         """
-        told = self.host.stale_names
-        if not (names.may_be_stale(fd) if told is None else told):
-            return False
         return sum(entry.endswith(".json") for entry in os.listdir(self.layout.hosts)) > 1
 
     def exists(self) -> bool:

@@ -68,11 +68,14 @@ def check_seen(target: str, config: CacheConfig) -> None:
 def named_above(target: str, config: CacheConfig) -> tuple[str, ...]:
     """Return the disk roots whose names are above a target's, as it is spelled or without links."""
     directory = os.path.dirname(target)
+    spelled = [names.is_at_or_below(directory, root) for root in config.roots]
+    if all(spelled):
+        return config.roots
     real = names.real_directory(directory)
     return tuple(
         root
-        for root in config.roots
-        if names.is_at_or_below(real, root) or names.is_at_or_below(directory, root)
+        for root, is_spelled in zip(config.roots, spelled, strict=True)
+        if is_spelled or names.is_at_or_below(real, root)
     )
 
 
