@@ -13,7 +13,8 @@ import datetime as dt
 import errno
 import os
 import re
-from collections.abc import Generator, Iterable, Iterator
+import weakref
+from collections.abc import Collection, Generator, Iterable, Iterator
 from typing import Any
 
 from imagecache_lib import errors
@@ -29,6 +30,44 @@ _NO_LIMIT = re.compile(r"0*(\.0*)?\s*[a-z]*")
 
 #: Writes in flight while an image is filled: enough to keep several OSDs busy.
 _IN_FLIGHT = 8
+
+
+class _Connection:
+    """A client of the cluster, which ends with the last reference to it, or with the process.
+
+    librados ends none by itself: one that is dropped keeps a dozen threads, and its sockets, for as long as
+    the process lives, and the process then exits below them.
+
+    :ivar end: ends it at once.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        # By process: a forked child has none of librados' threads, and needs a connection of its own.
+        self._process = os.getpid()
+        self._uses: set[object] = set()
+        self.end = weakref.finalize(self, _shut_down, client, self._process, self._uses)
+
+    def is_here(self) -> bool:
+        """Whether it is this process's own."""
+        return self._process == os.getpid()
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[Any]:
+        """Yield librados' client. It stays for the body, whoever drops the connection meanwhile."""
+        use = object()
+        self._uses.add(use)
+        try:
+            yield self._client
+        finally:
+            self._uses.discard(use)
+
+
+def _shut_down(client: Any, process: int, uses: Collection[object]) -> None:
+    # In a child that is forked it would wait for threads that are not there. And as the process exits, a
+    # thread that nobody waits for may be in the middle of an operation.
+    if process == os.getpid() and not uses:
+        client.shutdown()
 
 
 class LibrbdCluster:
@@ -50,12 +89,10 @@ class LibrbdCluster:
         self._connect_timeout = connect_timeout
         self._op_timeout = op_timeout
         self._connecting = threads.lock()
-        # By process: a forked child has none of librados' threads, so that it needs a connection of its own.
-        self._connected: tuple[int, Any] | None = None
+        self._connected: _Connection | None = None
 
     def fsid(self) -> str:
-        cluster = self._cluster()
-        with self._translated("the cluster"):
+        with self._cluster().used() as cluster, self._translated("the cluster"):
             return str(cluster.get_fsid())
 
     def names(self, pool: str) -> list[str]:
@@ -169,31 +206,35 @@ class LibrbdCluster:
 
     @contextlib.contextmanager
     def _pool(self, pool: str, what: str) -> Iterator[Any]:
-        cluster = self._cluster()
-        with self._translated(what):
+        with self._cluster().used() as cluster, self._translated(what):
             ioctx = cluster.open_ioctx(pool)
             try:
                 yield ioctx
             finally:
                 ioctx.close()
 
-    def _cluster(self) -> Any:
+    def _cluster(self) -> _Connection:
         with self._connecting:
             connected = self._connected
-            if connected is None or connected[0] != os.getpid():
+            if connected is None or not connected.is_here():
                 with self._translated("the cluster"):
-                    self._connected = connected = (os.getpid(), self._connect())
-            return connected[1]
+                    self._connected = connected = self._connect()
+            return connected
 
-    def _connect(self) -> Any:
+    def _connect(self) -> _Connection:
         try:
-            cluster = _rados().Rados(rados_id=self._user, conffile=self._conf)
+            client = _rados().Rados(rados_id=self._user, conffile=self._conf)
+            connection = _Connection(client)
             # connect() has a parameter for that and ignores it: the bindings' rados.pyx.
             for option in ("client_mount_timeout", "rados_mon_op_timeout"):
-                cluster.conf_set(option, str(self._connect_timeout))
-            if _NO_LIMIT.fullmatch(cluster.conf_get("rados_osd_op_timeout") or ""):
-                cluster.conf_set("rados_osd_op_timeout", str(self._op_timeout))
-            cluster.connect()
+                client.conf_set(option, str(self._connect_timeout))
+            if _NO_LIMIT.fullmatch(client.conf_get("rados_osd_op_timeout") or ""):
+                client.conf_set("rados_osd_op_timeout", str(self._op_timeout))
+            try:
+                client.connect()
+            except BaseException:
+                connection.end()  # it has threads, and the error may be kept
+                raise
         except _rados().Error as error:
             # Never an error of an image: one that is missing or denied would be fetched instead.
             raise errors.BackendError(
@@ -201,7 +242,7 @@ class LibrbdCluster:
                 path=self._conf or None,
                 next_step="see whether its monitors answer (ceph -s), and the user's keyring is here",
             ) from error
-        return cluster
+        return connection
 
     @property
     def _who(self) -> str:

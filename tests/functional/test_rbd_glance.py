@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import pathlib
 import threading
 import time
@@ -289,16 +290,16 @@ def test_a_cluster_without_monitors_is_told_in_time(host: Host, image: str) -> N
 
 
 def test_a_client_that_was_fenced_off_connects_again(host: Host, image: str) -> None:
-    import rados
-
     manager = host.manager()
     disk = manager.create_disk(image, target())
     backend = manager.backend
     assert isinstance(backend, RbdBackend)
-    connection: rados.Rados = backend._cluster._connected[1]  # type: ignore[attr-defined]
-    host.ceph.ceph("osd", "blocklist", "add", connection.get_addrs())
+    with backend._cluster._cluster().used() as client:  # type: ignore[attr-defined]
+        host.ceph.ceph("osd", "blocklist", "add", client.get_addrs())
+    threads = len(os.listdir("/proc/self/task"))
     with pytest.raises(errors.BackendError):
         for _ in range(100):
             manager.inspect_disk(disk.target)
     assert manager.inspect_disk(disk.target).virtual_size == len(DATA)
+    assert len(os.listdir("/proc/self/task")) <= threads, "the first connection has not ended"
     manager.remove_disk(disk)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -258,6 +259,34 @@ def test_a_forked_child_has_a_connection_of_its_own(ceph: ceph_lab.Ceph) -> None
     child.start()
     assert answers.get(timeout=240) == MIB
     child.join()
+    assert child.exitcode == 0
+
+
+def _threads() -> int:
+    """Return how many threads this process has, librados's own among them."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_a_manager_that_is_dropped_leaves_no_threads(ceph: ceph_lab.Ceph, tmp_path: pathlib.Path) -> None:
+    source = LocatedSource(DATA, location(ceph, snapshot_image(ceph, DATA)))
+    before = _threads()
+    manager = manager_on(ceph, tmp_path, source)
+    manager.create_disk("image", new_target())
+    assert _threads() > before
+    del manager
+    gc.collect()
+    assert _threads() <= before
+
+
+def test_a_connection_outlives_its_owner_for_as_long_as_something_is_read_through_it(
+    ceph: ceph_lab.Ceph,
+) -> None:
+    snapshot = snapshot_image(ceph, DATA)
+    before = _threads()
+    chunks = LibrbdCluster(str(ceph.conf)).chunks(snapshot)
+    assert b"".join(chunks) == DATA
+    del chunks
+    assert _threads() <= before
 
 
 def test_what_a_crash_left_is_swept_when_nobody_has_it_open(
@@ -342,9 +371,10 @@ def test_a_cluster_whose_monitors_do_not_answer_is_given_up_in_time(
         conf = tmp_path / "ceph.conf"
         port = silent.getsockname()[1]
         conf.write_text(f"[global]\nmon host = v2:127.0.0.1:{port}\nauth client required = none\n")
-        begun = time.monotonic()
+        begun, threads = time.monotonic(), _threads()
         with pytest.raises(errors.BackendError, match="Ceph cannot be reached"):
             LibrbdCluster(str(conf), connect_timeout=2).fsid()
+        assert _threads() <= threads
     assert time.monotonic() - begun < 100  # librados itself waits for 300 seconds
 
 
