@@ -37,19 +37,12 @@ def failed_tests(report: pathlib.Path) -> Iterator[str]:
             yield "::".join(filter(None, [file, *in_class.split("."), name]))
 
 
-def has_blamed_another(report: pathlib.Path) -> bool:
-    """Whether something failed after a test: what it finds may be another test's, which is not run again."""
-    cases = ElementTree.parse(report).iter("testcase")
-    messages = [error.get("message") or "" for case in cases for error in case.iter("error")]
-    return any(message.startswith("failed on teardown") for message in messages)
-
-
 def main(status: int, report: pathlib.Path) -> int:
     # A test that took too long ended pytest with the same status, and there is no report.
     if not os.environ.get("CI") or status != FAILED or not report.exists():
         return status
     failed = list(dict.fromkeys(failed_tests(report)))
-    if not 0 < len(failed) <= MOST or has_blamed_another(report):
+    if not 0 < len(failed) <= MOST:
         return status
     print(f"\n{len(failed)} failed, and run once more:", *failed, sep="\n  ", flush=True)
     pytest = (sys.executable, "-m", "pytest", "-q", f"--junitxml={report.with_suffix('.again.xml')}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,18 @@ from tests.lab import nginx as nginx_lab
 from tests.lab import relay as relay_lab
 
 MIB = 2**20
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _what_was_imported_is_no_garbage() -> None:
+    gc.freeze()  # a collection after each test then takes milliseconds
+
+
+@pytest.fixture(autouse=True)
+def _what_a_test_leaves_open_is_its_own() -> Iterator[None]:
+    """Find it now: the next test would fail for it, and what the last one left would fail without a name."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
