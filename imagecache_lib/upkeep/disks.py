@@ -75,7 +75,12 @@ class Disks:
         self._report = report
         self._names = names
         self._follower = follower
-        self._owners = {name: str(each.uuid) for each in report for name in plain_names(each)}
+        self._instances: dict[str, set[str]] = {}
+        for each in report:
+            for name in plain_names(each):
+                self._instances.setdefault(name, set()).add(str(each.uuid))
+        self._roots = sorted({*cache.config.roots, *found.roots, *last.roots}, key=len, reverse=True)
+        self._owners_by_directory: dict[str, frozenset[str]] = {}
         # Of the others the driver says nothing that could be kept.
         self._told = {str(each.uuid) for each in report if each.images or each.swap_mb or each.ephemerals}
         self._chains = Chains(
@@ -213,7 +218,8 @@ class Disks:
                 " Make them readable."
             )
             return set(before.names)
-        told = self._owner(overlay.path) in self._told
+        owners = self._owners(overlay.path)
+        told = bool(owners) and owners <= self._told
         if not told and self._follower.may_be_pinned(overlay.path, "qcow2"):
             # Its format is known, so that no guest wrote this; and it was never read while its chain was
             # there.
@@ -252,16 +258,31 @@ class Disks:
         return found
 
     def _owner(self, path: str) -> str | None:
-        """Return the uuid of the reported instance in whose directory a path lies."""
-        if not self._owners:
-            return None
-        for part in path.split("/"):
-            if (owner := self._owners.get(part)) is not None:
-                return owner
-            plain = part.removesuffix("_resize").removesuffix("_del")
-            if plain != part and (owner := self._owners.get(plain)) is not None:
-                return owner
-        return None
+        """Return the uuid of the one reported instance that a disk may be of, or None."""
+        owners = self._owners(path)
+        return next(iter(owners)) if len(owners) == 1 else None
+
+    def _owners(self, path: str) -> frozenset[str]:
+        """Return the uuids of the reported instances that a file or a directory may be of: each has a name
+        of a directory in which it lies, or else the name that it has itself.
+
+        Where a disk root is says nothing of that: users give instances any names.
+        """
+        if not self._instances:
+            return frozenset()
+        directory, _slash, name = path.rpartition("/")
+        owners = self._owners_by_directory.get(directory)
+        if owners is None:
+            root = next((each for each in self._roots if is_at_or_below(directory, each)), "")
+            parts = directory[len(root) :].split("/")
+            owners = frozenset(owner for part in parts for owner in self._named(part))
+            self._owners_by_directory[directory] = owners
+        return owners or frozenset(self._named(name))
+
+    def _named(self, name: str) -> Collection[str]:
+        """Return the uuids of the reported instances whose directory may have a name."""
+        plain = name.removesuffix("_resize").removesuffix("_del")
+        return self._instances.get(name) or self._instances.get(plain) or ()
 
     # -- what is not there ---------------------------------------------------------------------------
 
@@ -333,16 +354,17 @@ class Disks:
                     " Make it readable."
                 )
                 return before.names
-        owner = self._owner(fact.path)
-        if owner in self._told:
+        owners = sorted(self._owners(fact.path))
+        untold = [owner for owner in owners if owner not in self._told]
+        if owners and not untold:
             self.problems.append(
-                f"{fact.path} cannot be read ({fact.cause}): the images of instance {owner} stay. Make it"
-                " readable."
+                f"{fact.path} cannot be read ({fact.cause}): the images of instance {' and '.join(owners)}"
+                " stay. Make it readable."
             )
-        elif owner is not None:
+        elif owners:
             self._everything_stays(
                 f"{fact.path} cannot be read ({fact.cause}), and the driver reports nothing that instance"
-                f" {owner} uses",
+                f" {untold[0]} uses",
                 "make it readable, or report the images of the instance",
             )
         elif fact.foreign and not _UUID.search(fact.path):

@@ -372,6 +372,20 @@ def test_a_base_that_is_mounted_itself_in_an_instance_directory_is_in_use(host: 
     assert not host.keeps()
 
 
+@pytest.mark.parametrize("named", ["instances", "tenant"])
+def test_an_instance_named_as_a_directory_above_others_takes_nothing_with_it(host: Host, named: str) -> None:
+    """Users name instances as they like: as a directory above the disk root, or as one above instances."""
+    volume = host.directory / "volume"
+    volume.mkdir()
+    (host.instances / "tenant").mkdir()
+    (host.instances / "tenant" / "uuid").symlink_to(volume)
+    host.disk(host.instances / "tenant" / "uuid" / "disk")
+    there = ic.Instance("uuid", "here")
+    host.verify([there, ic.Instance("another", "here", directories=(named,))])
+    volume.rename(host.directory / "elsewhere")
+    assert host.keeps([there])
+
+
 def test_a_root_that_is_another_directory_of_the_same_filesystem_is_no_deletion(host: Host) -> None:
     root = host.directory / "root"
     root.mkdir()
