@@ -111,8 +111,9 @@ class CacheAdmin:
         from imagecache_lib.diagnostics import survey
 
         self._require_instances()
+        reported = None if instances is None else model.reported(instances)
         with translated(self.config.base_path):
-            return survey.take(self._cache, *self._upkeep.reader_now(instances))
+            return survey.take(self._cache, *self._upkeep.reader_now(reported))
 
     def list_pins(self) -> tuple[catalog.PinnedImage, ...]:
         """Return every pin, whether its image is in the cache or not."""
@@ -136,8 +137,9 @@ class CacheAdmin:
         :param instances: as for :meth:`ImageCacheManager.verify_base_images`.
         """
         self._start()
+        reported = None if instances is None else model.reported(instances)
         with translated(self.config.base_path):
-            return self._upkeep.explain(catalog.name_of(self._cache, image_id), instances)
+            return self._upkeep.explain(catalog.name_of(self._cache, image_id), reported)
 
     def history(self, image_id: str) -> tuple[Happening, ...]:
         """Return what happened to an image's base on all hosts that share the cache, the oldest first.
@@ -231,7 +233,8 @@ class CacheAdmin:
         arguments.require_number("older_than", older_than)
         arguments.require_number("until_free", until_free, whole=True)
         self._start()
-        return self._upkeep.prune(instances, older_than=older_than, until_free=until_free, dry_run=dry_run)
+        reported = None if instances is None else model.reported(instances)
+        return self._upkeep.prune(reported, older_than=older_than, until_free=until_free, dry_run=dry_run)
 
     def evict_image(self, image_id: str) -> None:
         """Remove an image's base now, whatever its age, if nothing needs it.
@@ -301,8 +304,9 @@ class CacheAdmin:
         """
         from imagecache_lib.diagnostics import audit
 
+        reported = None if instances is None else model.reported(instances)
         with translated(self.config.base_path):
-            return audit.examine(self._cache, None if instances is None else model.reported(instances))
+            return audit.examine(self._cache, reported)
 
     def get_disk_usage(self) -> int:
         """Return the bytes the cache has allocated on the instances filesystem, stage and trash included.

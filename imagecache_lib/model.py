@@ -10,12 +10,16 @@ from __future__ import annotations
 import dataclasses
 import enum
 import numbers
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 from imagecache_lib import errors
+
+#: The most bytes that a file can have: the kernel's loff_t is signed.
+MOST_BYTES = 2**63 - 1
 
 #: How an image's data may be compressed as a whole.
 COMPRESSIONS = ("gzip", "xz", "zstd", "bzip2")
@@ -195,7 +199,9 @@ class Instance:
     :param swap_mb: size of its swap disk in MiB, 0 for none.
     :param ephemerals: its ephemeral disks.
     :raises ConfigError: ``images``, ``directories`` or ``ephemerals`` is text or no iterable, or an ephemeral
-        disk is no :class:`Ephemeral`.
+        disk is no :class:`Ephemeral`, or a size is no whole number of at least 0.
+
+    Ids and names may be given as bytes, as :class:`uuid.UUID` or as paths too, and become text.
     """
 
     uuid: str
@@ -206,33 +212,54 @@ class Instance:
     ephemerals: tuple[Ephemeral, ...] = ()
 
     def __post_init__(self) -> None:
+        for field in ("uuid", "host"):
+            value = _as_text(getattr(self, field))
+            object.__setattr__(self, field, value if isinstance(value, str) else errors.shown(value))
         for field in ("images", "directories", "ephemerals"):
-            object.__setattr__(self, field, _several(self.uuid, field, getattr(self, field)))
+            values = _several(self.uuid, field, getattr(self, field))
+            object.__setattr__(self, field, tuple(_as_text(each) for each in values))
+        _require_size(self.uuid, "swap_mb", self.swap_mb)
         for each in self.ephemerals:
             if not isinstance(each, Ephemeral):
                 raise errors.ConfigError(
-                    f"ephemerals of instance {_plain(self.uuid)} hold {errors.shown(each)}, which is no"
-                    " Ephemeral",
+                    f"ephemerals of instance {self.uuid} hold {errors.shown(each)}, which is no Ephemeral",
                     next_step="correct the driver",
                 )
+            _require_size(self.uuid, "size_gb of ephemerals", each.size_gb)
 
 
-def _plain(uuid: object) -> str:
-    return uuid if isinstance(uuid, str) else errors.shown(uuid)
+def _as_text(value: Any) -> Any:
+    """Return the text that a value is another form of, or the value itself if there is none."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes | os.PathLike):
+        return os.fsdecode(value)
+    from uuid import UUID  # it takes time to load, and hardly anyone passes one
+
+    return str(value) if isinstance(value, UUID) else value
 
 
-def _several(uuid: object, field: str, values: Any) -> tuple[Any, ...]:
+def _require_size(uuid: str, field: str, value: object) -> None:
+    """Refuse what can be no size of a disk: what was seen is written down for the next pass.
+
+    :raises ConfigError: it is no ``int`` of at least 0, or larger than any file.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST_BYTES:
+        raise errors.ConfigError(
+            f"{field} of instance {uuid} is {errors.shown(value)}, and must be a whole number of at least 0",
+            next_step="correct the driver",
+        )
+
+
+def _several(uuid: str, field: str, values: Any) -> tuple[Any, ...]:
     """Return several values as a tuple.
 
     :raises ConfigError: for text, whose letters would be taken for the values, and for what is not several.
     """
-    if not isinstance(values, str | bytes | Mapping):
-        try:
-            return tuple(values)
-        except TypeError:
-            pass
+    if isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping):
+        return tuple(values)
     raise errors.ConfigError(
-        f"{field} of instance {_plain(uuid)} is {errors.shown(values)}, and must be a tuple",
+        f"{field} of instance {uuid} is {errors.shown(values)}, and must be a tuple",
         next_step="correct the driver: a tuple of one value ends in a comma",
     )
 
@@ -242,11 +269,7 @@ def reported(instances: Iterable[Instance]) -> tuple[Instance, ...]:
 
     :raises ConfigError: it is no report: text, or anything else than instances.
     """
-    found: tuple[object, ...]
-    try:
-        found = tuple(instances)
-    except TypeError:
-        found = (instances,)
+    found: tuple[object, ...] = tuple(instances) if isinstance(instances, Iterable) else (instances,)
     wrong = [each for each in found if not isinstance(each, Instance)]
     if not wrong:
         return cast("tuple[Instance, ...]", found)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from imagecache_lib import model
+from imagecache_lib import errors, model
 from imagecache_lib.store.seen import Boundary, Identity, LastScan, LazyDisks, SeenDirectory, SeenDisk
 
 _VERSION = 1
@@ -28,8 +28,7 @@ def to_json(last: LastScan, mark: str | None = None) -> bytes:
 
     :param mark: SHA-256 of the content of ``hosts/<id>.readings`` that says the same.
     """
-    # What a driver reports that can be no id or name stands there as text, and is no image's.
-    return json.dumps(_fields(last, mark), default=str).encode() + b"\n"
+    return json.dumps(_fields(last, mark)).encode() + b"\n"
 
 
 def _fields(last: LastScan, mark: str | None) -> dict[str, Any]:
@@ -269,17 +268,27 @@ def _pack_instance(instance: model.Instance) -> list[Any]:
     return [
         instance.uuid,
         instance.host,
-        list(instance.images),
-        list(instance.directories),
+        [_plain(each) for each in instance.images],
+        [_plain(each) for each in instance.directories],
         instance.swap_mb,
         [each.size_gb for each in instance.ephemerals],
     ]
 
 
+def _plain(value: Any) -> str | None:
+    """Return an id or a name as it is kept: what can be none stands there as text."""
+    return value if value is None or isinstance(value, str) else errors.shown(value)
+
+
 def _unpack_instance(packed: Sequence[Any]) -> model.Instance:
     uuid, host, images, directories, swap_mb, ephemerals = packed
-    sizes = tuple(model.Ephemeral(int(size)) for size in ephemerals)
-    return model.Instance(uuid, host, tuple(images), tuple(directories), int(swap_mb), sizes)
+    sizes = tuple(model.Ephemeral(_size(size)) for size in ephemerals)
+    return model.Instance(uuid, host, tuple(images), tuple(directories), _size(swap_mb), sizes)
+
+
+def _size(packed: int) -> int:
+    """Return a size that an older release may have written as the driver reported it."""
+    return min(max(packed, 0), model.MOST_BYTES)
 
 
 def parse_readings(data: bytes) -> dict[str, tuple[str, ...]] | None:

@@ -8,9 +8,6 @@ from collections.abc import Iterable
 
 from imagecache_lib import errors, model
 
-#: The most bytes that a file can have: the kernel's loff_t is signed.
-_MOST_BYTES = 2**63 - 1
-
 
 def require_disk(disk: object) -> None:
     """Refuse what is no disk.
@@ -44,7 +41,7 @@ def require_size(size: object) -> None:
 
     :raises BackendError: it is no whole number, or below zero, or larger than any file.
     """
-    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _MOST_BYTES:
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= model.MOST_BYTES:
         raise errors.BackendError(
             f"{errors.shown(size)} can be no size of a disk", next_step="give bytes, as an int"
         )

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from imagecache_lib import model
+from imagecache_lib import errors, model
 from imagecache_lib.store import named_roots
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.named_roots import Named
@@ -387,8 +387,8 @@ class Disks:
             )
         elif isinstance(fact, NotADirectoryName):
             self.problems.append(
-                f"The driver reports {fact.name!r} as a directory of instance {fact.uuid!r}, which is no name"
-                " of one. It is passed over. Correct what the driver reports."
+                f"The driver reports {errors.shown(fact.name)} as a directory of instance {fact.uuid!r},"
+                " which is no name of one. It is passed over. Correct what the driver reports."
             )
         elif isinstance(fact, Unsettled):
             self._everything_stays(f"{fact.path} changed all the while it was read", _WAIT)

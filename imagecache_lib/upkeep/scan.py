@@ -53,6 +53,9 @@ SUFFIXES = ("", "_resize", "_del", "")
 #: Directories that change while they are read are looked at again, this often.
 _MOST_ROUNDS = 64
 
+#: Most bytes of a file's name, in any filesystem of Linux (NAME_MAX of linux/limits.h).
+_LONGEST_NAME = 255
+
 _OPEN = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -316,7 +319,7 @@ def _is_directory_name(name: object) -> bool:
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
         return False
     try:
-        return name.isascii() or bool(os.fsencode(name))
+        return len(os.fsencode(name)) <= _LONGEST_NAME
     except UnicodeEncodeError:
         return False
 

@@ -117,7 +117,7 @@ class Upkeep:
 
     def prune(
         self,
-        instances: Iterable[model.Instance] | None,
+        instances: tuple[model.Instance, ...] | None,
         *,
         older_than: float,
         until_free: int,
@@ -150,7 +150,7 @@ class Upkeep:
             return describe_pass(overview, decided, outcomes, dry_run=dry_run)
 
     def reader_now(
-        self, instances: Iterable[model.Instance] | None
+        self, instances: tuple[model.Instance, ...] | None
     ) -> tuple[ReferenceReader, tuple[model.Instance, ...]]:
         """Return what reads all references now, and the instances that it knows. Changes nothing.
 
@@ -158,8 +158,7 @@ class Upkeep:
         """
         now = self._cache.host.clock()
         if instances is not None:
-            reported = model.reported(instances)
-            return self._last_pass.reader(reported, now), reported
+            return self._last_pass.reader(instances, now), instances
         return self._last_pass.reader_between_passes(now), tuple(self._last_pass.load().report or ())
 
     def evict_one(
@@ -191,11 +190,9 @@ class Upkeep:
             )
         return next((Kept(each.reason) for each in outcomes if not each.gone), Evicted())
 
-    def explain(self, name: str, instances: Iterable[model.Instance] | None) -> Explanation | None:
+    def explain(self, name: str, instances: tuple[model.Instance, ...] | None) -> Explanation | None:
         """Say what a pass would do with a base now, and why. Returns None if it is not there."""
-        overview = self._take_overview(
-            None if instances is None else model.reported(instances), self._cache.filesystem_now()
-        )
+        overview = self._take_overview(instances, self._cache.filesystem_now())
         decided = overview.decide()
         outcomes = evict.foresee(decided, overview.situation.others)
         report = describe_pass(overview, decided, outcomes, dry_run=True)
@@ -240,10 +237,10 @@ class Upkeep:
 
     # -- the steps -----------------------------------------------------------------------------------
 
-    def _take_overview_anytime(self, instances: Iterable[model.Instance] | None, now: float) -> Overview:
+    def _take_overview_anytime(self, instances: tuple[model.Instance, ...] | None, now: float) -> Overview:
         """Read everything that a pass decides by, with the driver's last report if there is no other."""
         if instances is not None:
-            return self._take_overview(model.reported(instances), now)
+            return self._take_overview(instances, now)
         # The bases come first, as in a pass.
         found = inventory.take(self._cache)
         return Overview.take(found, self._last_pass.reader_between_passes(now), self._hosts)

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import imagecache_lib as ic
@@ -167,9 +168,28 @@ class TestArguments(CacheCase):
         for ephemerals in ((1,), [None], ("ephemeral0",), (b"x",), ({"size_gb": 1},), (10**5000,)):
             with self.subTest(), self.assertRaisesRegex(ic.ConfigError, "ephemerals of instance uuid"):
                 instance("uuid", "here", ephemerals=ephemerals)
-        for field in ("images", "directories", "ephemerals"):
+        for field in ("images", "directories", "ephemerals", "swap_mb"):
             with self.subTest(field), self.assertRaisesRegex(ic.ConfigError, field):
                 instance(10**5000, "here", **{field: 10**5000})
+        sizes: tuple[Any, ...] = (None, -1, 1.0, "1", True, float("nan"))
+        for size in sizes:
+            with self.subTest(size), self.assertRaisesRegex(ic.ConfigError, "swap_mb of instance uuid"):
+                instance("uuid", "here", swap_mb=size)
+            with self.subTest(size), self.assertRaisesRegex(ic.ConfigError, "ephemerals of instance uuid"):
+                instance("uuid", "here", ephemerals=(ic.Ephemeral(size),))
+
+    def test_a_report_that_breaks_off_raises_what_the_driver_raised(self) -> None:
+        def report(error: Exception) -> Iterator[ic.Instance]:
+            yield ic.Instance("uuid", "here")
+            raise error
+
+        manager = self.manager(remove_unused_original_minimum_age_seconds=0)
+        manager.cache_image(ID)
+        for error in (TypeError("the driver's"), OSError("the driver's")):
+            for call in (manager.verify_base_images, manager.prune, manager.audit, manager.survey):
+                with self.subTest(error, call=call), self.assertRaisesRegex(type(error), "the driver's"):
+                    call(report(error))
+        self.assertTrue(self.base().exists())
 
     def test_what_is_no_host_is_not_forgotten(self) -> None:
         manager: Any = self.manager()

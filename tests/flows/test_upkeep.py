@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -389,17 +390,35 @@ class TestWhatCannotBeTold(UpkeepCase):
     def test_a_bad_directory_in_the_report_is_a_problem_and_vouches_for_nothing(self) -> None:
         self.cached()
         (self.instances / "uuid").mkdir()
-        for bad in (None, "", ".", "..", "../..", "/etc", "a\0b", "\ud800", 7):
+        for bad in (None, "", ".", "..", "../..", "/etc", "a\0b", "\ud800", 7, "x" * 256):
             with self.subTest(repr(bad)):
                 instance = ic.Instance("uuid", "here", directories=(bad,))  # type: ignore[arg-type]
                 report = self.verify([instance], dry_run=True)
-                self.assertIn(f"reports {bad!r} as a directory", report.problems[0])
+                self.assertIn(f"reports {errors.shown(bad)} as a directory", report.problems[0])
                 self.assertEqual([NAME], [each.name for each in report.evicted])
                 # As the only name there is, it would make up a directory for an instance without one.
                 instance = ic.Instance(bad, "here")  # type: ignore[arg-type]
                 report = self.verify([instance], dry_run=True)
                 self.assertIn("has no directory", " ".join(report.problems))
                 self.assertEqual([NAME], [each.name for each in report.evicted])
+
+    def test_an_id_in_another_form_than_text_keeps_its_image(self) -> None:
+        base = self.cached()
+        forms: tuple[Any, ...] = (uuid.UUID(ID), ID.encode(), pathlib.PurePath(ID))
+        for id in forms:
+            with self.subTest(type(id)):
+                instance = ic.Instance(id, "there", images=(id,), directories=(id,))
+                self.assertKept(base, self.verify([instance]), f"used by instance {ID} on there")
+                self.assertKept(base, self.manager().prune(None, older_than=0), "used by instance")
+
+    def test_whatever_is_reported_can_be_read_by_the_next_pass(self) -> None:
+        self.cached()
+        odd: tuple[Any, ...] = ([1], {}, None, 1.5, 10**5000, object(), "\ud800")
+        for each in odd:
+            with self.subTest(type(each)):
+                self.verify([ic.Instance(each, each, images=(each,), directories=(each,))])
+                again = self.manager().prune(None, older_than=0, dry_run=True)
+                self.assertNotIn("what the last pass saw", " ".join(again.problems))
 
 
 class TestWhatGoes(UpkeepCase):
