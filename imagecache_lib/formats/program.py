@@ -187,7 +187,10 @@ def run(
         with _Watch(waiter, limits, subject) as watch:
             watch.begin()
             try:
-                out, err = waiter.system.execute(*command, env_variables=variables, on_execute=watch.take)
+                # A service may outlive the directory in which it was started, of which the shell complains.
+                out, err = waiter.system.execute(
+                    *command, cwd="/", env_variables=variables, on_execute=watch.take
+                )
             except processutils.ProcessExecutionError as error:
                 raise _wrapper_failed(error, limits, subject) from error
             except OSError as error:

@@ -15,6 +15,7 @@ from imagecache_lib.precache import job
 from imagecache_lib.precache.database import Change, JobDatabase
 from imagecache_lib.precache.job_rows import JobDatabaseError
 from imagecache_lib.precache.progress import JobProgress, Key
+from imagecache_lib.system import threads
 from imagecache_lib.system.host import System
 
 LOG = logging.getLogger(__name__)
@@ -107,7 +108,9 @@ class JobWriter:
             Change(self._hosts[host], self._images[image_id], cell)
             for (host, image_id), cell in self._writing.items()
         ]
-        self._write = self._thread.submit(self._database.keep, self._progress.job.id, self._runner, changes)
+        self._write = threads.submit(
+            self._thread, self._database.keep, self._progress.job.id, self._runner, changes
+        )
         return self._write
 
     def _settle(self, write: concurrent.futures.Future[bool]) -> None:

@@ -3,13 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from imagecache_lib import errors
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
+
+_T = TypeVar("_T")
 
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -45,8 +52,23 @@ def start(thread: threading.Thread) -> None:
     :raises BackendError: the kernel allows no more: pthread_create(3) reports EAGAIN for a limit of tasks
         (RLIMIT_NPROC, ``TasksMax`` of systemd.resource-control(5)) and for a lack of memory.
     """
-    try:
+    with _starting():
         thread.start()
+
+
+def submit(pool: Executor, function: Callable[..., _T], *arguments: object) -> Future[_T]:
+    """Have a pool that has one thread at most call a function, and return what it will return.
+
+    :raises BackendError: as :func:`start`.
+    """
+    with _starting():
+        return pool.submit(function, *arguments)
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
         raise errors.BackendError(
             f"no thread can be started: {error}",

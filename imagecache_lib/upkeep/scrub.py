@@ -21,7 +21,7 @@ from typing import Self
 from imagecache_lib import errors, events, model
 from imagecache_lib.store import checksums, evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
-from imagecache_lib.system import durable, locks
+from imagecache_lib.system import durable, locks, threads
 from imagecache_lib.system.priority import be_modest
 from imagecache_lib.system.rate import Pace
 from imagecache_lib.system.translate import translated
@@ -133,8 +133,9 @@ class _Reader:
         """Compare a base with what was written, and return what was found.
 
         :raises CancelledError: the scrub ends.
+        :raises BackendError: no thread can be started.
         """
-        checking = self._thread.submit(_check, opened, record, self._cache, self._limit)
+        checking = threads.submit(self._thread, _check, opened, record, self._cache, self._limit)
         try:
             # A signal that comes as a wait begins is handled when that ends: so none is without end.
             while not concurrent.futures.wait([checking], timeout=_LOOK_SECONDS).done:

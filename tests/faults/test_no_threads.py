@@ -44,6 +44,12 @@ class NoThreadsTest(CacheCase):
         self.assert_host_at_fault(lambda: manager.verify_base_images([]))
         self.assertTrue(self.base().exists())
 
+    def test_a_scrub_condemns_no_base(self) -> None:
+        manager = self.manager()
+        manager.cache_image(ID)
+        self.assert_host_at_fault(manager.scrub)
+        self.assertEqual([ic.Verdict.SOUND], [each.verdict for each in manager.scrub().bases])
+
     def test_a_disk_is_as_it_was(self) -> None:
         manager = self.manager()
         disk = manager.create_disk(ID, self.target())

@@ -55,6 +55,19 @@ class TestInterruptedDisks(CacheCase):
                 self.assertEqual(raw_image(1), content_of(made.target, "qcow2"))
                 self.assertEqual(made, manager.inspect_disk(made.target))
 
+    def test_a_service_may_outlive_the_directory_in_which_it_was_started(self) -> None:
+        manager, gone = self.manager(), self.directory / "gone"
+        disk = manager.create_disk(ID, self.target())
+        self.addCleanup(os.chdir, os.getcwd())
+        gone.mkdir()
+        os.chdir(gone)
+        gone.rmdir()
+        grown = manager.resize_disk(disk, 8 * MIB)
+        self.assertIsNone(manager.flatten_disk(grown).base)
+        manager.create_swap(self.target("swap"), size_mb=1)
+        os.chdir(self.directory)
+        self.assertEqual(raw_image(1), content_of(disk.target, "qcow2")[: len(raw_image(1))])
+
     def test_a_token_ends_what_is_at_work(self) -> None:
         made = self.manager().create_disk(ID, self.target())
         stuck, cancel = Stuck("rebase"), threading.Event()
