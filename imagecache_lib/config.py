@@ -13,6 +13,7 @@ import os
 import re
 
 from imagecache_lib import errors
+from imagecache_lib.model import MOST_BYTES
 
 GIB = 2**30
 
@@ -208,7 +209,9 @@ class CacheConfig:
                 if isinstance(default, int):
                     if value != value // 1:
                         raise _wrong(field.name, value, "must be a whole number")
-                    object.__setattr__(self, field.name, int(value))
+                    value = int(value)
+                # What is larger means as much as possible, and sums of it could be no floats.
+                object.__setattr__(self, field.name, min(value, MOST_BYTES) if type(value) is int else value)
             elif not _is_text(value) and not (value is None and default is None):
                 raise _wrong(field.name, value, "must be text that a path may have")
 
@@ -299,4 +302,6 @@ def _is_path(value: object) -> bool:
 
 
 def _wrong(field: str, value: object, why: str) -> errors.ConfigError:
-    return errors.ConfigError(f"{field} is {value!r} and {why}", next_step="correct the configuration")
+    return errors.ConfigError(
+        f"{field} is {errors.shown(value)} and {why}", next_step="correct the configuration"
+    )

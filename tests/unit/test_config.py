@@ -104,5 +104,7 @@ class TestPaths(unittest.TestCase):
             elif isinstance(field.default, int | float):
                 for wrong in ("10", "10G", None, True, float("nan")):
                     self.assert_refused(field.name, wrong)
-                large: dict[str, Any] = {"instances_path": "/instances", field.name: 2**1100}
-                self.assertEqual(2**1100, getattr(CacheConfig(**large), field.name))
+                for large in (2**1100, 10**5000):
+                    options: dict[str, Any] = {"instances_path": "/instances", field.name: large}
+                    self.assertEqual(2**63 - 1, getattr(CacheConfig(**options), field.name))
+                self.assert_refused(field.name, -(10**5000))
