@@ -78,11 +78,12 @@ class Disks:
         self._instances: dict[str, set[str]] = {}
         for each in report:
             for name in plain_names(each):
-                self._instances.setdefault(name, set()).add(str(each.uuid))
+                self._instances.setdefault(name, set()).add(each.uuid)
         self._roots = sorted({*cache.config.roots, *found.roots, *last.roots}, key=len, reverse=True)
         self._owners_by_directory: dict[str, frozenset[str]] = {}
         # Of the others the driver says nothing that could be kept.
-        self._told = {str(each.uuid) for each in report if each.images or each.swap_mb or each.ephemerals}
+        tells = [each for each in report if any(each.images) or each.swap_mb or each.ephemerals]
+        self._told = {each.uuid for each in tells}
         self._chains = Chains(
             follower,
             names,
@@ -92,7 +93,7 @@ class Disks:
         self._disks: dict[str, SeenDisk] = {}
         self._covered: list[SeenDisk] = []
         self._pending: list[SeenDisk] = []
-        uuids = [str(each.uuid) for each in report] if report or last.report else None
+        uuids = [each.uuid for each in report] if report or last.report else None
         self._absence = Absence(last, found, uuids)
         self.roots = Roots(
             found,

@@ -268,9 +268,9 @@ class ReferenceReader:
         if known.unreadable is not None:
             last = dataclasses.replace(last, unreadable=last.unreadable or known.unreadable)
         if instances is not None and known.report is not None and known.report is not last.report:
-            there = {str(each.uuid): each for each in instances}
+            there = {each.uuid: each for each in instances}
             instances = (
                 *instances,
-                *(each for each in known.report if there.get(str(each.uuid)) != each),
+                *(each for each in known.report if there.get(each.uuid) != each),
             )
         return collect(self.cache, names, instances, last, follower=self.follower, now=self.now)

@@ -178,7 +178,7 @@ class Scan:
                 first = there if place == 0 else first
                 found = found or there
         if not found and instance.host == self._host.name:
-            self._facts.append(MissingInstance(str(instance.uuid)))
+            self._facts.append(MissingInstance(instance.uuid))
 
     # -- directories ---------------------------------------------------------------------------------
 

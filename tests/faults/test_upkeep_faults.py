@@ -293,6 +293,7 @@ def test_an_unreadable_file_of_a_reported_instance_keeps_its_images_and_no_other
     assert as_nobody(lambda: kept(ID))
     cache.grow_old()
     assert as_nobody(kept), "a driver that tells nothing of it does not say that it has no image"
+    assert as_nobody(lambda: kept("")), "nor does one that passes on an empty image_ref"
     assert not as_nobody(lambda: kept("another"))
 
 
