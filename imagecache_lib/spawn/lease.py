@@ -188,8 +188,7 @@ class Leases:
                 with translated(found.opened.path):
                     remembered = found.opened.is_only_remembered()
                 if not remembered:
-                    locks.lease(found.opened.fd, system)
-                    held.callback(locks.end_lease, found.opened.fd)
+                    held.callback(locks.lease(found.opened.fd, system))
                     self._cache.touch(found.opened)
                     stack.enter_context(held.pop_all())
                     return found

@@ -22,7 +22,7 @@ import logging
 import os
 import struct
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import fasteners
@@ -385,20 +385,25 @@ _QEMU_BYTES = (100, 199)
 _LEASE_BYTE = (299, 1)
 
 
-def lease(fd: int, host: System) -> None:
-    """Mark a base image as leased, through the lease's own descriptor, until :func:`end_lease`.
+def lease(fd: int, host: System) -> Callable[[], None]:
+    """Mark a base image as leased, through the lease's own descriptor. Returns what takes the mark away.
+
+    That is taken away also where a child that was forked meanwhile has the file open still. In the child,
+    which shares the mark, nothing is: it may end in the middle of the lease's body.
 
     On a filesystem without locks nothing shows the lease; the look at the base's name at its end has to do.
     """
+    process = os.getpid()
+
+    def end() -> None:
+        if os.getpid() == process:
+            with contextlib.suppress(OSError):
+                set_lock(fd, fcntl.F_UNLCK, *_LEASE_BYTE)
+
     if host.locking:
         with contextlib.suppress(OSError):
             set_lock(fd, fcntl.F_RDLCK, *_LEASE_BYTE)
-
-
-def end_lease(fd: int) -> None:
-    """Take the mark away, also where a child that was forked meanwhile has the file open still."""
-    with contextlib.suppress(OSError):
-        set_lock(fd, fcntl.F_UNLCK, *_LEASE_BYTE)
+    return end
 
 
 def is_leased(fd: int) -> bool:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Children that are forked, without executing anything, while other threads of their parent are at work."""
+"""Children that are forked, without executing anything, while their parent is at work."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 from collections.abc import Callable
 
+import imagecache_lib as ic
 from imagecache_lib.system.trace import TracePoint
 from tests.support.cache_case import ID, OTHER_ID, CacheCase, Stop
 
@@ -60,3 +62,13 @@ class TestForkedChildren(CacheCase):
         manager = self.manager(max_concurrent_disk_ops=1)
         self.at_work(lambda: manager.cache_image(OTHER_ID), stop)
         self.assertWorksInChild(lambda: manager.create_disk(ID, self.target()))
+
+    def test_in_the_body_of_a_lease_which_the_child_leaves(self) -> None:
+        manager = self.manager(remove_unused_original_minimum_age_seconds=0)
+        with contextlib.ExitStack() as held:
+            held.enter_context(manager.fetch_or_reuse(ID))
+            self.assertWorksInChild(held.close)
+            with self.assertRaisesRegex(ic.BaseInUseError, "leased"):
+                self.manager().evict_image(ID)
+        self.manager().evict_image(ID)
+        self.assertFalse(self.base().exists())

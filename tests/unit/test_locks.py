@@ -302,17 +302,17 @@ class TestLeases(LockCase):
     def test_leases_share_and_each_is_seen_until_its_end(self) -> None:
         first, second, looker = self.opened(), self.opened(), self.opened()
         self.assertFalse(locks.is_leased(looker))
-        locks.lease(first, self.host)
-        locks.lease(second, self.host)
-        locks.end_lease(first)
+        end_first = locks.lease(first, self.host)
+        end_second = locks.lease(second, self.host)
+        end_first()
         self.assertTrue(locks.is_leased(looker))
         self.assertFalse(locks.is_open_in_qemu(looker))
-        locks.end_lease(second)
+        end_second()
         self.assertFalse(locks.is_leased(looker))
 
     def test_qemu_may_open_what_is_leased_and_both_are_seen(self) -> None:
         leased, looker = self.opened(), self.opened()
-        locks.lease(leased, self.host)
+        end = locks.lease(leased, self.host)
         with subprocess.Popen(
             ["qemu-io", "-f", "raw", self.file], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as qemu:
@@ -321,7 +321,7 @@ class TestLeases(LockCase):
             qemu.stdin.flush()
             self.assertIn(b"1", qemu.stdout.readline())  # it has opened the image, for writing
             self.assertTrue(locks.is_open_in_qemu(looker))
-            locks.end_lease(leased)
+            end()
             self.assertFalse(locks.is_leased(looker))
             qemu.stdin.close()
 
