@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import email.errors
+import email.message
 import enum
 import re
 from collections.abc import Iterator, Mapping
@@ -17,8 +19,16 @@ from types import MappingProxyType
 import requests
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import exchange, retry_after
-from imagecache_lib.sources.body import STATE_IT, Body, cut_off, is_delimited, other_length, two_lengths
+from imagecache_lib.sources import exchange, retry_after, unanswered
+from imagecache_lib.sources.body import (
+    CHUNKED,
+    STATE_IT,
+    Body,
+    cut_off,
+    is_delimited,
+    other_length,
+    two_lengths,
+)
 from imagecache_lib.sources.interface import (
     CannotResume,
     NotPermitted,
@@ -27,7 +37,6 @@ from imagecache_lib.sources.interface import (
     SourceRefused,
     Unauthorized,
 )
-from imagecache_lib.sources.unanswered import PROXY
 
 #: Key in :attr:`Image.properties` of the strong entity tag of the data.
 ETAG = "etag"
@@ -59,8 +68,14 @@ _CHANGING_CODINGS = frozenset(
         "zstd",
     }
 )
-#: Of Transfer-Encoding.
-_TRANSFER_CODINGS = frozenset({"", "identity", "chunked"})
+#: Of Transfer-Encoding, those that change nothing.
+_NO_TRANSFER_CODINGS = frozenset({"", "identity"})
+#: What the parser of headers notes where it passed over a line.
+_LINES_PASSED_OVER = (
+    email.errors.FirstHeaderLineIsContinuationDefect,
+    email.errors.InvalidHeaderDefect,
+    email.errors.MisplacedEnvelopeHeaderDefect,
+)
 #: What one codec is called in Content-Encoding, by its name in :attr:`Image.compression`.
 _CODINGS_OF = {
     "gzip": {"gzip", "x-gzip"},
@@ -123,7 +138,9 @@ def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheErro
             f"no such image: {where}", image=image_id, next_step="check the id, and who may see it"
         )
     if status == 407:
-        return Unauthorized(f"a proxy asks for credentials: {where}", image=image_id, next_step=PROXY)
+        return Unauthorized(
+            f"a proxy asks for credentials: {where}", image=image_id, next_step=unanswered.PROXY
+        )
     if status == 401:
         return Unauthorized(
             f"the token or credentials are missing, expired or wrong: {where}",
@@ -194,6 +211,21 @@ def _changing_codings(headers: Mapping[str, str]) -> set[str]:
         coding.partition(";")[0].strip().lower() for coding in headers.get("Content-Encoding", "").split(",")
     }
     return {coding.partition(";")[0].strip() for coding in listed} & _CHANGING_CODINGS
+
+
+def _lost_lines(response: requests.Response) -> bool:
+    """Return whether the headers were not read as a whole. The rest may have told a length, or a coding.
+
+    http.client has them parsed as those of a mail. At a line without a name the parser takes all that follows
+    for the mail's text.
+    """
+    answer = getattr(response.raw, "_original_response", None)
+    parsed = getattr(answer, "msg", None)
+    if not isinstance(parsed, email.message.Message):
+        return False
+    text = parsed.get_payload()
+    passed_over = any(isinstance(defect, _LINES_PASSED_OVER) for defect in parsed.defects)
+    return passed_over or (isinstance(text, str) and bool(text))
 
 
 @contextlib.contextmanager
@@ -349,8 +381,14 @@ def _contradiction(response: requests.Response, image: model.Image) -> SourceRef
             image=image.id,
             next_step="go round the proxy, or state the image's digest",
         )
-    transfer = response.headers.get("Transfer-Encoding", "").strip().lower()
-    if transfer not in _TRANSFER_CODINGS:
+    if _lost_lines(response):
+        return SourceRefused(
+            f"{where}: {unanswered.NO_HEADERS}, so that what they say of the data is not known",
+            image=image.id,
+            next_step="correct the server or its proxy, or state the image's digest",
+        )
+    transfer = response.headers.get("Transfer-Encoding", "").lower()
+    if transfer != CHUNKED and transfer.strip(" \t") not in _NO_TRANSFER_CODINGS:
         # http.client undoes no other, nor several.
         return SourceRefused(
             f"{where} sends the data in the transfer coding {transfer[:60]!r}, which was not asked for",

@@ -23,6 +23,8 @@ from imagecache_lib.sources.interface import SourceRefused
 CHUNK = 2**20
 #: What to do about data of which a server tells two lengths.
 STATE_IT = "try again later; if that is all of it, state its size or digest"
+#: The Transfer-Encoding that http.client undoes, if it is all that the header has.
+CHUNKED = "chunked"
 _TRANSPORT_ERRORS = (
     requests.RequestException,
     urllib3.exceptions.HTTPError,
@@ -141,7 +143,7 @@ class Body:
 
 def is_delimited(response: requests.Response) -> bool:
     """Return whether the data ends by itself, not by the end of the connection."""
-    chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+    chunked = response.headers.get("Transfer-Encoding", "").lower() == CHUNKED
     return chunked or "Content-Length" in response.headers
 
 

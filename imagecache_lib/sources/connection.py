@@ -182,6 +182,13 @@ class _Answer(http.client.HTTPResponse):
         while 100 <= self.status < 200 and self.status != _SWITCHING:
             self.headers = None  # type: ignore[assignment]  # so that it begins anew
             super().begin()
+        coding = self.headers.get("Transfer-Encoding", "")
+        if not self.chunked and coding.rstrip(" \t").lower() == "chunked":
+            # http.client takes what may stand behind a value for a part of it: RFC 9112, section 5.
+            self.headers.replace_header("Transfer-Encoding", "chunked")
+            self.chunked = True
+            self.chunk_left = self.length = None
+            self.will_close = self._check_close()  # type: ignore[attr-defined]
 
     def _read_next_chunk_size(self) -> int:
         # int() takes more than the digits of a size, and a line that broke off may begin with a 0, which is

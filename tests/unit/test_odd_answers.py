@@ -43,20 +43,26 @@ def beside(*told: tuple[str, str]) -> Fault:
     return lambda _seen, answer: dataclasses.replace(answer, more_headers=told)
 
 
-def framed(_seen: Seen, answer: Answer) -> Answer:
-    """Chunks with their sizes, under a name by which nothing undoes them."""
-    body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(answer.body), answer.body)
-    told = (("Transfer-Encoding", "gzip, chunked"),)
-    return dataclasses.replace(answer, body=body, length=-1, after=bad_server.CLOSE, more_headers=told)
+def framed(coding: str) -> Fault:
+    """Return a fault that sends chunks with their sizes, whatever the Transfer-Encoding says."""
+
+    def spoil(_seen: Seen, answer: Answer) -> Answer:
+        body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(answer.body), answer.body)
+        told = (("Transfer-Encoding", coding),)
+        return dataclasses.replace(answer, body=body, length=-1, after=bad_server.CLOSE, more_headers=told)
+
+    return spoil
 
 
-def served(*spoilt: Fault, method: str | None = None) -> Iterator[tuple[BadServer, HttpSource]]:
+def served(
+    *spoilt: Fault, method: str | None = None, session: requests.Session | None = None
+) -> Iterator[tuple[BadServer, HttpSource]]:
     """Yield a server that spoils every answer, and a source of what it has; with a digest, and without."""
     for digest in (DIGEST, None):
         with BadServer() as server:
             image = HttpImage(server.put("/x", DATA, etag='"one"'), "raw", digest)
             server.always_fail("/x", faults.both(*spoilt), method=method)
-            yield server, HttpSource({"x": image}, timeout=(1.0, 5.0))
+            yield server, HttpSource({"x": image}, session=session, timeout=(1.0, 5.0))
 
 
 class TestLengths(unittest.TestCase):
@@ -76,10 +82,40 @@ class TestLengths(unittest.TestCase):
                 self.assertEqual(DATA, fetch(source))
 
     def test_data_in_a_coding_that_nothing_undoes_are_not_taken(self) -> None:
-        for server, source in served(framed, method="GET"):
+        for coding in ("gzip, chunked", "chunked\f"):
+            for server, source in served(framed(coding), method="GET"):
+                server.always_fail("/x", faults.length_told(None), method="HEAD")
+                with self.subTest(coding), self.assertRaisesRegex(SourceRefused, coding.split("\f")[0]):
+                    fetch(source)
+
+    def test_blanks_behind_a_coding_are_no_part_of_it(self) -> None:
+        for coding in ("chunked ", "Chunked\t "):
+            for server, source in served(framed(coding), method="GET"):
+                server.always_fail("/x", faults.length_told(None), method="HEAD")
+                with self.subTest(coding):
+                    self.assertEqual(DATA, fetch(source))
+
+    def test_the_sizes_of_chunks_that_a_callers_session_leaves_are_not_taken_for_data(self) -> None:
+        for server, source in served(framed("chunked "), method="GET", session=requests.Session()):
             server.always_fail("/x", faults.length_told(None), method="HEAD")
-            with self.assertRaisesRegex(SourceRefused, "gzip, chunked"):
-                fetch(source)
+            self.assertRaisesRegex(SourceRefused, "transfer coding", fetch, source)
+
+    def test_headers_that_are_not_read_as_a_whole_leave_the_length_open(self) -> None:
+        length = f"Content-Length: {len(DATA)}"
+        for lines in (f"\r\nno header\r\n{length}", f"\r\nContent-Type : x\r\n{length}", f"\n\r{length}"):
+            fault = faults.both(faults.cut_without_length(HALF), beside(("X-More", f"y{lines}")))
+            for server, source in served(fault, method="GET"):
+                server.always_fail("/x", faults.length_told(None), method="HEAD")
+                with self.subTest(lines=lines), self.assertRaisesRegex(SourceRefused, "headers"):
+                    fetch(source)
+
+    def test_headers_that_are_not_read_as_a_whole_do_not_matter_to_a_digest(self) -> None:
+        fault = faults.both(faults.length_told(len(DATA)), beside(("X-More", "y\r\nno header")))
+        for _, source in served(fault, method="GET"):
+            if source.known_digest("x"):
+                self.assertEqual(DATA, fetch(source))
+            else:
+                self.assertRaises(SourceRefused, fetch, source)
 
     def test_a_coding_that_was_not_applied_does_not_matter_to_a_digest(self) -> None:
         for _, source in served(beside(("Transfer-Encoding", "gzip")), method="GET"):
