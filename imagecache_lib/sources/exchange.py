@@ -21,6 +21,7 @@ from typing import Protocol
 
 import requests
 import requests.auth
+import requests.utils
 import urllib3
 
 from imagecache_lib import errors
@@ -60,9 +61,18 @@ class SessionSender:
 
     :param session: the caller's. Its own rules for TLS hold as long as ``verify`` is True.
     :param verify: as in requests: True, False, or the path of a file with CA certificates.
+    :param anonymous: whether what this host's .netrc file has is not sent.
     """
 
-    def __init__(self, session: requests.Session | None, *, verify: bool | str, timeout: Timeout) -> None:
+    def __init__(
+        self,
+        session: requests.Session | None,
+        *,
+        verify: bool | str,
+        timeout: Timeout,
+        anonymous: bool = False,
+    ) -> None:
+        self._anonymous = anonymous
         self._callers = session
         self._verify = verify
         self._timeout = timeout
@@ -71,13 +81,16 @@ class SessionSender:
     def send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> requests.Response:
+        # What is given so keeps what a .netrc file has for the host from taking its place.
+        authorization: requests.auth.AuthBase | None = _OfUrl() if self._anonymous else None
+        if "Authorization" in headers:
+            authorization = _Authorization(headers["Authorization"])
         return self._session().request(
             method,
             url,
             headers=dict(headers),
             data=body,
-            # Given so too: what a .netrc file has for the host would take the place of the header alone.
-            auth=_Authorization(headers["Authorization"]) if "Authorization" in headers else None,
+            auth=authorization,
             stream=True,
             allow_redirects=False,
             timeout=connection.bounded(self._timeout),
@@ -85,8 +98,12 @@ class SessionSender:
         )
 
     def stranger(self) -> SessionSender:
-        """Return what sends to other origins: none of the session's headers, cookies, or credentials."""
-        return SessionSender(None, verify=self._trust(), timeout=self._timeout)
+        """Return what sends to other origins: none of the session's headers, cookies, or credentials.
+
+        Nor any of this host's own: the server that redirects chooses whom they would be sent to, and whose
+        answer becomes a disk.
+        """
+        return SessionSender(None, verify=self._trust(), timeout=self._timeout, anonymous=True)
 
     def _trust(self) -> bool | str:
         # Given with the call: of a session's own verify, requests lets REQUESTS_CA_BUNDLE take the place.
@@ -122,6 +139,14 @@ class _Authorization(requests.auth.AuthBase):
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["Authorization"] = self._value
         return request
+
+
+class _OfUrl(requests.auth.AuthBase):
+    """Sends user and password of the URL, if it has them, and no others."""
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        user, password = requests.utils.get_auth_from_url(request.url or "")
+        return requests.auth.HTTPBasicAuth(user, password)(request) if user or password else request
 
 
 @dataclasses.dataclass(frozen=True)

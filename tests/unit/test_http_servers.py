@@ -6,7 +6,10 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import os
+import pathlib
 import random
+import tempfile
 import time
 import unittest
 
@@ -325,6 +328,25 @@ class TestCredentials(ServerCase):
         self.server.script("/x", Answer(302, {"Location": f"{location}/y"}))
         self.assertEqual(DATA, fetch(self.source(self.with_credentials(self.url))))
         self.assertEqual([], [seen for seen in other.requests() if "Authorization" in seen.headers])
+
+    def test_a_server_does_not_choose_whom_this_host_tells_its_own(self) -> None:
+        netrc = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()), "netrc")
+        netrc.write_text("default login us@er password secret")
+        os.environ["NETRC"] = str(netrc)
+        self.addCleanup(os.environ.pop, "NETRC")
+        other = self.enterContext(BadServer())
+        other.put("/y", DATA)
+        self.server.script("/from", Answer(302, {"Location": f"{other.url}/y"}))
+        self.assertEqual(DATA, fetch(self.source(f"{self.server.url}/from")))
+        self.assertEqual([], [seen for seen in other.requests() if "Authorization" in seen.headers])
+        self.assertEqual([], [seen for seen in self.server.requests() if "Authorization" not in seen.headers])
+
+    def test_a_redirect_may_bring_those_of_where_it_leads(self) -> None:
+        other = self.enterContext(BadServer())
+        other.put("/y", DATA)
+        other.always_fail("/y", faults.unauthorized("Authorization", self.WANTED))
+        self.server.script("/from", Answer(302, {"Location": self.with_credentials(other.url) + "/y"}))
+        self.assertEqual(DATA, fetch(self.source(f"{self.server.url}/from")))
 
     def test_a_backslash_leads_to_no_other_origin(self) -> None:
         other = self.enterContext(BadServer())
