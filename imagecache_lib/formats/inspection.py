@@ -47,6 +47,9 @@ _ALLOWED = {
     "vpc": {"vhd"},
 }
 
+#: What a claim may be for content of some format to be it.
+_CLAIMS = frozenset(QEMU_FORMATS) - {"gpt"} | frozenset(_ALLOWED)
+
 #: All formats show within this many bytes: the last is ISO 9660, whose first descriptor is at 32 KiB.
 _SHOWN = 64 * 1024
 
@@ -185,6 +188,13 @@ def accept(claimed: str | None, found: frozenset[str]) -> str:
         return "raw"  # whether it is called an ISO or a partitioned disk, the bytes are the disk
     if claimed is not None and not found <= _ALLOWED.get(claimed, {claimed}):
         advice = _RETRY_IS_USELESS
+        if claimed not in _CLAIMS:
+            kinds = ", ".join(sorted(_CLAIMS))
+            raise errors.ImageRejected(
+                f"its content is {names}, claimed to be {errors.shown(claimed)}, which is no format that is"
+                " supported",
+                next_step=f"have its owner state one of {kinds}",
+            )
         if found <= _RAW and "iso" in found:
             advice = "have its owner state disk_format iso, or none"
         raise errors.ImageRejected(f"its content is {names}, claimed to be {claimed}", next_step=advice)

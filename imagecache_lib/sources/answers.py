@@ -129,8 +129,11 @@ def sure_size(image: model.Image) -> int | None:
     return image.size if hinted_size(image) is None else None
 
 
-def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheError:
-    """Return the error that an answer without what was asked for amounts to."""
+def refusal(response: requests.Response, image_id: str, *, of_data: bool = True) -> errors.ImageCacheError:
+    """Return the error that an answer without what was asked for amounts to.
+
+    :param of_data: whether the image's data was asked for, or what the service knows of it otherwise.
+    """
     status = response.status_code
     where = f"{exchange.shown(response.url)} answers HTTP {status}"
     if status in (404, 410):
@@ -153,7 +156,7 @@ def refusal(response: requests.Response, image_id: str) -> errors.ImageCacheErro
             image=image_id,
             next_step="have its owner share it, or use credentials that may read it",
         )
-    if status == 204:
+    if status == 204 and of_data:
         return errors.ImageRejected(
             f"the image has no data: {where}", image=image_id, next_step="upload its data"
         )

@@ -131,7 +131,7 @@ class GlanceSource(ImageSource):
             url = _image_url(root, image_id)
             with exchange.exchange(self._web, "GET", url, headers, image_id=image_id) as answer:
                 if answer.status_code != 200:
-                    raise answers.refusal(answer, image_id)
+                    raise answers.refusal(answer, image_id, of_data=False)
                 return image_from_metadata(image_id, read_metadata(answer, image_id))
 
         return self._in_turn(image_id, ask)
@@ -197,7 +197,7 @@ class GlanceSource(ImageSource):
                 if answer.status_code in (200, 201, 202):
                     return
                 if answer.status_code not in (400, 403, 404, 405, 409, 413, 501):
-                    raise answers.refusal(answer, image.id)
+                    raise answers.refusal(answer, image.id, of_data=False)
                 refusal = CannotCopy(
                     f"Glance does not copy it into the store {store}: {exchange.shown(url)} answers"
                     f" HTTP {answer.status_code}",

@@ -150,6 +150,11 @@ class TestOthers(FormatCase):
                 error = self.refused(image, claimed, f"its format {name} is not supported")
                 self.assertIn("convert it to qcow2", str(error.next_step))
 
+    def test_a_claim_that_is_no_format_is_told_with_those_that_are(self) -> None:
+        for claimed in ("RAW", "ploop", ""):
+            error = self.refused(raw_image(), claimed, f"claimed to be {claimed!r}, which is no format")
+            self.assertIn("one of aki, ami, ari, iso, qcow2, raw, vdi", str(error.next_step))
+
     def test_subclusters(self) -> None:
         image = disk_image(self.directory, "qcow2", options="extended_l2=on")
         for way, found in self.each_way(image, "qcow2", None):

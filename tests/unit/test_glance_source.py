@@ -98,6 +98,12 @@ class TestMetadata(GlanceCase):
         with self.assertRaisesRegex(errors.ImageRejected, "no data"), source.open(source.describe(ID)):
             pass
 
+    def test_no_answer_to_the_question_for_them_is_no_fault_of_the_images(self) -> None:
+        for answer in (Answer(status=204), Answer(status=205)):
+            self.server.script(f"/v2/images/{ID}", answer)
+            with self.subTest(answer.status), self.assertRaisesRegex(SourceRefused, str(answer.status)):
+                self.source().describe(ID)
+
     def test_nonsense_is_a_source_error(self) -> None:
         good = {"id": ID, "status": "active"}
         documents: tuple[object, ...] = (
