@@ -76,6 +76,7 @@ class HeaderOfQemuImages(unittest.TestCase):
             ("L1 too small", 36, ">I", 19),
             ("L1 huge", 36, ">I", 2**31),
             ("L1 unaligned", 40, ">Q", 0x30200),
+            ("L1 where no file reaches", 40, ">Q", 2**63),
             ("backing name outside", 8, ">Q", 0x10001),
             ("compression type without its bit", 104, ">B", 1),
             ("compression bit without its type", 72, ">Q", 8),

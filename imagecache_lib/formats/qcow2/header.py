@@ -20,6 +20,8 @@ MAX_CLUSTER_BITS = 21
 MAX_BACKING_NAME = 1023
 #: QEMU's limit on the active L1 table.
 MAX_L1_BYTES = 32 * 2**20
+#: Where a file can end at most: offsets have a sign.
+MAX_OFFSET = 2**63 - 1
 #: Smallest cluster of an image with extended L2 entries: 32 subclusters of 512 bytes.
 MIN_EXTENDED_CLUSTER_BITS = 14
 
@@ -282,6 +284,8 @@ def _check_consistency(header: Header, size: int) -> None:
         raise HeaderError("the qcow2 compression type contradicts its feature bit")
     if header.l1_size * 8 > MAX_L1_BYTES:
         raise HeaderError(f"the qcow2 L1 table of {header.l1_size} entries is too large")
+    if header.l1_table_offset + header.l1_size * 8 > MAX_OFFSET:
+        raise HeaderError(f"the qcow2 L1 table at {header.l1_table_offset} lies outside of any file")
     if header.l1_table_offset % header.cluster_size:
         raise HeaderError("the qcow2 L1 table is not aligned to a cluster")
     if size > header.l1_size * header.l2_entries * header.cluster_size:
