@@ -5,7 +5,7 @@ A timeout of requests and of http.client bounds the wait for the next bytes. It 
 a server takes for the head of an answer, for interim answers before that (RFC 9110, section 15.2), or for
 what lies between the data of a chunked one: sizes, extensions and trailers (RFC 9112, section 7.1). Each of
 these must be here as a whole within the read timeout, and within :data:`MOST` bytes. Nor does anything there
-look whether the caller still waits.
+look whether the caller still waits, or bound how many addresses of one name are tried.
 
 An adapter of a session that the library makes has such connections. A session that the caller of the library
 brings has its own; of the deadline, :func:`bounded` lets it know.
@@ -40,6 +40,9 @@ MOST = 2 * 2**20
 
 #: Seconds between two looks whether the caller still waits, while nothing comes.
 _SLICE = 0.5
+
+#: So many addresses of one name are tried, each for the timeout of a connection.
+MOST_ADDRESSES = 16
 
 #: A line before a chunk: its size, and extensions that nothing here knows.
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\n]*)?\r?\n")
@@ -226,13 +229,45 @@ _TAKES_ANY_END = sys.version_info < (3, 11, 3)
 _BROKE_OFF = "UNEXPECTED_EOF_WHILE_READING"
 
 
-class _HttpConnection(urllib3.connection.HTTPConnection):
+class HttpConnection(urllib3.connection.HTTPConnection):
+    """A connection as this module describes them."""
+
     response_class = _Answer
 
+    def addresses(self) -> list[str]:
+        """Return the addresses that the host's name stands for, in the order in which they are tried.
 
-class _HttpsConnection(urllib3.connection.HTTPSConnection):
-    response_class = _Answer
+        :raises OSError: the name does not resolve.
+        """
+        family = urllib3.util.connection.allowed_gai_family()
+        found = socket.getaddrinfo(self._dns_host.strip("[]"), self.port, family, socket.SOCK_STREAM)
+        return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
+    def _new_conn(self) -> socket.socket:
+        # urllib3 tries all of them, each for the whole timeout: hours, if whoever answers for the name wills.
+        name, whole, caller = self._dns_host, self.timeout, _caller.get()
+        try:
+            addresses = self.addresses()[:MOST_ADDRESSES]
+        except (OSError, UnicodeError):
+            return super()._new_conn()  # which says what is wrong with the name
+        try:
+            for left, address in zip(reversed(range(len(addresses))), addresses, strict=True):
+                if caller is not None:
+                    caller.check()
+                if isinstance(whole, float | int):
+                    self.timeout = bounded((whole, whole))[0]
+                self._dns_host = address
+                try:
+                    return super()._new_conn()
+                except urllib3.exceptions.HTTPError:
+                    if not left:
+                        raise
+            raise AssertionError("a name that resolves has an address")
+        finally:
+            self._dns_host, self.timeout = name, whole
+
+
+class _HttpsConnection(HttpConnection, urllib3.connection.HTTPSConnection):
     def connect(self) -> None:
         if _TAKES_ANY_END:
             if self.ssl_context is None:
@@ -243,7 +278,7 @@ class _HttpsConnection(urllib3.connection.HTTPSConnection):
 
 
 class _HttpPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _HttpConnection
+    ConnectionCls = HttpConnection
 
 
 class _HttpsPool(urllib3.HTTPSConnectionPool):

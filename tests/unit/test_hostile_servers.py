@@ -10,15 +10,18 @@ import random
 import threading
 import time
 import unittest
+import urllib.parse
 from collections.abc import Callable
 
 import requests
+import urllib3.exceptions
 
 from imagecache_lib import errors, model
-from imagecache_lib.sources import transfer
+from imagecache_lib.sources import connection, transfer
 from imagecache_lib.sources.glance import GlanceSource
 from imagecache_lib.sources.http import HttpImage, HttpSource
 from imagecache_lib.sources.interface import ImageSource
+from imagecache_lib.sources.retry import SourceBudget
 from imagecache_lib.system.host import System
 from imagecache_lib.testing import http_faults as faults
 from imagecache_lib.testing.bad_server import Answer, BadServer, Fault, SilentServer
@@ -260,6 +263,38 @@ class TestGlanceSource(HostileServers, unittest.TestCase):
             self.server.fail(self.path, fault)
             with self.assertRaisesRegex(errors.SourceError, words):
                 self.fetch(self.source(read=LONG if words == "headers" else READ))
+
+
+class TestManyAddresses(unittest.TestCase):
+    """A name may stand for thousands of addresses, none of which answers."""
+
+    def setUp(self) -> None:
+        self.server = self.enterContext(BadServer())
+
+    def connect(self, nobodys: int) -> None:
+        """Connect to the server by a name whose first addresses, so many, nothing listens on."""
+
+        class Named(connection.HttpConnection):
+            def addresses(self) -> list[str]:
+                return [*(f"127.0.1.{number}" for number in range(nobodys)), *super().addresses()]
+
+        address = urllib.parse.urlsplit(self.server.url)
+        named = Named("127.0.0.1", address.port, timeout=PATIENCE)
+        self.addCleanup(named.close)
+        named.connect()
+        self.assertEqual(("127.0.0.1", PATIENCE), (named.host, named.timeout))
+
+    def test_a_few_are_tried(self) -> None:
+        self.connect(connection.MOST_ADDRESSES - 1)
+        with self.assertRaises(urllib3.exceptions.NewConnectionError):
+            self.connect(connection.MOST_ADDRESSES)
+
+    def test_none_is_for_a_caller_who_has_gone(self) -> None:
+        gone = threading.Event()
+        gone.set()
+        caller = SourceBudget("x", host=QUIET, retries=0, deadline=None, cancel=gone)
+        with connection.waiting(caller), self.assertRaises(errors.CancelledError):
+            self.connect(0)
 
 
 class TestSilenceBeforeTls(unittest.TestCase):
