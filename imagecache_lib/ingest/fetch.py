@@ -16,6 +16,7 @@ from imagecache_lib.formats import qemu_img
 from imagecache_lib.formats.inspection import Rules
 from imagecache_lib.ingest import adopt, certificates, decompress, dedup, download, signing
 from imagecache_lib.ingest.call import Call, origin_of
+from imagecache_lib.ingest.checked_certificates import CheckedCertificates
 from imagecache_lib.ingest.decode import Work
 from imagecache_lib.ingest.producer import BaseRequest
 from imagecache_lib.ingest.resumption import Resumption
@@ -137,9 +138,8 @@ class ImageProducer:
         self._call = call
         self._use = use
         self.requirements = call.requirements(use)
-        self._certificates: certificates.CertificateStore | None = (
-            call.request.certificates or ingest.certificates
-        )
+        store = call.request.certificates or ingest.certificates
+        self._certificates = None if store is None else CheckedCertificates(store)
 
     def unmet(self, opened: OpenBase) -> Unmet | None:
         """Find nothing wrong: the record of a fetched image says all that is known of it. Returns None."""

@@ -7,7 +7,9 @@ The properties ``img_signature``, ``img_signature_hash_method``, ``img_signature
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 from imagecache_lib import errors, model
@@ -22,6 +24,10 @@ _PROPERTIES = (
     "img_signature_key_type",
     "img_signature_certificate_uuid",
 )
+
+#: Those that are one word each, and the most characters that one may have.
+_WORDS = _PROPERTIES[1:]
+_LONGEST_WORD = 255
 
 _RETRY_IS_USELESS = "have its owner sign it anew, with a trusted certificate"
 
@@ -53,16 +59,19 @@ class Verification:
             raise errors.ImageRejected(
                 f"a verified signature is demanded, and it has no {lacking[0]}", next_step=_RETRY_IS_USELESS
             )
-        from cursive import exception
-
+        for name in _WORDS:
+            word = image.properties[name]
+            # They are shown in messages and logs, whose lines an image's owner must not write.
+            if not (word.isprintable() and len(word) <= _LONGEST_WORD):
+                raise errors.ImageRejected(
+                    f"its {name} is no word: {errors.shown(word)}", next_step=_RETRY_IS_USELESS
+                )
         signature, hash_method, key_type, certificate_id = (image.properties[name] for name in _PROPERTIES)
         certificate = _load(store, certificate_id)
         chain = () if trusted is None else _chain(certificate, store, trusted)
         self._signature = VerifiedSignature(certificate_id, chain)
-        try:
+        with _understood("its signature or its certificate"):
             self._verifier = _verifier(certificate, signature, hash_method, key_type)
-        except exception.SignatureVerificationError as error:
-            raise _rejected(error) from error
         self._aside = Aside(self._verifier, "imagecache-signature", waiter)
 
     def feed(self, chunk: bytes) -> None:
@@ -81,22 +90,46 @@ class Verification:
         from cryptography.exceptions import InvalidSignature
 
         self._aside.finish()
-        try:
-            self._verifier.verify()
-        except InvalidSignature:
-            raise errors.ImageRejected(
-                f"its signature does not verify with certificate {self._signature.signed_by}",
-                next_step=_RETRY_IS_USELESS,
-            ) from None
+        with _understood("its signature"):
+            try:
+                self._verifier.verify()
+            except InvalidSignature:
+                raise errors.ImageRejected(
+                    f"its signature does not verify with certificate {self._signature.signed_by}",
+                    next_step=_RETRY_IS_USELESS,
+                ) from None
         return self._signature
+
+
+@contextlib.contextmanager
+def _understood(what: str) -> Iterator[None]:
+    """Refuse an image of which cursive or cryptography cannot read what its owner stated, or a certificate.
+
+    :param what: what is looked at in the body, for the message.
+    """
+    from cursive import exception
+
+    try:
+        yield
+    except (errors.ImageCacheError, MemoryError):
+        raise
+    except exception.SignatureVerificationError as error:
+        raise errors.ImageRejected(
+            f"its signature is refused: {str(error).rstrip('.')}", next_step=_RETRY_IS_USELESS
+        ) from error
+    except Exception as error:  # cryptography's errors have no base of their own, and some are Python's
+        raise errors.ImageRejected(
+            f"{what} cannot be read ({type(error).__name__})", next_step=_RETRY_IS_USELESS
+        ) from error
 
 
 def _load(store: certificates.CertificateStore, certificate_id: str) -> Any:
     from cryptography import x509
 
+    found = store.get(certificate_id)
     try:
-        return x509.load_pem_x509_certificate(store.get(certificate_id))
-    except ValueError as error:
+        return x509.load_pem_x509_certificate(found)
+    except (ValueError, x509.InvalidVersion) as error:
         raise errors.ImageRejected(
             f"the certificate {certificate_id} cannot be read: {error}", next_step="replace it"
         ) from error
@@ -124,7 +157,7 @@ def _chain(
 
     :raises ImageRejected: they do not lead to a root, or one of them is not valid now, or must not sign.
     """
-    from cursive import certificate_utils, exception
+    from cursive import certificate_utils
 
     known = []
     for each in trusted:
@@ -132,12 +165,10 @@ def _chain(
             known.append((each, _load(store, each)))
         except errors.ImageRejected:
             continue  # others may do; if not, that is the error
-    context = certificate_utils.CertificateVerificationContext(known)
-    try:
+    with _understood("its certificate, or one of those that are trusted,"):
+        context = certificate_utils.CertificateVerificationContext(known)
         context.update(certificate)
         context.verify()
-    except exception.SignatureVerificationError as error:
-        raise _rejected(error) from error
     chain: list[str] = []
     issued = certificate
     while True:  # verify() came to its end, so this does
@@ -147,9 +178,3 @@ def _chain(
         if issuer[1] == issued:
             return tuple(chain)
         issued = issuer[1]
-
-
-def _rejected(error: Exception) -> errors.ImageRejected:
-    return errors.ImageRejected(
-        f"its signature is refused: {str(error).rstrip('.')}", next_step=_RETRY_IS_USELESS
-    )

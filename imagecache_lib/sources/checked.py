@@ -25,7 +25,6 @@ from imagecache_lib.sources.interface import ImageSource, SourceRefused
 #: Chunks without a byte that are borne in a row. More are a source that never gets on.
 MOST_EMPTY_CHUNKS = 10_000
 
-_REPORT = "report it to the author of the source"
 #: What only a driver's own disks and leases can end with.
 _NO_SOURCES = (errors.DiskExistsError, errors.DiskTooSmallError, errors.LeaseLostError)
 _UNTOLD = object()
@@ -54,7 +53,7 @@ def describe(source: ImageSource, image_id: str) -> model.Image:
     :raises SourceRefused: the source failed in a way of its own, or what it returned is no description of
         this image.
     """
-    with _Guard(image_id):
+    with Guard(image_id):
         return checked_image(source.describe(image_id), image_id)
 
 
@@ -72,7 +71,7 @@ def can_resume(source: ImageSource, image: model.Image) -> bool:
 
     :raises SourceRefused: the source failed in a way of its own.
     """
-    with _Guard(image.id):
+    with Guard(image.id):
         return bool(source.can_resume(image))
 
 
@@ -97,7 +96,7 @@ def vouches_for_digest(source: ImageSource, image: model.Image) -> bool:
 
     :raises SourceRefused: the source failed in a way of its own.
     """
-    with _Guard(image.id):
+    with Guard(image.id):
         return source.vouches_for_digest(image) is True
 
 
@@ -106,7 +105,7 @@ def copy_to_store(source: ImageSource, image: model.Image, store: str) -> None:
 
     :raises SourceError: the source cannot, or failed.
     """
-    with _Guard(image.id):
+    with Guard(image.id):
         source.copy_to_store(image, store)
 
 
@@ -129,10 +128,10 @@ class Opened:
         self._ended = False
 
     def __enter__(self) -> Opened:
-        with _Guard(self._image.id):
+        with Guard(self._image.id):
             context = self._source.open(self._image, self._offset)
             if not isinstance(context, contextlib.AbstractContextManager):
-                raise _defect(
+                raise broken_contract(
                     self._image.id, f"open() returned a {_kind(context)}, which is no context manager"
                 )
             self._context = context
@@ -150,7 +149,7 @@ class Opened:
     @property
     def doubt(self) -> errors.SourceError | None:
         """The error to raise, instead of blaming the image, for wrong data: see :meth:`ImageSource.open`."""
-        with _Guard(self._image.id):
+        with Guard(self._image.id):
             doubt = getattr(self._stream, "doubt", _UNTOLD)
         if doubt is None or isinstance(doubt, errors.SourceError):
             return doubt
@@ -164,13 +163,13 @@ class Opened:
     @property
     def hinted(self) -> bool:
         """Whether the image's length is a hint: see :meth:`ImageSource.open`."""
-        with _Guard(self._image.id):
+        with Guard(self._image.id):
             return getattr(self._stream, "hinted", False) is True
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         # What the body raised is the caller's; a source may neither swallow nor replace it.
         if error is None:
-            with _Guard(self._image.id):
+            with Guard(self._image.id):
                 self._context.__exit__(None, None, None)
             return
         with contextlib.suppress(Exception, GeneratorExit):
@@ -184,7 +183,7 @@ class Opened:
         """
         empty = 0
         while True:
-            with _Guard(self._image.id):
+            with Guard(self._image.id):
                 chunk = self._next()
             if chunk is None:
                 self._ended = True
@@ -192,7 +191,7 @@ class Opened:
             yield chunk
             empty = 0 if chunk else empty + 1
             if empty > MOST_EMPTY_CHUNKS:
-                raise _defect(self._image.id, f"it gave {empty} chunks in a row without a byte")
+                raise broken_contract(self._image.id, f"it gave {empty} chunks in a row without a byte")
 
     def _next(self) -> bytes | None:
         """Return the next chunk, or None at the end."""
@@ -214,7 +213,7 @@ def as_bytes(chunk: object, image_id: str) -> bytes:
         with memoryview(chunk) as view:  # type: ignore[arg-type]  # whatever supports the buffer protocol
             return view.tobytes()
     except TypeError:
-        raise _defect(image_id, f"a chunk is a {_kind(chunk)} and not bytes") from None
+        raise broken_contract(image_id, f"a chunk is a {_kind(chunk)} and not bytes") from None
 
 
 def checked_image(image: object, image_id: str) -> model.Image:
@@ -223,24 +222,24 @@ def checked_image(image: object, image_id: str) -> model.Image:
     :raises SourceRefused: the object is no description, or is one of another image.
     """
     if not isinstance(image, model.Image):
-        raise _defect(image_id, f"describe() returned a {_kind(image)} and not an Image")
+        raise broken_contract(image_id, f"describe() returned a {_kind(image)} and not an Image")
     if not isinstance(image.id, str) or image.id != image_id:
-        raise _defect(image_id, "describe() returned the description of another image")
+        raise broken_contract(image_id, "describe() returned the description of another image")
     for name, kinds in _FIELDS.items():
         value = getattr(image, name)
         if not isinstance(value, kinds):
-            raise _defect(image_id, f"the description's {name} is a {_kind(value)}")
+            raise broken_contract(image_id, f"the description's {name} is a {_kind(value)}")
     for name in ("size", "virtual_size"):
         value = getattr(image, name)
         if value is not None and (type(value) is not int or value < 0):
-            raise _defect(image_id, f"the description's {name} is not a number of bytes")
+            raise broken_contract(image_id, f"the description's {name} is not a number of bytes")
     for name in _WORDS:
         word = getattr(image, name)
         # They are shown in messages and logs, whose lines a server must not write.
         if word is not None and not (word.isprintable() and len(word) <= _LONGEST_WORD):
-            raise _defect(image_id, f"the description's {name} is no word")
+            raise broken_contract(image_id, f"the description's {name} is no word")
     if not all(isinstance(text, str) for text in (*image.locations, *image.stores)):
-        raise _defect(image_id, "the description's locations or stores are not text")
+        raise broken_contract(image_id, "the description's locations or stores are not text")
     if image.digest is not None:
         _check_digest(image.digest, image_id)
     # Whatever a third party's mapping does when it is asked, it does here.
@@ -249,33 +248,42 @@ def checked_image(image: object, image_id: str) -> model.Image:
 
 def _check_digest(digest: object, image_id: str) -> None:
     if not isinstance(digest, model.Digest):
-        raise _defect(image_id, f"what should be a digest is a {_kind(digest)}")
+        raise broken_contract(image_id, f"what should be a digest is a {_kind(digest)}")
     if not (isinstance(digest.algorithm, str) and isinstance(digest.value, str)):
-        raise _defect(image_id, "the digest is not text")
+        raise broken_contract(image_id, "the digest is not text")
 
 
-class _Guard:
-    """Around a call into a source: lets only this library's errors out, each of which names the image."""
+class Guard:
+    """Around a call into what a third party may have written: lets only this library's errors out, each of
+    which names the image.
 
-    def __init__(self, image_id: str) -> None:
+    :param who: what is called, for messages.
+    """
+
+    def __init__(self, image_id: str | None, who: str = "source") -> None:
         self._image_id = image_id
+        self._who = who
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
-            _translate(error, self._image_id)
+            _translate(error, self._image_id, self._who)
 
 
-def _translate(error: BaseException, image_id: str) -> None:
+def _translate(error: BaseException, image_id: str | None, who: str = "source") -> None:
     """Raise this library's error for what came out of a source. Returns for what goes on as it is."""
+    # The text may hold a secret, so only the kind is told.
+    failed = f"the {who} failed with {type(error).__name__}"
     if isinstance(error, errors.ImageCacheError) and not isinstance(error, _NO_SOURCES):
         error.image = error.image or image_id
     elif isinstance(error, (OSError, MemoryError)):
-        raise errors.SourceError(_failed(error), image=image_id, next_step="try again later") from error
+        raise errors.SourceError(failed, image=image_id, next_step="try again later") from error
     elif _is_the_sources(error):
-        raise SourceRefused(_failed(error), image=image_id, next_step=_REPORT) from error
+        raise SourceRefused(
+            failed, image=image_id, next_step=f"report it to the author of the {who}"
+        ) from error
 
 
 def _is_the_sources(error: BaseException) -> bool:
@@ -291,13 +299,16 @@ def _is_the_sources(error: BaseException) -> bool:
     return isinstance(error, GeneratorExit | CancelledError)
 
 
-def _failed(error: BaseException) -> str:
-    # The text may hold a secret, so only the kind is told.
-    return f"the source failed with {type(error).__name__}"
+def broken_contract(image_id: str | None, cause: str, who: str = "source") -> SourceRefused:
+    """Return the error that it amounts to if what a third party wrote returns what it must not.
 
-
-def _defect(image_id: str, cause: str) -> SourceRefused:
-    return SourceRefused(f"the source breaks its contract: {cause}", image=image_id, next_step=_REPORT)
+    :param who: what returned it, for messages.
+    """
+    return SourceRefused(
+        f"the {who} breaks its contract: {cause}",
+        image=image_id,
+        next_step=f"report it to the author of the {who}",
+    )
 
 
 def _kind(value: object) -> str:

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import dsa, ec, padding, rsa
 
 import imagecache_lib as ic
 from imagecache_lib import events
+from imagecache_lib.sources.interface import SourceRefused
 from imagecache_lib.store import evidence
 from imagecache_lib.testing.sources import FakeSource
 from tests.support import certificates, files, leftovers
@@ -132,6 +133,9 @@ class TestSignatures(SignatureCase):
             ("no key of type", good | {"img_signature_key_type": "DSA"}),
             ("hash method", good | {"img_signature_hash_method": "MD5"}),
             ("base64", good | {"img_signature": "A"}),
+            ("cannot be read", good | {"img_signature": "\u00e9"}),
+            ("no word", good | {"img_signature_key_type": "RSA-PSS\nall is well"}),
+            ("no word", good | {"img_signature_hash_method": "SHA-256" * 1000}),
             ("no certificate", good | {"img_signature_certificate_uuid": "nobody's"}),
             ("no certificate", good | {"img_signature_certificate_uuid": "../certificates/leaf"}),
         ):
@@ -139,6 +143,8 @@ class TestSignatures(SignatureCase):
                 self.cache(SignedSource(told), verify_glance_signatures=True)
             self.assertIn(what, str(caught.exception))
             self.assertIn(ID, str(caught.exception))
+            self.assertTrue(str(caught.exception).isprintable())
+            self.assertLess(len(str(caught.exception)), 500)
             self.assertFalse(self.base().exists())
             self.assertEqual([], self.in_flight())
 
@@ -186,6 +192,35 @@ class TestSignatures(SignatureCase):
         self.put("leaf", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
         with self.assertRaisesRegex(ic.ImageRejected, "leaf cannot be read"):
             self.cache(verify_glance_signatures=True)
+
+    def test_a_certificate_whose_key_is_of_no_known_kind_is_refused(self) -> None:
+        pem = certificate("leaf", MIDDLE_KEY)
+        der = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
+        curve = bytes.fromhex("06052b81040022")  # the object identifier of secp384r1
+        self.assertIn(curve, der)
+        unknown = base64.encodebytes(der.replace(curve, curve[:-1] + b"\x7f"))
+        self.put("leaf", b"-----BEGIN CERTIFICATE-----\n" + unknown + b"-----END CERTIFICATE-----\n")
+        with self.assertRaisesRegex(ic.ImageRejected, "cannot be read"):
+            self.cache(verify_glance_signatures=True)
+
+    def test_a_store_that_breaks_its_contract_is_at_fault_and_not_the_image(self) -> None:
+        found = certificate("leaf", RSA_KEY)
+
+        class Store:
+            def __init__(self, certificates: Mapping[str, Any]) -> None:
+                self.get = certificates.__getitem__
+
+        manager = self.manager(verify_glance_signatures=True)
+        for stored, words in (
+            ({}, "certificates failed with KeyError"),
+            ({"leaf": found.decode()}, "a str and not bytes"),
+            ({"leaf": None}, "a NoneType and not bytes"),
+        ):
+            request = ic.Request(certificates=Store(stored))
+            with self.subTest(words), self.assertRaisesRegex(SourceRefused, words):
+                manager.cache_image(ID, request=request)
+        manager.cache_image(ID, request=ic.Request(certificates=Store({"leaf": bytearray(found)})))
+        self.assertEqual("leaf", self.record_of().signed_by)
 
 
 class TestTrust(SignatureCase):

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The edge between a certificate store, which a third party may have written, and the rest of the library.
+
+It is to such a store what :mod:`imagecache_lib.sources.checked` is to a source.
+"""
+
+from __future__ import annotations
+
+from imagecache_lib.ingest.certificates import CertificateStore
+from imagecache_lib.sources import checked
+
+_STORE = "store of certificates"
+
+
+class CheckedCertificates:
+    """A store of which what it returns is checked, and what it raises is translated."""
+
+    def __init__(self, store: CertificateStore) -> None:
+        self._store = store
+
+    def get(self, certificate_id: str) -> bytes:
+        """Return a certificate, PEM encoded.
+
+        :raises ImageCacheError: as :meth:`CertificateStore.get`.
+        :raises SourceRefused: the store failed in a way of its own, or what it returned is no certificate.
+        """
+        with checked.Guard(None, _STORE):
+            found: object = self._store.get(certificate_id)
+        if not isinstance(found, bytes | bytearray | memoryview):
+            kind = type(found).__name__
+            raise checked.broken_contract(None, f"a certificate is a {kind} and not bytes", _STORE)
+        return bytes(found)
