@@ -8,7 +8,7 @@ It was removed if
     name; or
 (b) its directory is gone or another one, was where no mount and no link led, and the directory above is the
     same and was read, or is itself proved gone in this way; or
-(c) its instance was in an earlier report, and is not in the last one; or
+(c) its instance was in an earlier report, and is not in the last one, in which no other has its directory; or
 (d) an operator says so, which takes it out of what is remembered.
 
 Another disk of its path, in another directory or behind a link, is no proof either: both count.
@@ -27,6 +27,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from imagecache_lib.store.seen import Boundary, Identity, LastScan, SeenDirectory, SeenDisk
 from imagecache_lib.system.names import is_at_or_below
 from imagecache_lib.upkeep.facts import DanglingLink, DeviceNode, Found, LinkedFile, MountPoint, ReadDirectory
+from imagecache_lib.upkeep.owners import Owners
 
 _LINKS = (DanglingLink, LinkedFile, DeviceNode)
 
@@ -70,10 +71,19 @@ class Absence:
     :param last: what the last pass saw.
     :param found: what was read now.
     :param reported: uuids in the driver's last report, or None if there was no report.
+    :param owners: tells whose a disk is by that report: a driver may report an instance by another uuid than
+        before. With None no directory is in the report.
     """
 
-    def __init__(self, last: LastScan, found: Found, reported: Collection[str] | None) -> None:
+    def __init__(
+        self,
+        last: LastScan,
+        found: Found,
+        reported: Collection[str] | None,
+        owners: Owners | None = None,
+    ) -> None:
         self._reported = None if reported is None else frozenset(reported)
+        self._owners = owners
         self._renumbered = _renumbered(last, found)
         self._directories = found.directories
         self._facts = found.facts
@@ -111,7 +121,7 @@ class Absence:
 
     def is_proved(self, disk: SeenDisk) -> bool:
         """Whether a disk that was not seen now was removed."""
-        if self._reported is not None and disk.instance is not None and disk.instance not in self._reported:
+        if self._has_left_the_report(disk):
             return True
         if any(is_at_or_below(disk.path, top) for top in self._lost):
             return False
@@ -125,6 +135,11 @@ class Absence:
                 return True
             directory = directory.above
         return False
+
+    def _has_left_the_report(self, disk: SeenDisk) -> bool:
+        if self._reported is None or disk.instance is None or disk.instance in self._reported:
+            return False
+        return self._owners is None or not self._owners.of(disk.path)
 
     def is_replaced(self, before: SeenDisk, now: SeenDisk) -> bool:
         """Whether a disk that was seen became the one that has its path now, or was removed."""

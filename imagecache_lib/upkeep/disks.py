@@ -35,8 +35,8 @@ from imagecache_lib.upkeep.facts import (
 )
 from imagecache_lib.upkeep.follow import Follower
 from imagecache_lib.upkeep.names import Names, lasting
+from imagecache_lib.upkeep.owners import Owners
 from imagecache_lib.upkeep.roots import Roots, how_to_forget
-from imagecache_lib.upkeep.scan import plain_names
 
 #: Files of hypervisors and services that lie beside disks, and are none.
 _NO_DISK = re.compile(r".*\.log(\.\d+)?|disk\.info|disk\.config|.*\.xml|.*\.pid|.*\.fifo")
@@ -75,12 +75,7 @@ class Disks:
         self._report = report
         self._names = names
         self._follower = follower
-        self._instances: dict[str, set[str]] = {}
-        for each in report:
-            for name in plain_names(each):
-                self._instances.setdefault(name, set()).add(each.uuid)
-        self._roots = sorted({*cache.config.roots, *found.roots, *last.roots}, key=len, reverse=True)
-        self._owners_by_directory: dict[str, frozenset[str]] = {}
+        self._owners = Owners(report, {*cache.config.roots, *found.roots, *last.roots})
         # Of the others the driver says nothing that could be kept.
         tells = [each for each in report if any(each.images) or each.swap_mb or each.ephemerals]
         self._told = {each.uuid for each in tells}
@@ -94,7 +89,7 @@ class Disks:
         self._covered: list[SeenDisk] = []
         self._pending: list[SeenDisk] = []
         uuids = [each.uuid for each in report] if report or last.report else None
-        self._absence = Absence(last, found, uuids)
+        self._absence = Absence(last, found, uuids, self._owners)
         self.roots = Roots(
             found,
             last,
@@ -149,7 +144,8 @@ class Disks:
                 yield name, f"used by the disk {fact.path}"
         elif isinstance(fact, LinkedFile):
             if (linked := targets.get(fact.target)) is not None:
-                disk = SeenDisk(fact.path, (linked,), fact.directory, fact.inode, 0, self._owner(fact.path))
+                owner = self._owners.one_of(fact.path)
+                disk = SeenDisk(fact.path, (linked,), fact.directory, fact.inode, 0, owner)
                 self._disks.setdefault(fact.path, disk)
                 yield linked, f"used by the link {fact.path}"
         elif isinstance(fact, DanglingLink):
@@ -202,7 +198,7 @@ class Disks:
                 overlay.directory,
                 overlay.inode,
                 overlay.born,
-                self._owner(path),
+                self._owners.one_of(path),
             )
         return names
 
@@ -219,7 +215,7 @@ class Disks:
                 " Make them readable."
             )
             return set(before.names)
-        owners = self._owners(overlay.path)
+        owners = self._owners.of(overlay.path)
         told = bool(owners) and owners <= self._told
         if not told and self._follower.may_be_pinned(overlay.path, "qcow2"):
             # Its format is known, so that no guest wrote this; and it was never read while its chain was
@@ -257,33 +253,6 @@ class Disks:
         for disk in self._last.disks.values():
             found.setdefault(disk.inode, []).append(disk)
         return found
-
-    def _owner(self, path: str) -> str | None:
-        """Return the uuid of the one reported instance that a disk may be of, or None."""
-        owners = self._owners(path)
-        return next(iter(owners)) if len(owners) == 1 else None
-
-    def _owners(self, path: str) -> frozenset[str]:
-        """Return the uuids of the reported instances that a file or a directory may be of: each has a name
-        of a directory in which it lies, or else the name that it has itself.
-
-        Where a disk root is says nothing of that: users give instances any names.
-        """
-        if not self._instances:
-            return frozenset()
-        directory, _slash, name = path.rpartition("/")
-        owners = self._owners_by_directory.get(directory)
-        if owners is None:
-            root = next((each for each in self._roots if is_at_or_below(directory, each)), "")
-            parts = directory[len(root) :].split("/")
-            owners = frozenset(owner for part in parts for owner in self._named(part))
-            self._owners_by_directory[directory] = owners
-        return owners or frozenset(self._named(name))
-
-    def _named(self, name: str) -> Collection[str]:
-        """Return the uuids of the reported instances whose directory may have a name."""
-        plain = name.removesuffix("_resize").removesuffix("_del")
-        return self._instances.get(name) or self._instances.get(plain) or ()
 
     # -- what is not there ---------------------------------------------------------------------------
 
@@ -355,7 +324,7 @@ class Disks:
                     " Make it readable."
                 )
                 return before.names
-        owners = sorted(self._owners(fact.path))
+        owners = sorted(self._owners.of(fact.path))
         untold = [owner for owner in owners if owner not in self._told]
         if owners and not untold:
             self.problems.append(

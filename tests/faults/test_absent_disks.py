@@ -386,6 +386,18 @@ def test_an_instance_named_as_a_directory_above_others_takes_nothing_with_it(hos
     assert host.keeps([there])
 
 
+def test_an_instance_that_is_reported_by_another_uuid_takes_nothing_with_it(host: Host) -> None:
+    """Such as after a driver was changed, which reported names or capitals before."""
+    volume = host.directory / "volume"
+    volume.mkdir()
+    (host.instances / "web").symlink_to(volume)
+    host.disk(host.instances / "web" / "disk")
+    host.verify([ic.Instance("web", "here")])
+    volume.rename(host.directory / "elsewhere")
+    assert host.keeps([ic.Instance("uuid", "here", directories=("web",))])
+    assert not host.keeps([ic.Instance("uuid", "here")])
+
+
 def test_a_root_that_is_another_directory_of_the_same_filesystem_is_no_deletion(host: Host) -> None:
     root = host.directory / "root"
     root.mkdir()
