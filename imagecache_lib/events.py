@@ -242,6 +242,16 @@ class Forgotten(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class Unreferenced(Event):
+    """A pass found that the last disk which referred to a base image was removed. The base ages from now on.
+
+    :param reason: which disk, and what proves it, as a clause.
+    """
+
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Evicted(Event):
     """A base image was removed from the cache.
 
@@ -343,6 +353,7 @@ KINDS: tuple[type[Event], ...] = (
     MovedToTrash,
     Restored,
     Forgotten,
+    Unreferenced,
     Evicted,
     Recovered,
     Damaged,

@@ -57,6 +57,7 @@ _KINDS: dict[type[events.Event], str] = {
     events.Recovered: "recovered",
     events.Damaged: "damaged",
     events.Forgotten: "forgotten",
+    events.Unreferenced: "not referred to any more",
 }
 
 

@@ -136,6 +136,12 @@ class Absence:
             directory = directory.above
         return False
 
+    def proof(self, disk: SeenDisk) -> str:
+        """Return what proves that a disk was removed, as a clause."""
+        if self._has_left_the_report(disk):
+            return f"instance {disk.instance} is not in the driver's report any more"
+        return f"{disk.directory.path} was read without it, or is gone"
+
     def _has_left_the_report(self, disk: SeenDisk) -> bool:
         if self._reported is None or disk.instance is None or disk.instance in self._reported:
             return False

@@ -56,6 +56,7 @@ class Disks:
     :ivar unknown: why no base may go, as a clause, or None if everything is known.
     :ivar roots: which directories the disk roots are.
     :ivar unfinished: paths of disks in the making, or of what is left of one.
+    :ivar removed: by name of a base, a disk that referred to it and was removed, and the proof, as a clause.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Disks:
         self._disks: dict[str, SeenDisk] = {}
         self._covered: list[SeenDisk] = []
         self._pending: list[SeenDisk] = []
+        self.removed: dict[str, str] = {}
         uuids = [each.uuid for each in report] if report or last.report else None
         self._absence = Absence(last, found, uuids, self._owners)
         self.roots = Roots(
@@ -259,12 +261,16 @@ class Disks:
     def _not_proved(self) -> list[SeenDisk]:
         """Return the disks that were seen before, are not seen now, and that nothing proves to be removed."""
         read = {fact.path for fact in self._found.facts if isinstance(fact, Unreadable)}
-        missing = [
-            disk
-            for path in self._last.disks
-            if path not in self._disks and path not in read
-            if not self._absence.is_proved(disk := self._last.disks[path])
-        ]
+        missing = []
+        for path in self._last.disks:
+            if path in self._disks or path in read:
+                continue
+            disk = self._last.disks[path]
+            if self._absence.is_proved(disk):
+                why = f"the disk {path} was removed: {self._absence.proof(disk)}"
+                self.removed.update(dict.fromkeys(disk.names, why))
+            else:
+                missing.append(disk)
         missing += self._covered_by_others()
         told: dict[str, list[str]] = {}
         passed_over = {fact.path for fact in self._found.facts if isinstance(fact, PassedOver)}

@@ -40,6 +40,8 @@ class References:
     :param problems: what could not be determined, a sentence each with what to do.
     :param seen: what to remember of this reading.
     :param unfinished: paths of disks in the making, or of what is left of one.
+    :param removed: for each base to which no disk refers any more, one that did, and what proves that it was
+        removed, as a clause.
     :param notes_seen: as :class:`~imagecache_lib.upkeep.roots.Roots` has them.
     :param notes_retired: likewise.
     """
@@ -49,6 +51,7 @@ class References:
     problems: tuple[str, ...] = ()
     seen: LastScan = dataclasses.field(default_factory=LastScan)
     unfinished: tuple[str, ...] = ()
+    removed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes_seen: tuple[str, ...] = ()
     notes_retired: tuple[str, ...] = ()
 
@@ -113,6 +116,7 @@ def collect(
         tuple(dict.fromkeys(problems)),
         disks.seen(instances),
         tuple(disks.unfinished),
+        {name: why for name, why in disks.removed.items() if name in names and name not in users},
         # A disk that could not be read was not seen.
         tuple(disks.roots.notes_seen) if disks.unknown is None else (),
         tuple(disks.roots.notes_retired),

@@ -89,6 +89,8 @@ class Upkeep:
         if unsaved is not None and unsaved.errno not in _FULL:
             path = self._cache.layout.last_scan(self._hosts.id)
             overview = dataclasses.replace(overview, references=read.not_remembered(path, unsaved))
+        for name, why in read.removed.items():
+            self._observers(events.Unreferenced(name, reason=why))
         decided = overview.decide()
         self._refresh(decided.plan, now)
         outcomes = evict.evict(

@@ -76,6 +76,29 @@ class TestWhatIsTold(HistoryCase):
         self.assertEqual("forgotten", self.happened_to()[-1])
         self.assertIn(str(self.instances), self.keeper.history(ID)[-1].why)
 
+    def test_the_last_disk_that_a_base_had_is_named_and_why_it_counts_as_removed(self) -> None:
+        keeper, instance = self.manager(), ic.Instance("instance-1", "here")
+        for name in ("disk", "second"):
+            keeper.create_disk(ID, self.target(name))
+        keeper.verify_base_images([instance])
+        told = []
+        for name in ("second", "disk"):
+            os.unlink(self.target(name))
+            for _pass in range(2):
+                keeper.verify_base_images([instance])
+            told.append(self.happened_to().count("not referred to any more"))
+        self.assertEqual([0, 1], told)
+        removed = f"{self.target()} was removed: {os.path.dirname(self.target())} was read without it"
+        self.assertIn(removed, keeper.history(ID)[-1].why)
+
+    def test_a_disk_whose_instance_is_not_reported_any_more(self) -> None:
+        keeper = self.manager()
+        keeper.create_disk(ID, self.target())
+        keeper.verify_base_images([ic.Instance("instance-1", "here")])
+        os.rename(self.instances / "instance-1", self.directory / "away")
+        keeper.verify_base_images([])
+        self.assertIn("instance-1 is not in the driver's report", keeper.history(ID)[-1].why)
+
     def test_only_that_base_is_told_of(self) -> None:
         self.keeper.cache_image(ID)
         self.keeper.cache_image(OTHER_ID)
