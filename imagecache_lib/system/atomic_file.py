@@ -182,7 +182,9 @@ class UnfinishedFile:
             return False
 
     def close(self) -> None:
-        """Remove the temporary name, and close the file."""
+        """Remove the temporary name, and close the file. A forked child leaves both to its parent."""
+        if self.fd < 0:
+            return
         # What cannot be removed now is swept later; an error that led here matters more.
         try:
             os.unlink(self.path)

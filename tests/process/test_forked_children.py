@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import imagecache_lib as ic
 from imagecache_lib.system.trace import TracePoint
-from tests.support.cache_case import ID, OTHER_ID, CacheCase, Stop
+from tests.support.cache_case import ID, OTHER_ID, CacheCase, Stop, content_of, raw_image
 
 _LIMIT = 30
 
@@ -72,3 +72,20 @@ class TestForkedChildren(CacheCase):
                 self.manager().evict_image(ID)
         self.manager().evict_image(ID)
         self.assertFalse(self.base().exists())
+
+    def test_in_the_middle_of_making_a_disk_which_the_child_leaves(self) -> None:
+        """As a program that a third party's backend forks, and that cannot be executed, may do."""
+        manager, parent = self.manager(), os.getpid()
+
+        def fork() -> None:
+            if (child := os.fork()) == 0:
+                raise SystemExit
+            os.waitpid(child, 0)
+
+        self.points.at(TracePoint.DISK_MADE, fork)
+        try:
+            manager.create_disk(ID, self.target())
+        finally:
+            if os.getpid() != parent:
+                os._exit(0)
+        self.assertEqual(raw_image(1), content_of(self.target(), "qcow2"))
