@@ -44,6 +44,11 @@ _SLICE = 0.5
 #: So many addresses of one name are tried, each for the timeout of a connection.
 MOST_ADDRESSES = 16
 
+#: Chunks of chunked data may be many more than this only if they have so many bytes on average: each takes
+#: its time, whatever is in it. Servers send KiB in each.
+MANY_CHUNKS = 10_000
+LEAST_PER_CHUNK = 256
+
 #: A line before a chunk: its size, and extensions that nothing here knows.
 _CHUNK_SIZE = re.compile(rb"[ \t]*([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\n]*)?\r?\n")
 _LONGEST_LINE = 2**16
@@ -70,7 +75,7 @@ class TooSlow(TimeoutError):
 
 
 class TooMuch(http.client.HTTPException):
-    """What is no data has more than :data:`MOST` bytes."""
+    """What is no data has more than :data:`MOST` bytes, or it is most of what comes."""
 
 
 _caller: contextvars.ContextVar[Caller | None] = contextvars.ContextVar("imagecache_caller", default=None)
@@ -173,6 +178,7 @@ class _Answer(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
         self._arriving = _Arriving(sock, self.fp)
+        self._chunks = self._in_chunks = 0
         self.fp = io.BufferedReader(self._arriving)
 
     @property
@@ -201,7 +207,12 @@ class _Answer(http.client.HTTPResponse):
         if found is None:
             self._close_conn()  # type: ignore[attr-defined]  # as where int() refuses it
             raise ValueError(line[:20])
-        return int(found[1], 16)
+        size = int(found[1], 16)
+        self._chunks += 1
+        self._in_chunks += size
+        if self._chunks > max(MANY_CHUNKS, self._in_chunks // LEAST_PER_CHUNK):
+            raise TooMuch(f"{self._chunks} chunks have {self._in_chunks} bytes")
+        return size
 
     def read1(self, n: int = -1) -> bytes:
         self._arriving.start()

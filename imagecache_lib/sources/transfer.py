@@ -27,7 +27,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol
 
 from imagecache_lib import dates, errors, model
-from imagecache_lib.sources import answers, checked, connection
+from imagecache_lib.sources import answers, checked, connection, small_chunks
 from imagecache_lib.sources.interface import CannotResume, ImageSource
 from imagecache_lib.sources.locations import Locations
 from imagecache_lib.sources.retry import SourceBudget
@@ -251,7 +251,7 @@ class Transfer:
             elif stream.image is not self.image:
                 self._take_correction(stream.image)
             self.sure_size = None if stream.hinted else self.image.size
-            for chunk in timely(stream, self._min_rate, self._host):
+            for chunk in small_chunks.joined(timely(stream, self._min_rate, self._host)):
                 self._budget.check()
                 if not chunk:
                     continue

@@ -24,7 +24,7 @@ from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.sources.retry import SourceBudget
 from imagecache_lib.system.host import System
 from imagecache_lib.testing import http_faults as faults
-from imagecache_lib.testing.bad_server import Answer, BadServer, Fault, SilentServer
+from imagecache_lib.testing.bad_server import Answer, BadServer, Fault, Seen, SilentServer
 from tests.support import servers
 
 DATA = random.Random(12).randbytes(300_000)
@@ -180,6 +180,14 @@ class HostileServers:
         self.server.fail(self.path, faults.chunk_size_told("ffffffffffff"))
         with contextlib.suppress(errors.ImageCacheError):  # or the next answer, which is right, was taken
             self.assertEqual(DATA, self.fetch(self.source()))  # type: ignore[attr-defined]
+
+    def test_chunks_of_a_byte_each_are_given_up(self) -> None:
+        def spoil(seen: Seen, answer: Answer) -> Answer:
+            framed = b"".join(b"1\r\n%c\r\n" % byte for byte in DATA[:20_000])
+            rest = b"%x\r\n%s\r\n0\r\n\r\n" % (len(DATA) - 20_000, DATA[20_000:])
+            return Answer(headers={"Transfer-Encoding": "chunked"}, body=framed + rest, length=-1)
+
+        self.given_up(spoil, "too much")
 
     def test_a_length_that_is_none_is_given_up(self) -> None:
         for length in ("abc", "-5", "1, 2"):

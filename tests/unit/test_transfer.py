@@ -58,6 +58,41 @@ class TransferCase(unittest.TestCase):
         return transfer.Transfer(source, source.describe(ID), **arguments)  # type: ignore[arg-type]
 
 
+class TestSmallChunks(TransferCase):
+    """What becomes of a chunk costs the same whatever is in it, so that one of each byte would cost hours."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.source = FakeSource({ID: DATA[:20_000]}, chunk_size=1)
+
+    def test_are_joined(self) -> None:
+        chunks = list(self.transfer().chunks())
+        self.assertEqual(DATA[:20_000], b"".join(chunks))
+        self.assertLess(len(chunks), 10)
+
+    def test_none_that_came_is_lost_where_the_source_breaks(self) -> None:
+        self.source.break_at(5_000, 10_001)
+        self.assertEqual(DATA[:20_000], b"".join(self.transfer().chunks()))
+        self.assertEqual([0, 5_000, 10_001], self.source.offsets)
+
+    def test_a_caller_who_gives_up_does_not_wait_for_more_of_them(self) -> None:
+        gone = threading.Event()
+
+        class Slow(FakeSource):
+            @contextlib.contextmanager
+            def open(self, image: model.Image, offset: int = 0) -> Iterator[Iterator[bytes]]:
+                yield self.chunks()
+
+            def chunks(self) -> Iterator[bytes]:
+                yield b"a"
+                gone.set()
+                yield b"b"
+                raise AssertionError("nobody waits for this")
+
+        with self.assertRaises(errors.CancelledError):
+            fetch(self.transfer(Slow({ID: DATA}), cancel=gone))
+
+
 class TestResume(TransferCase):
     def test_goes_on_where_it_broke(self) -> None:
         self.source.break_at(300_000, 700_000)
