@@ -53,6 +53,8 @@ _SLICE = 2**16
 #: Zstandard has no bound for what one call produces. A block of it takes at least 4 bytes and makes at most
 #: 128 KiB, so that this much makes no more than 32 MiB.
 _ZSTD_SLICE = 1024
+#: What such slices make is joined, since each piece takes its time, whatever is in it.
+_ZSTD_JOINED = 2**16
 
 #: How a compressed stream begins, by its name in :data:`model.COMPRESSIONS`.
 MAGIC = {
@@ -175,12 +177,18 @@ class _Zstd:
         self.ended = False
 
     def feed(self, data: bytes) -> Iterator[bytes]:
+        held = b""
         for start in range(0, len(data), _ZSTD_SLICE):
-            made = self._decoder.decompress(data[start : start + _ZSTD_SLICE])
+            made = held + self._decoder.decompress(data[start : start + _ZSTD_SLICE])
+            self.ended = self._decoder.eof
+            last = self.ended or start + _ZSTD_SLICE >= len(data)
+            if len(made) < _ZSTD_JOINED and not last:
+                held = made
+                continue
+            held = b""
             for first in range(0, len(made), PIECE):
                 yield made[first : first + PIECE]
-            if self._decoder.eof:
-                self.ended = True
+            if self.ended:
                 self.unused = self._decoder.unused_data + data[start + _ZSTD_SLICE :]
                 return
 

@@ -101,6 +101,14 @@ class TestGoodData(UnpackingCase):
             small = pack(b"x")
             self.assertEqual(b"x", self.unpack(small, name, step=1))
 
+    def test_is_not_handed_on_in_pieces_of_which_each_costs_more_than_its_bytes(self) -> None:
+        data = random.Random(3).randbytes(2**17)  # packs not at all
+        for name, pack in PACK.items():
+            found = Collected()
+            self.unpacking(name, found).feed(pack(data))
+            with self.subTest(name=name):
+                self.assertLess(len([piece for piece in found.pieces if piece]), 20)
+
     def test_the_first_bytes_tell_how_it_is_packed(self) -> None:
         for name, pack in PACK.items():
             found = Collected()
