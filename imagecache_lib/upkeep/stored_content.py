@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from imagecache_lib import dates, model
 from imagecache_lib.store import checksums
@@ -26,6 +28,8 @@ _PIECE = 2**20
 
 #: What O_DIRECT wants lengths to be a multiple of, on any device that ext4 and xfs run on.
 _ALIGNMENT = 4096
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,25 +99,17 @@ class StoredContent:
 
     def _pieces(self) -> Iterator[tuple[int, memoryview]]:
         """Yield everything that is no hole, by offset. The data is valid until the next piece."""
-        for start, end in sparse.data_extents(self._cached):
+        for start, end in _twice(lambda: list(sparse.data_extents(self._cached))):
             offset = start
             while offset < end:
-                count = self._read(offset, min(_PIECE, end - offset))
+                length = min(_PIECE, end - offset)
+                count = _twice(functools.partial(self._read, offset, length))
                 self.read += count
                 self._limit.took(count)
                 yield offset, memoryview(self._buffer)[:count]
                 offset += count
 
     def _read(self, offset: int, length: int) -> int:
-        try:
-            return self._read_once(offset, length)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-        # One failed read may be the cable's or the path's; a second one is the disk's.
-        return self._read_once(offset, length)
-
-    def _read_once(self, offset: int, length: int) -> int:
         if self._direct >= 0:
             whole = -(-length // _ALIGNMENT) * _ALIGNMENT
             try:
@@ -131,6 +127,20 @@ class StoredContent:
             count = os.preadv(self._cached, [room], offset)
         os.posix_fadvise(self._cached, offset, length, os.POSIX_FADV_DONTNEED)
         return _some(count)
+
+
+def _twice(read: Callable[[], _T]) -> _T:
+    """Return what a call reads from the disk.
+
+    :raises OSError: the call failed, with EIO twice. One such failure may be the cable's or the path's; a
+        second one is the disk's.
+    """
+    try:
+        return read()
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+    return read()
 
 
 def _some(count: int) -> int:

@@ -33,9 +33,14 @@ def manager(instances: pathlib.Path, **options: object) -> ic.ImageCacheManager:
     return ic.ImageCacheManager(config, FakeSource({ID: CONTENT}), observers=())
 
 
-def scrubbed(instances: pathlib.Path, fault: str = "") -> tuple[str, str, str | None]:
-    """Scrub in a process of which some reads fail. Only a scrub's reads are preadv(2) calls."""
-    words = [sys.executable, "-c", SCRUB, str(instances)]
+def scrubbed(
+    instances: pathlib.Path, fault: str = "", *, calls: str = "preadv,preadv2"
+) -> tuple[str, str, str | None]:
+    """Scrub in a process of which some calls that read the base fail.
+
+    :param calls: the system calls that do.
+    """
+    words: list[str | pathlib.Path] = [sys.executable, "-c", SCRUB, instances]
     if fault:
         words = [
             needs.program("strace"),
@@ -43,8 +48,10 @@ def scrubbed(instances: pathlib.Path, fault: str = "") -> tuple[str, str, str | 
             "-qq",
             "-o",
             os.devnull,
+            "-P",
+            instances / "_base" / layout.base_name(ID),
             "-e",
-            f"inject=preadv,preadv2:{fault}",
+            f"inject={calls}:{fault}",
             *words,
         ]
     said = subprocess.run(words, check=True, capture_output=True, text=True, timeout=120).stdout
@@ -65,8 +72,10 @@ def is_marked(instances: pathlib.Path) -> bool:
     return bool(json.loads(record.read_bytes())["damaged"])
 
 
-def test_a_read_that_fails_once_condemns_nothing(instances: pathlib.Path) -> None:
-    assert scrubbed(instances, "error=EIO:when=1") == ("sound", "its checksums match", None)
+@pytest.mark.parametrize("calls", ["preadv,preadv2", "lseek"])
+def test_a_read_that_fails_once_condemns_nothing(instances: pathlib.Path, calls: str) -> None:
+    """The data, or the kernel's list of where there are any."""
+    assert scrubbed(instances, "error=EIO:when=1", calls=calls) == ("sound", "its checksums match", None)
     assert not is_marked(instances)
 
 
