@@ -28,6 +28,7 @@ from imagecache_lib.store import disk_roots, pins
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.store.spool import Spools
 from imagecache_lib.system import arguments, atomic_file
+from imagecache_lib.system.maker import Maker
 from imagecache_lib.upkeep.report import VerifyReport
 
 LOG = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ class ImageCacheManager(DiskAdmin):
         call = self._call(image_id, request)
         if Feature.CLONE in self.backend.features:
             return model.CacheReport(model.CacheResult.NOT_NEEDED)
-        pin, earlier = pins.Pin(_PRECACHE, pin_until), None
+        pin, earlier, maker = pins.Pin(_PRECACHE, pin_until), None, Maker()
         if pin_until is not None:
             # The pin comes first: between a look and a pin the base could go.
             earlier = pins.add(self._cache, call.name, image_id, pin)
@@ -240,7 +241,7 @@ class ImageCacheManager(DiskAdmin):
                 made = lease.production
                 return model.CacheReport(model.CacheResult.CACHED, made.received, made.allocated)
         except BaseException:
-            if pin_until is not None:
+            if pin_until is not None and maker.is_here:
                 pins.take_back(self._cache, call.name, image_id, pin, earlier)
             raise
 

@@ -31,6 +31,7 @@ from oslo_concurrency import processutils
 
 from imagecache_lib import dates, errors
 from imagecache_lib.system import arguments, threads
+from imagecache_lib.system.maker import Maker
 from imagecache_lib.system.translate import no_space
 from imagecache_lib.system.waiter import Waiter
 
@@ -218,6 +219,7 @@ class _Watch:
     """
 
     def __init__(self, waiter: Waiter, limits: Limits, subject: str) -> None:
+        self._maker = Maker()
         self._waiter = waiter
         self._limits = limits
         self._subject = subject
@@ -256,7 +258,7 @@ class _Watch:
                 return
 
     def _kill(self) -> None:
-        for process in self._processes:
+        for process in self._processes if self._maker.is_here else ():
             if process.returncode is None:  # else the number may be another process's by now
                 _kill(process)
 

@@ -9,6 +9,7 @@ from typing import Generic, Protocol, TypeVar
 
 from imagecache_lib import errors
 from imagecache_lib.system import threads
+from imagecache_lib.system.maker import Maker
 from imagecache_lib.system.waiter import Waiter
 
 #: How many chunks may wait. The transfer waits for the consumer beyond that.
@@ -41,6 +42,7 @@ class Aside:
     """
 
     def __init__(self, updated: Updated, name: str, waiter: Waiter) -> None:
+        self._maker = Maker()
         self._updated = updated
         self._waiter = waiter
         self._name = name
@@ -76,8 +78,8 @@ class Aside:
 
     def close(self) -> None:
         """End the thread, whatever is left to consume."""
-        if self._over:
-            return
+        if self._over or not self._maker.is_here:
+            return  # a forked child has no such thread
         self._over = self._abandoned = True
         self._chunks.put(None)
         try:

@@ -20,6 +20,7 @@ from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import layout
 from imagecache_lib.system import atomic_file, durable, locks
 from imagecache_lib.system.host import System
+from imagecache_lib.system.maker import Maker
 from imagecache_lib.system.translate import translated
 
 LOG = logging.getLogger(__name__)
@@ -157,7 +158,7 @@ class DiskInfo:
         :raises Damaged: other disks' formats would be lost.
         :raises NoSpaceError, BackendError: the file cannot be written.
         """
-        path = _beside(disk)
+        path, maker = _beside(disk), Maker()
         with self._locked(path):
             before = _read(path)
             if before.get(disk) != format:
@@ -167,7 +168,7 @@ class DiskInfo:
             try:
                 yield
             except BaseException:
-                if before.get(disk) != format:
+                if before.get(disk) != format and maker.is_here:
                     _put_back(path, disk, before.get(disk))
                 raise
             try:

@@ -18,6 +18,7 @@ from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable
 from imagecache_lib.system.descriptor import Descriptor
+from imagecache_lib.system.maker import Maker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Awaited:
     """The fetches of one base that one request has waited for."""
 
     def __init__(self) -> None:
+        self._maker = Maker()
         self._mark: str | None = None
         self._known: str | None = None
         self._ended: set[str] = set()
@@ -91,8 +93,8 @@ class Awaited:
             Descriptor(self._mark, os.O_WRONLY | os.O_CREAT, 0o600).close()
 
     def end(self, cache: CacheStore, name: str) -> None:
-        """Note that the request waits no longer."""
-        if self._mark is None:
+        """Note that the request waits no longer. A forked child notes nothing: its parent still waits."""
+        if self._mark is None or not self._maker.is_here:
             return
         with contextlib.suppress(OSError):
             os.unlink(self._mark)

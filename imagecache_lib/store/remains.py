@@ -17,6 +17,7 @@ from imagecache_lib.store import stage as stages
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.stage import StageInfo
 from imagecache_lib.system import durable, locks
+from imagecache_lib.system.maker import Maker
 
 _CHUNK = 2**20
 
@@ -30,6 +31,7 @@ class Remains:
 
     def __init__(self, cache: CacheStore, stage_id: str, owner: locks.OwnerLock) -> None:
         self._cache = cache
+        self._maker = Maker()
         self.id = stage_id
         self.owner = owner
         self.length = os.fstat(owner.fd).st_size
@@ -48,7 +50,9 @@ class Remains:
             yield data
 
     def remove(self) -> None:
-        """Remove the file."""
+        """Remove the file. A forked child leaves it to its parent."""
+        if not self._maker.is_here:
+            return
         where = self._cache.layout
         for path in (*where.beside_stage(self.id), where.stage(self.id)):
             with contextlib.suppress(OSError):

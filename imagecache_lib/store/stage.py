@@ -22,6 +22,7 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.pieces import Pieces
 from imagecache_lib.system import durable, locks, sparse
 from imagecache_lib.system.descriptor import Descriptor
+from imagecache_lib.system.maker import Maker
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import Waiter
@@ -136,6 +137,7 @@ class Stage:
         taken: tuple[str, locks.OwnerLock] | None = None,
     ) -> None:
         self._cache = cache
+        self._maker = Maker()
         self.name = name
         self._origin = origin
         self._source = ""
@@ -254,7 +256,12 @@ class Stage:
             return False
 
     def discard(self) -> None:
-        """Remove what is left of it. Harmless after it was published: the base is another name."""
+        """Remove what is left of it. Harmless after it was published: the base is another name.
+
+        A forked child leaves it to its parent.
+        """
+        if not self._maker.is_here:
+            return
         where = self._cache.layout
         for path in (*where.beside_stage(self.id), self.path):
             # What cannot be removed now is swept later; the error that led here matters more.

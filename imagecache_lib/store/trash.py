@@ -28,6 +28,7 @@ from imagecache_lib.store import evidence, layout, stage
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable
 from imagecache_lib.system.descriptor import Descriptor
+from imagecache_lib.system.maker import Maker
 from imagecache_lib.system.trace import TracePoint
 
 LOG = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def move_in(cache: CacheStore, name: str, *, mark: str = "") -> TrashEntry | Non
     """
     trash_id = (mark + durable.new_id())[:_ID_LENGTH]
     entry = TrashEntry(name, cache.layout.trashed(name, trash_id))
+    maker = Maker()
     _write_intent(cache, entry)
     cache.host.trace(TracePoint.EVICT_ANNOUNCED)
     try:
@@ -85,7 +87,8 @@ def move_in(cache: CacheStore, name: str, *, mark: str = "") -> TrashEntry | Non
     except FileNotFoundError:
         pass
     except BaseException:
-        _drop_intent(entry)
+        if maker.is_here:
+            _drop_intent(entry)
         raise
     _drop_intent(entry)
     return None

@@ -11,6 +11,7 @@ import stat
 
 from imagecache_lib.system import names, sparse
 from imagecache_lib.system.descriptor import Descriptor
+from imagecache_lib.system.maker import Maker
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -68,6 +69,7 @@ class Draft:
     def __init__(self, path: str, data: bytes, *, mode: int = 0o600) -> None:
         # The form of all names of files in the making, by which upkeep finds what a crash left.
         directory, name = os.path.split(path)
+        self._maker = Maker()
         self._path = path
         self.id = new_id()
         self._temporary = os.path.join(directory, f".{name}.{self.id}.new")
@@ -105,9 +107,9 @@ class Draft:
         self._temporary = ""
 
     def close(self) -> None:
-        """Remove it, unless it was placed."""
+        """Remove it, unless it was placed. A forked child leaves it to its parent."""
         self._descriptor.close()
-        if self._temporary:
+        if self._temporary and self._maker.is_here:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._temporary)
 

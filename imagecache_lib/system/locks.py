@@ -30,6 +30,7 @@ import fasteners
 from imagecache_lib import errors
 from imagecache_lib.system import durable
 from imagecache_lib.system.host import System
+from imagecache_lib.system.maker import Maker
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import odd_entry
 from imagecache_lib.system.waiter import Waiter
@@ -56,8 +57,10 @@ def set_lock(fd: int, kind: int, start: int = 0, length: int = 0) -> None:
 
     :param length: in bytes; 0 means to the end of the file, however it grows.
     :raises BlockingIOError: another open file description holds a conflicting lock.
-    :raises OSError: the filesystem cannot lock.
+    :raises OSError: the filesystem cannot lock, or the file is closed, as it is in a forked child.
     """
+    if fd < 0:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
     except PermissionError as error:
@@ -393,10 +396,10 @@ def lease(fd: int, host: System) -> Callable[[], None]:
 
     On a filesystem without locks nothing shows the lease; the look at the base's name at its end has to do.
     """
-    process = os.getpid()
+    maker = Maker()
 
     def end() -> None:
-        if os.getpid() == process:
+        if maker.is_here:
             with contextlib.suppress(OSError):
                 set_lock(fd, fcntl.F_UNLCK, *_LEASE_BYTE)
 
@@ -448,7 +451,7 @@ class OwnerLock:
 
     def close(self) -> None:
         """Drop the lock, also where a child that was forked as the file was opened has it, and close it."""
-        with contextlib.suppress(OSError, ValueError):  # it is closed already, as in a forked child
+        with contextlib.suppress(OSError):  # it is closed already, as in a forked child
             set_lock(self.fd, fcntl.F_UNLCK, *_OWNER_BYTE)
         self._held.close()
 

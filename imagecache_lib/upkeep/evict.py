@@ -20,6 +20,7 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.hosts import HostRef, Hosts
 from imagecache_lib.store.membership import HostFile
 from imagecache_lib.system import locks
+from imagecache_lib.system.maker import Maker
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.upkeep import members, policy
 from imagecache_lib.upkeep.outcomes import Evicted, Kept
@@ -112,6 +113,7 @@ def evict(
     outcomes = []
     reasons = {}
     moved: list[trash.TrashEntry] = []
+    maker = Maker()
     lock = cache.layout.lock(_LOCK.format(mark=hosts.mark))
     with locks.waiting(lock, shared=True, host=cache.host, stall_timeout=_PATIENCE, needed=False):
         try:
@@ -127,7 +129,7 @@ def evict(
             found = [each for each in trash.find(cache) if only is None or each.name in only]
             return outcomes + _empty(found, reader, cache, hosts, observers, reasons, remove=remove)
         except BaseException:
-            for entry in moved:
+            for entry in moved if maker.is_here else ():
                 # A guest whose base lies in the trash cannot start. What cannot be put back now is, by the
                 # next start or pass.
                 with contextlib.suppress(OSError):

@@ -22,6 +22,7 @@ from imagecache_lib import errors, events, model
 from imagecache_lib.store import checksums, evidence
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.system import durable, locks, threads
+from imagecache_lib.system.maker import Maker
 from imagecache_lib.system.priority import be_modest
 from imagecache_lib.system.rate import Pace
 from imagecache_lib.system.translate import translated
@@ -121,6 +122,7 @@ class _Reader:
     """
 
     def __init__(self, cache: CacheStore, limit: Pace, leaving: threading.Event) -> None:
+        self._maker = Maker()
         self._cache = cache
         self._limit = limit
         self._leaving = leaving
@@ -142,9 +144,10 @@ class _Reader:
                 pass
             return checking.result()
         except BaseException:
-            # It reads from the base, which is closed next.
-            self._leaving.set()
-            concurrent.futures.wait([checking])
+            # It reads from the base, which is closed next. A forked child has no such thread.
+            if self._maker.is_here:
+                self._leaving.set()
+                concurrent.futures.wait([checking])
             raise
 
     def __exit__(self, *_error: object) -> None:

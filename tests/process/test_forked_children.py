@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 import imagecache_lib as ic
@@ -73,19 +75,48 @@ class TestForkedChildren(CacheCase):
         self.manager().evict_image(ID)
         self.assertFalse(self.base().exists())
 
-    def test_in_the_middle_of_making_a_disk_which_the_child_leaves(self) -> None:
-        """As a program that a third party's backend forks, and that cannot be executed, may do."""
-        manager, parent = self.manager(), os.getpid()
+    def leave_in_child(self, point: TracePoint, call: Callable[[], object]) -> None:
+        """Make a call, in the middle of which a child is forked that leaves it by an exception.
+
+        As a program that a third party's backend or observer forks, and that cannot be executed, may do.
+        """
+        parent = os.getpid()
 
         def fork() -> None:
             if (child := os.fork()) == 0:
+                signal.alarm(_LIMIT)
                 raise SystemExit
-            os.waitpid(child, 0)
+            self.assertEqual(0, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
-        self.points.at(TracePoint.DISK_MADE, fork)
+        self.points.at(point, fork)
         try:
-            manager.create_disk(ID, self.target())
+            call()
         finally:
             if os.getpid() != parent:
                 os._exit(0)
+        self.assertIn(point, self.points.seen)
+
+    def test_in_the_middle_of_making_a_disk_which_the_child_leaves(self) -> None:
+        manager = self.manager()
+        self.leave_in_child(TracePoint.DISK_MADE, lambda: manager.create_disk(ID, self.target()))
         self.assertEqual(raw_image(1), content_of(self.target(), "qcow2"))
+
+    def test_in_the_middle_of_a_fetch_which_the_child_leaves(self) -> None:
+        """It removes nothing of what came, nor the pin, and waits for no thread of its parent's."""
+        manager = self.manager()
+        began = time.monotonic()
+        self.leave_in_child(
+            TracePoint.TRANSFER_CHUNK, lambda: manager.cache_image(ID, pin_until=time.time() + 1000)
+        )
+        self.assertLess(time.monotonic() - began, 4)
+        self.assertEqual([0], self.source.offsets)
+        self.assertEqual(1, len(manager.list_pins()))
+
+    def test_in_the_middle_of_an_eviction_which_the_child_leaves(self) -> None:
+        """It puts nothing back."""
+        for point in (TracePoint.EVICT_RENAME, TracePoint.EVICT_READ):
+            with self.subTest(point):
+                manager = self.manager()
+                manager.cache_image(ID)
+                self.leave_in_child(point, functools.partial(manager.evict_image, ID))
+                self.assertFalse(self.base().exists())
