@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from imagecache_lib import errors, model
 from imagecache_lib.sources import interface, tables
 from imagecache_lib.sources.interface import CannotResume, ImageSource, NotPermitted
-from imagecache_lib.system import sparse
+from imagecache_lib.system import arguments, sparse
 
 _CHUNK = 2**20
 
@@ -43,10 +43,11 @@ class FileSource(ImageSource):
     """Images from files. An id is looked up in the table; it never is a path itself.
 
     :param images: by image id.
-    :raises ConfigError: a compression is unknown.
+    :raises ConfigError: there is no such mapping, or a compression is unknown.
     """
 
     def __init__(self, images: Mapping[str, FileImage]) -> None:
+        arguments.require_table("images", images, FileImage)
         for image in images.values():
             interface.check_compression(image.compression)
         self._images = dict(images)

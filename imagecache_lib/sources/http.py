@@ -16,6 +16,7 @@ from imagecache_lib.sources import answers, body, exchange, interface, tables
 from imagecache_lib.sources.body import Body
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.sources.unanswered import Silent, Unreachable
+from imagecache_lib.system import arguments
 
 LOG = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ class HttpSource(ImageSource):
     :param timeout: seconds for the connection, and for each read.
     :param verify: as in requests: True, or the path of a file with CA certificates. False turns
         verification off.
-    :raises ConfigError: a URL is not absolute http or https, or a compression is unknown.
+    :raises ConfigError: there is no such mapping, a URL is not absolute http or https, or a compression is
+        unknown.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class HttpSource(ImageSource):
         timeout: exchange.Timeout = (5.0, 60.0),
         verify: bool | str = True,
     ) -> None:
+        arguments.require_table("images", images, HttpImage)
         for image in images.values():
             exchange.check_url(image.url)
             interface.check_compression(image.compression)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from imagecache_lib import errors, model
 
@@ -75,6 +75,21 @@ def require_several(name: str, values: object) -> None:
     """
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise _wrong(name, values, "a tuple, a list or a set")
+
+
+def require_table(name: str, table: object, kind: type) -> None:
+    """Refuse what is no mapping whose values are all of a class. No value is shown: a URL may hold a secret.
+
+    :raises ConfigError: it is none.
+    """
+    wrong = [table]
+    if isinstance(table, Mapping):
+        wrong = [value for value in table.values() if not isinstance(value, kind)]
+    if wrong:
+        raise errors.ConfigError(
+            f"{name} is or has a {type(wrong[0]).__name__}, and must be a mapping of {kind.__name__} by id",
+            next_step=_CORRECT,
+        )
 
 
 def in_utf8(text: str) -> str:

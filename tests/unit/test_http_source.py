@@ -14,12 +14,13 @@ import ssl
 import tempfile
 import threading
 import unittest
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import requests
 
 from imagecache_lib import errors, model
 from imagecache_lib.sources import transfer
+from imagecache_lib.sources.file import FileImage, FileSource
 from imagecache_lib.sources.http import HttpImage, HttpSource
 from imagecache_lib.sources.interface import (
     CannotResume,
@@ -288,6 +289,23 @@ class TestDescribe(HttpCase):
         ):
             with self.subTest(url=url), self.assertRaises(errors.ConfigError):
                 HttpSource({"x": HttpImage(url)})
+
+    def test_a_table_that_is_none_is_refused(self) -> None:
+        url = f"http://user:{SECRET}@host/"
+        tables: tuple[Any, ...] = (
+            None,
+            [url],
+            url,
+            {"x": url},
+            {"x": {"url": url}},
+            HttpImage(url),
+            FileImage(url),
+        )
+        for table in tables:
+            for source in (HttpSource, FileSource):
+                with self.subTest(table=table), self.assertRaises(errors.ConfigError) as caught:
+                    source(table)
+                self.assertNotIn(SECRET, str(caught.exception))
 
     def test_secrets_in_a_url_are_not_shown(self) -> None:
         url = self.server.url.replace("//", f"//user:{SECRET}@") + f"/x?signature={SECRET}#{SECRET}"
