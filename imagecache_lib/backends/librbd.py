@@ -20,6 +20,7 @@ from typing import Any
 from imagecache_lib import errors
 from imagecache_lib.backends.ceph import Busy, Denied, Missing, RbdImage, RbdName, Unprotected
 from imagecache_lib.system import threads
+from imagecache_lib.system.maker import Maker
 from imagecache_lib.system.waiter import Waiter
 
 #: Bytes that are read at once: rbd's own default object size.
@@ -38,19 +39,16 @@ class _Connection:
     librados ends none by itself: one that is dropped keeps a dozen threads, and its sockets, for as long as
     the process lives, and the process then exits below them.
 
+    :ivar maker: the process whose own it is.
     :ivar end: ends it at once.
     """
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        # By process: a forked child has none of librados' threads, and needs a connection of its own.
-        self._process = os.getpid()
+        # A forked child has none of librados' threads, and needs a connection of its own.
+        self.maker = Maker()
         self._uses: set[object] = set()
-        self.end = weakref.finalize(self, _shut_down, client, self._process, self._uses)
-
-    def is_here(self) -> bool:
-        """Whether it is this process's own."""
-        return self._process == os.getpid()
+        self.end = weakref.finalize(self, _shut_down, client, self.maker, self._uses)
 
     @contextlib.contextmanager
     def used(self) -> Iterator[Any]:
@@ -63,10 +61,10 @@ class _Connection:
             self._uses.discard(use)
 
 
-def _shut_down(client: Any, process: int, uses: Collection[object]) -> None:
+def _shut_down(client: Any, maker: Maker, uses: Collection[object]) -> None:
     # In a child that is forked it would wait for threads that are not there. And as the process exits, a
     # thread that nobody waits for may be in the middle of an operation.
-    if process == os.getpid() and not uses:
+    if maker.is_here and not uses:
         client.shutdown()
 
 
@@ -216,7 +214,7 @@ class LibrbdCluster:
     def _cluster(self) -> _Connection:
         with self._connecting:
             connected = self._connected
-            if connected is None or not connected.is_here():
+            if connected is None or not connected.maker.is_here:
                 with self._translated("the cluster"):
                     self._connected = connected = self._connect()
             return connected
