@@ -29,6 +29,7 @@ from imagecache_lib.sources.interface import (
     SourceMisconfigured,
     SourceRefused,
     Unauthorized,
+    flag,
     require_options,
 )
 
@@ -55,6 +56,8 @@ class GlanceSource(ImageSource):
     :param verify: False turns the verification of TLS certificates off. Not for sessions.
     :param cafile: file with the CA certificates to trust. Not for sessions.
     :param timeout: seconds for the connection, and for each read.
+    :param computes_digests: True if Glance has computed the digests of all its images itself, so that no user
+        can have stated one: see :meth:`vouches_for_digest`. Glance does not tell this.
     :raises ConfigError: there is neither endpoint nor session, there are two of token, session and adapter,
         or an endpoint is not an absolute http or https URL.
     """
@@ -73,6 +76,7 @@ class GlanceSource(ImageSource):
         verify: bool = True,
         cafile: str | None = None,
         timeout: exchange.Timeout = (5.0, 60.0),
+        computes_digests: bool = False,
     ) -> None:
         given = [endpoints] if isinstance(endpoints, str) else list(endpoints)
         if adapter is None and hasattr(session, "endpoint_override"):
@@ -88,6 +92,7 @@ class GlanceSource(ImageSource):
         self._endpoints = [_root(endpoint) for endpoint in given]
         self._suspects = Suspects(self._endpoints)
         self._token = token
+        self._computes_digests = computes_digests
         self._session = adapter or session
         self._catalog_entry: dict[str, Any] = {}
         if adapter is None:
@@ -109,10 +114,18 @@ class GlanceSource(ImageSource):
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> ImageSource:
-        """Make one from ``endpoints``, URLs with commas between them, ``token`` and ``cafile``."""
-        require_options("glance", options, "endpoints", "token", "cafile", needed="endpoints")
+        """Make one from ``endpoints``, URLs with commas between them, ``token``, ``cafile`` and
+        ``computes_digests`` (``yes`` or ``no``).
+        """
+        known = ("endpoints", "token", "cafile", "computes_digests")
+        require_options("glance", options, *known, needed="endpoints")
         endpoints = [endpoint.strip() for endpoint in options["endpoints"].split(",")]
-        return cls(endpoints, token=options.get("token"), cafile=options.get("cafile"))
+        return cls(
+            endpoints,
+            token=options.get("token"),
+            cafile=options.get("cafile"),
+            computes_digests=flag("glance", options, "computes_digests"),
+        )
 
     def __repr__(self) -> str:
         where = ", ".join(exchange.shown(endpoint) for endpoint in self._endpoints) or "catalog"
@@ -180,11 +193,15 @@ class GlanceSource(ImageSource):
         return self._in_turn(image.id, ask, last=last)
 
     def vouches_for_digest(self, image: model.Image) -> bool:
-        """Whether Glance computed the digest, as it does of what is uploaded.
+        """Whether Glance computed the digest itself, by ``computes_digests`` and by the image's locations.
 
-        For data that lies on a web server, the user who registers the address may state one.
+        It computes those of what is uploaded or imported. A user who registers a location (by PATCH where
+        ``show_multiple_locations`` is set, by POST to ``/locations`` for a web store where ``do_secure_hash``
+        is not) states the digest, and may state that of an image which this user may not read. The metadata
+        of the image show neither these options nor, mostly, the locations.
         """
-        return not any(each.startswith(("http://", "https://")) for each in image.locations)
+        on_the_web = any(each.startswith(("http://", "https://")) for each in image.locations)
+        return self._computes_digests and not on_the_web
 
     def copy_to_store(self, image: model.Image, store: str) -> None:
         # The interoperable import's method "copy-image", which Glance has since Victoria.

@@ -218,6 +218,21 @@ def require_options(name: str, options: Mapping[str, str], *known: str, needed: 
         )
 
 
+def flag(name: str, options: Mapping[str, str], option: str) -> bool:
+    """Return whether an option that is ``yes`` or ``no`` says yes. Without it: no.
+
+    :param name: the source's, for the message.
+    :raises ConfigError: it is neither.
+    """
+    value = options.get(option, "no")
+    if value not in ("yes", "no"):
+        raise errors.ConfigError(
+            f"the source {name} has {value!r} as {option!r}",
+            next_step=f"give it as {option}=yes or {option}=no",
+        )
+    return value == "yes"
+
+
 def entry_of(table: Mapping[str, T], image_id: str) -> T:
     """Return what a source's table of images has under an id.
 

@@ -19,7 +19,7 @@ import requests
 from imagecache_lib import errors, model
 from imagecache_lib.sources import answers, body, exchange
 from imagecache_lib.sources.body import Body
-from imagecache_lib.sources.interface import ImageSource, SourceRefused, require_options
+from imagecache_lib.sources.interface import ImageSource, SourceRefused, flag, require_options
 
 _LONGEST_ANSWER = 64 * 1024
 _HEX = re.compile(r"[0-9a-f]+")
@@ -87,7 +87,7 @@ class PeerSource(ImageSource):
         return cls(
             options["url"],
             token=options.get("token", ""),
-            trusted=options.get("trusted", "no") == "yes",
+            trusted=flag("peer", options, "trusted"),
             verify=options.get("cafile") or True,
         )
 

@@ -19,6 +19,7 @@ import imagecache_lib as ic
 from imagecache_lib import errors
 from imagecache_lib.store import layout
 from imagecache_lib.testing import bootdisk
+from imagecache_lib.testing.bad_server import BadServer
 from tests.lab import glance as glance_lab
 from tests.lab import guest
 from tests.lab import relay as relay_lab
@@ -158,6 +159,38 @@ def test_another_tenants_private_image_is_not_found_and_its_own_is(
     assert os.listdir(instances / "one") == []
     assert not (instances / "_base" / layout.base_name(image_id)).exists()
     check(manager_for(instances, glance.url).create_disk(image_id, disk, size=SIZE), tmp_path)
+
+
+@pytest.fixture
+def victim(glance: glance_lab.Glance, instances: pathlib.Path) -> str:
+    """A private image whose base is in the cache of this host."""
+    image_id = glance.upload(DATA)
+    manager_for(instances, glance.url).cache_image(image_id)
+    return image_id
+
+
+def test_who_states_the_digest_of_anothers_image_does_not_get_its_content(
+    glance: glance_lab.Glance, instances: pathlib.Path, victim: str
+) -> None:
+    digest = glance.metadata(victim)["os_hash_value"]
+    with BadServer() as web:
+        web.put("/image", bytes(MIB))
+        forged = glance.register(f"{web.url}/image", digest, token=glance_lab.STRANGER)
+        assert glance.metadata(forged, token=glance_lab.STRANGER)["os_hash_value"] == digest
+        manager = manager_for(instances, glance.url, token=glance_lab.STRANGER)
+        with pytest.raises(errors.ImageRejected, match=forged):
+            manager.create_disk(forged, target(instances, "one"))
+    assert os.listdir(instances / "one") == []
+
+
+def test_an_image_with_the_content_of_another_is_not_fetched_where_glance_computes_all_digests(
+    glance: glance_lab.Glance, instances: pathlib.Path, victim: str
+) -> None:
+    same = glance.upload(DATA)
+    config = ic.CacheConfig(instances_path=str(instances))
+    source = ic.GlanceSource(glance.url, token=glance_lab.MEMBER, computes_digests=True)
+    ic.ImageCacheManager(config, source, backend="qcow2", observers=()).cache_image(same)
+    assert (len(glance.downloads(victim)), len(glance.downloads(same))) == (1, 0)
 
 
 def test_a_requests_own_token_is_used_and_never_told(

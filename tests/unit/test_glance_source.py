@@ -224,6 +224,20 @@ class TestEndpoints(GlanceCase):
         fetching = transfer.Transfer(found, image, host=QUIET, retries=1)
         self.assertEqual(DATA, b"".join(fetching.chunks()))
 
+    def test_digests_that_users_may_have_stated_are_not_vouched_for(self) -> None:
+        image = self.source().describe(ID)
+        web = dataclasses.replace(image, locations=("rbd://a/b/c/d", "https://images.example.org/1"))
+        where = {"endpoints": self.server.url}
+        yes, no = ({**where, "computes_digests": said} for said in ("yes", "no"))
+        self.assertFalse(self.source().vouches_for_digest(image))
+        for source in (self.source(computes_digests=True), GlanceSource.from_options(yes)):
+            self.assertTrue(source.vouches_for_digest(image))
+            self.assertFalse(source.vouches_for_digest(web))
+        for options in (where, no):
+            self.assertFalse(GlanceSource.from_options(options).vouches_for_digest(image))
+        with self.assertRaisesRegex(errors.ConfigError, "computes_digests=yes"):
+            GlanceSource.from_options({**where, "computes_digests": "true"})
+
     def test_wrong_set_ups_are_refused_when_the_source_is_made(self) -> None:
         wrong: tuple[tuple[Any, dict[str, Any]], ...] = (
             ((), {}),

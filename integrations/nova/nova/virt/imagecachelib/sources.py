@@ -50,7 +50,11 @@ class Glance:
             ksa_session=service_auth.get_service_auth_session(nova.conf.glance.glance_group.name),
         )
         adapter.global_request_id = context.global_id
-        source = ic.GlanceSource(CONF.glance.api_servers or (), adapter=adapter)
+        source = ic.GlanceSource(
+            CONF.glance.api_servers or (),
+            adapter=adapter,
+            computes_digests=CONF.image_cache.glance_computes_digests,
+        )
         return RbdSource(source, self._cluster) if CONF.glance.enable_rbd_download else source
 
 
