@@ -49,7 +49,7 @@ MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (10, b"rLau", "a StuffIt archive", f"unpack it {_UPLOAD}"),
     (20, b"\xdc\xa7\xc4\xfd", "a zoo archive", f"unpack it {_UPLOAD}"),
     (7, b"**ACE**", "an ACE archive", f"unpack it {_UPLOAD}"),
-    (257, b"ustar", "a tar archive, as OVA files and container images are", f"unpack it (tar x) {_UPLOAD}"),
+    (257, b"ustar", "a tar archive (as OVA files and container images are)", f"unpack it (tar x) {_UPLOAD}"),
     (0, b"070701", "a cpio archive", f"unpack it (cpio) {_UPLOAD}"),
     (0, b"070702", "a cpio archive", f"unpack it (cpio) {_UPLOAD}"),
     (0, b"070707", "a cpio archive", f"unpack it (cpio) {_UPLOAD}"),
