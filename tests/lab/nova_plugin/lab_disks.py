@@ -25,11 +25,12 @@ def request_context(glance_url, token):
 @functools.cache
 def _caches():
     """Return the adapter's, as its driver has them."""
-    from nova.virt.imagecachelib import caches, sources
+    from nova.virt.imagecachelib import caches, options, sources
 
     from imagecache_lib import opts
 
     opts.register_opts(CONF)
+    CONF.register_opts(options.OPTIONS, group=options.GROUP)
     return caches.Caches(sources.Glance())
 
 
