@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import functools
 import hashlib
 import mmap
 import os
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 from imagecache_lib import dates, model
 from imagecache_lib.store import checksums
@@ -28,8 +26,6 @@ _PIECE = 2**20
 
 #: What O_DIRECT wants lengths to be a multiple of, on any device that ext4 and xfs run on.
 _ALIGNMENT = 4096
-
-_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,17 +95,30 @@ class StoredContent:
 
     def _pieces(self) -> Iterator[tuple[int, memoryview]]:
         """Yield everything that is no hole, by offset. The data is valid until the next piece."""
-        for start, end in _twice(lambda: list(sparse.data_extents(self._cached))):
+        for start, end in self._extents():
             offset = start
             while offset < end:
-                length = min(_PIECE, end - offset)
-                count = _twice(functools.partial(self._read, offset, length))
+                count = self._read(offset, min(_PIECE, end - offset))
                 self.read += count
                 self._limit.took(count)
                 yield offset, memoryview(self._buffer)[:count]
                 offset += count
 
+    def _extents(self) -> list[tuple[int, int]]:
+        try:
+            return list(sparse.data_extents(self._cached))
+        except OSError as error:
+            _require_second_try(error)
+        return list(sparse.data_extents(self._cached))
+
     def _read(self, offset: int, length: int) -> int:
+        try:
+            return self._read_once(offset, length)
+        except OSError as error:
+            _require_second_try(error)
+        return self._read_once(offset, length)
+
+    def _read_once(self, offset: int, length: int) -> int:
         if self._direct >= 0:
             whole = -(-length // _ALIGNMENT) * _ALIGNMENT
             try:
@@ -129,18 +138,10 @@ class StoredContent:
         return _some(count)
 
 
-def _twice(read: Callable[[], _T]) -> _T:
-    """Return what a call reads from the disk.
-
-    :raises OSError: the call failed, with EIO twice. One such failure may be the cable's or the path's; a
-        second one is the disk's.
-    """
-    try:
-        return read()
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-    return read()
+def _require_second_try(error: OSError) -> None:
+    """Raise an error again unless it is EIO. One may be the cable's or the path's, a second is the disk's."""
+    if error.errno != errno.EIO:
+        raise error
 
 
 def _some(count: int) -> int:
