@@ -201,7 +201,7 @@ class Instance:
     :raises ConfigError: ``images``, ``directories`` or ``ephemerals`` is text or no iterable, or an ephemeral
         disk is no :class:`Ephemeral`, or a size is no whole number of at least 0.
 
-    Ids and names may be given as bytes, as :class:`uuid.UUID` or as paths too, and become text.
+    Ids and names may be given as bytes, as ``uuid.UUID`` or as paths too, and become text.
     """
 
     uuid: str
