@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from imagecache_lib import model
-from imagecache_lib.system.names import is_at_or_below
 from imagecache_lib.upkeep.scan import plain_names
 
 
@@ -24,7 +23,7 @@ class Owners:
         for each in report:
             for name in plain_names(each):
                 self._instances.setdefault(name, set()).add(each.uuid)
-        self._roots = sorted(set(roots), key=len, reverse=True)
+        self._roots = sorted({root.rstrip("/") + "/" for root in roots}, key=len, reverse=True)
         self._by_directory: dict[str, frozenset[str]] = {}
 
     def one_of(self, path: str) -> str | None:
@@ -42,8 +41,10 @@ class Owners:
         directory, _slash, name = path.rpartition("/")
         owners = self._by_directory.get(directory)
         if owners is None:
-            root = next((each for each in self._roots if is_at_or_below(directory, each)), "")
-            parts = directory[len(root) :].split("/")
+            # What is read below a disk root has a path that begins as the disk root is spelled.
+            whole = f"{directory}/"
+            root = next((each for each in self._roots if whole.startswith(each)), "")
+            parts = whole[len(root) :].split("/")
             owners = frozenset(owner for part in parts for owner in self._named(part))
             self._by_directory[directory] = owners
         return owners or frozenset(self._named(name))
