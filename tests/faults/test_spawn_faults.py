@@ -109,6 +109,7 @@ def test_a_spawn_that_fails_leaves_no_disk_whatever_becomes_of_disk_info(
     driver(instances, image, target="")
     directory, codes = instances / "instance", []
     for number in range(1, 5):
+        (directory / "disk.info").write_text("{}")
         inject = f"inject=openat:error=EIO:when={number}"
         faults = ("-P", str(directory / "disk.info"), "-e", "trace=openat", "-e", inject)
         run = driver(instances, image, injected=faults)
