@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping
 from imagecache_lib import errors
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.store import layout
-from imagecache_lib.system import atomic_file, durable, locks
+from imagecache_lib.system import atomic_file, durable, locks, names
 from imagecache_lib.system.host import System
 from imagecache_lib.system.maker import Maker
 from imagecache_lib.system.translate import translated
@@ -202,10 +202,10 @@ class DiskInfo:
             _put_back(path, disk, None)
 
     def _locked(self, path: str) -> contextlib.AbstractContextManager[bool]:
-        # By which directory it is, which may have several paths. One that is gone fails in the body.
-        number = 0
-        with contextlib.suppress(OSError):
-            number = zlib.crc32(b"%d" % os.stat(os.path.dirname(path)).st_ino) % _LOCKS
+        directory, name = os.path.split(path)
+        # The release before chooses the lock so too, and does not read the file back.
+        real = os.path.join(names.real_directory(directory), name)
+        number = zlib.crc32(os.fsencode(real)) % _LOCKS
         lock = os.path.join(self._locks_path, layout.lock_name(f"imagecache-disk-info-{number:x}"))
         # The file is read back, so that nothing depends on the lock.
         return locks.waiting(

@@ -23,6 +23,8 @@ import unittest
 from collections.abc import Iterator
 from typing import Any
 
+import imagecache_lib as ic
+from imagecache_lib.nova.disk_info import DiskInfo
 from imagecache_lib.store import layout
 
 #: The last commit of the release before.
@@ -72,6 +74,16 @@ for line in sys.stdin:
     except ic.ImageCacheError as error:
         answer = [type(error).__name__, error.cause]
     print(json.dumps(answer), flush=True)
+"""
+
+#: Tells whether the release before would write a disk.info now, or wait. It does not read it back.
+WRITES = """
+import sys
+import imagecache_lib as ic
+from imagecache_lib.backends.disk_info import DiskInfo
+config = ic.CacheConfig(instances_path=sys.argv[1], lock_timeout=0.01)
+with DiskInfo(config, ic.Host())._locked(sys.argv[2]) as got:
+    print(got)
 """
 
 
@@ -328,6 +340,22 @@ class TestLastReadings(TwoReleasesCase):
 
 
 class TestOneAfterTheOther(TwoReleasesCase):
+    def test_one_writes_no_disk_info_while_the_other_does(self) -> None:
+        (self.instances / "vm").mkdir()
+        (self.instances / "locks").mkdir()
+        (self.directory / "link").symlink_to(self.instances / "vm")
+
+        def writes() -> str:
+            words = [sys.executable, "-P", "-c", WRITES, str(self.instances)]
+            environment = {**os.environ, "PYTHONPATH": str(release_before())}
+            words.append(str(self.instances / "vm" / "disk.info"))
+            return subprocess.run(words, check=True, capture_output=True, text=True, env=environment).stdout
+
+        config = ic.CacheConfig(instances_path=str(self.instances))
+        with DiskInfo(config, ic.System()).pinned(str(self.directory / "link" / "disk"), "qcow2"):
+            self.assertEqual("False\n", writes())
+        self.assertEqual("True\n", writes())
+
     def test_an_upgrade_and_the_way_back(self) -> None:
         """All that one release left, the next serves, keeps and evicts; and again the other way."""
         for number, release in enumerate((self.before, self.now, self.before, self.now)):
