@@ -24,6 +24,7 @@ from imagecache_lib.cli.instance_report import add_instances, read_instances, to
 from imagecache_lib.precache.agent import HostAgent
 from imagecache_lib.precache.watch import Watch
 from imagecache_lib.store import layout
+from imagecache_lib.system import threads
 
 if TYPE_CHECKING:
     from imagecache_lib.precache import rpc
@@ -122,12 +123,13 @@ class Agent(base.Base):
                 name="imagecache-passes",
                 daemon=True,
             )
-            listener.start()
             if figures is not None:
                 figures[1].start(cache)
             if served is not None:
                 served.start()
-            passes.start()
+            threads.start(passes)
+            # Last: once it serves, the threads of oslo.messaging keep a process from ending.
+            listener.start()
             if not listener.wait(stop):
                 self.note("the message bus does not answer yet: the agent goes on trying")
             notify("READY=1")
@@ -139,7 +141,8 @@ class Agent(base.Base):
             leaving = threading.Timer(self.longest_end, self._leave)
             # It runs while Python waits for other threads at its end, and is not waited for itself.
             leaving.daemon = True
-            leaving.start()
+            with contextlib.suppress(errors.BackendError):  # it ends in good order, or systemd ends it
+                threads.start(leaving)
             # In this order: what is cancelled because the agent stops must not be reported as a result.
             listener.stop()
             agent.stop(_STOP_SECONDS)
@@ -192,8 +195,11 @@ class Listener:
         self._stopped = threading.Event()
 
     def start(self) -> None:
-        """Begin to serve, and return at once."""
-        threading.Thread(target=self._run, name="imagecache-listener", daemon=True).start()
+        """Begin to serve, and return at once.
+
+        :raises BackendError: no thread can be started.
+        """
+        threads.start(threading.Thread(target=self._run, name="imagecache-listener", daemon=True))
 
     def wait(self, stop: threading.Event) -> bool:
         """Wait a little for the bus to be there, or for ``stop``. Returns whether the bus is there."""
@@ -205,7 +211,6 @@ class Listener:
     def stop(self) -> None:
         """Stop serving, and answer the calls that came, unless the message bus is not there."""
         self._stop.set()
-        threading.Thread(target=self._end, name="imagecache-listener-end", daemon=True).start()
         self._stopped.wait(_STOP_SECONDS if self._up.is_set() else 0.0)
 
     @property
@@ -222,12 +227,11 @@ class Listener:
             else:
                 self._up.set()
                 self._health.listens()
+                # No thread may be left to be started for the end.
+                self._stop.wait()
+                self._server.stop()
+                self._stopped.set()
                 return
-
-    def _end(self) -> None:
-        if self._up.is_set():
-            self._server.stop()
-            self._stopped.set()
 
 
 def require_writable(cache: manager.ImageCacheManager) -> None:

@@ -18,6 +18,7 @@ from imagecache_lib.precache import job
 from imagecache_lib.precache.agent import HostAgent
 from imagecache_lib.precache.in_process import InProcessClient
 from imagecache_lib.precache.watch import Watch
+from imagecache_lib.system import threads
 
 if TYPE_CHECKING:
     from imagecache_lib.precache.precacher import AggregatePrecacher
@@ -146,11 +147,13 @@ class HostsCommand(jobs.JobCommand):
         images, hosts = values.counted(len(work.image_ids), "image"), values.counted(len(work.hosts), "host")
         self.note(f"job {work.id}: {images} on {hosts}")
         running = threading.Thread(target=run, name="imagecache-job")
-        running.start()
         try:
-            self.show(conductor, work.id, running)
+            threads.start(running)
+            try:
+                self.show(conductor, work.id, running)
+            finally:
+                running.join()
         finally:
-            running.join()
             for number, what in before.items():
                 signal.signal(number, what)
         if failed:

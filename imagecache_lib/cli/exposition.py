@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagecache_lib import errors, manager
 from imagecache_lib.cli import values
+from imagecache_lib.system import threads
 
 if TYPE_CHECKING:
     from imagecache_lib.observers.metrics import MetricsObserver
@@ -147,11 +148,17 @@ class Exposition:
         return self._server.server_address[1] if self._server is not None else None
 
     def start(self, cache: manager.ImageCacheManager) -> None:
-        """Begin to serve and to write, in threads that end with the process."""
+        """Begin to serve and to write, in threads that end with the process.
+
+        :raises BackendError: no thread can be started.
+        """
         if self._server is not None:
             serve = self._server.serve_forever
-            threading.Thread(target=serve, name="imagecache-metrics", daemon=True).start()
-        threading.Thread(target=self._keep_up, args=(cache,), name="imagecache-figures", daemon=True).start()
+            threads.start(threading.Thread(target=serve, name="imagecache-metrics", daemon=True))
+        keep_up = threading.Thread(
+            target=self._keep_up, args=(cache,), name="imagecache-figures", daemon=True
+        )
+        threads.start(keep_up)
 
     def stop(self) -> None:
         """Stop serving, and write the last figures."""

@@ -116,7 +116,7 @@ class HostAgent:
         """Begin to work on a task, and return at once. A task that this agent knows goes on.
 
         :raises ImageRejected: the task has an id that no image can have.
-        :raises HostBusy: this host has too many tasks now.
+        :raises HostBusy: this host has too many tasks now, or can start no thread.
         :raises BackendError: the task has too many images.
         """
         for image_id in task.image_ids:
@@ -125,6 +125,7 @@ class HostAgent:
         moments = Moments.of(task, self._host)
         with self._lock:
             known = self._tasks.get(task.job_id)
+            is_new = known is None
             if known is None:
                 self._require_capacity()
                 known = self._tasks[task.job_id] = Task(task, moments)
@@ -139,7 +140,12 @@ class HostAgent:
                     target=self._work, args=(known,), name=f"imagecache-task-{task.job_id}", daemon=True
                 )
                 # Not the task's before it runs: asked again, this agent would take it for one that does.
-                threads.start(thread)
+                try:
+                    threads.start(thread)
+                except errors.BackendError as error:
+                    if is_new:
+                        del self._tasks[task.job_id]  # it would count as unfinished for ever
+                    raise client.HostBusy(error.cause, next_step=error.next_step) from error
                 known.thread = thread
 
     def poll(self, job_id: str) -> client.TaskReport:

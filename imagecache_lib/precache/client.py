@@ -37,7 +37,8 @@ class HostDown(errors.SourceError):
 
 
 class BusDown(HostDown):
-    """The host cannot be asked, since the message bus does not work now. Nothing is known of the host."""
+    """The host cannot be asked now: the message bus does not work, or the asking process lacks what it needs
+    for a call. Nothing is known of the host."""
 
 
 class HostBusy(errors.SourceError):

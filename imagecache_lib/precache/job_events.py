@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from imagecache_lib.precache import job
+from imagecache_lib.system import threads
 
 LOG = logging.getLogger(__name__)
 
@@ -39,14 +40,16 @@ JobObserver = Callable[[JobEvent], None]
 class Teller:
     """Calls observers in a thread of its own: a message bus that takes no messages would hold a run up.
 
-    :param observers: called one after the other; what they raise is logged.
+    :param observers: called one after the other; what they raise is logged. Without any there is no thread.
+    :raises BackendError: the thread cannot be started.
     """
 
     def __init__(self, observers: Sequence[JobObserver]) -> None:
         self._observers = tuple(observers)
         self._events: queue.SimpleQueue[JobEvent | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="imagecache-events", daemon=True)
-        self._thread.start()
+        if self._observers:
+            threads.start(self._thread)
 
     def tell(self, event: JobEvent) -> None:
         """Queue an event: the observers are called with it after all earlier events."""
@@ -55,6 +58,8 @@ class Teller:
 
     def close(self) -> None:
         """Wait a limited time for the observers to be called with every event."""
+        if not self._observers:
+            return
         self._events.put(None)
         self._thread.join(_LAST_WORDS)
         if self._thread.is_alive():

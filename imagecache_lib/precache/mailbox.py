@@ -20,7 +20,7 @@ import oslo_messaging
 
 from imagecache_lib import errors
 from imagecache_lib.precache import client, wire
-from imagecache_lib.system import durable
+from imagecache_lib.system import durable, threads
 
 LOG = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class Mailbox:
         self.name = durable.new_id()
         self._closed = threading.Event()
         self._up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="imagecache-mailbox", daemon=True)
         self._server = oslo_messaging.get_rpc_server(
             transport,
             _target(topic, self.name)(server="conductor"),
@@ -84,15 +85,16 @@ class Mailbox:
 
     def open(self) -> None:
         """Begin to listen, and return at once."""
-        threading.Thread(target=self._run, name="imagecache-mailbox", daemon=True).start()
+        try:
+            threads.start(self._thread)
+        except errors.BackendError as error:
+            LOG.warning("Hosts have to be asked, since they cannot be heard: %s", error)
 
     def close(self) -> None:
         """Stop listening. A message bus that is not there does not hold this up."""
         self._closed.set()
         if self._up.is_set():
-            ending = threading.Thread(target=self._end, name="imagecache-mailbox-end", daemon=True)
-            ending.start()
-            ending.join(_STOP_SECONDS)
+            self._thread.join(_STOP_SECONDS)
 
     def _run(self) -> None:
         try:
@@ -101,10 +103,8 @@ class Mailbox:
             LOG.warning("Hosts have to be asked, since they cannot be heard: %s", type(error).__name__)
             return
         self._up.set()
-        if self._closed.is_set():
-            self._end()
-
-    def _end(self) -> None:
+        # No thread may be left to be started for the end.
+        self._closed.wait()
         self._server.stop()
         self._server.wait()
 

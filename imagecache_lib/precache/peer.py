@@ -35,6 +35,7 @@ from typing import Any
 from imagecache_lib import errors, manager, model
 from imagecache_lib.precache import raw
 from imagecache_lib.store.spool import Spools
+from imagecache_lib.system import threads
 
 LOG = logging.getLogger(__name__)
 
@@ -99,8 +100,11 @@ class PeerServer:
         return int(self._server.server_address[1])
 
     def start(self) -> None:
-        """Begin to serve, in threads, and return at once."""
-        self._thread.start()
+        """Begin to serve, in threads, and return at once.
+
+        :raises BackendError: no thread can be started.
+        """
+        threads.start(self._thread)
 
     def stop(self) -> None:
         """Accept no more requests. Those that are being answered end with the process."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from imagecache_lib.precache.patience import USUAL, Pauses
 from imagecache_lib.precache.progress import JobProgress
 from imagecache_lib.precache.run import JobRun
 from imagecache_lib.precache.writer import JobWriter
+from imagecache_lib.system import threads
 from imagecache_lib.system.host import System
 
 Answer = TypeVar("Answer")
@@ -98,6 +100,7 @@ class AggregatePrecacher:
         :param learned: called with each host and its answer, or the error that stands for it, as soon as
             either is known.
         :raises ConfigError, ImageRejected: the request makes no sense.
+        :raises BackendError: no thread can be started.
         """
         job.check(hosts, image_ids)
         surveys: dict[str, client.Survey] = {}
@@ -140,6 +143,7 @@ class AggregatePrecacher:
         :param leave: once it is set, return; the hosts go on with what they have begun.
         :raises ConfigError: there is no such job, this release does not understand it, or the job database
             fails.
+        :raises BackendError: no thread can be started. The job stays as it is.
         """
         return self._work(job_id, leave or threading.Event(), retry=False)
 
@@ -167,6 +171,7 @@ class AggregatePrecacher:
         """Stop a job, whichever process runs it, and return the job. What is not done ends as skipped.
 
         :raises ConfigError: there is no such job.
+        :raises BackendError: no thread can be started to tell the hosts. The job is marked as cancelled.
         """
         self._database.cancel(job_id)
         work = self._database.get(job_id)
@@ -202,31 +207,31 @@ class AggregatePrecacher:
         elif retry:
             self._database.retry(job_id, runner, deadline=deadline)
         progress = JobProgress(self._database.get(job_id))
-        teller = Teller(self._observers)
-        teller.tell(JobEvent("start", progress.job))
+        # Taking the lease raised the beat of a job that nobody had run from 0 to 1.
+        again = self._database.lease_of(job_id).beat > 1
+        with contextlib.closing(Teller(self._observers)) as teller:
 
-        def done(name: str) -> None:
-            teller.tell(JobEvent("progress", progress.job, name, progress.hosts_over))
+            def done(name: str) -> None:
+                teller.tell(JobEvent("progress", progress.job, name, progress.hosts_over))
 
-        run = JobRun(
-            progress,
-            JobWriter(self._database, progress, runner, host=self._host),
-            self._hosts,
-            host=self._host,
-            # Taking the lease raised the beat of a job that nobody had run from 0 to 1.
-            again=self._database.lease_of(job_id).beat > 1,
-            done=done,
-            leave=leave,
-            pauses=self._pauses,
-        )
-        self._running[job_id] = progress
-        try:
-            run.execute()
-            if progress.is_over:
-                teller.tell(JobEvent("end", progress.job, index=progress.hosts_over))
-        finally:
-            del self._running[job_id]
-            teller.close()
+            run = JobRun(
+                progress,
+                JobWriter(self._database, progress, runner, host=self._host),
+                self._hosts,
+                host=self._host,
+                again=again,
+                done=done,
+                leave=leave,
+                pauses=self._pauses,
+            )
+            teller.tell(JobEvent("start", progress.job))
+            self._running[job_id] = progress
+            try:
+                run.execute()
+                if progress.is_over:
+                    teller.tell(JobEvent("end", progress.job, index=progress.hosts_over))
+            finally:
+                del self._running[job_id]
         return self._database.get(job_id)
 
     @contextlib.contextmanager
@@ -316,10 +321,15 @@ def _is_the_bus(visit: Visit) -> bool:
 def _asked(
     hosts: Sequence[str], ask: Callable[[str], Answer]
 ) -> Iterable[tuple[str, Answer | errors.ImageCacheError]]:
-    """Ask many hosts at a time, and yield each answer, or the error that stands for it, once it is known."""
-    pool = concurrent.futures.ThreadPoolExecutor(max(1, min(_AT_A_TIME, len(hosts))))
+    """Ask many hosts at a time, and yield each answer, or the error that stands for it, once it is known.
+
+    :raises BackendError: not one thread can be started.
+    """
+    if not hosts:
+        return
+    pool = threads.Pool(min(_AT_A_TIME, len(hosts)), "imagecache-asks")
     try:
-        asked = {pool.submit(ask, name): name for name in hosts}
+        asked = {pool.submit(functools.partial(ask, name)): name for name in hosts}
         for answer in concurrent.futures.as_completed(asked):
             try:
                 yield asked[answer], answer.result()
@@ -327,4 +337,4 @@ def _asked(
                 yield asked[answer], error
     finally:
         # Whoever is interrupted waits for no host, and asks no more of them.
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.close(drop=True)

@@ -14,6 +14,7 @@ from typing import Protocol
 from imagecache_lib import errors
 from imagecache_lib.precache import client
 from imagecache_lib.precache.agent import HostAgent
+from imagecache_lib.system import threads
 
 LOG = logging.getLogger(__name__)
 
@@ -56,8 +57,12 @@ class Reporter:
         self._thread = threading.Thread(target=self._run, name="imagecache-reports", daemon=True)
 
     def start(self) -> None:
-        """Begin to report, in a thread, and return at once."""
-        self._thread.start()
+        """Begin to report, in a thread, and return at once. Does nothing if that has begun.
+
+        :raises BackendError: no thread can be started.
+        """
+        if self._thread.ident is None:
+            threads.start(self._thread)
 
     def stop(self) -> None:
         """Stop reporting: what the end of the agent cancels is no result."""

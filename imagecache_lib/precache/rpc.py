@@ -173,7 +173,7 @@ class RpcHostClient(client.HostClient):
     ) -> Any:
         """Return what a target answers, or give the call up when the bus takes no message for too long.
 
-        :raises BusDown: the message bus takes no messages.
+        :raises BusDown: the message bus takes no messages, or no thread can be started to give it one.
         """
         answers: list[Any] = []
         failures: list[Exception] = []
@@ -190,6 +190,11 @@ class RpcHostClient(client.HostClient):
             caller = threading.Thread(target=run, name=f"imagecache-call-{host}", daemon=True)
             try:
                 threads.start(caller)
+            except errors.BackendError as error:
+                self._stuck.release()
+                raise client.BusDown(
+                    f"host {host} cannot be asked now, {error.cause}", next_step=error.next_step
+                ) from error
             except BaseException:
                 self._stuck.release()
                 raise
@@ -304,8 +309,10 @@ class AgentServer:
     def start(self) -> None:
         """Begin to listen, in threads, as soon as the message bus is there. Waits for it as long as it takes.
 
-        :raises BackendError: the message bus refuses the listener.
+        :raises BackendError: the message bus refuses the listener, or no thread can be started. Can be called
+            again.
         """
+        self._reporter.start()
         try:
             self._server.start()
         except Exception as error:
@@ -313,7 +320,6 @@ class AgentServer:
                 f"the message bus fails with {type(error).__name__}",
                 next_step="check the message bus and transport_url",
             ) from error
-        self._reporter.start()
 
     def stop(self) -> None:
         """Stop reporting, take no more calls, and answer those that came."""

@@ -13,7 +13,6 @@ in any case. Agents of earlier releases are asked all the time.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import logging
 import queue
@@ -27,6 +26,7 @@ from imagecache_lib.precache.progress import JobProgress
 from imagecache_lib.precache.relaying import Relaying, Unicast
 from imagecache_lib.precache.slots import HostState, Slots
 from imagecache_lib.precache.writer import JobWriter
+from imagecache_lib.system import threads
 from imagecache_lib.system.host import System
 
 LOG = logging.getLogger(__name__)
@@ -98,11 +98,12 @@ class JobRun:
 
         :raises LeaseLost: another conductor runs the job.
         :raises ConfigError: the job database fails.
+        :raises BackendError: not one thread can be started. No host was begun.
         """
         try:
             with (
                 self._hosts.listening(self._arrivals) as self._mailbox,
-                concurrent.futures.ThreadPoolExecutor(self._calls, "imagecache-hosts") as pool,
+                threads.Pool(self._calls, "imagecache-hosts") as pool,
             ):
                 while self._slots.hosts_left and not self._leave.is_set():
                     self._writer.tick(self._wake)
@@ -127,7 +128,7 @@ class JobRun:
             if state is not None and state.begun and not self._slots.is_called(name):
                 self._slots.wake(state, now)
 
-    def _release(self, pool: concurrent.futures.Executor) -> None:
+    def _release(self, pool: threads.Pool) -> None:
         """Let hosts remove what they keep for others. Those that are not told do so by themselves, later."""
         for name in self._relaying.relaying():
             pool.submit(Call(self._hosts, self._work.id, name, release=True).make)
@@ -136,7 +137,7 @@ class JobRun:
         """Have the deciding thread look at everything again."""
         self._arrivals.put(None)
 
-    def _make_calls(self, pool: concurrent.futures.Executor) -> None:
+    def _make_calls(self, pool: threads.Pool) -> None:
         while (state := self._slots.take(self._host.monotonic())) is not None:
             stop = self._give_up(state)
             if self._progress.is_host_over(state.name):

@@ -8,6 +8,7 @@ database that goes on failing ends the run, and the hosts go on by themselves.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import logging
 from collections.abc import Callable, Mapping
 
@@ -31,6 +32,7 @@ class JobWriter:
     """Stores one run's progress. Used by one thread.
 
     :param runner: name of the run, which has the job's lease.
+    :raises BackendError: no thread can be started.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class JobWriter:
         self._progress = progress
         self._runner = runner
         self._host = host
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "imagecache-jobs")
+        self._thread = threads.Pool(1, "imagecache-jobs")
         self._write: concurrent.futures.Future[bool] | None = None
         self._writing: Mapping[Key, job.Cell] = {}
         self._last_write = host.monotonic()
@@ -99,7 +101,7 @@ class JobWriter:
 
     def abandon(self) -> None:
         """Stop the thread, without writing what is left."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.close(drop=True)
 
     def _begin(self) -> concurrent.futures.Future[bool]:
         self._last_write = self._host.monotonic()
@@ -108,8 +110,8 @@ class JobWriter:
             Change(self._hosts[host], self._images[image_id], cell)
             for (host, image_id), cell in self._writing.items()
         ]
-        self._write = threads.submit(
-            self._thread, self._database.keep, self._progress.job.id, self._runner, changes
+        self._write = self._thread.submit(
+            functools.partial(self._database.keep, self._progress.job.id, self._runner, changes)
         )
         return self._write
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 from imagecache_lib import errors
-
-if TYPE_CHECKING:
-    from concurrent.futures import Executor, Future
 
 _T = TypeVar("_T")
 
@@ -52,26 +52,92 @@ def start(thread: threading.Thread) -> None:
     :raises BackendError: the kernel allows no more: pthread_create(3) reports EAGAIN for a limit of tasks
         (RLIMIT_NPROC, ``TasksMax`` of systemd.resource-control(5)) and for a lack of memory.
     """
-    with _starting():
-        thread.start()
-
-
-def submit(pool: Executor, function: Callable[..., _T], *arguments: object) -> Future[_T]:
-    """Have a pool that has one thread at most call a function, and return what it will return.
-
-    :raises BackendError: as :func:`start`.
-    """
-    with _starting():
-        return pool.submit(function, *arguments)
-
-
-@contextlib.contextmanager
-def _starting() -> Iterator[None]:
     try:
-        yield
+        thread.start()
     except RuntimeError as error:
         raise errors.BackendError(
             f"no thread can be started: {error}",
             next_step="raise the service's limit of tasks, or find out what uses it up; another host may do"
             " it",
         ) from error
+
+
+class Pool:
+    """Threads that call functions: as many as are wanted, or else as many as there can be, and at least one.
+
+    The first is started at once, so that what has begun does not fail for want of it; the others when there
+    is something for them to do. The process does not wait for them when it ends. At the end of a ``with``
+    statement all calls are waited for.
+
+    :param most: number of threads that are wanted.
+    :param name: of each.
+    :raises BackendError: not even one can be started.
+    """
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most = most
+        self._name = name
+        self._lock = threading.Lock()
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._unfinished = 0
+        self._start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(wait=True)
+
+    def submit(self, function: Callable[[], _T]) -> Future[_T]:
+        """Have a function called, and return what it will return or raise."""
+        future: Future[_T] = Future()
+        with self._lock:
+            self._unfinished += 1
+            if len(self._threads) < min(self._unfinished, self._most):
+                with contextlib.suppress(errors.BackendError):  # those that are there do it, one by one
+                    self._start()
+        self._calls.put((future, function))
+        return future
+
+    def close(self, *, drop: bool = False, wait: bool = False) -> None:
+        """Let the threads end once everything is called.
+
+        :param drop: whether to cancel what no thread has begun.
+        :param wait: whether to wait for them.
+        """
+        if drop:
+            with contextlib.suppress(queue.Empty):
+                while (call := self._calls.get_nowait()) is not None:
+                    call[0].cancel()
+        for _thread in self._threads:
+            self._calls.put(None)
+        for thread in self._threads if wait else ():
+            thread.join()
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+        start(thread)
+        self._threads.append(thread)
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, function = call
+            if future.set_running_or_notify_cancel():
+                try:
+                    result = function()
+                except BaseException as error:
+                    self._is_free()
+                    future.set_exception(error)
+                else:
+                    self._is_free()
+                    future.set_result(result)
+                    del result
+            del call, future, function  # nothing is kept alive while this thread waits
+
+    def _is_free(self) -> None:
+        # Before the result is there: whoever waits for it finds this thread free.
+        with self._lock:
+            self._unfinished -= 1

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import functools
 import logging
 import os
 import threading
@@ -119,6 +120,8 @@ class _Reader:
     """Reads bases in a thread of its own, whose priority is lowered, and no other's.
 
     At a low rate one base takes hours. So a caller that is interrupted lets the thread end first.
+
+    :raises BackendError: no thread can be started.
     """
 
     def __init__(self, cache: CacheStore, limit: Pace, leaving: threading.Event) -> None:
@@ -126,7 +129,8 @@ class _Reader:
         self._cache = cache
         self._limit = limit
         self._leaving = leaving
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "imagecache-scrub", be_modest)
+        self._thread = threads.Pool(1, "imagecache-scrub")
+        self._thread.submit(be_modest)
 
     def __enter__(self) -> Self:
         return self
@@ -135,9 +139,8 @@ class _Reader:
         """Compare a base with what was written, and return what was found.
 
         :raises CancelledError: the scrub ends.
-        :raises BackendError: no thread can be started.
         """
-        checking = threads.submit(self._thread, _check, opened, record, self._cache, self._limit)
+        checking = self._thread.submit(functools.partial(_check, opened, record, self._cache, self._limit))
         try:
             # A signal that comes as a wait begins is handled when that ends: so none is without end.
             while not concurrent.futures.wait([checking], timeout=_LOOK_SECONDS).done:
@@ -152,7 +155,7 @@ class _Reader:
 
     def __exit__(self, *_error: object) -> None:
         self._leaving.set()
-        self._thread.shutdown()
+        self._thread.close(wait=True)
 
 
 def _note_end(cache: CacheStore) -> None:

@@ -18,6 +18,7 @@ from imagecache_lib.precache import client, job, notifications, rpc, wire
 from imagecache_lib.precache.chains import HostRoute
 from imagecache_lib.precache.job_events import JobEvent
 from imagecache_lib.sources.route import RouteState
+from tests.support.no_threads import no_more_threads
 
 TASK = client.HostTask(
     "a1", ("image-a", "image-b"), attempt=2, rate=5, deadline=7.5, pin_until=9.0, retries=4
@@ -244,6 +245,16 @@ class RpcTest(unittest.TestCase):
         ours._client = StuckClient(stuck)
         with self.assertRaisesRegex(client.BusDown, "taken no message"):
             ours.poll("one", "a1")
+
+    def test_a_conductor_without_a_thread_for_a_call_knows_nothing_of_the_host(self) -> None:
+        ours = rpc.RpcHostClient(self.transport, timeout=60.0, mailboxes=self.transport)
+        with no_more_threads():
+            with self.assertLogs(level="WARNING") as logged, ours.listening(queue.SimpleQueue()):
+                pass
+            with self.assertRaisesRegex(client.BusDown, "cannot be asked now, no thread can be started"):
+                ours.poll("one", "a1")
+        self.assertIn("Hosts have to be asked", logged.output[0])
+        self.assertEqual(CELLS, ours.poll("one", "a1").cells)
 
     def test_an_agent_of_the_first_release_gets_what_it_understands(self) -> None:
         transport = oslo_messaging.get_rpc_transport(cfg.CONF, url=f"fake://{self.id()}-old/")
