@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from imagecache_lib.precache import engines, job_file
 from imagecache_lib.precache.job_rows import JobDatabaseError
 from imagecache_lib.precache.retries import AnswerLost
+from imagecache_lib.system.maker import leave_to_parent
 
 LOG = logging.getLogger(__name__)
 
@@ -66,6 +67,13 @@ class EmbeddedFile:
             self._let_go()
             self._same.forget()
 
+    def begin_anew(self) -> None:
+        """Use no connection and no lock of the process of which this one is a forked child."""
+        engines.begin_anew(self.engine)
+        leave_to_parent(self._held)
+        self._held, self._seen = None, {}
+        self._alone = threading.Lock()
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Have what the body commits be in the files that other processes see.
@@ -95,7 +103,8 @@ class EmbeddedFile:
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         # Not for ever: a transaction of another thread may hang with the disk.
-        if not self._alone.acquire(timeout=self._busy + _TURN):
+        alone = self._alone  # a forked child in the body has another one
+        if not alone.acquire(timeout=self._busy + _TURN):
             raise JobDatabaseError(
                 "another thread of this process does not come to the end of its transaction",
                 path=self._path,
@@ -104,7 +113,7 @@ class EmbeddedFile:
         try:
             yield
         finally:
-            self._alone.release()
+            alone.release()
 
     # -- the log -------------------------------------------------------------------------------------
 

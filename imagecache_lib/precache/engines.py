@@ -17,6 +17,7 @@ from imagecache_lib.precache import job_file
 from imagecache_lib.precache.job_rows import JobDatabaseError
 from imagecache_lib.precache.retries import AnswerLost, Contended, Duplicate
 from imagecache_lib.system import mounts
+from imagecache_lib.system.maker import Maker, leave_to_parent
 
 #: Seconds for a server to accept a connection, and to answer a statement.
 _CONNECT_SECONDS = 10
@@ -121,6 +122,38 @@ def server(url: str) -> sa.Engine:
             ) from error
 
     return engine
+
+
+def begin_anew(engine: sa.Engine) -> None:
+    """Have a forked child make connections of its own, and leave those that it inherits alone."""
+    leave_to_parent(engine.pool)
+    engine.dispose(close=False)
+
+
+@contextlib.contextmanager
+def transaction(engine: sa.Engine, where: str) -> Iterator[sa.Connection]:
+    """Yield a connection in a transaction that is committed after the body, or rolled back if that fails.
+
+    A child that is forked in the body has a copy of the connection, and leaves it alone: what it rolled back
+    would be its parent's transaction, and in an sqlite file some pages of it.
+
+    :param where: the database, for the message.
+    :raises JobDatabaseError: this is such a child, and came to the end of the body.
+    """
+    maker = Maker()
+    with contextlib.ExitStack() as held:
+        connection = held.enter_context(engine.begin())
+        try:
+            yield connection
+        finally:
+            if not maker.is_here:
+                leave_to_parent(held.pop_all())
+        if not maker.is_here:
+            raise JobDatabaseError(
+                "this process was forked in the middle of a transaction, which is its parent's to end",
+                path=where,
+                next_step="do in the parent what is to be stored",
+            )
 
 
 def shown(url: str) -> str:

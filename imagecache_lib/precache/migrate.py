@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import sqlalchemy as sa
 
 from imagecache_lib import errors
+from imagecache_lib.system.maker import Maker
 
 #: Seconds to wait for another conductor that changes a server's tables.
 _WAIT = 60
@@ -44,9 +45,11 @@ def alone(connection: sa.Connection, lock: int) -> Iterator[None]:
     elif name in ("mysql", "mariadb"):
         key = {"lock": f"imagecache-{lock:x}", "wait": _WAIT}
         connection.execute(sa.text("SELECT GET_LOCK(:lock, :wait)"), key)
+        maker = Maker()
         try:
             yield
         finally:
-            connection.execute(sa.text("SELECT RELEASE_LOCK(:lock)"), key)
+            if maker.is_here:
+                connection.execute(sa.text("SELECT RELEASE_LOCK(:lock)"), key)
     else:
         yield

@@ -27,6 +27,7 @@ from imagecache_lib.precache.run import JobRun
 from imagecache_lib.precache.writer import JobWriter
 from imagecache_lib.system import threads
 from imagecache_lib.system.host import System
+from imagecache_lib.system.maker import Maker
 
 Answer = TypeVar("Answer")
 
@@ -241,11 +242,11 @@ class AggregatePrecacher:
         Yields None if another process brought the job to its end, or ``leave`` was set meanwhile.
         """
         runner = lease.new_runner(self._host.name)
-        taken = self._take_lease(job_id, runner, leave)
+        taken, maker = self._take_lease(job_id, runner, leave), Maker()
         try:
             yield runner if taken else None
         finally:
-            if taken:
+            if taken and maker.is_here:
                 # Not worth a failure: the lease lapses by itself.
                 with contextlib.suppress(errors.ConfigError):
                     self._database.release_lease(job_id, runner)

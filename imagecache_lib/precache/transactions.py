@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,16 @@ _KNOWN = (None, schema.REVISION)
 
 #: Names the lock under which one conductor at a time changes a server's tables.
 _LOCK = 0x696D6167
+
+_all: weakref.WeakSet[Transactions] = weakref.WeakSet()
+
+
+def _begin_anew() -> None:
+    for each in list(_all):
+        each.begin_anew()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 class Transactions:
@@ -44,6 +55,14 @@ class Transactions:
         else:
             self._where = engines.shown(where)
             self._engine = engines.server(where)
+        _all.add(self)
+
+    def begin_anew(self) -> None:
+        """Use no connection and no lock of the process of which this one is a forked child."""
+        if self._file is not None:
+            self._file.begin_anew()
+        else:
+            engines.begin_anew(self._engine)
 
     def close(self) -> None:
         """Close all connections. The last one of an sqlite file merges its log into it."""
@@ -61,7 +80,7 @@ class Transactions:
         """
         same = contextlib.nullcontext() if self._file is None else self._file.writing()
         with translated(self._where):
-            with same, self._engine.begin() as connection:
+            with same, engines.transaction(self._engine, self._where) as connection:
                 yield connection
                 self._host.trace(TracePoint.JOBS_COMMIT)
             self._host.trace(TracePoint.JOBS_COMMITTED)
@@ -70,7 +89,7 @@ class Transactions:
     def _looking(self) -> Iterator[sa.Connection]:
         same = contextlib.nullcontext() if self._file is None else self._file.reading()
         reading = self._engine.execution_options(reading=True)
-        with translated(self._where), same, reading.begin() as connection:
+        with translated(self._where), same, engines.transaction(reading, self._where) as connection:
             yield connection
 
     @contextlib.contextmanager

@@ -9,6 +9,7 @@ for belongs to the process that made it, and to no other.
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 
@@ -24,3 +25,12 @@ class Maker:
     def is_here(self) -> bool:
         """Whether this is that process, and not a child that was forked from it since."""
         return os.getpid() == self._process
+
+
+def leave_to_parent(thing: object) -> None:
+    """Keep this forked child from ever ending a thing that is its parent's, even as the child itself ends.
+
+    Ending a database's connection speaks to the server over the parent's socket, or rolls back in the
+    parent's file. So the interpreter gets a reference that nothing gives back.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))

@@ -7,11 +7,14 @@ import contextlib
 import functools
 import os
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
 
 import imagecache_lib as ic
+from imagecache_lib.precache import job
+from imagecache_lib.precache.database import JobDatabase
 from imagecache_lib.system.trace import TracePoint
 from tests.support.cache_case import ID, OTHER_ID, CacheCase, Stop, content_of, raw_image
 
@@ -120,3 +123,19 @@ class TestForkedChildren(CacheCase):
                 manager.cache_image(ID)
                 self.leave_in_child(point, functools.partial(manager.evict_image, ID))
                 self.assertFalse(self.base().exists())
+
+    def test_in_the_middle_of_storing_a_job_which_the_child_leaves(self) -> None:
+        """It rolls nothing back: so large a transaction has pages in the database's log already."""
+        database = JobDatabase(self.target("jobs"), host=self.host())
+        names = [f"{number}-{'x' * 5000}" for number in range(600)]
+        made: list[job.Job] = []
+        self.leave_in_child(
+            TracePoint.JOBS_COMMIT,
+            lambda: made.append(database.add("racks", names, ["image"], job.Terms(), now=1.0)),
+        )
+        self.assertEqual(names, list(made[0].hosts))
+        self.assertWorksInChild(lambda: database.cancel(made[0].id))
+        self.assertTrue(database.get(made[0].id).cancelled)
+        database.close()
+        with contextlib.closing(sqlite3.connect(self.target("jobs"))) as connection:
+            self.assertEqual([("ok",)], connection.execute("PRAGMA integrity_check").fetchall())
