@@ -13,8 +13,10 @@ import datetime as dt
 import errno
 import os
 import re
+import threading
+import time
 import weakref
-from collections.abc import Collection, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 from imagecache_lib import errors
@@ -32,6 +34,14 @@ _NO_LIMIT = re.compile(r"0*(\.0*)?\s*[a-z]*")
 #: Writes in flight while an image is filled: enough to keep several OSDs busy.
 _IN_FLIGHT = 8
 
+#: Seconds that the end of the process waits for operations in threads that it does not wait for otherwise,
+#: and between two looks. Long ones are broken off; one object takes longer only where an OSD does not answer.
+_EXIT_SECONDS = 5.0
+_LOOK_EVERY = 0.01
+
+#: Set as the process exits while operations are under way.
+_exiting = threading.Event()
+
 
 class _Connection:
     """A client of the cluster, which ends with the last reference to it, or with the process.
@@ -47,25 +57,48 @@ class _Connection:
         self._client = client
         # A forked child has none of librados' threads, and needs a connection of its own.
         self.maker = Maker()
-        self._uses: set[object] = set()
+        self._uses: dict[object, threading.Thread] = {}
         self.end = weakref.finalize(self, _shut_down, client, self.maker, self._uses)
 
     @contextlib.contextmanager
     def used(self) -> Iterator[Any]:
         """Yield librados' client. It stays for the body, whoever drops the connection meanwhile."""
         use = object()
-        self._uses.add(use)
+        self._uses[use] = threading.current_thread()
         try:
+            _require_process()
             yield self._client
         finally:
-            self._uses.discard(use)
+            del self._uses[use]
 
 
-def _shut_down(client: Any, maker: Maker, uses: Collection[object]) -> None:
-    # In a child that is forked it would wait for threads that are not there. And as the process exits, a
-    # thread that nobody waits for may be in the middle of an operation.
-    if maker.is_here and not uses:
+def _shut_down(client: Any, maker: Maker, uses: Mapping[object, threading.Thread]) -> None:
+    # In a child that is forked it would wait for threads that are not there.
+    if not maker.is_here:
+        return
+    if uses:
+        # The process exits. A thread that it does not wait for is in the middle of an operation: should the
+        # interpreter end below librbd, that aborts the process.
+        _exiting.set()
+        until = time.monotonic() + _EXIT_SECONDS
+        while _are_under_way(uses) and time.monotonic() < until:
+            time.sleep(_LOOK_EVERY)
+    if not uses:
         client.shutdown()
+
+
+def _are_under_way(uses: Mapping[object, threading.Thread]) -> bool:
+    own = threading.current_thread()
+    return any(thread is not own and thread.is_alive() for thread in list(uses.values()))
+
+
+def _require_process() -> None:
+    """Refuse to begin an operation, or to go on with one, while the process exits.
+
+    :raises BackendError: it does.
+    """
+    if _exiting.is_set():
+        raise errors.BackendError("the process ends", next_step="ask again in another one")
 
 
 class LibrbdCluster:
@@ -111,6 +144,7 @@ class LibrbdCluster:
         with self._open(name, read_only=True) as image:
             size = int(image.size())
             while offset < size:
+                _require_process()
                 data: bytes = image.read(offset, min(_CHUNK, size - offset))
                 yield data
                 offset += len(data)
@@ -124,6 +158,7 @@ class LibrbdCluster:
             pending: collections.deque[Any] = collections.deque()
             try:
                 for offset, data in chunks:
+                    _require_process()
                     if len(pending) >= _IN_FLIGHT:
                         _finish(pending.popleft())
                     pending.append(image.aio_write(data, offset, lambda _completion: None))
@@ -276,10 +311,11 @@ class _Progress:
     def look(self, _done: int, _total: int) -> int:
         """Return 0, or a negative number to end the operation. librbd prints what is raised, and goes on."""
         try:
+            _require_process()
             if self._waiter is not None and self.reason is None:
                 self._waiter.check()
         except errors.ImageCacheError as reason:
-            self.reason = reason
+            self.reason = self.reason or reason
         return 0 if self.reason is None else -errno.ECANCELED
 
 

@@ -12,6 +12,7 @@ import os
 import pathlib
 import socket
 import subprocess
+import sys
 import time
 import unittest
 import urllib.parse
@@ -260,6 +261,35 @@ def test_a_forked_child_has_a_connection_of_its_own(ceph: ceph_lab.Ceph) -> None
     assert answers.get(timeout=240) == MIB
     child.join()
     assert child.exitcode == 0
+
+
+_EXITS = """
+import itertools, sys, threading
+from imagecache_lib.backends.ceph import RbdName
+from imagecache_lib.backends.librbd import LibrbdCluster
+
+cluster, name, at_work = LibrbdCluster(sys.argv[1]), RbdName("vms", sys.argv[2]), threading.Event()
+
+def chunks():
+    for number in itertools.count():
+        yield number % 4 * 2**20, bytes(2**20)
+        if number == 8:
+            at_work.set()
+
+threading.Thread(target=lambda: cluster.fill(name, chunks()), daemon=True).start()
+at_work.wait()
+"""
+
+
+def test_a_process_exits_in_the_middle_of_what_a_daemon_thread_writes(ceph: ceph_lab.Ceph) -> None:
+    target = new_target()
+    LibrbdCluster(str(ceph.conf)).create(RbdName("vms", target), 4 * MIB)
+    subprocess.run(
+        [sys.executable, "-c", _EXITS, str(ceph.conf), target],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=240,
+        check=True,
+    )
 
 
 def _threads() -> int:
