@@ -131,9 +131,8 @@ def _unreadable(facts: Iterable[Fact]) -> Iterator[AuditFinding]:
     """Yield what keeps the periodic pass from telling which bases are referred to."""
     for fact in facts:
         if isinstance(fact, Unreadable):
-            yield AuditFinding(
-                Severity.ERROR, fact.path, f"it cannot be read ({fact.cause})", "make it readable"
-            )
+            next_step = "remove it, or move it up or away" if fact.too_deep else "make it readable"
+            yield AuditFinding(Severity.ERROR, fact.path, f"it cannot be read ({fact.cause})", next_step)
         elif isinstance(fact, MissingRoot):
             next_step = "mount it, or take it out of disk_roots"
             yield AuditFinding(Severity.ERROR, fact.path, f"it cannot be read ({fact.cause})", next_step)

@@ -331,6 +331,9 @@ class Disks:
                 )
                 return before.names
         owners = sorted(self._owners.of(fact.path))
+        if fact.too_deep:
+            self._note_too_deep(fact.path, owners)
+            return before.names if before is not None else ()
         untold = [owner for owner in owners if owner not in self._told]
         if owners and not untold:
             self.problems.append(
@@ -354,6 +357,23 @@ class Disks:
                 "make it readable, or remove it if no instance needs it",
             )
         return before.names if before is not None else ()
+
+    def _note_too_deep(self, path: str, owners: Sequence[str]) -> None:
+        """Take note of a directory whose path is too long for a hypervisor to open a disk in it.
+
+        :param owners: the reported instances in whose directory it lies.
+        """
+        root = max((each for each in self._found.roots if is_at_or_below(path, each)), key=len, default="/")
+        top = os.path.join(root, os.path.relpath(path, root).split("/")[0])
+        why = f"directories below {top} are nested so deep that they cannot be read by their paths"
+        if not owners:
+            self._everything_stays(why, "remove them, or move them up or away")
+            return
+        problem = (
+            f"{why[0].upper()}{why[1:]}: the images of instance {' and '.join(owners)} stay. Remove them."
+        )
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     def _note(self, fact: Fact) -> None:
         if isinstance(fact, MissingInstance):

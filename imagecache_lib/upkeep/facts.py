@@ -51,6 +51,8 @@ class Unreadable:
     :param born: ``stx_btime`` in nanoseconds, or 0 if it is unknown.
     :param size: apparent bytes of a regular file, or None if it is no regular file or its size is unknown.
     :param foreign: it belongs to another user, and this one may neither list nor enter nor write it.
+    :param too_deep: its path is longer than the kernel takes (PATH_MAX), so that no program opens by its path
+        what is in it.
     """
 
     path: str
@@ -60,6 +62,7 @@ class Unreadable:
     born: int = 0
     size: int | None = None
     foreign: bool = False
+    too_deep: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

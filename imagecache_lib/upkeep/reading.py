@@ -390,7 +390,8 @@ class Look:
             owner = os.geteuid()
         rights = (os.R_OK, os.W_OK, os.X_OK)
         foreign = owner != os.geteuid() and not any(os.access(self.path, right) for right in rights)
-        self.facts.append(Unreadable(self.path, error.strerror or str(error), True, foreign=foreign))
+        cause, too_deep = error.strerror or str(error), error.errno == errno.ENAMETOOLONG
+        self.facts.append(Unreadable(self.path, cause, True, foreign=foreign, too_deep=too_deep))
         self.is_unreadable = True
 
 

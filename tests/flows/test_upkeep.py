@@ -325,6 +325,20 @@ class TestWhatCannotBeTold(UpkeepCase):
         self.assertFalse(other.exists())
         self.assertEqual((), self.verify([ic.Instance("gone", "elsewhere")]).problems)
 
+    def test_a_tree_too_deep_to_be_read_keeps_the_images_of_its_instance_and_no_others(self) -> None:
+        base, other = self.cached(), self.cached(OTHER_ID)
+        files.make_deep(self.instances / "deep", os.pathconf(self.instances, "PC_PATH_MAX"))
+        report = self.verify([])
+        self.assertKept(base, report, "nested so deep")
+        self.assertRegex(report.problems[0], f"below {self.instances}/deep are .*remove them, or move them")
+        report = self.verify([ic.Instance("deep", "here", images=(ID,))])
+        self.assertTrue(base.exists())
+        self.assertFalse(other.exists())
+        self.assertIn("the images of instance deep stay", report.problems[0])
+        self.unused()
+        self.verify([ic.Instance("deep", "here")])
+        self.assertFalse(base.exists(), "an instance that was booted from a volume uses none")
+
     def test_a_missing_disk_root_keeps_everything_and_stays_remembered(self) -> None:
         base = self.cached()
         second = self.directory / "second"

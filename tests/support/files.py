@@ -28,6 +28,21 @@ def age_tree(directory: str | os.PathLike[str], *, seconds: float, directories: 
                 age(os.path.join(parent, name), seconds=seconds)
 
 
+def make_deep(top: pathlib.Path, length: int) -> None:
+    """Make a directory, and others in it, until the path of the last one has more than so many bytes."""
+    top.mkdir()
+    name = "d" * 250
+    above = os.open(top, os.O_RDONLY)
+    try:
+        for _ in range(length // len(name) + 1):
+            os.mkdir(name, dir_fd=above)
+            inner = os.open(name, os.O_RDONLY, dir_fd=above)
+            os.close(above)
+            above = inner
+    finally:
+        os.close(above)
+
+
 def overlay(
     path: str | os.PathLike[str],
     backing: str | os.PathLike[str],
