@@ -159,6 +159,7 @@ class Stage:
 
     def _make(self) -> locks.OwnerLock:
         with translated(self.path):
+            durable.require_changeable(self.path)
             try:
                 held = locks.HeldDescriptor(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             except FileNotFoundError as error:

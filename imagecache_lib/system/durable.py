@@ -12,6 +12,7 @@ import stat
 from imagecache_lib.system import names, sparse
 from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.maker import Maker
+from imagecache_lib.system.statx import Statx
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -55,6 +56,23 @@ def sync_directory(path: str) -> None:
         os.fsync(fd)
 
 
+class FixedDirectory(PermissionError):
+    """A directory is append-only or immutable: chattr(1)."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(errno.EPERM, "its directory is append-only or immutable", path)
+
+
+def require_changeable(path: str) -> None:
+    """Refuse to write a file in a directory in which its temporary name would stay for ever.
+
+    :raises FixedDirectory: it is append-only, so that names can be made there, and neither changed nor
+        removed; or immutable.
+    """
+    if Statx().is_fixed(os.path.dirname(path)):
+        raise FixedDirectory(path)
+
+
 class Draft:
     """A small file that is written under a temporary name, which no other writer uses, and has yet to get its
     own.
@@ -68,6 +86,7 @@ class Draft:
 
     def __init__(self, path: str, data: bytes, *, mode: int = 0o600) -> None:
         # The form of all names of files in the making, by which upkeep finds what a crash left.
+        require_changeable(path)
         directory, name = os.path.split(path)
         self._maker = Maker()
         self._path = path
@@ -153,6 +172,7 @@ def exchange_file(path: str, data: bytes, *, mode: int = 0o600, limit: int = 2**
     temporary = os.path.join(directory, f".{name}.{new_id()}.new")
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    require_changeable(path)  # whose error names it, and not the temporary file
     write_file(temporary, data, mode=mode, sync_name=False)
     before: bytes | None = None
     try:

@@ -16,6 +16,8 @@ _EMPTY_PATH = 0x1000
 _NO_FOLLOW = 0x100
 _BIRTH = 0x800
 _MOUNT_ROOT = 0x2000
+_IMMUTABLE = 0x10
+_APPEND = 0x20
 _MOUNT_ID = 0x1000
 _SIZE = 256
 
@@ -59,6 +61,14 @@ class Statx:
             return None
         mask, major, minor, mount = _PLACE.unpack_from(self._buffer)
         return (mount if mask & _MOUNT_ID else 0, major, minor)
+
+    def is_fixed(self, path: str) -> bool:
+        """Return whether a directory is append-only or immutable: what is in it cannot be renamed or removed.
+        Links are followed. A filesystem that cannot tell has no such attributes."""
+        if _statx is None or _statx(_HERE, os.fsencode(path), 0, 0, self._address) != 0:
+            return False
+        _mask, attributes, known, _seconds, _nanoseconds = _FIELDS.unpack_from(self._buffer)
+        return bool(known & attributes & (_APPEND | _IMMUTABLE))
 
     def _read(self) -> tuple[bool, int]:
         """Return whether a mount begins there, and when it was born in nanoseconds, or 0."""

@@ -9,6 +9,7 @@ import pwd
 from types import TracebackType
 
 from imagecache_lib import errors
+from imagecache_lib.system.durable import FixedDirectory
 
 
 class translated:
@@ -79,6 +80,12 @@ def _translation(error: OSError, path: str) -> errors.ImageCacheError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return no_space(path, quota=error.errno == errno.EDQUOT)
     where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path
+    if isinstance(error, FixedDirectory):
+        return errors.BackendError(
+            str(error.strerror),
+            path=where,
+            next_step="take the attribute away (lsattr -d shows it, chattr -a or -i), then ask again",
+        )
     if error.errno in (errno.EACCES, errno.EPERM):
         return errors.BackendError(
             f"permission denied for {_user()}",

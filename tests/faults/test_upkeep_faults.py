@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import imagecache_lib as ic
+from imagecache_lib import errors
 from imagecache_lib.store import layout, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.testing.sources import FakeSource
@@ -307,6 +308,37 @@ def test_a_closed_directory_that_may_be_an_instance_s_keeps_everything(cache: Ca
     give_to_nobody(cache.instances)
     (cache.instances / "11111111-2222-4333-8444-555555555555").mkdir(mode=0o700)
     assert as_nobody(lambda: "Nothing is evicted" in cache.verify().problems[0] and cache.base.exists())
+
+
+@contextlib.contextmanager
+def append_only(directory: pathlib.Path) -> Iterator[None]:
+    """Let no name in a directory be changed or removed during the body."""
+    chattr = needs.program("chattr")
+    if subprocess.run([chattr, "+a", directory], stderr=subprocess.DEVNULL, check=False).returncode:
+        needs.lack("files have no attributes here, or may not be given any")
+    try:
+        yield
+    finally:
+        subprocess.run([chattr, "-a", directory], check=True)
+
+
+@pytest.mark.parametrize("which", ["hosts", "records", "stage"])
+def test_what_may_not_be_removed_again_is_not_made(cache: Cache, which: str) -> None:
+    cache.manager().evict_image(ID)
+    directory = cache.instances / "_base" / ".imagecache" / which
+    before = sorted(os.listdir(directory))
+    with append_only(directory):
+        for _try in range(2):
+            if which == "hosts":
+                (problem,) = cache.verify().problems
+                assert f"{directory}/" in problem
+                assert "append-only" in problem
+            elif not cache.base.exists():
+                with pytest.raises(errors.BackendError, match=f"append-only.*{directory}/.*chattr -a"):
+                    cache.manager().cache_image(ID)
+        assert [name for name in os.listdir(directory) if name not in before] == []
+    cache.manager().cache_image(ID)
+    assert cache.verify().problems == ()
 
 
 def test_a_note_that_cannot_be_read_stops_no_call(cache: Cache) -> None:
