@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,31 +22,15 @@ from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.store import layout
 from imagecache_lib.testing.sources import FakeSource
 from tests.lab import filesystems
-from tests.support import files, needs, recorded_calls
+from tests.support import files, recorded_calls
 from tests.support.cache_case import ID, raw_image
 
 NAME = layout.base_name(ID)
 MIB = 2**20
 DATA = raw_image(1)
 
-_DRIVER = """
-import hashlib, pathlib, sys
-import imagecache_lib as ic
-from imagecache_lib.sources.file import FileImage, FileSource
-
-instances, image, target, image_id = sys.argv[1:]
-digest = ic.Digest("sha512", hashlib.sha512(pathlib.Path(image).read_bytes()).hexdigest())
-source = FileSource({image_id: FileImage(image, "raw", digest)})
-manager = ic.ImageCacheManager(ic.CacheConfig(instances_path=instances, num_retries=0), source)
-if target == "":
-    manager.unpin("x", owner="x")  # makes the cache's directories
-    sys.exit()
-try:
-    manager.create_disk(image_id, target)
-except ic.ImageCacheError as error:
-    print(f"{type(error).__name__}: {error}")
-    sys.exit(3)
-"""
+#: What a spawn in a child ends with that the library refused.
+REFUSED = 3
 
 
 @pytest.fixture
@@ -68,14 +53,35 @@ def full_ext4(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield mount_point
 
 
-def driver(
-    instances: pathlib.Path, image: pathlib.Path, *, injected: Sequence[str] = (), target: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a spawn in a process of its own, with faults injected into its system calls."""
-    trace = [] if not injected else [needs.program("strace"), "-f", "-qq", "-o", os.devnull, *injected]
-    target = str(instances / "instance" / "disk") if target is None else target
-    command = [*trace, sys.executable, "-c", _DRIVER, str(instances), str(image), target, ID]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+def prepare(instances: pathlib.Path) -> None:
+    """Make the cache's directories."""
+    manager_for(instances).unpin("x", owner="x")
+
+
+def spawn(instances: pathlib.Path, image: pathlib.Path) -> None:
+    """Make a disk from an image in a file."""
+    digest = ic.Digest("sha512", hashlib.sha512(image.read_bytes()).hexdigest())
+    source = FileSource({ID: FileImage(str(image), "raw", digest)})
+    manager_for(instances, source).create_disk(ID, str(instances / "instance" / "disk"))
+
+
+def spawn_in_child(instances: pathlib.Path, image: pathlib.Path, *injected: str) -> tuple[int, str]:
+    """Spawn in a forked child, with faults injected into its system calls.
+
+    Returns how it ended, as :func:`os.waitstatus_to_exitcode` has it, and what it said if it was refused.
+    """
+    said = image.with_name("said")
+    said.write_text("")
+
+    def child() -> None:
+        try:
+            spawn(instances, image)
+        except ic.ImageCacheError as error:
+            said.write_text(f"{type(error).__name__}: {error}")
+            os._exit(REFUSED)
+
+    ended = recorded_calls.attached(child, ["-o", os.devnull, "-e", "signal=none", *injected])
+    return ended, said.read_text()
 
 
 def manager_for(
@@ -106,36 +112,36 @@ def content_of(disk: pathlib.Path) -> bytes:
 def test_a_spawn_that_fails_leaves_no_disk_whatever_becomes_of_disk_info(
     instances: pathlib.Path, image: pathlib.Path
 ) -> None:
-    driver(instances, image, target="")
+    prepare(instances)
     directory, codes = instances / "instance", []
     for number in range(1, 5):
         (directory / "disk.info").write_text("{}")
         inject = f"inject=openat:error=EIO:when={number}"
         faults = ("-P", str(directory / "disk.info"), "-e", "trace=openat", "-e", inject)
-        run = driver(instances, image, injected=faults)
-        codes.append(run.returncode)
-        assert (directory / "disk").exists() == (run.returncode == 0), (number, run.stdout + run.stderr)
+        ended, said = spawn_in_child(instances, image, *faults)
+        codes.append(ended)
+        assert (directory / "disk").exists() == (ended == 0), (number, said)
         for name in ("disk", "disk.info"):
             (directory / name).unlink(missing_ok=True)
     # While a draft is made, which may fail; before the disk has its name; and twice after that.
-    assert codes == [0, 3, 0, 0]
+    assert codes == [0, REFUSED, 0, 0]
 
 
 def test_each_fsync_that_fails_is_an_error_and_nothing_unproven_is_published(
     instances: pathlib.Path, image: pathlib.Path
 ) -> None:
-    driver(instances, image, target="")
+    prepare(instances)
     before = files_in(instances)
     failed = 0
     for number in range(1, 40):
         inject = f"inject=fsync:error=EIO:when={number}"
-        run = driver(instances, image, injected=("-e", "trace=fsync", "-e", inject))
-        if run.returncode == 0:
+        ended, said = spawn_in_child(instances, image, "-e", "trace=fsync", "-e", inject)
+        if ended == 0:
             break
         failed += 1
-        assert run.returncode == 3, run.stderr
-        assert run.stdout.startswith("BackendError: "), run.stdout
-        assert ID in run.stdout and "Input/output error" in run.stdout
+        assert ended == REFUSED, ended
+        assert said.startswith("BackendError: "), said
+        assert ID in said and "Input/output error" in said
         assert not (instances / "instance" / "disk").exists()
         base = instances / "_base" / NAME
         if base.exists():
@@ -144,8 +150,7 @@ def test_each_fsync_that_fails_is_an_error_and_nothing_unproven_is_published(
         else:
             assert files_in(instances) == before
         # The next spawn works, from the evidence that is there, and leaves nothing else.
-        again = driver(instances, image)
-        assert again.returncode == 0, again.stdout + again.stderr
+        spawn(instances, image)
         assert content_of(instances / "instance" / "disk") == DATA
         records = instances / "_base" / ".imagecache" / "records"
         assert json.loads((records / f"{NAME}.json").read_bytes())["origin"] == "fetched", number
@@ -164,9 +169,10 @@ def test_each_fsync_that_fails_is_an_error_and_nothing_unproven_is_published(
 def test_a_base_whose_data_could_not_be_synced_never_gets_its_name(
     instances: pathlib.Path, image: pathlib.Path
 ) -> None:
-    driver(instances, image, target="")
-    run = driver(instances, image, injected=("-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1"))
-    assert run.returncode == 3
+    prepare(instances)
+    fault = ("-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1")
+    ended, _said = spawn_in_child(instances, image, *fault)
+    assert ended == REFUSED
     assert not (instances / "_base" / NAME).exists()
     assert os.listdir(instances / "_base" / ".imagecache" / "stage") == []
 
@@ -178,10 +184,10 @@ def test_sigkill_at_every_call_that_changes_something(
     """Whatever was done last, the state is sound, the next spawn works, and nothing stays behind."""
     for number in range(1, 40):
         injected = ("-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}")
-        run = driver(instances, image, injected=injected)
-        if run.returncode == 0:
+        ended, said = spawn_in_child(instances, image, *injected)
+        if ended == 0:
             break
-        assert run.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), run.stderr
+        assert ended == -signal.SIGKILL, said
         base = instances / "_base" / NAME
         published = base.exists()
         assert not published or base.read_bytes() == DATA
