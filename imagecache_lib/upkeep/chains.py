@@ -43,7 +43,7 @@ class Chains:
         self._base_path = base_path
         self._plain = os.fsencode(base_path)
         self._overlays = read
-        self._looked: dict[str, Looked | CannotTell | None] = {}
+        self._looked: dict[tuple[str, tuple[int, ...]], Looked | CannotTell | None] = {}
 
     def lie_in_cache(self, references: Iterable[bytes]) -> bool:
         """Whether references are plain paths of files in the cache, as those of nearly all disks are."""
@@ -62,9 +62,9 @@ class Chains:
         :param names: what the references of the overlay end in.
         :param before: what it referred to when it was last read.
         """
-        for text in overlay.references:
-            for path in headers.named_files(overlay.path, text):
-                looked = self._look(_spelled(path))
+        for starts, paths in self._named_in(overlay.path, overlay.references, None):
+            for path in paths:
+                looked = self._look(path, starts)
                 if isinstance(looked, Looked):
                     if looked.references and looked.target not in targets:
                         return True
@@ -78,19 +78,20 @@ class Chains:
         :param targets: as for :meth:`leads_on`.
         :param names: gets the names.
         """
-        seen: set[str] = set()
+        seen: set[tuple[str, tuple[int, ...]]] = set()
         is_whole, device = True, None
         pending = list(self._named_in(overlay.path, overlay.references, None))
         while pending:
             told = False
-            for path in pending.pop():
-                if path in seen or path in self._overlays or self._is_absent_base(path):
+            starts, paths = pending.pop()
+            for path in paths:
+                if (path, starts) in seen or self._was_read(path, starts) or self._is_absent_base(path):
                     told = True  # what is below the disk roots was read
                     continue
                 if len(seen) >= _LONGEST_CHAIN:
                     return Followed(False, device)
-                seen.add(path)
-                looked = self._look(path)
+                seen.add((path, starts))
+                looked = self._look(path, starts)
                 told = told or not isinstance(looked, CannotTell)
                 if isinstance(looked, CannotTell):
                     # A link to a base leads nowhere while an eviction looks who needs that.
@@ -111,21 +112,29 @@ class Chains:
 
     def _named_in(
         self, path: str, references: Iterable[bytes], real: str | None
-    ) -> Iterator[tuple[str, ...]]:
-        """Yield the paths that each reference in a file may mean.
+    ) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
+        """Yield where in a file the disk may begin that each reference means, and the paths of that file.
 
         A relative one begins for QEMU in the directory through which the file was opened, and for other
-        programs in the one in which it lies.
+        programs in the one in which it lies. Behind a prefix it begins where the program runs, which services
+        do at the root.
 
         :param real: the file's path without links, or None if it has yet to be asked for.
         """
         for text in references:
+            starts = headers.starts(text)
             for named in headers.named_files(path, text):
                 meant = [_spelled(named)]
                 if not text.startswith(b"/"):
                     real = self._follower.real(path) if real is None else real
                     meant += [_spelled(each) for each in headers.named_files(real, text) if real]
-                yield tuple(dict.fromkeys(meant))
+                if not headers.is_plain(text):
+                    meant += [_spelled(each) for each in headers.named_files("/", text)]
+                yield starts, tuple(dict.fromkeys(meant))
+
+    def _was_read(self, path: str, starts: tuple[int, ...]) -> bool:
+        """Whether a file was read below the disk roots, where its name stands for the disk in it."""
+        return path in self._overlays and starts == (0,)
 
     def _is_absent_base(self, path: str) -> bool:
         """Whether a path is that of a base which is gone. One that is there may be an overlay itself."""
@@ -136,11 +145,12 @@ class Chains:
             return not os.path.lexists(path)
         return isinstance(self._look(path), CannotTell)
 
-    def _look(self, path: str) -> Looked | CannotTell | None:
-        if path not in self._looked:
-            answer = self._follower.look(path)
-            self._looked[path] = answer if isinstance(answer, Looked | CannotTell) else None
-        return self._looked[path]
+    def _look(self, path: str, starts: tuple[int, ...] = (0,)) -> Looked | CannotTell | None:
+        key = path, starts
+        if key not in self._looked:
+            answer = self._follower.look(path, starts)
+            self._looked[key] = answer if isinstance(answer, Looked | CannotTell) else None
+        return self._looked[key]
 
 
 def _spelled(path: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from imagecache_lib.system import block_devices, bounded, mounts
@@ -92,7 +92,8 @@ class Follower:
     :param limit: seconds that a look may take.
     :param roots_limit: seconds that a look at a disk root may take, or at disks on another filesystem than
         the cache's, without getting on.
-    :param looks: looks at one file, however long that takes, or None to look with stat(2) and open(2).
+    :param looks: looks at one file, and at the disks that begin in it at some offsets, however long that
+        takes, or None to look with stat(2) and open(2).
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Follower:
         limit: float = bounded.LIMIT,
         *,
         roots_limit: float = _ROOTS_LIMIT,
-        looks: Callable[[str], Answer | Device] | None = None,
+        looks: Callable[[str, Sequence[int]], Answer | Device] | None = None,
     ) -> None:
         self.inside = Bounded(limit)
         self.roots = Bounded(roots_limit)
@@ -137,17 +138,20 @@ class Follower:
         answers = self.inside.call(lambda: os.path.realpath(path))
         return answers[0] if answers else path
 
-    def look(self, path: str) -> Answer:
-        """Look at a file. Returns what it is, or why that cannot be told within the limit."""
-        answer = self._look(mounts.of(path, mounts.points()), lambda: self._looks(path))
-        return self._look_at_device(path, answer.number) if isinstance(answer, Device) else answer
+    def look(self, path: str, starts: Sequence[int] = (0,)) -> Answer:
+        """Look at a file. Returns what it is, or why that cannot be told within the limit.
 
-    def _look_at_device(self, path: str, number: int) -> Answer:
+        :param starts: where in it a disk may begin, in bytes.
+        """
+        answer = self._look(mounts.of(path, mounts.points()), lambda: self._looks(path, starts))
+        return self._look_at_device(path, answer.number, starts) if isinstance(answer, Device) else answer
+
+    def _look_at_device(self, path: str, number: int, starts: Sequence[int]) -> Answer:
         try:
             beneath = block_devices.files_beneath(number)
         except OSError as error:
             return CannotTell(error.strerror or str(error))
-        answer = self._look(number, lambda: _read(path, beneath))
+        answer = self._look(number, lambda: _read(path, starts, beneath))
         return dataclasses.replace(answer, references=beneath) if isinstance(answer, CannotTell) else answer
 
     def _look(self, where: Mount, look: Callable[[], _T]) -> _T | CannotTell:
@@ -159,7 +163,7 @@ class Follower:
         return answers[0] if answers else CannotTell(NO_ANSWER)
 
 
-def _look(path: str) -> Answer | Device:
+def _look(path: str, starts: Sequence[int]) -> Answer | Device:
     try:
         found = os.stat(path)
     except FileNotFoundError as error:
@@ -168,12 +172,13 @@ def _look(path: str) -> Answer | Device:
         return CannotTell(getattr(error, "strerror", None) or str(error))
     if stat.S_ISBLK(found.st_mode):
         return Device(found.st_rdev)
-    return _read(path) if stat.S_ISREG(found.st_mode) else Nothing()
+    return _read(path, starts) if stat.S_ISREG(found.st_mode) else Nothing()
 
 
-def _read(path: str, beneath: tuple[bytes, ...] = ()) -> Answer:
-    """Read the header of a file or of a block device.
+def _read(path: str, starts: Sequence[int], beneath: tuple[bytes, ...] = ()) -> Answer:
+    """Read the headers in a file or a block device.
 
+    :param starts: where.
     :param beneath: the files that the device is made of.
     """
     try:
@@ -182,8 +187,10 @@ def _read(path: str, beneath: tuple[bytes, ...] = ()) -> Answer:
             is_device = stat.S_ISBLK(found.st_mode)
             if is_device and not os.pread(fd, 1, 0):
                 return CannotTell("there is nothing in the device")
-            head = headers.read_head(fd)
-            references = (*(headers.references(fd, head) if head else ()), *beneath)
+            references = beneath
+            for start in starts:
+                if head := headers.read_head(fd, start):
+                    references += headers.references(fd, head, start)
             real = os.path.realpath(path) if references else ""
     except FileNotFoundError as error:
         return CannotTell(error.strerror or str(error), os.path.realpath(path))

@@ -10,7 +10,7 @@ import shutil
 import struct
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import imagecache_lib as ic
 from imagecache_lib import errors
@@ -172,7 +172,7 @@ class TestMeaning(UpkeepCase):
         answers = threading.Event()
         asked = []
 
-        def look(path: str) -> Nothing:
+        def look(path: str, starts: Sequence[int]) -> Nothing:
             asked.append(path)
             answers.wait(60)
             return Nothing()

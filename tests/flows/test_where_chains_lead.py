@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import random
@@ -14,6 +15,8 @@ from collections.abc import Callable
 import imagecache_lib as ic
 from imagecache_lib import errors, events
 from imagecache_lib.system.trace import TracePoint
+from imagecache_lib.upkeep import headers
+from imagecache_lib.upkeep.follow import Follower, Looked
 from imagecache_lib.upkeep.names import Names
 from tests.flows.test_upkeep import UpkeepCase
 from tests.support import files
@@ -73,7 +76,134 @@ class TestNames(ChainsCase):
         self.assertFalse(self.only.exists())
 
 
+class SpellingsCase(ChainsCase):
+    """One pass each, over a disk for each way to name the file between it and its base."""
+
+    def named(self, *spellings: Callable[[pathlib.Path], str]) -> None:
+        for number, spelled in enumerate(spellings, 1):
+            base = self.foreign(f"{number:040x}")
+            self.outside.mkdir(exist_ok=True)
+            between = self.outside / f"between-{number}"
+            self.lies_at(between, base)
+            disk = self.instances / f"uuid-{number}" / "disk"
+            files.overlay(disk, spelled(between), backing_format="qcow2")
+        evicted = [each.name for each in self.verify().evicted]
+        self.assertEqual([self.only.name], evicted, "the base that no disk needs is the only one to go")
+
+    def lies_at(self, between: pathlib.Path, base: pathlib.Path) -> None:
+        files.overlay(between, base)
+
+
+class TestSpellings(SpellingsCase):
+    def test_a_prefix_stands_before_a_file_s_name(self) -> None:
+        self.named(
+            lambda path: f"host_device:{path}",
+            lambda path: f"blkdebug::{path}",
+            lambda path: f"blkdebug:/nonexistent/rules:blkdebug::file:{path}",
+            lambda path: f"blkverify:/nonexistent/raw:{path}",
+            lambda path: f"blkverify:{path}:/nonexistent/other",
+        )
+
+    def test_a_relative_name_behind_a_prefix_begins_at_the_root(self) -> None:
+        self.named(
+            lambda path: f"file:{str(path)[1:]}",
+            lambda path: "json:" + json.dumps({"file": {"driver": "file", "filename": str(path)[1:]}}),
+        )
+
+    def test_escapes_in_single_quotes(self) -> None:
+        self.named(
+            lambda path: "json:{'file':{'filename':'" + str(path).replace("/", "\\u002f") + "'}}",
+            lambda path: "json:{'file':{'filename':'" + str(path).replace("n", "\\u006E") + "'}}",
+            lambda path: "json:{'node-name':'it\\'s \"x\"','file.filename':\"" + str(path) + '"}',
+        )
+
+    def test_a_key_that_is_there_twice(self) -> None:
+        self.named(lambda path: f'json:{{"file.filename":"{path}","file.filename":"/nonexistent"}}')
+
+
+class TestDisksWithinFiles(SpellingsCase):
+    """The file between a disk and its base lies somewhere in another file."""
+
+    OFFSET = 2**20
+
+    def lies_at(self, between: pathlib.Path, base: pathlib.Path) -> None:
+        files.overlay(between, base)
+        between.write_bytes(bytes(self.OFFSET) + between.read_bytes())
+
+    def test_it_is_found_by_its_offset(self) -> None:
+        def spelled(offset: object) -> Callable[[pathlib.Path], str]:
+            inner = {"driver": "raw", "offset": offset}
+            return lambda path: "json:" + json.dumps({"file": {**inner, "file": {"filename": str(path)}}})
+
+        self.named(
+            spelled(self.OFFSET),
+            spelled("1M"),
+            spelled("0x100000"),
+            lambda path: f'json:{{"file.offset":"1024k","file.file.filename":"{path}"}}',
+        )
+
+    def test_an_offset_may_be_any_number(self) -> None:
+        offsets: tuple[object, ...] = (2**63 - 1, 2**63, 2**64, -1, 1.5, "x", None, [], True, "9" * 400)
+        for offset in offsets:
+            with self.subTest(offset):
+                text = b"json:" + json.dumps({"offset": offset, "filename": "/x"}).encode()
+                answer = Follower().look(str(self.only), headers.starts(text))
+                self.assertIsInstance(answer, Looked)
+
+
 class TestOtherFormats(ChainsCase):
+    def test_a_chain_that_begins_with_the_first_version_of_qcow_is_followed(self) -> None:
+        files.overlay(self.disk, self.between(), format="qcow", backing_format="qcow2")
+        self.assertCounts()
+
+    def test_the_extents_of_a_vmdk_are_followed(self) -> None:
+        self.disk.parent.mkdir()
+        self.outside.mkdir()
+        (self.outside / "link").symlink_to(self.only)
+        extents = '\nRW 63 ZERO\nRW  4096 FLAT "../../outside/link" 0\n'
+        for begin in ("# Disk DescriptorFile\nversion=1\n", "#\nversion=1\n", " \nversion=1\n"):
+            with self.subTest(begin):
+                self.disk.write_text(f'{begin}CID=1\nparentCID=ffffffff\ncreateType="custom"\n{extents}')
+                self.assertCounts()
+
+    def test_a_descriptor_far_within_a_vmdk_is_found(self) -> None:
+        self.disk.parent.mkdir()
+        at = 3 * 2**20
+        header = struct.pack("<4sIIQQQQ", b"KDMV", 1, 3, 2048, 128, at // 512, 1)
+        self.disk.write_bytes(header.ljust(at, b"\0") + f'parentFileNameHint="{self.between()}"'.encode())
+        self.assertCounts()
+
+    def vhd(self, code: bytes, location: bytes) -> None:
+        at, far = 512, 2**20
+        footer = struct.pack(">8sIIQ", b"conectix", 2, 0x10000, at).ljust(at, b"\0")
+        locators = bytes(24) + struct.pack(">4sIIIQ", code, 512, len(location), 0, far)
+        self.disk.write_bytes(
+            (footer + b"cxsparse".ljust(576, b"\0") + locators).ljust(far, b"\0") + location
+        )
+
+    def test_the_parent_of_a_vhd_is_found_by_each_kind_of_locator(self) -> None:
+        self.disk.parent.mkdir()
+        between = str(self.between())
+        relative = r".\..\..\outside\between"
+        for code, location in (
+            (b"W2ku", ("C:" + between.replace("/", "\\")).encode("utf-16-le")),
+            (b"W2ru", relative.encode("utf-16-le")),
+            (b"Wi2r", relative.encode()),
+            (b"MacX", b"file://" + between.replace("b", "%62").encode()),
+            (b"MacX", b"file://./../../outside/between"),
+        ):
+            with self.subTest(code):
+                self.vhd(code, location)
+                self.assertCounts()
+
+    def test_offsets_in_a_header_may_be_any_number(self) -> None:
+        most = b"\xff" * 200
+        for begin in (b"QFI\xfb\0\0\0\1", b"QED\0", b"KDMV", b"conectix", b"vhdxfile"):
+            with self.subTest(begin):
+                self.disk.parent.mkdir(exist_ok=True)
+                self.disk.write_bytes(begin + most)
+                self.assertIsInstance(Follower().look(str(self.disk)), Looked)
+
     def qed(self, backing: pathlib.Path, *options: str) -> None:
         self.disk.parent.mkdir()
         command = ["qemu-img", "create", "-q", "-u", "-f", "qed", *options, "-F", "raw", "-b", str(backing)]

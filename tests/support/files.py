@@ -47,12 +47,14 @@ def overlay(
     path: str | os.PathLike[str],
     backing: str | os.PathLike[str],
     *,
+    format: str = "qcow2",
     backing_format: str = "raw",
     size: str = "1M",
 ) -> None:
-    """Make a qcow2 overlay with qemu-img. Its backing file is not opened, and need not exist.
+    """Make an overlay with qemu-img. Its backing file is not opened, and need not exist.
 
     :param path: where; its directory is made if it is not there.
+    :param format: of the overlay, by QEMU's name.
     :param size: virtual size, as qemu-img reads it.
     """
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,7 @@ def overlay(
         "-q",
         "-u",
         "-f",
-        "qcow2",
+        format,
         "-F",
         backing_format,
         "-b",
