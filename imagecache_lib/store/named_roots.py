@@ -9,6 +9,7 @@ written down, too, which directory it was.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -45,6 +46,9 @@ _NAMES = 3
 
 #: Says that a note is of no disk root.
 _VOLUME = "volume"
+
+#: By the clock that is never set, and by that of the day.
+_Times = tuple[float, float]
 
 _FILE = re.compile(r"[0-9a-f]{16}\.roots")
 _SEEN = re.compile(r"[0-9a-f]{16}\.seen")
@@ -102,7 +106,7 @@ class NamedRoots:
         self._usual = usual
         self._host = host
         self._identities: dict[str, Identity] = {}
-        self._noted: dict[str, tuple[Identity | None, str, tuple[int, int, int], float]] = {}
+        self._noted: dict[str, tuple[Identity | None, str, tuple[int, int, int], _Times]] = {}
 
     def look(self, roots: Iterable[str]) -> dict[str, Identity]:
         """Return which directories disk roots are now. Those that are not there are left out.
@@ -157,11 +161,11 @@ class NamedRoots:
             os.utime(self._written(_paths(where, own_id, data), data))
 
     def _note(self, where: layout.Layout, own_id: str, root: str, identity: Identity | None) -> None:
-        now = self._host.monotonic()
+        now = self._host.monotonic(), self._host.clock()
         noted = self._noted.get(root)
         if noted is not None and noted[0] == identity:
             _, path, status, since = noted
-            if now - since < _AGAIN and _status(path) == status:
+            if _is_recent(since, now) and _status(path) == status:
                 return
         try:
             data = _encoded(root, identity)
@@ -185,6 +189,9 @@ class NamedRoots:
         for path in possible:
             is_said = _says(path, data)
             try:
+                # A clock that was set back may let the note look older than a pass that was before it.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(_mark(path))
                 if not is_said or abs(self._host.clock() - os.stat(path).st_mtime) >= _AGAIN:
                     durable.write_file(path, data)
             except OSError as error:
@@ -197,6 +204,11 @@ class NamedRoots:
             return path
         assert failed is not None
         raise failed
+
+
+def _is_recent(since: _Times, now: _Times) -> bool:
+    """Whether a note need not be written anew, by either clock: the clock of the day may have been set."""
+    return all(abs(one - other) < _AGAIN for one, other in zip(since, now, strict=True))
 
 
 def paths(where: layout.Layout, host_id: str, root: str, identity: Identity | None) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from typing import Any
 
 import imagecache_lib as ic
@@ -201,6 +202,26 @@ class TestOtherProcesses(CacheCase):
         self.other.create_disk(ID, str(self.outside / "later"))
         self.assertGreater(note.stat().st_mtime, 0)
         self.assertTrue(self.is_kept())
+
+    def test_a_process_whose_clock_was_set_back_counts(self) -> None:
+        os.unlink(self.other.create_disk(ID, str(self.outside / "disk")).target)
+        os.utime(self.outside_note(), (0, 0))
+        self.manager().verify_base_images([])
+        self.time += 3601
+        self.other.create_disk(ID, str(self.outside / "later"))
+        os.utime(self.outside_note(), (1, 1))
+        self.assertTrue(self.is_kept())
+
+    def test_a_process_says_so_again_when_the_clock_was_set(self) -> None:
+        clock = time.time()
+        other = self.manager(disk_roots=(str(self.outside),), host=self.host(clock=lambda: clock))
+        other.create_disk(ID, str(self.outside / "disk"))
+        noted = self.outside_note().stat().st_ino
+        other.create_disk(ID, str(self.outside / "later"))
+        self.assertEqual(noted, self.outside_note().stat().st_ino)
+        clock += 365 * 86400
+        other.create_disk(ID, str(self.outside / "latest"))
+        self.assertNotEqual(noted, self.outside_note().stat().st_ino)
 
     def test_the_cache_may_be_removed_beneath_a_process(self) -> None:
         self.other.create_disk(ID, str(self.outside / "disk"))
