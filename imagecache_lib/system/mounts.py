@@ -70,17 +70,28 @@ def is_listed_as_network(listing: str, device: int) -> bool:
     return False
 
 
-def points(*, mountinfo: str = "/proc/self/mountinfo") -> tuple[str, ...]:
-    """Return the paths at which something is mounted, without links, as far as that can be told.
+def table(*, mountinfo: str = "/proc/self/mountinfo") -> tuple[tuple[str, bytes], ...]:
+    """Return the paths at which something is mounted, without links, each with what tells that mount from
+    others there, as far as that can be told.
 
     None of them is looked at: its server may be gone.
     """
     try:
         with open(mountinfo, "rb") as stream:
-            found = [line.split()[4] for line in stream if line.count(b" ") > 4]
+            # Its number, that of the one above it, its device and which directory of that it shows.
+            found = [line.split()[:5] for line in stream if line.count(b" ") > 4]
     except OSError:
         return ()
-    return tuple(os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), each)) for each in found)
+    return tuple((os.fsdecode(_ESCAPE.sub(_octal, each[4])), b" ".join(each[:4])) for each in found)
+
+
+def points(*, mountinfo: str = "/proc/self/mountinfo") -> tuple[str, ...]:
+    """Return the paths at which something is mounted, as :func:`table` has them."""
+    return tuple(path for path, _which in table(mountinfo=mountinfo))
+
+
+def _octal(match: re.Match[bytes]) -> bytes:
+    return bytes([int(match[1], 8)])
 
 
 def of(path: str, mounted: Collection[str]) -> str:

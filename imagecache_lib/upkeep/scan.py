@@ -80,7 +80,8 @@ class Scan:
         self._follower = follower or Follower()
         self._configured = cache.config.roots
         self._roots = (*self._configured, *(root for root in more_roots if root not in self._configured))
-        self._mounted = mounts.points()
+        self._table = mounts.table()
+        self._mounted = [path for path, _which in self._table]
         self._mounts: set[str] = set()
         self._without_links: dict[str, str] = {}
         self._facts: list[Fact] = []
@@ -116,12 +117,15 @@ class Scan:
             self._list(top, root)
         self._settle()
         self._host.trace(TracePoint.REFERENCES_SCANNED)
-        if (mounted := mounts.points()) != self._mounted:
-            before, self._mounted = set(self._mounts), (*self._mounted, *mounted)
-            for path, real in self._without_links.items():
+        # No directory changes as something is mounted on it, or is not any more. What was read there is
+        # covered now, or what was mounted there may not have been read.
+        if changed := {path for path, _which in set(self._table).symmetric_difference(mounts.table())}:
+            self._mounted += changed
+            unsettled: set[str] = set()
+            for path, real in list(self._without_links.items()):
                 self._note_mounts(path, real)
-            # No directory changes as something is mounted on it. What was read there is covered now.
-            self._facts += [Unsettled(path) for path in sorted(self._mounts - before)]
+                unsettled.update(mounts.below(path, real, changed))
+            self._facts += [Unsettled(path) for path in sorted(unsettled)]
         self._facts += [MountPoint(path) for path in sorted(self._mounts)]
         read = tuple(ReadDirectory(each.seen, each.entries) for each in self._directories.values())
         return Found(tuple(self._facts), self._found_roots, read, self._lost)
@@ -291,7 +295,10 @@ class Scan:
         if status is None or (status.st_dev, status.st_ino) != (identity.device, identity.inode):
             # It was renamed or removed, and the directory above has changed: it is read anew where it is
             # found.
-            self._directories.pop((identity.device, identity.inode))
+            if self._directories.get((identity.device, identity.inode)) is directory:
+                del self._directories[identity.device, identity.inode]
+            else:
+                self._forget(directory)  # another one was read in its place, as it went away
             self._again = True
             if directory.seen.above is None:
                 configured = path in self._configured
