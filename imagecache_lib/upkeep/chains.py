@@ -133,8 +133,11 @@ class Chains:
                 yield starts, tuple(dict.fromkeys(meant))
 
     def _was_read(self, path: str, starts: tuple[int, ...]) -> bool:
-        """Whether a file was read below the disk roots, where its name stands for the disk in it."""
-        return path in self._overlays and starts == (0,)
+        """Whether a file was read below the disk roots, where its own references are followed.
+
+        Those of one that is pinned raw are not: but what this disk's header names is the file as it is.
+        """
+        return path in self._overlays and starts == (0,) and self._follower.pinned(path) != "raw"
 
     def _is_absent_base(self, path: str) -> bool:
         """Whether a path is that of a base which is gone. One that is there may be an overlay itself."""

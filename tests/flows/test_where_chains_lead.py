@@ -76,6 +76,15 @@ class TestNames(ChainsCase):
         self.assertFalse(self.only.exists())
 
 
+class TestPins(ChainsCase):
+    def test_a_disk_below_another_one_is_followed_though_it_is_pinned_raw(self) -> None:
+        below = self.instances / "other" / "disk"
+        files.overlay(below, self.between(), backing_format="qcow2")
+        (below.parent / "disk.info").write_text(json.dumps({str(below): "raw"}))
+        files.overlay(self.disk, below, backing_format="qcow2")
+        self.assertCounts()
+
+
 class SpellingsCase(ChainsCase):
     """One pass each, over a disk for each way to name the file between it and its base."""
 
