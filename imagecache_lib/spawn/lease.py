@@ -231,6 +231,7 @@ class Leases:
             stall_timeout=self._cache.config.lock_timeout,
             waiter=request.waiter,
             watched=_BeingMade(self._cache, request, wanted=not shared),
+            calls_back=True,
         )
 
     def _vanished(self, request: BaseRequest) -> errors.BackendError:

@@ -21,6 +21,7 @@ import io
 import logging
 import os
 import struct
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -169,7 +170,12 @@ def _close_locked(descriptor: HeldDescriptor) -> bool:
     return True
 
 
+#: Of each thread, what :func:`_own_paths` returns.
+_of_thread = threading.local()
+
+
 def _close_in_child() -> None:
+    _of_thread.__dict__.clear()
     _parked.forget()
     for held in list(_held):
         with contextlib.suppress(OSError):
@@ -306,6 +312,7 @@ def waiting(
     waiter: Waiter | None = None,
     watched: Watched | None = None,
     needed: bool = True,
+    calls_back: bool = False,
 ) -> Iterator[bool]:
     """Hold a lock for the body. Yields whether the lock was got.
 
@@ -316,13 +323,19 @@ def waiting(
     :param watched: what the lock's holder works on, or None if that cannot be told.
     :param needed: False for a lock of the whole cache, whose file must not stop everything if it cannot be
         opened: the body runs without the lock then, as where locks do not lock.
+    :param calls_back: the body calls what may want the same lock in this thread, such as an observer. That
+        would wait for its own caller, and goes on without the lock at once.
     :raises CancelledError, LockTimeoutError: the waiter no longer waits.
     :raises BackendError: the lock file cannot be opened.
     """
     lock = FileLock(path, shared=shared, host=host, needed=needed)
+    own = _own_paths()
+    is_noted = False
     try:
         got = lock.acquire_now()
-        if not got:
+        if not got and path in own:
+            LOG.warning("This thread itself holds the lock file %s; going on without", path)
+        elif not got:
             # Not by the clock of the day: one that is set back must not make a caller wait for the past.
             work = watched or _Unwatched()
             seen, since = work.progress(), host.monotonic()
@@ -338,9 +351,20 @@ def waiting(
             else:
                 if not got:
                     _warn_of_stall(path, stall_timeout)
+        if got and calls_back and path not in own:
+            own.add(path)
+            is_noted = True
         yield got
     finally:
+        if is_noted:
+            own.discard(path)
         lock.let_go()
+
+
+def _own_paths() -> set[str]:
+    """Return the paths of the lock files that this thread holds, in bodies that may call for them again."""
+    paths: set[str] = _of_thread.__dict__.setdefault("paths", set())
+    return paths
 
 
 def _warn_of_stall(path: str, stall_timeout: float) -> None:

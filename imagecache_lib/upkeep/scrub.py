@@ -270,6 +270,7 @@ def _quarantine(
             shared=False,
             host=cache.host,
             stall_timeout=cache.config.lock_timeout,
+            calls_back=True,
         ) as locked:
             if not opened.is_current():
                 return dataclasses.replace(found, verdict=Verdict.GONE, detail="it was evicted meanwhile")

@@ -17,12 +17,14 @@ import oslo_messaging
 import prometheus_client
 from oslo_config import cfg
 
+import imagecache_lib as ic
 from imagecache_lib import errors, events
 from imagecache_lib.observers import metrics, notifications
 from imagecache_lib.observers.log import LogObserver
 from imagecache_lib.store import layout
+from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.testing.sources import FakeSource
-from tests.support.cache_case import ID, OTHER_ID, CacheCase, raw_image
+from tests.support.cache_case import ID, OTHER_ID, CacheCase, content_of, raw_image
 
 NAME = layout.base_name(ID)
 
@@ -262,3 +264,22 @@ class TestLightImports(unittest.TestCase):
             environment = {**os.environ, "PYTHONPATH": paths}
             finished = subprocess.run(command, cwd=directory, env=environment, check=False)
         self.assertEqual(0, finished.returncode)
+
+
+class TestCallsBack(CacheCase):
+    """An observer that asks for the very image whose fetch it is told of."""
+
+    def test_it_does_not_wait_for_its_own_caller(self) -> None:
+        inner = self.target("inner")
+
+        def observe(event: events.Event) -> None:
+            if isinstance(event, events.Fetched) and not os.path.lexists(inner):
+                manager.create_disk(ID, inner)
+
+        config = ic.CacheConfig(instances_path=str(self.instances))
+        manager = ic.ImageCacheManager(config, self.source, host=self.host(), observers=(observe,))
+        outer = manager.create_disk(ID, self.target())
+        self.assertNotIn(TracePoint.LOCK_WAITING, self.points.seen)
+        for path in (inner, outer.target):
+            self.assertEqual(raw_image(1), content_of(path, outer.format))
+        self.assertEqual([], self.in_flight())

@@ -401,6 +401,17 @@ class TestWaiting(LockCase):
             self.assertFalse(got)
         self.assertLess(time.monotonic() - begun, 60)
 
+    def test_nobody_waits_for_a_lock_of_its_own_caller(self) -> None:
+        def outer() -> contextlib.AbstractContextManager[bool]:
+            return locks.waiting(self.path, shared=False, host=self.host, stall_timeout=60, calls_back=True)
+
+        logged = self.assertLogs("imagecache_lib.system.locks", "WARNING")
+        with outer() as first, logged, outer() as second, outer() as third:
+            self.assertEqual((True, False, False), (first, second, third))
+            self.assertFalse(self.is_free())
+        with outer() as again:
+            self.assertTrue(again)
+
     def test_a_wait_whose_reason_is_gone_ends(self) -> None:
         with self.take():
             waiting = locks.waiting(
