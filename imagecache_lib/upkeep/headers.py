@@ -68,6 +68,9 @@ _OF_TWO_FILES = ("blkdebug", "blkverify")
 _SIZE = re.compile(r"(0[xX][0-9a-fA-F]{1,16})|(\d{1,19}(?:\.\d{1,19})?)([bkmgtpeBKMGTPE]?)")
 _UNITS = "bkmgtpe"
 
+#: No file reaches so far that a read there could be refused.
+_FARTHEST = 2**62
+
 #: An escape may be escaped again, when a name in JSON holds JSON.
 _MOST_LAYERS = 4
 
@@ -245,12 +248,12 @@ def _texts(value: object, key: str) -> Iterator[str]:
 def _offsets(value: object, key: str) -> Iterator[int]:
     for inner_key, inner in _pairs(value, key):
         if inner_key == "offset" and (match := _SIZE.fullmatch(str(inner).strip())) is not None:
-            offset = (
-                int(match[1], 16)
-                if match[1]
-                else int(float(match[2]) * 1024 ** _UNITS.index(match[3].lower()))
-            )
-            if offset < 2**63:
+            unit = 1024 ** _UNITS.index((match[3] or "b").lower())
+            if match[1]:
+                offset = int(match[1], 16)
+            else:
+                offset = int(float(match[2]) * unit) if "." in match[2] else int(match[2]) * unit
+            if offset <= _FARTHEST:
                 yield offset
 
 

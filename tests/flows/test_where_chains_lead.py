@@ -158,6 +158,8 @@ class TestDisksWithinFiles(SpellingsCase):
                 text = b"json:" + json.dumps({"offset": offset, "filename": "/x"}).encode()
                 answer = Follower().look(str(self.only), headers.starts(text))
                 self.assertIsInstance(answer, Looked)
+        self.assertEqual((0, 2**53 + 1), headers.starts(f'json:{{"offset":{2**53 + 1}}}'.encode()))
+        self.assertEqual((0, 3 * 2**19), headers.starts(b'json:{"offset":"1.5M"}'))
 
 
 class TestOtherFormats(ChainsCase):
