@@ -203,11 +203,12 @@ class CacheStore:
     def open_base(self, name: str) -> OpenBase | None:
         """Open a base image for reading. Returns None if there is none of that name.
 
-        :raises CacheEntryError: something that is no regular file has its name.
+        :raises CacheEntryError: it cannot be opened, or something that is no regular file has its name.
         """
         path = self.layout.base(name)
         try:
             file = Descriptor(path, _READ)
+            found = os.fstat(file.fd)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -218,11 +219,6 @@ class CacheStore:
                 path=path,
                 next_step="check its owner and mode",
             ) from error
-        try:
-            found = os.fstat(file.fd)
-        except BaseException:
-            file.close()
-            raise
         if not stat.S_ISREG(found.st_mode):
             file.close()
             raise _odd_entry(path, "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file")

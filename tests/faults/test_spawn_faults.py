@@ -58,14 +58,16 @@ def prepare(instances: pathlib.Path) -> None:
     manager_for(instances).unpin("x", owner="x")
 
 
-def spawn(instances: pathlib.Path, image: pathlib.Path) -> None:
+def spawn(instances: pathlib.Path, image: pathlib.Path, if_exists: str = "error") -> None:
     """Make a disk from an image in a file."""
     digest = ic.Digest("sha512", hashlib.sha512(image.read_bytes()).hexdigest())
     source = FileSource({ID: FileImage(str(image), "raw", digest)})
-    manager_for(instances, source).create_disk(ID, str(instances / "instance" / "disk"))
+    manager_for(instances, source).create_disk(ID, str(instances / "instance" / "disk"), if_exists=if_exists)
 
 
-def spawn_in_child(instances: pathlib.Path, image: pathlib.Path, *injected: str) -> tuple[int, str]:
+def spawn_in_child(
+    instances: pathlib.Path, image: pathlib.Path, *injected: str, if_exists: str = "error"
+) -> tuple[int, str]:
     """Spawn in a forked child, with faults injected into its system calls.
 
     Returns how it ended, as :func:`os.waitstatus_to_exitcode` has it, and what it said if it was refused.
@@ -75,7 +77,7 @@ def spawn_in_child(instances: pathlib.Path, image: pathlib.Path, *injected: str)
 
     def child() -> None:
         try:
-            spawn(instances, image)
+            spawn(instances, image, if_exists)
         except ic.ImageCacheError as error:
             said.write_text(f"{type(error).__name__}: {error}")
             os._exit(REFUSED)
@@ -175,6 +177,18 @@ def test_a_base_whose_data_could_not_be_synced_never_gets_its_name(
     assert ended == REFUSED
     assert not (instances / "_base" / NAME).exists()
     assert os.listdir(instances / "_base" / ".imagecache" / "stage") == []
+
+
+def test_reuse_where_a_look_at_the_base_fails_ends_with_the_librarys_error_or_well(
+    instances: pathlib.Path, image: pathlib.Path
+) -> None:
+    spawn(instances, image)
+    for number in range(1, 7):
+        faults = ("-P", str(instances / "_base" / NAME), "-e", "trace=newfstatat")
+        inject = f"inject=newfstatat:error=EIO:when={number}"
+        ended, _said = spawn_in_child(instances, image, *faults, "-e", inject, if_exists="reuse")
+        assert ended in (0, REFUSED), number
+    assert content_of(instances / "instance" / "disk") == DATA
 
 
 @pytest.mark.parametrize(("call", "least"), [("linkat", 2), ("rename", 4), ("unlink", 3), ("fsync", 7)])
