@@ -25,9 +25,9 @@ def own_directories(config: CacheConfig) -> set[_Identity]:
     return _Looks().at(*_own_paths(config))
 
 
-def _own_paths(config: CacheConfig) -> tuple[str, str, str]:
-    base_path = config.base_path
-    return base_path, os.path.join(base_path, layout.PRIVATE), config.locks_path
+def _own_paths(config: CacheConfig) -> tuple[str, str]:
+    # Not that of lock files, which an operator may have put wherever disks are.
+    return config.base_path, os.path.join(config.base_path, layout.PRIVATE)
 
 
 def check_seen(target: str, config: CacheConfig) -> None:

@@ -190,6 +190,9 @@ BASE_DIR_MODE = 0o755
 LOCKS_DIR_MODE = 0o755
 PRIVATE_DIR_MODE = 0o700
 
+#: How the names of lock files begin: as Nova's.
+LOCK_PREFIX = "nova-"
+
 #: Name, in the directory of base images, of the one that is this library's alone.
 PRIVATE = ".imagecache"
 
@@ -308,7 +311,7 @@ def ephemeral_name(size_gb: int, mkfs: str) -> str:
 
 def lock_name(name: str) -> str:
     """Return the file name of a base's lock: Nova's, so that both can share a directory."""
-    return f"nova-{name}"
+    return f"{LOCK_PREFIX}{name}"
 
 
 @dataclasses.dataclass(frozen=True)

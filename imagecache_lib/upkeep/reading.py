@@ -230,7 +230,7 @@ class Look:
         self.found = directory
 
     def _is_root(self) -> bool:
-        """Whether a disk root is looked at. It may have disks though it is the directory of locks as well."""
+        """Whether a disk root is looked at. It may have disks though it is the cache's own, by a link."""
         return self.directory is not None and self.directory.seen.above is None
 
     def _read_entries(self, directory: Directory, fd: int) -> None:
@@ -308,6 +308,9 @@ class Look:
         self, directory: Directory, name: str, directory_fd: int, inode: int, size: int | None = None
     ) -> None:
         """Read a file. Most are no overlay, and cost an open, a read and a close."""
+        # Whoever closes a lock file drops the locks that Nova has on it in this process.
+        if name.startswith(layout.LOCK_PREFIX) and _size_at(name, directory_fd) == 0:
+            return
         if name.endswith(".new") and atomic_file.UNFINISHED.fullmatch(name):
             self.facts.append(Unfinished(directory.prefix + name))
             self._around.host.trace(TracePoint.REFERENCES_UNFINISHED)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pathlib
 import shutil
@@ -12,6 +13,8 @@ from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import errors
+from imagecache_lib.store import layout
+from imagecache_lib.system import locks
 from tests.support.cache_case import ID, CacheCase
 
 MIB = 2**20
@@ -89,7 +92,7 @@ class TestReach(CacheCase):
 
     def test_no_disk_is_made_among_the_cache_s_own_files(self) -> None:
         self.manager().unpin(ID, owner="nobody")  # makes the directories
-        own = ("_base", "_base/vm", "_base/.imagecache/stage", "locks")
+        own = ("_base", "_base/vm", "_base/.imagecache/stage")
         for directory in (self.instances / name for name in own):
             with self.subTest(directory):
                 self.assertIn("cache's own", str(self.assert_refused(directory)))
@@ -139,10 +142,28 @@ class TestRootsOfTheCache(CacheCase):
         link.symlink_to(self.instances)
         self.assert_disks_are_seen(pathlib.Path(self.target()).parent, lock_path=str(link))
 
+    def test_the_directory_of_locks_may_lie_between_a_disk_root_and_the_disks(self) -> None:
+        roots = (str(self.directory),)
+        instance = pathlib.Path(self.target()).parent
+        for path in (self.instances, instance):
+            with self.subTest(path):
+                self.assert_disks_are_seen(instance, disk_roots=roots, lock_path=str(path))
+
+    def test_a_pass_drops_no_lock_that_this_process_has(self) -> None:
+        """POSIX locks, as Nova's, go with the first descriptor of the file that is closed."""
+        directory = self.instances / "locks"
+        directory.mkdir()
+        with open(directory / layout.lock_name("any"), "w") as held:
+            fcntl.lockf(held, fcntl.LOCK_EX)
+            for path in (directory, self.directory / "elsewhere"):
+                self.manager(lock_path=str(path)).verify_base_images([])
+            with open(held.name) as other:
+                self.assertTrue(locks.is_locked(other.fileno()))
+
     def test_the_directory_of_locks_may_be_a_disk_root(self) -> None:
-        locks = self.instances / "locks"
-        locks.mkdir()
-        self.assert_disks_are_seen(locks, disk_roots=(str(locks),))
+        directory = self.instances / "locks"
+        directory.mkdir()
+        self.assert_disks_are_seen(directory, disk_roots=(str(directory),))
 
 
 class TestOtherProcesses(CacheCase):
