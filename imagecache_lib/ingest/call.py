@@ -139,6 +139,11 @@ class Call:
             image = dataclasses.replace(image, size=None)  # the answer with the data decides
         return source, image
 
+    @property
+    def has_asked(self) -> bool:
+        """Whether a source was asked what it says of the image, and answered or failed."""
+        return self._locations is not None
+
     def pass_over(self, error: errors.ImageCacheError) -> None:
         """Have the next source asked, since the one that :meth:`describe` returned does not give the data.
 
@@ -157,7 +162,7 @@ class Call:
         :raises ImageNotFound: the source does not have it for this caller.
         :raises SourceError: the source does not answer, and ``authorize_hits`` says ``closed``.
         """
-        if self._config.authorize_hits == "no" or self._made or self._locations is not None:
+        if self._config.authorize_hits == "no" or self._made or self.has_asked:
             return
         answer = authorize.Question(self._source, self.image_id, self._host)
         try:

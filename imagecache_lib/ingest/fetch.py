@@ -18,7 +18,7 @@ from imagecache_lib.ingest import adopt, certificates, decompress, dedup, downlo
 from imagecache_lib.ingest.call import Call, origin_of
 from imagecache_lib.ingest.checked_certificates import CheckedCertificates
 from imagecache_lib.ingest.decode import Work
-from imagecache_lib.ingest.producer import BaseRequest
+from imagecache_lib.ingest.producer import BaseRequest, NotPrepared
 from imagecache_lib.ingest.resumption import Resumption
 from imagecache_lib.ingest.stream import Content
 from imagecache_lib.sources import checked, transfer
@@ -157,6 +157,14 @@ class ImageProducer:
         self.refuse_impossible()
         self._call.describe()
 
+    def require_prepared(self) -> None:
+        """Raise if no source was asked yet.
+
+        :raises NotPrepared: none was.
+        """
+        if not self._call.has_asked:
+            raise NotPrepared
+
     def share(self, failure: Failure) -> None:
         """Raise how a fetch that this caller waited for failed, if it is of the same bytes for the same use.
 
@@ -287,7 +295,10 @@ class ImageProducer:
         failures.write(self._cache, self._call.name, failure)
 
     def adopt(self, opened: OpenBase, known: evidence.Record | None) -> evidence.Record | Unmet:
-        """Check a base that carries no evidence, or too little: :mod:`imagecache_lib.ingest.adopt`."""
+        """Check a base that carries no evidence, or too little: :mod:`imagecache_lib.ingest.adopt`.
+
+        :raises NotPrepared: the source has to be asked for that, and was not.
+        """
         with self._telling():
             return self._adopt(opened, known)
 
@@ -305,6 +316,8 @@ class ImageProducer:
             known, unmet = compared, evidence.unmet(compared, self.requirements)
         if known is not None and (unmet is None or not unmet.can_recheck):
             return known
+        if known is None or known.inspected is None:
+            self.require_prepared()
         if known is not None:
             record, reason = adopt.inspect_again(
                 self._cache, opened, known, self._call, self._ingest.converter

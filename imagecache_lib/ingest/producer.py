@@ -22,6 +22,10 @@ from imagecache_lib.system.waiter import Waiter
 MOST_RETRIES = 20
 
 
+class NotPrepared(Exception):
+    """What a source says is needed, and it was not asked yet: that is done with no lock held."""
+
+
 class Producer(Protocol):
     """Makes one base image, and checks one that is there."""
 
@@ -32,6 +36,12 @@ class Producer(Protocol):
         """Ask what has to be asked before :meth:`produce`, with no lock held, so that no caller waits for it.
 
         :raises: as :meth:`produce`.
+        """
+
+    def require_prepared(self) -> None:
+        """Raise if :meth:`prepare` was not called, and :meth:`produce` has to ask the same.
+
+        :raises NotPrepared: it was not.
         """
 
     def share(self, failure: Failure) -> None:
@@ -62,6 +72,7 @@ class Producer(Protocol):
 
         :param known: its record, which lacks an inspection under today's rules or the digest that is
             demanded, or None if it has no record because another program made it.
+        :raises NotPrepared: as :meth:`require_prepared`, if that is needed for it.
         """
 
 

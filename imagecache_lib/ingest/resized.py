@@ -63,6 +63,9 @@ class ResizedProducer:
     def prepare(self) -> None:
         """Do nothing: no server is asked for it."""
 
+    def require_prepared(self) -> None:
+        """Do nothing: no server is asked for it."""
+
     def share(self, failure: Failure) -> None:
         """Do nothing: each caller tries for itself."""
 

@@ -58,6 +58,7 @@ class Filler:
         :param locked: whether the base's exclusive lock is held. Without it nothing is evicted: the process
             that holds it may be leasing a base that does not serve this request.
         :raises BackendError: a private copy will not do, and nothing else is possible.
+        :raises NotPrepared: a source has to be asked first, with no lock held: :meth:`prepare`.
         :raises: whatever the request's producer raises.
         """
         found = look(self._cache, request)
@@ -77,6 +78,7 @@ class Filler:
                 return None
         # Before anything is evicted to make way for it.
         request.producer.refuse_impossible()
+        request.producer.require_prepared()
         self._share_failure(request, final=True)
         reason = unmet.reason if unmet is not None else "it is not in the cache"
         self._cache.observers(events.Miss(request.name, request.label, reason=reason))
@@ -125,20 +127,23 @@ class Filler:
         if failure is not None and (final or not failure.is_final):
             request.producer.share(failure)
 
-    def prepare(self, request: BaseRequest) -> None:
+    def prepare(self, request: BaseRequest, *, needed: bool = False) -> None:
         """Ask the source about a base that it has to come from, before the exclusive lock is taken.
 
         A source that does not answer is waited for by its own callers only, each for itself.
 
+        :param needed: what is there does not serve as it is. It may serve though the source has the image no
+            more.
         :raises: as :meth:`Producer.prepare`, unless another process has made the base meanwhile.
         """
         with translated(self._cache.layout.base(request.name)):
-            if trash.find(self._cache, request.name):
+            if not needed and trash.find(self._cache, request.name):
                 return  # what lies there may serve without the source
         try:
             request.producer.prepare()
         except errors.ImageCacheError as error:
-            if not is_there(self._cache, request):
+            is_gone = needed and isinstance(error, errors.ImageNotFound)
+            if not is_gone and not is_there(self._cache, request):
                 self._cache.observers(events.FetchFailed.of(request.name, request.label, error))
                 raise
 

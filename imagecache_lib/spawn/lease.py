@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from imagecache_lib import errors, events, model
-from imagecache_lib.ingest.producer import BaseRequest
+from imagecache_lib.ingest.producer import BaseRequest, NotPrepared
 from imagecache_lib.spawn import lookup
 from imagecache_lib.spawn.fill import Filler, Production
 from imagecache_lib.spawn.keeper import Keeper
@@ -161,7 +161,11 @@ class Leases:
                 request.retries.spend(self._vanished(request))
             if found is None:
                 self._filler.prepare(request)
-            filling = self._fill(request, bypass=bypass)
+            try:
+                filling = self._fill(request, bypass=bypass)
+            except NotPrepared:
+                self._filler.prepare(request, needed=True)
+                continue
             if isinstance(filling, SealedStage):
                 return self._private(stack, request, filling)
             production = filling or production

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -267,6 +268,35 @@ class TestSourcesThatFail(SharedFailuresCase):
         self.assertEqual(raw_image(1), self.spawn(self.manager(FakeSource({ID: raw_image(1)}))))
         stop.go_on()
         hanging.result()
+
+    def test_nobody_is_queued_behind_a_source_that_does_not_describe_what_is_there(self) -> None:
+        """A base that another program made, which is checked, or makes way, by what the source says."""
+        self.manager().create_disk(ID, self.target("uses-it"))
+        for recorded, data in ((True, OTHER), (False, raw_image(1)), (False, OTHER)):
+            with self.subTest(recorded=recorded, is_right=data is not OTHER):
+                if recorded:
+                    self.base().write_bytes(data)
+                    self.assertEqual(1, len(self.manager().scrub(rate=None).damaged))
+                else:
+                    for path in (self.base(), *self.record().parent.iterdir()):
+                        path.unlink()
+                    self.base().write_bytes(data)
+                source, stop, points = FakeSource({ID: raw_image(1)}), Stop(), Points()
+                describe = source.describe
+
+                class Hanging(FakeSource):
+                    def describe(self, image_id: str) -> model.Image:
+                        stop()  # noqa: B023  the loop's own
+                        return describe(image_id)  # noqa: B023
+
+                hanging = self.running(self.caller(Hanging({}), Points()))
+                stop.wait()
+                manager = self.manager(source, host=self.host(trace=points), lock_timeout=1.0)
+                self.assertEqual(raw_image(1), self.spawn(manager))
+                self.assertNotIn(TracePoint.LOCK_WAITING, points.seen)
+                stop.go_on()
+                with contextlib.suppress(errors.ImageCacheError):  # its source has no data
+                    hanging.result()
 
     def test_a_fallback_that_is_being_read_is_waited_for(self) -> None:
         peer = FakeSource({ID: raw_image(1)})
