@@ -72,6 +72,7 @@ class Call:
         self._config = config
         self._host = host
         self._locations: Locations | None = None
+        self._has_answer = False
         self.imposes_digest = False
 
     @property
@@ -133,6 +134,7 @@ class Call:
                 cancel=self.request.cancel,
             )
         source, image = self._locations.describe()
+        self._has_answer = True
         self.imposes_digest = self._locations.imposes_digest
         most = self._config.max_virtual_size
         if image.size is not None and image.size > most and answers.hinted_size(image) is not None:
@@ -156,13 +158,14 @@ class Call:
     def authorize(self) -> None:
         """Ask the caller's source about an image that need not be fetched, if that is configured.
 
-        A disk that was made before keeps its base, whatever the source says today. The question takes
+        A source that refused is asked again: another caller may have had the image fetched meanwhile. A disk
+        that was made before keeps its base, whatever the source says today. The question takes
         ``authorize_timeout`` seconds at most, however long its source takes to answer.
 
         :raises ImageNotFound: the source does not have it for this caller.
         :raises SourceError: the source does not answer, and ``authorize_hits`` says ``closed``.
         """
-        if self._config.authorize_hits == "no" or self._made or self.has_asked:
+        if self._config.authorize_hits == "no" or self._made or self._has_answer:
             return
         answer = authorize.Question(self._source, self.image_id, self._host)
         try:

@@ -167,6 +167,22 @@ class TestRightToAHit(CacheCase):
                     self.hit(Asked({}, error), authorize_hits=mode)
                 self.assertFalse(os.path.lexists(self.target()))
 
+    def test_who_may_not_have_it_does_not_get_what_another_caller_has_fetched_meanwhile(self) -> None:
+        class Late(Asked):
+            def describe(self, image_id: str) -> ic.Image:
+                fetch(image_id)
+                return super().describe(image_id)
+
+        fetch = self.manager().cache_image
+        for mode in ("open", "closed"):
+            manager = self.manager(authorize_hits=mode)
+            with self.assertRaises(errors.ImageNotFound):
+                manager.create_disk(
+                    ID, self.target(), request=ic.Request(source=Late({}, NotPermitted("not yours")))
+                )
+            self.assertFalse(os.path.lexists(self.target()))
+            manager.evict_image(ID)
+
     def test_a_source_that_fails_is_taken_as_configured(self) -> None:
         down = Asked({}, errors.SourceError("down"))
         with self.assertRaises(errors.SourceError):
