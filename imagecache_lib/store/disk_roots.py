@@ -21,12 +21,14 @@ _Identity = tuple[int, int]
 
 
 def own_directories(config: CacheConfig) -> set[_Identity]:
-    """Return ``(st_dev, st_ino)`` of the directories that hold no disks, however they are reached."""
+    """Return ``(st_dev, st_ino)`` of the directories that hold no disks, however they are reached.
+
+    That of lock files is none: an operator may have put it wherever other programs make disks.
+    """
     return _Looks().at(*_own_paths(config))
 
 
 def _own_paths(config: CacheConfig) -> tuple[str, str]:
-    # Not that of lock files, which an operator may have put wherever disks are.
     return config.base_path, os.path.join(config.base_path, layout.PRIVATE)
 
 
@@ -34,24 +36,24 @@ def check_seen(target: str, config: CacheConfig) -> None:
     """Refuse a place where the pass would never see a disk, since its base would go while the disk needs it.
 
     :param target: absolute path of a disk in an existing directory.
-    :raises BadTarget: it is outside every disk root, or in a directory that is the cache's own, or in one
-        that the pass passes over.
+    :raises BadTarget: it is outside every disk root, or in a directory that is the cache's own, or below that
+        of lock files, or in one that the pass passes over.
     """
     directory = os.path.dirname(target)
     real = names.real_directory(directory)
     _refuse_passed_over(target, {directory, real}, config)
     looks = _Looks()
-    own = looks.at(*_own_paths(config))
+    own, locks = looks.at(*_own_paths(config)), looks.at(config.locks_path)
     # Roots whose names are above the target's first: a look at another takes for ever if its server is gone.
     above = [
         root
         for root in config.roots
         if names.is_at_or_below(real, root) or names.is_at_or_below(directory, root)
     ]
-    if above and _is_in(looks.upwards(real), looks.at(*above), own, target):
+    if above and _is_in(looks.upwards(real), looks.at(*above), own, locks, target):
         return
     roots = looks.at(*config.roots)
-    if _is_in(looks.upwards(real), roots, own, target):
+    if _is_in(looks.upwards(real), roots, own, locks, target):
         return
     # The pass follows links, so that what the target's path says counts too, where it means what it says.
     if os.pardir not in directory.split("/") and any(each in roots for each in looks.upwards(directory)):
@@ -87,20 +89,29 @@ def above(target: str, config: CacheConfig) -> tuple[str, ...]:
     return tuple(root for root in config.roots if not over.isdisjoint(looks.at(root)))
 
 
-def _is_in(upwards: Iterable[_Identity], roots: set[_Identity], own: set[_Identity], target: str) -> bool:
+def _is_in(
+    upwards: Iterable[_Identity],
+    roots: set[_Identity],
+    own: set[_Identity],
+    locks: set[_Identity],
+    target: str,
+) -> bool:
     """Whether a directory is a disk root, or below one.
 
     By identity, as the pass does it: a root may be a link, or be mounted in two places.
 
     :param upwards: the directory, and every one above it.
     :param own: the directories that hold no disks.
-    :raises BadTarget: it is below one of these.
+    :param locks: the directory of lock files.
+    :raises BadTarget: it is below one of these, and that below a disk root.
     """
     for each in upwards:
         if each in roots:
             return True
         if each in own:
             raise _in_the_cache(target)
+        if each in locks:
+            raise _among_locks(target)
     return False
 
 
@@ -159,6 +170,15 @@ def _in_the_cache(target: str) -> BadTarget:
         " for",
         path=target,
         next_step="choose an instance directory, and make the disk there from its image",
+    )
+
+
+def _among_locks(target: str) -> BadTarget:
+    # The pass reads what is there, for other programs' disks. That of the release before does not.
+    return BadTarget(
+        "it is below the directory of lock files, where a host with an earlier release looks for no disk",
+        path=target,
+        next_step="set lock_path to one that is above no instances, or name one below it in disk_roots",
     )
 
 

@@ -15,6 +15,7 @@ import imagecache_lib as ic
 from imagecache_lib import errors
 from imagecache_lib.store import layout
 from imagecache_lib.system import locks
+from tests.support import files
 from tests.support.cache_case import ID, CacheCase
 
 MIB = 2**20
@@ -97,6 +98,15 @@ class TestReach(CacheCase):
             with self.subTest(directory):
                 self.assertIn("cache's own", str(self.assert_refused(directory)))
 
+    def test_no_disk_is_made_where_the_release_before_looks_for_none(self) -> None:
+        """It does not read below the directory of lock files, and would evict the base."""
+        instance = pathlib.Path(self.target()).parent
+        roots = (str(self.directory),)
+        self.assertIn("lock_path", str(self.assert_refused(self.instances / "locks" / "vm")))
+        for path in (self.instances, instance):
+            with self.subTest(path):
+                self.assert_refused(instance, disk_roots=roots, lock_path=str(path))
+
     def test_no_disk_is_made_among_the_cache_s_own_files_through_a_link(self) -> None:
         self.manager().unpin(ID, owner="nobody")
         (self.instances / "vm").symlink_to(self.base().parent / ".imagecache")
@@ -142,12 +152,20 @@ class TestRootsOfTheCache(CacheCase):
         link.symlink_to(self.instances)
         self.assert_disks_are_seen(pathlib.Path(self.target()).parent, lock_path=str(link))
 
-    def test_the_directory_of_locks_may_lie_between_a_disk_root_and_the_disks(self) -> None:
-        roots = (str(self.directory),)
+    def test_disks_of_other_programs_below_the_directory_of_locks_are_seen(self) -> None:
         instance = pathlib.Path(self.target()).parent
+        self.manager().cache_image(ID)
+        files.overlay(instance / "disk", self.base())
         for path in (self.instances, instance):
             with self.subTest(path):
-                self.assert_disks_are_seen(instance, disk_roots=roots, lock_path=str(path))
+                manager = self.manager(disk_roots=(str(self.directory),), lock_path=str(path))
+                self.age()
+                self.assertEqual((), manager.verify_base_images([]).evicted)
+                with self.assertRaises(errors.BaseInUseError):
+                    manager.evict_image(ID)
+        (instance / "disk").unlink()
+        self.age()
+        self.assertEqual(1, len(self.manager().verify_base_images([]).evicted))
 
     def test_a_pass_drops_no_lock_that_this_process_has(self) -> None:
         """POSIX locks, as Nova's, go with the first descriptor of the file that is closed."""
