@@ -5,7 +5,7 @@
 the exclusive lock, has the base made (:mod:`imagecache_lib.spawn.fill`), and goes back to the look.
 
 A lease is a lock on a byte of the base file itself, through the lease's own descriptor
-(:func:`imagecache_lib.system.locks.lease`). It is set under the shared lock of the base's name, which is
+(:func:`imagecache_lib.system.holders.lease`). It is set under the shared lock of the base's name, which is
 Nova's lock too, and outlives that: however long a lease lasts, no other program waits for it. What keeps a
 Nova host from removing a leased base is its age (:class:`imagecache_lib.spawn.keeper.Keeper`).
 """
@@ -26,7 +26,7 @@ from imagecache_lib.store import evidence, stage
 from imagecache_lib.store.directory import CacheStore, OpenBase
 from imagecache_lib.store.evictor import Evictor
 from imagecache_lib.store.stage import SealedStage
-from imagecache_lib.system import locks
+from imagecache_lib.system import holders, locks
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
 
@@ -192,7 +192,7 @@ class Leases:
                 with translated(found.opened.path):
                     remembered = found.opened.is_only_remembered()
                 if not remembered:
-                    held.callback(locks.lease(found.opened.fd, system))
+                    held.callback(holders.lease(found.opened.fd, system))
                     self._cache.touch(found.opened)
                     stack.enter_context(held.pop_all())
                     return found

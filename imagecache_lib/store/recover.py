@@ -13,7 +13,7 @@ from collections.abc import Container, Iterable
 from imagecache_lib import errors, events
 from imagecache_lib.store import disk_roots, history, layout, pins, publish, stage, trash
 from imagecache_lib.store.directory import CacheStore
-from imagecache_lib.system import atomic_file, durable, locks
+from imagecache_lib.system import atomic_file, durable, holders, locks
 from imagecache_lib.system.descriptor import Descriptor
 
 LOG = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def sweep_if_dead(
     :param stuck_after: seconds without a touch after which it goes though its lock is held: its owner is
         stopped, or on a host that hangs, and makes it anew should it go on.
     """
-    own = locks.try_own
+    own = holders.try_own
     try:
         held = locks.HeldDescriptor(path, _OPEN | os.O_RDWR)
     except PermissionError:
@@ -153,7 +153,7 @@ def sweep_if_dead(
 
 
 def _is_free(fd: int) -> bool:
-    return not locks.has_owner(fd)
+    return not holders.has_owner(fd)
 
 
 def _sweep_leftovers(cache: CacheStore, now: float) -> None:

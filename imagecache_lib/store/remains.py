@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from imagecache_lib.store import stage as stages
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.stage import StageInfo
-from imagecache_lib.system import durable, locks
+from imagecache_lib.system import durable, holders, locks
 from imagecache_lib.system.maker import Maker
 
 _CHUNK = 2**20
@@ -29,7 +29,7 @@ class Remains:
     :ivar length: how many bytes there are.
     """
 
-    def __init__(self, cache: CacheStore, stage_id: str, owner: locks.OwnerLock) -> None:
+    def __init__(self, cache: CacheStore, stage_id: str, owner: holders.OwnerLock) -> None:
         self._cache = cache
         self._maker = Maker()
         self.id = stage_id
@@ -98,14 +98,14 @@ def _take_over(cache: CacheStore, stage_id: str, note: StageInfo) -> Remains | N
     owner = None
     try:
         # On a filesystem without locks the answer is neither yes nor no.
-        if locks.has_owner(held.fd) is False and locks.try_own(held.fd):
+        if holders.has_owner(held.fd) is False and holders.try_own(held.fd):
             seen = os.fstat(held.fd)
             # It may have been swept meanwhile, or be a base already whose record is still to be written.
             if seen.st_size and seen.st_nlink == 1 and os.path.samestat(os.stat(path), seen):
                 # What it lacked is no longer coming: who takes it over reserves for that.
                 freed = StageInfo(note.name, origin=note.origin, source=note.source)
                 durable.write_file(cache.layout.stage_record(stage_id), freed.to_json(), sync=False)
-                owner = locks.OwnerLock(held, cache.host)
+                owner = holders.OwnerLock(held, cache.host)
                 return Remains(cache, stage_id, owner)
     except OSError:
         return None

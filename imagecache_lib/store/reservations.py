@@ -15,7 +15,7 @@ from imagecache_lib.store import stage as stages
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.evictor import Evictor
 from imagecache_lib.store.stage import Stage
-from imagecache_lib.system import locks
+from imagecache_lib.system import holders, locks
 from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
@@ -62,7 +62,7 @@ def _owed(cache: CacheStore, stage_id: str, reserved: int) -> int | None:
         return None
     with stage as fd:
         found = os.fstat(fd)
-        alive = locks.has_owner(fd) if cache.host.locking else None
+        alive = holders.has_owner(fd) if cache.host.locking else None
         if alive is None:
             # Its owner has no working locks either, and only time tells that it is dead.
             alive = cache.host.clock() - found.st_mtime < cache.config.stage_idle_seconds

@@ -20,7 +20,7 @@ from typing import BinaryIO
 from imagecache_lib.store import base_attributes, checksums, evidence, layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.pieces import Pieces
-from imagecache_lib.system import durable, locks, sparse
+from imagecache_lib.system import durable, holders, locks, sparse
 from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.maker import Maker
 from imagecache_lib.system.trace import TracePoint
@@ -134,7 +134,7 @@ class Stage:
         *,
         origin: str = "",
         total: int | None = None,
-        taken: tuple[str, locks.OwnerLock] | None = None,
+        taken: tuple[str, holders.OwnerLock] | None = None,
     ) -> None:
         self._cache = cache
         self._maker = Maker()
@@ -157,14 +157,14 @@ class Stage:
         #: Takes data in any order and from any thread.
         self.content = sparse.SparseFile(self.fd, self.checksums, self.writeback)
 
-    def _make(self) -> locks.OwnerLock:
+    def _make(self) -> holders.OwnerLock:
         with translated(self.path):
             durable.require_changeable(self.path)
             try:
                 held = locks.HeldDescriptor(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             except FileNotFoundError as error:
                 raise StageGone from error
-            return locks.OwnerLock(held, self._cache.host)
+            return holders.OwnerLock(held, self._cache.host)
 
     @property
     def fd(self) -> int:
@@ -392,4 +392,4 @@ def _may_be_alive(cache: CacheStore, stage_id: str) -> bool:
     except OSError:
         return False
     with file as fd:
-        return not cache.host.locking or locks.has_owner(fd) is not False
+        return not cache.host.locking or holders.has_owner(fd) is not False

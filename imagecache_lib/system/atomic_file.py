@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 
 from imagecache_lib import errors
-from imagecache_lib.system import attributes, durable, locks, names, sparse
+from imagecache_lib.system import attributes, durable, holders, locks, names, sparse
 from imagecache_lib.system.host import System
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import translated
@@ -118,7 +118,7 @@ class UnfinishedFile:
                     durable.write_file(self._note, os.fsencode(self.path))
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             try:
-                self._owner = locks.OwnerLock(locks.HeldDescriptor(self.path, flags), system)
+                self._owner = holders.OwnerLock(locks.HeldDescriptor(self.path, flags), system)
             except BaseException:
                 self._forget_note()
                 raise

@@ -23,7 +23,7 @@ import os
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import fasteners
@@ -31,7 +31,6 @@ import fasteners
 from imagecache_lib import errors
 from imagecache_lib.system import durable
 from imagecache_lib.system.host import System
-from imagecache_lib.system.maker import Maker
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import odd_entry
 from imagecache_lib.system.waiter import Waiter
@@ -42,7 +41,7 @@ LOG = logging.getLogger(__name__)
 _FLOCK = struct.Struct("hhqqi4x")
 
 #: What a filesystem says that has no locks; ENOLCK is that of an NFS server without lockd.
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 #: Of directories of lock files that are made here.
 _DIRECTORY_MODE = 0o755
@@ -78,7 +77,7 @@ def is_locked(fd: int, start: int = 0, length: int = 0) -> bool | None:
     try:
         answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
     except OSError as error:
-        if error.errno in _NO_LOCKS:
+        if error.errno in NO_LOCKS:
             return None
         raise
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
@@ -350,7 +349,8 @@ def waiting(
                     seen, since = now_seen, host.monotonic()
             else:
                 if not got:
-                    _warn_of_stall(path, stall_timeout)
+                    told = "The lock file %s was held for %g s without progress; going on without"
+                    LOG.warning(told, path, stall_timeout)
         if got and calls_back and path not in own:
             own.add(path)
             is_noted = True
@@ -365,10 +365,6 @@ def _own_paths() -> set[str]:
     """Return the paths of the lock files that this thread holds, in bodies that may call for them again."""
     paths: set[str] = _of_thread.__dict__.setdefault("paths", set())
     return paths
-
-
-def _warn_of_stall(path: str, stall_timeout: float) -> None:
-    LOG.warning("The lock file %s was held for %g s without progress; going on without", path, stall_timeout)
 
 
 @contextlib.contextmanager
@@ -401,100 +397,3 @@ def _opened(path: str, mode: int) -> HeldDescriptor | None:
         return HeldDescriptor(path, mode | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
-
-
-# QEMU locks bytes 100 to 204 of the images it has open, and leaves those up to 299 free (its
-# include/block/block-common.h and block/file-posix.c); qemu-img must be able to write into a stage file that
-# we own. A lease's byte is among those of which earlier releases ask who locks them: for them QEMU has the
-# base open, and they keep it.
-_OWNER_BYTE = (0, 1)
-_QEMU_BYTES = (100, 199)
-_LEASE_BYTE = (299, 1)
-
-
-def lease(fd: int, host: System) -> Callable[[], None]:
-    """Mark a base image as leased, through the lease's own descriptor. Returns what takes the mark away.
-
-    That is taken away also where a child that was forked meanwhile has the file open still. In the child,
-    which shares the mark, nothing is: it may end in the middle of the lease's body.
-
-    On a filesystem without locks nothing shows the lease; the look at the base's name at its end has to do.
-    """
-    maker = Maker()
-
-    def end() -> None:
-        if maker.is_here:
-            with contextlib.suppress(OSError):
-                set_lock(fd, fcntl.F_UNLCK, *_LEASE_BYTE)
-
-    if host.locking:
-        with contextlib.suppress(OSError):
-            set_lock(fd, fcntl.F_RDLCK, *_LEASE_BYTE)
-    return end
-
-
-def is_leased(fd: int) -> bool:
-    """Whether a lease of any process, through another descriptor, is on a base image."""
-    return bool(is_locked(fd, *_LEASE_BYTE))
-
-
-def is_open_in_qemu(fd: int) -> bool:
-    """Whether a QEMU on this host has the image open."""
-    return bool(is_locked(fd, *_QEMU_BYTES))
-
-
-class OwnerLock:
-    """The lock that marks a file in flight as owned, held on the file itself for the owner's life."""
-
-    def __init__(self, held: HeldDescriptor, host: System) -> None:
-        """Take over a file of our own, and lock it. A filesystem without locks is fine."""
-        self._held = held
-        self._locking = host.locking
-        if self._locking:
-            with contextlib.suppress(OSError):
-                set_lock(held.fd, fcntl.F_WRLCK, *_OWNER_BYTE)
-
-    @property
-    def fd(self) -> int:
-        return self._held.fd
-
-    @contextlib.contextmanager
-    def lent(self) -> Iterator[None]:
-        """Drop the lock for the body, for a program that takes its own lock on the whole file.
-
-        Until the file is idle for long it still counts as owned.
-        """
-        with contextlib.suppress(OSError):
-            set_lock(self.fd, fcntl.F_UNLCK, *_OWNER_BYTE)
-        try:
-            yield
-        finally:
-            if self._locking:
-                with contextlib.suppress(OSError):
-                    set_lock(self.fd, fcntl.F_WRLCK, *_OWNER_BYTE)
-
-    def close(self) -> None:
-        """Drop the lock, also where a child that was forked as the file was opened has it, and close it."""
-        with contextlib.suppress(OSError):  # it is closed already, as in a forked child
-            set_lock(self.fd, fcntl.F_UNLCK, *_OWNER_BYTE)
-        self._held.close()
-
-
-def has_owner(fd: int) -> bool | None:
-    """Whether another open file description holds an :class:`OwnerLock` on the file.
-
-    Returns None if the filesystem has no locks.
-    """
-    return is_locked(fd, *_OWNER_BYTE)
-
-
-def try_own(fd: int) -> bool:
-    """Take the owner's lock of a file if it is free. Returns whether the lock was got.
-
-    The lock ends when the descriptor is closed. On a filesystem without locks it is always free.
-    """
-    try:
-        set_lock(fd, fcntl.F_WRLCK, *_OWNER_BYTE)
-    except OSError as error:
-        return error.errno in _NO_LOCKS
-    return True

@@ -17,7 +17,7 @@ from imagecache_lib import errors, model
 from imagecache_lib.store import last_scan, layout, named_roots, pins, trash
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.seen import LastScan
-from imagecache_lib.system import block_devices, locks
+from imagecache_lib.system import block_devices, holders
 from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.upkeep.disks import Disks
 from imagecache_lib.upkeep.follow import Follower, Looked
@@ -227,9 +227,9 @@ def _user_now(path: str) -> str | None:
         gone = error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO)
         return None if gone else OPEN_IN_QEMU
     with file as fd:
-        if locks.is_leased(fd):
+        if holders.is_leased(fd):
             return LEASED
-        return OPEN_IN_QEMU if locks.is_open_in_qemu(fd) else None
+        return OPEN_IN_QEMU if holders.is_open_in_qemu(fd) else None
 
 
 def is_leased(path: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib.store import layout
-from imagecache_lib.system import locks
+from imagecache_lib.system import holders, locks
 from imagecache_lib.system.host import System
 from tests.support import files, leftovers
 from tests.support.cache_case import ID, CacheCase
@@ -53,7 +53,7 @@ class TestLeases(CacheCase):
         fd = os.open(self.path, os.O_RDONLY)
         self.addCleanup(os.close, fd)
         # Without its lock file an evictor may come between a lease's look and its mark.
-        self.points.at("evict:renamed", lambda: locks.lease(fd, self.cache.host))
+        self.points.at("evict:renamed", lambda: holders.lease(fd, self.cache.host))
         report = self.cache.verify_base_images([])
         self.assertEqual([], list(report.evicted))
         self.assertTrue(self.path.exists())

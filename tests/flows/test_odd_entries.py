@@ -11,7 +11,7 @@ from collections.abc import Callable
 import imagecache_lib as ic
 from imagecache_lib import errors, events
 from imagecache_lib.store import layout, pins
-from imagecache_lib.system import locks
+from imagecache_lib.system import holders, locks
 from imagecache_lib.testing.sources import FakeSource
 from tests.flows.test_small_files import SmallFilesCase
 from tests.flows.test_upkeep import NAME, OLD
@@ -94,7 +94,7 @@ class TestOddEntries(SmallFilesCase):
         note.unlink()
         note.write_text("{")
         held = locks.HeldDescriptor(str(stage), os.O_RDWR)
-        owner = locks.OwnerLock(held, self.host())
+        owner = holders.OwnerLock(held, self.host())
         for dry_run in (True, False):
             self.assertKept(base, self.verify(dry_run=dry_run), f"{note} cannot be read")
         owner.close()

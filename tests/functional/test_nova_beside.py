@@ -16,7 +16,7 @@ from oslo_concurrency import lockutils
 import imagecache_lib as ic
 from imagecache_lib.formats import superblock
 from imagecache_lib.ingest import generation
-from imagecache_lib.system import locks
+from imagecache_lib.system import holders, locks
 from imagecache_lib.testing.sources import FakeSource
 from tests.lab.nova import Nova
 
@@ -173,7 +173,7 @@ def test_nova_locks_what_this_process_leases(instances: pathlib.Path) -> None:
         lockutils.external_lock(base.name, lock_file_prefix="nova", lock_path=str(instances / "locks")),
     ):
         with open(base.path, "rb") as looker:
-            assert locks.is_leased(looker.fileno())
+            assert holders.is_leased(looker.fileno())
         with locks.without_waiting(f"{instances}/locks/nova-{base.name}", host=ic.System()) as got:
             assert not got
 

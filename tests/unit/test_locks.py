@@ -16,7 +16,7 @@ import unittest
 from collections.abc import Callable, Iterator
 
 from imagecache_lib import errors
-from imagecache_lib.system import locks
+from imagecache_lib.system import holders, locks
 from imagecache_lib.system.host import System
 from imagecache_lib.system.waiter import Waiter
 from tests.support import leftovers
@@ -28,7 +28,7 @@ _OURS = """
 import sys
 from imagecache_lib.system.host import System
 from imagecache_lib.system.waiter import Waiter
-from imagecache_lib.system import locks
+from imagecache_lib.system import holders, locks
 with locks.without_waiting(sys.argv[1], host=System(name="there")) as got:
     print("held" if got else "busy", flush=True)
     sys.stdin.read()
@@ -175,7 +175,7 @@ class TestExclusion(LockCase):
 import os, sys, time
 from imagecache_lib.system.host import System
 from imagecache_lib.system.waiter import Waiter
-from imagecache_lib.system import locks
+from imagecache_lib.system import holders, locks
 lock = locks.waiting(sys.argv[1], shared=False, host=System(), stall_timeout=0)
 assert lock.__enter__()
 parent = os.getpid()
@@ -301,18 +301,18 @@ class TestLeases(LockCase):
 
     def test_leases_share_and_each_is_seen_until_its_end(self) -> None:
         first, second, looker = self.opened(), self.opened(), self.opened()
-        self.assertFalse(locks.is_leased(looker))
-        end_first = locks.lease(first, self.host)
-        end_second = locks.lease(second, self.host)
+        self.assertFalse(holders.is_leased(looker))
+        end_first = holders.lease(first, self.host)
+        end_second = holders.lease(second, self.host)
         end_first()
-        self.assertTrue(locks.is_leased(looker))
-        self.assertFalse(locks.is_open_in_qemu(looker))
+        self.assertTrue(holders.is_leased(looker))
+        self.assertFalse(holders.is_open_in_qemu(looker))
         end_second()
-        self.assertFalse(locks.is_leased(looker))
+        self.assertFalse(holders.is_leased(looker))
 
     def test_qemu_may_open_what_is_leased_and_both_are_seen(self) -> None:
         leased, looker = self.opened(), self.opened()
-        end = locks.lease(leased, self.host)
+        end = holders.lease(leased, self.host)
         with subprocess.Popen(
             ["qemu-io", "-f", "raw", self.file], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as qemu:
@@ -320,14 +320,14 @@ class TestLeases(LockCase):
             qemu.stdin.write(b"length\n")
             qemu.stdin.flush()
             self.assertIn(b"1", qemu.stdout.readline())  # it has opened the image, for writing
-            self.assertTrue(locks.is_open_in_qemu(looker))
+            self.assertTrue(holders.is_open_in_qemu(looker))
             end()
-            self.assertFalse(locks.is_leased(looker))
+            self.assertFalse(holders.is_leased(looker))
             qemu.stdin.close()
 
     def test_an_earlier_release_takes_a_lease_for_qemus_and_keeps_the_base(self) -> None:
         leased, looker = self.opened(), self.opened()
-        locks.lease(leased, self.host)
+        holders.lease(leased, self.host)
         self.assertTrue(locks.is_locked(looker, 100, 200))  # the bytes that it asks about
 
 
@@ -457,8 +457,8 @@ class TestOwners(LockCase):
         super().setUp()
         self.file = os.path.join(os.path.dirname(os.path.dirname(self.path)), "stage")
 
-    def owned(self) -> locks.OwnerLock:
-        return locks.OwnerLock(self.held(), self.host)
+    def owned(self) -> holders.OwnerLock:
+        return holders.OwnerLock(self.held(), self.host)
 
     def held(self) -> locks.HeldDescriptor:
         return locks.HeldDescriptor(self.file, os.O_RDWR | os.O_CREAT)
@@ -467,11 +467,11 @@ class TestOwners(LockCase):
         owner = self.owned()
         looker = os.open(self.file, os.O_RDWR)
         self.addCleanup(os.close, looker)
-        self.assertTrue(locks.has_owner(looker))
-        self.assertFalse(locks.try_own(looker))
+        self.assertTrue(holders.has_owner(looker))
+        self.assertFalse(holders.try_own(looker))
         owner.close()
-        self.assertFalse(locks.has_owner(looker))
-        self.assertTrue(locks.try_own(looker))
+        self.assertFalse(holders.has_owner(looker))
+        self.assertTrue(holders.try_own(looker))
 
     def test_a_child_that_was_forked_as_the_file_was_opened_keeps_no_lock_on_it(self) -> None:
         held = self.held()
@@ -485,10 +485,10 @@ class TestOwners(LockCase):
         os.close(ready)
         os.close(shared)
         try:
-            locks.OwnerLock(held, self.host).close()
+            holders.OwnerLock(held, self.host).close()
             other = os.open(self.file, os.O_RDWR)
             try:
-                self.assertIs(False, locks.has_owner(other))
+                self.assertIs(False, holders.has_owner(other))
             finally:
                 os.close(other)
         finally:
@@ -504,7 +504,7 @@ class TestOwners(LockCase):
         os.waitpid(child, 0)
         other = os.open(self.file, os.O_RDWR)
         try:
-            self.assertTrue(locks.has_owner(other))
+            self.assertTrue(holders.has_owner(other))
         finally:
             os.close(other)
             owner.close()
