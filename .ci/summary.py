@@ -9,8 +9,8 @@ pyproject.toml. ``SAID`` has what each step said, and FAILED_STEP is ``STEP: OUT
 What fails it: an expected suite that ran nothing; a test that was to run and left no trace; in CI, a skip
 that is not in :data:`SKIPS`; a Python that setup.cfg claims and nothing ran with; what came to no end; a
 failed step, whose end is shown, since not all that fails is a test. A test that failed and passed when
-again.py ran it once more has passed, and is named. The last lines are those to look at: each test that
-failed, and what it said.
+again.py ran it once more has passed, and is named. The last lines are those to look at: what each test said that
+failed, and then, since only the end of it may be kept, their names alone.
 """
 
 from __future__ import annotations
@@ -241,10 +241,13 @@ def main(arguments: list[str]) -> int:
     if doubtful:
         print(f"WARNING: {len(doubtful)} passed only when they ran once more, and are to be mended:")
         show_tests(doubtful)
+    show_steps(failed_steps, said)
     if failures:
         print("failed:")
         show_tests(failures)
-    show_steps(failed_steps, said)
+        print()
+        for machine, name, _said in failures[:SHOWN_TESTS]:
+            print(f"failed: {machine}: {name}")
     passed, failed, skipped = (
         sum(getattr(count, what) for count in counts.values()) for what in ("passed", "failed", "skipped")
     )
