@@ -89,8 +89,10 @@ bench: $(STAMPS)/bench $(STAMPS)/system-test $(STAMPS)/system-bench
 
 test: test-parallel test-serial
 
+# What failed of these and of those with servers runs once more in CI, where others keep the machine busy.
 test-parallel: setup
-	$(BIN)/pytest -q -n auto --junitxml=$(RESULTS)/parallel.xml
+	$(BIN)/pytest -q -n auto --junitxml=$(RESULTS)/parallel.xml || \
+		$(BIN)/python .ci/again.py $$? $(RESULTS)/parallel.xml
 
 test-serial: setup
 	$(BIN)/pytest -q --junitxml=$(RESULTS)/serial.xml $(SERIAL_SUITES:%=tests/%)
@@ -98,7 +100,6 @@ test-serial: setup
 cover: setup
 	$(BIN)/pytest -q -n auto --cov --cov-report=term:skip-covered
 
-# What failed runs once more in CI, where a server of others may be late.
 functional: setup $(STAMPS)/system-functional
 	$(BIN)/pytest -q --junitxml=$(RESULTS)/functional.xml tests/functional || \
 		$(BIN)/python .ci/again.py $$? $(RESULTS)/functional.xml

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the tests once more that failed in CI: ``again.py STATUS REPORT``, of pytest and its junit report.
 
-For tests with servers of others, which a busy machine may keep from an answer in time. What fails twice
-fails. What passes now is counted as passed, and .ci/summary.py names it with what it said at first: a test
-that fails sometimes is to be mended, and may tell of a race in the library. Outside of CI, where more than a
-few failed, and after a run that did not come to its end, none runs again.
+For suites that are not there to show races: a busy machine may keep a server or a program from an answer in
+time. What fails twice fails. What passes now is counted as passed, and .ci/summary.py names it with what it
+said at first: a test that fails sometimes is to be mended, and may tell of a race in the library. Outside of
+CI, where more than a few failed, and after a run that did not come to its end, none runs again.
 """
 
 from __future__ import annotations

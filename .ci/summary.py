@@ -9,8 +9,8 @@ pyproject.toml. ``SAID`` has what each step said, and FAILED_STEP is ``STEP: OUT
 What fails it: an expected suite that ran nothing; a test that was to run and left no trace; in CI, a skip
 that is not in :data:`SKIPS`; a Python that setup.cfg claims and nothing ran with; what came to no end; a
 failed step, whose end is shown, since not all that fails is a test. A test that failed and passed when
-again.py ran it once more has passed, and is named. The last lines are those to look at: what each test said that
-failed, and then, since only the end of it may be kept, their names alone.
+again.py ran it once more has passed, and is named. The last lines are those to look at: what each test said
+that failed, and then their names alone, since no more than the end may be kept.
 """
 
 from __future__ import annotations
