@@ -260,7 +260,7 @@ class ImageCacheManager(DiskAdmin):
 
         :raises ImageNotFound, ImageRejected, SourceError: as for fetching it.
         """
-        return self._call(image_id, request).describe()[1]
+        return self._call(image_id, request).ask()[1]
 
     def spools(self) -> Spools:
         """Return what keeps images as they arrive, for other hosts to read meanwhile."""

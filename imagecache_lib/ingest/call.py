@@ -11,6 +11,7 @@ from imagecache_lib import errors, model
 from imagecache_lib.config import CacheConfig
 from imagecache_lib.ingest import authorize
 from imagecache_lib.ingest.fit import require_fit
+from imagecache_lib.ingest.producer import NotPrepared
 from imagecache_lib.sources import answers, checked, transfer
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.sources.locations import Locations
@@ -36,6 +37,7 @@ class Call:
     """One image wanted by one caller.
 
     Each source is asked for the image's metadata at most once, and not at all while the cache can answer.
+    Only :meth:`ask` and :meth:`authorize` ask: they may wait for an answer, so that no lock is held then.
 
     :ivar name: the base's name in the cache.
     :ivar stored_format: qemu's name of the format that the base must have, or None if any format will do.
@@ -72,6 +74,7 @@ class Call:
         self._config = config
         self._host = host
         self._locations: Locations | None = None
+        self._answer: tuple[ImageSource, model.Image] | errors.ImageCacheError | None = None
         self._has_answer = False
         self.imposes_digest = False
 
@@ -117,12 +120,32 @@ class Call:
         self.waiter.check()
 
     def describe(self) -> tuple[ImageSource, model.Image]:
-        """Return the source that has the image, and what it says of it.
+        """Return what :meth:`ask` returned or raise what it raised, and ask nothing.
+
+        :raises NotPrepared: it was not called yet, or not since :meth:`pass_over`.
+        :raises: as :meth:`ask`.
+        """
+        if self._answer is None:
+            raise NotPrepared
+        if isinstance(self._answer, errors.ImageCacheError):
+            raise self._answer
+        return self._answer
+
+    def ask(self) -> tuple[ImageSource, model.Image]:
+        """Return the source that has the image, and what it says of it. One that failed is asked again.
 
         A digest that is demanded takes the place of one that is not, or of none: a fallback may not know it.
 
         :raises: as :meth:`imagecache_lib.sources.locations.Locations.describe`.
         """
+        try:
+            self._answer = self._ask()
+        except errors.ImageCacheError as error:
+            self._answer = error
+            raise
+        return self._answer
+
+    def _ask(self) -> tuple[ImageSource, model.Image]:
         if self._locations is None:
             self._locations = Locations(
                 (self._source, *self.request.fallbacks),
@@ -144,15 +167,16 @@ class Call:
     @property
     def has_asked(self) -> bool:
         """Whether a source was asked what it says of the image, and answered or failed."""
-        return self._locations is not None
+        return self._answer is not None
 
     def pass_over(self, error: errors.ImageCacheError) -> None:
-        """Have the next source asked, since the one that :meth:`describe` returned does not give the data.
+        """Turn to the next source, which is to be asked, since the one that was does not give the data.
 
         :param error: why it does not.
         :raises ImageCacheError: no other source may be asked.
         """
         assert self._locations is not None
+        self._answer = None
         self._locations.pass_over(error)
 
     def authorize(self) -> None:

@@ -140,6 +140,7 @@ class ImageProducer:
         self.requirements = call.requirements(use)
         store = call.request.certificates or ingest.certificates
         self._certificates = None if store is None else CheckedCertificates(store)
+        self._judged_first = ""
 
     def unmet(self, opened: OpenBase) -> Unmet | None:
         """Find nothing wrong: the record of a fetched image says all that is known of it. Returns None."""
@@ -150,12 +151,16 @@ class ImageProducer:
         return self._call.origins()
 
     def prepare(self) -> None:
-        """Ask the source what it says of the image, as :meth:`Call.describe`.
+        """Ask the source what it says of the image, as :meth:`Call.ask`, and for the certificates it names.
 
         :raises ConfigError: as :meth:`refuse_impossible`.
         """
         self.refuse_impossible()
-        self._call.describe()
+        # Once a fetch has begun, this is a part of it.
+        with self._telling() if self._judged_first else contextlib.nullcontext():
+            _source, image = self._call.ask()
+        if self.requirements.signed and self._certificates is not None:
+            signing.ask_for_certificates(image, self._certificates, self.requirements.trusted_certs)
 
     def require_prepared(self) -> None:
         """Raise if no source was asked yet.
@@ -172,7 +177,7 @@ class ImageProducer:
 
         :raises ImageRejected: these bytes were refused for good.
         :raises SourceError: two fetches in a row failed while this caller waited.
-        :raises: as :meth:`Call.describe`.
+        :raises NotPrepared, ImageCacheError: as :meth:`Call.describe`.
         """
         if not failure.is_final:
             if failure.of == self._call.origins()[0]:
@@ -228,28 +233,20 @@ class ImageProducer:
 
         A source that has the image, and not its data, is passed over for the next one.
 
+        :raises NotPrepared: no source was asked yet, or the next one was not.
         :raises ImageNotFound, ImageRejected, SourceError, NoSpaceError, CancelledError: no file is left.
         :raises ConfigError: as :meth:`refuse_impossible`.
         :raises StageGone: the stage file was swept away.
         """
         self.refuse_impossible()
-        judged = ""
         with self._telling():
+            source, image = self._call.describe()
             try:
-                while True:
-                    source, image = self._call.describe()
-                    try:
-                        return self._produce(source, image)
-                    except (errors.ImageNotFound, errors.ImageRejected, errors.SourceError) as error:
-                        judged = judged or self._judged(source, image)
-                        self._call.pass_over(error)
-            except errors.ImageRejected as error:
-                told = events.Rejected(self._call.name, self._call.image_id, reason=error.cause)
-                self._cache.observers(told)
-                # A signature is verified with the certificates that a caller brings.
-                if judged and not self._call.demands_signature:
-                    self._tell(Failure(judged, True, error.cause, error.next_step))
-                raise
+                return self._produce(source, image)
+            except (errors.ImageNotFound, errors.ImageRejected, errors.SourceError) as error:
+                self._judged_first = self._judged_first or self._judged(source, image)
+                self._call.pass_over(error)
+        raise NotPrepared(has_begun=True)
 
     def _produce(self, source: ImageSource, image: model.Image) -> SealedStage:
         if self._use is evidence.Use.FILE and image.converted_from is not None:
@@ -282,9 +279,15 @@ class ImageProducer:
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
-        """Tell those who wait of a failure of the source in the body."""
+        """Tell observers of a refusal in the body, and those who wait of that and of a source that failed."""
         try:
             yield
+        except errors.ImageRejected as error:
+            self._cache.observers(events.Rejected(self._call.name, self._call.image_id, reason=error.cause))
+            # A signature is verified with the certificates that a caller brings.
+            if self._judged_first and not self._call.demands_signature:
+                self._tell(Failure(self._judged_first, True, error.cause, error.next_step))
+            raise
         except errors.SourceError as error:
             # What a source says of a caller's rights, or a caller's deadline, is no other caller's.
             if not isinstance(error, SourceRefused | DeadlinePassed):

@@ -23,7 +23,14 @@ MOST_RETRIES = 20
 
 
 class NotPrepared(Exception):
-    """What a source says is needed, and it was not asked yet: that is done with no lock held."""
+    """What a source says is needed, and it was not asked yet: that is done with no lock held.
+
+    :ivar has_begun: whether a fetch was begun, and another source has to be asked to go on with it.
+    """
+
+    def __init__(self, *, has_begun: bool = False) -> None:
+        super().__init__()
+        self.has_begun = has_begun
 
 
 class Producer(Protocol):
@@ -35,17 +42,22 @@ class Producer(Protocol):
     def prepare(self) -> None:
         """Ask what has to be asked before :meth:`produce`, with no lock held, so that no caller waits for it.
 
+        What is answered is kept for the other methods, which ask nothing. It is asked anew where it failed.
+
         :raises: as :meth:`produce`.
         """
 
     def require_prepared(self) -> None:
-        """Raise if :meth:`prepare` was not called, and :meth:`produce` has to ask the same.
+        """Raise if :meth:`prepare` was not called since something has to be asked that :meth:`produce` needs.
 
         :raises NotPrepared: it was not.
         """
 
     def share(self, failure: Failure) -> None:
-        """Raise how a fetch that this caller waited for failed, if it would fail for this caller too."""
+        """Raise how a fetch that this caller waited for failed, if it would fail for this caller too.
+
+        :raises NotPrepared: as :meth:`require_prepared`, if that is needed to tell.
+        """
 
     def refuse_impossible(self) -> None:
         """Raise if :meth:`produce` could only fail."""
@@ -62,6 +74,7 @@ class Producer(Protocol):
     def produce(self) -> SealedStage:
         """Make the base image in a stage file, which is the caller's to publish or to discard.
 
+        :raises NotPrepared: as :meth:`require_prepared`, also where another source has to be asked.
         :raises StageGone: the stage file was swept away meanwhile.
         """
 

@@ -37,6 +37,20 @@ def is_possible() -> bool:
     return importlib.util.find_spec("cursive") is not None
 
 
+def ask_for_certificates(
+    image: model.Image, store: certificates.CertificateStore, trusted: tuple[str, ...] | None
+) -> None:
+    """Ask a store that remembers its answers for what :class:`Verification` will need of it.
+
+    What cannot be got is no error here: it is one where it is needed.
+    """
+    with contextlib.suppress(errors.ImageCacheError):
+        store.get(_stated(image)[-1])
+    for each in trusted or ():
+        with contextlib.suppress(errors.ImageCacheError):
+            store.get(each)
+
+
 class Verification:
     """Verifies one image's signature while its bytes flow by, on a thread of its own.
 
@@ -54,19 +68,7 @@ class Verification:
         trusted: tuple[str, ...] | None,
         waiter: Waiter,
     ) -> None:
-        lacking = [name for name in _PROPERTIES if not isinstance(image.properties.get(name), str)]
-        if lacking:
-            raise errors.ImageRejected(
-                f"a verified signature is demanded, and it has no {lacking[0]}", next_step=_RETRY_IS_USELESS
-            )
-        for name in _WORDS:
-            word = image.properties[name]
-            # They are shown in messages and logs, whose lines an image's owner must not write.
-            if not (word.isprintable() and len(word) <= _LONGEST_WORD):
-                raise errors.ImageRejected(
-                    f"its {name} is no word: {errors.shown(word)}", next_step=_RETRY_IS_USELESS
-                )
-        signature, hash_method, key_type, certificate_id = (image.properties[name] for name in _PROPERTIES)
+        signature, hash_method, key_type, certificate_id = _stated(image)
         certificate = _load(store, certificate_id)
         chain = () if trusted is None else _chain(certificate, store, trusted)
         self._signature = VerifiedSignature(certificate_id, chain)
@@ -99,6 +101,26 @@ class Verification:
                     next_step=_RETRY_IS_USELESS,
                 ) from None
         return self._signature
+
+
+def _stated(image: model.Image) -> tuple[str, ...]:
+    """Return what an image's properties say of its signature, in the order of :data:`_PROPERTIES`.
+
+    :raises ImageRejected: it is not signed, or one of them is none.
+    """
+    lacking = [name for name in _PROPERTIES if not isinstance(image.properties.get(name), str)]
+    if lacking:
+        raise errors.ImageRejected(
+            f"a verified signature is demanded, and it has no {lacking[0]}", next_step=_RETRY_IS_USELESS
+        )
+    for name in _WORDS:
+        word = image.properties[name]
+        # They are shown in messages and logs, whose lines an image's owner must not write.
+        if not (word.isprintable() and len(word) <= _LONGEST_WORD):
+            raise errors.ImageRejected(
+                f"its {name} is no word: {errors.shown(word)}", next_step=_RETRY_IS_USELESS
+            )
+    return tuple(image.properties[name] for name in _PROPERTIES)
 
 
 @contextlib.contextmanager

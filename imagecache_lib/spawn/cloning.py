@@ -58,7 +58,7 @@ def _clone(
 ) -> model.Disk:
     if call.demands_signature:
         raise CannotClone("its signature is demanded, and what is cloned is not read")
-    source, image = call.describe()
+    source, image = call.ask()
     if decompress.compression_of(image, evidence.Use.DISK, cache.config) is not None:
         raise CannotClone("it is compressed")
     try:

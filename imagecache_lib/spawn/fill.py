@@ -8,7 +8,7 @@ import dataclasses
 import enum
 
 from imagecache_lib import errors, events
-from imagecache_lib.ingest.producer import BaseRequest
+from imagecache_lib.ingest.producer import BaseRequest, NotPrepared
 from imagecache_lib.spawn import proof
 from imagecache_lib.spawn.lookup import Fit, is_there, judge, look
 from imagecache_lib.store import evidence, publish, trash
@@ -48,7 +48,9 @@ class Filler:
         self._cache = cache
         self._evictor = evictor
 
-    def fill(self, request: BaseRequest, *, bypass: bool, locked: bool) -> SealedStage | Production | None:
+    def fill(
+        self, request: BaseRequest, *, bypass: bool, locked: bool, has_begun: bool = False
+    ) -> SealedStage | Production | None:
         """Do what makes the next look a hit.
 
         Returns what was made for that, or None if nothing had to be made; or a private copy, where there
@@ -57,6 +59,8 @@ class Filler:
         :param bypass: whether a private copy will do.
         :param locked: whether the base's exclusive lock is held. Without it nothing is evicted: the process
             that holds it may be leasing a base that does not serve this request.
+        :param has_begun: whether this goes on with what was begun and told of before another source had to
+            be asked.
         :raises BackendError: a private copy will not do, and nothing else is possible.
         :raises NotPrepared: a source has to be asked first, with no lock held: :meth:`prepare`.
         :raises: whatever the request's producer raises.
@@ -81,14 +85,16 @@ class Filler:
         request.producer.require_prepared()
         self._share_failure(request, final=True)
         reason = unmet.reason if unmet is not None else "it is not in the cache"
-        self._cache.observers(events.Miss(request.name, request.label, reason=reason))
+        if not has_begun:
+            self._cache.observers(events.Miss(request.name, request.label, reason=reason))
         if unmet is None or (evictable and self._evictor.evict_unfit(request.name, reason)):
             return self._publish(request)
         if evictable and proof.is_possible(self._cache, request):
             return self._prove(request, reason, bypass=bypass)
         if not bypass:
             raise self._in_the_way(request, reason)
-        self._cache.observers(events.Bypassed(request.name, request.label, reason=reason))
+        if not has_begun:
+            self._cache.observers(events.Bypassed(request.name, request.label, reason=reason))
         return self.produce(request)
 
     def _in_the_way(self, request: BaseRequest, reason: str) -> errors.BaseInUseError:
@@ -127,22 +133,22 @@ class Filler:
         if failure is not None and (final or not failure.is_final):
             request.producer.share(failure)
 
-    def prepare(self, request: BaseRequest, *, needed: bool = False) -> None:
+    def prepare(self, request: BaseRequest, why: NotPrepared | None = None) -> None:
         """Ask the source about a base that it has to come from, before the exclusive lock is taken.
 
         A source that does not answer is waited for by its own callers only, each for itself.
 
-        :param needed: what is there does not serve as it is. It may serve though the source has the image no
-            more.
+        :param why: raised by :meth:`fill`: what is there does not serve as it is. Unless a fetch was begun,
+            it may serve though the source has the image no more.
         :raises: as :meth:`Producer.prepare`, unless another process has made the base meanwhile.
         """
         with translated(self._cache.layout.base(request.name)):
-            if not needed and trash.find(self._cache, request.name):
+            if why is None and trash.find(self._cache, request.name):
                 return  # what lies there may serve without the source
         try:
             request.producer.prepare()
         except errors.ImageCacheError as error:
-            is_gone = needed and isinstance(error, errors.ImageNotFound)
+            is_gone = why is not None and not why.has_begun and isinstance(error, errors.ImageNotFound)
             if not is_gone and not is_there(self._cache, request):
                 self._cache.observers(events.FetchFailed.of(request.name, request.label, error))
                 raise
@@ -165,11 +171,27 @@ class Filler:
         request.producer.refuse_impossible()
         if unmet is not None:
             self._cache.observers(events.Bypassed(request.name, request.label, reason=unmet.reason))
-        return self.produce(request)
+        return self.produce_unlocked(request)
+
+    def produce_unlocked(self, request: BaseRequest) -> SealedStage:
+        """Make a base image in a stage file, with no lock held, and ask the sources whenever that is needed.
+
+        :raises: whatever the request's producer raises.
+        """
+        while True:
+            try:
+                return self.produce(request)
+            except NotPrepared:
+                try:
+                    request.producer.prepare()
+                except errors.ImageCacheError as error:
+                    self._cache.observers(events.FetchFailed.of(request.name, request.label, error))
+                    raise
 
     def produce(self, request: BaseRequest) -> SealedStage:
-        """Make a base image in a stage file, over again should that be swept away.
+        """Make a base image in a stage file, over again should that be swept away. No source is asked.
 
+        :raises NotPrepared: one has to be asked first, with no lock held.
         :raises: whatever the request's producer raises.
         """
         while True:

@@ -127,7 +127,7 @@ class Leases:
         :raises: whatever the request's producer raises.
         """
         with request.named(), contextlib.ExitStack() as stack:
-            yield self._private(stack, request, self._filler.produce(request))
+            yield self._private(stack, request, self._filler.produce_unlocked(request))
 
     def serves(self, request: BaseRequest) -> bool:
         """Whether a base is there that serves, or would once it is checked."""
@@ -146,7 +146,7 @@ class Leases:
 
     def _waited_for(self, stack: contextlib.ExitStack, request: BaseRequest, *, bypass: bool) -> Lease:
         production: Production | None = None
-        filled = False
+        filled = has_begun = False
         while True:
             request.waiter.check()
             with contextlib.ExitStack() as held:
@@ -162,9 +162,10 @@ class Leases:
             if found is None:
                 self._filler.prepare(request)
             try:
-                filling = self._fill(request, bypass=bypass)
-            except NotPrepared:
-                self._filler.prepare(request, needed=True)
+                filling = self._fill(request, bypass=bypass, has_begun=has_begun)
+            except NotPrepared as why:
+                has_begun = has_begun or why.has_begun
+                self._filler.prepare(request, why)
                 continue
             if isinstance(filling, SealedStage):
                 return self._private(stack, request, filling)
@@ -201,11 +202,13 @@ class Leases:
                 raise self._vanished(request)
             system.sleep(_LOOK_AGAIN)
 
-    def _fill(self, request: BaseRequest, *, bypass: bool) -> SealedStage | Production | None:
+    def _fill(
+        self, request: BaseRequest, *, bypass: bool, has_begun: bool
+    ) -> SealedStage | Production | None:
         """Do under the exclusive lock what makes the next look a hit, or make a private copy."""
         with self._locked(request, shared=False) as locked:
             self._cache.host.trace(TracePoint.LEASE_EXCLUSIVE)
-            return self._filler.fill(request, bypass=bypass, locked=locked)
+            return self._filler.fill(request, bypass=bypass, locked=locked, has_begun=has_begun)
 
     def _lease(self, request: BaseRequest, fit: Fit, production: Production | None) -> Lease:
         """Return the lease on a base image in the cache."""

@@ -20,7 +20,7 @@ from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.store.evidence import Use
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.testing.sources import FakeSource
-from tests.support.cache_case import ID, CacheCase, Points, Running, Stop, raw_image
+from tests.support.cache_case import ID, OTHER_ID, CacheCase, Points, Running, Stop, content_of, raw_image
 
 OTHER = raw_image(9)
 
@@ -297,6 +297,50 @@ class TestSourcesThatFail(SharedFailuresCase):
                 stop.go_on()
                 with contextlib.suppress(errors.ImageCacheError):  # its source has no data
                     hanging.result()
+
+    def test_nobody_is_queued_behind_a_fallback_that_does_not_describe(self) -> None:
+        first, fallback, stop = FakeSource({ID: OTHER}), FakeSource({ID: raw_image(1)}), Stop()
+        first.fail_open(errors.ImageNotFound("its data is gone"))
+        describe = fallback.describe
+
+        class Hanging(FakeSource):
+            def describe(self, image_id: str) -> model.Image:
+                stop()
+                return describe(image_id)
+
+        request = model.Request(source=first, fallbacks=(Hanging({ID: raw_image(1)}),))
+        manager = self.manager(lock_timeout=1.0)
+        target = self.target("hangs")
+        hanging = self.running(lambda: manager.create_disk(ID, target, request=request))
+        stop.wait()
+        points = Points()
+        other = self.manager(FakeSource({OTHER_ID: OTHER}), host=self.host(trace=points), lock_timeout=1.0)
+        with self.assertRaises(errors.ImageNotFound):
+            other.create_disk(ID, self.target("other"))
+        self.spawn(self.manager(fallback, host=self.host(trace=points)))
+        self.assertNotIn(TracePoint.LOCK_WAITING, points.seen)
+        self.manager().evict_image(ID)
+        misses = self.happened(events.Miss)
+        stop.go_on()
+        hanging.result()
+        self.assertEqual(raw_image(1), content_of(target, "qcow2"))
+        self.assertEqual((1, misses), (first.opens, self.happened(events.Miss)))
+
+    def test_all_fallbacks_may_be_gone_after_the_data_of_the_first_were(self) -> None:
+        for used in (False, True):
+            with self.subTest(used=used):
+                if used:  # what is there does not serve, and nothing else is had
+                    self.manager().create_disk(ID, self.target("uses-it"))
+                    with open(self.base(), "r+b") as file:
+                        file.write(bytes(4096))
+                    self.assertEqual(1, len(self.manager().scrub(rate=None).damaged))
+                first = FakeSource({ID: raw_image(1)})
+                first.fail_open(errors.ImageNotFound("its data is gone"))
+                request = model.Request(source=first, fallbacks=(FakeSource({}), FakeSource({})))
+                with self.assertRaisesRegex(errors.ImageNotFound, "none of its 3 sources"):
+                    self.manager().create_disk(ID, self.target("other"), request=request)
+                self.assertEqual(1, first.opens)
+                self.assertEqual([], self.in_flight())
 
     def test_a_fallback_that_is_being_read_is_waited_for(self) -> None:
         peer = FakeSource({ID: raw_image(1)})

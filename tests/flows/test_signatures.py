@@ -19,9 +19,10 @@ import imagecache_lib as ic
 from imagecache_lib import events
 from imagecache_lib.sources.interface import SourceRefused
 from imagecache_lib.store import evidence
+from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.testing.sources import FakeSource
 from tests.support import certificates, files, leftovers
-from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, disk_image, raw_image
+from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, Points, Stop, disk_image, raw_image
 
 DATA = raw_image(1)
 NOW = dt.datetime.now(dt.UTC)
@@ -187,6 +188,23 @@ class TestSignatures(SignatureCase):
         manager = self.manager(verify_glance_signatures=True, certificates_path=None)
         manager.cache_image(ID, request=ic.Request(source=self.signed, certificates=Store()))
         self.assertEqual("leaf", self.record_of().signed_by)
+
+    def test_nobody_is_queued_behind_a_store_that_does_not_answer(self) -> None:
+        stop, points = Stop(), Points()
+
+        class Store:
+            def get(self, certificate_id: str) -> bytes:
+                stop()
+                return {"leaf": certificate("leaf", RSA_KEY)}[certificate_id]
+
+        manager = self.manager(verify_glance_signatures=True)
+        request = ic.Request(certificates=Store())
+        hanging = self.running(lambda: manager.cache_image(ID, request=request))
+        stop.wait()
+        self.cache(verify_glance_signatures=True, host=self.host(trace=points))
+        self.assertNotIn(TracePoint.LOCK_WAITING, points.seen)
+        stop.go_on()
+        self.assertIs(ic.CacheResult.EXISTING, hanging.result())
 
     def test_a_certificate_that_is_none_is_refused(self) -> None:
         self.put("leaf", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
