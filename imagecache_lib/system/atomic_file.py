@@ -112,6 +112,7 @@ class UnfinishedFile:
         self._note = os.path.join(notes, own_id + NOTE_SUFFIX) if notes else ""
         self._system = system
         with translated(target):
+            durable.require_not_found_fixed(target)
             if self._note:
                 # Without a note a crash leaves a file that no pass finds: that is no reason to make none.
                 with contextlib.suppress(OSError):
@@ -190,8 +191,8 @@ class UnfinishedFile:
             os.unlink(self.path)
         except FileNotFoundError:
             self._forget_note()
-        except OSError:
-            pass  # the note tells the sweep
+        except OSError as error:
+            durable.note_fixed(self.path, error)  # the note tells the sweep
         else:
             self._forget_note()
         with contextlib.suppress(OSError):

@@ -73,6 +73,38 @@ def require_changeable(path: str) -> None:
         raise FixedDirectory(path)
 
 
+#: Append-only or immutable directories in which this process could not change or remove a name.
+_found_fixed: set[str] = set()
+
+#: Most of them that are remembered.
+_MOST_FIXED = 1000
+
+
+def require_not_found_fixed(path: str) -> None:
+    """Refuse to write a file where an earlier one's temporary name stayed: :func:`require_changeable` for
+    where its question to the filesystem would be asked too often.
+
+    :raises FixedDirectory: :func:`note_fixed` found it, and it still is.
+    """
+    directory = os.path.dirname(path)
+    if directory in _found_fixed:
+        require_changeable(path)
+        _found_fixed.discard(directory)
+
+
+def note_fixed(path: str, error: OSError) -> bool:
+    """Find out whether a name could not be changed or removed because of its directory, and remember that.
+
+    Returns whether that is so.
+    """
+    directory = os.path.dirname(path)
+    if error.errno != errno.EPERM or not Statx().is_fixed(directory):
+        return False
+    if len(_found_fixed) < _MOST_FIXED:
+        _found_fixed.add(directory)
+    return True
+
+
 class Draft:
     """A small file that is written under a temporary name, which no other writer uses, and has yet to get its
     own.
@@ -85,8 +117,8 @@ class Draft:
     """
 
     def __init__(self, path: str, data: bytes, *, mode: int = 0o600) -> None:
+        require_not_found_fixed(path)
         # The form of all names of files in the making, by which upkeep finds what a crash left.
-        require_changeable(path)
         directory, name = os.path.split(path)
         self._maker = Maker()
         self._path = path
@@ -143,6 +175,7 @@ def write_file(
         since the journal of a filesystem keeps their order.
     :raises OSError: the file cannot be written; the old one stays.
     """
+    require_changeable(path)
     draft = Draft(path, data, mode=mode)
     try:
         draft.place(sync=sync)
@@ -157,6 +190,8 @@ def _rename(temporary: str, path: str) -> None:
     try:
         os.rename(temporary, path)
     except OSError as error:
+        if note_fixed(path, error):
+            raise FixedDirectory(path) from error
         raise OSError(error.errno, error.strerror, path) from error
 
 

@@ -341,6 +341,18 @@ def test_what_may_not_be_removed_again_is_not_made(cache: Cache, which: str) -> 
     assert cache.verify().problems == ()
 
 
+def test_what_stays_where_nothing_can_be_removed_stays_once(cache: Cache) -> None:
+    instance = cache.instances / "append-only"
+    instance.mkdir()
+    target = str(instance / "disk")
+    with append_only(instance):
+        for _try in range(3):
+            with pytest.raises(errors.BackendError, match=f"append-only.*{instance}/disk.*chattr -a"):
+                cache.manager().create_disk(ID, target)
+            assert len(os.listdir(instance)) == 2  # of the first try: its disk, and its disk.info
+    cache.manager().create_disk(ID, target)
+
+
 def test_a_note_that_cannot_be_read_stops_no_call(cache: Cache) -> None:
     give_to_nobody(cache.instances)
     note = cache.base.parent / ".imagecache" / "stage" / f"{'0' * 32}.json"
