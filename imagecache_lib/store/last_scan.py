@@ -10,9 +10,10 @@ import dataclasses
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+from imagecache_lib import model
 from imagecache_lib.store import layout
 from imagecache_lib.store.last_scan_form import (
     OURS,
@@ -186,7 +187,7 @@ def _merged(last: LastScan, before: LastScan, now: LastScan | None) -> LastScan:
     foreign = {seen.path: seen for seen in news}
     covered = [seen for seen in now.covered if seen not in before.covered]
     covered += [
-        seen for seen in news if seen.path in last.disks and not _is_same(seen, last.disks[seen.path])
+        seen for seen in news if seen.path in last.disks and not _is_told_by(seen, last.disks[seen.path])
     ]
     new_roots = {root: identity for root, identity in now.roots.items() if root not in before.roots}
     return dataclasses.replace(
@@ -194,13 +195,25 @@ def _merged(last: LastScan, before: LastScan, now: LastScan | None) -> LastScan:
         disks={**foreign, **last.disks},
         covered=(*last.covered, *covered),
         roots={**new_roots, **last.roots},
-        report=last.report if last.report is not None else now.report,
+        report=_reported(last, before, now),
     )
 
 
-def _is_same(one: SeenDisk, other: SeenDisk) -> bool:
-    """Whether two processes saw one path in the same directory."""
-    return one.directory.identity == other.directory.identity
+def _reported(last: LastScan, before: LastScan, now: LastScan) -> Sequence[model.Instance] | None:
+    """Return what the driver reported to a pass, with what it reported to another process meanwhile.
+
+    Which of the two asked it later is unknown: that pass may have been stopped since.
+    """
+    if last.report is None or now.report is None or now.data == before.data:
+        return last.report if last.report is not None else now.report
+    known = [{each.uuid: each for each in report} for report in (before.report or (), last.report)]
+    news = [each for each in now.report if all(report.get(each.uuid) != each for report in known)]
+    return (*last.report, *news) if news else last.report
+
+
+def _is_told_by(seen: SeenDisk, other: SeenDisk) -> bool:
+    """Whether what two processes saw at one path was in the same directory, and needs no base besides."""
+    return seen.directory.identity == other.directory.identity and set(seen.names) <= set(other.names)
 
 
 def _digest(readings: bytes) -> str:

@@ -267,11 +267,12 @@ class ReferenceReader:
         return collect(self.cache, names, self.instances, self.last, follower=self.follower, now=self.now)
 
     def read_again(self, names: Collection[str]) -> References:
-        """Read them once more, with what a driver reported meanwhile to another process of this host."""
-        known, instances, last = self.memory.load(), self.instances, self.last
-        if known.unreadable is not None:
-            last = dataclasses.replace(last, unreadable=last.unreadable or known.unreadable)
-        if instances is not None and known.report is not None and known.report is not last.report:
+        """Read them once more, with what other processes of this host saw and were told meanwhile."""
+        # This one may have been stopped since it read them, while another one's pass saw disks that are not
+        # to be seen any more.
+        known, instances = self.memory.load(), self.instances
+        last = dataclasses.replace(known, unreadable=self.last.unreadable or known.unreadable)
+        if instances is not None and known.report is not None and known.report is not self.last.report:
             there = {each.uuid: each for each in instances}
             instances = (
                 *instances,

@@ -7,9 +7,11 @@ import os
 from collections.abc import Callable
 
 import imagecache_lib as ic
+from imagecache_lib import errors
 from imagecache_lib.system.trace import TracePoint
 from tests.flows.test_upkeep import OLD, UpkeepCase
 from tests.support import files
+from tests.support.cache_case import ID
 
 
 class TestSecondLooks(UpkeepCase):
@@ -59,3 +61,40 @@ class TestSecondLooks(UpkeepCase):
             self.read_next.unlink()
 
         self.assertSeen(move)
+
+
+class TestWhatAnotherProcessSaw(UpkeepCase):
+    """A process that is stopped in the middle goes on when the disk is not to be seen any more."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.only = self.cached()
+        self.volume = self.directory / "volume"
+        files.overlay(self.volume / "disk", self.only)
+
+    def another_pass(self) -> None:
+        """Let the pass of another process see a disk on a volume that is there for so long only."""
+        where = self.instances / "uuid"
+        where.symlink_to(self.volume)
+        self.verify()
+        self.volume.rename(self.directory / "unmounted")
+        self.unused()
+
+    def test_keeps_a_base_from_a_pass(self) -> None:
+        self.points.at(TracePoint.VERIFY_READ, self.another_pass)
+        self.assertKept(self.only, self.verify(), "put back: used by the disk")
+
+    def test_keeps_a_base_from_an_operator(self) -> None:
+        self.points.at(TracePoint.VERIFY_READ, self.another_pass)
+        with self.assertRaisesRegex(errors.BaseInUseError, "put back: used by the disk"):
+            self.manager().evict_image(ID)
+
+    def test_keeps_a_base_that_a_driver_reported_to_it(self) -> None:
+        def another_pass() -> None:
+            self.verify([ic.Instance("uuid", "there", (ID,))])
+            self.unused()
+
+        self.points.at(TracePoint.VERIFY_READ, another_pass)
+        self.assertKept(self.only, self.verify(), "put back: used by instance uuid")
+        with self.assertRaisesRegex(errors.BaseInUseError, "used by instance uuid"):
+            self.manager().evict_image(ID)

@@ -8,6 +8,7 @@ import os
 import pathlib
 import threading
 
+import imagecache_lib as ic
 from imagecache_lib.store import last_scan
 from imagecache_lib.store.layout import Layout
 from imagecache_lib.store.seen import Identity, LastScan, SeenDirectory, SeenDisk
@@ -15,9 +16,12 @@ from imagecache_lib.system import durable
 from tests.support.cache_case import ID, CacheCase
 
 
-def scan_of(*paths: str, inode: int = 1) -> LastScan:
+def scan_of(
+    *paths: str, inode: int = 1, names: tuple[str, ...] = ("swap_1",), report: tuple[str, ...] | None = None
+) -> LastScan:
     directory = SeenDirectory("/root", Identity(1, 2))
-    return LastScan({path: SeenDisk(path, ("swap_1",), directory, inode) for path in paths})
+    reported = None if report is None else [ic.Instance(uuid, "here", (ID,)) for uuid in report]
+    return LastScan({path: SeenDisk(path, names, directory, inode) for path in paths}, report=reported)
 
 
 class TestLastScan(CacheCase):
@@ -61,6 +65,23 @@ class TestLastScan(CacheCase):
         self.save(before, scan_of("/root/disk", inode=7))
         self.save(before, scan_of("/root/other"))
         self.assertEqual({"/root/disk", "/root/other"}, set(self.load().disks))
+
+    def test_the_base_of_a_disk_that_was_made_anew_is_not_forgotten_for_that_of_the_former_one(self) -> None:
+        """The pass that saw the former one was stopped, and ends last."""
+        self.save(LastScan(), scan_of("/root/disk"))
+        before = self.load()
+        self.save(before, scan_of("/root/disk", inode=7, names=("swap_2",)))
+        self.save(before, scan_of("/root/disk"))
+        self.assertEqual(
+            {"swap_1", "swap_2"}, {name for disk in self.load().all_disks() for name in disk.names}
+        )
+
+    def test_what_was_reported_to_another_pass_meanwhile_is_not_forgotten(self) -> None:
+        self.save(LastScan(), scan_of(report=("gone", "stays")))
+        before = self.load()
+        self.save(before, scan_of(report=("stays", "new", "newest")))
+        self.save(before, scan_of(report=("stays", "new")))
+        self.assertEqual(["stays", "new", "newest"], [each.uuid for each in self.load().report or ()])
 
     def test_both_forms_say_the_same_in_the_end(self) -> None:
         self.save(LastScan(), scan_of("/root/a"))
