@@ -27,7 +27,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from imagecache_lib.store.seen import Boundary, Identity, LastScan, SeenDirectory, SeenDisk
 from imagecache_lib.system.names import is_at_or_below
 from imagecache_lib.upkeep.facts import DanglingLink, DeviceNode, Found, LinkedFile, MountPoint, ReadDirectory
-from imagecache_lib.upkeep.owners import Owners
+from imagecache_lib.upkeep.owners import Owners, key
 
 _LINKS = (DanglingLink, LinkedFile, DeviceNode)
 
@@ -82,7 +82,7 @@ class Absence:
         reported: Collection[str] | None,
         owners: Owners | None = None,
     ) -> None:
-        self._reported = None if reported is None else frozenset(reported)
+        self._reported = None if reported is None else frozenset(key(uuid) for uuid in reported)
         self._owners = owners
         self._renumbered = _renumbered(last, found)
         self._directories = found.directories
@@ -143,7 +143,7 @@ class Absence:
         return f"{disk.directory.path} was read without it, or is gone"
 
     def _has_left_the_report(self, disk: SeenDisk) -> bool:
-        if self._reported is None or disk.instance is None or disk.instance in self._reported:
+        if self._reported is None or disk.instance is None or key(disk.instance) in self._reported:
             return False
         return self._owners is None or not self._owners.of(disk.path)
 

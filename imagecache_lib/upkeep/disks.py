@@ -35,7 +35,7 @@ from imagecache_lib.upkeep.facts import (
 )
 from imagecache_lib.upkeep.follow import Follower
 from imagecache_lib.upkeep.names import Names, lasting
-from imagecache_lib.upkeep.owners import Owners
+from imagecache_lib.upkeep.owners import UUID, Owners
 from imagecache_lib.upkeep.roots import Roots, how_to_forget
 
 #: Files of hypervisors and services that lie beside disks, and are none.
@@ -43,8 +43,6 @@ _NO_DISK = re.compile(r".*\.log(\.\d+)?|disk\.info|disk\.config|.*\.xml|.*\.pid|
 
 #: A file shorter than this has no header that names another.
 _SHORTEST_HEADER = 72
-
-_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 _WAIT = "wait for the next pass"
 
@@ -346,7 +344,7 @@ class Disks:
                 f" {untold[0]} uses",
                 "make it readable, or report the images of the instance",
             )
-        elif fact.foreign and not _UUID.search(fact.path):
+        elif fact.foreign and not UUID.search(fact.path):
             self.problems.append(
                 f"{fact.path} cannot be read ({fact.cause}), and is taken for a directory of another service."
                 " Make it readable if it holds disks."

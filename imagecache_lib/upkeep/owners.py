@@ -3,10 +3,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 
 from imagecache_lib import model
 from imagecache_lib.upkeep.scan import plain_names
+
+#: A uuid, however it is written.
+UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
+
+def key(name: str) -> str:
+    """Return what a uuid, or a directory's name, is compared by: a uuid is the same one in capitals."""
+    return name.lower() if UUID.fullmatch(name) else name
 
 
 class Owners:
@@ -22,7 +31,7 @@ class Owners:
         self._instances: dict[str, set[str]] = {}
         for each in report:
             for name in plain_names(each):
-                self._instances.setdefault(name, set()).add(each.uuid)
+                self._instances.setdefault(key(name), set()).add(each.uuid)
         self._roots = sorted({root.rstrip("/") + "/" for root in roots}, key=len, reverse=True)
         self._by_directory: dict[str, frozenset[str]] = {}
 
@@ -52,4 +61,4 @@ class Owners:
     def _named(self, name: str) -> Collection[str]:
         """Return the uuids of the instances whose directory may have a name."""
         plain = name.removesuffix("_resize").removesuffix("_del")
-        return self._instances.get(name) or self._instances.get(plain) or ()
+        return self._instances.get(key(name)) or self._instances.get(key(plain)) or ()

@@ -22,6 +22,7 @@ from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.upkeep.disks import Disks
 from imagecache_lib.upkeep.follow import Follower, Looked
 from imagecache_lib.upkeep.names import Names
+from imagecache_lib.upkeep.owners import UUID
 from imagecache_lib.upkeep.scan import Scan
 
 #: How a running QEMU needs a base image, as a clause.
@@ -163,23 +164,24 @@ def reported(
     by_original: dict[str, list[str]] = {}
     for name in names:
         by_original.setdefault(name.partition("_")[0], []).append(name)
-    originals: dict[str, str] = {}
+    originals: dict[str, tuple[str, ...]] = {}
     for instance in instances:
         user = f"used by instance {instance.uuid} on {instance.host}"
         for image_id in instance.images:
-            original = originals.get(image_id) if isinstance(image_id, str) else None
-            if original is None:
+            found = originals.get(image_id) if isinstance(image_id, str) else None
+            if found is None:
                 try:
-                    original = layout.base_name(image_id)
+                    found = _originals_of(image_id)
                 except errors.ImageRejected as error:
                     problems.append(
                         f"The driver reports that instance {instance.uuid} uses an image, and {error.cause}."
                         " Leave out what it does not have, and correct the rest."
                     )
                     continue
-                originals[image_id] = original
-            for name in by_original.get(original, ()):
-                yield name, user
+                originals[image_id] = found
+            for original in found:
+                for name in by_original.get(original, ()):
+                    yield name, user
         if instance.swap_mb:
             yield layout.swap_name(instance.swap_mb), user
         for ephemeral in instance.ephemerals:
@@ -187,6 +189,17 @@ def reported(
             for name in by_original.get("ephemeral", ()):
                 if name.startswith(f"ephemeral_{ephemeral.size_gb}_"):
                     yield name, user
+
+
+def _originals_of(image_id: str) -> tuple[str, ...]:
+    """Return the names that the base of an image may have: a uuid means the same image in capitals.
+
+    :raises ImageRejected: no image can have that id.
+    """
+    name = layout.base_name(image_id)
+    if not UUID.fullmatch(image_id):
+        return (name,)
+    return tuple({name, *(layout.base_name(each) for each in (image_id.lower(), image_id.upper()))})
 
 
 def _of_other_hosts(cache: CacheStore, names: Collection[str]) -> Iterator[tuple[str, str]]:

@@ -37,6 +37,7 @@ ID = "11111111-aaaa-4bbb-8ccc-0123456789ab"
 NAME = layout.base_name(ID)
 OTHER_ID = "22222222-aaaa-4bbb-8ccc-0123456789ab"
 OTHER_NAME = layout.base_name(OTHER_ID)
+UUID = "abcdef12-aaaa-4bbb-8ccc-0123456789ab"
 OLD = 2 * 86400
 
 #: A pass of a process of its own, whose first argument is the directory of instances.
@@ -396,6 +397,22 @@ def test_an_instance_that_is_reported_by_another_uuid_takes_nothing_with_it(host
     volume.rename(host.directory / "elsewhere")
     assert host.keeps([ic.Instance("uuid", "here", directories=("web",))])
     assert not host.keeps([ic.Instance("uuid", "here")])
+
+
+def test_an_instance_whose_uuid_is_reported_in_capitals_takes_nothing_with_it(host: Host) -> None:
+    """It was reported in small letters before."""
+    volume = host.directory / "volume"
+    volume.mkdir()
+    (host.instances / UUID).symlink_to(volume)
+    host.disk(host.instances / UUID / "disk")
+    host.verify([ic.Instance(UUID, "here")])
+    volume.rename(host.directory / "elsewhere")
+    assert host.keeps([ic.Instance(UUID.upper(), "here")])
+    assert not host.keeps([ic.Instance("another", "here")])
+
+
+def test_an_image_that_is_reported_in_capitals_is_in_use(host: Host) -> None:
+    assert host.keeps([ic.Instance(UUID, "elsewhere", (ID.upper(),))])
 
 
 def test_a_root_that_is_another_directory_of_the_same_filesystem_is_no_deletion(host: Host) -> None:
