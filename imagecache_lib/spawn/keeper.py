@@ -34,11 +34,13 @@ class Keeper:
             config.remove_unused_original_minimum_age_seconds,
             config.remove_unused_resized_minimum_age_seconds,
         )
-        self._interval = max(youngest / _TOUCHES, _SHORTEST)
-        self._cache = cache
-        self._base = base
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name=f"lease-{base.name[:8]}", daemon=True)
+        interval = max(youngest / _TOUCHES, _SHORTEST)
+        # It knows nothing of this object, so that it ends with the last reference to it: of a lease that was
+        # interrupted as it began, too.
+        self._thread = threading.Thread(
+            target=_keep, args=(cache, base, self._over, interval), name=f"lease-{base.name[:8]}", daemon=True
+        )
 
     def __enter__(self) -> Self:
         threads.start(self._thread)
@@ -50,6 +52,10 @@ class Keeper:
         self._over.set()
         self._thread.join()
 
-    def _keep(self) -> None:
-        while not self._over.wait(self._interval):
-            self._cache.touch(self._base)
+    def __del__(self) -> None:
+        self._over.set()
+
+
+def _keep(cache: CacheStore, base: OpenBase, over: threading.Event, interval: float) -> None:
+    while not over.wait(interval):
+        cache.touch(base)

@@ -47,19 +47,33 @@ os.register_at_fork(after_in_child=_free_in_child)
 
 
 def start(thread: threading.Thread) -> None:
-    """Start a thread.
+    """Start a thread. It begins only if this returns: whoever is interrupted here has nothing to end.
 
     :raises BackendError: the kernel allows no more: pthread_create(3) reports EAGAIN for a limit of tasks
         (RLIMIT_NPROC, ``TasksMax`` of systemd.resource-control(5)) and for a lack of memory.
     """
+    may_begin: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    run = thread.run
+
+    def begin() -> None:
+        del thread.run
+        if may_begin.get():
+            run()
+
+    thread.run = begin  # type: ignore[method-assign]
     try:
+        # It waits until the thread runs, so that a signal's handler is most likely to raise here.
         thread.start()
+        may_begin.put(True)
     except RuntimeError as error:
         raise errors.BackendError(
             f"no thread can be started: {error}",
             next_step="raise the service's limit of tasks, or find out what uses it up; another host may do"
             " it",
         ) from error
+    except BaseException:
+        may_begin.put(False)
+        raise
 
 
 class Pool:

@@ -10,7 +10,9 @@ import time
 from typing import Any
 
 import imagecache_lib as ic
+from imagecache_lib.spawn.keeper import Keeper
 from imagecache_lib.store import layout
+from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import holders, locks
 from imagecache_lib.system.host import System
 from tests.support import files, leftovers
@@ -87,6 +89,15 @@ class TestLeases(CacheCase):
         cache.cache_image(ID)
         with cache.lease_cached(ID):
             self.became_young()
+
+    def test_a_lease_that_is_dropped_as_it_begins_keeps_nothing_young(self) -> None:
+        self.manager().cache_image(ID)
+        cache = CacheStore(ic.CacheConfig(instances_path=str(self.instances)), self.host())
+        opened = cache.open_base(layout.base_name(ID))
+        assert opened is not None
+        self.addCleanup(opened.close)
+        with leftovers.no_thread_left():
+            Keeper(cache, opened).__enter__()  # what an interrupt right after it leaves
 
     def grow_old(self) -> None:
         files.age(self.path, seconds=2 * DAY)

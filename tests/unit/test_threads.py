@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting threads: one whose starter is interrupted does nothing."""
+
+from __future__ import annotations
+
+import threading
+import unittest
+
+from imagecache_lib.system import threads
+from tests.support import leftovers
+
+
+class Interrupted(threading.Thread):
+    """A thread whose starter is interrupted while it waits until the thread runs."""
+
+    def start(self) -> None:
+        super().start()
+        raise KeyboardInterrupt
+
+
+class TestStart(unittest.TestCase):
+    def test_a_thread_does_not_begin_where_its_starter_is_interrupted(self) -> None:
+        begun = threading.Event()
+        with leftovers.no_thread_left(), self.assertRaises(KeyboardInterrupt):
+            threads.start(Interrupted(target=begun.set))
+        self.assertFalse(begun.is_set())
+
+    def test_a_thread_begins_where_its_starter_is_not(self) -> None:
+        begun = threading.Event()
+        with leftovers.no_thread_left():
+            threads.start(threading.Thread(target=begun.set))
+        self.assertTrue(begun.is_set())
