@@ -104,6 +104,10 @@ _QUOTED = re.compile(r"(?<![\w`])'.*'", re.DOTALL)
 #: The same for the disk that the data lie on.
 _STORAGE_AT_FAULT = re.compile(r"Input/output error|Structure needs cleaning|Bad message")
 
+#: What timeout(1) says before the program begins where it can have no timer (RLIMIT_SIGPENDING). It goes on
+#: with alarm(2), and that is no reason for which the program failed.
+_OF_TIMEOUT = re.compile(r"(?:timeout: warning: [^\n]*\n)+")
+
 #: Most characters that are shown of what a program says. A name in an image may have as many as its owner
 #: wants.
 _SHOWN = 500
@@ -347,6 +351,8 @@ def _require_success(err: str, token: str, program: str, subject: str, hidden: t
     if status == 0:
         return
     said = _heard(err[: ending.start()], token).strip()
+    if warned := _OF_TIMEOUT.match(said):
+        said = said[warned.end() :]
     if status in _NOT_FOUND:
         if _TOO_LITTLE_TO_LOAD.search(said):
             raise errors.BackendError(

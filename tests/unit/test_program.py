@@ -67,6 +67,15 @@ class TestEndings(unittest.TestCase):
             _script("echo 'qemu-img: qemu-img: '\"'/stage/1' is broken\" >&2; echo 'Try this: x' >&2; exit 1")
         self.assertEqual("qemu-img: the file is broken", caught.exception.cause)
 
+    def test_a_warning_that_there_is_no_timer_is_no_reason(self) -> None:
+        warning = "timeout: warning: timer_create: Resource temporarily unavailable"
+        with self.assertRaises(DataRefused) as caught:
+            _script(f"echo '{warning}' >&2; echo \"qemu-img: '/stage/1' is broken\" >&2; exit 1")
+        self.assertEqual("qemu-img: the file is broken", caught.exception.cause)
+        with self.assertRaisesRegex(errors.BackendError, "no timer") as caught_alone:
+            _script(f"echo 'qemu-img: no timer' >&2; echo '{warning}' >&2; exit 1")
+        self.assertNotIsInstance(caught_alone.exception, DataRefused)
+
     def test_the_host_is_at_fault_for_its_own_limits_and_lacks(self) -> None:
         for script in (
             "kill -9 $$",
