@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -44,6 +45,10 @@ class Chains:
         self._plain = os.fsencode(base_path)
         self._overlays = read
         self._looked: dict[tuple[str, tuple[int, ...]], Looked | CannotTell | None] = {}
+
+    @functools.cached_property
+    def _real_base_path(self) -> str:
+        return os.path.realpath(self._base_path)
 
     def lie_in_cache(self, references: Iterable[bytes]) -> bool:
         """Whether references are plain paths of files in the cache, as those of nearly all disks are."""
@@ -94,10 +99,11 @@ class Chains:
                 looked = self._look(path, starts)
                 told = told or not isinstance(looked, CannotTell)
                 if isinstance(looked, CannotTell):
-                    # A link to a base leads nowhere while an eviction looks who needs that.
+                    # A link to a base leads nowhere while an eviction looks who needs that. What has a base's
+                    # name and lies elsewhere may be an overlay.
                     found = self._names.find([os.fsencode(looked.real)])
                     names |= found
-                    told = told or bool(found)
+                    told = told or (bool(found) and os.path.dirname(looked.real) == self._real_base_path)
                 if looked is None:
                     continue
                 if isinstance(looked, Looked) and (base := targets.get(looked.target)) is not None:

@@ -254,7 +254,8 @@ class TestUnreadableChains(ChainsCase):
         other = self.cached(OTHER_ID)
         files.overlay(self.disk, self.between(other.name), backing_format="qcow2")
         self.unmount()
-        self.assertCounts()
+        for _pass in range(2):
+            self.assertCounts()
 
     def test_behind_a_file_that_is_named_as_a_base_may_be(self) -> None:
         files.overlay(self.disk, self.between("ab" * 20), backing_format="qcow2")
