@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VHDX images: the virtual size, and whether a parent belongs to one. Facts from Microsoft's [MS-VHDX].
+"""VHDX images: the virtual size, and which parent belongs to one, if any. Facts from Microsoft's [MS-VHDX].
 
 The region table, at 192 KiB, says where the metadata are; behind a large log that may be anywhere.
 """
@@ -21,7 +21,14 @@ _REGION_HEADER = struct.Struct("<4sIII")
 _REGION_ENTRY = struct.Struct("<16sQII")
 _METADATA_HEADER = struct.Struct("<8sHH20s")
 _METADATA_ENTRY = struct.Struct("<16sIIII")
+_LOCATOR_HEADER = struct.Struct("<18xH")
+_LOCATOR_ENTRY = struct.Struct("<IIHH")
+_MOST_LOCATIONS = 64
 _HAS_PARENT = 2
+
+#: Keys of a parent's locator. What has another key is no path.
+_RELATIVE = "relative_path"
+_ABSOLUTE = "absolute_win32_path"
 
 _TABLE_REGION = uuid.UUID("2dc27766-f623-4200-9d64-115e9bfd4a08").bytes_le
 _METADATA_REGION = uuid.UUID("8b7ca206-4790-4b9a-b8fe-575f050f886e").bytes_le
@@ -53,6 +60,29 @@ def read(image: Reader) -> int:
         raise errors.ImageRejected("another file belongs to the vhdx image", next_step=_NEXT_STEP)
     (size,) = _fields(image, entries[_VIRTUAL_DISK_SIZE], "<Q")
     return size
+
+
+def parent(image: Reader) -> str | None:
+    """Return the path of an image's parent, with that system's separators, or None if it states none.
+
+    A path that is relative to the image counts before one that is not.
+
+    :raises ImageRejected: the image is broken.
+    """
+    at = _metadata(image).get(_PARENT_LOCATOR)
+    if at is None:
+        return None
+    (count,) = _fields(image, at, _LOCATOR_HEADER.format)
+    stated = {}
+    for index in range(min(count, _MOST_LOCATIONS)):
+        entry = at + _LOCATOR_HEADER.size + index * _LOCATOR_ENTRY.size
+        key_at, value_at, *lengths = _fields(image, entry, _LOCATOR_ENTRY.format)
+        key, value = (
+            image.read(at + offset, length).decode("utf-16-le", "replace")
+            for offset, length in zip((key_at, value_at), lengths, strict=True)
+        )
+        stated[key] = value
+    return stated.get(_RELATIVE) or stated.get(_ABSOLUTE)
 
 
 @dataclasses.dataclass(frozen=True)

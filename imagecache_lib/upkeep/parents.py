@@ -6,12 +6,16 @@ Headers are hostile input: each offset and length in them may be any number.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 import struct
 from collections.abc import Iterator
 from urllib.parse import unquote_to_bytes
+
+from imagecache_lib import errors
+from imagecache_lib.formats import vhdx
 
 #: A file's name has fewer bytes, and what is longer is a broken header.
 LONGEST_NAME = 4095
@@ -83,7 +87,9 @@ def named_in(window: Window, text: bytes) -> Iterator[bytes]:
         yield from _in_qed(window, text)
     elif text.startswith(b"cone"):
         yield from _in_vhd(window, text)
-    elif not text.startswith(b"vhdx"):
+    elif text.startswith(b"vhdx"):
+        yield from _in_vhdx(window)
+    else:
         yield from _in_vmdk(window, text)
 
 
@@ -137,6 +143,24 @@ def _in_vhd(window: Window, text: bytes) -> Iterator[bytes]:
             yield from _path(data.decode("utf-16-le", "replace").encode())
         else:
             yield from _path(data)
+
+
+def _in_vhdx(window: Window) -> Iterator[bytes]:
+    with contextlib.suppress(errors.ImageRejected):  # it is broken
+        if (named := vhdx.parent(_Image(window))) is not None:
+            yield from _path(named.encode("utf-8", "replace"))
+
+
+class _Image:
+    """A window as a :class:`~imagecache_lib.formats.reader.Reader`."""
+
+    size = None
+
+    def __init__(self, window: Window) -> None:
+        self._window = window
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._window.read(length, offset)
 
 
 def _path(name: bytes) -> Iterator[bytes]:

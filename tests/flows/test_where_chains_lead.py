@@ -10,6 +10,7 @@ import random
 import struct
 import subprocess
 import tracemalloc
+import uuid
 from collections.abc import Callable
 
 import imagecache_lib as ic
@@ -21,6 +22,12 @@ from imagecache_lib.upkeep.names import Names
 from tests.flows.test_upkeep import UpkeepCase
 from tests.support import files
 from tests.support.cache_case import ID, OTHER_ID
+
+#: GUIDs of [MS-VHDX]: the region of the metadata, and items of it.
+_METADATA = uuid.UUID("8b7ca206-4790-4b9a-b8fe-575f050f886e").bytes_le
+_PARAMETERS = uuid.UUID("caa16737-fa36-4d43-b3b6-33f0aa44e76b").bytes_le
+_SIZE = uuid.UUID("2fa54224-cd1b-4876-b211-5dbed83bf4b8").bytes_le
+_LOCATOR = uuid.UUID("a8d35f2d-b30b-454d-abf7-d3d83404dbd7").bytes_le
 
 
 class ChainsCase(UpkeepCase):
@@ -206,6 +213,44 @@ class TestOtherFormats(ChainsCase):
             with self.subTest(code):
                 self.vhd(code, location)
                 self.assertCounts()
+
+    def vhdx(self, *stated: tuple[str, str]) -> None:
+        """Make a disk of which nothing but its parent's locator is there, behind a large log."""
+        far, size = 16 * 2**20, 65536
+        texts = [text.encode("utf-16-le") for each in stated for text in each]
+        ends = [20 + 12 * len(stated) + sum(map(len, texts[: at + 1])) for at in range(len(texts))]
+        locator = struct.pack("<18xH", len(stated))
+        for key, value in zip(range(0, len(texts), 2), range(1, len(texts), 2), strict=True):
+            lengths = len(texts[key]), len(texts[value])
+            locator += struct.pack("<IIHH", ends[key] - lengths[0], ends[value] - lengths[1], *lengths)
+        items = (_PARAMETERS, 0), (_SIZE, 0), (_LOCATOR, size)
+        metadata = struct.pack("<8sHH20x", b"metadata", 0, len(items))
+        metadata += b"".join(struct.pack("<16sI12x", item, at) for item, at in items)
+        regions = struct.pack("<4sIII", b"regi", 0, 1, 0) + struct.pack("<16sQII", _METADATA, far, 0, 1)
+        with open(self.disk, "wb") as file:
+            for at, data in (
+                (0, b"vhdxfile"),
+                (192 * 1024, regions.ljust(size, b"\0")),
+                (far, metadata.ljust(size, b"\0") + locator + b"".join(texts)),
+            ):
+                file.seek(at)
+                file.write(data)
+
+    def test_the_parent_of_a_vhdx_is_found_wherever_its_metadata_lie(self) -> None:
+        self.disk.parent.mkdir()
+        self.between()
+        self.vhdx(("parent_linkage", "{no path}"), ("relative_path", r".\..\..\outside\between"))
+        self.assertCounts()
+
+    def test_a_path_that_is_relative_to_a_vhdx_counts_before_one_that_is_not(self) -> None:
+        self.disk.parent.mkdir()
+        absolute, relative = ("absolute_win32_path", r"C:\there\between"), ("relative_path", r"..\between")
+        for stated, named in (((absolute,), b"/there/between"), ((absolute, relative), b"../between")):
+            with self.subTest(named):
+                self.vhdx(*stated)
+                looked = Follower().look(str(self.disk))
+                assert isinstance(looked, Looked)
+                self.assertEqual(named, looked.references[-1])
 
     def test_offsets_in_a_header_may_be_any_number(self) -> None:
         most = b"\xff" * 200
