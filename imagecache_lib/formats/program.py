@@ -5,7 +5,9 @@ The command is ``prlimit … timeout … sh -c …``, all of which a POSIX host 
 
 * prlimit(1) sets the limits, since oslo.concurrency's own ``ProcessLimits`` starts another Python for them;
 * timeout(1) ends what takes too long even after this process has died, and gives its children the default
-  disposition of SIGCHLD, which a child otherwise inherits from a service that ignores it;
+  disposition of SIGCHLD, which a child otherwise inherits from a service that ignores it. It kills them all:
+  asked to end, a program may stay, as the first process of a namespace does, and timeout(1) is content once
+  the shell has ended;
 * the shell says how the program ended, behind a word that no program can guess. The exit status that Python
   reports does not say so: it is 0 as well where other code in this process has already waited for the
   child, or where SIGCHLD is ignored. It also has head(1), tail(1) and cat(1) read all that the program
@@ -41,7 +43,7 @@ _LOOK_EVERY = 0.25
 #: A program that computes all the time comes to its limit of CPU time long before this many times of it.
 _WALL_PER_CPU = 10
 
-#: Seconds between asking a program to end and killing it.
+#: Seconds beyond its limit that a program is given to be gone.
 _GRACE = 5
 
 #: Most bytes that a program may write to its standard output. A description of an image takes thousands.
@@ -66,8 +68,8 @@ case $status in *[!0-9]*) status=lost;; esac
 printf '\\n%s %s\\n' "$token" "$status" >&2
 """
 
-#: timeout(1) ends with these when it had to end the program.
-_TIMED_OUT = (124, 128 + signal.SIGKILL)
+#: timeout(1) ends with one of these when it had to end the program: killed by itself, in most versions.
+_TIMED_OUT = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 _NOT_FOUND = (126, 127)
 
@@ -183,11 +185,13 @@ def run(
         f"--as={_at_most(limits.memory, resource.RLIMIT_AS)}",
         "--core=0",  # it would have the data of an image, and be left where the service runs
         "--",
-        *("timeout", "-k", str(_GRACE), str(limits.wall)),
+        *("timeout", "-s", "KILL", str(limits.wall)),
         *("sh", "-c", _SCRIPT, "sh", token, *words),
     )
     # Messages are matched, so they must not be translated.
     variables = {**os.environ, **(environment or {}), "LC_ALL": "C"}
+    monotonic = waiter.system.monotonic
+    began = monotonic()
     try:
         with _Watch(waiter, limits, subject) as watch:
             watch.begin()
@@ -197,7 +201,7 @@ def run(
                     *command, cwd="/", env_variables=variables, on_execute=watch.take
                 )
             except processutils.ProcessExecutionError as error:
-                raise _wrapper_failed(error, limits, subject) from error
+                raise _wrapper_failed(error, limits, subject, monotonic() - began) from error
             except OSError as error:
                 raise not_started("prlimit", error, subject) from error
             _require_success(str(err), token, program, subject, hidden)
@@ -218,8 +222,7 @@ def _at_most(wanted: int, kind: int) -> int:
 class _Watch:
     """Watches a process for the body of ``with``, and kills it once the caller no longer waits for it.
 
-    It kills, too, what outlives its limit by the clock: timeout(1) is content once the shell has ended, and
-    what the shell ran may block the signal that asks it to end, and hold our pipes for ever.
+    It kills, too, what outlives its limit by the clock: timeout(1) may have been killed itself.
     """
 
     def __init__(self, waiter: Waiter, limits: Limits, subject: str) -> None:
@@ -250,7 +253,7 @@ class _Watch:
             self._kill()  # the caller stopped waiting before there was a process
 
     def _watch(self) -> None:
-        until = self._waiter.system.monotonic() + self._limits.wall + _GRACE + 1
+        until = self._waiter.system.monotonic() + self._limits.wall + _GRACE
         while not self._over.wait(_LOOK_EVERY):
             try:
                 self._waiter.check()
@@ -300,10 +303,10 @@ def not_started(program: str, error: OSError, subject: str | None = None) -> err
 
 
 def _wrapper_failed(
-    error: processutils.ProcessExecutionError, limits: Limits, subject: str
+    error: processutils.ProcessExecutionError, limits: Limits, subject: str, took: float
 ) -> errors.ImageCacheError:
     status = error.exit_code if isinstance(error.exit_code, int) else 1
-    if status in _TIMED_OUT:
+    if status in _TIMED_OUT and took >= limits.wall:
         return _took_too_long(limits, subject)
     if status in _NOT_FOUND:
         return errors.ConfigError(

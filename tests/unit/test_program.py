@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -46,6 +47,18 @@ def _script(script: str, *, wall: int = 60, cancel: CancelToken | None = None) -
         subject="/disk",
         hidden=("/stage/1",),
     )
+
+
+def _ends(pid: int) -> bool:
+    """Whether a process of which nobody here is told has ended, or does so soon."""
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([process], [], [], 10)[0])
+    finally:
+        os.close(process)
 
 
 def _true(execute: Callable[..., tuple[str, str]], *words: str, cancel: CancelToken | None = None) -> str:
@@ -308,11 +321,16 @@ class TestEndings(unittest.TestCase):
         self.assertLess(time.monotonic() - began, 20)
 
     def test_what_blocks_the_signal_to_end_is_ended_too(self) -> None:
-        """The shell ends, and timeout(1) with it; what the shell ran goes on and holds the pipes."""
-        began = time.monotonic()
-        with self.assertRaisesRegex(errors.BackendError, "after 1 seconds"):
-            _script("trap '' TERM; sleep 100; sleep 100", wall=1)
-        self.assertLess(time.monotonic() - began, 60)
+        """The shell ends, and timeout(1) with it; what the shell ran would go on, and nobody know of it."""
+        with tempfile.NamedTemporaryFile("r", encoding="ascii") as told:
+            with self.assertRaisesRegex(errors.BackendError, "after 1 seconds"):
+                script = f"exec >/dev/null 2>&1; trap '' TERM; echo $$ >{told.name}; sleep 60; sleep 60"
+                _script(script, wall=1)
+            self.assertTrue(_ends(int(told.read())))
+
+    def test_killed_before_its_limit_it_is_not_said_to_have_come_to_that(self) -> None:
+        with self.assertRaisesRegex(errors.BackendError, "ended by SIGKILL"):
+            _script("kill -9 0")
 
     def test_it_ends_with_all_its_children_when_nobody_waits(self) -> None:
         began = time.monotonic()
