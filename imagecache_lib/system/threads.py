@@ -66,6 +66,7 @@ def start(thread: threading.Thread) -> None:
         thread.start()
         may_begin.put(True)
     except RuntimeError as error:
+        del thread.run  # it may be started later
         raise errors.BackendError(
             f"no thread can be started: {error}",
             next_step="raise the service's limit of tasks, or find out what uses it up; another host may do"

@@ -6,8 +6,10 @@ from __future__ import annotations
 import threading
 import unittest
 
+from imagecache_lib import errors
 from imagecache_lib.system import threads
 from tests.support import leftovers
+from tests.support.no_threads import no_more_threads
 
 
 class Interrupted(threading.Thread):
@@ -29,4 +31,13 @@ class TestStart(unittest.TestCase):
         begun = threading.Event()
         with leftovers.no_thread_left():
             threads.start(threading.Thread(target=begun.set))
+        self.assertTrue(begun.is_set())
+
+    def test_a_thread_for_which_there_was_no_room_begins_when_there_is(self) -> None:
+        begun = threading.Event()
+        thread = threading.Thread(target=begun.set)
+        with no_more_threads(), self.assertRaises(errors.BackendError):
+            threads.start(thread)
+        with leftovers.no_thread_left():
+            threads.start(thread)
         self.assertTrue(begun.is_set())
