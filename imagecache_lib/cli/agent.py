@@ -117,17 +117,11 @@ class Agent(base.Base):
         server = rpc.AgentServer(transport, agent, name=cache.host.name, topic=parsed_args.topic)
         with _until_told_to_stop() as stop:
             listener = Listener(server, health)
-            passes = threading.Thread(
-                target=run_passes,
-                args=(cache, provider, stop, health),
-                name="imagecache-passes",
-                daemon=True,
-            )
             if figures is not None:
                 figures[1].start(cache)
             if served is not None:
                 served.start()
-            threads.start(passes)
+            passes = threads.start(run_passes, cache, provider, stop, health, name="imagecache-passes")
             # Last: once it serves, the threads of oslo.messaging keep a process from ending.
             listener.start()
             if not listener.wait(stop):
@@ -138,11 +132,9 @@ class Agent(base.Base):
             while not stop.wait(_LOOKS):
                 continue
             notify("STOPPING=1")
-            leaving = threading.Timer(self.longest_end, self._leave)
             # It runs while Python waits for other threads at its end, and is not waited for itself.
-            leaving.daemon = True
             with contextlib.suppress(errors.BackendError):  # it ends in good order, or systemd ends it
-                threads.start(leaving)
+                threads.start(self._leave_late, name="imagecache-leaving")
             # In this order: what is cancelled because the agent stops must not be reported as a result.
             listener.stop()
             agent.stop(_STOP_SECONDS)
@@ -164,6 +156,10 @@ class Agent(base.Base):
             log(event)
 
         return tell
+
+    def _leave_late(self) -> None:
+        time.sleep(self.longest_end)
+        self._leave()
 
     def _leave(self) -> None:
         """End the process although threads hang: in a message bus that is gone, or in a filesystem.
@@ -199,7 +195,7 @@ class Listener:
 
         :raises BackendError: no thread can be started.
         """
-        threads.start(threading.Thread(target=self._run, name="imagecache-listener", daemon=True))
+        threads.start(self._run, name="imagecache-listener")
 
     def wait(self, stop: threading.Event) -> bool:
         """Wait a little for the bus to be there, or for ``stop``. Returns whether the bus is there."""

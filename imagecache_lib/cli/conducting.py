@@ -146,9 +146,8 @@ class HostsCommand(jobs.JobCommand):
         # Who reads this may interrupt: from here on that leaves the job, and nothing else.
         images, hosts = values.counted(len(work.image_ids), "image"), values.counted(len(work.hosts), "host")
         self.note(f"job {work.id}: {images} on {hosts}")
-        running = threading.Thread(target=run, name="imagecache-job")
         try:
-            threads.start(running)
+            running = threads.start(run, name="imagecache-job", daemon=False)
             try:
                 self.show(conductor, work.id, running)
             finally:

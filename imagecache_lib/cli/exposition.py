@@ -153,12 +153,8 @@ class Exposition:
         :raises BackendError: no thread can be started.
         """
         if self._server is not None:
-            serve = self._server.serve_forever
-            threads.start(threading.Thread(target=serve, name="imagecache-metrics", daemon=True))
-        keep_up = threading.Thread(
-            target=self._keep_up, args=(cache,), name="imagecache-figures", daemon=True
-        )
-        threads.start(keep_up)
+            threads.start(self._server.serve_forever, name="imagecache-metrics")
+        threads.start(self._keep_up, cache, name="imagecache-figures")
 
     def stop(self) -> None:
         """Stop serving, and write the last figures."""

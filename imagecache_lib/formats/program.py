@@ -243,8 +243,7 @@ class _Watch:
 
         :raises BackendError: no thread can be started.
         """
-        self._thread = threading.Thread(target=self._watch, name="imagecache-watch", daemon=True)
-        threads.start(self._thread)
+        self._thread = threads.start(self._watch, name="imagecache-watch")
 
     def take(self, process: subprocess.Popen[bytes]) -> None:
         """Watch a process that has been started."""
@@ -273,7 +272,7 @@ class _Watch:
         self._over.set()
         if error is not None and not isinstance(error, Exception):
             self._kill()  # nobody waits for it after an interrupt
-        if self._thread is not None and self._thread.ident is not None:  # an interrupt may come before that
+        if self._thread is not None:  # an interrupt may come before that
             self._thread.join()
         if isinstance(error, errors.ImageCacheError) and self._reason is not None:
             raise self._reason from error

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import queue
-import threading
 from typing import Generic, Protocol, TypeVar
 
 from imagecache_lib import errors
@@ -54,7 +53,7 @@ class Aside:
         self._error: BaseException | None = None
         self._abandoned = False
         self._over = False
-        threads.start(threading.Thread(target=self._run, name=name, daemon=True))
+        threads.start(self._run, name=name)
 
     def feed(self, chunk: bytes) -> None:
         """Take the next chunk, which must not change afterwards.

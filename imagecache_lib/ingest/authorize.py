@@ -28,7 +28,7 @@ class Question:
         self._host = host
         self._answered = threading.Event()
         self._error: Exception | None = None
-        threads.start(threading.Thread(target=self._ask, name="imagecache-authorize", daemon=True))
+        threads.start(self._ask, name="imagecache-authorize")
 
     def wait(self, timeout: float, check: Callable[[], None]) -> None:
         """Return once the source says that it has the image.

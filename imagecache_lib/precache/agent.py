@@ -136,17 +136,13 @@ class HostAgent:
             if known.route is not None and self._passing_on is not None:
                 self._passing_on.expect(task.job_id, known.pending(task.image_ids))
             if known.thread is None and not known.is_over:
-                thread = threading.Thread(
-                    target=self._work, args=(known,), name=f"imagecache-task-{task.job_id}", daemon=True
-                )
                 # Not the task's before it runs: asked again, this agent would take it for one that does.
                 try:
-                    threads.start(thread)
+                    known.thread = threads.start(self._work, known, name=f"imagecache-task-{task.job_id}")
                 except errors.BackendError as error:
                     if is_new:
                         del self._tasks[task.job_id]  # it would count as unfinished for ever
                     raise client.HostBusy(error.cause, next_step=error.next_step) from error
-                known.thread = thread
 
     def poll(self, job_id: str) -> client.TaskReport:
         """Return how far a task is.

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import queue
-import threading
 from collections.abc import Callable, Sequence
 
 from imagecache_lib.precache import job
@@ -47,9 +46,7 @@ class Teller:
     def __init__(self, observers: Sequence[JobObserver]) -> None:
         self._observers = tuple(observers)
         self._events: queue.SimpleQueue[JobEvent | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="imagecache-events", daemon=True)
-        if self._observers:
-            threads.start(self._thread)
+        self._thread = threads.start(self._run, name="imagecache-events") if self._observers else None
 
     def tell(self, event: JobEvent) -> None:
         """Queue an event: the observers are called with it after all earlier events."""
@@ -58,7 +55,7 @@ class Teller:
 
     def close(self) -> None:
         """Wait a limited time for the observers to be called with every event."""
-        if not self._observers:
+        if self._thread is None:
             return
         self._events.put(None)
         self._thread.join(_LAST_WORDS)

@@ -75,7 +75,7 @@ class Mailbox:
         self.name = durable.new_id()
         self._closed = threading.Event()
         self._up = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="imagecache-mailbox", daemon=True)
+        self._thread: threading.Thread | None = None
         self._server = oslo_messaging.get_rpc_server(
             transport,
             _target(topic, self.name)(server="conductor"),
@@ -86,14 +86,14 @@ class Mailbox:
     def open(self) -> None:
         """Begin to listen, and return at once."""
         try:
-            threads.start(self._thread)
+            self._thread = threads.start(self._run, name="imagecache-mailbox")
         except errors.BackendError as error:
             LOG.warning("Hosts have to be asked, since they cannot be heard: %s", error)
 
     def close(self) -> None:
         """Stop listening. A message bus that is not there does not hold this up."""
         self._closed.set()
-        if self._up.is_set():
+        if self._thread is not None and self._up.is_set():
             self._thread.join(_STOP_SECONDS)
 
     def _run(self) -> None:

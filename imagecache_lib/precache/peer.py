@@ -91,9 +91,6 @@ class PeerServer:
                 f"peers cannot be served on {address[0]}:{address[1]}: {error.strerror}",
                 next_step="choose another address",
             ) from error
-        self._thread = threading.Thread(
-            target=lambda: self._server.serve_forever(poll_interval=0.1), name="imagecache-peers", daemon=True
-        )
 
     @property
     def port(self) -> int:
@@ -104,7 +101,7 @@ class PeerServer:
 
         :raises BackendError: no thread can be started.
         """
-        threads.start(self._thread)
+        threads.start(self._server.serve_forever, 0.1, name="imagecache-peers")
 
     def stop(self) -> None:
         """Accept no more requests. Those that are being answered end with the process."""

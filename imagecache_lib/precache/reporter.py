@@ -54,21 +54,21 @@ class Reporter:
         self._period = period
         self._stop = threading.Event()
         self._failing = False
-        self._thread = threading.Thread(target=self._run, name="imagecache-reports", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to report, in a thread, and return at once. Does nothing if that has begun.
 
         :raises BackendError: no thread can be started.
         """
-        if self._thread.ident is None:
-            threads.start(self._thread)
+        if self._thread is None:
+            self._thread = threads.start(self._run, name="imagecache-reports")
 
     def stop(self) -> None:
         """Stop reporting: what the end of the agent cancels is no result."""
         self._stop.set()
         self._agent.image_ended.set()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join(_STOP_SECONDS)
 
     def _run(self) -> None:

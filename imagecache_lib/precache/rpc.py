@@ -187,9 +187,8 @@ class RpcHostClient(client.HostClient):
                 self._stuck.release()
 
         if self._stuck.acquire(timeout=timeout + self._publish_seconds):
-            caller = threading.Thread(target=run, name=f"imagecache-call-{host}", daemon=True)
             try:
-                threads.start(caller)
+                caller = threads.start(run, name=f"imagecache-call-{host}")
             except errors.BackendError as error:
                 self._stuck.release()
                 raise client.BusDown(

@@ -150,8 +150,7 @@ class RelaySource(ImageSource):
         filler = Filler(
             spool, self._origin, self._route, self._parents, waiter, rate=self._rate, starved=self._starved
         )
-        thread = threading.Thread(target=filler.run, name="imagecache-relay", daemon=True)
-        threads.start(thread)
+        thread = threads.start(filler.run, name="imagecache-relay")
         try:
             yield filler
         finally:

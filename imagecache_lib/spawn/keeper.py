@@ -34,16 +34,16 @@ class Keeper:
             config.remove_unused_original_minimum_age_seconds,
             config.remove_unused_resized_minimum_age_seconds,
         )
+        self._cache = cache
+        self._base = base
+        self._interval = max(youngest / _TOUCHES, _SHORTEST)
         self._over = threading.Event()
-        interval = max(youngest / _TOUCHES, _SHORTEST)
-        # It knows nothing of this object, so that it ends with the last reference to it: of a lease that was
-        # interrupted as it began, too.
-        self._thread = threading.Thread(
-            target=_keep, args=(cache, base, self._over, interval), name=f"lease-{base.name[:8]}", daemon=True
-        )
 
     def __enter__(self) -> Self:
-        threads.start(self._thread)
+        # The thread knows nothing of this object, so that it ends with the last reference to it: of a lease
+        # that was interrupted as it began, too.
+        what = self._cache, self._base, self._over, self._interval
+        self._thread = threads.start(_keep, *what, name=f"lease-{self._base.name[:8]}")
         return self
 
     def __exit__(

@@ -50,11 +50,7 @@ class Bounded:
             if self.is_stuck:
                 return []
             answers: list[T] = []
-            # A daemon: the interpreter does not wait for it when it ends.
-            thread = threading.Thread(
-                target=lambda: answers.append(function()), name="imagecache-bounded", daemon=True
-            )
-            threads.start(thread)
+            thread = threads.start(lambda: answers.append(function()), name="imagecache-bounded")
             seen = -1
             while thread.is_alive() and seen < len(progress):
                 seen = len(progress)

@@ -46,27 +46,29 @@ def _free_in_child() -> None:
 os.register_at_fork(after_in_child=_free_in_child)
 
 
-def start(thread: threading.Thread) -> None:
+def start(target: Callable[..., object], *args: Any, name: str, daemon: bool = True) -> threading.Thread:
     """Start a thread. It begins only if this returns: whoever is interrupted here has nothing to end.
 
+    There is a new one for each try: since Python 3.13 one that could not be started cannot be started later.
+
+    :param target: what the thread calls, with the arguments ``args``.
+    :param name: of the thread.
+    :param daemon: whether the process does not wait for it when it ends.
     :raises BackendError: the kernel allows no more: pthread_create(3) reports EAGAIN for a limit of tasks
         (RLIMIT_NPROC, ``TasksMax`` of systemd.resource-control(5)) and for a lack of memory.
     """
     may_begin: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    run = thread.run
 
     def begin() -> None:
-        del thread.run
         if may_begin.get():
-            run()
+            target(*args)
 
-    thread.run = begin  # type: ignore[method-assign]
+    thread = threading.Thread(target=begin, name=name, daemon=daemon)
     try:
         # It waits until the thread runs, so that a signal's handler is most likely to raise here.
         thread.start()
         may_begin.put(True)
     except RuntimeError as error:
-        del thread.run  # it may be started later
         raise errors.BackendError(
             f"no thread can be started: {error}",
             next_step="raise the service's limit of tasks, or find out what uses it up; another host may do"
@@ -75,6 +77,7 @@ def start(thread: threading.Thread) -> None:
     except BaseException:
         may_begin.put(False)
         raise
+    return thread
 
 
 class Pool:
@@ -133,9 +136,7 @@ class Pool:
             thread.join()
 
     def _start(self) -> None:
-        thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-        start(thread)
-        self._threads.append(thread)
+        self._threads.append(start(self._work, name=self._name))
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:

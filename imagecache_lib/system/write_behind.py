@@ -53,14 +53,12 @@ class WriteBehind:
         self._raise_error()
         if not self._threads:
             for _ in range(self._wanted_threads):
-                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
                 try:
-                    threads.start(thread)
+                    self._threads.append(threads.start(self._work, name=self._name))
                 except errors.BackendError:
                     if not self._threads:
                         raise
                     break  # fewer do as well
-                self._threads.append(thread)
         self._slots.get()
         self._batches.put(batch)
 

@@ -47,7 +47,7 @@ def test_an_interrupt_before_a_program_is_watched_comes_out() -> None:
     """What had not been started yet cannot be waited for, and the error of that hid the interrupt."""
     needs.root()
     source = pathlib.Path(program.__file__).read_text()
-    number = source[: source.index("threads.start(self._thread)")].count("\n") + 1
+    number = source[: source.index("threads.start(self._watch")].count("\n") + 1
     found, _left_open = interrupted.interrupt("preflight", interrupted.Line("formats/program.py", number, 1))
     assert found is None
 

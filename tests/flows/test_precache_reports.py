@@ -16,6 +16,7 @@ from imagecache_lib.precache.reporter import Reporter
 from imagecache_lib.system.host import System
 from tests.flows.test_precache import AgentCase, FakeHosts, JobCase
 from tests.support.cache_case import ID, OTHER_ID
+from tests.support.no_threads import no_more_threads
 
 CACHED, ERROR, SKIPPED = job.Result.CACHED, job.Result.ERROR, job.Result.SKIPPED
 WHO = client.AgentInfo("first", 1000.0, reports=True)
@@ -217,6 +218,16 @@ class ReporterTest(AgentCase):
             mailbox, told = sent.told.get(timeout=60)
             self.assertEqual((BOX, "job"), (mailbox, told.job_id))
             results.update({name: cell.result for name, cell in told.report.cells.items()})
+
+    def test_an_agent_that_had_no_thread_for_its_reports_at_first_reports_later(self) -> None:
+        agent, sent = self.agent(), Sent()
+        reporter = Reporter(agent, sent, period=3600.0)
+        self.addCleanup(reporter.stop)
+        with no_more_threads(), self.assertRaises(errors.BackendError):
+            reporter.start()
+        reporter.start()
+        agent.begin(client.HostTask("job", (ID,), report_to=BOX))
+        self.assertEqual(BOX, sent.told.get(timeout=60)[0])
 
     def test_what_could_not_be_sent_is_told_later_and_what_did_not_change_is_not(self) -> None:
         agent, sent = self.agent(), Sent()
