@@ -88,12 +88,13 @@ class Happening:
 class HistoryObserver:
     """Writes down what happens to base images. Safe to share between threads and processes.
 
-    What cannot be written is not kept: it stops nothing.
+    What cannot be written is not kept: it stops nothing, and is warned of once until it can be again.
     """
 
     def __init__(self, cache: CacheStore) -> None:
         self._cache = cache
         self._program = os.path.basename(sys.argv[0]) if sys.argv else ""
+        self._is_failing = False
 
     def __call__(self, event: events.Event) -> None:
         kind = _KINDS.get(type(event))
@@ -113,7 +114,17 @@ class HistoryObserver:
         try:
             _append(self._cache, json.dumps(dataclasses.asdict(happening)).encode())
         except OSError as error:
-            LOG.debug("What happened to base image %s cannot be written down: %s", event.name, error)
+            LOG.log(
+                logging.DEBUG if self._is_failing else logging.WARNING,
+                "What happens to base images, as now to %s, cannot be written down below %s, so that no"
+                " history will tell it: %s",
+                event.name,
+                self._cache.layout.histories,
+                error.strerror or error,
+            )
+            self._is_failing = True
+        else:
+            self._is_failing = False
 
 
 def _why(event: events.Event) -> str:
@@ -135,14 +146,16 @@ def _append(cache: CacheStore, line: bytes) -> None:
     try:
         file = Descriptor(path, flags, 0o600)
     except FileNotFoundError:
-        os.mkdir(cache.layout.histories, layout.PRIVATE_DIR_MODE)
+        with contextlib.suppress(FileExistsError):  # another one has just made it
+            os.mkdir(cache.layout.histories, layout.PRIVATE_DIR_MODE)
         file = Descriptor(path, flags, 0o600)
     with file as fd:
         os.write(fd, b"\n" + line + b"\n")
         size = os.fstat(fd).st_size
     if size >= _FILE_BYTES:
         # Of two processes that find it grown, the second may rename a file that was begun a moment ago.
-        os.rename(path, f"{path}.{durable.new_id()}{_OLD}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, f"{path}.{durable.new_id()}{_OLD}")
         _bound(cache)
 
 

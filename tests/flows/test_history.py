@@ -7,9 +7,11 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from typing import Any
 
 import imagecache_lib as ic
@@ -145,6 +147,24 @@ class TestWhatIsTold(HistoryCase):
         found = {each.why.split()[0] for each in self.keeper.history(ID) if each.what == "bypassed"}
         self.assertEqual({f"{number}.{turn}" for number in range(4) for turn in range(200)}, found)
 
+    def test_the_first_that_are_told_of_at_once_are_all_there(self) -> None:
+        self.keeper.cache_image(ID)
+        for turn in range(20):
+            shutil.rmtree(self.directory_of_history)
+            together = threading.Barrier(6)
+            observer = history.HistoryObserver(self.cache())
+
+            def tell(together: threading.Barrier = together, to: history.HistoryObserver = observer) -> None:
+                together.wait(60)
+                to(events.Bypassed(NAME, reason="at once"))
+
+            telling = [threading.Thread(target=tell) for _number in range(6)]
+            for each in telling:
+                each.start()
+            for each in telling:
+                each.join()
+            self.assertEqual(["bypassed"] * 6, self.happened_to(), turn)
+
 
 class TestWhatCannotBeRead(HistoryCase):
     def test_a_torn_line_spoils_no_other(self) -> None:
@@ -170,16 +190,24 @@ class TestWhatCannotBeRead(HistoryCase):
         for data in (b"", b"null", b"[]", b"1", b"\xff", b"{}"):
             self.assertIsNone(history.parse(data))
 
-    def test_a_history_that_cannot_be_written_stops_nothing(self) -> None:
+    def test_a_history_that_cannot_be_written_stops_nothing_and_is_warned_of_once(self) -> None:
         self.keeper.cache_image(ID)
         files_there = self.directory_of_history
-        for file in files_there.iterdir():
-            file.unlink()
-        files_there.rmdir()
+        shutil.rmtree(files_there)
         files_there.write_bytes(b"")
-        self.assertEqual(raw_image(2), self.spawn(self.keeper, OTHER_ID))
+        with self.assertLogs("imagecache_lib.store.history", "WARNING") as logged:
+            self.assertEqual(raw_image(2), self.spawn(self.keeper, OTHER_ID))
+        self.assertEqual(1, len(logged.records))
+        self.assertIn(str(files_there), logged.output[0])
         with self.assertRaises(errors.BackendError):
             self.keeper.history(ID)
+        files_there.unlink()
+        self.keeper.evict_image(ID)
+        self.assertEqual("evicted", self.happened_to()[-1])
+        shutil.rmtree(files_there)
+        files_there.write_bytes(b"")
+        with self.assertLogs("imagecache_lib.store.history", "WARNING"):
+            self.keeper.evict_image(OTHER_ID)
 
     def test_no_cache_has_no_history(self) -> None:
         self.assertEqual((), self.keeper.history(ID))
