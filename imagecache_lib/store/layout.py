@@ -93,9 +93,11 @@ has seen them all.
 
 A pass of any process of that host reads these disk roots as well. One that has read a root as the directory
 that the note says, has found nothing that it cannot tell, and has written ``hosts/<id>.scan``, writes
-``hosts/<id>.<hex>.seen``: when it began, in epoch seconds. A note does not count any more, and is removed,
-once it is a week old and that was two hours after it was written; for one with null any pass will do. A note
-that counts keeps everything if it cannot be read; if it names another directory than is there now, unless
+``hosts/<id>.<hex>.seen``: when it began, in epoch seconds. That says nothing, and is removed, if
+``hosts/<id>.scan`` is older by more than two seconds, or gone: then an older copy of it was restored, and
+does not have what that pass saw. A note does not count any more, and is removed, once it is a week old and
+that was two hours after it was written; for one with null any pass will do. A note that counts keeps
+everything if it cannot be read; if it names another directory than is there now, unless
 ``hosts/<id>.scan`` has that one for the root, or all instances of the host have directories in the new one;
 or if its root cannot be read, and no pass has seen it since. A note of a volume keeps everything while
 another directory is at that path, or none, and no pass has seen the disks; nothing is read for it.

@@ -41,6 +41,9 @@ _VOLUMES_MARGIN = 120.0
 #: A note that is younger than this many seconds is read in any case.
 _YOUNG = 7 * 86400.0
 
+#: How many seconds of a file's time of change a copy of it may have lost: tar's usual form counts whole ones.
+_LOST_BY_COPIES = 2.0
+
 #: How many names a note may have, should something that cannot be replaced have the first.
 _NAMES = 3
 
@@ -239,7 +242,8 @@ def of_host(where: layout.Layout, host_id: str, *, now: float) -> Named:
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
         root, identity, is_volume = found or ("", None, False)
-        seen = _seen(path, now) if found is None or identity is not None else last_pass
+        needs_mark = found is None or identity is not None
+        seen = _seen(_mark(path), where.last_scan(host_id), now) if needs_mark else last_pass
         if written <= min(seen - _MARGIN, now - _YOUNG):
             continue
         if found is None:
@@ -265,12 +269,10 @@ def note_seen(where: layout.Layout, host_id: str, notes: Collection[str], *, now
     for note in list(_notes(where, host_id)):
         if note not in kept:
             _remove_old(note, now)
-    for entry in os.listdir(where.hosts):
-        if entry.startswith(f"{host_id}.") and _SEEN.fullmatch(entry[len(host_id) + 1 :]):
-            mark = os.path.join(where.hosts, entry)
-            note = mark.removesuffix(".seen") + ".roots"
-            if not os.path.lexists(note) and _changed(mark) <= now - _YOUNG:
-                os.unlink(mark)
+    for mark in _marks(where, host_id):
+        note = mark.removesuffix(".seen") + ".roots"
+        if not os.path.lexists(note) and _changed(mark) <= now - _YOUNG:
+            os.unlink(mark)
 
 
 def _remove_old(note: str, now: float) -> None:
@@ -284,6 +286,20 @@ def _remove_old(note: str, now: float) -> None:
             os.unlink(aside)
     except FileNotFoundError:
         pass  # another pass did it
+
+
+def drop_unfounded(where: layout.Layout, host_id: str) -> None:
+    """Remove marks of passes that ``hosts/<id>.scan`` knows nothing of, before that is written anew.
+
+    A copy that was restored, or nothing, is in that file's place then. What those passes saw keeps no base
+    any more, so that the notes have to.
+
+    :raises OSError: they cannot be removed.
+    """
+    for mark in _marks(where, host_id):
+        if not _is_remembered(mark, where.last_scan(host_id)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(mark)
 
 
 def retire(notes: Iterable[str]) -> None:
@@ -328,16 +344,38 @@ def _mark(note: str) -> str:
     return note.removesuffix(".roots") + ".seen"
 
 
-def _seen(note: str, now: float) -> float:
+def _marks(where: layout.Layout, host_id: str) -> list[str]:
+    """Return the paths of what passes of a host wrote down of notes that they had seen."""
+    return [
+        os.path.join(where.hosts, entry)
+        for entry in os.listdir(where.hosts)
+        if entry.startswith(f"{host_id}.") and _SEEN.fullmatch(entry[len(host_id) + 1 :])
+    ]
+
+
+def _seen(mark: str, scan: str, now: float) -> float:
     """Return when the last pass began that read a note's disk root as the directory that it says, or 0.
 
-    One that began later than now went by a clock that was ahead: disks were made since.
+    One that began later than now went by a clock that was ahead: disks were made since. One that is not
+    remembered any more keeps none of the disks that it saw.
+
+    :param scan: path of what the last pass saw.
     """
+    seen = _stated(mark)
+    return seen if seen <= now and _is_remembered(mark, scan) else 0.0
+
+
+def _is_remembered(mark: str, scan: str) -> bool:
+    """Whether what the last pass saw is no older than a mark: each pass writes the mark last."""
+    return _stated(mark) <= _changed(scan) + _LOST_BY_COPIES
+
+
+def _stated(mark: str) -> float:
+    """Return when the pass began that wrote a mark, or 0 if that cannot be told."""
     try:
-        seen = float(durable.read_file(_mark(note)) or 0)
+        return float(durable.read_file(mark) or 0)
     except (OSError, ValueError):
         return 0.0
-    return seen if seen <= now else 0.0
 
 
 def _changed(path: str) -> float:

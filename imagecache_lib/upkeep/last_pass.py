@@ -81,6 +81,7 @@ class LastPass:
                 LOG.warning("Which directories the disk roots are cannot be told other releases: %s", error)
         try:
             where, host_id = self._cache.layout, self._hosts.id
+            named_roots.drop_unfounded(where, host_id)
             last_scan.save_last_scan(where, host_id, last, seen)
             named_roots.retire(read.notes_retired)
             named_roots.note_seen(where, host_id, read.notes_seen, now=now)

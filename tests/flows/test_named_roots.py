@@ -206,6 +206,29 @@ class TestVolumes(NamedCase):
         self.cached()
         self.assertIn(f"at {self.volume} is not what", self.passes()[0])
 
+    def test_one_that_a_pass_saw_keeps_everything_once_what_that_saw_is_an_older_copy_or_gone(self) -> None:
+        self.passes()
+        remembered = [*self.private.glob("hosts/*.scan"), *self.private.glob("hosts/*.readings")]
+        self.assertEqual(2, len(remembered))
+        copies = {path: path.read_bytes() for path in remembered}
+        for is_gone in (False, True):
+            with self.subTest(is_gone=is_gone):
+                self.note()
+                for note in self.notes():
+                    then = note.stat().st_mtime - 600
+                    os.utime(note, (then, then))
+                self.passes()
+                self.replace()
+                for path, data in copies.items():
+                    path.unlink() if is_gone else path.write_bytes(data)
+                    if not is_gone:
+                        files.age(path, seconds=600)
+                self.cached()
+                for _pass in range(3):
+                    self.assertIn(f"at {self.volume} is not what", self.passes()[0])
+                self.volume.rmdir()
+                self.away.rename(self.volume)
+
     def test_a_note_of_one_is_none_of_a_disk_root(self) -> None:
         named = named_roots.of_host(
             layout.Layout(str(self.base().parent), ""),
