@@ -276,8 +276,12 @@ def unlink(cache: CacheStore, entry: TrashEntry) -> None:
         a later start or pass.
     """
     found = os.stat(entry.path, follow_symlinks=False)
-    carried = _id_of(entry)
-    os.unlink(entry.path)
+    carried, path = _id_of(entry), entry.path
+    os.unlink(path)
+    # A power cut that brought the file back beside another base of that name would keep it here for as long
+    # as disks need that one.
+    with contextlib.suppress(OSError):
+        durable.sync_directory(os.path.dirname(path))
     cache.host.trace(TracePoint.EVICT_UNLINKED)
     _drop_intent(entry)
     try:

@@ -448,6 +448,15 @@ def _thrown(world: World) -> None:
     kept.rename(world.path(disk))
 
 
+def _damaged(world: World) -> None:
+    """A base does not serve, since a scrub found it damaged."""
+    _cached(A, to_be=(OVERLAY,))(world)
+    cache = CacheStore(world.config, world.manager().host)
+    known = cache.evidence_of(layout.base_name(A))
+    assert known is not None
+    cache.write_record(dataclasses.replace(known, damaged=True))
+
+
 OVERLAY = Disk("disk", A, "qcow2")
 COPY = Disk("disk", A, "raw")
 SECOND = Disk("disk.second", B, "raw")
@@ -469,6 +478,7 @@ SCENES: Mapping[str, Scene] = {
     "spawn, a second disk": Scene(_cached(A, B, disks=(OVERLAY,), to_be=(SECOND,)), _spawn(SECOND)),
     "fetch a file": Scene(_cached(to_be=(KERNEL,)), _spawn(KERNEL)),
     "evict": Scene(_cached(A), _evict(A)),
+    "replace what does not serve": Scene(_damaged, _spawn(OVERLAY)),
     "evict what is in use": Scene(_cached(A, disks=(OVERLAY,)), _evict(A)),
     "the pass": Scene(_cached(A, B, disks=(OVERLAY,)), _pass),
     "pin": Scene(_cached(A), _after(lambda _world: mark(f"cached {A}"), _pin(A, "one"))),
