@@ -273,7 +273,7 @@ class _Watch:
         if error is not None and not isinstance(error, Exception):
             self._kill()  # nobody waits for it after an interrupt
         if self._thread is not None:  # an interrupt may come before that
-            self._thread.join()
+            threads.join(self._thread)
         if isinstance(error, errors.ImageCacheError) and self._reason is not None:
             raise self._reason from error
 

@@ -155,7 +155,7 @@ class RelaySource(ImageSource):
             yield filler
         finally:
             stop.set()
-            thread.join()
+            threads.join(thread)
 
 
 @dataclasses.dataclass(frozen=True)

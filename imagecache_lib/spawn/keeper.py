@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import threading
+import queue
 from types import TracebackType
 from typing import Self
 
@@ -37,7 +37,8 @@ class Keeper:
         self._cache = cache
         self._base = base
         self._interval = max(youngest / _TOUCHES, _SHORTEST)
-        self._over = threading.Event()
+        # Unlike an event it may be used by the garbage collector in the middle of the thread's own wait.
+        self._over: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
         # The thread knows nothing of this object, so that it ends with the last reference to it: of a lease
@@ -49,13 +50,16 @@ class Keeper:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
-        self._thread.join()
+        self._over.put(None)
+        threads.join(self._thread)
 
     def __del__(self) -> None:
-        self._over.set()
+        self._over.put(None)
 
 
-def _keep(cache: CacheStore, base: OpenBase, over: threading.Event, interval: float) -> None:
-    while not over.wait(interval):
-        cache.touch(base)
+def _keep(cache: CacheStore, base: OpenBase, over: queue.SimpleQueue[None], interval: float) -> None:
+    while True:
+        try:
+            return over.get(timeout=interval)
+        except queue.Empty:
+            cache.touch(base)

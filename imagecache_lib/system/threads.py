@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -80,6 +81,18 @@ def start(target: Callable[..., object], *args: Any, name: str, daemon: bool = T
     return thread
 
 
+def join(thread: threading.Thread) -> None:
+    """Wait until a thread that was told to end has ended, if it can end meanwhile.
+
+    As the interpreter ends, every daemon thread stays where it is, while what was never closed is closed: a
+    lease that the process still held. Since Python 3.13 a wait for such a thread has no end. A thread cannot
+    wait for itself either, and the garbage collector, which runs in any thread, may let it close what it
+    works for.
+    """
+    if not sys.is_finalizing() and thread is not threading.current_thread():
+        thread.join()
+
+
 class Pool:
     """Threads that call functions: as many as are wanted, or else as many as there can be, and at least one.
 
@@ -133,7 +146,7 @@ class Pool:
         for _thread in self._threads:
             self._calls.put(None)
         for thread in self._threads if wait else ():
-            thread.join()
+            join(thread)
 
     def _start(self) -> None:
         self._threads.append(start(self._work, name=self._name))

@@ -76,7 +76,7 @@ class WriteBehind:
         for _ in self._threads:
             self._batches.put(None)
         for thread in self._threads:
-            thread.join()
+            threads.join(thread)
         self._threads = []
 
     def _raise_error(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -19,6 +21,16 @@ from tests.support import files, leftovers
 from tests.support.cache_case import ID, CacheCase
 
 DAY = 86400
+
+#: Leases a base, and ends without leaving the lease.
+_HOLDER = """
+import sys
+import imagecache_lib as ic
+from imagecache_lib.testing.sources import FakeSource
+cache = ic.ImageCacheManager(ic.CacheConfig(instances_path=sys.argv[1]), FakeSource({"image": bytes(512)}))
+held = cache.fetch_or_reuse("image")
+held.__enter__()
+"""
 
 
 class TestLeases(CacheCase):
@@ -115,6 +127,11 @@ class TestLeases(CacheCase):
             with leftovers.no_thread_left(), contextlib.suppress(KeyError), self.cache.fetch_or_reuse(ID):
                 if error is not None:
                     raise error
+
+    def test_a_process_may_end_with_a_lease(self) -> None:
+        command = (sys.executable, "-W", "ignore", "-c", _HOLDER, self.instances)
+        ended = subprocess.run(command, timeout=60, stderr=subprocess.PIPE, text=True, check=False)
+        self.assertEqual((0, ""), (ended.returncode, ended.stderr))
 
     def test_an_overlay_starts_no_thread(self) -> None:
         self.cache.cache_image(ID)

@@ -50,6 +50,17 @@ class TestStart(unittest.TestCase):
             threads.start(begun.set, name="begun")
         self.assertTrue(begun.is_set())
 
+    def test_a_thread_may_close_what_it_works_for(self) -> None:
+        joined = threading.Event()
+
+        def close() -> None:
+            threads.join(threading.current_thread())
+            joined.set()
+
+        with leftovers.no_thread_left():
+            threads.start(close, name="closes")
+        self.assertTrue(joined.is_set())
+
     def test_a_thread_for_which_there_is_no_room_is_told_so(self) -> None:
         with no_more_threads(), self.assertRaises(errors.BackendError) as caught:
             threads.start(print, name="none")
