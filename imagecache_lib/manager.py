@@ -233,7 +233,7 @@ class ImageCacheManager(DiskAdmin):
         pin, earlier, maker = pins.Pin(_PRECACHE, pin_until), None, Maker()
         if pin_until is not None:
             # The pin comes first: between a look and a pin the base could go.
-            earlier = pins.add(self._cache, call.name, image_id, pin)
+            earlier = pins.add(self._cache, call.name, image_id, pin, waiter=call.waiter)
         try:
             with self._leases.acquire(self._ingest.request(call, Use.DISK), bypass=False) as lease:
                 if lease.production is None:
@@ -242,7 +242,7 @@ class ImageCacheManager(DiskAdmin):
                 return model.CacheReport(model.CacheResult.CACHED, made.received, made.allocated)
         except BaseException:
             if pin_until is not None and maker.is_here:
-                pins.take_back(self._cache, call.name, image_id, pin, earlier)
+                pins.take_back(self._cache, call.name, image_id, pin, earlier, waiter=call.waiter)
             raise
 
     def is_cached(self, image_id: str) -> bool:

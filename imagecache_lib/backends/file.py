@@ -71,6 +71,7 @@ class FileBackend(StorageBackend):
     def for_caller(self, waiter: Waiter) -> Self:
         bound = copy.copy(self)
         bound._waiter = waiter
+        bound._formats = self._formats.for_caller(waiter)
         bound._qemu_img = self._qemu_img.for_caller(waiter)
         return bound
 

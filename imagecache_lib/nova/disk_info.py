@@ -9,11 +9,13 @@ object of absolute path to format, and stays readable by Nova.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
 import zlib
 from collections.abc import Collection, Iterator, Mapping
+from typing import Self
 
 from imagecache_lib import errors
 from imagecache_lib.config import CacheConfig
@@ -22,6 +24,7 @@ from imagecache_lib.system import atomic_file, durable, locks, names
 from imagecache_lib.system.host import System
 from imagecache_lib.system.maker import Maker
 from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 
 LOG = logging.getLogger(__name__)
 
@@ -122,6 +125,13 @@ class DiskInfo:
         self._locks_path = config.locks_path
         self._stall_timeout = config.lock_timeout
         self._host = host
+        self._waiter: Waiter | None = None
+
+    def for_caller(self, waiter: Waiter) -> Self:
+        """Return what reads and writes them for one caller, and waits for others no longer than that does."""
+        bound = copy.copy(self)
+        bound._waiter = waiter
+        return bound
 
     def format_of(self, disk: str) -> str | None:
         """Return the pinned format of a disk, or None if none is pinned.
@@ -155,6 +165,7 @@ class DiskInfo:
         writes last sees them.
 
         :param draft: what :meth:`drafted` yielded for the same disk and format, or None.
+        :raises CancelledError, LockTimeoutError: the caller no longer waits; nothing was written.
         :raises Damaged: other disks' formats would be lost.
         :raises NoSpaceError, BackendError: the file cannot be written.
         """
@@ -183,6 +194,7 @@ class DiskInfo:
     def complete(self, disk: str) -> None:
         """Pin anew what the marks of the disks beside a ``disk.info`` say, and a power cut took from it.
 
+        :raises CancelledError, LockTimeoutError: the caller no longer waits; nothing was written.
         :raises NoSpaceError, BackendError: the file cannot be written.
         """
         path = _beside(disk)
@@ -195,6 +207,7 @@ class DiskInfo:
     def forget(self, disk: str) -> None:
         """Remove the entry of a disk that is gone, if it has one.
 
+        :raises CancelledError, LockTimeoutError: the caller no longer waits; nothing was written.
         :raises NoSpaceError, BackendError: the file cannot be written.
         """
         path = _beside(disk)
@@ -209,7 +222,12 @@ class DiskInfo:
         lock = os.path.join(self._locks_path, layout.lock_name(f"imagecache-disk-info-{number:x}"))
         # The file is read back, so that nothing depends on the lock.
         return locks.waiting(
-            lock, shared=False, host=self._host, stall_timeout=self._stall_timeout, needed=False
+            lock,
+            shared=False,
+            host=self._host,
+            stall_timeout=self._stall_timeout,
+            waiter=self._waiter,
+            needed=False,
         )
 
 

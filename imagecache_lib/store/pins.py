@@ -19,6 +19,7 @@ from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable, locks
 from imagecache_lib.system.translate import translated
+from imagecache_lib.system.waiter import Waiter
 
 #: The lock under which the files of the earlier form are changed, by every release.
 LOCK = "imagecache-pins"
@@ -79,9 +80,11 @@ def parse(data: bytes) -> PinFile | None:
     return PinFile(image_id, found) if known else None
 
 
-def add(cache: CacheStore, name: str, image_id: str, pin: Pin) -> Pin | None:
+def add(cache: CacheStore, name: str, image_id: str, pin: Pin, *, waiter: Waiter | None = None) -> Pin | None:
     """Pin a base, whether it is there or not. Returns the owner's earlier pin, whose place it takes.
 
+    :param waiter: the caller that waits, or None for one that waits as long as it takes.
+    :raises CancelledError, LockTimeoutError: the waiter no longer waits; there is no pin.
     :raises ConfigError: the owner is no text, or the end no number: a file with that would be torn.
     """
     _require_owner(pin.owner)
@@ -93,7 +96,7 @@ def add(cache: CacheStore, name: str, image_id: str, pin: Pin) -> Pin | None:
         earlier = _pin_of(cache, name, pin.owner)
         try:
             _write(cache, name, image_id, pin)
-            _show_earlier_releases(cache, name, image_id)
+            _show_earlier_releases(cache, name, image_id, waiter=waiter)
         except (OSError, errors.ImageCacheError):
             # The caller is told that there is no pin, and would never take it away.
             with contextlib.suppress(OSError):
@@ -131,16 +134,27 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def take_back(cache: CacheStore, name: str, image_id: str, pin: Pin, earlier: Pin | None) -> None:
+def take_back(
+    cache: CacheStore,
+    name: str,
+    image_id: str,
+    pin: Pin,
+    earlier: Pin | None,
+    *,
+    waiter: Waiter | None = None,
+) -> None:
     """Undo :func:`add`, unless the owner pinned the base anew since.
 
     :param earlier: as :func:`add` returned it.
+    :param waiter: as :func:`add` takes it.
     """
     with translated(cache.layout.pins):
         if _pin_of(cache, name, pin.owner) != pin:
             return
         _restore(cache, name, image_id, pin.owner, earlier)
-        _show_earlier_releases(cache, name, image_id)
+        # What cannot be put right for a caller that no longer waits is, in a later pass.
+        with contextlib.suppress(errors.CancelledError, errors.LockTimeoutError):
+            _show_earlier_releases(cache, name, image_id, waiter=waiter)
 
 
 def remove(cache: CacheStore, name: str, image_id: str, owner: str) -> bool:
@@ -332,17 +346,27 @@ def _ended(held: PinFile, before: float) -> bool:
 
 
 def _show_earlier_releases(
-    cache: CacheStore, name: str, image_id: str, *, without: str | None = None
+    cache: CacheStore,
+    name: str,
+    image_id: str,
+    *,
+    without: str | None = None,
+    waiter: Waiter | None = None,
 ) -> None:
     """Keep one pin in the file that earlier releases read as long as there are pins in the directory.
 
     :param without: an owner whose pin in that file goes.
+    :param waiter: the caller that waits, or None for one that waits as long as it takes.
     """
     path = cache.layout.former_pins(name)
     if _is_shown(path, cache.layout.pins_of(name), without):
         return
     with locks.waiting(
-        cache.layout.lock(LOCK), shared=False, host=cache.host, stall_timeout=cache.config.lock_timeout
+        cache.layout.lock(LOCK),
+        shared=False,
+        host=cache.host,
+        stall_timeout=cache.config.lock_timeout,
+        waiter=waiter,
     ):
         held = _load(path)
         if held is not None and held.pins == (Pin(UNREADABLE),):

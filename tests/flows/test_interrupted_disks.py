@@ -15,6 +15,9 @@ from oslo_concurrency import processutils
 
 import imagecache_lib as ic
 from imagecache_lib import errors
+from imagecache_lib.nova.disk_info import DiskInfo
+from imagecache_lib.store import layout, pins
+from imagecache_lib.system import locks
 from imagecache_lib.testing.sources import FakeSource
 from tests.support.cache_case import ID, MIB, CacheCase, content_of, disk_image, raw_image
 
@@ -88,6 +91,29 @@ class TestInterruptedDisks(CacheCase):
         manager.shutdown()
         with self.assertRaises(errors.CancelledError):
             running.result()
+
+    def test_a_deadline_and_a_shutdown_end_the_wait_for_a_process_that_makes_a_disk_beside_it(self) -> None:
+        manager = self.manager()
+        manager.create_disk(ID, self.target("first"))
+        target, beside = self.target(), self.target("beside")
+        with DiskInfo(manager.config, self.host()).pinned(beside, "qcow2"):
+            with self.leaves_nothing(), self.assertRaises(errors.LockTimeoutError):
+                manager.create_disk(ID, target, request=ic.Request(deadline=time.time() + 0.1))
+            self.points.at("lock:waiting", manager.shutdown)
+            with self.leaves_nothing(), self.assertRaises(errors.CancelledError):
+                manager.create_disk(ID, target)
+
+    def test_a_deadline_ends_the_wait_for_a_process_that_pins(self) -> None:
+        manager = self.manager()
+        lock = str(self.instances / "locks" / layout.lock_name(pins.LOCK))
+        soon = ic.Request(deadline=time.time() + 0.1)
+        with (
+            locks.without_waiting(lock, host=self.host()),
+            self.assertNoLogs("imagecache_lib.system.locks"),  # what the end of lock_timeout is told by
+            self.assertRaises(errors.LockTimeoutError),
+        ):
+            manager.cache_image(ID, pin_until=time.time() + 1000, request=soon)
+        self.assertEqual((), manager.list_pins())
 
     def test_a_deadline_ends_growing_a_copy_and_nothing_is_left(self) -> None:
         image = disk_image(self.directory, "qcow2")
