@@ -105,12 +105,13 @@ def scrub(
     :param cancel: once set, what was found so far is returned; the next scrub goes on where this one ended.
     """
     leaving = threading.Event()
-    waiter = Waiter(cache.host, cancel=EitherToken(leaving, cancel))
+    token = EitherToken(leaving, cancel)
+    waiter = Waiter(cache.host, cancel=token)
     found = []
     with _Reader(cache, Pace(rate, waiter), leaving) as reader, contextlib.suppress(errors.CancelledError):
         for name in _in_order(cache, names):
             waiter.check()
-            found.append(_scrub_one(name, cache, observers, evictor, reader))
+            found.append(_scrub_one(name, cache, observers, evictor, reader, token))
         if names is None:
             _note_end(cache)
     return ScrubReport(tuple(found))
@@ -192,6 +193,7 @@ def _scrub_one(
     observers: events.Observers,
     evictor: BaseEvictor,
     reader: _Reader,
+    cancel: model.CancelToken,
 ) -> ScrubbedBase:
     try:
         opened = cache.open_base(name)
@@ -205,7 +207,7 @@ def _scrub_one(
             return ScrubbedBase(name, Verdict.UNVERIFIABLE, "it carries no record of how it was made")
         found = reader.check(opened, record)
         if found.verdict is Verdict.DAMAGED:
-            return _quarantine(found, opened, cache, observers, evictor)
+            return _quarantine(found, opened, cache, observers, evictor, cancel)
         if found.verdict is Verdict.SOUND and record.damaged:
             with contextlib.suppress(OSError):  # the next scrub does it
                 _acquit(opened, cache)
@@ -259,10 +261,14 @@ def _quarantine(
     cache: CacheStore,
     observers: events.Observers,
     evictor: BaseEvictor,
+    cancel: model.CancelToken,
 ) -> ScrubbedBase:
     """Mark a damaged base, so that no new request is served from it, and evict it if nothing needs it.
 
     That it is damaged is told whatever fails on the way, and the others are checked all the same.
+
+    :param cancel: once set, the process that has the base's lock is not waited for. The base is marked all
+        the same.
     """
     try:
         with locks.waiting(
@@ -270,6 +276,7 @@ def _quarantine(
             shared=False,
             host=cache.host,
             stall_timeout=cache.config.lock_timeout,
+            watched=_UntilCancelled(cancel),
             calls_back=True,
         ) as locked:
             if not opened.is_current():
@@ -285,6 +292,19 @@ def _quarantine(
         stays = f"it cannot be removed now: {error}"
     observers(events.Damaged(found.name, found.image_id, detail=found.detail, stays=stays))
     return dataclasses.replace(found, stays=stays)
+
+
+class _UntilCancelled:
+    """Ends the wait for a lock once a token is set. How the lock's holder gets on cannot be told."""
+
+    def __init__(self, cancel: model.CancelToken) -> None:
+        self._cancel = cancel
+
+    def progress(self) -> object:
+        return None
+
+    def is_done(self) -> bool:
+        return self._cancel.is_set()
 
 
 def _condemn(opened: OpenBase, cache: CacheStore) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 import imagecache_lib as ic
 from imagecache_lib import events, model
-from imagecache_lib.store import checksums
-from imagecache_lib.system import priority
+from imagecache_lib.store import checksums, layout
+from imagecache_lib.system import locks, priority
 from imagecache_lib.system.host import System
 from imagecache_lib.testing.sources import FakeSource
 from tests.support.cache_case import ID, MIB, OTHER_ID, CacheCase, content_of, raw_image
@@ -240,6 +240,20 @@ class TestPace(ScrubCase):
         manager = self.manager()
         manager.cache_image(ID)
         self.assertEqual((), manager.scrub(rate=0, cancel=Looks(2)).bases)
+
+    def test_a_cancellation_ends_the_wait_for_the_process_that_has_a_damaged_base(self) -> None:
+        manager, cancel = self.manager(), threading.Event()
+        manager.cache_image(ID)
+        self.flip(0)
+        lock = str(self.instances / "locks" / layout.lock_name(self.base().name))
+        self.points.at("lock:waiting", cancel.set)
+        with (
+            locks.without_waiting(lock, host=self.host()),
+            self.assertNoLogs("imagecache_lib.system.locks"),  # what the end of lock_timeout is told by
+        ):
+            self.assertIs(ic.Verdict.DAMAGED, self.found(manager, cancel=cancel).verdict)
+        self.assertEqual(1, len(self.damages()))
+        self.assertFalse(manager.is_cached(ID))
 
     def test_only_those_asked_for(self) -> None:
         manager = self.manager()
