@@ -7,6 +7,7 @@ of a green thread, and the number is lost. An object that has the number closes 
 
 from __future__ import annotations
 
+import functools
 import os
 
 
@@ -20,8 +21,10 @@ class Descriptor:
 
     def __init__(self, path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
         self._open: list[int] = []
-        # No line lies between the two, nor between the two of close(): an interrupt comes at a line's begin.
-        self._open.append(os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=dir_fd))
+        # An interrupt comes as soon as a call returns to Python's own code. So no such code lies between the
+        # opening and the keeping of the number, nor between the two steps of close().
+        opening = functools.partial(os.open, dir_fd=dir_fd)
+        self._open.extend(map(opening, (path,), (flags | os.O_CLOEXEC,), (mode,)))
 
     @property
     def fd(self) -> int:
@@ -34,7 +37,7 @@ class Descriptor:
         :raises OSError: as close(2). It is closed then too.
         """
         while self._open:
-            os.close(self._open.pop())
+            next(map(os.close, map(self._open.pop, (-1,))))
 
     def __enter__(self) -> int:
         return self._open[0]

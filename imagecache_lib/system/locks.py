@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import io
 import logging
 import os
 import struct
@@ -30,6 +29,7 @@ import fasteners
 
 from imagecache_lib import errors
 from imagecache_lib.system import durable
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.host import System
 from imagecache_lib.system.trace import TracePoint
 from imagecache_lib.system.translate import odd_entry
@@ -92,16 +92,15 @@ class HeldDescriptor:
     """A descriptor that a forked child must not keep, and that goes with the last reference to it.
 
     An interrupt may come while a lock is being released: it must not stay held for as long as the process
-    lives. No interrupt comes between what :class:`io.FileIO` does in C. So only regular files will do.
+    lives.
 
     :ivar fd: the descriptor, or -1 once it is closed.
     :raises OSError: as open(2).
     """
 
     def __init__(self, path: str, flags: int, mode: int = 0o600) -> None:
-        flags |= os.O_CLOEXEC
-        self._file = io.FileIO(path, opener=lambda _path, _flags: os.open(path, flags, mode))
-        self.fd = self._file.fileno()
+        self._file = Descriptor(path, flags, mode)
+        self.fd = self._file.fd
         _held.add(self)
 
     def close(self) -> None:
