@@ -18,6 +18,7 @@ from imagecache_lib import dates, errors
 from imagecache_lib.store import layout
 from imagecache_lib.store.directory import CacheStore
 from imagecache_lib.system import durable, locks
+from imagecache_lib.system.maker import Maker
 from imagecache_lib.system.translate import translated
 from imagecache_lib.system.waiter import Waiter
 
@@ -92,15 +93,17 @@ def add(cache: CacheStore, name: str, image_id: str, pin: Pin, *, waiter: Waiter
         raise errors.ConfigError(
             f"a pin cannot end at {errors.shown(pin.expires)}", next_step="give epoch seconds, or None"
         )
+    maker = Maker()
     with translated(cache.layout.pins):
         earlier = _pin_of(cache, name, pin.owner)
         try:
             _write(cache, name, image_id, pin)
             _show_earlier_releases(cache, name, image_id, waiter=waiter)
-        except (OSError, errors.ImageCacheError):
-            # The caller is told that there is no pin, and would never take it away.
+        except BaseException:
+            # The caller learns of no pin and would never take it away. An interrupt may come as it is synced.
             with contextlib.suppress(OSError):
-                _restore(cache, name, image_id, pin.owner, earlier)
+                if maker.is_here:
+                    _restore(cache, name, image_id, pin.owner, earlier)
             raise
         return earlier
 

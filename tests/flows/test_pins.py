@@ -9,6 +9,7 @@ import threading
 
 from imagecache_lib import errors
 from imagecache_lib.store import layout, pins
+from imagecache_lib.system import locks
 from tests.support.cache_case import ID, CacheCase
 
 NAME = layout.base_name(ID)
@@ -195,6 +196,19 @@ class TestPins(CacheCase):
         manager.unpin(ID, owner="new")
         self.assertEqual('{"image_id": "x", "pi', former.read_text())
         self.assertFalse(self.evicted())
+
+    def test_a_pin_that_is_interrupted_leaves_none(self) -> None:
+        manager = self.manager()
+        lock = str(self.instances / "locks" / layout.lock_name(pins.LOCK))
+
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+
+        manager.list_hosts()  # makes the directory of locks
+        self.points.at("lock:waiting", interrupt)
+        with locks.without_waiting(lock, host=self.host()), self.assertRaises(KeyboardInterrupt):
+            manager.pin(ID, owner="interrupted")
+        self.assertEqual((), manager.list_pins())
 
     def test_a_pin_that_fails_leaves_what_was_there_before(self) -> None:
         manager = self.manager()
