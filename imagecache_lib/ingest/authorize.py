@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 from imagecache_lib import errors
 from imagecache_lib.sources import transfer
 from imagecache_lib.sources.interface import ImageSource
 from imagecache_lib.system import threads
 from imagecache_lib.system.host import System
+from imagecache_lib.system.waiter import Waiter
 
 #: How long one wait for the answer lasts before the caller is looked at again, in seconds.
 _SLICE = 0.25
@@ -30,17 +30,18 @@ class Question:
         self._error: Exception | None = None
         threads.start(self._ask, name="imagecache-authorize")
 
-    def wait(self, timeout: float, check: Callable[[], None]) -> None:
+    def wait(self, timeout: float, waiter: Waiter) -> None:
         """Return once the source says that it has the image.
 
         :param timeout: seconds to wait for the answer.
-        :param check: raises if the caller no longer waits.
+        :param waiter: the caller.
         :raises ImageNotFound: the source does not have the image, or denies it to this caller.
         :raises SourceError: the source failed, or did not answer in time.
+        :raises: as :meth:`Waiter.check`.
         """
         until = self._host.monotonic() + timeout
         while not self._answered.wait(min(_SLICE, timeout)):
-            check()
+            waiter.check()
             if self._host.monotonic() >= until:
                 raise errors.SourceError(
                     f"its source did not say within {timeout:g} s whether the caller may have it",

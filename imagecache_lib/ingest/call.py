@@ -193,7 +193,7 @@ class Call:
             return
         answer = authorize.Question(self._source, self.image_id, self._host)
         try:
-            answer.wait(self._config.authorize_timeout, self.check)
+            answer.wait(self._config.authorize_timeout, self.waiter)
         except errors.SourceError as error:
             if self._config.authorize_hits == "closed":
                 raise

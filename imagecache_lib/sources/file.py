@@ -15,6 +15,7 @@ from imagecache_lib import errors, model
 from imagecache_lib.sources import interface, tables
 from imagecache_lib.sources.interface import CannotResume, ImageSource, NotPermitted
 from imagecache_lib.system import arguments, sparse
+from imagecache_lib.system.descriptor import Descriptor
 
 _CHUNK = 2**20
 
@@ -99,7 +100,7 @@ def _regular_file(image_id: str, entry: FileImage) -> Iterator[int]:
     path = os.fspath(entry.path)
     try:
         # O_NONBLOCK: to open a FIFO without it waits for a writer, maybe for ever. A file does not mind.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        opened = Descriptor(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except (FileNotFoundError, NotADirectoryError):
         raise errors.ImageNotFound(
             "the file is not there", image=image_id, path=path, next_step="restore the file"
@@ -112,12 +113,10 @@ def _regular_file(image_id: str, entry: FileImage) -> Iterator[int]:
         if isinstance(error, OSError) and error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, a device
             raise _no_file(image_id, path) from None
         raise _failed(error, image_id, path) from error
-    try:
+    with opened as fd:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise _no_file(image_id, path)
         yield fd
-    finally:
-        os.close(fd)
 
 
 def _no_file(image_id: str, path: str) -> errors.ImageRejected:

@@ -27,6 +27,7 @@ from imagecache_lib.ingest.generation import (
     filesystem,
 )
 from imagecache_lib.store import layout
+from imagecache_lib.system.descriptor import Descriptor
 
 #: Of an entry of the L1 and L2 tables, from QEMU's docs/interop/qcow2.rst.
 _OFFSET = 0x00FFFFFFFFFFFE00
@@ -67,11 +68,10 @@ def wanted(disk_path: str, image_id: str | None, chains: ChainReader, where: lay
     """
     try:
         # A FIFO in the disk's place must not make us wait for a writer.
-        fd = os.open(disk_path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb", buffering=0) as file:
+        with Descriptor(disk_path, os.O_RDONLY | os.O_NONBLOCK) as fd:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file")
-            header = qcow2_header.parse(file.read(HEADER_BYTES))
+            header = qcow2_header.parse(os.read(fd, HEADER_BYTES))
         chain = chains.read(disk_path, header)
         seen, untouched = (None, False) if image_id is not None else _shown_by(chain)
     except NotQcow2:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -301,7 +302,8 @@ def side_file(cache: CacheStore) -> BinaryIO:
     """Return a file without a name on the cache's filesystem: it goes with its descriptor."""
     path = cache.layout.stage(f"side.{durable.new_id()}.new")
     with translated(path):
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w+b")
+        # Its owner closes it.
+        file = open(path, "x+b", opener=functools.partial(os.open, mode=0o600))  # noqa: SIM115
         os.unlink(path)
     return file
 

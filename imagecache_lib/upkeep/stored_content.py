@@ -19,6 +19,7 @@ from imagecache_lib import dates, model
 from imagecache_lib.store import checksums
 from imagecache_lib.store.directory import OpenBase
 from imagecache_lib.system import sparse
+from imagecache_lib.system.descriptor import Descriptor
 from imagecache_lib.system.rate import Pace
 
 #: Read so much at once: a whole number of granules, and of every device's blocks.
@@ -57,13 +58,15 @@ class StoredContent:
         self._cached = opened.fd
         try:
             # The very file that is open, whatever has its name now.
-            self._direct = os.open(f"/proc/self/fd/{opened.fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+            self._direct: Descriptor | None = Descriptor(
+                f"/proc/self/fd/{opened.fd}", os.O_RDONLY | os.O_DIRECT
+            )
         except OSError:
-            self._direct = -1  # tmpfs, some network filesystems, no /proc
+            self._direct = None  # tmpfs, some network filesystems, no /proc
 
     def close(self) -> None:
-        if self._direct >= 0:
-            os.close(self._direct)
+        if self._direct is not None:
+            self._direct.close()
 
     def compare_with_sums(self, sums: checksums.Checksums) -> Matches | Differs:
         """Compare it with checksums of what was written."""
@@ -119,17 +122,17 @@ class StoredContent:
         return self._read_once(offset, length)
 
     def _read_once(self, offset: int, length: int) -> int:
-        if self._direct >= 0:
+        if self._direct is not None:
             whole = -(-length // _ALIGNMENT) * _ALIGNMENT
             try:
                 with memoryview(self._buffer)[:whole] as room:
-                    count = os.preadv(self._direct, [room], offset)
+                    count = os.preadv(self._direct.fd, [room], offset)
                 return _some(min(count, length))
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                os.close(self._direct)
-                self._direct = -1
+                self._direct.close()
+                self._direct = None
         # Clean pages are dropped first, unless a process has them mapped, so that they come from the disk.
         os.posix_fadvise(self._cached, offset, length, os.POSIX_FADV_DONTNEED)
         with memoryview(self._buffer)[:length] as room:
