@@ -80,11 +80,9 @@ class LastPass:
                 # The release before reads it. What this one goes by comes next.
                 LOG.warning("Which directories the disk roots are cannot be told other releases: %s", error)
         try:
-            where, host_id = self._cache.layout, self._hosts.id
-            named_roots.drop_unfounded(where, host_id)
-            last_scan.save_last_scan(where, host_id, last, seen)
+            self._write(last, seen)
             named_roots.retire(read.notes_retired)
-            named_roots.note_seen(where, host_id, read.notes_seen, now=now)
+            named_roots.note_seen(self._cache.layout, self._hosts.id, read.notes_seen, now=now)
         except OSError as error:
             LOG.warning("What was seen in the instance directories cannot be remembered: %s", error)
             # What is written for other releases, or tells when the pass was, may be all that is lacking.
@@ -119,7 +117,12 @@ class LastPass:
             self._cache.observers(events.Forgotten(name, reason=f"disks at {path}, as an operator said"))
         self._hosts.forget_roots(after.roots)
         named_roots.forget(self._cache.layout, self._hosts.id, path)
-        # A pass of another process may have seen more meanwhile.
-        last_scan.save_last_scan(self._cache.layout, self._hosts.id, before, after)
+        self._write(before, after)
         self._unsaved = None
         return len(gone)
+
+    def _write(self, before: LastScan, after: LastScan) -> None:
+        # Whatever is written has today's time: it must not vouch for what an older copy knows nothing of.
+        named_roots.drop_unfounded(self._cache.layout, self._hosts.id)
+        # A pass of another process may have seen more meanwhile.
+        last_scan.save_last_scan(self._cache.layout, self._hosts.id, before, after)

@@ -211,8 +211,8 @@ class TestVolumes(NamedCase):
         remembered = [*self.private.glob("hosts/*.scan"), *self.private.glob("hosts/*.readings")]
         self.assertEqual(2, len(remembered))
         copies = {path: path.read_bytes() for path in remembered}
-        for is_gone in (False, True):
-            with self.subTest(is_gone=is_gone):
+        for is_gone, forgets in ((False, False), (False, True), (True, False)):
+            with self.subTest(is_gone=is_gone, forgets=forgets):
                 self.note()
                 for note in self.notes():
                     then = note.stat().st_mtime - 600
@@ -223,6 +223,8 @@ class TestVolumes(NamedCase):
                     path.unlink() if is_gone else path.write_bytes(data)
                     if not is_gone:
                         files.age(path, seconds=600)
+                if forgets:  # what is written down anew has today's time
+                    self.manager().forget_disks(str(self.directory / "another"))
                 self.cached()
                 for _pass in range(3):
                     self.assertIn(f"at {self.volume} is not what", self.passes()[0])
