@@ -131,6 +131,8 @@ class DiskAdmin(CacheAdmin):
 
         :param backend: of this disk, or None for the manager's.
         :raises BackendError: the storage failed.
+        :raises CancelledError: the manager was shut down while another process wrote to ``disk.info``. The
+            disk is gone, and its entry is not.
         """
         arguments.require_disk(disk)
         self._backend_of(backend).remove(disk)
